@@ -1,0 +1,1 @@
+"""kvstore: the engine of kvstored, usable with no daemon at all."""

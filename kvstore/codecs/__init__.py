@@ -1,0 +1,90 @@
+"""Codecs turn numbers into fewer numbers and back: encode and decode, pure, no state, any thread.
+
+A `Codec` sees one tensor at a time. `encode_entry` and `decode_entry` apply one to a whole entry and
+decide which tensors a lossy codec may touch. Encodings are found by the name each `EncodedTensor`
+carries: names are frozen, a change of bytes is a new name.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from kvstore.dtypes import LOSSY_ALLOWED
+from kvstore.entry import EncodedTensor, Entry
+from kvstore.errors import CodecError
+
+LOSSY_MIN_NUMEL = 64
+"""One NF4 block. Below it the scales outweigh what the codes save."""
+
+
+class Codec(Protocol):
+    """One way to write a tensor. Implementations hold no mutable state."""
+
+    name: str
+    lossy: bool
+
+    def encode(self, name: str, x: torch.Tensor) -> EncodedTensor:
+        """Encode one tensor. name: its name in the entry ("k", "v", ...), a hint about what it holds.
+
+        x: dense, contiguous, any device. Returns parts on the same device that share no memory with x.
+        """
+        ...
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor of `encoded.spec`; into `out` (same dtype and shape, contiguous) when given.
+
+        Raises CodecError when parts and spec do not belong together; never reads outside a part.
+        """
+        ...
+
+
+def _registry() -> dict[str, Codec]:
+    from kvstore.codecs.nf4 import NF4
+    from kvstore.codecs.raw import Raw
+
+    return {codec.name: codec for codec in (Raw(), NF4())}
+
+
+_CODECS: dict[str, Codec] = {}
+
+
+def codec_named(name: str) -> Codec:
+    """The codec an encoding name stands for. Raises CodecError for an unknown name."""
+    if not _CODECS:
+        _CODECS.update(_registry())
+    try:
+        return _CODECS[name]
+    except KeyError:
+        known = ", ".join(sorted(_CODECS))
+        raise CodecError(f"unknown encoding {name!r}; this version knows {known}") from None
+
+
+def encodable(x: torch.Tensor) -> bool:
+    """Whether a lossy codec may touch this tensor: a KV dtype, at least one block, all values finite."""
+    kind = str(x.dtype).removeprefix("torch.")
+    if kind not in LOSSY_ALLOWED or x.numel() < LOSSY_MIN_NUMEL:
+        return False
+    return bool(torch.isfinite(x).all())
+
+
+def encode_entry(entry: Entry, codec: Codec) -> Entry:
+    """Encode each raw tensor the codec may touch; the others stay raw. `entry` itself if none may."""
+    tensors: dict[str, EncodedTensor] = {}
+    changed = False
+    for name, tensor in entry.tensors.items():
+        x = tensor.parts[""] if tensor.encoding == "raw" else None
+        if x is not None and encodable(x):
+            tensors[name] = codec.encode(name, x)
+            changed = True
+        else:
+            tensors[name] = tensor
+    return Entry(entry.key, tensors, lossy=entry.lossy or codec.lossy) if changed else entry
+
+
+def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given."""
+    return {
+        name: codec_named(t.encoding).decode(t, None if out is None else out.get(name))
+        for name, t in entry.tensors.items()
+    }

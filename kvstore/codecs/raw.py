@@ -1,0 +1,28 @@
+"""RAW: the tensor itself, bit for bit."""
+
+import torch
+
+from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.errors import CodecError
+
+
+class Raw:
+    """The identity codec: what hot memory and exact records hold."""
+
+    name = "raw"
+    lossy = False
+
+    def encode(self, name: str, x: torch.Tensor) -> EncodedTensor:
+        """A private copy of x. x: any dtype, shape and device."""
+        del name
+        spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        return EncodedTensor(spec, self.name, {"": x.detach().clone(memory_format=torch.contiguous_format)})
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of the held tensor, or `out` filled with it."""
+        x = encoded.parts[""]
+        if out is None:
+            return x.clone()
+        if out.dtype != x.dtype or out.shape != x.shape:
+            raise CodecError(f"out is {out.dtype} {tuple(out.shape)}, the entry holds {x.dtype} {tuple(x.shape)}")
+        return out.copy_(x)

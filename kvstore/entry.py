@@ -1,0 +1,90 @@
+"""What the store holds: named tensors under a key, in memory.
+
+Invariant: an Entry and everything it reaches is never changed after it is made, so any thread may
+read it without a lock and a tier may hand out the very object it holds. Who puts tensors in owns no
+part of them afterwards: `Store.put` copies.
+Leaves out: when it expires and how often it was used (`index.Meta`), and how it looks as bytes
+(`record`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+from typing import NewType
+
+import torch
+
+from kvstore.dtypes import BY_NAME
+
+Key = NewType("Key", bytes)
+
+ENTRY_OVERHEAD_NBYTES = 512
+"""Counted for an entry beside its payload: Entry, Meta, key and three dictionary slots, as measured
+with tracemalloc over 100,000 entries (tests/engine/test_overhead.py keeps it honest)."""
+TENSOR_OVERHEAD_NBYTES = 640
+"""Counted for each tensor part beside its payload: the torch.Tensor, its storage and its names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's element type (a name in `dtypes.BY_NAME`) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense, row-major tensor."""
+        return prod(self.shape) * BY_NAME[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTensor:
+    """One tensor as a codec left it.
+
+    spec: what decoding gives back. encoding: the codec's name; "raw" means `parts[""]` is the tensor.
+    parts: contiguous tensors by suffix; "" is the main part (for NF4 the packed codes), the others are
+    stored in a record as `<tensor name>.<suffix>`. attrs: small JSON-able facts the codec needs.
+    """
+
+    spec: TensorSpec
+    encoding: str
+    parts: Mapping[str, torch.Tensor]
+    attrs: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes counted against a budget: the parts, and what holding them costs."""
+        return sum(
+            part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Named tensors under a key, each raw or encoded.
+
+    lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
+    nbytes: bytes counted against a tier's budget, metadata included.
+    """
+
+    key: Key
+    tensors: Mapping[str, EncodedTensor]
+    lossy: bool = False
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        total = ENTRY_OVERHEAD_NBYTES + len(self.key)
+        total += sum(len(name) + t.nbytes for name, t in self.tensors.items())
+        object.__setattr__(self, "nbytes", total)
+
+    @property
+    def encoding(self) -> str:
+        """The one encoding that is not raw ("nf4"), or "raw". A lossy codec is never mixed with another."""
+        return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
+
+    @property
+    def value_nbytes(self) -> int:
+        """Bytes of the tensors once decoded."""
+        return sum(t.spec.nbytes for t in self.tensors.values())

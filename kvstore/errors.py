@@ -1,0 +1,68 @@
+"""Every error the engine raises, by what the caller can do about it.
+
+    KvstoreError
+    |-- InvalidEntry        the caller's data is wrong: fix it           INVALID_ARGUMENT
+    |   `-- EntryTooLarge   no tier could ever hold it                   RESOURCE_EXHAUSTED
+    |-- OverQuota           a budget is spent: wait, or ask for less     RESOURCE_EXHAUSTED
+    |-- CodecError          bytes do not decode under this codec         FAILED_PRECONDITION
+    |-- TierUnavailable     disk or peer is failing: retry later         UNAVAILABLE
+    |-- PermissionDenied    not yours                                    PERMISSION_DENIED
+    |-- RecordCorrupt       internal: a caller sees a miss               DATA_LOSS
+    `-- ConfigError         start-up only: fix the configuration         (exit code 2)
+
+A miss is None, never an exception. Every message carries the value and the limit.
+"""
+
+
+class KvstoreError(Exception):
+    """Base of all errors of kvstored; `grpc_code` names the status it travels as."""
+
+    grpc_code = "INTERNAL"
+
+
+class InvalidEntry(KvstoreError):
+    """A key, tensor or option that can never be stored as given."""
+
+    grpc_code = "INVALID_ARGUMENT"
+
+
+class EntryTooLarge(InvalidEntry):
+    """An entry over the configured limits, or larger than any tier."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class OverQuota(KvstoreError):
+    """A budget (bytes in flight, pinned bytes, streams) is spent for now."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class CodecError(KvstoreError):
+    """Encoded parts that do not belong together: wrong lengths, codes, scales or names."""
+
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class TierUnavailable(KvstoreError):
+    """A tier or the daemon cannot answer now; the value may still be there later."""
+
+    grpc_code = "UNAVAILABLE"
+
+
+class PermissionDenied(KvstoreError):
+    """The identity behind this call may not do this."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
+class RecordCorrupt(KvstoreError):
+    """A stored record failed its checksum or its structure; callers of the store see a miss."""
+
+    grpc_code = "DATA_LOSS"
+
+
+class ConfigError(KvstoreError):
+    """The configuration is wrong; raised at start-up and never later."""
+
+    grpc_code = "FAILED_PRECONDITION"
