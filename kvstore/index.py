@@ -1,0 +1,41 @@
+"""What the store knows of each key beside its value: deadlines, use, pins.
+
+One Meta a key, whatever tiers hold it, so a deadline moved by a get holds in all of them. Guarded by the store's lock.
+The cold tier writes Metas down from time to time and gives them back at the next start.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Meta:
+    """One key's life. Times are Unix seconds of the store's clock.
+
+    version: changes when the value is replaced; who works outside the lock compares it before installing a result.
+    exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
+    there is one, else "raw". value_nbytes: bytes of the tensors once decoded.
+    """
+
+    created_at: float
+    expires_at: float
+    ttl_s: float
+    value_nbytes: int
+    sliding: bool = True
+    pinned: bool = False
+    exact: bool = False
+    lossy: bool = False
+    encoding: str = "raw"
+    hits: int = 0
+    last_hit_at: float = 0.0
+    version: int = 0
+
+    def expired(self, now: float) -> bool:
+        """Whether the deadline has passed. A pinned entry does not expire."""
+        return not self.pinned and now >= self.expires_at
+
+    def refresh(self, now: float, ttl_s: float | None = None) -> None:
+        """Move a sliding deadline to now + ttl_s (its own when None)."""
+        if ttl_s is not None:
+            self.ttl_s = ttl_s
+        if self.sliding:
+            self.expires_at = now + self.ttl_s
