@@ -79,7 +79,10 @@ class Mover:
         return replaced
 
     def promote(self, key: Key) -> bool:
-        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays as the clean copy."""
+        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
+
+        True: copied.
+        """
         r = self._r
         with r.lock:
             place = r.lookup(key) if r.live(key) is not None else None

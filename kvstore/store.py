@@ -45,9 +45,7 @@ if TYPE_CHECKING:
 class Store:
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
-    def __init__(
-        self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True
-    ) -> None:
+    def __init__(self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True) -> None:
         self.config = config
         self._framework = framework
         self._device = torch.device(config.hot.device)
@@ -406,7 +404,7 @@ class Store:
         meta.last_hit_at = now
         meta.refresh(now)
         after = self.config.promote_after
-        if tier != "hot" and (after == 1 or (after == 2 and recent)):  # noqa: PLR2004 - the second hit
+        if tier != "hot" and (after == 1 or (after == 2 and recent)):
             self._maintainer.request_promotion(key)
 
     def _fetch(
@@ -479,7 +477,7 @@ class Store:
         return gone
 
     def _tier(self, name: TierName) -> "MemoryTier | Cold":
-        tiers: dict[TierName, "MemoryTier | Cold | None"] = {
+        tiers: dict[TierName, MemoryTier | Cold | None] = {
             "hot": self._r.hot,
             "warm": self._r.warm,
             "cold": self._r.cold,
