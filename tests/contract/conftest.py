@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 
 MIB = 1 << 20
+
+torch.set_num_threads(1)  # as the daemon does: OpenMP barriers cost more than they give on busy machines
 
 
 @dataclass
