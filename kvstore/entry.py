@@ -39,7 +39,7 @@ class TensorSpec:
         return prod(self.shape) * BY_NAME[self.dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedTensor:
     """One tensor as a codec left it.
 
@@ -61,7 +61,7 @@ class EncodedTensor:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """Named tensors under a key, each raw or encoded.
 
