@@ -5,11 +5,22 @@ from collections.abc import Iterable, Mapping
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
 from kvstore.hit import EntryInfo, Fidelity, Held, TensorInfo
+from kvstore.stats import Stats, TierStats
 from kvstored_client._pb import cache_pb2 as pb
 
 TIER_NAMES = {pb.TIER_HOT: "hot", pb.TIER_WARM: "warm", pb.TIER_COLD: "cold"}
 TIERS = {name: number for number, name in TIER_NAMES.items()}
 _FIDELITIES: dict[str, pb.Fidelity] = {"auto": pb.FIDELITY_AUTO, "exact": pb.FIDELITY_EXACT}
+_TIER_COUNTS = (
+    "entries",
+    "used_nbytes",
+    "capacity_nbytes",
+    "hits",
+    "puts",
+    "evictions",
+    "demotions",
+    "promotions",
+)
 PAYLOAD_BYTES_PER_S = 32 << 20
 """The slowest transfer a deadline allows for: a twentieth of what the stream reaches on a busy 2-core machine."""
 
@@ -104,3 +115,31 @@ def read_entry_info(message: pb.EntryInfo) -> EntryInfo:
         ttl_left_s=None if message.pinned else message.ttl_left_s,
         hits=message.hits,
     )
+
+
+def read_stats(reply: pb.StatsReply) -> Stats:
+    """Counters and gauges; the daemon's own (`uptime_s`) among the values."""
+    tiers = {
+        TIER_NAMES[tier.tier]: TierStats(
+            entries=tier.entries,
+            used_nbytes=tier.used_nbytes,
+            capacity_nbytes=tier.capacity_nbytes,
+            hits=tier.hits,
+            puts=tier.puts,
+            evictions=tier.evictions,
+            demotions=tier.demotions,
+            promotions=tier.promotions,
+        )
+        for tier in reply.tiers
+        if tier.tier in TIER_NAMES
+    }
+    return Stats({**reply.values, "uptime_s": reply.uptime_s}, tiers)
+
+
+def stats_message(stats: Stats) -> pb.StatsReply:
+    """The message of `read_stats`, without what only the daemon knows."""
+    tiers = [
+        pb.TierStats(tier=TIERS[name], **{field: getattr(tier, field) for field in _TIER_COUNTS})
+        for name, tier in stats.tiers.items()
+    ]
+    return pb.StatsReply(values=stats.values, tiers=tiers)

@@ -38,6 +38,8 @@ class Receiver:
             frame = parse_frame(message, pb.GetFrame)
             try:
                 self._take(frame)
+            except OutMismatch:
+                raise
             except (DecodeError, IndexError, InvalidEntry) as error:
                 raise BadFrame(str(error)) from None
         if self._entry is not None:
@@ -66,23 +68,32 @@ class Receiver:
 
 
 class _Incoming:
-    """One entry on its way in."""
+    """One entry on its way in: into fresh memory, or into the caller's own tensors."""
 
     def __init__(self, header: pb.GetHeader, framework: str, out: Tensors | None) -> None:
         specs = read_specs(header.tensors)
         nbytes = arrays.check_specs(specs)
         if nbytes != header.nbytes:
             raise BadFrame(f"specs of {nbytes} bytes under a header of {header.nbytes}")
+        if out is not None:
+            check_out(specs, out)
         self.header = header
-        if out is None:
-            self._targets = {name: empty_bytes(spec) for name, spec in specs.items()}
-            self.tensors: Tensors = {
-                name: arrays.from_bytes(spec, self._targets[name], framework) for name, spec in specs.items()
-            }
-        else:
-            self._targets = {name: writable_bytes(name, spec, out) for name, spec in specs.items()}
-            self.tensors = {name: out[name] for name in specs}
-        self._scatter = Scatter(list(self._targets.values()))
+        self._aside: dict[str, Any] = {}
+        targets: list[Bytes] = []
+        tensors: dict[str, Any] = {}
+        for name, spec in specs.items():
+            given = None if out is None else out[name]
+            if given is not None and _is_direct(given):
+                targets.append(arrays.as_bytes(given))
+                tensors[name] = given
+                continue
+            targets.append(np.empty(arrays.check_specs({name: spec}), dtype=np.uint8))
+            fresh = arrays.from_bytes(spec, targets[-1], framework if given is None else "torch")
+            tensors[name] = fresh if given is None else given
+            if given is not None:
+                self._aside[name] = fresh
+        self.tensors: Tensors = tensors
+        self._scatter = Scatter(targets)
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
@@ -90,9 +101,14 @@ class _Incoming:
         self._scatter.write(chunk)
 
     def complete(self, xxh3: int) -> bool:
+        """Whether all bytes came, and are those that were sent. Raises BadFrame for too few."""
         if self._scatter.filled_nbytes != self._scatter.due_nbytes:
             raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
-        return not xxh3 or self._sum.intdigest() == xxh3
+        if xxh3 and self._sum.intdigest() != xxh3:
+            return False
+        for name, fresh in self._aside.items():
+            self.tensors[name].copy_(fresh)
+        return True
 
     def hit(self, key: bytes) -> Hit:
         head = self.header
@@ -100,27 +116,20 @@ class _Incoming:
         return Hit(key, self.tensors, tier, head.encoding, head.lossy, head.age_s)
 
 
-def empty_bytes(spec: TensorInfo) -> Bytes:
-    """Room for a tensor, not cleared."""
-    return np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8)
-
-
 class OutMismatch(InvalidEntry):
-    """The tensors given as `out` are not those of the entry."""
+    """The tensors given as `out` cannot take the entry."""
 
 
-def writable_bytes(name: str, spec: TensorInfo, out: Tensors) -> Bytes:
-    """The bytes of the caller's own tensor, to be written. Raises OutMismatch unless it is just of this spec."""
-    if name not in out:
-        raise OutMismatch(f"out has no tensor {name!r}, the entry has")
-    info = arrays.describe(name, out[name])
-    if info != spec:
-        raise OutMismatch(f"out[{name!r}] is {info.dtype} {info.shape}, the entry has {spec.dtype} {spec.shape}")
-    data = arrays.as_bytes(out[name])
-    if data.size and not (np.shares_memory(data, _memory_of(out[name])) and data.flags.writeable):
-        raise OutMismatch(f"out[{name!r}] must be dense, on the CPU and writable")
-    return data
+def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:
+    """Raise OutMismatch unless `out` holds exactly these tensors, each of them writable."""
+    given = {name: arrays.describe(name, x) for name, x in out.items()}
+    if given != dict(specs):
+        raise OutMismatch(f"out must hold exactly the entry's tensors {dict(specs)}, got {given}")
+    for name, x in out.items():
+        if not arrays.is_torch(x) and not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
+            raise OutMismatch(f"out[{name!r}]: a numpy array must be C-contiguous, writeable and of native byte order")
 
 
-def _memory_of(x: Any) -> Any:
-    return x.detach().view(-1).numpy() if False else x
+def _is_direct(x: Any) -> bool:
+    # What is on another device or strided is filled through a tensor aside.
+    return not arrays.is_torch(x) or bool(x.is_contiguous() and x.device.type == "cpu")

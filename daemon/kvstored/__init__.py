@@ -1,0 +1,1 @@
+"""kvstored: the daemon. gRPC in front of a `kvstore.Store`."""
