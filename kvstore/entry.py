@@ -56,9 +56,7 @@ class EncodedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes counted against a budget: the parts, and what holding them costs."""
-        return sum(
-            part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values()
-        )
+        return sum(part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ Thread rule: hold `lock` for every call here; the cold tier is read and flushed 
 
 import threading
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from kvstore.clock import Clock
 from kvstore.deadlines import Deadlines
@@ -19,8 +20,10 @@ from kvstore.index import Meta
 from kvstore.inflight import InFlight
 from kvstore.stats import Counters, MissCause, TierCounters
 from kvstore.tiers import TierName
-from kvstore.tiers.cold import Cold
 from kvstore.tiers.memory import MemoryTier
+
+if TYPE_CHECKING:
+    from kvstore.tiers.cold import Cold  # lmdb is needed by who has a disk tier, not by a store in memory
 
 
 class Residency:
@@ -31,7 +34,7 @@ class Residency:
         self.clock = clock
         self.hot = hot
         self.warm = warm
-        self.cold: Cold | None = None
+        self.cold: "Cold | None" = None
         self.index: dict[Key, Meta] = {}
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -28,15 +28,18 @@ from kvstore.entry import Entry, Key
 from kvstore.errors import EntryTooLarge, InvalidEntry, TierUnavailable
 from kvstore.hit import FIDELITIES, EntryInfo, Fidelity, Held, Hit, Match, TensorInfo
 from kvstore.index import Meta
+from kvstore.inspection import entries, entry_info, snapshot
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover, leading_first, raw_entry
 from kvstore.prefix import Namespace
 from kvstore.residency import Residency
-from kvstore.stats import MissCause, Stats, TierStats, values_of
+from kvstore.stats import MissCause, Stats
 from kvstore.tiers import TierName
-from kvstore.tiers.cold import Cold
 from kvstore.tiers.memory import MemoryTier
+
+if TYPE_CHECKING:
+    from kvstore.tiers.cold import Cold
 
 
 class Store:
@@ -243,49 +246,17 @@ class Store:
 
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
-        return self._info(Key(check_key(key)), with_tensors=True)
+        return entry_info(self._r, Key(check_key(key)), with_tensors=True)
 
     def entries(
         self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
     ) -> Iterator[EntryInfo]:
         """Entries in order of key; tensors are described only where they are in memory."""
-        with self._r.lock:
-            keys = sorted(key for key in self._r.index if key.startswith(key_prefix))
-        found = 0
-        for key in keys:
-            if limit is not None and found >= limit:
-                return
-            info = self._info(key, with_tensors=False)
-            if info is not None and (tier is None or tier in info.tiers):
-                found += 1
-                yield info
+        return entries(self._r, tier=tier, key_prefix=key_prefix, limit=limit)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        r = self._r
-        with r.lock:
-            tiers: dict[str, TierStats] = {}
-            for held in (r.hot, r.warm, r.cold):
-                if held is not None:
-                    c = r.counters.tiers[held.name]
-                    tiers[held.name] = TierStats(
-                        entries=len(held),
-                        used_nbytes=held.used_nbytes,
-                        capacity_nbytes=held.capacity_nbytes,
-                        hits=c.hits,
-                        puts=c.puts,
-                        evictions=c.evictions,
-                        demotions=c.demotions,
-                        promotions=c.promotions,
-                    )
-            gauges: dict[str, float] = {
-                "entries": len(r.index),
-                "pinned": sum(meta.pinned for meta in r.index.values()),
-                "in_transit": len(r.transit),
-            }
-            if r.cold is not None:
-                gauges.update(r.cold.gauges())
-            return Stats(values_of(r.counters, gauges), tiers)
+        return snapshot(self._r)
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -324,6 +295,8 @@ class Store:
         self.close()
 
     def _open_cold(self, path: Path) -> None:
+        from kvstore.tiers.cold import Cold
+
         r = self._r
         r.cold = Cold.open(
             path,
@@ -477,12 +450,13 @@ class Store:
         held = {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
         if given != held:
             raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
-        tensors = self._mover.decode(entry)
-        for name, x in tensors.items():
-            if arrays.is_torch(out[name]):
-                out[name].copy_(x)
-            else:
-                out[name][...] = _to_numpy(x)
+        # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
+        direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
+        if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
+            self._mover.decode(entry, direct)
+        else:
+            for name, x in self._mover.decode(entry).items():
+                direct[name].copy_(x)
         return dict(out)
 
     def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
@@ -504,8 +478,8 @@ class Store:
             r.cold.flush()
         return gone
 
-    def _tier(self, name: TierName) -> MemoryTier | Cold:
-        tiers: dict[TierName, MemoryTier | Cold | None] = {
+    def _tier(self, name: TierName) -> "MemoryTier | Cold":
+        tiers: dict[TierName, "MemoryTier | Cold | None"] = {
             "hot": self._r.hot,
             "warm": self._r.warm,
             "cold": self._r.cold,
@@ -514,43 +488,6 @@ class Store:
         assert tier is not None
         return tier
 
-    def _info(self, key: Key, *, with_tensors: bool) -> EntryInfo | None:
-        r = self._r
-        with r.lock:
-            meta = r.live(key)
-            if meta is None:
-                return None
-            now = r.clock.now()
-            place = r.lookup(key)
-            tiers = r.tiers_of(key)
-            moving = r.transit.get(key)
-            sizes = []
-            for name in tiers:
-                held = r.cold.nbytes_of(key) if name == "cold" and r.cold is not None else None
-                if name != "cold":
-                    entry = (r.hot if name == "hot" else r.warm).get(key) or (moving[1] if moving else None)
-                    held = entry.nbytes if entry is not None else 0
-                sizes.append(held or 0)
-        entry = place[1] if place is not None else None
-        if entry is None and with_tensors and r.cold is not None:
-            specs = r.cold.specs_of(key)
-        else:
-            specs = {n: t.spec for n, t in entry.tensors.items()} if entry is not None else {}
-        return EntryInfo(
-            key=key,
-            tiers=tuple(tiers),
-            tier_nbytes=tuple(sizes),
-            tensors={name: TensorInfo(spec.dtype, spec.shape) for name, spec in (specs or {}).items()},
-            encoding=entry.encoding if entry is not None else meta.encoding,
-            lossy=entry.lossy if entry is not None else meta.lossy,
-            fidelity="exact" if meta.exact else "auto",
-            pinned=meta.pinned,
-            value_nbytes=meta.value_nbytes,
-            age_s=now - meta.created_at,
-            ttl_left_s=None if meta.pinned else meta.expires_at - now,
-            hits=meta.hits,
-        )
-
 
 def identity_of(fields: Mapping[str, Any]) -> Identity:
     """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
@@ -558,6 +495,13 @@ def identity_of(fields: Mapping[str, Any]) -> Identity:
         return Identity(**fields)
     except TypeError as error:
         raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
+
+
+def _as_torch(x: Any) -> torch.Tensor:
+    """A tensor over the memory of a numpy array. Raises InvalidEntry where they cannot share it."""
+    if not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
+        raise InvalidEntry("out: a numpy array must be C-contiguous, writeable and of native byte order")
+    return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
 
 
 def _to_numpy(x: torch.Tensor) -> Any:

@@ -1,1 +1,1 @@
-"""kvstored: the daemon. gRPC in front of a `kvstore.Store`."""
+"""kvstored: the daemon and its command line. Importing it imports nothing heavy: the CLI starts from here."""
