@@ -15,7 +15,7 @@ def default_address(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """The service manager's choice, /run for root, the login session's, else one per user under the temporary directory."""
+    """The service manager's choice, /run for root, the session's, else one per user in the temporary directory."""
     given = environ.get("RUNTIME_DIRECTORY")
     if given:
         return Path(given.split(":")[0])

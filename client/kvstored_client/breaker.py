@@ -40,10 +40,11 @@ class Breaker:
             return True
         with self._lock:
             now = self._clock()
-            if self._open_until is None:
-                return True
-            if now < self._open_until or now < self._probe_until:
+            # Closed by another thread since: `None or 0.0` is long past.
+            if now < (self._open_until or 0.0) or now < self._probe_until:
                 return False
+            if self._failures == 0:
+                return True
             self._probe_until = now + probe_s
             return True
 

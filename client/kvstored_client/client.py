@@ -123,8 +123,8 @@ class Client:
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key; None on a miss.
 
-        out: tensors to fill, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit. After a
-        miss their contents are undefined.
+        out: tensors to fill, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
+        After a miss their contents are undefined.
         """
         hits = self._receive([check_key(key)], leading=False, out=out)
         return hits[0] if hits else None
@@ -153,7 +153,9 @@ class Client:
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
         request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).wire_ttl_s)
-        return self._data(lambda: self._noted(self._transport.unary(CACHE + "Touch", request, pb.TouchReply)).touched, 0)
+        return self._data(
+            lambda: self._noted(self._transport.unary(CACHE + "Touch", request, pb.TouchReply)).touched, 0
+        )
 
     def delete(self, *keys: bytes) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held."""
@@ -232,11 +234,9 @@ class Client:
         else:
             frames = (frame for entry in batch for frame in entry.frames())
             data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
-        return self._noted(pb.PutReply.FromString(data)).stored
+        return int(self._noted(pb.PutReply.FromString(data)).stored)
 
-    def _receive(
-        self, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None
-    ) -> list[Hit | None]:
+    def _receive(self, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None) -> list[Hit | None]:
         receiver = Receiver(keys, arrays.resolve_framework(self._framework), out)
         if not keys:
             return receiver.hits

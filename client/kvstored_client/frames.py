@@ -7,6 +7,7 @@ Holds no state but a cursor; one Gather or Scatter belongs to one thread at a ti
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
@@ -59,9 +60,7 @@ def _parse_unusual(data: bytes, kind: type[pb.PutFrame | pb.GetFrame]) -> Frame:
     except DecodeError as error:
         raise BadFrame(f"not a frame: {error}") from None
     found = {field.name: value for field, value in frame.ListFields()}
-    parts = {
-        name: memoryview(found[name].SerializeToString()) for name in ("header", "end", "miss") if name in found
-    }
+    parts = {name: memoryview(found[name].SerializeToString()) for name in ("header", "end", "miss") if name in found}
     return Frame(chunk=memoryview(frame.chunk), **parts)
 
 
@@ -109,7 +108,7 @@ class Gather:
     """Reads a run of arrays as if they were one: pieces of at most a chunk, without copying."""
 
     def __init__(self, arrays: Sequence[Bytes]) -> None:
-        self._views = [memoryview(array) for array in arrays if array.size]
+        self._views = [array.data for array in arrays if array.size]
         self.nbytes = sum(len(view) for view in self._views)
 
     def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[list[memoryview]]:

@@ -55,7 +55,7 @@ def fidelity_number(fidelity: str) -> pb.Fidelity:
 
 
 def fidelity_name(number: int) -> Fidelity:
-    """"auto" or "exact" of the enum value. Raises InvalidEntry."""
+    """The name, "auto" or "exact", of the enum value. Raises InvalidEntry."""
     if number not in (pb.FIDELITY_AUTO, pb.FIDELITY_EXACT):
         raise InvalidEntry(f"unknown fidelity {number}")
     return "exact" if number == pb.FIDELITY_EXACT else "auto"

@@ -27,7 +27,7 @@ class PutOptions:
 
     def __post_init__(self) -> None:
         ttl = self.ttl_s
-        if ttl is not None and not (isinstance(ttl, int | float) and math.isfinite(ttl) and ttl > 0):
+        if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
             raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
         fidelity_number(self.fidelity)
 
@@ -62,7 +62,7 @@ class Outgoing:
 
     def frames(self) -> Iterator[bytes]:
         """The entry's frames in order."""
-        # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch at once.
+        # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
         payload = Gather([arrays.as_bytes(x) for x in self._tensors.values()])
         return cut_frames(self._header, payload)
 

@@ -61,21 +61,22 @@ _BY_CODE: dict[grpc.StatusCode, type[KvstoreError]] = {
     grpc.StatusCode.DATA_LOSS: errors.RecordCorrupt,
 }
 
-Reply = TypeVar("Reply", covariant=True)
+Reply = TypeVar("Reply")
+Reply_co = TypeVar("Reply_co", covariant=True)
 
 
 class Request(Protocol):
     """A protobuf message to send."""
 
-    def SerializeToString(self) -> bytes:
+    def SerializeToString(self) -> bytes:  # noqa: N802 - protobuf's name
         """Its bytes."""
         ...
 
 
-class ReplyType(Protocol[Reply]):
+class ReplyType(Protocol[Reply_co]):
     """A protobuf message class to receive."""
 
-    def FromString(self, data: bytes, /) -> Reply:
+    def FromString(self, data: bytes, /) -> Reply_co:  # noqa: N802 - protobuf's name
         """The message of these bytes."""
         ...
 
@@ -127,7 +128,7 @@ class Transport:
         return reply.FromString(self._attempt(lambda: method(request.SerializeToString(), timeout=self.timeout_s)))
 
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
-        """A put that is a single frame. On the wire this is the stream of one message; it saves gRPC's sender thread."""
+        """A put of a single frame: on the wire the stream of one message, without gRPC's thread for sending."""
         method = self._method("unary_unary", path)
         return self._attempt(lambda: bytes(method(frame, timeout=self._deadline_s(nbytes))))
 

@@ -1,7 +1,7 @@
 """Ends calls that make no progress: the deadline of a stream whose length is not known when it starts.
 
-gRPC fixes a call's deadline at its start; a get learns from the reply how many bytes will come. So each watched call has
-a due time of its own, which every frame moves on, and one thread cancels what is overdue. Thread-safe.
+gRPC fixes a call's deadline at its start; a get learns from the reply how many bytes will come. So each watched call
+has a due time of its own, which every frame moves on, and one thread cancels what is overdue. Thread-safe.
 """
 
 import threading

@@ -56,7 +56,7 @@ def answering(handler: Handler) -> Handler:
         except Exception:
             logger.exception("call failed method=%s", handler.__name__)
             refusal = KvstoreError("internal error, see the daemon's log")
-        await refuse(context, refusal)
+        return await refuse(context, refusal)
 
     return answer
 
@@ -86,15 +86,14 @@ class _Service:
 class CacheService(_Service):
     """Tensors under keys."""
 
-    def __init__(
-        self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float
-    ) -> None:
+    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float) -> None:
         super().__init__(store, threads, boot_epoch)
         self._budget = budget
         self._silence_s = silence_s
 
     @answering
     async def put(self, _: bytes, context: Context) -> bytes:
+        """Frames in, checked one by one; whole entries go to the store in groups."""
         stream = PutStream(self._store.config.entry_max_nbytes, self._budget)
         stored = 0
         keys: list[bytes] = []
@@ -117,9 +116,7 @@ class CacheService(_Service):
             async with asyncio.timeout(self._silence_s):
                 return await context.read()
         except TimeoutError:
-            raise InvalidEntry(
-                f"no frame for {self._silence_s} s (server.silence_s); {stream.progress}"
-            ) from None
+            raise InvalidEntry(f"no frame for {self._silence_s} s (server.silence_s); {stream.progress}") from None
 
     async def _store_ready(self, stream: PutStream) -> int:
         ready, stream.ready = stream.ready, []
@@ -130,6 +127,7 @@ class CacheService(_Service):
 
     @answering
     async def get(self, request: bytes, context: Context) -> None:
+        """Leases out of the store, a lot at a time, cut into frames."""
         asked = pb.GetRequest.FromString(request)
         reading = Reading(self._store, self._budget, check_keys(asked.keys), leading=asked.leading)
         try:
@@ -155,6 +153,7 @@ class CacheService(_Service):
 
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:
+        """Leading keys held, or each key's place."""
         asked = pb.MatchRequest.FromString(request)
         keys = check_keys(asked.keys)
         if asked.every:
@@ -165,18 +164,21 @@ class CacheService(_Service):
 
     @answering
     async def touch(self, request: bytes, _: Context) -> bytes:
+        """Count as use."""
         asked = pb.TouchRequest.FromString(request)
         touched = await self._run(partial(self._store.touch, check_keys(asked.keys), ttl_s=asked.ttl_s or None))
         return pb.TouchReply(touched=touched, boot_epoch=self._epoch).SerializeToString()
 
     @answering
     async def delete(self, request: bytes, _: Context) -> bytes:
+        """Forget keys."""
         asked = pb.DeleteRequest.FromString(request)
         deleted = await self._run(self._store.delete, *check_keys(asked.keys))
         return pb.DeleteReply(deleted=deleted, boot_epoch=self._epoch).SerializeToString()
 
     @answering
     async def pin(self, request: bytes, _: Context) -> bytes:
+        """Pin or let go."""
         asked = pb.PinRequest.FromString(request)
         verb = self._store.pin if asked.pinned else self._store.unpin
         changed = await self._run(verb, *check_keys(asked.keys))
@@ -201,9 +203,7 @@ class CacheService(_Service):
 class AdminService(_Service):
     """What an operator does."""
 
-    def __init__(
-        self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, version: str
-    ) -> None:
+    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, version: str) -> None:
         super().__init__(store, threads, boot_epoch)
         self._budget = budget
         self._version = version
@@ -211,6 +211,7 @@ class AdminService(_Service):
 
     @answering
     async def stats(self, request: bytes, _: Context) -> bytes:
+        """Counters and gauges, the daemon's own among them."""
         pb.StatsRequest.FromString(request)
         reply = stats_message(await self._run(self._store.stats))
         reply.values["in_flight_nbytes"] = self._budget.used_nbytes
@@ -222,6 +223,7 @@ class AdminService(_Service):
 
     @answering
     async def list(self, request: bytes, context: Context) -> None:
+        """Entries in order of key."""
         asked = pb.ListRequest.FromString(request)
         if asked.tier and asked.tier not in TIER_NAMES:
             raise InvalidEntry(f"unknown tier {asked.tier}")
@@ -233,22 +235,26 @@ class AdminService(_Service):
 
     @answering
     async def inspect(self, request: bytes, _: Context) -> bytes:
+        """One entry."""
         key = check_key(pb.InspectRequest.FromString(request).key)
         info = await self._run(self._store.inspect, key)
         return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
 
     @answering
     async def evict(self, request: bytes, _: Context) -> bytes:
+        """Forget keys, counted as evictions."""
         keys = check_keys(pb.EvictRequest.FromString(request).keys)
         return pb.EvictReply(evicted=await self._run(self._store.evict, *keys)).SerializeToString()
 
     @answering
     async def demote(self, request: bytes, _: Context) -> bytes:
+        """One tier down."""
         keys = check_keys(pb.DemoteRequest.FromString(request).keys)
         return pb.MoveReply(moved=await self._run(self._store.demote, *keys)).SerializeToString()
 
     @answering
     async def promote(self, request: bytes, _: Context) -> bytes:
+        """Copy to hot."""
         keys = check_keys(pb.PromoteRequest.FromString(request).keys)
         return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
 

@@ -1,7 +1,7 @@
 """The daemon's settings: defaults, then the TOML file, then `KVSTORED_*` in the environment, then the command line.
 
-Read once, checked, frozen. The tables of the file are [server] (here) and [store] (`kvstore.config`). In the environment
-two underscores stand for a dot: KVSTORED_STORE__HOT__CAPACITY_NBYTES=4GiB.
+Read once, checked, frozen. The tables of the file are [server] (here) and [store] (`kvstore.config`). In the
+environment two underscores stand for a dot: KVSTORED_STORE__HOT__CAPACITY_NBYTES=4GiB.
 """
 
 import os
@@ -120,7 +120,7 @@ def _overlay(table: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Lay KVSTORED_TABLE__KEY variables over the file's tables. Other KVSTORED_ variables are not settings."""
     for name, value in environ.items():
         path = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-        if not name.startswith(ENVIRONMENT_PREFIX) or len(path) < 2:  # noqa: PLR2004 - a table and a key
+        if not name.startswith(ENVIRONMENT_PREFIX) or len(path) < 2:
             continue
         at = table
         for step in path[:-1]:

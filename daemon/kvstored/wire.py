@@ -1,7 +1,7 @@
 """Between messages and the engine: entries on their way in and out, checked before anything is allocated.
 
-`Incoming` takes the frames of a Put apart into tensors; `Reading` takes hits out of the store for a Get, a bounded lot at
-a time. Neither knows gRPC, so another door can use the same two. Each belongs to one call.
+`PutStream` turns the frames of a Put into tensors; `Reading` takes hits out of the store for a Get, a bounded lot at a
+time. Neither knows gRPC, so another door can use the same two. Each belongs to one call.
 """
 
 import math
@@ -78,7 +78,9 @@ class Incoming:
         if self._scatter.filled_nbytes != self.nbytes:
             raise BadFrame(self.progress)
         if xxh3 and xxh3 != self._sum.intdigest():
-            raise BadFrame(f"checksum {self._sum.intdigest():016x} of the bytes received is not the sender's {xxh3:016x}")
+            raise BadFrame(
+                f"checksum {self._sum.intdigest():016x} of the bytes received is not the sender's {xxh3:016x}"
+            )
 
     @property
     def progress(self) -> str:
