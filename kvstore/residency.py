@@ -59,6 +59,11 @@ class Residency:
             found.append("cold")
         return found
 
+    def peek(self, key: Key) -> Meta | None:
+        """The Meta of a key that is held and has not expired. Leaves an expired one to be found, and counted, by a get."""
+        meta = self.index.get(key)
+        return None if meta is None or meta.expired(self.clock.now()) else meta
+
     def live(self, key: Key) -> Meta | None:
         """The Meta of a key that is held and has not expired; an expired one is forgotten here and now."""
         meta = self.index.get(key)

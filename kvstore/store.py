@@ -460,7 +460,7 @@ class Store:
     def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
         with self._r.lock:
             for key in map(Key, keys):
-                meta = self._r.live(key)
+                meta = self._r.peek(key)
                 place = self._r.lookup(key) if meta is not None else None
                 yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
 
