@@ -60,7 +60,7 @@ class Residency:
         return found
 
     def peek(self, key: Key) -> Meta | None:
-        """The Meta of a key that is held and has not expired. Leaves an expired one to be found, and counted, by a get."""
+        """The Meta of a key that is held and not expired. An expired one is left for a get to find and count."""
         meta = self.index.get(key)
         return None if meta is None or meta.expired(self.clock.now()) else meta
 
