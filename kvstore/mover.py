@@ -21,7 +21,6 @@ from kvstore.residency import Residency
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
 
-
 _RAM = torch.device("cpu")
 
 
@@ -146,8 +145,7 @@ class Mover:
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of an entry on the hot device, in fresh memory or into `out`."""
         start = time.perf_counter()
-        there = entry.to(self._device) if out is None else entry
-        tensors = decode_entry(there, out)
+        tensors = decode_entry(entry.to(self._device), out)
         if entry.encoding != "raw":
             with self._r.lock:
                 self._r.counters.decodes += 1

@@ -48,7 +48,8 @@ class Store:
     def __init__(self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True) -> None:
         self.config = config
         self._framework = framework
-        self._device = torch.device(config.hot.device)
+        # "cuda" alone is not equal to the "cuda:0" that its tensors report.
+        self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         pins = config.pin_max_fraction
         self._r = r = Residency(
             clock,
