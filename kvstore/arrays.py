@@ -49,7 +49,7 @@ def is_torch(x: object) -> bool:
 
 
 def resolve_framework(framework: str) -> str:
-    """ "torch" or "numpy" for a `Framework`."""
+    """A `Framework` made definite: "torch" or "numpy"."""
     if framework == "auto":
         return "torch" if _torch() is not None else "numpy"
     if framework not in ("torch", "numpy"):

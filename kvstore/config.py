@@ -105,7 +105,7 @@ class StoreConfig:
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: object, low: float, high: float) -> None:
     """Raise ConfigError, with the value and the limits, unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(f"{name} must be from {low} to {high}, got {value!r}")
@@ -142,17 +142,14 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if str in options and isinstance(value, str):
         return value
     for kind in (int, float):
-        if kind not in options or isinstance(value, bool):
-            continue
-        try:
-            return kind(value) if isinstance(value, str) or kind is float or isinstance(value, int) else _refuse(name, value)
-        except (TypeError, ValueError):
-            break
-    return _refuse(name, value, options)
-
-
-def _refuse(name: str, value: Any, options: tuple[Any, ...] = ()) -> Any:
-    kinds = " or ".join(getattr(o, "__name__", str(o)) for o in options) or "a whole number"
+        # TOML knows numbers; the environment knows text. 1.5 is no whole number, true is no number.
+        fits = isinstance(value, str | int | kind) and not isinstance(value, bool)
+        if kind in options and fits:
+            try:
+                return kind(value)
+            except ValueError:
+                break
+    kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise ConfigError(f"{name} must be {kinds}, got {value!r}")
 
 

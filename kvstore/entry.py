@@ -39,7 +39,7 @@ class TensorSpec:
         return prod(self.shape) * BY_NAME[self.dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedTensor:
     """One tensor as a codec left it.
 
@@ -56,12 +56,10 @@ class EncodedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes counted against a budget: the parts, and what holding them costs."""
-        return sum(
-            part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values()
-        )
+        return sum(part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """Named tensors under a key, each raw or encoded.
 

@@ -5,7 +5,7 @@ Holds no torch: a light client imports it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Fidelity = Literal["auto", "exact"]
 FIDELITIES: tuple[Fidelity, ...] = ("auto", "exact")
@@ -40,7 +40,7 @@ class Match(int):
 
     held: tuple[Held, ...]
 
-    def __new__(cls, held: tuple[Held, ...]) -> "Match":
+    def __new__(cls, held: tuple[Held, ...]) -> Self:
         """A match of `len(held)` leading keys."""
         match = super().__new__(cls, len(held))
         match.held = held

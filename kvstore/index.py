@@ -11,7 +11,6 @@ from dataclasses import dataclass
 class Meta:
     """One key's life. Times are Unix seconds of the store's clock.
 
-    version: changes when the value is replaced; who works outside the lock compares it before installing a result.
     exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
     there is one, else "raw". value_nbytes: bytes of the tensors once decoded.
     """
@@ -27,7 +26,6 @@ class Meta:
     encoding: str = "raw"
     hits: int = 0
     last_hit_at: float = 0.0
-    version: int = 0
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""

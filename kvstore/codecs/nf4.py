@@ -1,0 +1,150 @@
+"""NF4: packed 4-bit codes in blocks of 64 with double-quantized scales, 4.13 bits a value.
+
+Bit-compatible with bitsandbytes 0.50 on the CPU: same packed bytes, same scales, same decoded bits.
+Invariant: a record or an entry in memory holds codes and scales only; the constant tables
+(`quant_map`, `nested_quant_map`, 1.1 KB a tensor) are added by `bitsandbytes_tensors` for an export.
+Pure, any thread. Leaves out: which tensors may be touched (`codecs.encode_entry`) and the arithmetic
+itself (`blocks`; `kvstore.kernels` repeats it faster).
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from kvstore.codecs import blocks
+from kvstore.codecs.tables import table
+from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
+from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.errors import CodecError
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Double-quantized scales: codes uint8 (b,), nested float32 (ceil(b/256),), offset their mean."""
+
+    codes: torch.Tensor
+    nested: torch.Tensor
+    offset: float
+
+
+class NF4:
+    """NF4 exactly as bitsandbytes packs it; for any tensor of a KV dtype."""
+
+    name = "nf4"
+    lossy = True
+
+    def encode(self, name: str, x: torch.Tensor) -> EncodedTensor:
+        """Encode one tensor of finite values.
+
+        x: float32, float16 or bfloat16, any shape and device, at least one value. Parts: "" uint8
+        ((n+1)//2,), "absmax" uint8 (ceil(n/64),), "nested_absmax" float32 (ceil(ceil(n/64)/256),).
+        Raises CodecError for another dtype, and where a value or a decoded scale is not finite.
+        """
+        del name
+        spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
+            raise CodecError(f"nf4 holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
+        codes, absmax = blocks.quantize(x.detach().reshape(-1))
+        scales = Scales(*blocks.quantize_scales(absmax))
+        _refuse_overflow(scales, x.dtype)
+        attrs: dict[str, object] = {
+            "blocksize": blocks.BLOCK,
+            "nested_blocksize": blocks.NESTED_BLOCK,
+            "nested_offset": scales.offset,
+        }
+        return EncodedTensor(
+            spec, self.name, {"": codes, "absmax": scales.codes, "nested_absmax": scales.nested}, attrs
+        )
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+
+        Raises CodecError when parts, attributes and spec do not belong together.
+        """
+        scales = _checked(encoded)
+        codes = encoded.parts[""]
+        out = prepared_out(encoded.spec, codes.device, out)
+        absmax = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset)
+        blocks.dequantize(codes, absmax, out.view(-1))
+        return out
+
+
+def _refuse_overflow(scales: Scales, dtype: torch.dtype) -> None:
+    """Raise where the largest scale, once decoded, would turn finite values into infinities.
+
+    NaN and Inf in the input reach a scale, so this is also the check that all values were finite.
+    """
+    largest = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset).abs().max()
+    if not bool(torch.isfinite(largest.to(dtype))):
+        raise CodecError(f"nf4 cannot hold values whose scale is {float(largest)} in {dtype}; keep them raw")
+
+
+def _checked(encoded: EncodedTensor) -> Scales:
+    """The scales of an NF4 tensor after every length, type and attribute was checked against its spec."""
+    spec, attrs = encoded.spec, encoded.attrs
+    if spec.dtype not in LOSSY_ALLOWED:
+        raise CodecError(f"nf4 decodes to {sorted(LOSSY_ALLOWED)}, not {spec.dtype}")
+    if attrs.get("blocksize") != blocks.BLOCK or attrs.get("nested_blocksize") != blocks.NESTED_BLOCK:
+        raise CodecError(f"nf4 has blocks of {blocks.BLOCK} and {blocks.NESTED_BLOCK}, not {dict(attrs)}")
+    offset = attrs.get("nested_offset")
+    if isinstance(offset, bool) or not isinstance(offset, int | float):
+        raise CodecError(f"nf4 needs a number nested_offset, not {offset!r}")
+    n = prod(spec.shape)
+    b = (n + blocks.BLOCK - 1) // blocks.BLOCK
+    require_part(encoded, "", torch.uint8, (n + 1) // 2)
+    codes = require_part(encoded, "absmax", torch.uint8, b)
+    nested = require_part(encoded, "nested_absmax", torch.float32, (b + blocks.NESTED_BLOCK - 1) // blocks.NESTED_BLOCK)
+    return Scales(codes, nested, float(offset))
+
+
+def require_part(encoded: EncodedTensor, suffix: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """A part, flat and contiguous, of exactly this type and length; CodecError otherwise."""
+    part = encoded.parts.get(suffix)
+    if part is None or part.dtype != dtype or part.numel() != numel or not part.is_contiguous():
+        found = "nothing" if part is None else f"{part.dtype} {tuple(part.shape)}"
+        raise CodecError(f"{encoded.encoding} part {suffix!r}: {found}, expected {dtype} ({numel},)")
+    return part.view(-1)
+
+
+def prepared_out(spec: TensorSpec, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:
+    """Where a decoded tensor goes: `out` when it fits the spec, fresh memory when None; else CodecError."""
+    if spec.dtype not in BY_NAME:
+        raise CodecError(f"unknown dtype {spec.dtype!r}")
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if out is None:
+        return torch.empty(spec.shape, dtype=dtype, device=device)
+    if out.dtype != dtype or tuple(out.shape) != spec.shape or out.device != device or not out.is_contiguous():
+        raise CodecError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected contiguous {spec} on {device}"
+        )
+    return out
+
+
+def bitsandbytes_tensors(name: str, encoded: EncodedTensor) -> dict[str, torch.Tensor]:
+    """The tensors of an NF4 tensor under the safetensors keys of bitsandbytes and transformers.
+
+    name: the tensor's name in the file. Returns `name`, `name.absmax`, `name.quant_map`,
+    `name.nested_absmax`, `name.nested_quant_map` and `name.quant_state.bitsandbytes__nf4` (UTF-8 JSON
+    in uint8), which `bitsandbytes.functional.QuantState.from_dict` reads. Source: bitsandbytes 0.50.
+    """
+    scales = _checked(encoded)
+    cpu = torch.device("cpu")
+    state = {
+        "quant_type": "nf4",
+        "blocksize": blocks.BLOCK,
+        "dtype": encoded.spec.dtype,
+        "shape": list(encoded.spec.shape),
+        "nested_blocksize": blocks.NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": scales.offset,
+    }
+    return {
+        name: encoded.parts[""].view(-1, 1),
+        f"{name}.absmax": scales.codes,
+        f"{name}.quant_map": table("code", cpu).clone(),
+        f"{name}.nested_absmax": scales.nested,
+        f"{name}.nested_quant_map": table("scale_map", cpu).clone(),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }

@@ -1,0 +1,267 @@
+"""Moves entries between tiers: admit into hot, sink to the tier below, promote a copy back up.
+
+A put finds room or makes it: what it displaces sinks one tier, which may displace again, down to the last tier, where
+displacing means forgetting. One entry moves at a time (`_moving`), so memory exceeds the budgets by no more than the
+entry that comes in and the one on its way. Encoding, decoding and the disk run outside the residency lock; whatever
+was looked up before is checked again under the lock before a result is installed.
+Lock order: `_moving`, then `residency.lock`, then a tier's own.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from kvstore.codecs import Codec, decode_entry, encode_entry
+from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.errors import OverQuota
+from kvstore.index import Meta
+from kvstore.residency import Residency
+from kvstore.tiers import TierName
+from kvstore.tiers.memory import MemoryTier
+
+
+def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
+    """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
+    encoded = {
+        name: EncodedTensor(TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x})
+        for name, x in tensors.items()
+    }
+    return Entry(key, encoded, lossy=lossy)
+
+
+class Mover:
+    """The only one who moves entries. Any thread may call; movements queue up."""
+
+    def __init__(self, residency: Residency, codec: Codec, device: torch.device) -> None:
+        self._r = residency
+        self._codec = codec
+        self._device = device
+        self._moving = threading.Lock()
+
+    def admit(self, entry: Entry, meta: Meta) -> bool:
+        """Hold a new value in hot, or below when hot can never hold it. True: it replaced a record on disk.
+
+        Raises OverQuota when no tier can hold it.
+        """
+        r = self._r
+        replaced = False
+
+        def install() -> bool:
+            nonlocal replaced
+            replaced = r.in_cold(entry.key)
+            r.forget(entry.key)
+            r.index[entry.key] = meta
+            r.deadlines.watch(entry.key, meta.expires_at)
+            r.counters.tiers["hot"].puts += 1
+            return True
+
+        with r.lock:
+            if r.hot.used_nbytes + entry.nbytes <= r.hot.capacity_nbytes:
+                install()
+                r.hot.put(entry)
+                return replaced
+        with self._moving:
+            if r.hot.admits(entry.nbytes):
+                self._place(r.hot, entry, install)
+                return replaced
+            with r.lock:
+                install()
+                r.transit[entry.key] = ("hot", entry)
+            self._sink("hot", entry)
+        with r.lock:
+            if entry.key not in r.index:
+                raise OverQuota(
+                    f"an entry of {entry.nbytes} bytes fits no tier: hot has {r.hot.capacity_nbytes} bytes, "
+                    f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
+                )
+        return replaced
+
+    def promote(self, key: Key) -> bool:
+        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
+
+        True: copied.
+        """
+        r = self._r
+        with r.lock:
+            place = r.lookup(key) if r.live(key) is not None else None
+            if place is None or place[0] == "hot" or (flight := r.flights.start(key)) is None:
+                return False
+        try:
+            entry = place[1] if place[1] is not None else self._read_cold(key)
+            if entry is None:
+                return False
+            copy = raw_entry(key, self.decode(entry), lossy=entry.lossy)
+
+            def wanted() -> bool:
+                # The clean copy must still be there: a promoted copy may not be the only form left.
+                return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
+
+            with self._moving:
+                if not r.hot.admits(copy.nbytes) or not self._place(r.hot, copy, wanted):
+                    return False
+            with r.lock:
+                r.counters.tiers["hot"].promotions += 1
+            return True
+        finally:
+            with r.lock:
+                r.flights.finish(flight)
+
+    def demote(self, key: Key) -> bool:
+        """Move a key one tier down. False: not held, pinned, in the last tier, or nothing below could hold it."""
+        r = self._r
+        with self._moving:
+            with r.lock:
+                meta = r.live(key)
+                tier = next((t for t in (r.hot, r.warm) if key in t), None)
+                if meta is None or tier is None or meta.pinned or not self._has_below(tier, key, meta):
+                    return False
+                entry = tier.get(key)
+                assert entry is not None
+                tier.remove(key)
+                r.transit[key] = (tier.name, entry)
+            self._sink(tier.name, entry)
+            return True
+
+    def drain(self) -> int:
+        """Write to cold whatever is only in memory, least recently used first. Returns entries written."""
+        r = self._r
+        if r.cold is None:
+            return 0
+        written = 0
+        with self._moving:
+            with r.lock:
+                warm, hot = list(r.warm.keys()), list(r.hot.keys())
+            for tier, keys in ((r.warm, warm), (r.hot, hot)):
+                written += sum(self._copy_to_cold(tier, key) for key in keys)
+            with r.lock:
+                r.cold.touch(hot)
+        r.cold.flush()
+        return written
+
+    def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of an entry on the hot device, in fresh memory or into `out`."""
+        start = time.perf_counter()
+        tensors = {name: x.to(self._device) for name, x in decode_entry(entry, out).items()}
+        if entry.encoding != "raw":
+            with self._r.lock:
+                self._r.counters.decodes += 1
+                self._r.counters.decode_s += time.perf_counter() - start
+        return tensors
+
+    def _read_cold(self, key: Key) -> Entry | None:
+        return self._r.cold.get(key) if self._r.cold is not None else None
+
+    def _place(self, tier: MemoryTier, entry: Entry, wanted: Callable[[], bool]) -> bool:
+        """Make room, one displaced entry at a time, and put. `wanted` is asked under the lock just before the put."""
+        r = self._r
+        while True:
+            with r.lock:
+                victim = tier.displace(entry.nbytes)
+                if victim is None:
+                    # Asking may take out an older value of the key, so only now: until here that value is still served.
+                    if not wanted():
+                        return False
+                    tier.put(entry)
+                    return True
+                r.transit[victim.key] = (tier.name, victim)
+            self._sink(tier.name, victim)
+
+    def _sink(self, left: TierName, entry: Entry) -> None:
+        """Bring an entry in transit, which left the tier `left`, to the first tier below that takes it."""
+        r = self._r
+        item = (left, entry)
+        with r.lock:
+            meta = r.index.get(entry.key)
+            if meta is None or r.transit.get(entry.key) != item:
+                return
+            if meta.expired(r.clock.now()):
+                r.forget(entry.key)
+                r.counters.expirations += 1
+                return
+            if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
+                self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
+                return
+        below = self._encode(entry) if left == "hot" and not meta.exact else entry
+        if left == "hot" and below.lossy and r.warm.admits(below.nbytes):
+
+            def wanted() -> bool:
+                if r.transit.get(entry.key) != item:
+                    return False
+                self._arrived(entry.key, left, below)
+                return True
+
+            self._place(r.warm, below, wanted)
+            return
+        self._sink_to_cold(item, below)
+
+    def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
+        r = self._r
+        left, entry = item
+        if r.cold is not None and r.cold.admits(below.nbytes):
+            r.cold.displace(below.nbytes)
+            with r.lock:
+                if r.transit.get(entry.key) == item:
+                    self._arrived(entry.key, left, below)
+                    r.cold.put(below)
+                    r.counters.tiers["cold"].puts += 1
+            return
+        with r.lock:
+            if r.transit.get(entry.key) == item:
+                del r.transit[entry.key]
+                r.counters.tiers[left].evictions += 1
+                r.lost_clean_copy(entry.key)
+                r.forget_if_gone(entry.key)
+
+    def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
+        """An entry left transit for the tier below, as `below` where it changed."""
+        r = self._r
+        del r.transit[key]
+        r.counters.tiers[left].demotions += 1
+        if below is not None:
+            meta = r.index[key]
+            meta.lossy, meta.encoding = below.lossy, below.encoding
+            if below.lossy and left == "hot":
+                r.counters.tiers["warm"].puts += 1
+
+    def _copy_to_cold(self, tier: MemoryTier, key: Key) -> bool:
+        r = self._r
+        assert r.cold is not None
+        with r.lock:
+            meta, entry = r.live(key), tier.get(key)
+            if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
+                return False
+        below = entry if meta.exact or entry.encoding != "raw" else self._encode(entry)
+        if not r.cold.admits(below.nbytes):
+            return False
+        r.cold.displace(below.nbytes)
+        with r.lock:
+            if r.index.get(key) is not meta or tier.get(key) is not entry:
+                return False
+            meta.lossy, meta.encoding = meta.lossy or below.lossy, below.encoding
+            r.cold.put(below)
+            if meta.pinned:
+                r.cold.pin(key)
+            r.counters.tiers["cold"].puts += 1
+            return True
+
+    def _encode(self, entry: Entry) -> Entry:
+        start = time.perf_counter()
+        encoded = encode_entry(entry, self._codec)
+        if encoded is not entry:
+            with self._r.lock:
+                self._r.counters.encodes += 1
+                self._r.counters.encode_s += time.perf_counter() - start
+        return encoded
+
+    def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
+        r = self._r
+        if r.cold is not None or (tier is r.hot and key in r.warm):
+            return True
+        return tier is r.hot and not meta.exact and r.warm.capacity_nbytes > 0
+
+
+def leading_first(keys: Iterable[Key]) -> list[Key]:
+    """A chain's keys in the order of touching: deepest first, so that the root ends most recently used."""
+    return list(reversed(list(keys)))
