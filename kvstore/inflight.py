@@ -2,7 +2,7 @@
 
 A promotion reads, decodes and makes room without holding the lock. Meanwhile the key may be deleted or replaced: then
 what was decoded is another value's bytes and must not be installed. Who deletes or replaces leaves a tombstone on the
-flight; who flies asks, under the store's lock, before installing. One flight a key: a second one would do the same work.
+flight; who flies asks, under the store's lock, before installing. One flight a key: a second would do the same work.
 Not thread-safe: the store's lock covers each call.
 """
 

@@ -21,6 +21,8 @@ from kvstore.residency import Residency
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
 
+_RAM = torch.device("cpu")
+
 
 def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
     """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
@@ -79,7 +81,10 @@ class Mover:
         return replaced
 
     def promote(self, key: Key) -> bool:
-        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays as the clean copy."""
+        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
+
+        True: copied.
+        """
         r = self._r
         with r.lock:
             place = r.lookup(key) if r.live(key) is not None else None
@@ -140,7 +145,7 @@ class Mover:
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of an entry on the hot device, in fresh memory or into `out`."""
         start = time.perf_counter()
-        tensors = {name: x.to(self._device) for name, x in decode_entry(entry, out).items()}
+        tensors = decode_entry(entry.to(self._device), out)
         if entry.encoding != "raw":
             with self._r.lock:
                 self._r.counters.decodes += 1
@@ -180,7 +185,7 @@ class Mover:
             if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
                 self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
                 return
-        below = self._encode(entry) if left == "hot" and not meta.exact else entry
+        below = self._form_below(entry, meta)
         if left == "hot" and below.lossy and r.warm.admits(below.nbytes):
 
             def wanted() -> bool:
@@ -229,7 +234,7 @@ class Mover:
             meta, entry = r.live(key), tier.get(key)
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
-        below = entry if meta.exact or entry.encoding != "raw" else self._encode(entry)
+        below = self._form_below(entry, meta)
         if not r.cold.admits(below.nbytes):
             return False
         r.cold.displace(below.nbytes)
@@ -243,14 +248,17 @@ class Mover:
             r.counters.tiers["cold"].puts += 1
             return True
 
-    def _encode(self, entry: Entry) -> Entry:
+    def _form_below(self, entry: Entry, meta: Meta) -> Entry:
+        """What an entry looks like under hot: in RAM, and encoded unless it must stay exact or is encoded already."""
+        if meta.exact or entry.encoding != "raw":
+            return entry.to(_RAM)
         start = time.perf_counter()
         encoded = encode_entry(entry, self._codec)
         if encoded is not entry:
             with self._r.lock:
                 self._r.counters.encodes += 1
                 self._r.counters.encode_s += time.perf_counter() - start
-        return encoded
+        return encoded.to(_RAM)
 
     def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
         r = self._r

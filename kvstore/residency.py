@@ -34,7 +34,7 @@ class Residency:
         self.clock = clock
         self.hot = hot
         self.warm = warm
-        self.cold: "Cold | None" = None
+        self.cold: Cold | None = None
         self.index: dict[Key, Meta] = {}
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()
@@ -52,14 +52,17 @@ class Residency:
 
     def tiers_of(self, key: Key) -> list[TierName]:
         """Where the key is held, uppermost first. An entry in transit counts as in the tier it left."""
-        found: list[TierName] = []
         moving = self.transit.get(key)
-        for tier in (self.hot, self.warm):
-            if key in tier or (moving is not None and moving[0] == tier.name):
-                found.append(tier.name)
+        left = moving[0] if moving is not None else None
+        found = [tier.name for tier in (self.hot, self.warm) if key in tier or tier.name == left]
         if self.in_cold(key):
             found.append("cold")
         return found
+
+    def peek(self, key: Key) -> Meta | None:
+        """The Meta of a key that is held and not expired. An expired one is left for a get to find and count."""
+        meta = self.index.get(key)
+        return None if meta is None or meta.expired(self.clock.now()) else meta
 
     def live(self, key: Key) -> Meta | None:
         """The Meta of a key that is held and has not expired; an expired one is forgotten here and now."""
@@ -73,7 +76,7 @@ class Residency:
         return meta
 
     def lookup(self, key: Key) -> tuple[TierName, Entry | None] | None:
-        """The uppermost place of a live key and the entry there; the entry is None for cold: read it outside the lock."""
+        """The uppermost place of a live key, and the entry there: None for cold, which is read outside the lock."""
         entry = self.hot.get(key)
         if entry is not None:
             return "hot", entry

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 MissCause = Literal["absent", "expired", "corrupt", "lost"]
-"""absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier while being read."""
+"""absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read."""
 MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "corrupt", "lost")
 
 

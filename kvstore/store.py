@@ -45,12 +45,11 @@ if TYPE_CHECKING:
 class Store:
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
-    def __init__(
-        self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True
-    ) -> None:
+    def __init__(self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True) -> None:
         self.config = config
         self._framework = framework
-        self._device = torch.device(config.hot.device)
+        # "cuda" alone is not equal to the "cuda:0" that its tensors report.
+        self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         pins = config.pin_max_fraction
         self._r = r = Residency(
             clock,
@@ -406,7 +405,7 @@ class Store:
         meta.last_hit_at = now
         meta.refresh(now)
         after = self.config.promote_after
-        if tier != "hot" and (after == 1 or (after == 2 and recent)):  # noqa: PLR2004 - the second hit
+        if tier != "hot" and (after == 1 or (after == 2 and recent)):
             self._maintainer.request_promotion(key)
 
     def _fetch(
@@ -462,7 +461,7 @@ class Store:
     def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
         with self._r.lock:
             for key in map(Key, keys):
-                meta = self._r.live(key)
+                meta = self._r.peek(key)
                 place = self._r.lookup(key) if meta is not None else None
                 yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
 
@@ -479,7 +478,7 @@ class Store:
         return gone
 
     def _tier(self, name: TierName) -> "MemoryTier | Cold":
-        tiers: dict[TierName, "MemoryTier | Cold | None"] = {
+        tiers: dict[TierName, MemoryTier | Cold | None] = {
             "hot": self._r.hot,
             "warm": self._r.warm,
             "cold": self._r.cold,

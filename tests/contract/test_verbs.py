@@ -69,7 +69,9 @@ def test_numpy_and_torch_give_the_same_entry(harness: Harness) -> None:
     harness.cache.put(b"bf16", {"x": x.astype(ml_dtypes.bfloat16)})
     harness.cache.put(b"big endian", {"x": x.astype(">f4")})
     strided, bf16, big = (harness.cache.get(key) for key in (b"strided", b"bf16", b"big endian"))
-    assert strided and bf16 and big
+    assert strided is not None
+    assert bf16 is not None
+    assert big is not None
     assert same_bits(strided.tensors["x"], torch.from_numpy(x).T[::2].contiguous())
     assert same_bits(bf16.tensors["x"], torch.from_numpy(x).to(torch.bfloat16))
     assert same_bits(big.tensors["x"], torch.from_numpy(x))

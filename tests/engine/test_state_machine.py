@@ -1,4 +1,4 @@
-"""Any sequence of verbs, against a plain dictionary: a get gives the value that was put, its one NF4 form, or nothing."""
+"""Any sequence of verbs, against a plain dictionary: a get gives the value put, its one NF4 form, or nothing."""
 
 import shutil
 import tempfile
@@ -188,9 +188,9 @@ class VerbsAgainstADictionary(RuleBasedStateMachine):
         """Nothing holds more than it may, and the index knows exactly what is held."""
         if not hasattr(self, "store"):
             return
-        r = self.store._r  # noqa: SLF001 - the invariants are those of the inside
+        r = self.store._r
         for tier in (r.hot, r.warm):
-            entries = [tier.get(key) for key in tier.keys()]
+            entries = [tier.get(key) for key in list(tier.keys())]
             assert tier.used_nbytes == sum(entry.nbytes for entry in entries if entry is not None)
             assert tier.used_nbytes <= tier.capacity_nbytes
         assert not r.transit

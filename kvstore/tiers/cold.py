@@ -1,0 +1,441 @@
+"""The cold tier: records on disk, found again after a restart. The last tier, so what it displaces is gone.
+
+Invariants: bytes that fail a checksum are never returned; a key removed with `durable` is gone after kill -9 and after
+a power cut; an entry accepted by `put` is readable from that moment on, committed or not, until the tier drops it and
+says so through `on_drop(key, reason)` with reason "evicted", "corrupt" or "write_failed".
+Thread rule: thread-safe by its own lock, which is never held while records are read or written and never while
+`meta_of` or `on_drop` run; both may be called from any thread, the writer's included.
+RAM: the keys in their order, about 200 bytes each; places, sizes and deadlines stay in LMDB (`disk.rows`).
+Leaves out: time to live (the store sweeps), which entries deserve a place here (the store), what encodings mean.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import torch
+
+from kvstore.clock import Clock
+from kvstore.config import ColdConfig
+from kvstore.disk import Disk, SystemDisk
+from kvstore.disk.opening import Directory, take
+from kvstore.disk.pending import Delete, Pending, Put
+from kvstore.disk.rows import Row, Rows
+from kvstore.disk.segments import Place, Segments, blocks_nbytes
+from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
+from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
+from kvstore.index import Meta
+from kvstore.policies.lru import LRU
+from kvstore.record import Head, assemble, parse_head, specs_of
+from kvstore.tiers import TierName
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 30.0
+"""How long a durable call waits for the writer before it gives up: ten times the slowest commit seen."""
+SEGMENTS_PER_TIER = 64
+SEGMENT_MIN_NBYTES, SEGMENT_MAX_NBYTES = 16 << 20, 1 << 30
+
+Specs = dict[str, tuple[TensorSpec, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStats:
+    """The tier at one moment. healthy: the last write did not fail. disk_nbytes: given by the file system."""
+
+    entries: int
+    used_nbytes: int
+    capacity_nbytes: int
+    pending_nbytes: int
+    disk_nbytes: int
+    healthy: bool
+    quarantined: str | None
+    counters: Counters
+
+
+class Cold:
+    """Records under a directory. Make one with `Cold.open`."""
+
+    name: TierName = "cold"
+
+    def __init__(
+        self,
+        directory: Directory,
+        config: ColdConfig,
+        clock: Clock,
+        disk: Disk,
+        *,
+        meta_of: Callable[[Key], Meta | None],
+        on_drop: Callable[[Key, str], None],
+    ) -> None:
+        self.capacity_nbytes = config.capacity_nbytes
+        self._directory = directory
+        self._buffer_nbytes = config.write_buffer_nbytes
+        self._clock = clock
+        self._disk = disk
+        self._meta_of = meta_of
+        self._on_drop = on_drop
+        self._changed = threading.Condition()
+        self._pending = Pending()
+        self._lru = LRU()
+        self._pinned: set[Key] = set()
+        self._seq = 0
+        self._recovered: list[tuple[Key, Meta]] = []
+        self._rows = Rows(directory.index, config.capacity_nbytes // 4)
+        segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
+        self._segments = Segments(directory.segments, disk, segment_nbytes)
+        callbacks = Callbacks(meta_of, self._drop, self._make_room)
+        self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        config: ColdConfig,
+        clock: Clock,
+        *,
+        meta_of: Callable[[Key], Meta | None],
+        on_drop: Callable[[Key, str], None],
+        disk: Disk | None = None,
+    ) -> "Cold":
+        """Take a directory into use, as `disk.opening` says; then ask `recovered` for what it holds.
+
+        meta_of: the store's Meta of a key, asked when a record or a row is written; None: the store forgot the key and
+        nothing is written. on_drop: told when an entry leaves by itself. Raises ConfigError.
+        """
+        directory = take(path)
+        try:
+            cold = cls(directory, config, clock, disk or SystemDisk(), meta_of=meta_of, on_drop=on_drop)
+            cold._recover()
+        except (OSError, lmdb.Error) as error:
+            directory.release()
+            raise ConfigError(f"cold.path {path} cannot be used: {error}") from None
+        cold._writer.start()
+        return cold
+
+    def _recover(self) -> None:
+        """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
+        now = self._clock.now()
+        rows: list[tuple[int, Key, Meta]] = []
+        places: list[Place] = []
+        gone: list[Key] = []
+        for key, row in self._rows.scan():
+            if row is None:
+                self._writer.counters.corrupt_total += 1
+                log.error("cold key=%s event=corrupt where=row", key.hex())
+            if row is None or _clamp(row.meta, now).expired(now):
+                gone.append(key)
+                continue
+            rows.append((row.seq, key, row.meta))
+            places.append(row.place)
+            self._pending.used_nbytes += cost_of(row.place.nbytes)
+        rows.sort(key=lambda row: row[0])
+        for _, key, meta in rows:
+            if meta.pinned:
+                self._pinned.add(key)
+            else:
+                self._lru.track(key)
+        self._seq = rows[-1][0] if rows else 0
+        self._recovered = [(key, meta) for _, key, meta in rows]
+        if gone:
+            self._rows.write({}, gone)
+            self._rows.sync()
+        self._segments.recover(places)
+
+    def recovered(self) -> Iterator[tuple[Key, Meta]]:
+        """What was found at opening, least recently used first: once, then nothing. Values were not read."""
+        found, self._recovered = self._recovered, []
+        yield from found
+
+    @property
+    def used_nbytes(self) -> int:
+        """Blocks of records and what their rows cost, the pending ones estimated."""
+        return self._pending.used_nbytes
+
+    @property
+    def pending_nbytes(self) -> int:
+        """Bytes of entries that wait for the writer."""
+        return self._pending.buffered_nbytes
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last write succeeded. While not, entries stay in memory and writing is tried again."""
+        return self._writer.healthy
+
+    def stats(self) -> ColdStats:
+        """Counters and gauges."""
+        return ColdStats(
+            len(self), self.used_nbytes, self.capacity_nbytes, self.pending_nbytes, self.disk_nbytes(), self.healthy,
+            self._directory.quarantined, self._writer.counters,
+        )  # fmt: skip
+
+    def disk_nbytes(self) -> int:
+        """Bytes the file system has given to segments and index."""
+        return self._segments.disk_nbytes() + self._rows.disk_nbytes()
+
+    def __len__(self) -> int:
+        return len(self._lru) + len(self._pinned)
+
+    def __contains__(self, key: object) -> bool:
+        with self._changed:
+            return key in self._pinned or key in self._lru
+
+    def keys(self) -> Iterator[Key]:
+        """Keys as of now: the pinned ones, then least recently used first."""
+        with self._changed:
+            return iter([*self._pinned, *self._lru])
+
+    def get(self, key: Key) -> Entry | None:
+        """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""
+        found = self._find(key)
+        return self._read(key, found) if isinstance(found, Row) else found
+
+    def inspect(self, key: Key) -> Specs | None:
+        """Spec and encoding of each tensor, the value neither read nor decoded. None as for `get`."""
+        found = self._find(key)
+        if found is None:
+            return None
+        if isinstance(found, Entry):
+            return {name: (tensor.spec, tensor.encoding) for name, tensor in found.tensors.items()}
+        try:
+            head_bytes = np.empty(found.head_nbytes, np.uint8)
+            self._segments.read(found.place, [head_bytes])
+            return specs_of(parse_head(head_bytes.tobytes(), key), head_bytes.tobytes())
+        except (RecordCorrupt, OSError) as error:
+            self._distrust(key, found, error)
+            return None
+
+    def _find(self, key: Key) -> Entry | Row | None:
+        with self._changed:
+            operation = self._pending.find(key)
+            if isinstance(operation, Delete) or not (key in self._lru or key in self._pinned):
+                return None
+            if isinstance(operation, Put):
+                return operation.entry
+            row = self._rows.get(key)
+        if row is None:
+            self._distrust(key, None, RecordCorrupt("row is missing or damaged"))
+        return row
+
+    def _read(self, key: Key, row: Row) -> Entry | None:
+        try:
+            head_bytes = np.empty(row.head_nbytes, np.uint8)
+            # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
+            stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8).numpy()
+            if self._segments.read(row.place, [head_bytes, stored]) != row.place.nbytes:
+                raise RecordCorrupt("record ends early")
+            head = parse_head(head_bytes.tobytes(), key)
+            _check_sizes(head, row)
+            return assemble(head, head_bytes.tobytes(), stored, key)
+        except (RecordCorrupt, OSError) as error:
+            return self._distrust(key, row, error)
+
+    def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
+        """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
+        with self._changed:
+            operation = self._pending.find(key)
+            now = self._rows.get(key)
+            if operation is not None or (now is not None and (row is None or now.place != row.place)):
+                return operation.entry if isinstance(operation, Put) else None
+            if isinstance(error, OSError) and error.errno in _TRANSIENT:
+                self._writer.counters.read_errors += 1
+                return None
+            if key not in self._lru and key not in self._pinned:
+                return None
+            self._writer.counters.corrupt_total += 1
+            self._forget(key)
+            self._pending.add(key, Delete(), cost_of(now.place.nbytes) if now else 0)
+            self._changed.notify_all()
+        log.error("cold key=%s event=corrupt error=%s", key.hex(), error)
+        self._on_drop(key, "corrupt")
+        return None
+
+    def displace(self, nbytes: int) -> None:
+        """Make room for an entry of `nbytes` by evicting; there is no tier below, so nothing is ever handed back.
+
+        Each evicted key goes to on_drop(key, "evicted"). Raises OverQuota when pinned entries leave no room.
+        """
+        need = blocks_nbytes(nbytes) + ROW_NBYTES
+        with self._changed:
+            evicted = self._evict(lambda: self.used_nbytes + need > self.capacity_nbytes)
+            full = self.used_nbytes + need > self.capacity_nbytes
+        for key in evicted:
+            self._on_drop(key, "evicted")
+        if full:
+            raise OverQuota(
+                f"cold holds {self.used_nbytes} of {self.capacity_nbytes} bytes, all pinned; {need} do not fit"
+            )
+
+    def _evict(self, too_full: Callable[[], bool]) -> list[Key]:
+        evicted: list[Key] = []
+        while too_full() and (victim := self._lru.victim()) is not None:
+            self._delete(victim, durable=False)
+            self._writer.counters.evictions += 1
+            evicted.append(victim)
+        return evicted
+
+    def put(self, entry: Entry, *, durable: bool = False) -> None:
+        """Hold an entry as the most recently used; displace first. It is written behind: `flush` waits for that.
+
+        Waits while the write buffer is full. durable: return once the entry survives a power cut. Raises
+        TierUnavailable while the disk refuses writes and the buffer is full; the entry is not held then.
+        """
+        meta = self._meta_of(entry.key)
+        with self._changed:
+            self._wait_for_buffer(entry.nbytes)
+            self._seq += 1
+            row = self._rows.get(entry.key)
+            put = Put(entry, self._seq, cost_of(entry.nbytes), durable=durable)
+            self._writer.dirty.pop(entry.key, None)
+            ticket = self._pending.add(entry.key, put, cost_of(row.place.nbytes) if row else 0)
+            self._forget(entry.key)
+            if meta is not None and meta.pinned:
+                self._pinned.add(entry.key)
+            else:
+                self._lru.track(entry.key)
+            self._changed.notify_all()
+            if durable:
+                self._wait_for(ticket, WAIT_S)
+
+    def _wait_for_buffer(self, nbytes: int) -> None:
+        """Backpressure: the caller slows down to the disk. An entry larger than the buffer goes in alone."""
+
+        def fits() -> bool:
+            buffered = self.pending_nbytes
+            return buffered == 0 or buffered + nbytes <= self._buffer_nbytes
+
+        self._changed.wait_for(lambda: fits() or not self.healthy or not self._writer.alive, WAIT_S)
+        if not fits():
+            raise TierUnavailable(f"cold cannot be written now; {self.pending_nbytes} bytes of entries are waiting")
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Count as use, in the order given. Written down by the next `flush_meta`."""
+        with self._changed:
+            for key in keys:
+                if key in self._lru or key in self._pinned:
+                    self._lru.touch(key)
+                    self._seq += 1
+                    self._writer.dirty[key] = self._seq
+
+    def pin(self, key: Key) -> None:
+        """Keep a key out of eviction. A key not here: nothing happens."""
+        with self._changed:
+            if key in self._lru:
+                self._lru.forget(key)
+                self._pinned.add(key)
+        self.touch([key])
+
+    def unpin(self, key: Key) -> None:
+        """Let a key be evicted again, as the most recently used."""
+        with self._changed:
+            if key in self._pinned:
+                self._pinned.discard(key)
+                self._lru.track(key)
+        self.touch([key])
+
+    def remove(self, key: Key, *, durable: bool = True) -> bool:
+        """Forget a key. True: it was here.
+
+        durable: return once the deletion can no longer be undone by a crash or a power cut; whoever deletes or
+        replaces a value asks for it, whoever lets one expire need not. Raises TierUnavailable when the disk refuses:
+        the key is then gone from this process and the deletion is tried again, but a crash could bring it back.
+        """
+        with self._changed:
+            here = key in self._lru or key in self._pinned
+            ticket = self._delete(key, durable=durable)
+            if durable and ticket is not None:
+                self._wait_for(ticket, WAIT_S)
+        return here
+
+    def _delete(self, key: Key, *, durable: bool) -> int | None:
+        """Queue a deletion; its ticket, None when the disk never had the key."""
+        self._forget(key)
+        if self._pending.cancel(key):
+            self._changed.notify_all()
+            return None
+        waiting = self._pending.find(key)
+        row = self._rows.get(key)
+        if row is None and waiting is None:
+            return None
+        if isinstance(waiting, Delete) and not durable:
+            return waiting.ticket
+        ticket = self._pending.add(key, Delete(durable=durable), cost_of(row.place.nbytes) if row else 0)
+        self._changed.notify_all()
+        return ticket
+
+    def _forget(self, key: Key) -> None:
+        self._lru.forget(key)
+        self._pinned.discard(key)
+
+    def flush(self, timeout_s: float = WAIT_S) -> None:
+        """Return once everything pending now is committed. Raises TierUnavailable after `timeout_s` seconds."""
+        with self._changed:
+            self._wait_for(self._pending.last_ticket, timeout_s)
+
+    def _wait_for(self, ticket: int, timeout_s: float) -> None:
+        def done() -> bool:
+            return (self._pending.oldest() or ticket + 1) > ticket
+
+        self._changed.wait_for(lambda: done() or not self._writer.alive, timeout_s)
+        if not done():
+            raise TierUnavailable(f"cold could not write within {timeout_s} s; trying again")
+
+    def flush_meta(self, timeout_s: float = WAIT_S) -> None:
+        """Write order and deadlines of everything touched since, in few transactions. Raises TierUnavailable."""
+        with self._changed:
+            if not self._writer.wait_rows(timeout_s):
+                raise TierUnavailable(f"cold could not write order and deadlines within {timeout_s} s; trying again")
+
+    def maintain(self) -> None:
+        """What the maintainer calls now and then: free the slots of readers that died."""
+        self._rows.check_readers()
+
+    def _drop(self, key: Key, reason: str) -> None:
+        """An entry that can never be written: the writer found out."""
+        with self._changed:
+            if self._pending.find(key) is None:
+                self._forget(key)
+        self._on_drop(key, reason)
+
+    def _make_room(self, nbytes: int) -> bool:
+        return nbytes >= 0
+
+    def close(self) -> None:
+        """Write what is pending, order and deadlines, and let the directory go. A failing disk is logged, not raised."""
+        clean = True
+        try:
+            self.flush()
+            self.flush_meta()
+        except TierUnavailable as error:
+            clean = False
+            log.error("cold path=%s event=unclean_close error=%s", self._directory.path, error)
+        self._writer.stop()
+        self._segments.close()
+        self._rows.close()
+        try:
+            self._directory.write_state(clean=clean)
+        except OSError as error:
+            log.error("cold path=%s event=unclean_close error=%s", self._directory.path, error)
+        self._directory.release()
+
+
+_TRANSIENT = frozenset({11, 12, 23, 24})
+"""EAGAIN, ENOMEM, ENFILE, EMFILE: say nothing about the record."""
+
+
+def _clamp(meta: Meta, now: float) -> Meta:
+    """Deadlines of another process's clock: none further away than its TTL, none begun in the future."""
+    meta.created_at = min(meta.created_at, now)
+    meta.last_hit_at = min(meta.last_hit_at, now)
+    meta.expires_at = min(meta.expires_at, now + meta.ttl_s)
+    return meta
+
+
+def _check_sizes(head: Head, row: Row) -> None:
+    if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
+        raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")
