@@ -74,13 +74,13 @@ def encode_entry(entry: Entry, codec: Codec) -> Entry:
     changed = False
     for name, tensor in entry.tensors.items():
         x = tensor.parts[""] if tensor.encoding == "raw" else None
-        encoded = codec_or_none(codec, name, x) if x is not None and encodable(x) else None
+        encoded = _encode_or_none(codec, name, x) if x is not None and encodable(x) else None
         changed = changed or encoded is not None
         tensors[name] = tensor if encoded is None else encoded
     return Entry(entry.key, tensors, lossy=entry.lossy or codec.lossy) if changed else entry
 
 
-def codec_or_none(codec: Codec, name: str, x: torch.Tensor) -> EncodedTensor | None:
+def _encode_or_none(codec: Codec, name: str, x: torch.Tensor) -> EncodedTensor | None:
     """The encoded tensor; None where the codec finds, only while encoding, that it cannot hold these values."""
     try:
         return codec.encode(name, x)
