@@ -7,19 +7,26 @@ was looked up before is checked again under the lock before a result is installe
 Lock order: `_moving`, then `residency.lock`, then a tier's own.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvstore.codecs import Codec, decode_entry, encode_entry
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
-from kvstore.errors import OverQuota
+from kvstore.errors import OverQuota, TierUnavailable
 from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
+
+if TYPE_CHECKING:
+    from kvstore.tiers.cold import Cold
+
+log = logging.getLogger(__name__)
 
 _RAM = torch.device("cpu")
 
@@ -42,18 +49,18 @@ class Mover:
         self._device = device
         self._moving = threading.Lock()
 
-    def admit(self, entry: Entry, meta: Meta) -> bool:
-        """Hold a new value in hot, or below when hot can never hold it. True: it replaced a record on disk.
+    def admit(self, entry: Entry, meta: Meta) -> None:
+        """Hold a new value in hot, or below when hot can never hold it.
 
-        Raises OverQuota when no tier can hold it.
+        A record it replaces is gone from the disk for good when this returns: a crash must not bring an older value
+        back. Raises OverQuota when no tier can hold the new one.
         """
         r = self._r
-        replaced = False
+        replaced: int | None = None
 
         def install() -> bool:
             nonlocal replaced
-            replaced = r.in_cold(entry.key)
-            r.forget(entry.key)
+            replaced = r.forget(entry.key)
             r.index[entry.key] = meta
             r.deadlines.watch(entry.key, meta.expires_at)
             r.counters.tiers["hot"].puts += 1
@@ -63,11 +70,20 @@ class Mover:
             if r.hot.used_nbytes + entry.nbytes <= r.hot.capacity_nbytes:
                 install()
                 r.hot.put(entry)
-                return replaced
+                fits = True
+            else:
+                fits = False
+        if not fits:
+            self._admit_by_moving(entry, install)
+        if replaced is not None and r.cold is not None:
+            r.cold.wait(replaced)
+
+    def _admit_by_moving(self, entry: Entry, install: Callable[[], bool]) -> None:
+        r = self._r
         with self._moving:
             if r.hot.admits(entry.nbytes):
                 self._place(r.hot, entry, install)
-                return replaced
+                return
             with r.lock:
                 install()
                 r.transit[entry.key] = ("hot", entry)
@@ -78,7 +94,6 @@ class Mover:
                     f"an entry of {entry.nbytes} bytes fits no tier: hot has {r.hot.capacity_nbytes} bytes, "
                     f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
                 )
-        return replaced
 
     def promote(self, key: Key) -> bool:
         """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
@@ -179,8 +194,7 @@ class Mover:
             if meta is None or r.transit.get(entry.key) != item:
                 return
             if meta.expired(r.clock.now()):
-                r.forget(entry.key)
-                r.counters.expirations += 1
+                r.expire(entry.key)
                 return
             if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
                 self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
@@ -201,8 +215,7 @@ class Mover:
     def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
         r = self._r
         left, entry = item
-        if r.cold is not None and r.cold.admits(below.nbytes):
-            r.cold.displace(below.nbytes)
+        if r.cold is not None and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
                     self._arrived(entry.key, left, below)
@@ -215,6 +228,19 @@ class Mover:
                 r.counters.tiers[left].evictions += 1
                 r.lost_clean_copy(entry.key)
                 r.forget_if_gone(entry.key)
+
+    def _cold_has_room(self, cold: "Cold", entry: Entry) -> bool:
+        """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
+
+        The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.
+        """
+        try:
+            cold.displace(entry.nbytes)
+            cold.wait_for_buffer(entry.nbytes)
+        except (OverQuota, TierUnavailable) as error:
+            log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
+            return False
+        return True
 
     def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
         """An entry left transit for the tier below, as `below` where it changed."""
@@ -235,16 +261,13 @@ class Mover:
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
         below = self._form_below(entry, meta)
-        if not r.cold.admits(below.nbytes):
+        if not self._cold_has_room(r.cold, below):
             return False
-        r.cold.displace(below.nbytes)
         with r.lock:
             if r.index.get(key) is not meta or tier.get(key) is not entry:
                 return False
             meta.lossy, meta.encoding = meta.lossy or below.lossy, below.encoding
             r.cold.put(below)
-            if meta.pinned:
-                r.cold.pin(key)
             r.counters.tiers["cold"].puts += 1
             return True
 

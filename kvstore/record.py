@@ -321,7 +321,10 @@ def _tensor_rows(facts: Mapping[str, str]) -> list[_Row]:
 
 
 def _row(row: dict[str, Any]) -> _Row:
-    parts = {str(suffix): _Part(str(p[0]), _spec_of(p[1], p[2]) if len(p) > 1 else None) for suffix, p in row["parts"].items()}
+    parts = {
+        str(suffix): _Part(str(p[0]), _spec_of(p[1], p[2]) if len(p) > 1 else None)
+        for suffix, p in row["parts"].items()
+    }
     attrs = row.get("attrs", {})
     if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
         raise ValueError("bad parts or attrs")

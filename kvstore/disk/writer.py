@@ -110,7 +110,10 @@ class Writer:
         self._rows_due += 1
         due = self._rows_due
         self._changed.notify_all()
-        return self._changed.wait_for(lambda: self._rows_done >= due or not self.alive, timeout_s) and self._rows_done >= due
+        return (
+            self._changed.wait_for(lambda: self._rows_done >= due or not self.alive, timeout_s)
+            and self._rows_done >= due
+        )
 
     def _run(self) -> None:
         while True:

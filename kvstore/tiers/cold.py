@@ -12,7 +12,7 @@ Leaves out: time to live (the store sweeps), which entries deserve a place here 
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmdb
@@ -167,6 +167,24 @@ class Cold:
         """Whether the last write succeeded. While not, entries stay in memory and writing is tried again."""
         return self._writer.healthy
 
+    def gauges(self) -> dict[str, float]:
+        """What the store's stats show of this tier, by name."""
+        stats = self.stats()
+        values = {f"cold_{name}": float(count) for name, count in asdict(stats.counters).items() if name != "evictions"}
+        values["cold_pending_nbytes"] = stats.pending_nbytes
+        values["cold_disk_nbytes"] = stats.disk_nbytes
+        values["cold_healthy"] = float(stats.healthy)
+        return values
+
+    def nbytes_of(self, key: Key) -> int:
+        """Bytes counted against the budget for a key, estimated until it is committed; 0 when it is not here."""
+        with self._changed:
+            operation = self._pending.find(key)
+            if isinstance(operation, Put):
+                return operation.cost
+            row = self._rows.get(key) if key in self._lru or key in self._pinned else None
+            return cost_of(row.place.nbytes) if row is not None else 0
+
     def stats(self) -> ColdStats:
         """Counters and gauges."""
         return ColdStats(
@@ -287,7 +305,7 @@ class Cold:
         """
         meta = self._meta_of(entry.key)
         with self._changed:
-            self._wait_for_buffer(entry.nbytes)
+            self.wait_for_buffer(entry.nbytes)
             self._seq += 1
             row = self._rows.get(entry.key)
             put = Put(entry, self._seq, cost_of(entry.nbytes), durable=durable)
@@ -302,16 +320,20 @@ class Cold:
             if durable:
                 self._wait_for(ticket, WAIT_S)
 
-    def _wait_for_buffer(self, nbytes: int) -> None:
-        """Backpressure: the caller slows down to the disk. An entry larger than the buffer goes in alone."""
+    def wait_for_buffer(self, nbytes: int) -> None:
+        """Backpressure: the caller slows down to the disk. An entry larger than the buffer goes in alone.
+
+        Raises TierUnavailable while the disk refuses writes and the buffer is full.
+        """
 
         def fits() -> bool:
             buffered = self.pending_nbytes
             return buffered == 0 or buffered + nbytes <= self._buffer_nbytes
 
-        self._changed.wait_for(lambda: fits() or not self.healthy or not self._writer.alive, WAIT_S)
-        if not fits():
-            raise TierUnavailable(f"cold cannot be written now; {self.pending_nbytes} bytes of entries are waiting")
+        with self._changed:
+            self._changed.wait_for(lambda: fits() or not self.healthy or not self._writer.alive, WAIT_S)
+            if not fits():
+                raise TierUnavailable(f"cold cannot be written now; {self.pending_nbytes} bytes of entries are waiting")
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
@@ -347,10 +369,24 @@ class Cold:
         """
         with self._changed:
             here = key in self._lru or key in self._pinned
-            ticket = self._delete(key, durable=durable)
-            if durable and ticket is not None:
-                self._wait_for(ticket, WAIT_S)
+            ticket = self.queue_removal(key) if durable else self._delete(key, durable=False)
+            if durable:
+                self.wait(ticket)
         return here
+
+    def queue_removal(self, key: Key) -> int | None:
+        """Forget a key at once and queue its durable deletion. Returns a ticket to `wait` for; None: nothing is due.
+
+        For who holds a lock that must not be held while the disk is busy.
+        """
+        with self._changed:
+            return self._delete(key, durable=True)
+
+    def wait(self, ticket: int | None) -> None:
+        """Return once what a ticket stands for is committed. Raises TierUnavailable after 30 s."""
+        if ticket is not None:
+            with self._changed:
+                self._wait_for(ticket, WAIT_S)
 
     def _delete(self, key: Key, *, durable: bool) -> int | None:
         """Queue a deletion; its ticket, None when the disk never had the key."""
