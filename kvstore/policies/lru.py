@@ -32,9 +32,16 @@ class LRU:
         """Stop keeping a key."""
         self._order.pop(key, None)
 
+    def evict(self, key: Key) -> None:
+        """Stop keeping a key; nothing of it is remembered."""
+        self._order.pop(key, None)
+
     def victim(self) -> Key | None:
         """The least recently used key."""
         return next(iter(self._order), None)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._order
 
     def __iter__(self) -> Iterator[Key]:
         """Keys, least recently used first."""

@@ -1,0 +1,113 @@
+"""Which chunk continues which: the links between the Metas of one chain.
+
+A chunk without its parent can never be matched: it only takes room. So a chunk never outlives its parent. What leaves
+the store takes its descendants along, and a chunk whose parent is not held is not taken in. Keys that were put without
+a parent (most keys that are no chunks) have no links, and nothing here concerns them.
+Links are keys in the Metas themselves: a parent, the first child, and the neighbours among siblings. Four references a
+chunk, no set a parent, and a root with 100,000 children loses one in O(1).
+A chain is put deepest first, so children come before their parent: until it comes they are `_awaited`.
+Not thread-safe: the store's lock covers each call.
+"""
+
+from collections.abc import Callable, Container, Iterator
+
+from kvstore.entry import Key
+from kvstore.index import Meta
+
+
+class Chains:
+    """Links in the Metas of an index."""
+
+    def __init__(self, index: dict[Key, Meta]) -> None:
+        self._index = index
+        self._awaited: dict[Key, Key] = {}
+
+    @property
+    def awaited(self) -> int:
+        """Parents that are missing. 0 whenever no put of a chain is under way."""
+        return len(self._awaited)
+
+    def link(self, key: Key) -> None:
+        """A key has come into the index: tie it to its parent, and to the children that were waiting for it."""
+        meta = self._index[key]
+        if key in self._awaited:
+            meta.first_child = self._awaited.pop(key)
+        parent = meta.parent
+        if parent is None:
+            return
+        meta.previous, meta.next = None, self._first_child(parent)
+        if meta.next is not None:
+            self._index[meta.next].previous = key
+        self._set_first_child(parent, key)
+
+    def unlink(self, key: Key, meta: Meta) -> list[Key]:
+        """A key leaves the index, `meta` is what it had there. Returns its children, which must leave too."""
+        if meta.parent is not None:
+            if meta.previous is not None:
+                self._index[meta.previous].next = meta.next
+            elif self._first_child(meta.parent) == key:
+                self._set_first_child(meta.parent, meta.next)
+            if meta.next is not None:
+                self._index[meta.next].previous = meta.previous
+        children: list[Key] = []
+        child = meta.first_child
+        while child is not None:
+            child_meta = self._index[child]
+            children.append(child)
+            child = child_meta.next
+            # Cut here, so that each of them unlinks without looking for a parent that is gone.
+            child_meta.parent = child_meta.previous = child_meta.next = None
+        meta.first_child = None
+        return children
+
+    def replace(self, old: Meta, new: Meta) -> None:
+        """A key got a new value: it stays where it was in its chain, whatever parent the new put named."""
+        new.parent, new.first_child, new.previous, new.next = old.parent, old.first_child, old.previous, old.next
+
+    def children(self, key: Key) -> Iterator[Key]:
+        """The chunks that continue this one, the latest first."""
+        meta = self._index.get(key)
+        child = meta.first_child if meta is not None else None
+        while child is not None:
+            following = self._index[child].next
+            yield child
+            child = following
+
+    def ancestors(self, key: Key) -> Iterator[Key]:
+        """The chunks before this one, nearest first."""
+        meta = self._index.get(key)
+        while meta is not None and meta.parent is not None and meta.parent in self._index:
+            yield meta.parent
+            meta = self._index[meta.parent]
+
+    def descendants(self, key: Key) -> list[Key]:
+        """All chunks that continue this one, however far, deepest last."""
+        found = [key]
+        for at in found:  # grows while it is walked
+            found.extend(self.children(at))
+        return found[1:]
+
+    def leaf(self, key: Key, held: Container[Key]) -> Key:
+        """The key itself, or a descendant in `held` that none in `held` continues: the one to evict in its place."""
+        while True:
+            child = next((child for child in self.children(key) if child in held), None)
+            if child is None:
+                return key
+            key = child
+
+    def orphans(self, is_held: Callable[[Key], bool]) -> list[Key]:
+        """Chunks whose parent is not held: to be forgotten after a restart that recovered only part of a chain."""
+        return [key for key, meta in self._index.items() if meta.parent is not None and not is_held(meta.parent)]
+
+    def _first_child(self, parent: Key) -> Key | None:
+        meta = self._index.get(parent)
+        return meta.first_child if meta is not None else self._awaited.get(parent)
+
+    def _set_first_child(self, parent: Key, child: Key | None) -> None:
+        meta = self._index.get(parent)
+        if meta is not None:
+            meta.first_child = child
+        elif child is not None:
+            self._awaited[parent] = child
+        else:
+            self._awaited.pop(parent, None)
