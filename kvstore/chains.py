@@ -18,8 +18,8 @@ from kvstore.index import Meta
 class Chains:
     """Links in the Metas of an index."""
 
-    def __init__(self, index: dict[Key, Meta]) -> None:
-        self._index = index
+    def __init__(self, index: dict[Key, Meta] | None = None) -> None:
+        self.index: dict[Key, Meta] = {} if index is None else index
         self._awaited: dict[Key, Key] = {}
 
     @property
@@ -29,30 +29,35 @@ class Chains:
 
     def link(self, key: Key) -> None:
         """A key has come into the index: tie it to its parent, and to the children that were waiting for it."""
-        meta = self._index[key]
+        meta = self.index[key]
         if key in self._awaited:
             meta.first_child = self._awaited.pop(key)
+        if meta.parent is not None and self._closes_a_ring(key, meta.parent):
+            meta.parent = None
+        self._tie(key, meta)
+
+    def _tie(self, key: Key, meta: Meta) -> None:
         parent = meta.parent
         if parent is None:
             return
         meta.previous, meta.next = None, self._first_child(parent)
         if meta.next is not None:
-            self._index[meta.next].previous = key
+            self.index[meta.next].previous = key
         self._set_first_child(parent, key)
 
     def unlink(self, key: Key, meta: Meta) -> list[Key]:
         """A key leaves the index, `meta` is what it had there. Returns its children, which must leave too."""
         if meta.parent is not None:
             if meta.previous is not None:
-                self._index[meta.previous].next = meta.next
+                self.index[meta.previous].next = meta.next
             elif self._first_child(meta.parent) == key:
                 self._set_first_child(meta.parent, meta.next)
             if meta.next is not None:
-                self._index[meta.next].previous = meta.previous
+                self.index[meta.next].previous = meta.previous
         children: list[Key] = []
         child = meta.first_child
         while child is not None:
-            child_meta = self._index[child]
+            child_meta = self.index[child]
             children.append(child)
             child = child_meta.next
             # Cut here, so that each of them unlinks without looking for a parent that is gone.
@@ -60,25 +65,35 @@ class Chains:
         meta.first_child = None
         return children
 
-    def replace(self, old: Meta, new: Meta) -> None:
-        """A key got a new value: it stays where it was in its chain, whatever parent the new put named."""
-        new.parent, new.first_child, new.previous, new.next = old.parent, old.first_child, old.previous, old.next
+    def replace(self, key: Key, old: Meta) -> None:
+        """A key in the index got a new Meta in place of `old`: it stays where it was in its chain.
+
+        Only if it was in none does the parent count that the new one names.
+        """
+        new = self.index[key]
+        new.first_child = old.first_child
+        if old.parent is not None:
+            new.parent, new.previous, new.next = old.parent, old.previous, old.next
+        elif new.parent is not None and not self._closes_a_ring(key, new.parent):
+            self._tie(key, new)
+        else:
+            new.parent = None
 
     def children(self, key: Key) -> Iterator[Key]:
         """The chunks that continue this one, the latest first."""
-        meta = self._index.get(key)
+        meta = self.index.get(key)
         child = meta.first_child if meta is not None else None
         while child is not None:
-            following = self._index[child].next
+            following = self.index[child].next
             yield child
             child = following
 
     def ancestors(self, key: Key) -> Iterator[Key]:
         """The chunks before this one, nearest first."""
-        meta = self._index.get(key)
-        while meta is not None and meta.parent is not None and meta.parent in self._index:
+        meta = self.index.get(key)
+        while meta is not None and meta.parent is not None and meta.parent in self.index:
             yield meta.parent
-            meta = self._index[meta.parent]
+            meta = self.index[meta.parent]
 
     def descendants(self, key: Key) -> list[Key]:
         """All chunks that continue this one, however far, deepest last."""
@@ -97,14 +112,19 @@ class Chains:
 
     def orphans(self, is_held: Callable[[Key], bool]) -> list[Key]:
         """Chunks whose parent is not held: to be forgotten after a restart that recovered only part of a chain."""
-        return [key for key, meta in self._index.items() if meta.parent is not None and not is_held(meta.parent)]
+        return [key for key, meta in self.index.items() if meta.parent is not None and not is_held(meta.parent)]
+
+    def _closes_a_ring(self, key: Key, parent: Key) -> bool:
+        # Hashes of tokens cannot; keys that a caller invented could. Who has no children is nobody's ancestor.
+        has_children = self.index[key].first_child is not None
+        return parent == key or (has_children and key in self.ancestors(parent))
 
     def _first_child(self, parent: Key) -> Key | None:
-        meta = self._index.get(parent)
+        meta = self.index.get(parent)
         return meta.first_child if meta is not None else self._awaited.get(parent)
 
     def _set_first_child(self, parent: Key, child: Key | None) -> None:
-        meta = self._index.get(parent)
+        meta = self.index.get(parent)
         if meta is not None:
             meta.first_child = child
         elif child is not None:

@@ -16,6 +16,7 @@ class Meta:
 
     exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
     there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by itself.
+    soon: of low priority: leaves before others unless it is hit.
     parent: the chunk before this one in its chain; first_child, previous and next belong to `chains`.
     """
 
@@ -31,6 +32,7 @@ class Meta:
     hits: int = 0
     last_hit_at: float = 0.0
     pinned_until: float = inf
+    soon: bool = False
     parent: Key | None = None
     first_child: Key | None = None
     previous: Key | None = None

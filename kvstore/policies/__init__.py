@@ -15,8 +15,8 @@ from kvstore.entry import Key
 class Policy(Protocol):
     """An order of keys. Not thread-safe: the tier's lock covers it."""
 
-    def track(self, key: Key) -> None:
-        """Start keeping a key, as the most recently used. A known key: as touch."""
+    def track(self, key: Key, *, soon: bool = False) -> None:
+        """Start keeping a key, as the most recently used; `soon`: as the next to leave. A known key: as touch."""
         ...
 
     def touch(self, key: Key) -> None:

@@ -27,8 +27,8 @@ class ARC:
         self._ghosts_again: OrderedDict[Key, None] = OrderedDict()
         self._target = 0.0
 
-    def track(self, key: Key) -> None:
-        """Keep a key: among those used again if it is known, or a ghost."""
+    def track(self, key: Key, *, soon: bool = False) -> None:
+        """Keep a key: among those used again if it is known, or a ghost; `soon`: as the oldest of those used once."""
         if key in self:
             self.touch(key)
         elif key in self._ghosts_once:
@@ -43,6 +43,7 @@ class ARC:
             self._again[key] = None
         else:
             self._once[key] = None
+            self._once.move_to_end(key, last=not soon)
 
     def touch(self, key: Key) -> None:
         """Make a known key the most recent of those used again."""

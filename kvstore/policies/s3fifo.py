@@ -28,15 +28,15 @@ class S3FIFO:
         self._main: OrderedDict[Key, int] = OrderedDict()
         self._ghosts: OrderedDict[Key, None] = OrderedDict()
 
-    def track(self, key: Key) -> None:
-        """Keep a key, as a newcomer; in the main queue if it is a ghost."""
+    def track(self, key: Key, *, soon: bool = False) -> None:
+        """Keep a key, as a newcomer; in the main queue if it is a ghost; `soon`: at the head of its queue."""
         if key in self:
             self.touch(key)
-        elif key in self._ghosts:
-            del self._ghosts[key]
-            self._main[key] = 0
         else:
-            self._small[key] = 0
+            queue = self._main if key in self._ghosts else self._small
+            self._ghosts.pop(key, None)
+            queue[key] = 0
+            queue.move_to_end(key, last=not soon)
 
     def touch(self, key: Key) -> None:
         """Count a hit."""
