@@ -223,7 +223,6 @@ class Mover:
         """
         try:
             cold.displace(entry.nbytes)
-            cold.wait_for_buffer(entry.nbytes)
         except (OverQuota, TierUnavailable) as error:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False

@@ -62,7 +62,9 @@ def assert_equal(a: Entry, b: Entry) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3, 5), (1, 1, 1, 1, 1, 1, 1, 7)])
 def test_every_dtype_and_shape_comes_back_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> None:
     spec = TensorSpec(dtype, shape)
-    data = torch.from_numpy(np.random.default_rng(7).integers(0, 2 if dtype == "bool" else 256, spec.nbytes, dtype=np.uint8))
+    data = torch.from_numpy(
+        np.random.default_rng(7).integers(0, 2 if dtype == "bool" else 256, spec.nbytes, dtype=np.uint8)
+    )
     x = data.view(getattr(torch, dtype)).view(shape) if spec.nbytes else torch.empty(shape, dtype=getattr(torch, dtype))
     entry = entry_of(x=x, odd=torch.ones(3, dtype=torch.uint8))
     assert_equal(unpack(pack(entry, META).to_bytes(), KEY), entry)
@@ -269,7 +271,10 @@ def test_a_header_over_the_cap_is_not_parsed() -> None:
 def golden_entries() -> dict[str, tuple[Entry, Compression]]:
     floats = torch.arange(4096, dtype=torch.float32).to(torch.bfloat16)
     return {
-        "record-v1-raw": (entry_of(k=torch.arange(6, dtype=torch.float32).view(2, 3), n=torch.tensor(7)), Compression.NONE),
+        "record-v1-raw": (
+            entry_of(k=torch.arange(6, dtype=torch.float32).view(2, 3), n=torch.tensor(7)),
+            Compression.NONE,
+        ),
         "record-v1-nf4": (Entry(KEY, {"k": quantized(), "v": quantized()}, lossy=True), Compression.NONE),
         "record-v1-zstd": (entry_of(k=floats), Compression.ZSTD_SHUFFLE_2),
     }
