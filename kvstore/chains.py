@@ -9,7 +9,7 @@ A chain is put deepest first, so children come before their parent: until it com
 Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 
 from kvstore.entry import Key
 from kvstore.index import Meta
@@ -81,8 +81,7 @@ class Chains:
 
     def children(self, key: Key) -> Iterator[Key]:
         """The chunks that continue this one, the latest first."""
-        meta = self.index.get(key)
-        child = meta.first_child if meta is not None else None
+        child = self._first_child(key)
         while child is not None:
             following = self.index[child].next
             yield child
@@ -110,9 +109,9 @@ class Chains:
                 return key
             key = child
 
-    def orphans(self, is_held: Callable[[Key], bool]) -> list[Key]:
-        """Chunks whose parent is not held: to be forgotten after a restart that recovered only part of a chain."""
-        return [key for key, meta in self.index.items() if meta.parent is not None and not is_held(meta.parent)]
+    def orphans(self) -> list[Key]:
+        """Chunks whose parent is missing."""
+        return [key for parent in list(self._awaited) for key in self.children(parent)]
 
     def _closes_a_ring(self, key: Key, parent: Key) -> bool:
         # Hashes of tokens cannot; keys that a caller invented could. Who has no children is nobody's ancestor.

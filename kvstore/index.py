@@ -15,9 +15,9 @@ class Meta:
     """One key's life. Times are Unix seconds of the store's clock.
 
     exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
-    there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by itself.
-    soon: of low priority: leaves before others unless it is hit.
-    parent: the chunk before this one in its chain; first_child, previous and next belong to `chains`.
+    there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by
+    itself. soon: of low priority, leaves before others unless it is hit. parent: the chunk before this one in its
+    chain; first_child, previous and next belong to `chains`.
     """
 
     created_at: float

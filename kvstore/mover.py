@@ -9,8 +9,8 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota, TierUnavailable
@@ -19,20 +19,17 @@ from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
-from kvstore.tombstones import GoneCause
 
 if TYPE_CHECKING:
     from kvstore.tiers.cold import Cold
 
 log = logging.getLogger(__name__)
 
-Admission = Literal["all", "reused"]
-"""What may be written to disk: everything, or only what was hit at least once."""
 
 class Mover:
     """The only one who moves entries. Any thread may call; movements queue up."""
 
-    def __init__(self, residency: Residency, forms: Forms, *, admission: Admission = "all") -> None:
+    def __init__(self, residency: Residency, forms: Forms, *, admission: str = "all") -> None:
         self._r = residency
         self._forms = forms
         self._admission = admission
@@ -274,8 +271,3 @@ class Mover:
         if r.cold is not None or (tier is r.hot and key in r.warm):
             return True
         return tier is r.hot and not meta.exact and r.warm.capacity_nbytes > 0
-
-
-def leading_first(keys: Iterable[Key]) -> list[Key]:
-    """A chain's keys in the order of touching: deepest first, so that the root ends most recently used."""
-    return list(reversed(list(keys)))

@@ -11,8 +11,8 @@ Thread rule: hold `lock` for every call here; the cold tier is read and flushed 
 """
 
 import threading
-from math import inf
 from collections.abc import Iterable
+from math import inf
 from typing import TYPE_CHECKING
 
 from kvstore.chains import Chains
@@ -55,6 +55,12 @@ class Residency:
     def in_cold(self, key: Key) -> bool:
         """Whether the cold tier holds the key."""
         return self.cold is not None and key in self.cold
+
+    def tier(self, name: TierName) -> "MemoryTier | Cold":
+        """A tier by name."""
+        found = {"hot": self.hot, "warm": self.warm, "cold": self.cold}[name]
+        assert found is not None
+        return found
 
     def tiers_of(self, key: Key) -> list[TierName]:
         """Where the key is held, uppermost first. An entry in transit counts as in the tier it left."""
@@ -124,6 +130,17 @@ class Residency:
             self.chains.replace(key, old)
         self.deadlines.watch(key, meta.deadline)
         return ticket
+
+    def install_recovered(self, key: Key, meta: Meta) -> None:
+        """A key that a restart found on disk."""
+        self.index[key] = meta
+        self.chains.link(key)
+        self.deadlines.watch(key, meta.deadline)
+
+    def forget_orphans(self) -> None:
+        """Forget chunks whose parent did not come back with them: a crash lost the parent, or its end came first."""
+        for key in self.chains.orphans():
+            self.forget(key, "orphaned")
 
     def forget(self, key: Key, cause: GoneCause = "deleted") -> int | None:
         """Take a key, and the chunks that continue it, out of everything; leave a tombstone for work under way.

@@ -35,8 +35,6 @@ class Policy(Protocol):
         """The key that should leave next, still tracked; None when there is none."""
         ...
 
-    def __contains__(self, key: object) -> bool: ...
-
     def __iter__(self) -> Iterator[Key]:
         """Keys, those likely to leave sooner first."""
         ...
@@ -46,13 +44,11 @@ class Policy(Protocol):
     def __len__(self) -> int: ...
 
 
-POLICIES = ("lru", "arc", "s3fifo")
-
-
 def policy_named(name: str) -> Callable[[], Policy]:
     """What makes a policy of this name. Raises KeyError for an unknown one: the configuration has checked it."""
     from kvstore.policies.arc import ARC
     from kvstore.policies.lru import LRU
     from kvstore.policies.s3fifo import S3FIFO
 
-    return {"lru": LRU, "arc": ARC, "s3fifo": S3FIFO}[name]
+    factories: dict[str, Callable[[], Policy]] = {"lru": LRU, "arc": ARC, "s3fifo": S3FIFO}
+    return factories[name]

@@ -41,9 +41,6 @@ class LRU:
         """The least recently used key."""
         return next(iter(self._order), None)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._order
-
     def __iter__(self) -> Iterator[Key]:
         """Keys, least recently used first."""
         return iter(self._order)

@@ -51,7 +51,7 @@ class MemoryTier:
 
     def admits(self, nbytes: int, key: Key) -> bool:
         """Whether an entry of this size could be held if everything unpinned left, within its owner's quota."""
-        return nbytes <= self.capacity_nbytes - self._order.pinned_nbytes and self._order.admits(key, nbytes)
+        return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(key, nbytes)
 
     def has_room(self, nbytes: int, key: Key) -> bool:
         """Whether an entry of this size can be put now."""

@@ -141,8 +141,10 @@ class Order:
     def _owners_in_turn(self, incoming: Key | None) -> list[Owner]:
         if len(self._orders) == 1:
             return [NOBODY]
-        if incoming is not None and self.over_quota_nbytes(incoming, 0) >= 0 and self._quotas.get(
-            owner := self._owner_of(incoming)
+        if (
+            incoming is not None
+            and self.over_quota_nbytes(incoming, 0) >= 0
+            and self._quotas.get(owner := self._owner_of(incoming))
         ):
             return [owner]
         return sorted(self._orders, key=lambda owner: -self._used[owner])
@@ -162,6 +164,10 @@ class Order:
             self._pinned.remove(key)
             self._pinned_nbytes -= self._sizes[key]
             self._orders[self._owner_of(key)].track(key)
+
+    def pinned_beside(self, key: Key) -> int:
+        """Bytes of pinned keys other than this one, which would be replaced."""
+        return self._pinned_nbytes - (self._sizes[key] if key in self._pinned else 0)
 
     def is_pinned(self, key: Key) -> bool:
         """Whether a key is held and pinned."""

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.config import POLICIES
 from kvstore.entry import Key
-from kvstore.policies import POLICIES, Policy, policy_named
+from kvstore.policies import Policy, policy_named
 
 
 @pytest.fixture(params=POLICIES)
