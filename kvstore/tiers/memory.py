@@ -56,7 +56,7 @@ class MemoryTier:
     def has_room(self, nbytes: int, key: Key) -> bool:
         """Whether an entry of this size can be put now."""
         fits = self._used_nbytes + nbytes <= self.capacity_nbytes
-        return fits and self._order.over_quota_nbytes(key, nbytes) <= 0
+        return fits and self._order.within_quota(key, nbytes)
 
     def displace(self, nbytes: int, key: Key) -> Entry | None:
         """Make room for `nbytes` under `key`: None when they fit, else the entry taken out.
@@ -65,7 +65,7 @@ class MemoryTier:
         """
         if self.has_room(nbytes, key):
             return None
-        victim = self._order.victim(key)
+        victim = self._order.victim(key, nbytes)
         if victim is None:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
@@ -73,7 +73,7 @@ class MemoryTier:
             )
         entry = self._entries.pop(victim)
         self._used_nbytes -= entry.nbytes
-        self._order.evict(victim)
+        self._order.evict(victim, entry.nbytes)
         return entry
 
     def put(self, entry: Entry, *, soon: bool = False) -> None:
@@ -89,7 +89,7 @@ class MemoryTier:
         self._used_nbytes += entry.nbytes
         self._order.track(entry.key, entry.nbytes, soon=soon)
         if pinned:
-            self._order.pin(entry.key)
+            self._order.pin(entry.key, entry.nbytes)
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given."""
@@ -103,7 +103,7 @@ class MemoryTier:
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
-        self._order.forget(key)
+        self._order.forget(key, entry.nbytes)
         self._used_nbytes -= entry.nbytes
         return True
 
@@ -118,7 +118,7 @@ class MemoryTier:
                 f"pinning {entry.nbytes} bytes would make {nbytes} pinned bytes in the {self.name} tier, "
                 f"the limit is {self._pin_max_nbytes}"
             )
-        self._order.pin(key)
+        self._order.pin(key, entry.nbytes)
 
     def unpin(self, key: Key) -> None:
         """Let a key be displaced again, as the most recently used."""
