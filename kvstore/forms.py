@@ -11,6 +11,7 @@ import torch
 
 from kvstore.codecs import Codec, decode_entry, encode_entry
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.packed import packed
 from kvstore.residency import Residency
 
 _RAM = torch.device("cpu")
@@ -57,7 +58,7 @@ class TensorForms:
             with self._r.lock:
                 self._r.counters.encodes += 1
                 self._r.counters.encode_s += time.perf_counter() - start
-        return encoded.to(_RAM)
+        return packed(encoded.to(_RAM))
 
     def exact(self, entry: Entry) -> Entry:
         """The same tensors in RAM."""

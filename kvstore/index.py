@@ -17,7 +17,7 @@ class Meta:
     exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
     there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by
     itself. soon: of low priority, leaves before others unless it is hit. parent: the chunk before this one in its
-    chain; first_child, previous and next belong to `chains`.
+    chain; first_child, previous and next belong to `chains`, watched_at to `deadlines`.
     """
 
     created_at: float
@@ -37,6 +37,7 @@ class Meta:
     first_child: Key | None = None
     previous: Key | None = None
     next: Key | None = None
+    watched_at: float = inf
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""

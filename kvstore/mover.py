@@ -191,6 +191,9 @@ class Mover:
             if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
                 self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
                 return
+        if not self._could_sink(left, entry.key, meta):
+            self._forget_in_transit(item)
+            return
         below = self._form_below(entry, meta)
         if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key):
 
@@ -238,6 +241,12 @@ class Mover:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False
         return True
+
+    def _could_sink(self, left: TierName, key: Key, meta: Meta) -> bool:
+        """Whether any tier below could take it: else nothing is encoded in vain."""
+        if self._r.cold is not None and self._deserves_cold(key):
+            return True
+        return left == "hot" and not meta.exact and self._r.warm.capacity_nbytes > 0
 
     def _deserves_cold(self, key: Key) -> bool:
         """Admission to disk: everything, or what was hit at least once. A pinned key always, it must not be lost."""

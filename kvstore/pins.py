@@ -48,7 +48,7 @@ def _pin_one(r: Residency, key: Key, meta: Meta, until: float, fresh: list[Key])
         meta.pinned_until = until
         fresh.append(key)
     meta.pinned_until = max(meta.pinned_until, until)
-    r.deadlines.watch(key, meta.pinned_until)
+    r.deadlines.watch(key, meta)
 
 
 def unpin(r: Residency, keys: Sequence[bytes]) -> int:

@@ -44,13 +44,9 @@ class Residency:
         self.tombstones = Tombstones()
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()
-        self.deadlines = Deadlines(self._deadline_of)
+        self.deadlines = Deadlines(self.index)
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
-
-    def _deadline_of(self, key: Key) -> float | None:
-        meta = self.index.get(key)
-        return None if meta is None or meta.deadline == inf else meta.deadline
 
     def in_cold(self, key: Key) -> bool:
         """Whether the cold tier holds the key."""
@@ -128,14 +124,14 @@ class Residency:
         else:
             meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
             self.chains.replace(key, old)
-        self.deadlines.watch(key, meta.deadline)
+        self.deadlines.watch(key, meta)
         return ticket
 
     def install_recovered(self, key: Key, meta: Meta) -> None:
         """A key that a restart found on disk."""
         self.index[key] = meta
         self.chains.link(key)
-        self.deadlines.watch(key, meta.deadline)
+        self.deadlines.watch(key, meta)
 
     def forget_orphans(self) -> None:
         """Forget chunks whose parent did not come back with them: a crash lost the parent, or its end came first."""
@@ -178,7 +174,7 @@ class Residency:
         meta = self.index[key]
         meta.pinned, meta.pinned_until = False, inf
         meta.expires_at = self.clock.now() + meta.ttl_s
-        self.deadlines.watch(key, meta.expires_at)
+        self.deadlines.watch(key, meta)
         for tier in (self.hot, self.warm, self.cold):
             if tier is not None:
                 tier.unpin(key)

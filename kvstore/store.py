@@ -189,7 +189,7 @@ class Store:
             live = [(Key(key), meta) for key in checked if (meta := self._r.live(Key(key))) is not None]
             for key, meta in live:
                 meta.refresh(now, ttl)
-                self._r.deadlines.watch(key, meta.expires_at)
+                self._r.deadlines.watch(key, meta)
             self._r.touch(leading_first(key for key, _ in live))
             return len(live)
 

@@ -423,7 +423,7 @@ def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.Mo
         def fail(entry: Entry, codec: Any) -> Entry:
             raise MemoryError
 
-        monkeypatch.setattr(kvstore.mover, "encode_entry", fail)
+        monkeypatch.setattr(kvstore.forms, "encode_entry", fail)
         with pytest.raises(MemoryError):
             store.demote(b"k")
         monkeypatch.undo()
