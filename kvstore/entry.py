@@ -77,6 +77,17 @@ class Entry:
         total += sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
 
+    def to(self, device: torch.device) -> "Entry":
+        """The entry with all parts on a device: itself where they are there already."""
+        parts = [part for tensor in self.tensors.values() for part in tensor.parts.values()]
+        if all(part.device == device for part in parts):
+            return self
+        moved = {
+            name: EncodedTensor(t.spec, t.encoding, {s: part.to(device) for s, part in t.parts.items()}, t.attrs)
+            for name, t in self.tensors.items()
+        }
+        return Entry(self.key, moved, lossy=self.lossy)
+
     @property
     def encoding(self) -> str:
         """The one encoding that is not raw ("nf4"), or "raw". A lossy codec is never mixed with another."""

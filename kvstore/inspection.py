@@ -43,7 +43,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
     if entry is not None:
         specs = {name: t.spec for name, t in entry.tensors.items()}
     else:
-        specs = (r.cold.specs_of(key) or {}) if with_tensors and r.cold is not None else {}
+        specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
     return EntryInfo(
         key=key,
         tiers=tuple(tiers),

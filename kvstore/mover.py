@@ -7,19 +7,28 @@ was looked up before is checked again under the lock before a result is installe
 Lock order: `_moving`, then `residency.lock`, then a tier's own.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvstore.codecs import Codec, decode_entry, encode_entry
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
-from kvstore.errors import OverQuota
+from kvstore.errors import OverQuota, TierUnavailable
 from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
+
+if TYPE_CHECKING:
+    from kvstore.tiers.cold import Cold
+
+log = logging.getLogger(__name__)
+
+_RAM = torch.device("cpu")
 
 
 def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
@@ -40,18 +49,18 @@ class Mover:
         self._device = device
         self._moving = threading.Lock()
 
-    def admit(self, entry: Entry, meta: Meta) -> bool:
-        """Hold a new value in hot, or below when hot can never hold it. True: it replaced a record on disk.
+    def admit(self, entry: Entry, meta: Meta) -> None:
+        """Hold a new value in hot, or below when hot can never hold it.
 
-        Raises OverQuota when no tier can hold it.
+        A record it replaces is gone from the disk for good when this returns: a crash must not bring an older value
+        back. Raises OverQuota when no tier can hold the new one.
         """
         r = self._r
-        replaced = False
+        replaced: int | None = None
 
         def install() -> bool:
             nonlocal replaced
-            replaced = r.in_cold(entry.key)
-            r.forget(entry.key)
+            replaced = r.forget(entry.key)
             r.index[entry.key] = meta
             r.deadlines.watch(entry.key, meta.expires_at)
             r.counters.tiers["hot"].puts += 1
@@ -61,11 +70,20 @@ class Mover:
             if r.hot.used_nbytes + entry.nbytes <= r.hot.capacity_nbytes:
                 install()
                 r.hot.put(entry)
-                return replaced
+                fits = True
+            else:
+                fits = False
+        if not fits:
+            self._admit_by_moving(entry, install)
+        if replaced is not None and r.cold is not None:
+            r.cold.wait(replaced)
+
+    def _admit_by_moving(self, entry: Entry, install: Callable[[], bool]) -> None:
+        r = self._r
         with self._moving:
             if r.hot.admits(entry.nbytes):
                 self._place(r.hot, entry, install)
-                return replaced
+                return
             with r.lock:
                 install()
                 r.transit[entry.key] = ("hot", entry)
@@ -76,7 +94,6 @@ class Mover:
                     f"an entry of {entry.nbytes} bytes fits no tier: hot has {r.hot.capacity_nbytes} bytes, "
                     f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
                 )
-        return replaced
 
     def promote(self, key: Key) -> bool:
         """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
@@ -143,7 +160,7 @@ class Mover:
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of an entry on the hot device, in fresh memory or into `out`."""
         start = time.perf_counter()
-        tensors = {name: x.to(self._device) for name, x in decode_entry(entry, out).items()}
+        tensors = decode_entry(entry.to(self._device), out)
         if entry.encoding != "raw":
             with self._r.lock:
                 self._r.counters.decodes += 1
@@ -170,6 +187,14 @@ class Mover:
 
     def _sink(self, left: TierName, entry: Entry) -> None:
         """Bring an entry in transit, which left the tier `left`, to the first tier below that takes it."""
+        try:
+            self._sink_or_raise(left, entry)
+        except BaseException:
+            # Whatever went wrong (memory ran out while encoding, say), nothing may stay in transit for ever.
+            self._forget_in_transit((left, entry))
+            raise
+
+    def _sink_or_raise(self, left: TierName, entry: Entry) -> None:
         r = self._r
         item = (left, entry)
         with r.lock:
@@ -177,13 +202,12 @@ class Mover:
             if meta is None or r.transit.get(entry.key) != item:
                 return
             if meta.expired(r.clock.now()):
-                r.forget(entry.key)
-                r.counters.expirations += 1
+                r.expire(entry.key)
                 return
             if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
                 self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
                 return
-        below = self._encode(entry) if left == "hot" and not meta.exact else entry
+        below = self._form_below(entry, meta)
         if left == "hot" and below.lossy and r.warm.admits(below.nbytes):
 
             def wanted() -> bool:
@@ -199,20 +223,37 @@ class Mover:
     def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
         r = self._r
         left, entry = item
-        if r.cold is not None and r.cold.admits(below.nbytes):
-            r.cold.displace(below.nbytes)
+        if r.cold is not None and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
                     self._arrived(entry.key, left, below)
                     r.cold.put(below)
                     r.counters.tiers["cold"].puts += 1
             return
+        self._forget_in_transit(item)
+
+    def _forget_in_transit(self, item: tuple[TierName, Entry]) -> None:
+        """No tier below takes the entry: it leaves the store, unless it was replaced or deleted meanwhile."""
+        r = self._r
+        left, entry = item
         with r.lock:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
                 r.counters.tiers[left].evictions += 1
                 r.lost_clean_copy(entry.key)
                 r.forget_if_gone(entry.key)
+
+    def _cold_has_room(self, cold: "Cold", entry: Entry) -> bool:
+        """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
+
+        The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.
+        """
+        try:
+            cold.displace(entry.nbytes)
+        except (OverQuota, TierUnavailable) as error:
+            log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
+            return False
+        return True
 
     def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
         """An entry left transit for the tier below, as `below` where it changed."""
@@ -232,28 +273,28 @@ class Mover:
             meta, entry = r.live(key), tier.get(key)
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
-        below = entry if meta.exact or entry.encoding != "raw" else self._encode(entry)
-        if not r.cold.admits(below.nbytes):
+        below = self._form_below(entry, meta)
+        if not self._cold_has_room(r.cold, below):
             return False
-        r.cold.displace(below.nbytes)
         with r.lock:
             if r.index.get(key) is not meta or tier.get(key) is not entry:
                 return False
             meta.lossy, meta.encoding = meta.lossy or below.lossy, below.encoding
             r.cold.put(below)
-            if meta.pinned:
-                r.cold.pin(key)
             r.counters.tiers["cold"].puts += 1
             return True
 
-    def _encode(self, entry: Entry) -> Entry:
+    def _form_below(self, entry: Entry, meta: Meta) -> Entry:
+        """What an entry looks like under hot: in RAM, and encoded unless it must stay exact or is encoded already."""
+        if meta.exact or entry.encoding != "raw":
+            return entry.to(_RAM)
         start = time.perf_counter()
         encoded = encode_entry(entry, self._codec)
         if encoded is not entry:
             with self._r.lock:
                 self._r.counters.encodes += 1
                 self._r.counters.encode_s += time.perf_counter() - start
-        return encoded
+        return encoded.to(_RAM)
 
     def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
         r = self._r

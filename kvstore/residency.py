@@ -60,7 +60,7 @@ class Residency:
         return found
 
     def peek(self, key: Key) -> Meta | None:
-        """The Meta of a key that is held and has not expired. Leaves an expired one to be found, and counted, by a get."""
+        """The Meta of a key that is held and not expired. An expired one is left for a get to find and count."""
         meta = self.index.get(key)
         return None if meta is None or meta.expired(self.clock.now()) else meta
 
@@ -70,8 +70,7 @@ class Residency:
         if meta is None:
             return None
         if meta.expired(self.clock.now()):
-            self.forget(key)
-            self.counters.expirations += 1
+            self.expire(key)
             return None
         return meta
 
@@ -100,18 +99,23 @@ class Residency:
         if self.cold is not None:
             self.cold.touch(keys)
 
-    def forget(self, key: Key) -> bool:
-        """Take a key out of everything at once, and leave a tombstone for work under way. True: it was held.
+    def forget(self, key: Key) -> int | None:
+        """Take a key out of everything at once, and leave a tombstone for work under way.
 
-        The deletion on disk is only queued: `cold.flush()`, outside the lock, makes it durable.
+        The deletion on disk is queued. Who promises that the value never comes back waits for the ticket returned,
+        outside the lock: `cold.wait`.
         """
         self.flights.call_off(key)
         self.transit.pop(key, None)
         self.hot.remove(key)
         self.warm.remove(key)
-        if self.cold is not None:
-            self.cold.remove(key)
-        return self.index.pop(key, None) is not None
+        self.index.pop(key, None)
+        return self.cold.queue_removal(key) if self.cold is not None else None
+
+    def expire(self, key: Key) -> None:
+        """Forget a key whose deadline has passed. Nobody waits: should a crash bring it back, so does its deadline."""
+        self.forget(key)
+        self.counters.expirations += 1
 
     def forget_if_gone(self, key: Key) -> bool:
         """Drop the Meta of a key that no tier holds any more. True: it is gone."""

@@ -9,7 +9,6 @@ Thread rule: any thread may call any verb. A get copies; `lease` hands out the h
 Leaves out: prefixes (`prefix`), the network (the daemon and its client offer these same verbs).
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,7 +47,8 @@ class Store:
     def __init__(self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True) -> None:
         self.config = config
         self._framework = framework
-        self._device = torch.device(config.hot.device)
+        # "cuda" alone is not equal to the "cuda:0" that its tensors report.
+        self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         pins = config.pin_max_fraction
         self._r = r = Residency(
             clock,
@@ -110,9 +110,7 @@ class Store:
         with self._r.lock:
             self._r.counters.puts += 1
             self._r.counters.put_nbytes += meta.value_nbytes
-        replaced = self._mover.admit(entry, meta)
-        if replaced and self._r.cold is not None:
-            self._r.cold.flush()  # the old record must not come back after a crash
+        self._mover.admit(entry, meta)
         if pin:
             self._pin_new(entry.key)
         return True
@@ -309,7 +307,7 @@ class Store:
                 r.deadlines.watch(key, meta.expires_at)
 
     def _check_ttl(self, ttl_s: float) -> float:
-        if not (isinstance(ttl_s, int | float) and 0 < ttl_s <= self.config.ttl_max_s) or math.isnan(ttl_s):
+        if not 0 < ttl_s <= self.config.ttl_max_s:  # NaN included
             raise InvalidEntry(f"ttl_s must be over 0 and at most {self.config.ttl_max_s} seconds, got {ttl_s!r}")
         return float(ttl_s)
 
@@ -466,14 +464,15 @@ class Store:
 
     def _forget(self, keys: list[bytes]) -> int:
         r = self._r
-        gone = on_disk = 0
+        gone = 0
+        tickets: list[int | None] = []
         with r.lock:
             for key in map(Key, keys):
-                on_disk += r.in_cold(key)
                 gone += r.live(key) is not None
-                r.forget(key)
-        if on_disk and r.cold is not None:
-            r.cold.flush()
+                tickets.append(r.forget(key))
+        for ticket in tickets:
+            if r.cold is not None:
+                r.cold.wait(ticket)
         return gone
 
     def _tier(self, name: TierName) -> "MemoryTier | Cold":

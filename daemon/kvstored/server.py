@@ -32,6 +32,7 @@ from kvstored_client.address import socket_path
 logger = logging.getLogger(__name__)
 
 MESSAGE_MAX_NBYTES = 4 << 20
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
 
 _OPTIONS = (
@@ -49,7 +50,7 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Clients ping every 10 s; a lower bound above that would answer them with too_many_pings.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 
@@ -65,6 +66,9 @@ def serve(settings: Settings) -> int:
                 locks.append(DirectoryLock(path.with_name(path.name + ".lock"), str(path)))
         return asyncio.run(_serve(settings))
     finally:
+        # One more signal on the way out would otherwise end the process with that signal's exit status.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         for lock in reversed(locks):
             lock.release()
 
@@ -93,10 +97,16 @@ def _stop_signals() -> asyncio.Event:
     """An event set by the first SIGTERM or SIGINT. Later ones find the drain under way and change nothing."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+
+    def request_stop(*_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: all is done already
+            loop.call_soon_threadsafe(stop.set)
+
+    # Not loop.add_signal_handler: closing the loop would restore the default action while the process still ends.
+    for number in STOP_SIGNALS:
+        signal.signal(number, request_stop)
     # systemd's reload sends it; nothing can be changed while running yet, and the default action would be to die.
-    loop.add_signal_handler(signal.SIGHUP, lambda: logger.info("reload ignored: settings are read at start"))
+    signal.signal(signal.SIGHUP, lambda *_: logger.info("reload ignored: settings are read at start"))
     return stop
 
 

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from kvstore import arrays
-from kvstore.errors import InvalidEntry
+from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.hit import Fidelity, Hit
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.store import Store
@@ -24,6 +24,8 @@ from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
 from kvstored_client.messages import TIERS, fidelity_name, read_specs, tensor_specs
 from kvstored_client.send import cut_frames
 
+HEADER_MAX_NBYTES = 64 << 10
+"""256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
 LOT_NBYTES = 16 << 20
 """Decoded bytes taken out of the store at once: what a slow reader costs in memory, and few thread switches."""
 DECODE_NBYTES = 256 << 20
@@ -47,7 +49,7 @@ class Incoming:
         """Check a header. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
         self.key = check_key(header.key)
         if len(header.tensors) > arrays.TENSORS_MAX:
-            raise InvalidEntry(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
+            raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
         self._specs = read_specs(header.tensors)
         self.nbytes = arrays.check_specs(self._specs, limit_nbytes)
         if header.nbytes != self.nbytes:
@@ -105,6 +107,8 @@ class PutStream:
         if frame.miss is not None:
             raise BadFrame("a put has no misses")
         if frame.header is not None:
+            if len(frame.header) > HEADER_MAX_NBYTES:
+                raise EntryTooLarge(f"a header has at most {HEADER_MAX_NBYTES} bytes, got {len(frame.header)}")
             self._begin(pb.PutHeader.FromString(bytes(frame.header)))
         if (frame.chunk or frame.end is not None) and self._open is None:
             raise BadFrame("bytes or an end before a header")

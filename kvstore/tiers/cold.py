@@ -357,19 +357,27 @@ class Cold:
                 self._lru.track(key)
         self.touch([key])
 
-    def remove(self, key: Key, *, wait: bool = False) -> bool:
-        """Forget a key. True: it was here.
-
-        The record goes a little later; `flush` returns once that can no longer be undone by a crash or a power cut.
-        wait: flush. Raises TierUnavailable then when the disk refuses: the key is gone from this process and its
-        deletion is tried again, but a crash could bring it back.
-        """
+    def remove(self, key: Key) -> bool:
+        """Forget a key. True: it was here. The record goes a little later, so that a crash could bring it back."""
         with self._changed:
             here = key in self._lru or key in self._pinned
-            ticket = self._delete(key, durable=True)
-            if wait and ticket is not None:
-                self._wait_for(ticket, WAIT_S)
+            self._delete(key, durable=True)
         return here
+
+    def queue_removal(self, key: Key) -> int | None:
+        """Forget a key; a ticket to `wait` for until no crash or power cut can bring it back. None: nothing is due."""
+        with self._changed:
+            return self._delete(key, durable=True)
+
+    def wait(self, ticket: int | None) -> None:
+        """Return once what a ticket stands for is committed: outside any lock that `on_drop` takes.
+
+        Raises TierUnavailable after 30 s: the key is gone from this process and its deletion is tried again, but a
+        crash could bring it back.
+        """
+        if ticket is not None:
+            with self._changed:
+                self._wait_for(ticket, WAIT_S)
 
     def _delete(self, key: Key, *, durable: bool) -> int | None:
         """Queue a deletion; its ticket, None when the disk never had the key."""

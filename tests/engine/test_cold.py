@@ -61,7 +61,7 @@ class Holder:
 
     def forget(self, key: Key) -> None:
         self.metas.pop(key, None)
-        self.cold.remove(key, wait=True)
+        self.cold.wait(self.cold.queue_removal(key))
 
 
 def raw(x: torch.Tensor) -> EncodedTensor:

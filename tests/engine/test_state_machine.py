@@ -219,7 +219,7 @@ class TightWithDisk(VerbsAgainstADictionary):
     forgets = True
 
 
-_SETTINGS = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+_SETTINGS = settings(max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 TestRoomy = VerbsAgainstADictionary.TestCase
 TestRoomy.settings = _SETTINGS
 TestTightMemory = TightMemory.TestCase

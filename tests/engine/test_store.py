@@ -378,3 +378,56 @@ def test_what_an_entry_costs_beside_its_bytes_is_counted() -> None:
         tracemalloc.stop()
         counted = store._r.hot.used_nbytes - used
         assert 0.5 * counted <= allocated <= 1.1 * counted
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_hot_tier_can_live_on_a_gpu(tmp_path: Path) -> None:
+    config = StoreConfig(hot=HotConfig(4 * MIB, device="cuda:0"), cold=ColdConfig(path=str(tmp_path)))
+    with Store.open(config, clock=ManualClock(), background=False) as store:
+        store.put(b"auto", {"k": chunk(0)})
+        store.put(b"exact", {"k": chunk(1).cuda()}, fidelity="exact")
+        for key, value in ((b"auto", chunk(0)), (b"exact", chunk(1))):
+            hit = store.get(key)
+            assert hit is not None
+            assert hit.tensors["k"].device.type == "cuda"
+            assert torch.equal(hit.tensors["k"].cpu(), value)
+        assert store.demote(b"auto", b"exact") == 2
+        warm = store._r.warm.get(b"auto")  # type: ignore[arg-type]
+        assert warm is not None
+        assert all(part.device.type == "cpu" for part in warm.tensors["k"].parts.values())
+        exact, auto = store.get(b"exact"), store.get(b"auto")
+        assert exact is not None
+        assert auto is not None
+        assert torch.equal(exact.tensors["k"].cpu(), chunk(1))
+        assert auto.tensors["k"].device.type == "cuda"
+
+
+def test_values_that_a_codec_cannot_hold_stay_exact_and_disturb_nobody(tmp_path: Path) -> None:
+    """float16 values at the edge of the type: the decoded scale would be infinite."""
+    with open_store(path=tmp_path) as store:
+        edge = torch.full((128,), 65504.0, dtype=torch.float16)
+        edge[64:] = torch.linspace(-60000, 65504, 64)
+        store.put(b"edge", {"x": edge})
+        for _ in range(2):
+            store.demote(b"edge")
+        hit = store.get(b"edge")
+        assert hit is not None
+        assert torch.isfinite(hit.tensors["x"]).all()
+        assert hit.lossy or torch.equal(hit.tensors["x"], edge)
+
+
+def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store() as store:
+        store.put(b"k", {"k": chunk(0)})
+
+        def fail(entry: Entry, codec: Any) -> Entry:
+            raise MemoryError
+
+        monkeypatch.setattr(kvstore.mover, "encode_entry", fail)
+        with pytest.raises(MemoryError):
+            store.demote(b"k")
+        monkeypatch.undo()
+        assert store.get(b"k") is None
+        assert store.stats().values["in_transit"] == 0
+        store.put(b"k", {"k": chunk(1)})
+        assert store.get(b"k") is not None
