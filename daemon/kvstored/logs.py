@@ -70,9 +70,18 @@ def _priority(level: int) -> int:
     return next(number for floor, number in _PRIORITIES if level >= floor)
 
 
+def _is_journal(stream: str) -> bool:
+    """Whether standard error is the stream of that device and inode: systemd sets the variable if any of them is."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return stream == f"{status.st_dev}:{status.st_ino}"
+
+
 def set_up(log_format: str = "auto", level: str = "info", environ: Mapping[str, str] = os.environ) -> None:
     """Send all logs to standard error. auto: JSON under systemd, text elsewhere."""
-    to_journal = "JOURNAL_STREAM" in environ
+    to_journal = _is_journal(environ.get("JOURNAL_STREAM", ""))
     as_json = log_format == "json" or (log_format == "auto" and to_journal)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(priority=to_journal) if as_json else TextFormatter())

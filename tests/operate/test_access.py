@@ -125,7 +125,8 @@ def test_admin_verbs_and_refusals_are_in_the_audit_log_and_no_secret_is(guarded,
     time.sleep(0.2)
     log = guarded.log
     assert re.search(
-        rf"kvstored.audit admin verb=Admin/Evict who=admin peer=unix:\S* keys=2 first={b'some key'.hex()} result=OK", log
+        rf"kvstored.audit admin verb=Admin/Evict who=admin peer=unix:\S* keys=2 first={b'some key'.hex()} result=OK",
+        log,
     )
     assert re.search(r"verb=Admin/Evict who=reader peer=\S+ keys=0 first=- result=PERMISSION_DENIED", log)
     assert re.search(r"verb=Cache/Get who=nobody peer=\S+ keys=0 first=- result=UNAUTHENTICATED", log)
@@ -238,7 +239,9 @@ def common_name_served(port):
     import subprocess
 
     pem = ssl.get_server_certificate(("localhost", port), timeout=10)
-    done = subprocess.run(["openssl", "x509", "-noout", "-subject"], input=pem, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["openssl", "x509", "-noout", "-subject"], input=pem, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip().rpartition("= ")[2].rpartition("=")[2].strip()
 
 
