@@ -16,13 +16,6 @@ import pytest
 from kvstored_client import Client
 
 ROOT = Path(__file__).parents[1]
-_SERVE = """
-import logging, sys
-from kvstored.server import serve
-from kvstored.settings import load_settings
-logging.basicConfig(level="INFO", format="%(levelname)s %(name)s %(message)s")
-sys.exit(serve(load_settings(sys.argv[1])))
-"""
 START_S = 30.0
 
 
@@ -59,7 +52,10 @@ class DaemonProcess:
     def start(self, *, wait: bool = True) -> None:
         with (self.directory / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(self.config)], env=environment(), stdout=log, stderr=log
+                [sys.executable, "-m", "kvstored", "serve", "--config", str(self.config)],
+                env=environment(),
+                stdout=log,
+                stderr=log,
             )
         if wait:
             self.wait_until_up()

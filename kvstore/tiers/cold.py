@@ -9,29 +9,31 @@ RAM: the keys in their order, about 200 bytes each; places, sizes and deadlines 
 Leaves out: time to live (the store sweeps), which entries deserve a place here (the store), what encodings mean.
 """
 
+import gc
 import logging
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmdb
 import numpy as np
-import torch
 
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
+from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.segments import Place, Segments, blocks_nbytes
-from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
+from kvstore.disk.segments import PlaceTable, Segments, blocks_nbytes
+from kvstore.disk.writer import Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.policies.lru import LRU
-from kvstore.record import Head, assemble, parse_head, specs_of
 from kvstore.tiers import TierName
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,8 @@ class Cold:
                 directory, config, clock, disk or SystemDisk(),
                 meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction,
             )  # fmt: skip
-            cold._recover()
+            with _no_garbage_collection():
+                cold._recover()
         except (OSError, lmdb.Error) as error:
             directory.release()
             raise ConfigError(f"cold.path {path} cannot be used: {error}") from None
@@ -125,8 +128,9 @@ class Cold:
     def _recover(self) -> None:
         """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
         now = self._clock.now()
-        rows: list[tuple[int, Key, Meta, int]] = []
-        places: list[Place] = []
+        keys: list[Key] = []
+        metas: list[Meta] = []
+        numbers = array("q")
         gone: list[Key] = []
         for key, row in self._rows.scan():
             if row is None:
@@ -135,22 +139,28 @@ class Cold:
             if row is None or _clamp(row.meta, now).expired(now):
                 gone.append(key)
                 continue
-            cost = cost_of(row.place.nbytes)
-            rows.append((row.seq, key, row.meta, cost))
-            places.append(row.place)
-            self._pending.used_nbytes += cost
-        rows.sort(key=lambda row: row[0])
-        for _, key, meta, cost in rows:
-            if meta.pinned:
-                self._pinned[key] = cost
-            else:
-                self._lru.track(key)
-        self._seq = rows[-1][0] if rows else 0
-        self._recovered = [(key, meta) for _, key, meta, _ in rows]
+            keys.append(key)
+            metas.append(row.meta)
+            numbers.extend((row.seq, *row.place))
+        table = np.frombuffer(numbers, np.int64).reshape(-1, 4)
+        self._order(keys, metas, table)
         if gone:
             self._rows.write({}, gone)
             self._rows.sync()
-        self._segments.recover(places)
+        self._segments.recover(table[:, 1:].copy())
+
+    def _order(self, keys: list[Key], metas: list[Meta], table: PlaceTable) -> None:
+        """Least recently used first. table: rows of (seq, segment, offset, nbytes)."""
+        costs = [cost_of(int(nbytes)) for nbytes in table[:, 3]]
+        self._pending.used_nbytes = sum(costs)
+        self._seq = int(table[:, 0].max(initial=0))
+        for i in np.argsort(table[:, 0], kind="stable"):
+            key, meta = keys[i], metas[i]
+            if meta.pinned:
+                self._pinned[key] = costs[i]
+            else:
+                self._lru.track(key)
+            self._recovered.append((key, meta))
 
     def recovered(self) -> Iterator[tuple[Key, Meta]]:
         """What was found at opening, least recently used first: once, then nothing. Values were not read."""
@@ -218,10 +228,7 @@ class Cold:
         if isinstance(found, Entry):
             return {name: tensor.spec for name, tensor in found.tensors.items()}
         try:
-            head_bytes = np.empty(found.head_nbytes, np.uint8)
-            self._segments.read(found.place, [head_bytes])
-            specs = specs_of(parse_head(head_bytes.tobytes(), key), head_bytes.tobytes())
-            return {name: spec for name, (spec, _) in specs.items()}
+            return read_specs(self._segments, key, found)
         except (RecordCorrupt, OSError) as error:
             self._distrust(key, found, error)
             return None
@@ -240,14 +247,7 @@ class Cold:
 
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
-            head_bytes = np.empty(row.head_nbytes, np.uint8)
-            # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
-            stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8).numpy()
-            if self._segments.read(row.place, [head_bytes, stored]) != row.place.nbytes:
-                raise RecordCorrupt("record ends early")
-            head = parse_head(head_bytes.tobytes(), key)
-            _check_sizes(head, row)
-            return assemble(head, head_bytes.tobytes(), stored, key)
+            return read_entry(self._segments, key, row)
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
 
@@ -479,26 +479,38 @@ class Cold:
         return missing <= 0
 
     def close(self) -> None:
-        """Write what is pending, order and deadlines, and let the directory go. A failing disk is logged, not raised."""
+        """Write what is pending, order and deadlines, and let the directory go. A failing disk is only logged."""
         clean = True
         try:
             self.flush()
             self.flush_meta()
         except TierUnavailable as error:
             clean = False
-            log.error("cold path=%s event=unclean_close error=%s", self._directory.path, error)
+            log.warning("cold path=%s event=unclean_close error=%s", self._directory.path, error)
         self._writer.stop()
         self._segments.close()
         self._rows.close()
         try:
             self._directory.write_state(clean=clean)
         except OSError as error:
-            log.error("cold path=%s event=unclean_close error=%s", self._directory.path, error)
+            log.warning("cold path=%s event=unclean_close error=%s", self._directory.path, error)
         self._directory.release()
 
 
 _TRANSIENT = frozenset({11, 12, 23, 24})
 """EAGAIN, ENOMEM, ENFILE, EMFILE: say nothing about the record."""
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A million new objects and no garbage among them: looking for it takes half of the opening's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _clamp(meta: Meta, now: float) -> Meta:
@@ -507,8 +519,3 @@ def _clamp(meta: Meta, now: float) -> Meta:
     meta.last_hit_at = min(meta.last_hit_at, now)
     meta.expires_at = min(meta.expires_at, now + meta.ttl_s)
     return meta
-
-
-def _check_sizes(head: Head, row: Row) -> None:
-    if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
-        raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")
