@@ -73,8 +73,15 @@ _STORE = (
     Family("kvstored_cold_records_written_total", "counter", "Records written.", value="cold_records_written"),
     Family("kvstored_cold_written_bytes_total", "counter", "Bytes of records written.", value="cold_bytes_written"),
     Family("kvstored_cold_write_errors_total", "counter", "Writes the disk refused.", value="cold_write_errors"),
+    Family("kvstored_cold_read_errors_total", "counter", "Reads the disk refused: misses.",
+           value="cold_read_errors"),
     Family("kvstored_cold_corrupt_total", "counter", "Records that failed their checksum: misses, deleted.",
-           value="cold_corrupt"),
+           value="cold_corrupt_total"),
+    Family("kvstored_cold_evictions_total", "counter", "Records that left the disk for capacity.",
+           value="cold_evictions"),
+    Family("kvstored_orphaned_total", "counter", "Chunks dropped because their parent was gone.", value="orphaned"),
+    Family("kvstored_refused_chunks_total", "counter", "Chunks not stored because their parent is not held.",
+           value="refused_chunks"),
 )  # fmt: skip
 
 _DAEMON = (

@@ -51,7 +51,7 @@ function numbers(values) {
     ["given out", size(values.hit_nbytes)],
     ["taken in", size(values.put_nbytes)],
     ["in flight", size(values.in_flight_nbytes)],
-    ["corrupt records", count(values.cold_corrupt || 0)],
+    ["corrupt records", count(values.cold_corrupt_total || 0)],
     ["up for", duration(values.uptime_s)],
   ];
   byId("numbers").replaceChildren(...shown.map(([name, text]) => {
