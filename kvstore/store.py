@@ -37,6 +37,7 @@ from kvstore.policies import policy_named
 from kvstore.prefix import Namespace
 from kvstore.reader import Found, Reader, leading_first
 from kvstore.residency import Residency
+from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
@@ -260,6 +261,19 @@ class Store:
     def drain(self) -> int:
         """Write to cold whatever is only in memory. Returns entries written."""
         return self._mover.drain()
+
+    @property
+    def hot_capacity_nbytes(self) -> int:
+        """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
+        return self._r.hot.capacity_nbytes
+
+    def set_hot_capacity(self, nbytes: int) -> int:
+        """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
+        return set_hot_capacity(self._r, self._mover, nbytes)
+
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""
+        return self._r.clock.now() - self._maintainer.turned_at
 
     def close(self) -> None:
         """Drain to cold, if there is one, and give everything back. Closing twice is harmless."""
