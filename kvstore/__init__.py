@@ -1,1 +1,92 @@
-"""kvstore: the engine of kvstored, usable with no daemon at all."""
+"""kvstore: the engine of kvstored, usable with no daemon at all.
+
+    from kvstore import Store
+
+    with Store.open("/var/cache/kv") as store:
+        store.put(b"key", {"k": k, "v": v})
+        hit = store.get(b"key")
+
+Names are found when first asked for (PEP 562): `import kvstore.keys` in a light client must not import torch, and
+importing a submodule runs this file first.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+    from kvstore.errors import (
+        CodecError,
+        ConfigError,
+        EntryTooLarge,
+        InvalidEntry,
+        KvstoreError,
+        OverQuota,
+        PermissionDenied,
+        RecordCorrupt,
+        TierUnavailable,
+    )
+    from kvstore.hit import EntryInfo, Held, Hit, Match, TensorInfo
+    from kvstore.keys import Identity, chunk_keys
+    from kvstore.prefix import Namespace
+    from kvstore.store import Store
+
+_HOME = {
+    "ColdConfig": "config",
+    "HotConfig": "config",
+    "StoreConfig": "config",
+    "WarmConfig": "config",
+    "CodecError": "errors",
+    "ConfigError": "errors",
+    "EntryTooLarge": "errors",
+    "InvalidEntry": "errors",
+    "KvstoreError": "errors",
+    "OverQuota": "errors",
+    "PermissionDenied": "errors",
+    "RecordCorrupt": "errors",
+    "TierUnavailable": "errors",
+    "EntryInfo": "hit",
+    "Held": "hit",
+    "Hit": "hit",
+    "Match": "hit",
+    "TensorInfo": "hit",
+    "Identity": "keys",
+    "chunk_keys": "keys",
+    "Namespace": "prefix",
+    "Store": "store",
+}
+
+__all__ = [
+    "CodecError",
+    "ColdConfig",
+    "ConfigError",
+    "EntryInfo",
+    "EntryTooLarge",
+    "Held",
+    "Hit",
+    "HotConfig",
+    "Identity",
+    "InvalidEntry",
+    "KvstoreError",
+    "Match",
+    "Namespace",
+    "OverQuota",
+    "PermissionDenied",
+    "RecordCorrupt",
+    "Store",
+    "StoreConfig",
+    "TensorInfo",
+    "TierUnavailable",
+    "WarmConfig",
+    "chunk_keys",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
+    return getattr(import_module(f"kvstore.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

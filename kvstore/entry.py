@@ -39,7 +39,7 @@ class TensorSpec:
         return prod(self.shape) * BY_NAME[self.dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedTensor:
     """One tensor as a codec left it.
 
@@ -56,12 +56,10 @@ class EncodedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes counted against a budget: the parts, and what holding them costs."""
-        return sum(
-            part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values()
-        )
+        return sum(part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """Named tensors under a key, each raw or encoded.
 
@@ -76,12 +74,28 @@ class Entry:
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
-        total += sum(len(name) + t.nbytes for name, t in self.tensors.items())
+        # A mapping that knows its own size (`packed`) need not make its tensors to be counted.
+        known = getattr(self.tensors, "nbytes", None)
+        total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
+
+    def to(self, device: torch.device) -> "Entry":
+        """The entry with all parts on a device: itself where they are there already."""
+        parts = [part for tensor in self.tensors.values() for part in tensor.parts.values()]
+        if all(part.device == device for part in parts):
+            return self
+        moved = {
+            name: EncodedTensor(t.spec, t.encoding, {s: part.to(device) for s, part in t.parts.items()}, t.attrs)
+            for name, t in self.tensors.items()
+        }
+        return Entry(self.key, moved, lossy=self.lossy)
 
     @property
     def encoding(self) -> str:
         """The one encoding that is not raw ("nf4"), or "raw". A lossy codec is never mixed with another."""
+        known: str | None = getattr(self.tensors, "encoding", None)
+        if known is not None:
+            return known
         return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
 
     @property

@@ -1,0 +1,78 @@
+# The two commands: `make demo` and `make test`. Both make .venv and install into it, once.
+# Everything else is for people who change kvstored: `make help`.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# A venv shared by several work trees has none of them installed: this one's packages go on the path.
+ifneq ($(VENV),.venv)
+export PYTHONPATH := $(CURDIR):$(CURDIR)/daemon:$(CURDIR)/client
+endif
+
+# What a fragment below adds to be built after the Python packages are installed.
+SETUP :=
+
+-include kernel/kernel.mk
+-include tests/crash/torture.mk
+
+.PHONY: help demo test quick lint type proto proto-check bench format install clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+demo: install  ## A real model, its prefill stored, the daemon restarted, restored by a second worker
+	@tools/model.sh $(BIN)/python
+	@$(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+test: install  ## All tests
+	@tools/model.sh $(BIN)/python
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quick: install  ## The tests that take less than about ten seconds each
+	$(BIN)/python -m pytest -m "not slow and not model" $(PYTEST_ARGS)
+
+lint: install proto-check  ## ruff, the layers between packages, the generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+type: install  ## mypy, strict
+	$(BIN)/mypy
+
+format: install  ## Rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## put and get against Redis, where redis-server is installed
+	$(BIN)/python bench/transport.py $(BENCH_ARGS)
+
+proto: .venv-proto/.installed  ## Generate client/kvstored_client/_pb from proto/
+	@tools/proto.sh .venv-proto/bin/python client
+
+proto-check: .venv-proto/.installed  ## Fail if generating again would change the committed code
+	@tools/proto.sh .venv-proto/bin/python --check
+
+install: $(STAMP) $(SETUP)  ## .venv with everything pinned in constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt tools/venv.sh
+ifeq ($(VENV),.venv)
+	@tools/venv.sh $(PYTHON) $(VENV)
+	@touch $@
+endif
+
+# A venv of its own: code generated for a newer protobuf refuses to import on an older one, so the generator is the
+# oldest we support while .venv has the newest.
+.venv-proto/.installed: tools/venv.sh
+	@tools/venv.sh --bare $(PYTHON) .venv-proto grpcio-tools==1.71.2 setuptools==80.9.0
+	@touch $@
+
+clean:  ## Remove what these targets made, the model's cache aside
+	rm -rf .venv .venv-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

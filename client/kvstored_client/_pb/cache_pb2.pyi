@@ -1,0 +1,373 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT64: _ClassVar[DType]
+    DTYPE_BOOL: _ClassVar[DType]
+    DTYPE_UINT8: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
+    DTYPE_INT16: _ClassVar[DType]
+    DTYPE_UINT16: _ClassVar[DType]
+    DTYPE_INT32: _ClassVar[DType]
+    DTYPE_UINT32: _ClassVar[DType]
+    DTYPE_INT64: _ClassVar[DType]
+    DTYPE_UINT64: _ClassVar[DType]
+    DTYPE_FLOAT8_E4M3FN: _ClassVar[DType]
+    DTYPE_FLOAT8_E5M2: _ClassVar[DType]
+    DTYPE_FLOAT8_E4M3FNUZ: _ClassVar[DType]
+    DTYPE_FLOAT8_E5M2FNUZ: _ClassVar[DType]
+    DTYPE_FLOAT8_E8M0FNU: _ClassVar[DType]
+    DTYPE_COMPLEX64: _ClassVar[DType]
+    DTYPE_COMPLEX128: _ClassVar[DType]
+
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    TIER_HOT: _ClassVar[Tier]
+    TIER_WARM: _ClassVar[Tier]
+    TIER_COLD: _ClassVar[Tier]
+
+class Fidelity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FIDELITY_AUTO: _ClassVar[Fidelity]
+    FIDELITY_EXACT: _ClassVar[Fidelity]
+DTYPE_UNSPECIFIED: DType
+DTYPE_FLOAT32: DType
+DTYPE_FLOAT16: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT64: DType
+DTYPE_BOOL: DType
+DTYPE_UINT8: DType
+DTYPE_INT8: DType
+DTYPE_INT16: DType
+DTYPE_UINT16: DType
+DTYPE_INT32: DType
+DTYPE_UINT32: DType
+DTYPE_INT64: DType
+DTYPE_UINT64: DType
+DTYPE_FLOAT8_E4M3FN: DType
+DTYPE_FLOAT8_E5M2: DType
+DTYPE_FLOAT8_E4M3FNUZ: DType
+DTYPE_FLOAT8_E5M2FNUZ: DType
+DTYPE_FLOAT8_E8M0FNU: DType
+DTYPE_COMPLEX64: DType
+DTYPE_COMPLEX128: DType
+TIER_UNSPECIFIED: Tier
+TIER_HOT: Tier
+TIER_WARM: Tier
+TIER_COLD: Tier
+FIDELITY_AUTO: Fidelity
+FIDELITY_EXACT: Fidelity
+
+class TensorSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PutFrame(_message.Message):
+    __slots__ = ("header", "chunk", "end")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    header: PutHeader
+    chunk: bytes
+    end: EntryEnd
+    def __init__(self, header: _Optional[_Union[PutHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ...) -> None: ...
+
+class PutHeader(_message.Message):
+    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    ABSOLUTE_TTL_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    nbytes: int
+    ttl_s: float
+    absolute_ttl: bool
+    pin: bool
+    fidelity: Fidelity
+    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ...) -> None: ...
+
+class EntryEnd(_message.Message):
+    __slots__ = ("xxh3",)
+    XXH3_FIELD_NUMBER: _ClassVar[int]
+    xxh3: int
+    def __init__(self, xxh3: _Optional[int] = ...) -> None: ...
+
+class PutReply(_message.Message):
+    __slots__ = ("stored", "boot_epoch")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    stored: int
+    boot_epoch: int
+    def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class GetRequest(_message.Message):
+    __slots__ = ("keys", "leading")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LEADING_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    leading: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ...) -> None: ...
+
+class GetFrame(_message.Message):
+    __slots__ = ("header", "chunk", "end", "miss")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    header: GetHeader
+    chunk: bytes
+    end: EntryEnd
+    miss: GetMiss
+    def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ..., miss: _Optional[_Union[GetMiss, _Mapping]] = ...) -> None: ...
+
+class GetHeader(_message.Message):
+    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    LOSSY_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    nbytes: int
+    tier: Tier
+    encoding: str
+    lossy: bool
+    age_s: float
+    boot_epoch: int
+    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class GetMiss(_message.Message):
+    __slots__ = ("index", "boot_epoch")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    boot_epoch: int
+    def __init__(self, index: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class MatchRequest(_message.Message):
+    __slots__ = ("keys", "every")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    every: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., every: bool = ...) -> None: ...
+
+class MatchReply(_message.Message):
+    __slots__ = ("held", "boot_epoch")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    held: _containers.RepeatedCompositeFieldContainer[Held]
+    boot_epoch: int
+    def __init__(self, held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("tier", "nbytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    nbytes: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class TouchRequest(_message.Message):
+    __slots__ = ("keys", "ttl_s")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    ttl_s: float
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class TouchReply(_message.Message):
+    __slots__ = ("touched", "boot_epoch")
+    TOUCHED_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    touched: int
+    boot_epoch: int
+    def __init__(self, touched: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class DeleteRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class DeleteReply(_message.Message):
+    __slots__ = ("deleted", "boot_epoch")
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    deleted: int
+    boot_epoch: int
+    def __init__(self, deleted: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("keys", "pinned")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    pinned: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., pinned: bool = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("changed", "boot_epoch")
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    changed: int
+    boot_epoch: int
+    def __init__(self, changed: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsReply(_message.Message):
+    __slots__ = ("values", "tiers", "uptime_s", "version", "boot_epoch")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.ScalarMap[str, float]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
+    uptime_s: float
+    version: str
+    boot_epoch: int
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class TierStats(_message.Message):
+    __slots__ = ("tier", "entries", "used_nbytes", "capacity_nbytes", "hits", "puts", "evictions", "demotions", "promotions")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    USED_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    PUTS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    DEMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    entries: int
+    used_nbytes: int
+    capacity_nbytes: int
+    hits: int
+    puts: int
+    evictions: int
+    demotions: int
+    promotions: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., entries: _Optional[int] = ..., used_nbytes: _Optional[int] = ..., capacity_nbytes: _Optional[int] = ..., hits: _Optional[int] = ..., puts: _Optional[int] = ..., evictions: _Optional[int] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ...) -> None: ...
+
+class ListRequest(_message.Message):
+    __slots__ = ("tier", "key_prefix", "limit")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    key_prefix: bytes
+    limit: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., key_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListReply(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[EntryInfo]
+    def __init__(self, entries: _Optional[_Iterable[_Union[EntryInfo, _Mapping]]] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    def __init__(self, key: _Optional[bytes] = ...) -> None: ...
+
+class InspectReply(_message.Message):
+    __slots__ = ("entry",)
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    entry: EntryInfo
+    def __init__(self, entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
+
+class EntryInfo(_message.Message):
+    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    LOSSY_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    VALUE_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    TTL_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    tiers: _containers.RepeatedScalarFieldContainer[Tier]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    encoding: str
+    lossy: bool
+    fidelity: Fidelity
+    pinned: bool
+    value_nbytes: int
+    tier_nbytes: _containers.RepeatedScalarFieldContainer[int]
+    age_s: float
+    ttl_left_s: float
+    hits: int
+    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class EvictReply(_message.Message):
+    __slots__ = ("evicted",)
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    evicted: int
+    def __init__(self, evicted: _Optional[int] = ...) -> None: ...
+
+class DemoteRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PromoteRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class MoveReply(_message.Message):
+    __slots__ = ("moved",)
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    moved: int
+    def __init__(self, moved: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,51 @@
+"""Where the daemon listens: the one rule, for the daemon and its clients alike. Standard library only."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+SOCKET_NAME = "kvstored.sock"
+DEFAULT_PORT = 7411
+
+
+def default_address(environ: Mapping[str, str] = os.environ) -> str:
+    """$KVSTORED_ADDRESS, else the unix socket in the runtime directory."""
+    return environ.get("KVSTORED_ADDRESS") or f"unix:{runtime_directory(environ) / SOCKET_NAME}"
+
+
+def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """The service manager's choice, /run for root, the session's, else one per user in the temporary directory."""
+    given = environ.get("RUNTIME_DIRECTORY")
+    if given:
+        return Path(given.split(":")[0])
+    if os.geteuid() == 0:
+        return Path("/run/kvstored")
+    session = environ.get("XDG_RUNTIME_DIR")
+    if session:
+        return Path(session) / "kvstored"
+    return Path(tempfile.gettempdir()) / f"kvstored-{os.geteuid()}"
+
+
+def parse_address(text: str) -> str:
+    """The gRPC target of "unix:PATH", a bare path, "tcp:HOST:PORT" or "HOST:PORT". Raises ValueError."""
+    address = text.strip()
+    if address.startswith("/"):
+        return f"unix:{address}"
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:").removeprefix("//")
+        if not path:
+            raise ValueError(f"address {text!r} names no socket: write unix:/path/to/kvstored.sock")
+        # sun_path has 108 bytes; the kernel's own error would name neither the path nor the limit.
+        if len(os.fsencode(path)) > 107:
+            raise ValueError(f"a socket path has at most 107 bytes, got {len(os.fsencode(path))}: {path}")
+        return f"unix:{path}"
+    host, colon, port = address.removeprefix("tcp:").rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"not an address: {text!r}; write unix:PATH or tcp:HOST:PORT")
+    return f"{host}:{port}"
+
+
+def socket_path(target: str) -> Path | None:
+    """The path of a unix target of `parse_address`; None for TCP."""
+    return Path(target.removeprefix("unix:")) if target.startswith("unix:") else None

@@ -1,0 +1,298 @@
+"""Client: the verbs of `kvstore.Store`, spoken to a daemon.
+
+    with Client() as cache:
+        cache.put(b"key", {"k": k, "v": v})
+        hit = cache.get(b"key")          # None on a miss
+
+On the data path a daemon that is down, draining or busy means a miss (False, 0): the caller prefills as if there were
+no cache. `on_error="raise"` raises instead. The caller's own mistakes always raise, and so do the operator's verbs
+(entries, inspect, evict, demote, promote, stats), whose answer nothing can stand in for.
+Thread-safe. A forked child gets a connection of its own.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from kvstore import arrays
+from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
+from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match
+from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
+from kvstore.prefix import Namespace
+from kvstore.stats import Stats
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.address import default_address
+from kvstored_client.frames import BadFrame
+from kvstored_client.messages import (
+    read_entry_info,
+    read_held,
+    read_stats,
+    tier_number,
+)
+from kvstored_client.receive import Receiver
+from kvstored_client.send import Outgoing, PutOptions
+from kvstored_client.transport import ADMIN, CACHE, Transport
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["miss", "raise"]
+TIMEOUT_S = 5.0
+_SOFT = (TierUnavailable, OverQuota, RecordCorrupt)
+"""What a daemon in trouble looks like: a miss on the data path."""
+
+T = TypeVar("T")
+
+
+class Client:
+    """A cache behind a daemon.
+
+    address: "unix:PATH" or "tcp:HOST:PORT"; by default $KVSTORED_ADDRESS, else the runtime directory's socket.
+    timeout_s: how long a call may be silent; calls that move bytes get more time in proportion.
+    framework: what `get` returns, "torch", "numpy", or "auto": torch where the process has imported it.
+    failures: calls that ended in trouble and were answered as a miss, or raised.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        framework: arrays.Framework = "auto",
+        on_error: OnError = "miss",
+    ) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be over 0, got {timeout_s!r}")
+        if on_error not in ("miss", "raise"):
+            raise ValueError(f"on_error is miss or raise, got {on_error!r}")
+        arrays.resolve_framework(framework)
+        self._framework = framework
+        self._on_error = on_error
+        self._transport = Transport(address or default_address(), timeout_s, _log_change)
+        self._failures_lock = threading.Lock()
+        self.failures = 0
+
+    @property
+    def address(self) -> str:
+        """Where the daemon is."""
+        return self._transport.address
+
+    @property
+    def boot_epoch(self) -> int:
+        """A number that changes with each start of the daemon; 0 before the first answer."""
+        return self._transport.boot_epoch
+
+    @property
+    def restarts(self) -> int:
+        """How often the daemon was found restarted."""
+        return self._transport.restarts
+
+    def put(
+        self,
+        key: bytes,
+        tensors: Mapping[str, Any],
+        *,
+        ttl_s: float | None = None,
+        sliding: bool = True,
+        pin: bool = False,
+        fidelity: Fidelity = "auto",
+    ) -> bool:
+        """Keep a copy of named tensors under a key, replacing what was there. True: stored.
+
+        ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
+        expiry. fidelity: "exact" for bit-for-bit in every tier. Raises InvalidEntry, EntryTooLarge.
+        """
+        return bool(self.put_many([(key, tensors)], ttl_s=ttl_s, sliding=sliding, pin=pin, fidelity=fidelity))
+
+    def put_many(
+        self,
+        entries: Sequence[tuple[bytes, Mapping[str, Any]]],
+        *,
+        ttl_s: float | None = None,
+        sliding: bool = True,
+        pin: bool = False,
+        fidelity: Fidelity = "auto",
+    ) -> int:
+        """Put a chain of entries, root first, in one call. Returns how many were stored."""
+        check_keys(key for key, _ in entries)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity)
+        batch = [Outgoing(key, tensors, options) for key, tensors in entries]
+        return self._data(lambda: self._send(batch), 0) if batch else 0
+
+    def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
+        """The value under a key; None on a miss.
+
+        out: tensors to fill, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
+        After a miss their contents are undefined.
+        """
+        hits = self._receive([check_key(key)], leading=False, out=out)
+        return hits[0] if hits else None
+
+    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+        """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
+
+        Keys are touched deepest first.
+        """
+        checked = check_keys(keys)
+        hits = self._receive(checked, leading=leading)
+        if not leading:
+            return hits
+        return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))]
+
+    def match(self, keys: Sequence[bytes]) -> Match:
+        """How many leading keys of a chain are held, and where. Does not count as use."""
+        held = self._match(check_keys(keys), every=False)
+        return Match(tuple(at for at in held if at is not None))
+
+    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+        """Where each key is held; None where it is not. Does not count as use."""
+        checked = check_keys(keys)
+        return self._match(checked, every=True) or [None] * len(checked)
+
+    def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
+        """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
+        request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).wire_ttl_s)
+        return self._data(
+            lambda: self._noted(self._transport.unary(CACHE + "Touch", request, pb.TouchReply)).touched, 0
+        )
+
+    def delete(self, *keys: bytes) -> int:
+        """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held."""
+        request = pb.DeleteRequest(keys=check_keys(keys))
+        return self._data(
+            lambda: self._noted(self._transport.unary(CACHE + "Delete", request, pb.DeleteReply)).deleted, 0
+        )
+
+    def pin(self, *keys: bytes) -> int:
+        """Keep keys from eviction and expiry until `unpin`. Returns how many are held."""
+        return self._pin(keys, pinned=True)
+
+    def unpin(self, *keys: bytes) -> int:
+        """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
+        return self._pin(keys, pinned=False)
+
+    def evict(self, *keys: bytes) -> int:
+        """Forget keys, counted as evictions. Returns how many were held. Raises if the daemon cannot answer."""
+        request = pb.EvictRequest(keys=check_keys(keys))
+        return self._counted(lambda: self._transport.unary(ADMIN + "Evict", request, pb.EvictReply)).evicted
+
+    def demote(self, *keys: bytes) -> int:
+        """Move keys one tier down. Returns how many moved. Raises if the daemon cannot answer."""
+        request = pb.DemoteRequest(keys=check_keys(keys))
+        return self._counted(lambda: self._transport.unary(ADMIN + "Demote", request, pb.MoveReply)).moved
+
+    def promote(self, *keys: bytes) -> int:
+        """Copy keys to hot. Returns how many were copied. Raises if the daemon cannot answer."""
+        request = pb.PromoteRequest(keys=check_keys(keys))
+        return self._counted(lambda: self._transport.unary(ADMIN + "Promote", request, pb.MoveReply)).moved
+
+    def inspect(self, key: bytes) -> EntryInfo | None:
+        """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""
+        request = pb.InspectRequest(key=check_key(key))
+        reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
+        return read_entry_info(reply.entry) if reply.HasField("entry") else None
+
+    def entries(
+        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+    ) -> Iterator[EntryInfo]:
+        """Entries in order of key. Raises if the daemon cannot answer."""
+        if limit is not None and limit <= 0:
+            return
+        request = pb.ListRequest(tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0)
+        for message in self._transport.stream_in(ADMIN + "List", request):
+            yield from map(read_entry_info, pb.ListReply.FromString(message).entries)
+
+    def stats(self) -> Stats:
+        """Counters since start and gauges of now. Raises if the daemon cannot answer."""
+        return read_stats(self._noted(self._counted(self._ask_stats)))
+
+    def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
+        """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
+        try:
+            return Namespace(self, Identity(**identity), chunk_tokens)
+        except TypeError as error:
+            raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
+
+    def close(self) -> None:
+        """End the connection. Closing twice is harmless."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, batch: list[Outgoing]) -> int:
+        nbytes = sum(entry.nbytes for entry in batch)
+        single = batch[0].single_frame() if len(batch) == 1 else None
+        if single is not None:
+            data = self._transport.send(CACHE + "Put", single, nbytes)
+        else:
+            frames = (frame for entry in batch for frame in entry.frames())
+            data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
+        return int(self._noted(pb.PutReply.FromString(data)).stored)
+
+    def _receive(self, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None) -> list[Hit | None]:
+        receiver = Receiver(keys, arrays.resolve_framework(self._framework), out)
+        if not keys:
+            return receiver.hits
+
+        def read() -> None:
+            request = pb.GetRequest(keys=keys, leading=leading)
+            try:
+                receiver.read(self._transport.stream_in(CACHE + "Get", request))
+            except BadFrame as error:
+                raise RecordCorrupt(f"{self.address} sent a damaged stream: {error}") from None
+            finally:
+                self._transport.saw_epoch(receiver.boot_epoch)
+            if receiver.corrupt:
+                raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
+
+        self._data(read, None)
+        return receiver.hits
+
+    def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
+        request = pb.MatchRequest(keys=keys, every=every)
+        reply = self._data(lambda: self._noted(self._transport.unary(CACHE + "Match", request, pb.MatchReply)), None)
+        return [read_held(held) for held in reply.held] if reply is not None else []
+
+    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool) -> int:
+        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned)
+        return self._data(lambda: self._noted(self._transport.unary(CACHE + "Pin", request, pb.PinReply)).changed, 0)
+
+    def _ask_stats(self) -> pb.StatsReply:
+        return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
+
+    def _noted(self, reply: Any) -> Any:
+        self._transport.saw_epoch(reply.boot_epoch)
+        return reply
+
+    def _counted(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except _SOFT:
+            with self._failures_lock:
+                self.failures += 1
+            raise
+
+    def _data(self, call: Callable[[], T], otherwise: T) -> T:
+        """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
+        try:
+            return self._counted(call)
+        except _SOFT as error:
+            if self._on_error == "raise":
+                raise
+            logger.debug("answered as a miss: %s", error)
+            return otherwise
+
+
+def _log_change(state: str, detail: str) -> None:
+    # Once for each change of state, whatever the number of calls that met it.
+    if state == "down":
+        logger.warning("cache down, answering misses until it is back: %s", detail)
+    else:
+        logger.info("cache up: %s", detail)

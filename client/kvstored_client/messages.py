@@ -1,0 +1,145 @@
+"""Messages of the proto to and from the plain objects of `kvstore`: the part both ends need. No I/O, no state."""
+
+from collections.abc import Iterable, Mapping
+
+from kvstore.dtypes import BY_NAME, BY_WIRE
+from kvstore.errors import InvalidEntry
+from kvstore.hit import EntryInfo, Fidelity, Held, TensorInfo
+from kvstore.stats import Stats, TierStats
+from kvstored_client._pb import cache_pb2 as pb
+
+TIER_NAMES = {pb.TIER_HOT: "hot", pb.TIER_WARM: "warm", pb.TIER_COLD: "cold"}
+TIERS = {name: number for number, name in TIER_NAMES.items()}
+_FIDELITIES: dict[str, pb.Fidelity] = {"auto": pb.FIDELITY_AUTO, "exact": pb.FIDELITY_EXACT}
+_TIER_COUNTS = (
+    "entries",
+    "used_nbytes",
+    "capacity_nbytes",
+    "hits",
+    "puts",
+    "evictions",
+    "demotions",
+    "promotions",
+)
+PAYLOAD_BYTES_PER_S = 32 << 20
+"""The slowest transfer a deadline allows for: a twentieth of what the stream reaches on a busy 2-core machine."""
+
+
+def tensor_specs(specs: Mapping[str, TensorInfo]) -> list[pb.TensorSpec]:
+    """Specs as messages, in order."""
+    return [
+        pb.TensorSpec(name=name, dtype=BY_NAME[spec.dtype].wire, shape=spec.shape)  # type: ignore[arg-type]
+        for name, spec in specs.items()
+    ]
+
+
+def read_specs(messages: Iterable[pb.TensorSpec]) -> dict[str, TensorInfo]:
+    """Specs by name, unchecked but for what a mapping cannot hold. Raises InvalidEntry."""
+    specs: dict[str, TensorInfo] = {}
+    for spec in messages:
+        dtype = BY_WIRE.get(spec.dtype)
+        if dtype is None:
+            raise InvalidEntry(f"tensor {spec.name!r:.80}: unknown dtype {spec.dtype}")
+        if spec.name in specs:
+            raise InvalidEntry(f"tensor {spec.name!r:.80} is given twice")
+        specs[spec.name] = TensorInfo(dtype.name, tuple(spec.shape))
+    return specs
+
+
+def fidelity_number(fidelity: str) -> pb.Fidelity:
+    """The enum value of "auto" or "exact". Raises InvalidEntry."""
+    number = _FIDELITIES.get(fidelity)
+    if number is None:
+        raise InvalidEntry(f"fidelity is auto or exact, got {fidelity!r:.40}")
+    return number
+
+
+def fidelity_name(number: int) -> Fidelity:
+    """The name, "auto" or "exact", of the enum value. Raises InvalidEntry."""
+    if number not in (pb.FIDELITY_AUTO, pb.FIDELITY_EXACT):
+        raise InvalidEntry(f"unknown fidelity {number}")
+    return "exact" if number == pb.FIDELITY_EXACT else "auto"
+
+
+def tier_number(name: str | None) -> pb.Tier:
+    """The enum value of a tier's name; None is unspecified. Raises InvalidEntry."""
+    if name is None:
+        return pb.TIER_UNSPECIFIED
+    if name not in TIERS:
+        raise InvalidEntry(f"tier is one of {', '.join(TIERS)}, got {name!r:.40}")
+    return TIERS[name]
+
+
+def read_held(message: pb.Held) -> Held | None:
+    """Where a key is held; None where it is not."""
+    name = TIER_NAMES.get(message.tier)
+    return Held(name, message.nbytes) if name is not None else None
+
+
+def held_message(held: Held | None) -> pb.Held:
+    """The message of `read_held`."""
+    return pb.Held(tier=TIERS[held.tier], nbytes=held.nbytes) if held else pb.Held()
+
+
+def entry_info_message(info: EntryInfo) -> pb.EntryInfo:
+    """What is known of an entry, as a message."""
+    return pb.EntryInfo(
+        key=info.key,
+        tiers=[TIERS[tier] for tier in info.tiers],
+        tensors=tensor_specs(info.tensors),
+        encoding=info.encoding,
+        lossy=info.lossy,
+        fidelity=fidelity_number(info.fidelity),
+        pinned=info.pinned,
+        value_nbytes=info.value_nbytes,
+        tier_nbytes=info.tier_nbytes,
+        age_s=info.age_s,
+        ttl_left_s=-1.0 if info.ttl_left_s is None else info.ttl_left_s,
+        hits=info.hits,
+    )
+
+
+def read_entry_info(message: pb.EntryInfo) -> EntryInfo:
+    """The object of `entry_info_message`."""
+    return EntryInfo(
+        key=message.key,
+        tiers=tuple(TIER_NAMES[tier] for tier in message.tiers),
+        tier_nbytes=tuple(message.tier_nbytes),
+        tensors=read_specs(message.tensors),
+        encoding=message.encoding,
+        lossy=message.lossy,
+        fidelity=fidelity_name(message.fidelity),
+        pinned=message.pinned,
+        value_nbytes=message.value_nbytes,
+        age_s=message.age_s,
+        ttl_left_s=None if message.pinned else message.ttl_left_s,
+        hits=message.hits,
+    )
+
+
+def read_stats(reply: pb.StatsReply) -> Stats:
+    """Counters and gauges; the daemon's own (`uptime_s`) among the values."""
+    tiers = {
+        TIER_NAMES[tier.tier]: TierStats(
+            entries=tier.entries,
+            used_nbytes=tier.used_nbytes,
+            capacity_nbytes=tier.capacity_nbytes,
+            hits=tier.hits,
+            puts=tier.puts,
+            evictions=tier.evictions,
+            demotions=tier.demotions,
+            promotions=tier.promotions,
+        )
+        for tier in reply.tiers
+        if tier.tier in TIER_NAMES
+    }
+    return Stats({**reply.values, "uptime_s": reply.uptime_s}, tiers)
+
+
+def stats_message(stats: Stats) -> pb.StatsReply:
+    """The message of `read_stats`, without what only the daemon knows."""
+    tiers = [
+        pb.TierStats(tier=TIERS[name], **{field: getattr(tier, field) for field in _TIER_COUNTS})
+        for name, tier in stats.tiers.items()
+    ]
+    return pb.StatsReply(values=stats.values, tiers=tiers)

@@ -1,0 +1,135 @@
+"""Reads the frames of a Get into tensors: the client's half of the bulk path, checked frame by frame.
+
+One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+from google.protobuf.message import DecodeError
+
+from kvstore import arrays
+from kvstore.errors import InvalidEntry
+from kvstore.hit import Hit, TensorInfo
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
+from kvstored_client.messages import TIER_NAMES, read_specs
+
+Tensors = Mapping[str, Any]
+
+
+class Receiver:
+    """Collects the hits of one Get. hits: by position; corrupt: entries dropped for a wrong checksum."""
+
+    def __init__(self, keys: list[bytes], framework: str, out: Tensors | None = None) -> None:
+        self.hits: list[Hit | None] = [None] * len(keys)
+        self.corrupt = 0
+        self.boot_epoch = 0
+        self._keys = keys
+        self._framework = framework
+        self._out = out
+        self._entry: _Incoming | None = None
+
+    def read(self, messages: Iterable[bytes]) -> None:
+        """Take all frames. Raises BadFrame for a stream that is not one; what was complete by then is in `hits`."""
+        for message in messages:
+            frame = parse_frame(message, pb.GetFrame)
+            try:
+                self._take(frame)
+            except OutMismatch:
+                raise
+            except (DecodeError, IndexError, InvalidEntry) as error:
+                raise BadFrame(str(error)) from None
+        if self._entry is not None:
+            raise BadFrame("the stream ended inside an entry")
+
+    def _take(self, frame: Frame) -> None:
+        if frame.miss is not None:
+            self.boot_epoch = pb.GetMiss.FromString(bytes(frame.miss)).boot_epoch
+        if frame.header is not None:
+            if self._entry is not None:
+                raise BadFrame("a header inside an entry")
+            header = pb.GetHeader.FromString(bytes(frame.header))
+            self.boot_epoch = header.boot_epoch
+            self._entry = _Incoming(header, self._framework, self._out)
+        if frame.chunk or frame.end is not None:
+            if self._entry is None:
+                raise BadFrame("bytes before a header")
+            self._entry.take(frame.chunk)
+        if frame.end is not None and self._entry is not None:
+            index = self._entry.header.index
+            if self._entry.complete(pb.EntryEnd.FromString(bytes(frame.end)).xxh3):
+                self.hits[index] = self._entry.hit(self._keys[index])
+            else:
+                self.corrupt += 1
+            self._entry = None
+
+
+class _Incoming:
+    """One entry on its way in: into fresh memory, or into the caller's own tensors."""
+
+    def __init__(self, header: pb.GetHeader, framework: str, out: Tensors | None) -> None:
+        specs = read_specs(header.tensors)
+        nbytes = arrays.check_specs(specs)
+        if nbytes != header.nbytes:
+            raise BadFrame(f"specs of {nbytes} bytes under a header of {header.nbytes}")
+        if out is not None:
+            check_out(specs, out)
+        self.header = header
+        self._aside: dict[str, Any] = {}
+        targets: list[Bytes] = []
+        tensors: dict[str, Any] = {}
+        for name, spec in specs.items():
+            given = None if out is None else out[name]
+            if given is not None and _is_direct(given):
+                targets.append(arrays.as_bytes(given))
+                tensors[name] = given
+                continue
+            targets.append(np.empty(arrays.check_specs({name: spec}), dtype=np.uint8))
+            fresh = arrays.from_bytes(spec, targets[-1], framework if given is None else "torch")
+            tensors[name] = fresh if given is None else given
+            if given is not None:
+                self._aside[name] = fresh
+        self.tensors: Tensors = tensors
+        self._scatter = Scatter(targets)
+        self._sum = xxhash.xxh3_64()
+
+    def take(self, chunk: memoryview) -> None:
+        self._sum.update(chunk)
+        self._scatter.write(chunk)
+
+    def complete(self, xxh3: int) -> bool:
+        """Whether all bytes came, and are those that were sent. Raises BadFrame for too few."""
+        if self._scatter.filled_nbytes != self._scatter.due_nbytes:
+            raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
+        if xxh3 and self._sum.intdigest() != xxh3:
+            return False
+        for name, fresh in self._aside.items():
+            self.tensors[name].copy_(fresh)
+        return True
+
+    def hit(self, key: bytes) -> Hit:
+        head = self.header
+        tier = TIER_NAMES.get(head.tier, "unknown")
+        return Hit(key, self.tensors, tier, head.encoding, head.lossy, head.age_s)
+
+
+class OutMismatch(InvalidEntry):
+    """The tensors given as `out` cannot take the entry."""
+
+
+def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:
+    """Raise OutMismatch unless `out` holds exactly these tensors, each of them writable."""
+    given = {name: arrays.describe(name, x) for name, x in out.items()}
+    if given != dict(specs):
+        raise OutMismatch(f"out must hold exactly the entry's tensors {dict(specs)}, got {given}")
+    for name, x in out.items():
+        if not arrays.is_torch(x) and not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
+            raise OutMismatch(f"out[{name!r}]: a numpy array must be C-contiguous, writeable and of native byte order")
+
+
+def _is_direct(x: Any) -> bool:
+    # What is on another device or strided is filled through a tensor aside.
+    return not arrays.is_torch(x) or bool(x.is_contiguous() and x.device.type == "cpu")

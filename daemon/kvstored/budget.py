@@ -1,0 +1,47 @@
+"""How many bytes may be under way at once. Thread-safe; never waits."""
+
+import threading
+
+from kvstore.errors import EntryTooLarge, OverQuota
+
+RETRY_AFTER_MS = 100
+"""About what 256 MiB take over the stream; a hint, not a promise."""
+
+
+class Busy(OverQuota):
+    """Too many bytes in flight just now."""
+
+    retry_after_ms = RETRY_AFTER_MS
+
+
+class Budget:
+    """Bytes in flight. Over the limit a call is refused at once rather than queued: the caller has a GPU waiting."""
+
+    def __init__(self, limit_nbytes: int) -> None:
+        self.limit_nbytes = limit_nbytes
+        self.used_nbytes = 0
+        self.refused = 0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> None:
+        """Count bytes in. Raises EntryTooLarge for what could never pass, Busy for what cannot pass now."""
+        if nbytes > self.limit_nbytes:
+            raise EntryTooLarge(
+                f"an entry of {nbytes} bytes is over the limit of {self.limit_nbytes} bytes in flight "
+                "(server.in_flight_nbytes)"
+            )
+        with self._lock:
+            total = self.used_nbytes + nbytes
+            if total <= self.limit_nbytes:
+                self.used_nbytes = total
+                return
+            self.refused += 1
+        raise Busy(
+            f"{nbytes} bytes more would make {total} in flight, the limit is {self.limit_nbytes}; "
+            f"retry in {RETRY_AFTER_MS} ms"
+        )
+
+    def give_back(self, nbytes: int) -> None:
+        """Count bytes out."""
+        with self._lock:
+            self.used_nbytes -= nbytes

@@ -1,0 +1,24 @@
+"""The command line: one verb a command, each a thin turn from words to a `Client` call and back to words.
+
+Client verbs run with the base install; only `serve` needs the engine, and imports it when it is called.
+Exit codes are in `exits`, what a key looks like in `keytext`, tables in `show`, safetensors files in `tensorfile`.
+"""
+
+import click
+
+from kvstored.cli import look, move, serve
+
+_EPILOG = """\b
+Keys: text is taken as UTF-8; hex:00ff... stands for any bytes.
+Exit codes: 0 done; 1 not held; 2 bad usage, configuration or file; 3 no daemon answers;
+4 the daemon refused; 70 a defect in kvstored."""
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="kvstored")
+def cli() -> None:
+    """KV caches of language models, kept: run the daemon, look into it, move entries."""
+
+
+for _command in (serve.serve, *look.COMMANDS, *move.COMMANDS):
+    cli.add_command(_command)

@@ -1,0 +1,129 @@
+"""Verbs that only look: stats, ls, inspect."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from kvstore.hit import EntryInfo
+from kvstored.cli.exits import NotHeld
+from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.remote import print_json, remote
+from kvstored.cli.show import duration, quantity, size, table
+
+if TYPE_CHECKING:
+    from kvstored_client import Client
+
+_LS_HEAD = ("KEY", "TIERS", "ENCODING", "VALUE", "HELD", "AGE", "TTL", "HITS")
+_PAGE = 500
+"""Rows laid out at a time: a listing of a million keys begins at once."""
+
+
+@click.command()
+@remote
+def stats(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` calls it
+    """Tiers, their fill, and all counters."""
+    found = client.stats()
+    if as_json:
+        print_json(found.as_dict())
+        return
+    head = ("TIER", "ENTRIES", "USED", "CAPACITY", "FULL", "HITS", "PUTS", "EVICTED", "DEMOTED", "PROMOTED")
+    rows = [
+        (
+            name,
+            f"{t.entries:,}",
+            size(t.used_nbytes),
+            size(t.capacity_nbytes),
+            f"{t.used_nbytes / t.capacity_nbytes:.0%}" if t.capacity_nbytes else "-",
+            *(f"{n:,}" for n in (t.hits, t.puts, t.evictions, t.demotions, t.promotions)),
+        )
+        for name, t in found.tiers.items()
+    ]
+    click.echo("\n".join(table(head, rows)))
+    click.echo()
+    lines = table(("COUNTER", "VALUE"), [(name, quantity(name, v)) for name, v in sorted(found.values.items())])
+    click.echo("\n".join(lines))
+
+
+@click.command()
+@click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries held there.")
+@click.option("--prefix", type=KEY, default=b"", help="Only keys that begin so.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
+@remote
+def ls(client: "Client", as_json: bool, tier: str | None, prefix: bytes, limit: int | None) -> None:  # noqa: FBT001
+    """Entries, in order of key."""
+    entries = client.entries(tier=tier, key_prefix=prefix, limit=limit)
+    if as_json:
+        for info in entries:
+            print_json(info_dict(info))
+        return
+    first = True
+    for page in _pages(entries):
+        lines = table(_LS_HEAD, [_row(info) for info in page], left=3)
+        click.echo("\n".join(lines if first else lines[1:]))
+        first = False
+
+
+@click.command()
+@click.argument("key", type=KEY)
+@remote
+def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT001
+    """Everything known of one entry. Does not count as use. Exit code 1: not held."""
+    info = client.inspect(key)
+    if info is None:
+        raise NotHeld(f"not held: {show_key(key)}")
+    if as_json:
+        print_json(info_dict(info))
+        return
+    held = ", ".join(f"{tier} ({size(n)})" for tier, n in zip(info.tiers, info.tier_nbytes, strict=True))
+    facts = {
+        "key": show_key(info.key),
+        "held in": held,
+        "encoding": info.encoding + (", lossy" if info.lossy else ", bit for bit as put"),
+        "fidelity": info.fidelity,
+        "value": size(info.value_nbytes),
+        "pinned": "yes" if info.pinned else "no",
+        "age": duration(info.age_s),
+        "expires in": _ttl(info),
+        "hits": str(info.hits),
+    }
+    for name, tensor in info.tensors.items():
+        facts[f"tensor {name}"] = f"{tensor.dtype} {list(tensor.shape)}"
+    click.echo("\n".join(f"{name + ':':14} {value}" for name, value in facts.items()))
+
+
+def info_dict(info: EntryInfo) -> dict[str, object]:
+    """An entry for JSON: the key as the command line takes it, and in hexadecimal."""
+    return {**asdict(info), "key": show_key(info.key), "key_hex": info.key.hex()}
+
+
+def _pages(entries: Iterator[EntryInfo]) -> Iterator[list[EntryInfo]]:
+    page = list(islice(entries, _PAGE))
+    yield page
+    while page:
+        page = list(islice(entries, _PAGE))
+        if page:
+            yield page
+
+
+def _row(info: EntryInfo) -> tuple[str, ...]:
+    encoding = info.encoding + (" exact" if info.fidelity == "exact" else "")
+    return (
+        show_key(info.key),
+        "+".join(info.tiers),
+        encoding,
+        size(info.value_nbytes),
+        size(sum(info.tier_nbytes)),
+        duration(info.age_s),
+        _ttl(info),
+        str(info.hits),
+    )
+
+
+def _ttl(info: EntryInfo) -> str:
+    return "pinned" if info.ttl_left_s is None else duration(info.ttl_left_s)
+
+
+COMMANDS = (stats, ls, inspect)

@@ -1,0 +1,111 @@
+"""Verbs that change or move entries: get, put, delete, evict, pin, unpin, promote, demote."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvstore.arrays import describe
+from kvstore.errors import InvalidEntry
+from kvstore.hit import Fidelity
+from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
+from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.remote import print_json, remote
+from kvstored.cli.show import duration, size
+from kvstored.cli.tensorfile import read_tensors, write_tensors
+from kvstored.cli.waiting import waiting
+
+if TYPE_CHECKING:
+    from kvstored_client import Client
+
+_BAR_FROM_NBYTES = 64 << 20
+"""Smaller files are written before a bar could be read."""
+
+
+@click.command()
+@click.argument("key", type=KEY)
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="The safetensors file to write.")  # fmt: skip
+@remote
+def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # noqa: FBT001 - `remote` calls it
+    """Write an entry's tensors to a safetensors file. Exit code 1: not held."""
+    with waiting("getting", 0):
+        hit = client.get(key)
+    if hit is None:
+        raise NotHeld(f"not held: {show_key(key)}")
+    facts = {"kvstored.key": key.hex(), "kvstored.encoding": hit.encoding, "kvstored.lossy": str(hit.lossy).lower()}
+    nbytes = sum(x.nbytes for x in hit.tensors.values())
+    with click.progressbar(length=nbytes, label="writing", file=sys.stderr,
+                           hidden=nbytes < _BAR_FROM_NBYTES) as bar:  # fmt: skip
+        write_tensors(output, hit.tensors, facts, bar.update)
+    if as_json:
+        print_json({
+            "key": show_key(key), "output": str(output), "tier": hit.tier, "encoding": hit.encoding,
+            "lossy": hit.lossy, "age_s": hit.age_s, "nbytes": nbytes, "tensors": _tensors(hit.tensors),
+        })  # fmt: skip
+        return
+    lossy = "lossy" if hit.lossy else "bit for bit as put"
+    click.echo(f"{output}: {len(hit.tensors)} tensors, {size(nbytes)}, from {hit.tier} ({hit.encoding}, {lossy}), "
+               f"{duration(hit.age_s)} old")  # fmt: skip
+
+
+@click.command()
+@click.argument("key", type=KEY)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--ttl-s", type=click.FloatRange(min=0, min_open=True), help="Seconds to live.  [default: the daemon's]")
+@click.option("--pin", is_flag=True, help="Keep it from eviction and expiry.")
+@click.option("--exact", is_flag=True, help="Bit for bit in every tier, never NF4.")
+@remote
+def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | None, pin: bool, exact: bool) -> None:  # noqa: FBT001
+    """Put the tensors of a safetensors file under a key, replacing what is there."""
+    try:
+        tensors = read_tensors(file)
+    except InvalidEntry as error:  # before the daemon is asked: the file is at fault
+        raise BadUsage(str(error)) from None
+    nbytes = sum(x.nbytes for x in tensors.values())
+    fidelity: Fidelity = "exact" if exact else "auto"
+    with waiting("putting", nbytes):
+        stored = client.put(key, tensors, ttl_s=ttl_s, pin=pin, fidelity=fidelity)
+    if not stored:
+        raise Refused(f"the daemon did not store {show_key(key)}")
+    if as_json:
+        print_json({"key": show_key(key), "stored": True, "nbytes": nbytes, "tensors": _tensors(tensors)})
+    else:
+        click.echo(f"{show_key(key)}: {len(tensors)} tensors, {size(nbytes)}")
+
+
+def _tensors(tensors: Any) -> dict[str, dict[str, object]]:
+    specs = {name: describe(name, x) for name, x in tensors.items()}
+    return {name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in specs.items()}
+
+
+def _over_keys(verb: str, done: str, summary: str) -> click.Command:
+    """A command that calls one verb of the client with all keys and counts."""
+
+    @click.command(name=verb, help=f"{summary} Exit code 1: not all of them were.")
+    @click.argument("keys", type=KEY, nargs=-1, required=True, metavar="KEY...")
+    @remote
+    def command(client: "Client", as_json: bool, keys: tuple[bytes, ...]) -> None:  # noqa: FBT001
+        unique = tuple(dict.fromkeys(keys))
+        count = getattr(client, verb)(*unique)
+        if as_json:
+            print_json({"verb": verb, "asked": len(unique), done: count})
+        else:
+            click.echo(f"{done} {count} of {len(unique)}")
+        if count < len(unique):
+            click.get_current_context().exit(NOT_HELD)
+
+    return command
+
+
+COMMANDS = (
+    get,
+    put,
+    _over_keys("delete", "deleted", "Forget keys in all tiers, for good."),
+    _over_keys("evict", "evicted", "Forget keys in all tiers, counted as evictions."),
+    _over_keys("pin", "pinned", "Keep keys from eviction and expiry."),
+    _over_keys("unpin", "unpinned", "Let keys be evicted and expire again."),
+    _over_keys("promote", "promoted", "Copy keys to the hot tier."),
+    _over_keys("demote", "demoted", "Move keys one tier down; pinned ones stay."),
+)

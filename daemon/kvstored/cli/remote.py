@@ -1,0 +1,48 @@
+"""What every client verb shares: --address, --timeout-s, --json, a `Client` for the time of the command."""
+
+import functools
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvstored.cli.exits import BadUsage, errors_as_exit_codes
+
+if TYPE_CHECKING:
+    from kvstored_client import Client
+
+TIMEOUT_S = 5.0
+
+
+def remote(function: Callable[..., None]) -> Callable[..., None]:
+    """A command on a daemon: `function(client, as_json, ...)`."""
+
+    @click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT  [default: $KVSTORED_ADDRESS, else the runtime directory]")  # fmt: skip  # noqa: E501
+    @click.option("--timeout-s", type=click.FloatRange(0.001, 86400), default=TIMEOUT_S, show_default=True,
+                  help="How long the daemon may be silent.")  # fmt: skip
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
+    @functools.wraps(function)
+    def command(address: str | None, timeout_s: float, as_json: bool, **arguments: Any) -> None:  # noqa: FBT001 - a flag
+        from kvstored_client.address import default_address
+
+        where = address or default_address()
+        with errors_as_exit_codes(where), _client(where, timeout_s) as client:
+            function(client, as_json, **arguments)
+
+    return command
+
+
+def _client(address: str, timeout_s: float) -> "Client":
+    from kvstored_client import Client
+
+    try:
+        # numpy: the base install has no torch, and a command only passes bytes on.
+        return Client(address, timeout_s=timeout_s, framework="numpy", on_error="raise")
+    except ValueError as error:
+        raise BadUsage(str(error)) from None
+
+
+def print_json(value: object) -> None:
+    """One line of JSON."""
+    click.echo(json.dumps(value, separators=(", ", ": ")))

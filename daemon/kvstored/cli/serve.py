@@ -1,0 +1,35 @@
+"""`kvstored serve`: the daemon, in the foreground, until SIGTERM."""
+
+import logging
+import sys
+
+import click
+
+from kvstored.cli.exits import BadUsage, errors_as_exit_codes
+
+_ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health"})
+
+
+@click.command()
+@click.option("--config", type=click.Path(dir_okay=False), help="A TOML file with [server] and [store] tables.")
+@click.option("--data-dir", type=click.Path(file_okay=False), help="Where the cold tier lives.")
+@click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT; several with commas.")
+def serve(config: str | None, data_dir: str | None, address: str | None) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C.
+
+    Settings: the file, then KVSTORED_* in the environment, then these options. docs/operations.md lists them all.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    with errors_as_exit_codes(address or "the configured address"):
+        from kvstored.settings import load_settings
+
+        settings = load_settings(config, data_dir=data_dir, address=address)
+        try:
+            from kvstored.server import serve as run
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in _ENGINE:
+                raise
+            raise BadUsage(
+                f"the daemon needs the engine, and {error.name} is not installed: pip install 'kvstored[daemon]'"
+            ) from None
+        sys.exit(run(settings))

@@ -1,0 +1,52 @@
+"""What people read: aligned tables, sizes, durations. Pure."""
+
+from collections.abc import Sequence
+
+_SIZE_STEP = 1024
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
+
+
+def size(nbytes: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < _SIZE_STEP:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= _SIZE_STEP
+    return f"{nbytes:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """93784 -> "1d2h"; 0.0123 -> "12ms"."""
+    if seconds < 1:
+        return f"{max(seconds, 0.0) * 1000:.0f}ms"
+    if seconds < _MINUTE_S:
+        return f"{seconds:.1f}s"
+    if seconds < _HOUR_S:
+        return f"{seconds // _MINUTE_S:.0f}m{seconds % _MINUTE_S:.0f}s"
+    if seconds < _DAY_S:
+        return f"{seconds // _HOUR_S:.0f}h{seconds % _HOUR_S // _MINUTE_S:.0f}m"
+    return f"{seconds // _DAY_S:.0f}d{seconds % _DAY_S // _HOUR_S:.0f}h"
+
+
+def quantity(name: str, value: float) -> str:
+    """A number by what its name says it is: `..._nbytes`, `..._s`, `..._ratio`, else a count."""
+    if name.endswith("_nbytes"):
+        return size(value)
+    if name.endswith("_s"):
+        return duration(value)
+    if name.endswith("_ratio"):
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Lines of a table; the first `left` columns are aligned left, the others right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = []
+    for row in (head, *rows):
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,0 +1,48 @@
+"""What the daemon does to its own process at start. Never call this in somebody else's."""
+
+import ctypes
+import fcntl
+import os
+from pathlib import Path
+
+from kvstore.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def tune() -> None:
+    """Keep freed memory, and leave the second core to others.
+
+    Stock glibc gives large blocks back to the kernel, so that nearly every copy of a tensor lands on fresh pages at
+    2 GB/s: a 64 MiB clone took 32 ms, and 6 ms like this. The price is that freed memory stays with the daemon.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc only
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)
+    import torch
+
+    # A copy split over two threads waits at a barrier: 8 ms, for 4 MiB, when another process runs.
+    torch.set_num_threads(1)
+
+
+class DirectoryLock:
+    """An flock on a file, held until `release` or the end of the process."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        """Take the lock. Raises ConfigError, naming the holder, when another process has it."""
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise ConfigError(f"another kvstored (process {holder}) already uses {what}") from None
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, f"{os.getpid()}\n".encode())
+
+    def release(self) -> None:
+        """Let another process have it. The file stays: removing it would let two processes lock two files."""
+        os.close(self._fd)

@@ -1,0 +1,182 @@
+"""The daemon's life: locks, store, sockets, signals, and an end that loses nothing.
+
+Start: settings are checked -> the data directory and the sockets are locked -> the store opens -> sockets are bound.
+End (SIGTERM, SIGINT): health says NOT_SERVING -> no new calls, running ones get `drain_grace_s` -> hot and warm entries
+are written to cold -> the sockets are removed. Locks come before binding because gRPC lets a second server take over a
+bound unix path without a word.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kvstore.errors import ConfigError
+from kvstore.store import Store
+from kvstored.budget import Budget
+from kvstored.process import DirectoryLock, tune
+from kvstored.sdnotify import notify, watchdog_interval_s
+from kvstored.servicer import AdminService, CacheService
+from kvstored.settings import ServerSettings, Settings
+from kvstored_client.address import socket_path
+
+logger = logging.getLogger(__name__)
+
+MESSAGE_MAX_NBYTES = 4 << 20
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
+    ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.max_concurrent_streams", 128),
+    # On by default: a second daemon would bind the same TCP port without an error.
+    ("grpc.so_reuseport", 0),
+    # Keepalive alone noticed a stopped peer after 61 s, with the ping timeout after 3 (its default is 60 s).
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Clients ping every 10 s; a lower bound above that would answer them with too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+
+def serve(settings: Settings) -> int:
+    """Run the daemon until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError for what cannot start."""
+    tune()
+    locks: list[DirectoryLock] = []
+    try:
+        locks.append(DirectoryLock(Path(settings.server.data_dir) / "daemon.lock", settings.server.data_dir))
+        for target in settings.server.targets:
+            path = socket_path(target)
+            if path is not None:
+                locks.append(DirectoryLock(path.with_name(path.name + ".lock"), str(path)))
+        return asyncio.run(_serve(settings))
+    finally:
+        # One more signal on the way out would otherwise end the process with that signal's exit status.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        for lock in reversed(locks):
+            lock.release()
+
+
+async def _serve(settings: Settings) -> int:
+    stop = _stop_signals()
+    loop = asyncio.get_running_loop()
+    store = await loop.run_in_executor(None, Store.open, settings.store)
+    try:
+        daemon = Daemon(store, settings.server)
+        await daemon.start()
+        pulse = asyncio.create_task(_pulse(store))
+        notify("READY=1")
+        await stop.wait()
+        logger.info("stopping signal=received")
+        notify("STOPPING=1")
+        pulse.cancel()
+        await daemon.stop()
+    finally:
+        await loop.run_in_executor(None, store.close)
+    logger.info("stopped")
+    return 0
+
+
+def _stop_signals() -> asyncio.Event:
+    """An event set by the first SIGTERM or SIGINT. Later ones find the drain under way and change nothing."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def request_stop(*_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: all is done already
+            loop.call_soon_threadsafe(stop.set)
+
+    # Not loop.add_signal_handler: closing the loop would restore the default action while the process still ends.
+    for number in STOP_SIGNALS:
+        signal.signal(number, request_stop)
+    # systemd's reload sends it; nothing can be changed while running yet, and the default action would be to die.
+    signal.signal(signal.SIGHUP, lambda *_: logger.info("reload ignored: settings are read at start"))
+    return stop
+
+
+async def _pulse(store: Store) -> None:
+    """WATCHDOG=1 as long as both the event loop and the store still answer."""
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        await asyncio.get_running_loop().run_in_executor(None, store.stats)
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
+
+
+class Daemon:
+    """The gRPC server around an open store."""
+
+    def __init__(self, store: Store, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
+        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=settings.calls_max)
+        self._health = health.aio.HealthServicer()
+        epoch = secrets.randbits(63) | 1
+        budget = Budget(settings.in_flight_nbytes)
+        cache = CacheService(store, self._threads, epoch, budget, settings.silence_s)
+        admin = AdminService(store, self._threads, epoch, budget, own_version())
+        self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    async def start(self) -> None:
+        """Bind and serve. Raises ConfigError when an address cannot be bound."""
+        for target in self._settings.targets:
+            with _socket_mode(socket_path(target)):
+                try:
+                    port = self._server.add_insecure_port(target)
+                except RuntimeError as error:
+                    raise ConfigError(f"cannot listen on {target}: {error}") from None
+            shown = target if socket_path(target) else f"tcp:{target.rpartition(':')[0]}:{port}"
+            logger.info("listening address=%s", shown)
+        await self._server.start()
+        for service in SERVICES:
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Refuse new calls, let running ones end, remove the sockets."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.drain_grace_s)
+        self._threads.shutdown(wait=True)
+        for target in self._settings.targets:
+            path = socket_path(target)
+            if path is not None:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+
+@contextmanager
+def _socket_mode(path: Path | None) -> Iterator[None]:
+    """Bind a unix socket as 0660: its mode is the umask's, and changing it afterwards would leave a moment open."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    before = os.umask(0o117)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def own_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("kvstored")
+    except PackageNotFoundError:
+        return "unknown"

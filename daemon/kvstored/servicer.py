@@ -1,0 +1,274 @@
+"""The services Cache and Admin: what a call does, from the socket to the store and back.
+
+    put: frames -> PutStream (checked, allocated, filled) -> Store.put_many on a worker thread -> reply
+    get: request -> Reading (leases, on a worker thread) -> frames -> socket
+
+Runs on the event loop; whatever may block runs on the worker threads. Errors of the engine become a status here, once.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from functools import partial, wraps
+from itertools import islice
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from kvstore import errors
+from kvstore.errors import InvalidEntry, KvstoreError
+from kvstore.keys import check_key, check_keys
+from kvstore.store import Store
+from kvstored.budget import Budget
+from kvstored.wire import PutStream, Reading, hit_frames, put_ready
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import BadFrame, build_miss, parse_frame
+from kvstored_client.messages import TIER_NAMES, entry_info_message, held_message, stats_message
+
+logger = logging.getLogger(__name__)
+
+PUT_GROUP_NBYTES = 64 << 20
+"""Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
+LIST_GROUP = 256
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[[Any, bytes, Context], Awaitable[Any]]
+R = TypeVar("R")
+M = TypeVar("M", bound=Message)
+
+
+def answering(handler: Handler) -> Handler:
+    """The boundary: an error of the engine becomes its status, any other one INTERNAL with a line in the log."""
+
+    @wraps(handler)
+    async def answer(self: Any, request: bytes, context: Context) -> Any:
+        try:
+            return await handler(self, request, context)
+        except KvstoreError as error:
+            refusal = error
+        except (BadFrame, DecodeError) as error:
+            refusal = InvalidEntry(str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            logger.exception("call failed method=%s", handler.__name__)
+            refusal = KvstoreError("internal error, see the daemon's log")
+        return await refuse(context, refusal)
+
+    return answer
+
+
+async def refuse(context: Context, error: KvstoreError) -> NoReturn:
+    """End a call with an error's status; its class travels in the trailing metadata."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    metadata = [("kvstored-error", name)]
+    retry_after_ms = getattr(error, "retry_after_ms", None)
+    if retry_after_ms is not None:
+        metadata.append(("retry-after-ms", str(retry_after_ms)))
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), tuple(metadata))
+
+
+class _Service:
+    """What both services share: the store, and the threads that may wait for it."""
+
+    def __init__(self, store: Store, threads: Executor, boot_epoch: int) -> None:
+        self._store = store
+        self._threads = threads
+        self._epoch = boot_epoch
+
+    async def _run(self, work: Callable[..., R], *args: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
+
+
+class CacheService(_Service):
+    """Tensors under keys."""
+
+    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float) -> None:
+        super().__init__(store, threads, boot_epoch)
+        self._budget = budget
+        self._silence_s = silence_s
+
+    @answering
+    async def put(self, _: bytes, context: Context) -> bytes:
+        """Frames in, checked one by one; whole entries go to the store in groups."""
+        stream = PutStream(self._store.config.entry_max_nbytes, self._budget)
+        stored = 0
+        keys: list[bytes] = []
+        try:
+            while (message := await self._read(context, stream)) is not grpc.aio.EOF:
+                stream.take(parse_frame(message, pb.PutFrame))
+                if stream.ready_nbytes >= PUT_GROUP_NBYTES:
+                    keys += [entry.key for entry in stream.ready]
+                    stored += await self._store_ready(stream)
+            stream.check_whole()
+            stored += await self._store_ready(stream)
+            if keys:
+                await self._run(self._store.touch, keys)  # the last group is used already: root first, as one chain
+        finally:
+            stream.close()
+        return pb.PutReply(stored=stored, boot_epoch=self._epoch).SerializeToString()
+
+    async def _read(self, context: Context, stream: PutStream) -> Any:
+        try:
+            async with asyncio.timeout(self._silence_s):
+                return await context.read()
+        except TimeoutError:
+            raise InvalidEntry(f"no frame for {self._silence_s} s (server.silence_s); {stream.progress}") from None
+
+    async def _store_ready(self, stream: PutStream) -> int:
+        ready, stream.ready = stream.ready, []
+        try:
+            return await self._run(put_ready, self._store, ready) if ready else 0
+        finally:
+            stream.release(ready)
+
+    @answering
+    async def get(self, request: bytes, context: Context) -> None:
+        """Leases out of the store, a lot at a time, cut into frames."""
+        asked = pb.GetRequest.FromString(request)
+        reading = Reading(self._store, self._budget, check_keys(asked.keys), leading=asked.leading)
+        try:
+            while lot := await self._run(reading.next_lot):
+                for index, hit in lot:
+                    if hit is None:
+                        await self._write(context, build_miss(pb.GetMiss(index=index, boot_epoch=self._epoch)))
+                        continue
+                    for frame in hit_frames(index, hit, self._epoch):
+                        await self._write(context, frame)
+        finally:
+            reading.close()
+
+    async def _write(self, context: Context, frame: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._silence_s):
+                await context.write(frame)
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the reader took no frame for {self._silence_s} s (server.silence_s)",
+            )
+
+    @answering
+    async def match(self, request: bytes, _: Context) -> bytes:
+        """Leading keys held, or each key's place."""
+        asked = pb.MatchRequest.FromString(request)
+        keys = check_keys(asked.keys)
+        if asked.every:
+            held = await self._run(self._store.locate, keys)
+        else:
+            held = list((await self._run(self._store.match, keys)).held)
+        return pb.MatchReply(held=map(held_message, held), boot_epoch=self._epoch).SerializeToString()
+
+    @answering
+    async def touch(self, request: bytes, _: Context) -> bytes:
+        """Count as use."""
+        asked = pb.TouchRequest.FromString(request)
+        touched = await self._run(partial(self._store.touch, check_keys(asked.keys), ttl_s=asked.ttl_s or None))
+        return pb.TouchReply(touched=touched, boot_epoch=self._epoch).SerializeToString()
+
+    @answering
+    async def delete(self, request: bytes, _: Context) -> bytes:
+        """Forget keys."""
+        asked = pb.DeleteRequest.FromString(request)
+        deleted = await self._run(self._store.delete, *check_keys(asked.keys))
+        return pb.DeleteReply(deleted=deleted, boot_epoch=self._epoch).SerializeToString()
+
+    @answering
+    async def pin(self, request: bytes, _: Context) -> bytes:
+        """Pin or let go."""
+        asked = pb.PinRequest.FromString(request)
+        verb = self._store.pin if asked.pinned else self._store.unpin
+        changed = await self._run(verb, *check_keys(asked.keys))
+        return pb.PinReply(changed=changed, boot_epoch=self._epoch).SerializeToString()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service, by the names of the proto. No serializers: messages are bytes until they are checked."""
+        unary = grpc.unary_unary_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            "kvstored.v1.Cache",
+            {
+                "Put": grpc.stream_unary_rpc_method_handler(self.put),
+                "Get": grpc.unary_stream_rpc_method_handler(self.get),
+                "Match": unary(self.match),
+                "Touch": unary(self.touch),
+                "Delete": unary(self.delete),
+                "Pin": unary(self.pin),
+            },
+        )
+
+
+class AdminService(_Service):
+    """What an operator does."""
+
+    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, version: str) -> None:
+        super().__init__(store, threads, boot_epoch)
+        self._budget = budget
+        self._version = version
+        self._started_at = time.monotonic()
+
+    @answering
+    async def stats(self, request: bytes, _: Context) -> bytes:
+        """Counters and gauges, the daemon's own among them."""
+        pb.StatsRequest.FromString(request)
+        reply = stats_message(await self._run(self._store.stats))
+        reply.values["in_flight_nbytes"] = self._budget.used_nbytes
+        reply.values["in_flight_refused"] = self._budget.refused
+        reply.uptime_s = time.monotonic() - self._started_at
+        reply.version = self._version
+        reply.boot_epoch = self._epoch
+        return reply.SerializeToString()
+
+    @answering
+    async def list(self, request: bytes, context: Context) -> None:
+        """Entries in order of key."""
+        asked = pb.ListRequest.FromString(request)
+        if asked.tier and asked.tier not in TIER_NAMES:
+            raise InvalidEntry(f"unknown tier {asked.tier}")
+        found = self._store.entries(
+            tier=TIER_NAMES.get(asked.tier), key_prefix=asked.key_prefix, limit=asked.limit or None
+        )
+        while group := await self._run(lambda: [*islice(found, LIST_GROUP)]):
+            await context.write(pb.ListReply(entries=map(entry_info_message, group)).SerializeToString())
+
+    @answering
+    async def inspect(self, request: bytes, _: Context) -> bytes:
+        """One entry."""
+        key = check_key(pb.InspectRequest.FromString(request).key)
+        info = await self._run(self._store.inspect, key)
+        return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
+
+    @answering
+    async def evict(self, request: bytes, _: Context) -> bytes:
+        """Forget keys, counted as evictions."""
+        keys = check_keys(pb.EvictRequest.FromString(request).keys)
+        return pb.EvictReply(evicted=await self._run(self._store.evict, *keys)).SerializeToString()
+
+    @answering
+    async def demote(self, request: bytes, _: Context) -> bytes:
+        """One tier down."""
+        keys = check_keys(pb.DemoteRequest.FromString(request).keys)
+        return pb.MoveReply(moved=await self._run(self._store.demote, *keys)).SerializeToString()
+
+    @answering
+    async def promote(self, request: bytes, _: Context) -> bytes:
+        """Copy to hot."""
+        keys = check_keys(pb.PromoteRequest.FromString(request).keys)
+        return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service, by the names of the proto."""
+        unary = grpc.unary_unary_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            "kvstored.v1.Admin",
+            {
+                "Stats": unary(self.stats),
+                "List": grpc.unary_stream_rpc_method_handler(self.list),
+                "Inspect": unary(self.inspect),
+                "Evict": unary(self.evict),
+                "Demote": unary(self.demote),
+                "Promote": unary(self.promote),
+            },
+        )

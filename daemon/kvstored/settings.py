@@ -1,0 +1,130 @@
+"""The daemon's settings: defaults, then the TOML file, then `KVSTORED_*` in the environment, then the command line.
+
+Read once, checked, frozen. The tables of the file are [server] (here) and [store] (`kvstore.config`). In the
+environment two underscores stand for a dot: KVSTORED_STORE__HOT__CAPACITY_NBYTES=4GiB.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from kvstore.config import MIB, StoreConfig, check_range, from_mapping, read_toml
+from kvstore.errors import ConfigError
+from kvstored_client.address import default_address, parse_address, socket_path
+
+ENVIRONMENT_PREFIX = "KVSTORED_"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The network side.
+
+    address: one or more of unix:PATH and tcp:HOST:PORT, separated by commas. data_dir: where the cold tier lives.
+    insecure_tcp: allow TCP without TLS beyond this host. in_flight_nbytes: decoded bytes of all entries being received
+    or decoded for sending. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
+    operations at once. drain_grace_s: how long running calls may take to end after SIGTERM.
+    """
+
+    address: str = ""
+    data_dir: str = ""
+    insecure_tcp: bool = False
+    in_flight_nbytes: int = 1024 * MIB
+    silence_s: float = 10.0
+    calls_max: int = 256
+    threads: int = 8
+    drain_grace_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_range("server.in_flight_nbytes", self.in_flight_nbytes, MIB, 1 << 40)
+        check_range("server.silence_s", self.silence_s, 0.05, 3600)
+        check_range("server.calls_max", self.calls_max, 1, 100_000)
+        check_range("server.threads", self.threads, 1, 256)
+        check_range("server.drain_grace_s", self.drain_grace_s, 0, 3600)
+        for target in self.targets:
+            self._check_reach(target)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What to bind, as gRPC spells it."""
+        try:
+            return tuple(parse_address(part) for part in self.address.split(",") if part.strip())
+        except ValueError as error:
+            raise ConfigError(f"server.address: {error}") from None
+
+    def _check_reach(self, target: str) -> None:
+        if socket_path(target) is not None or self.insecure_tcp:
+            return
+        host = target.rpartition(":")[0].strip("[]")
+        try:
+            local = host == "localhost" or ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            raise ConfigError(
+                f"server.address: {target} is reachable from other hosts without TLS or a password; "
+                "use a loopback address or a unix socket, or set server.insecure_tcp = true if the network is trusted"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the daemon was told."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+
+def load_settings(
+    config: str | Path | None = None,
+    *,
+    data_dir: str | Path | None = None,
+    address: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """The settings in force. Raises ConfigError for an unknown key, a wrong type or a value out of range."""
+    table: dict[str, Any] = read_toml(config) if config is not None else {}
+    _overlay(table, environ)
+    server = table.setdefault("server", {})
+    if not isinstance(server, dict):
+        raise ConfigError(f"server is a table of settings, got {server!r}")
+    if data_dir is not None:
+        server["data_dir"] = str(data_dir)
+    if address is not None:
+        server["address"] = address
+    server.setdefault("address", default_address(environ))
+    server.setdefault("data_dir", str(default_data_dir(environ)))
+    settings = from_mapping(Settings, table)
+    if not settings.server.targets:
+        raise ConfigError("server.address names nothing to listen on")
+    if settings.store.cold.path is None:
+        cold = replace(settings.store.cold, path=str(Path(settings.server.data_dir) / "cold"))
+        settings = replace(settings, store=replace(settings.store, cold=cold))
+    return settings
+
+
+def default_data_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The service manager's choice, /var/lib for root, else the user's state directory."""
+    given = environ.get("STATE_DIRECTORY")
+    if given:
+        return Path(given.split(":")[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib/kvstored")
+    state = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "kvstored"
+
+
+def _overlay(table: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Lay KVSTORED_TABLE__KEY variables over the file's tables. Other KVSTORED_ variables are not settings."""
+    for name, value in environ.items():
+        path = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        if not name.startswith(ENVIRONMENT_PREFIX) or len(path) < 2:
+            continue
+        at = table
+        for step in path[:-1]:
+            at = at.setdefault(step, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"{name}: {step} is a setting, not a table of settings")
+        at[path[-1]] = value

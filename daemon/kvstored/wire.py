@@ -1,0 +1,246 @@
+"""Between messages and the engine: entries on their way in and out, checked before anything is allocated.
+
+`PutStream` turns the frames of a Put into tensors; `Reading` takes hits out of the store for a Get, a bounded lot at a
+time. Neither knows gRPC, so another door can use the same two. Each belongs to one call.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from kvstore import arrays
+from kvstore.errors import EntryTooLarge, InvalidEntry
+from kvstore.hit import Fidelity, Hit
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key
+from kvstore.store import Store
+from kvstored.budget import Budget
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
+from kvstored_client.messages import TIERS, fidelity_name, read_specs, tensor_specs
+from kvstored_client.send import cut_frames
+
+HEADER_MAX_NBYTES = 64 << 10
+"""256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
+LOT_NBYTES = 16 << 20
+"""Decoded bytes taken out of the store at once: what a slow reader costs in memory, and few thread switches."""
+DECODE_NBYTES = 256 << 20
+"""Decoded bytes of the warm and cold entries that one Get may have under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an entry is kept; entries with equal options can be put together."""
+
+    ttl_s: float | None
+    sliding: bool
+    pin: bool
+    fidelity: Fidelity
+
+
+class Incoming:
+    """One entry being received. `nbytes` is what it will hold; nothing is allocated before `begin`."""
+
+    def __init__(self, header: pb.PutHeader, limit_nbytes: int) -> None:
+        """Check a header. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
+        self.key = check_key(header.key)
+        if len(header.tensors) > arrays.TENSORS_MAX:
+            raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
+        self._specs = read_specs(header.tensors)
+        self.nbytes = arrays.check_specs(self._specs, limit_nbytes)
+        if header.nbytes != self.nbytes:
+            raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {self.nbytes}")
+        if not (math.isfinite(header.ttl_s) and header.ttl_s >= 0):
+            raise InvalidEntry(f"ttl_s must be finite and at least 0, got {header.ttl_s}")
+        self.options = Options(
+            header.ttl_s or None, not header.absolute_ttl, header.pin, fidelity_name(header.fidelity)
+        )
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._scatter = Scatter(())
+        self._sum = xxhash.xxh3_64()
+
+    def begin(self) -> None:
+        """Allocate the tensors."""
+        self.tensors = {
+            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in self._specs.items()
+        }
+        self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
+
+    def take(self, chunk: memoryview) -> None:
+        """The next bytes. Raises BadFrame for more than were announced."""
+        self._sum.update(chunk)
+        self._scatter.write(chunk)
+
+    def finish(self, xxh3: int) -> None:
+        """The entry's end. Raises BadFrame if bytes are missing or are not those that were sent."""
+        if self._scatter.filled_nbytes != self.nbytes:
+            raise BadFrame(self.progress)
+        if xxh3 and xxh3 != self._sum.intdigest():
+            raise BadFrame(
+                f"checksum {self._sum.intdigest():016x} of the bytes received is not the sender's {xxh3:016x}"
+            )
+
+    @property
+    def progress(self) -> str:
+        """For a message about an entry that is not whole."""
+        return f"received {self._scatter.filled_nbytes} of {self.nbytes} bytes of key {self.key.hex():.32}"
+
+
+class PutStream:
+    """The frames of one Put: at most one entry open, whole ones collected in `ready`."""
+
+    def __init__(self, limit_nbytes: int, budget: Budget) -> None:
+        self._limit_nbytes = limit_nbytes
+        self._budget = budget
+        self._open: Incoming | None = None
+        self._taken_nbytes = 0
+        self._keys = 0
+        self.ready: list[Incoming] = []
+        self.ready_nbytes = 0
+
+    def take(self, frame: Frame) -> None:
+        """The next frame. Raises BadFrame, InvalidEntry, EntryTooLarge or Busy."""
+        if frame.miss is not None:
+            raise BadFrame("a put has no misses")
+        if frame.header is not None:
+            if len(frame.header) > HEADER_MAX_NBYTES:
+                raise EntryTooLarge(f"a header has at most {HEADER_MAX_NBYTES} bytes, got {len(frame.header)}")
+            self._begin(pb.PutHeader.FromString(bytes(frame.header)))
+        if (frame.chunk or frame.end is not None) and self._open is None:
+            raise BadFrame("bytes or an end before a header")
+        if frame.chunk and self._open is not None:
+            self._open.take(frame.chunk)
+        if frame.end is not None and self._open is not None:
+            self._open.finish(pb.EntryEnd.FromString(bytes(frame.end)).xxh3)
+            self.ready.append(self._open)
+            self.ready_nbytes += self._open.nbytes
+            self._open = None
+
+    def _begin(self, header: pb.PutHeader) -> None:
+        if self._open is not None:
+            raise BadFrame(f"a header before the end of an entry: {self._open.progress}")
+        self._keys += 1
+        if self._keys > KEYS_PER_CALL_MAX:
+            raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
+        entry = Incoming(header, self._limit_nbytes)
+        self._budget.take(entry.nbytes)
+        self._taken_nbytes += entry.nbytes
+        self._open = entry
+        entry.begin()
+
+    def check_whole(self) -> None:
+        """At the end of the stream. Raises BadFrame for an entry without its end."""
+        if self._open is not None:
+            raise BadFrame(f"an entry without its end: {self._open.progress}")
+
+    @property
+    def progress(self) -> str:
+        """For a message about a stream that stopped."""
+        return self._open.progress if self._open is not None else f"received {self._keys} entries"
+
+    def release(self, entries: Sequence[Incoming]) -> None:
+        """These were handed to the store: their bytes are no longer in flight."""
+        nbytes = sum(entry.nbytes for entry in entries)
+        self._taken_nbytes -= nbytes
+        self.ready_nbytes -= nbytes
+        self._budget.give_back(nbytes)
+
+    def close(self) -> None:
+        """Give back what is still counted, whatever happened."""
+        self._budget.give_back(self._taken_nbytes)
+        self._taken_nbytes = 0
+
+
+class Reading:
+    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread."""
+
+    def __init__(self, store: Store, budget: Budget, keys: list[bytes], *, leading: bool) -> None:
+        self._store = store
+        self._budget = budget
+        self._keys = keys
+        self._leading = leading
+        self._at = 0
+        self._groups = 0
+        self._stop = 0
+        self._lease = ExitStack()
+        self._hits: Iterator[Hit | None] | None = None
+
+    def next_lot(self) -> list[tuple[int, Hit | None]]:
+        """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
+        if self._hits is None or self._at >= self._stop:
+            self._end_group()
+            if self._at >= len(self._keys):
+                return []
+            self._begin_group()
+        assert self._hits is not None
+        lot: list[tuple[int, Hit | None]] = []
+        nbytes = 0
+        while self._at < self._stop and nbytes < LOT_NBYTES:
+            hit = next(self._hits, None)
+            lot.append((self._at, hit))
+            self._at += 1
+            if hit is not None:
+                nbytes += sum(x.nbytes for x in hit.tensors.values())
+            elif self._leading:
+                self._at = self._stop = len(self._keys)
+        return lot
+
+    def close(self) -> None:
+        """Let go of the leases. A chain read in several groups is touched once more, as one."""
+        self._end_group()
+        if self._groups > 1:
+            self._store.touch(self._keys[: self._at])
+
+    def _begin_group(self) -> None:
+        decoded = 0
+        for held in self._store.locate(self._keys[self._at :]):
+            cost = held.nbytes if held is not None and held.tier != "hot" else 0
+            if decoded and decoded + cost > DECODE_NBYTES:
+                break
+            decoded += cost
+            self._stop += 1
+        self._budget.take(decoded)
+        self._lease.callback(self._budget.give_back, decoded)
+        group = self._keys[self._at : self._stop]
+        self._hits = self._lease.enter_context(self._store.lease_many(group, leading=self._leading))
+        self._groups += 1
+
+    def _end_group(self) -> None:
+        self._hits = None
+        self._lease.close()
+
+
+def hit_frames(index: int, hit: Hit, boot_epoch: int) -> Iterator[bytes]:
+    """The frames that answer one key of a Get."""
+    payload = Gather([arrays.as_bytes(x) for x in hit.tensors.values()])
+    header = pb.GetHeader(
+        index=index,
+        tensors=tensor_specs({name: arrays.describe(name, x) for name, x in hit.tensors.items()}),
+        nbytes=payload.nbytes,
+        tier=TIERS[hit.tier],
+        encoding=hit.encoding,
+        lossy=hit.lossy,
+        age_s=hit.age_s,
+        boot_epoch=boot_epoch,
+    )
+    return cut_frames(header.SerializeToString(), payload)
+
+
+def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
+    """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
+    stored = 0
+    start = 0
+    for stop in range(1, len(entries) + 1):
+        if stop < len(entries) and entries[stop].options == entries[start].options:
+            continue
+        run: list[tuple[bytes, dict[str, Any]]] = [(entry.key, dict(entry.tensors)) for entry in entries[start:stop]]
+        how = entries[start].options
+        stored += store.put_many(
+            run, ttl_s=how.ttl_s, sliding=how.sliding, pin=how.pin, fidelity=how.fidelity, own=True
+        )
+        start = stop
+    return stored

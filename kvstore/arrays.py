@@ -1,0 +1,156 @@
+"""Tensors in and out without choosing a library: torch tensors and numpy arrays, bfloat16 included.
+
+Never imports torch: a tensor can only be handed in by a process that has imported it already, so
+`sys.modules` is the place to ask. What is handed out follows `framework`: "torch", "numpy", or "auto", which is
+torch where the process has imported it and numpy otherwise. numpy has no bfloat16 or float8 of its own: those
+arrays carry the ml_dtypes types of the same names.
+All bytes are dense, row-major and little-endian.
+"""
+
+import sys
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from kvstore.dtypes import BY_NAME
+from kvstore.errors import EntryTooLarge, InvalidEntry
+from kvstore.hit import TensorInfo
+
+Framework = Literal["auto", "torch", "numpy"]
+
+TENSORS_MAX = 256
+"""Attention needs 2, the largest hybrid models about 130 state tensors; 256 keeps a record's header under 64 KiB."""
+RANK_MAX = 8
+NAME_MAX_NBYTES = 64
+ENTRY_MAX_NBYTES = 4 << 30
+"""A ceiling over all settings: sizes are added up in 64 bits long before, but nobody means 4 GiB under one key."""
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("kvstored stores little-endian bytes and runs on little-endian machines only")
+
+_NUMPY: dict[str, np.dtype[Any]] = {
+    name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, "bool_" if name == "bool" else name))
+    for name in BY_NAME
+}
+_NAME_OF_NUMPY = {dtype: name for name, dtype in _NUMPY.items()}
+
+
+def _torch() -> Any:
+    return sys.modules.get("torch")
+
+
+def is_torch(x: object) -> bool:
+    """Whether x is a torch tensor."""
+    torch = _torch()
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def resolve_framework(framework: str) -> str:
+    """A `Framework` made definite: "torch" or "numpy"."""
+    if framework == "auto":
+        return "torch" if _torch() is not None else "numpy"
+    if framework not in ("torch", "numpy"):
+        raise InvalidEntry(f"framework must be auto, torch or numpy, got {framework!r}")
+    return framework
+
+
+def check_name(name: object) -> str:
+    """A tensor's name. Raises InvalidEntry unless it is 1 to 64 bytes of printable text."""
+    if not isinstance(name, str) or not name.isprintable() or name == "__metadata__":
+        raise InvalidEntry(f"a tensor's name is printable text and not __metadata__, got {name!r:.80}")
+    if not 1 <= len(name.encode()) <= NAME_MAX_NBYTES:
+        raise InvalidEntry(f"a tensor's name has 1 to {NAME_MAX_NBYTES} bytes, got {len(name.encode())}")
+    return name
+
+
+def check_specs(specs: Mapping[str, TensorInfo], limit_nbytes: int = ENTRY_MAX_NBYTES) -> int:
+    """Check names, dtypes, shapes and sizes before anything is allocated. Returns the bytes in all.
+
+    Raises InvalidEntry, or EntryTooLarge over 256 tensors or `limit_nbytes`, with the value and the limit.
+    """
+    if not specs:
+        raise InvalidEntry("an entry has at least 1 tensor, got 0")
+    if len(specs) > TENSORS_MAX:
+        raise EntryTooLarge(f"an entry has at most {TENSORS_MAX} tensors, got {len(specs)}")
+    total = 0
+    for name, spec in specs.items():
+        check_name(name)
+        if spec.dtype not in BY_NAME:
+            raise InvalidEntry(f"tensor {name!r}: unknown dtype {spec.dtype!r:.40}")
+        if len(spec.shape) > RANK_MAX:
+            raise InvalidEntry(f"tensor {name!r}: at most {RANK_MAX} dimensions, got {len(spec.shape)}")
+        # Each dimension, not only the product: a zero beside 2**62 makes the product harmless and the shape not.
+        bad = next((d for d in spec.shape if not 0 <= d <= ENTRY_MAX_NBYTES), None)
+        if bad is not None:
+            raise InvalidEntry(f"tensor {name!r}: a dimension is 0 to {ENTRY_MAX_NBYTES}, got {bad}")
+        total += prod(spec.shape) * BY_NAME[spec.dtype].itemsize
+        if total > limit_nbytes:
+            raise EntryTooLarge(f"an entry has at most {limit_nbytes} bytes, got {total} by tensor {name!r}")
+    return total
+
+
+def describe(name: str, x: object) -> TensorInfo:
+    """Dtype and shape of a torch tensor or numpy array. Raises InvalidEntry for anything else."""
+    if is_torch(x):
+        torch = _torch()
+        assert isinstance(x, torch.Tensor)
+        if x.layout is not torch.strided or x.is_quantized or x.is_nested:
+            raise InvalidEntry(f"tensor {name!r}: only dense tensors can be stored, got {x.layout}")
+        dtype = str(x.dtype).removeprefix("torch.")
+        shape = tuple(x.shape)
+    elif isinstance(x, np.ndarray):
+        native = x.dtype.newbyteorder("=")
+        dtype = _NAME_OF_NUMPY.get(native, str(x.dtype))
+        shape = x.shape
+    else:
+        raise InvalidEntry(f"tensor {name!r}: expected a torch tensor or a numpy array, got {type(x).__name__}")
+    if dtype not in BY_NAME:
+        raise InvalidEntry(f"tensor {name!r}: dtype {dtype} cannot be stored")
+    return TensorInfo(dtype, shape)
+
+
+def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a tensor or array that `describe` accepted, as a flat uint8 array.
+
+    Shares memory with x where x is dense, on the CPU and little-endian; a copy otherwise.
+    """
+    if is_torch(x):
+        torch = _torch()
+        flat = x.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy()  # type: ignore[no-any-return]
+    native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    return native.reshape(-1).view(np.uint8)
+
+
+def from_bytes(spec: TensorInfo, data: np.ndarray[Any, np.dtype[np.uint8]], framework: str) -> Any:
+    """A torch tensor or numpy array over `data` (flat uint8, just the right length), sharing its memory."""
+    if framework == "torch":
+        torch = _import_torch()
+        if data.size == 0:
+            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        return torch.from_numpy(data).view(getattr(torch, spec.dtype)).reshape(spec.shape)
+    return data.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+
+
+def _import_torch() -> Any:
+    # Only for a caller who asked for torch by name and has not imported it yet.
+    import torch
+
+    return torch
+
+
+def cut(x: Any, axis: int, start: int, stop: int) -> Any:
+    """x[start:stop] along an axis: a view."""
+    return x[(slice(None),) * axis + (slice(start, stop),)]
+
+
+def join(parts: list[Any], axis: int) -> Any:
+    """The arrays one behind the other along an axis: the single array itself, or a copy."""
+    if len(parts) == 1:
+        return parts[0]
+    if is_torch(parts[0]):
+        return _torch().cat(parts, dim=axis)
+    return np.concatenate(parts, axis=axis)

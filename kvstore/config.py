@@ -1,0 +1,181 @@
+"""One typed configuration: read once, checked, frozen.
+
+A table of the TOML file is a dataclass here or in the daemon's settings; a key is a field. An unknown key is an error
+that names the nearest one; a value out of range is an error that names the range. Nothing is corrected silently.
+Sizes are bytes, as integers or text: "512MiB", "4GiB", "1.5GB".
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from kvstore.errors import ConfigError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+POLICIES = ("lru", "arc", "s3fifo")
+"""Which key leaves a memory tier next; `policies` holds one of each."""
+ADMISSIONS = ("all", "reused")
+"""What may be written to disk: everything, or only what was hit at least once."""
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}iB"] = 1 << (10 * _power)
+    _UNITS[f"{_letter}B"] = 1000**_power
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+T = TypeVar("T")
+
+
+def parse_nbytes(text: str | int) -> int:
+    """Bytes of "512MiB", "1.5GB" or 4096. Raises ConfigError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.fullmatch(str(text))
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f'not a size: {text!r}; write bytes as 1048576, "512MiB" or "4GiB"')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class HotConfig:
+    """The hot tier: tensors as put."""
+
+    capacity_nbytes: int = GIB
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class WarmConfig:
+    """The warm tier: NF4 in memory. 0 bytes: no warm tier."""
+
+    capacity_nbytes: int = 2 * GIB
+
+
+@dataclass(frozen=True)
+class ColdConfig:
+    """The cold tier: records in LMDB under `path`. No path: no cold tier.
+
+    write_buffer_nbytes: demoted entries waiting for the writer. flush_interval_s: how often deadlines and
+    recency, which move with every get, are written down. admission: what may be written, "all", or "reused": only
+    what was hit at least once, about a tenth of the writes for two thirds of the hits.
+    """
+
+    path: str | None = None
+    capacity_nbytes: int = 16 * GIB
+    write_buffer_nbytes: int = 64 * MIB
+    flush_interval_s: float = 30.0
+    admission: str = "all"
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """The whole engine.
+
+    ttl_s: default seconds to live, sliding. ttl_max_s: the longest a put may ask for. promote_after: the hit within
+    promote_window_s that copies an entry to hot: 1, 2 or 0 for never. entry_max_nbytes: decoded bytes of one entry.
+    pin_max_fraction: how much of a tier pinned entries may take. sweep_interval_s: how often expired entries are
+    collected (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru", "arc"
+    or "s3fifo".
+    """
+
+    hot: HotConfig = field(default_factory=HotConfig)
+    warm: WarmConfig = field(default_factory=WarmConfig)
+    cold: ColdConfig = field(default_factory=ColdConfig)
+    ttl_s: float = 3600.0
+    ttl_max_s: float = 30 * 86400.0
+    promote_after: int = 2
+    promote_window_s: float = 60.0
+    entry_max_nbytes: int = 2 * GIB
+    pin_max_fraction: float = 0.5
+    sweep_interval_s: float = 1.0
+    policy: str = "lru"
+
+    def __post_init__(self) -> None:
+        check_range("hot.capacity_nbytes", self.hot.capacity_nbytes, 1, 1 << 50)
+        check_range("warm.capacity_nbytes", self.warm.capacity_nbytes, 0, 1 << 50)
+        check_range("cold.capacity_nbytes", self.cold.capacity_nbytes, 1 * MIB, 1 << 50)
+        check_range("cold.write_buffer_nbytes", self.cold.write_buffer_nbytes, 1, 1 << 40)
+        check_range("cold.flush_interval_s", self.cold.flush_interval_s, 0.01, 86400)
+        check_range("ttl_max_s", self.ttl_max_s, 0.001, 100 * 365 * 86400.0)
+        check_range("ttl_s", self.ttl_s, 0.001, self.ttl_max_s)
+        check_range("promote_after", self.promote_after, 0, 2)
+        check_range("promote_window_s", self.promote_window_s, 0, 86400)
+        check_range("entry_max_nbytes", self.entry_max_nbytes, 1, 4 * GIB)
+        check_range("pin_max_fraction", self.pin_max_fraction, 0, 1)
+        check_range("sweep_interval_s", self.sweep_interval_s, 0.001, 3600)
+        check_choice("cold.admission", self.cold.admission, ADMISSIONS)
+        check_choice("policy", self.policy, POLICIES)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
+            raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
+
+
+def check_range(name: str, value: object, low: float, high: float) -> None:
+    """Raise ConfigError, with the value and the limits, unless low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} must be from {low} to {high}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ConfigError, naming the choices, unless value is one of them."""
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def from_mapping(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
+    """A configuration dataclass from a parsed TOML table. Raises ConfigError for unknown keys and wrong types."""
+    assert is_dataclass(cls)
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown setting {where}{key}{hint}")
+        values[key] = _convert(hints[key], value, f"{where}{key}")
+    missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise ConfigError(f"missing setting {where}{missing[0]}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is a table of settings, got {value!r}")
+        return from_mapping(hint, value, f"{name}.")
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if bool in options and (isinstance(value, bool) or value in ("true", "false")):
+        return value is True or value == "true"
+    if int in options and name.endswith("nbytes"):
+        return parse_nbytes(value)
+    if str in options and isinstance(value, str):
+        return value
+    for kind in (int, float):
+        # TOML knows numbers; the environment knows text. 1.5 is no whole number, true is no number.
+        fits = isinstance(value, str | int | kind) and not isinstance(value, bool)
+        if kind in options and fits:
+            try:
+                return kind(value)
+            except ValueError:
+                break
+    kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ConfigError(f"{name} must be {kinds}, got {value!r}")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A parsed TOML file. Raises ConfigError, naming the file and the line."""
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None

@@ -1,0 +1,130 @@
+"""The disk under the cold tier: the few calls it makes, in one object that a test can replace.
+
+Values lie in segment files (`segments`), what is known of them in LMDB (`rows`). LMDB does its own calls.
+"""
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Buffer = bytes | memoryview
+
+_KEEP_SIZE_AND_PUNCH = 0x01 | 0x02
+_IOV_MAX = 1024
+
+
+class Disk(Protocol):
+    """Calls on files. All raise OSError."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """A file descriptor."""
+        ...
+
+    def close(self, fd: int) -> None:
+        """Give a descriptor back."""
+        ...
+
+    def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all buffers one behind the other from `offset` on."""
+        ...
+
+    def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """Fill the buffers from `offset` on; the bytes there were, fewer only at the end of the file."""
+        ...
+
+    def sync(self, fd: int) -> None:
+        """Return once the file's data is on the disk."""
+        ...
+
+    def sync_directory(self, path: Path) -> None:
+        """Return once the directory's names are on the disk."""
+        ...
+
+    def punch(self, fd: int, offset: int, nbytes: int) -> None:
+        """Give a range's blocks back to the file system; it reads as zeros then."""
+        ...
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        ...
+
+    def free_nbytes(self, path: Path) -> int:
+        """Bytes the file system still has for us."""
+        ...
+
+
+class SystemDisk:
+    """The operating system's files."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+    def open(self, path: Path, flags: int) -> int:
+        """A file descriptor; a new file is its owner's alone."""
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def close(self, fd: int) -> None:
+        """Give a descriptor back."""
+        os.close(fd)
+
+    def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all buffers; a short write goes on where it stopped."""
+        views = [memoryview(b).cast("B") for b in buffers if len(b)]
+        while views:
+            n = os.pwritev(fd, views[:_IOV_MAX], offset)
+            if n == 0:
+                raise OSError(errno.ENOSPC, "short write")
+            offset += n
+            while views and n >= len(views[0]):
+                n -= len(views.pop(0))
+            if n:
+                views[0] = views[0][n:]
+
+    def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """Fill the buffers; Linux reads at most 2 GiB a call."""
+        views = [b.data for b in buffers if b.size]
+        total = 0
+        while views:
+            n = os.preadv(fd, views[:_IOV_MAX], offset + total)
+            if n == 0:
+                break
+            total += n
+            while views and n >= len(views[0]):
+                n -= len(views.pop(0))
+            if n:
+                views[0] = views[0][n:]
+        return total
+
+    def sync(self, fd: int) -> None:
+        """By fdatasync."""
+        os.fdatasync(fd)
+
+    def sync_directory(self, path: Path) -> None:
+        """By fsync of the directory."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def punch(self, fd: int, offset: int, nbytes: int) -> None:
+        """By fallocate(PUNCH_HOLE): ext4, xfs, btrfs, tmpfs."""
+        if self._libc.fallocate(fd, _KEEP_SIZE_AND_PUNCH, offset, nbytes) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink(missing_ok=True)
+
+    def free_nbytes(self, path: Path) -> int:
+        """As statvfs says, without root's reserve."""
+        stat = os.statvfs(path)
+        return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,190 @@
+"""Taking a cold directory into use: flock, DROP, STATE, verify, quarantine, in this order.
+
+    LOCK          flocked by the one process that uses the directory
+    STATE         JSON: format, clean (closed in order), boot_id
+    DROP          put there by an operator: start empty, once
+    index/        LMDB: rows
+    segments/     records
+    quarantine/   indexes that failed their check, the newest few, for whoever wants to know why
+
+Raises ConfigError for a directory that is in use or of a newer format; damage is never an error, it is an empty start.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.disk import verify_child
+from kvstore.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+VERIFY_TIMEOUT_S = 60.0
+QUARANTINES_MAX = 3
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_LMDB_META = struct.Struct("<16xIIQQI")
+_LMDB_MAGIC = 0xBEEFC0DE
+
+
+@dataclass(slots=True)
+class Directory:
+    """A cold directory held by this process. quarantined: why it was emptied at opening, None if it was not."""
+
+    path: Path
+    lock_fd: int
+    quarantined: str | None = None
+
+    @property
+    def index(self) -> Path:
+        """Where LMDB is."""
+        return self.path / "index"
+
+    @property
+    def segments(self) -> Path:
+        """Where the records are."""
+        return self.path / "segments"
+
+    def write_state(self, *, clean: bool) -> None:
+        """Say durably whether the directory was closed in order. Raises OSError."""
+        state = {"format": FORMAT, "clean": clean, "boot_id": _boot_id()}
+        temporary = self.path / "STATE.new"
+        with temporary.open("w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.path / "STATE")
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        os.close(self.lock_fd)
+
+
+def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory:
+    """Lock and check a directory, creating it when it is not there. Raises ConfigError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = Directory(path, _lock(path))
+    except OSError as error:
+        raise ConfigError(f"cold.path {path}: {error.strerror}") from None
+    try:
+        _check(directory, verify_timeout_s)
+        directory.segments.mkdir(mode=0o700, exist_ok=True)
+        directory.write_state(clean=False)
+    except BaseException as error:
+        directory.release()
+        if isinstance(error, OSError):
+            raise ConfigError(f"cold.path {path}: {error.strerror}") from None
+        raise
+    return directory
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise ConfigError(f"cold.path {path} is in use by another process (its LOCK file is held)") from None
+    return fd
+
+
+def _check(directory: Directory, verify_timeout_s: float) -> None:
+    if (directory.path / "DROP").exists():
+        log.warning("cold path=%s event=dropped reason=DROP file", directory.path)
+        _empty(directory)
+        (directory.path / "DROP").unlink()
+        return
+    state = _read_state(directory.path)
+    if state is not None and state.get("format") != FORMAT:
+        raise ConfigError(
+            f"cold.path {directory.path} has format {state.get('format')}, this version knows {FORMAT}: "
+            "use the version that wrote it, or put an empty file DROP there to start empty"
+        )
+    if not (directory.index / "data.mdb").exists():
+        _empty(directory)
+        return
+    clean = state is not None and state.get("clean") is True
+    if clean and index_is_whole(directory.index / "data.mdb"):
+        return
+    problem = verify(directory.index, verify_timeout_s)
+    if problem is not None:
+        quarantine(directory, problem)
+
+
+def _read_state(path: Path) -> dict[str, object] | None:
+    try:
+        state = json.loads((path / "STATE").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def index_is_whole(data: Path) -> bool:
+    """Whether an LMDB file has all the pages its newest meta page counts: truncation, found without the engine."""
+    try:
+        with data.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            metas = [_last_page(file.read(4096)) for _ in range(2)]
+    except (OSError, struct.error):
+        return False
+    last, _, page_nbytes = max(metas, key=lambda meta: meta[1])
+    return last > 0 and size >= (last + 1) * page_nbytes
+
+
+def _last_page(page: bytes) -> tuple[int, int, int]:
+    """(last page, transaction, page size) of a meta page; zeros when it is none."""
+    magic, version, _, _, page_nbytes = _LMDB_META.unpack_from(page)
+    last, transaction = struct.unpack_from("<QQ", page, 136)
+    return (last, transaction, page_nbytes) if (magic, version) == (_LMDB_MAGIC, 1) else (0, 0, 4096)
+
+
+def verify(index: Path, timeout_s: float) -> str | None:
+    """What is wrong with an index, by a check in a child process; None: nothing."""
+    command = [sys.executable, "-P", verify_child.__file__, str(index)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, text=True, check=False)  # noqa: S603 - our own file
+    except subprocess.TimeoutExpired:
+        return f"check took over {timeout_s} s"
+    if done.returncode == 0:
+        return None
+    lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
+    return f"check ended with {done.returncode}: {lines[-1] if done.returncode > 1 else lines[0]}"
+
+
+def quarantine(directory: Directory, problem: str) -> None:
+    """Set a damaged index aside and start empty.
+
+    The records go: without rows nobody can tell a live one from a deleted one, and a deleted one must not come back.
+    """
+    place = directory.path / "quarantine"
+    place.mkdir(mode=0o700, exist_ok=True)
+    name = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    while (place / name).exists():
+        name += "-again"
+    directory.index.rename(place / name)
+    log.error("cold path=%s event=quarantined index=quarantine/%s reason=%s", directory.path, name, problem)
+    for old in sorted(place.iterdir())[:-QUARANTINES_MAX]:
+        shutil.rmtree(old, ignore_errors=True)
+    _empty(directory)
+    directory.quarantined = problem
+
+
+def _empty(directory: Directory) -> None:
+    shutil.rmtree(directory.index, ignore_errors=True)
+    shutil.rmtree(directory.segments, ignore_errors=True)
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""

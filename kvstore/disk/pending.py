@@ -1,0 +1,137 @@
+"""Changes that wait for the writer, and what the tier will hold once they are made.
+
+One operation a key waits at most: a newer one replaces it. The batch being committed (`inflight`) stays readable beside
+it. Operations carry rising tickets; `oldest` tells a waiter whether its own is done.
+Invariant: `used_nbytes` is the cost of everything that will be on disk when all operations are done.
+Not thread-safe: the tier's lock covers it. Knows no disk and no time.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from kvstore.entry import Entry, Key
+
+
+@dataclass(slots=True)
+class Put:
+    """An entry to write. cost: estimated until it is packed. frees: cost of the record it replaces."""
+
+    entry: Entry
+    seq: int
+    cost: int
+    frees: int = 0
+    ticket: int = 0
+    durable: bool = False
+
+
+@dataclass(slots=True)
+class Delete:
+    """A record to remove. frees: its cost."""
+
+    frees: int = 0
+    ticket: int = 0
+    durable: bool = False
+    cost: int = 0
+
+
+Operation = Put | Delete
+
+
+class Pending:
+    """Operations by key, oldest first."""
+
+    def __init__(self) -> None:
+        self.queued: OrderedDict[Key, Operation] = OrderedDict()
+        self.inflight: dict[Key, Operation] = {}
+        self.used_nbytes = 0
+        self.buffered_nbytes = 0
+        self._ticket = 0
+
+    def find(self, key: Key) -> Operation | None:
+        """What will become of a key; None: nothing is waiting."""
+        return self.queued.get(key) or self.inflight.get(key)
+
+    def add(self, key: Key, operation: Operation, committed_cost: int) -> int:
+        """Queue an operation; its ticket. committed_cost: of the record now on disk, 0 when there is none."""
+        self._ticket += 1
+        operation.ticket = self._ticket
+        replaced = self.queued.pop(key, None)
+        if replaced is not None:
+            operation.frees = replaced.frees
+            operation.durable |= replaced.durable
+            self.used_nbytes += operation.cost - replaced.cost
+            self._uncount(replaced)
+        else:
+            running = self.inflight.get(key)
+            operation.frees = committed_cost if running is None else running.cost
+            self.used_nbytes += operation.cost - operation.frees
+        if isinstance(operation, Put):
+            self.buffered_nbytes += operation.entry.nbytes
+        self.queued[key] = operation
+        return operation.ticket
+
+    def cancel(self, key: Key) -> bool:
+        """Drop a queued put that replaces nothing. False: the disk has, or may come to have, a record to delete."""
+        operation = self.queued.get(key)
+        if not isinstance(operation, Put) or operation.frees or key in self.inflight:
+            return False
+        del self.queued[key]
+        self.used_nbytes -= operation.cost
+        self._uncount(operation)
+        return True
+
+    def take(self, batch_nbytes: int, batch_max: int, *, deletes_only: bool) -> dict[Key, Operation]:
+        """Move the oldest operations into flight: up to so many bytes and operations, at least one."""
+        nbytes = 0
+        for key, operation in self.queued.items():
+            if deletes_only and isinstance(operation, Put):
+                continue
+            if self.inflight and (nbytes + operation.cost > batch_nbytes or len(self.inflight) >= batch_max):
+                break
+            self.inflight[key] = operation
+            nbytes += operation.cost
+        for key in self.inflight:
+            del self.queued[key]
+        return self.inflight
+
+    def settle(self, costs: dict[Key, int]) -> None:
+        """The batch is committed. costs: of what was written, now known; 0 for a put that came to nothing."""
+        for key, operation in self.inflight.items():
+            error = costs.get(key, 0) - operation.cost
+            newer = self.queued.get(key)
+            if newer is not None:
+                newer.frees += error
+            else:
+                self.used_nbytes += error
+            self._uncount(operation)
+        self.inflight = {}
+
+    def put_back(self) -> None:
+        """The batch failed: queue it again, in front. An operation that has a newer one of its key is dropped."""
+        for key, operation in self.inflight.items():
+            newer = self.queued.get(key)
+            if newer is not None:
+                newer.frees = operation.frees
+                newer.durable |= operation.durable
+                self._uncount(operation)
+        kept = {key: operation for key, operation in self.inflight.items() if key not in self.queued}
+        self.queued = OrderedDict({**kept, **self.queued})
+        self.inflight = {}
+
+    def oldest(self) -> int | None:
+        """The lowest ticket that is not done."""
+        tickets = [next(iter(ops.values())).ticket for ops in (self.inflight, self.queued) if ops]
+        return min(tickets, default=None)
+
+    @property
+    def last_ticket(self) -> int:
+        """The ticket given out last."""
+        return self._ticket
+
+    def has_deletes(self) -> bool:
+        """Whether a queued operation is a delete."""
+        return any(isinstance(operation, Delete) for operation in self.queued.values())
+
+    def _uncount(self, operation: Operation) -> None:
+        if isinstance(operation, Put):
+            self.buffered_nbytes -= operation.entry.nbytes

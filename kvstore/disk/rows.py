@@ -1,0 +1,162 @@
+"""What is known of each record on disk, in LMDB: one small row a key, so that a start reads no values.
+
+A row carries a checksum bound to its key: LMDB has none, and a flipped bit in it must not move a deadline or point
+elsewhere. LMDB's flags: data pages are synced at each commit, the meta page is not (`metasync=False`), so a power cut
+may lose the last transaction and never more; `sync` closes that gap. Never `sync=False`: it survived no power cut.
+Thread rule: one thread writes; reads and `grow` take the lock (a read is 5 us).
+"""
+
+import contextlib
+import struct
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import lmdb
+import xxhash
+
+from kvstore.disk.segments import Place
+from kvstore.entry import Key
+from kvstore.index import Meta
+
+MAP_MIN_NBYTES = 64 << 20
+READERS_MAX = 126
+_DB = b"rows"
+_FIELDS = struct.Struct("<QddddQIIQQIB")
+_SUM = struct.Struct("<I")
+_SLIDING, _PINNED, _EXACT, _LOSSY = 1, 2, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A record's place and life. seq: rises with use. head_nbytes: of the record before its data section."""
+
+    place: Place
+    head_nbytes: int
+    seq: int
+    meta: Meta
+
+
+def pack_row(key: Key, row: Row) -> bytes:
+    """A row's bytes: fixed fields, the encoding's name, xxh3_64's low 32 bits over key and all of it."""
+    m = row.meta
+    flags = _SLIDING * m.sliding | _PINNED * m.pinned | _EXACT * m.exact | _LOSSY * m.lossy
+    fields = _FIELDS.pack(
+        row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
+        row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
+    )  # fmt: skip
+    body = fields + m.encoding.encode()
+    return body + _SUM.pack(_checksum(key, body))
+
+
+def parse_row(key: Key, data: bytes) -> Row | None:
+    """The row; None when its checksum does not match."""
+    body = data[: -_SUM.size]
+    if len(body) < _FIELDS.size or _SUM.unpack(data[-_SUM.size :])[0] != _checksum(key, body):
+        return None
+    seq, created, expires, ttl_s, hit_at, value_nbytes, hits, segment, offset, nbytes, head_nbytes, flags = (
+        _FIELDS.unpack_from(body)
+    )
+    # Equal values of many rows are one object: 130 bytes less for each key of a million.
+    meta = Meta(
+        created, expires, _share(ttl_s), value_nbytes, bool(flags & _SLIDING), bool(flags & _PINNED),
+        bool(flags & _EXACT), bool(flags & _LOSSY), sys.intern(body[_FIELDS.size :].decode()), hits, hit_at or 0.0,
+    )  # fmt: skip
+    return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
+
+
+@lru_cache(maxsize=1024)
+def _share(value: float) -> float:
+    return value
+
+
+def _checksum(key: bytes, body: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(body, xxhash.xxh3_64_intdigest(key)) & 0xFFFFFFFF
+
+
+class Rows:
+    """The table of rows, open."""
+
+    def __init__(self, path: Path, map_nbytes: int) -> None:
+        path.mkdir(mode=0o700, exist_ok=True)
+        self._lock = threading.Lock()
+        self._path = path
+        self._open(max(MAP_MIN_NBYTES, map_nbytes))
+        self.check_readers()
+
+    def _open(self, map_nbytes: int) -> None:
+        self._env = lmdb.open(
+            str(self._path), map_size=map_nbytes, max_dbs=4, max_readers=READERS_MAX, mode=0o600,
+            sync=True, metasync=False, writemap=False, readahead=True, lib_version=0,
+        )  # fmt: skip
+        self._db = self._env.open_db(_DB)
+
+    def reopen(self) -> None:
+        """Open the file anew: once a meta page could not be written LMDB refuses everything until then."""
+        with self._lock:
+            map_nbytes = int(self._env.info()["map_size"])
+            self._env.close()
+            self._open(map_nbytes)
+
+    def get(self, key: Key) -> Row | None:
+        """A key's row; None when there is none, or when it is damaged."""
+        with self._lock, self._env.begin(db=self._db) as txn:
+            data = txn.get(key)
+        return None if data is None else parse_row(key, bytes(data))
+
+    def scan(self) -> Iterator[tuple[Key, Row | None]]:
+        """All keys with their rows (None: damaged), in key order, in one read transaction. Before the writer starts."""
+        with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
+            for key, data in cursor:
+                yield Key(bytes(key)), parse_row(Key(bytes(key)), bytes(data))
+
+    def write(self, put: Mapping[Key, Row], remove: Iterable[Key]) -> list[Place]:
+        """Change rows in one transaction; the places that no row names after it. Raises lmdb.Error.
+
+        A full map is grown and the transaction repeated: the map is address space, capacity is counted elsewhere.
+        """
+        while True:
+            try:
+                return self._write(put, list(remove))
+            except lmdb.MapFullError:
+                self.grow(2 * int(self._env.info()["map_size"]))
+
+    def _write(self, put: Mapping[Key, Row], remove: list[Key]) -> list[Place]:
+        freed: list[Place] = []
+        with self._env.begin(write=True, db=self._db) as txn:
+            for key in remove:
+                old = txn.pop(key)
+                if old is not None and (row := parse_row(key, bytes(old))) is not None:
+                    freed.append(row.place)
+            for key, row in put.items():
+                old = txn.replace(key, pack_row(key, row))
+                if old is not None and (before := parse_row(key, bytes(old))) is not None and before.place != row.place:
+                    freed.append(before.place)
+        return freed
+
+    def sync(self) -> None:
+        """Return once the last transaction can no longer be lost to a power cut. Raises lmdb.Error."""
+        self._env.sync(True)
+
+    def grow(self, map_nbytes: int) -> None:
+        """Enlarge the map while serving. By the writer's thread, between transactions."""
+        with self._lock:
+            self._env.set_mapsize(map_nbytes)
+
+    def check_readers(self) -> int:
+        """Free the slots of readers that died; how many. A dead reader's slot keeps freed pages from being used."""
+        return int(self._env.reader_check())
+
+    def disk_nbytes(self) -> int:
+        """Bytes of the index file."""
+        return (self._path / "data.mdb").stat().st_blocks * 512
+
+    def close(self) -> None:
+        """Sync and close."""
+        with self._lock:
+            with contextlib.suppress(lmdb.Error):
+                self._env.sync(True)
+            self._env.close()

@@ -1,0 +1,254 @@
+"""The one thread that changes the disk: takes what is pending, writes records, commits rows, frees what left.
+
+Order, for each batch: records are on the disk before a row names them; a place is freed only when the transaction
+that stopped naming it cannot be lost to a power cut any more. So a row never names bytes that are not its own.
+An error loses nothing: the batch goes back, stays readable, and is tried again after a pause, deletes first, for
+they give room. `meta_of` and `on_drop` are called without the tier's lock.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lmdb
+
+from kvstore.disk import Buffer
+from kvstore.disk.pending import Delete, Operation, Pending, Put
+from kvstore.disk.rows import Row, Rows
+from kvstore.disk.segments import Place, Segments, blocks_nbytes
+from kvstore.entry import Key
+from kvstore.errors import KvstoreError
+from kvstore.index import Meta
+from kvstore.record import pack
+
+log = logging.getLogger(__name__)
+
+BATCH_NBYTES = 32 << 20
+"""Bytes of a group commit: a fdatasync takes 2 ms here and this many bytes 20, so longer batches gain nothing."""
+BATCH_MAX = 1024
+ROWS_PER_COMMIT = 10_000
+"""Rows of use and deadlines a transaction: 30 ms, for which a waiting delete can wait."""
+PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 5.0
+ROW_NBYTES = 256
+"""Counted for a row: 90 bytes and the key, LMDB's pages two thirds full."""
+
+
+def cost_of(record_nbytes: int) -> int:
+    """Bytes counted against the tier's budget for a record."""
+    return blocks_nbytes(record_nbytes) + ROW_NBYTES
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the tier did since it was opened."""
+
+    commits: int = 0
+    records_written: int = 0
+    bytes_written: int = 0
+    write_errors: int = 0
+    read_errors: int = 0
+    corrupt_total: int = 0
+    evictions: int = 0
+
+
+@dataclass(slots=True)
+class Callbacks:
+    """How the writer reaches the store and the tier.
+
+    make_room: evict until the file system has so many bytes above its floor; False: there was nothing to evict.
+    dropped: forget a key that could not be written.
+    """
+
+    meta_of: Callable[[Key], Meta | None]
+    dropped: Callable[[Key, str], None]
+    make_room: Callable[[int], bool]
+
+
+class Writer:
+    """The thread and its loop. changed: the tier's lock; notified when something is queued or done."""
+
+    def __init__(
+        self, rows: Rows, segments: Segments, pending: Pending, changed: threading.Condition, callbacks: Callbacks
+    ) -> None:
+        self._rows = rows
+        self._segments = segments
+        self._pending = pending
+        self._changed = changed
+        self._callbacks = callbacks
+        self.counters = Counters()
+        self.healthy = True
+        self.dirty: dict[Key, int] = {}
+        self.batch_nbytes = BATCH_NBYTES
+        self._rows_due = 0
+        self._rows_done = 0
+        self._freed: list[Place] = []
+        self._failures = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kvstore-cold-writer", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the batch in hand. What is pending then is not written: flush before."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether pending operations will still be tried."""
+        return self._thread.is_alive() and not self._closing
+
+    def wait_rows(self, timeout_s: float) -> bool:
+        """Have all dirty rows written. False: not within the time. Call with the lock held."""
+        if not self.dirty:
+            return True
+        self._rows_due += 1
+        due = self._rows_due
+        self._changed.notify_all()
+        return (
+            self._changed.wait_for(lambda: self._rows_done >= due or not self.alive, timeout_s)
+            and self._rows_done >= due
+        )
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                if self._closing:
+                    return
+                due = self._rows_due
+                batch = self._pending.take(
+                    self.batch_nbytes, BATCH_MAX, deletes_only=self._failures > 0 and self._pending.has_deletes()
+                )
+            try:
+                if batch:
+                    self._commit(batch)
+                elif due > self._rows_done:
+                    self._write_dirty_rows()
+                    with self._changed:
+                        self._rows_done = due
+                        self._changed.notify_all()
+                else:
+                    self._free_durably()
+                self._failures = 0
+                self.healthy = True
+            except (OSError, lmdb.Error) as error:
+                self._fail(error)
+
+    def _has_work(self) -> bool:
+        return bool(self._closing or self._pending.queued or self._rows_due > self._rows_done or self._freed)
+
+    def _fail(self, error: Exception) -> None:
+        """Queue the batch again and pause, longer each time."""
+        with self._changed:
+            wanted = sum(operation.cost for operation in self._pending.inflight.values())
+            self._pending.put_back()
+            self.counters.write_errors += 1
+            self._failures += 1
+            if self.healthy:
+                log.error("cold event=write_failed error=%s effect=%s", error, "entries stay in memory, retrying")
+            self.healthy = False
+            self._changed.notify_all()
+        self._recover_from(error, wanted)
+        pause_s = min(PAUSE_MAX_S, PAUSE_MIN_S * 2 ** min(self._failures - 1, 10))
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, pause_s)
+
+    def _recover_from(self, error: Exception, wanted_nbytes: int) -> None:
+        try:
+            if isinstance(error, lmdb.PanicError):
+                self._rows.reopen()
+            self._callbacks.make_room(wanted_nbytes)
+        except (OSError, lmdb.Error) as again:
+            log.debug("cold event=recovery_failed error=%s", again)
+
+    def _commit(self, batch: dict[Key, Operation]) -> None:
+        wanted = sum(operation.cost for operation in batch.values())
+        if wanted:
+            self._callbacks.make_room(wanted)
+        packed, refused = self._pack(batch)
+        places = self._segments.append([buffers for _, buffers, _ in packed.values()])
+        with self._changed:
+            put = {
+                key: Row(place, head_nbytes, self.dirty.pop(key, _seq(batch[key])), meta)
+                for (key, (meta, _, head_nbytes)), place in zip(packed.items(), places, strict=True)
+            }
+        remove = [key for key in batch if key not in put]
+        try:
+            freed = self._rows.write(put, remove)
+        except lmdb.Error:
+            self._freed += places
+            with self._changed:
+                self.dirty.update({key: row.seq for key, row in put.items() if key not in self.dirty})
+            raise
+        self._free(freed, durable=any(operation.durable for operation in batch.values()))
+        with self._changed:
+            self.counters.commits += 1
+            self.counters.records_written += len(put)
+            self.counters.bytes_written += sum(place.nbytes for place in places)
+            self._pending.settle({key: cost_of(row.place.nbytes) for key, row in put.items()})
+            self._changed.notify_all()
+        for key in refused:
+            self._callbacks.dropped(key, "write_failed")
+
+    def _pack(self, batch: dict[Key, Operation]) -> tuple[dict[Key, tuple[Meta, list[Buffer], int]], list[Key]]:
+        """What is to be written by key, and keys whose entry can never be. A put the store has forgotten is neither."""
+        packed: dict[Key, tuple[Meta, list[Buffer], int]] = {}
+        refused: list[Key] = []
+        for key, operation in batch.items():
+            meta = self._callbacks.meta_of(key) if isinstance(operation, Put) else None
+            if meta is None or isinstance(operation, Delete):
+                continue
+            try:
+                record = pack(operation.entry, meta)
+            except (KvstoreError, ValueError, TypeError) as error:
+                log.warning("cold key=%s event=unwritable error=%s", key.hex(), error)
+                refused.append(key)
+                continue
+            packed[key] = (meta, [record.head, *(part.data for part in record.data)], len(record.head))
+        return packed, refused
+
+    def _free(self, freed: list[Place], *, durable: bool) -> None:
+        """Free what the transaction before this one let go of: this commit's sync has made that one durable."""
+        before, self._freed = self._freed, freed
+        self._segments.free(before)
+        if durable:
+            self._free_durably()
+
+    def _free_durably(self) -> None:
+        self._rows.sync()
+        freed, self._freed = self._freed, []
+        self._segments.free(freed)
+
+    def _write_dirty_rows(self) -> None:
+        with self._changed:
+            dirty = {key: seq for key, seq in self.dirty.items() if self._pending.find(key) is None}
+            for key in dirty:
+                del self.dirty[key]
+        keys = list(dirty)
+        for start in range(0, len(keys), ROWS_PER_COMMIT):
+            put = {}
+            for key in keys[start : start + ROWS_PER_COMMIT]:
+                row, meta = self._rows.get(key), self._callbacks.meta_of(key)
+                if row is not None and meta is not None:
+                    put[key] = Row(row.place, row.head_nbytes, dirty[key], meta)
+            try:
+                self._free(self._rows.write(put, []), durable=False)
+            except lmdb.Error:
+                with self._changed:
+                    self.dirty = {**{key: dirty[key] for key in keys[start:]}, **self.dirty}
+                raise
+
+    def evict_now(self, keys: list[Key]) -> None:
+        """Delete rows that nothing is pending for and free their places at once. On the writer's thread only."""
+        self._freed += self._rows.write({}, keys)
+        self._free_durably()
+
+
+def _seq(operation: Operation) -> int:
+    return operation.seq if isinstance(operation, Put) else 0

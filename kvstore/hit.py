@@ -1,0 +1,80 @@
+"""What a caller gets back: the same plain objects from an embedded store and from a client.
+
+Holds no torch: a light client imports it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+Fidelity = Literal["auto", "exact"]
+FIDELITIES: tuple[Fidelity, ...] = ("auto", "exact")
+Priority = Literal["low", "normal"]
+PRIORITIES: tuple[Priority, ...] = ("low", "normal")
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A value found.
+
+    tensors: by name, torch tensors or numpy arrays (see `arrays`). tier: which tier answered. encoding: how it
+    was held there. lossy: whether it ever went through a lossy codec. age_s: seconds since it was put.
+    """
+
+    key: bytes
+    tensors: Mapping[str, Any]
+    tier: str
+    encoding: str
+    lossy: bool
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where one key of a chain is held, and the bytes of its tensors once decoded."""
+
+    tier: str
+    nbytes: int
+
+
+class Match(int):
+    """The number of leading keys held: an int that also says where each of them is (`held`)."""
+
+    held: tuple[Held, ...]
+
+    def __new__(cls, held: tuple[Held, ...]) -> Self:
+        """A match of `len(held)` leading keys."""
+        match = super().__new__(cls, len(held))
+        match.held = held
+        return match
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's element type and shape, as text and numbers."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryInfo:
+    """What is known of an entry without reading its value.
+
+    tiers: where it is held, uppermost first; tier_nbytes: bytes counted against each budget, in that order.
+    encoding: in the uppermost tier. value_nbytes: bytes of the tensors once decoded.
+    ttl_left_s: seconds until it expires; None while pinned.
+    """
+
+    key: bytes
+    tiers: tuple[str, ...]
+    tier_nbytes: tuple[int, ...]
+    tensors: Mapping[str, TensorInfo]
+    encoding: str
+    lossy: bool
+    fidelity: str
+    pinned: bool
+    value_nbytes: int
+    age_s: float
+    ttl_left_s: float | None
+    hits: int

@@ -1,0 +1,93 @@
+"""What is held and how it goes, without reading values: entry by entry, and in numbers.
+
+Takes the residency lock for one entry at a time, so a listing of a million keys holds nobody up; it shows each entry as
+it was at some moment of the call.
+"""
+
+from collections.abc import Iterator
+
+from kvstore.entry import Key
+from kvstore.hit import EntryInfo, TensorInfo
+from kvstore.residency import Residency
+from kvstore.stats import Stats, TierStats, values_of
+from kvstore.tiers import TierName
+
+
+def entries(
+    r: Residency, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+) -> Iterator[EntryInfo]:
+    """Entries in order of key; tensors are described only where they are in memory."""
+    with r.lock:
+        keys = sorted(key for key in r.index if key.startswith(key_prefix))
+    found = 0
+    for key in keys:
+        if limit is not None and found >= limit:
+            return
+        info = entry_info(r, key, with_tensors=False)
+        if info is not None and (tier is None or tier in info.tiers):
+            found += 1
+            yield info
+
+
+def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | None:
+    """One live entry. with_tensors: read their types and shapes from disk where they are only there."""
+    with r.lock:
+        meta = r.live(key)
+        if meta is None:
+            return None
+        now = r.clock.now()
+        place = r.lookup(key)
+        tiers = r.tiers_of(key)
+        sizes = tuple(_nbytes_in(r, name, key) for name in tiers)
+    entry = place[1] if place is not None else None
+    if entry is not None:
+        specs = {name: t.spec for name, t in entry.tensors.items()}
+    else:
+        specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
+    return EntryInfo(
+        key=key,
+        tiers=tuple(tiers),
+        tier_nbytes=sizes,
+        tensors={name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs.items()},
+        encoding=entry.encoding if entry is not None else meta.encoding,
+        lossy=entry.lossy if entry is not None else meta.lossy,
+        fidelity="exact" if meta.exact else "auto",
+        pinned=meta.pinned,
+        value_nbytes=meta.value_nbytes,
+        age_s=now - meta.created_at,
+        ttl_left_s=None if meta.pinned else meta.expires_at - now,
+        hits=meta.hits,
+    )
+
+
+def snapshot(r: Residency) -> Stats:
+    """Counters since start and gauges of now."""
+    with r.lock:
+        tiers: dict[str, TierStats] = {}
+        for tier in (r.hot, r.warm, r.cold):
+            if tier is None:
+                continue
+            c = r.counters.tiers[tier.name]
+            tiers[tier.name] = TierStats(
+                entries=len(tier),
+                used_nbytes=tier.used_nbytes,
+                capacity_nbytes=tier.capacity_nbytes,
+                hits=c.hits,
+                puts=c.puts,
+                evictions=c.evictions,
+                demotions=c.demotions,
+                promotions=c.promotions,
+            )
+        gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit)}
+        if r.cold is not None:
+            gauges.update(r.cold.gauges())
+        return Stats(values_of(r.counters, gauges), tiers)
+
+
+def _nbytes_in(r: Residency, name: TierName, key: Key) -> int:
+    if name == "cold":
+        return r.cold.nbytes_of(key) if r.cold is not None else 0
+    entry = (r.hot if name == "hot" else r.warm).get(key)
+    if entry is None and key in r.transit:
+        entry = r.transit[key][1]
+    return entry.nbytes if entry is not None else 0

@@ -1,0 +1,296 @@
+"""Moves entries between tiers: admit into hot, sink to the tier below, promote a copy back up.
+
+A put finds room or makes it: what it displaces sinks one tier, which may displace again, down to the last tier, where
+displacing means forgetting. One entry moves at a time (`_moving`), so memory exceeds the budgets by no more than the
+entry that comes in and the one on its way. Encoding, decoding and the disk run outside the residency lock; whatever
+was looked up before is checked again under the lock before a result is installed.
+Lock order: `_moving`, then `residency.lock`, then a tier's own.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstore.entry import Entry, Key
+from kvstore.errors import OverQuota, TierUnavailable
+from kvstore.forms import Forms
+from kvstore.index import Meta
+from kvstore.residency import Residency
+from kvstore.tiers import TierName
+from kvstore.tiers.memory import MemoryTier
+
+if TYPE_CHECKING:
+    from kvstore.tiers.cold import Cold
+
+log = logging.getLogger(__name__)
+
+
+class Mover:
+    """The only one who moves entries. Any thread may call; movements queue up."""
+
+    def __init__(self, residency: Residency, forms: Forms, *, admission: str = "all") -> None:
+        self._r = residency
+        self._forms = forms
+        self._admission = admission
+        self._moving = threading.Lock()
+
+    def admit(self, entry: Entry, meta: Meta) -> None:
+        """Hold a new value in hot, or below when hot can never hold it.
+
+        A record it replaces is gone from the disk for good when this returns: a crash must not bring an older value
+        back. Raises OverQuota when no tier can hold the new one.
+        """
+        r = self._r
+        replaced: int | None = None
+
+        def install() -> bool:
+            nonlocal replaced
+            replaced = r.install(entry.key, meta)
+            r.counters.tiers["hot"].puts += 1
+            return True
+
+        with r.lock:
+            fits = r.hot.has_room(entry.nbytes, entry.key)
+            if fits:
+                install()
+                r.hot.put(entry, soon=meta.soon)
+        if not fits:
+            self._admit_by_moving(entry, meta, install)
+        if replaced is not None and r.cold is not None:
+            r.cold.wait(replaced)
+
+    def _admit_by_moving(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
+        r = self._r
+        with self._moving:
+            if r.hot.admits(entry.nbytes, entry.key):
+                self._place(r.hot, entry, install, soon=meta.soon)
+                return
+            with r.lock:
+                install()
+                r.transit[entry.key] = ("hot", entry)
+            self._sink("hot", entry)
+        with r.lock:
+            if entry.key not in r.index:
+                raise OverQuota(
+                    f"an entry of {entry.nbytes} bytes fits no tier: hot has {r.hot.capacity_nbytes} bytes, "
+                    f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
+                )
+
+    def promote(self, key: Key) -> bool:
+        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
+
+        True: copied.
+        """
+        r = self._r
+        with r.lock:
+            place = r.lookup(key) if r.live(key) is not None else None
+            if place is None or place[0] == "hot" or (flight := r.flights.start(key)) is None:
+                return False
+        try:
+            entry = place[1] if place[1] is not None else self._read_cold(key)
+            if entry is None:
+                return False
+            copy = self._forms.restore(entry)
+
+            def wanted() -> bool:
+                # The clean copy must still be there: a promoted copy may not be the only form left.
+                return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
+
+            with self._moving:
+                if not r.hot.admits(copy.nbytes, key) or not self._place(r.hot, copy, wanted):
+                    return False
+            with r.lock:
+                r.counters.tiers["hot"].promotions += 1
+            return True
+        finally:
+            with r.lock:
+                r.flights.finish(flight)
+
+    def demote(self, key: Key) -> int:
+        """Move a key one tier down, after the chunks that continue it in its tier. Returns how many moved.
+
+        A key stays that is pinned, in the last tier, or that nothing below could hold, and so does what it continues.
+        """
+        r = self._r
+        moved = 0
+        with self._moving:
+            with r.lock:
+                tier = next((t for t in (r.hot, r.warm) if key in t), None)
+                going = [at for at in (key, *r.chains.descendants(key)) if tier is not None and at in tier]
+            for at in reversed(going):
+                if tier is None or not self._demote_one(tier, at):
+                    break
+                moved += 1
+        return moved
+
+    def _demote_one(self, tier: MemoryTier, key: Key) -> bool:
+        r = self._r
+        with r.lock:
+            meta, entry = r.live(key), tier.get(key)
+            if meta is None or entry is None or meta.pinned or not self._has_below(tier, key, meta):
+                return False
+            tier.remove(key)
+            r.transit[key] = (tier.name, entry)
+        self._sink(tier.name, entry)
+        return True
+
+    def drain(self) -> int:
+        """Write to cold whatever is only in memory, least recently used first. Returns entries written."""
+        r = self._r
+        if r.cold is None:
+            return 0
+        written = 0
+        with self._moving:
+            with r.lock:
+                warm, hot = list(r.warm.keys()), list(r.hot.keys())
+            for tier, keys in ((r.warm, warm), (r.hot, hot)):
+                written += sum(self._copy_to_cold(tier, key) for key in keys)
+            with r.lock:
+                r.cold.touch(hot)
+        r.cold.flush()
+        return written
+
+    def _read_cold(self, key: Key) -> Entry | None:
+        return self._r.cold.get(key) if self._r.cold is not None else None
+
+    def _place(self, tier: MemoryTier, entry: Entry, wanted: Callable[[], bool], *, soon: bool = False) -> bool:
+        """Make room, one displaced entry at a time, and put. `wanted` is asked under the lock just before the put."""
+        r = self._r
+        while True:
+            with r.lock:
+                victim = tier.displace(entry.nbytes, entry.key)
+                if victim is None:
+                    # Asking may take out an older value of the key, so only now: until here that value is still served.
+                    if not wanted():
+                        return False
+                    tier.put(entry, soon=soon)
+                    return True
+                r.transit[victim.key] = (tier.name, victim)
+            self._sink(tier.name, victim)
+
+    def _sink(self, left: TierName, entry: Entry) -> None:
+        """Bring an entry in transit, which left the tier `left`, to the first tier below that takes it."""
+        try:
+            self._sink_or_raise(left, entry)
+        except BaseException:
+            # Whatever went wrong (memory ran out while encoding, say), nothing may stay in transit for ever.
+            self._forget_in_transit((left, entry))
+            raise
+
+    def _sink_or_raise(self, left: TierName, entry: Entry) -> None:
+        r = self._r
+        item = (left, entry)
+        with r.lock:
+            meta = r.index.get(entry.key)
+            if meta is None or r.transit.get(entry.key) != item:
+                return
+            if meta.expired(r.clock.now()):
+                r.expire(entry.key)
+                return
+            if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
+                self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
+                return
+        if not self._could_sink(left, entry.key, meta):
+            self._forget_in_transit(item)
+            return
+        below = self._form_below(entry, meta)
+        if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key):
+
+            def wanted() -> bool:
+                if r.transit.get(entry.key) != item:
+                    return False
+                self._arrived(entry.key, left, below)
+                return True
+
+            self._place(r.warm, below, wanted)
+            return
+        self._sink_to_cold(item, below)
+
+    def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
+        r = self._r
+        left, entry = item
+        if r.cold is not None and self._deserves_cold(entry.key) and self._cold_has_room(r.cold, below):
+            with r.lock:
+                if r.transit.get(entry.key) == item:
+                    self._arrived(entry.key, left, below)
+                    r.cold.put(below)
+                    r.counters.tiers["cold"].puts += 1
+            return
+        self._forget_in_transit(item)
+
+    def _forget_in_transit(self, item: tuple[TierName, Entry]) -> None:
+        """No tier below takes the entry: it leaves the store, unless it was replaced or deleted meanwhile."""
+        r = self._r
+        left, entry = item
+        with r.lock:
+            if r.transit.get(entry.key) == item:
+                del r.transit[entry.key]
+                r.counters.tiers[left].evictions += 1
+                r.lost_clean_copy(entry.key)
+                r.forget_if_gone(entry.key, "evicted", left)
+
+    def _cold_has_room(self, cold: "Cold", entry: Entry) -> bool:
+        """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
+
+        The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.
+        """
+        try:
+            cold.displace(entry.nbytes)
+        except (OverQuota, TierUnavailable) as error:
+            log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
+            return False
+        return True
+
+    def _could_sink(self, left: TierName, key: Key, meta: Meta) -> bool:
+        """Whether any tier below could take it: else nothing is encoded in vain."""
+        if self._r.cold is not None and self._deserves_cold(key):
+            return True
+        return left == "hot" and not meta.exact and self._r.warm.capacity_nbytes > 0
+
+    def _deserves_cold(self, key: Key) -> bool:
+        """Admission to disk: everything, or what was hit at least once. A pinned key always, it must not be lost."""
+        meta = self._r.index.get(key)
+        return self._admission == "all" or (meta is not None and (meta.hits > 0 or meta.pinned))
+
+    def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
+        """An entry left transit for the tier below, as `below` where it changed."""
+        r = self._r
+        del r.transit[key]
+        r.counters.tiers[left].demotions += 1
+        if below is not None:
+            meta = r.index[key]
+            meta.lossy, meta.encoding = below.lossy, below.encoding
+            if below.lossy and left == "hot":
+                r.counters.tiers["warm"].puts += 1
+
+    def _copy_to_cold(self, tier: MemoryTier, key: Key) -> bool:
+        r = self._r
+        assert r.cold is not None
+        with r.lock:
+            meta, entry = r.live(key), tier.get(key)
+            if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
+                return False
+        if not self._deserves_cold(key):
+            return False
+        below = self._form_below(entry, meta)
+        if not self._cold_has_room(r.cold, below):
+            return False
+        with r.lock:
+            if r.index.get(key) is not meta or tier.get(key) is not entry:
+                return False
+            meta.lossy, meta.encoding = meta.lossy or below.lossy, below.encoding
+            r.cold.put(below)
+            r.counters.tiers["cold"].puts += 1
+            return True
+
+    def _form_below(self, entry: Entry, meta: Meta) -> Entry:
+        """What an entry looks like under hot: encoded unless it must stay exact or is encoded already."""
+        keep = meta.exact or entry.encoding != "raw"
+        return self._forms.exact(entry) if keep else self._forms.encode(entry)
+
+    def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
+        r = self._r
+        if r.cold is not None or (tier is r.hot and key in r.warm):
+            return True
+        return tier is r.hot and not meta.exact and r.warm.capacity_nbytes > 0

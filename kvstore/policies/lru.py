@@ -1,0 +1,52 @@
+"""LRU order of keys.
+
+Touched with the deepest chunk of a chain first and the root last, this plain list evicts exactly what a radix tree's
+leaf-first LRU would: an ancestor is always more recent than its descendants. So no tree is kept.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from kvstore.entry import Key
+
+
+class LRU:
+    """Least recently used first. All operations O(1)."""
+
+    __slots__ = ("_order",)
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[Key, None] = OrderedDict()
+
+    def track(self, key: Key, *, soon: bool = False) -> None:
+        """Keep a key, as the most recently used; `soon`: as the least, if it is new."""
+        soon = soon and key not in self._order
+        self._order[key] = None
+        self._order.move_to_end(key, last=not soon)
+
+    def touch(self, key: Key) -> None:
+        """Make a known key the most recently used."""
+        if key in self._order:
+            self._order.move_to_end(key)
+
+    def forget(self, key: Key) -> None:
+        """Stop keeping a key."""
+        self._order.pop(key, None)
+
+    def evict(self, key: Key) -> None:
+        """Stop keeping a key; nothing of it is remembered."""
+        self._order.pop(key, None)
+
+    def victim(self) -> Key | None:
+        """The least recently used key."""
+        return next(iter(self._order), None)
+
+    def __iter__(self) -> Iterator[Key]:
+        """Keys, least recently used first."""
+        return iter(self._order)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._order
+
+    def __len__(self) -> int:
+        return len(self._order)

@@ -1,0 +1,158 @@
+"""The prefix layer: token ids in, the longest cached K and V out.
+
+A `Namespace` cuts K and V into chunks, derives their keys from an identity and speaks to any cache with the common
+verbs (an embedded `Store` or a client), so prefixes mean the same thing on both. It holds no state but the identity.
+Invariant: a chunk is only put when its parents are held or put in the same call, so a chain has no holes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from kvstore import arrays
+from kvstore.errors import InvalidEntry
+from kvstore.hit import Fidelity, Held, Hit, Match
+from kvstore.keys import CHUNK_TOKENS, Identity, chunk_keys, tail_keys
+
+TOKEN_AXIS = 1
+"""k and v are (layers, tokens, kv_heads, head_dim)."""
+
+
+class Cache(Protocol):
+    """The verbs that the prefix layer needs of a cache."""
+
+    def put_many(
+        self,
+        entries: Sequence[tuple[bytes, Mapping[str, Any]]],
+        *,
+        ttl_s: float | None = None,
+        pin: bool = False,
+        fidelity: Fidelity = "auto",
+    ) -> int:
+        """Put entries, root first. Returns how many were stored."""
+        ...
+
+    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+        """Get entries; `leading`: a chain, root first, up to the first miss."""
+        ...
+
+    def match(self, keys: Sequence[bytes]) -> Match:
+        """Leading keys held."""
+        ...
+
+    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+        """Where each key is held, if it is."""
+        ...
+
+    def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
+        """Count as use, deepest first. Returns how many are held."""
+        ...
+
+    def delete(self, *keys: bytes) -> int:
+        """Forget keys."""
+        ...
+
+
+class Namespace:
+    """Prefixes of one model (one `Identity`) in a cache."""
+
+    def __init__(self, cache: Cache, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self._cache = cache
+        self.identity = identity
+        self.chunk_tokens = chunk_tokens
+        self.digest = identity.digest()
+        chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now rather than at the first put
+
+    def keys(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The chain of keys of these tokens, root first; the last one may be of a partial chunk."""
+        return chunk_keys(self.digest, token_ids, self.chunk_tokens)
+
+    def put_prefix(
+        self, token_ids: Sequence[int], k: Any, v: Any, *, ttl_s: float | None = None, pin: bool = False
+    ) -> int:
+        """Put the K and V of a prefix, cut into chunks; chunks already held are touched, not sent.
+
+        k, v: (layers, tokens, kv_heads, head_dim), tokens == len(token_ids). Returns the chunks sent and stored.
+        Raises InvalidEntry if shapes or dtype are not the identity's.
+        """
+        tokens = len(token_ids)
+        self._check("k", k, tokens)
+        self._check("v", v, tokens)
+        keys = self.keys(token_ids)
+        held = self._cache.match(keys)
+        if held:
+            self._cache.touch(keys[:held], ttl_s=ttl_s)
+        entries = []
+        for i in range(held, len(keys)):
+            start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
+            chunk = {name: arrays.cut(x, TOKEN_AXIS, start, stop) for name, x in (("k", k), ("v", v))}
+            entries.append((keys[i], chunk))
+        if not entries:
+            return 0
+        fidelity: Fidelity = "exact" if self.identity.fidelity == "exact" else "auto"
+        return self._cache.put_many(entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity)
+
+    def get_prefix(self, token_ids: Sequence[int]) -> tuple[int, Any, Any]:
+        """The longest cached prefix: (n, k, v), with k and v of n tokens; (0, None, None) on a miss.
+
+        Counts as use of every chunk of it, deepest first, and refreshes their deadlines.
+        """
+        n, hits = self.get_prefix_hits(token_ids)
+        if not hits:
+            return 0, None, None
+        k = arrays.join([hit.tensors["k"] for hit in hits], TOKEN_AXIS)
+        v = arrays.join([hit.tensors["v"] for hit in hits], TOKEN_AXIS)
+        return n, k, v
+
+    def get_prefix_hits(self, token_ids: Sequence[int]) -> tuple[int, list[Hit]]:
+        """Like `get_prefix`, as the hits of its chunks, root first: for tier, encoding and age of each."""
+        keys = self._longest(token_ids)
+        hits = [hit for hit in self._cache.get_many(keys, leading=True) if hit is not None] if keys else []
+        n = 0
+        for i, hit in enumerate(hits):
+            tokens = self._tokens_of(hit)
+            if tokens is None:
+                return n, hits[:i]
+            n += tokens
+        return n, hits
+
+    def match_prefix(self, token_ids: Sequence[int]) -> Match:
+        """Where the chunks of the longest cached prefix are held. Does not count as use."""
+        return self._cache.match(self._longest(token_ids))
+
+    def forget(self, token_ids: Sequence[int]) -> int:
+        """Forget this prefix's own chunks, deepest first, as far as they are held. Returns how many were."""
+        return self._cache.delete(*reversed(self.keys(token_ids)))
+
+    def _longest(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Keys of the longest chain held: whole chunks, then the longest partial one that was put."""
+        keys = self.keys(token_ids)
+        held = self._cache.match(keys)
+        chain = keys[:held]
+        rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
+        if held == len(keys) or not len(rest):
+            return chain
+        # A longer prompt continues inside the chunk where a shorter one ended: ask for each length it may have.
+        tails = tail_keys(chain[-1] if chain else self.digest, rest)
+        found = next((key for key, at in zip(tails, self._cache.locate(tails), strict=True) if at), None)
+        return [*chain, found] if found is not None else chain
+
+    def _tokens_of(self, hit: Hit) -> int | None:
+        # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.
+        try:
+            k, v = (arrays.describe(name, hit.tensors[name]) for name in ("k", "v"))
+            tokens = int(k.shape[TOKEN_AXIS])
+            self._check("k", hit.tensors["k"], tokens)
+            self._check("v", hit.tensors["v"], tokens)
+        except (KeyError, IndexError, InvalidEntry):
+            return None
+        return tokens if k.shape == v.shape else None
+
+    def _check(self, name: str, x: Any, tokens: int) -> None:
+        info = arrays.describe(name, x)
+        own = self.identity
+        due = (own.layers, tokens, own.kv_heads, own.head_dim)
+        if info.shape != due or info.dtype != own.dtype:
+            raise InvalidEntry(
+                f"{name}: this namespace holds {own.dtype} (layers, tokens, kv_heads, head_dim) = {due}, "
+                f"got {info.dtype} {info.shape}"
+            )

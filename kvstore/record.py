@@ -1,0 +1,341 @@
+"""An entry as bytes: what lies on disk, in a remote store and in an exported file.
+
+    record = fixed header | safetensors header | data section, raw or in one zstd frame
+
+Without compression, header aside, a record is a safetensors file. The grammar, offsets and a worked example are in
+docs/record-format.md; the bytes are frozen by tests/golden. Invariant: nothing is parsed before its checksum agreed,
+and every checksum covers the key, so neither damage nor a record under another's key is ever taken for a value.
+Pure: no clock, no disk. Bit-exact for every dtype, NaN payloads, 0-d and zero-size tensors.
+Leaves out: what encodings mean (`codecs`), whether compressing pays (`compression`), where records are kept (`tiers`).
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
+from kvstore.compression import Compression, compress, decompress_into
+from kvstore.dtypes import BY_NAME
+from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.errors import EntryTooLarge, RecordCorrupt
+from kvstore.index import Meta
+from kvstore.safetensors_header import HEADER_MAX_NBYTES, RANK_MAX, Slot, parse_header, write_header
+
+MAGIC = b"KVSR"
+VERSION = 1
+_FIXED = struct.Struct("<4sHHQ16sdddQIBBHQQQ")
+FIXED_NBYTES = _FIXED.size
+_CHECKED_FROM = 16
+_PREFIX = struct.Struct("<4sHHQ")
+HEAD_MAX_NBYTES = FIXED_NBYTES + 8 + HEADER_MAX_NBYTES
+PARTS_MAX = 8
+"""Parts of one encoded tensor; NF4 has 3."""
+
+# Flags. Do not renumber.
+_SLIDING, _PINNED, _EXACT, _LOSSY = 1, 2, 4, 8
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A record's fixed header, checked. Times are Unix seconds.
+
+    json_nbytes: of the safetensors header, its length field included. data_nbytes: of the data section once
+    decompressed, stored_nbytes: as stored.
+    """
+
+    created_at: float
+    expires_at: float
+    ttl_s: float
+    value_nbytes: int
+    json_nbytes: int
+    compression: Compression
+    flags: int
+    data_nbytes: int
+    stored_nbytes: int
+    data_xxh3: int
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a tensor ever went through a lossy codec."""
+        return bool(self.flags & _LOSSY)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes before the data section."""
+        return FIXED_NBYTES + self.json_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A packed entry: `head`, then the buffers of `data`, one behind the other.
+
+    The buffers share memory with the entry, so that a writer can hand them to the kernel without a copy.
+    """
+
+    head: bytes
+    data: tuple[Bytes, ...]
+    compression: Compression
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole record."""
+        return len(self.head) + sum(part.size for part in self.data)
+
+    def to_bytes(self) -> bytes:
+        """One contiguous copy."""
+        return b"".join((self.head, *(part.data for part in self.data)))
+
+
+def pack(entry: Entry, meta: Meta, *, compression: Compression | None = None) -> Record:
+    """The record of an entry. compression: the way to store the data section; None: what a sample says pays.
+
+    Raises EntryTooLarge when names and attributes pass the limit of the header.
+    """
+    slots, metadata, chunks = _lay_out(entry)
+    data_nbytes = sum(chunk.size for chunk in chunks)
+    used, stored = compress(chunks, _widest(entry), compression)
+    header = write_header(slots, metadata)
+    digest = xxhash.xxh3_64()
+    for chunk in stored:
+        digest.update(chunk.data)
+    flags = _flags(meta, entry)
+    checked = _FIXED.pack(
+        MAGIC, VERSION, FIXED_NBYTES, 0, _key_hash(entry.key), meta.created_at, meta.expires_at, meta.ttl_s,
+        entry.value_nbytes, len(header), used, flags, len(entry.key), data_nbytes,
+        sum(chunk.size for chunk in stored), digest.intdigest(),
+    )[_CHECKED_FROM:] + header  # fmt: skip
+    prefix = _PREFIX.pack(MAGIC, VERSION, FIXED_NBYTES, xxhash.xxh3_64_intdigest(checked))
+    return Record(prefix + checked, tuple(stored), used)
+
+
+def unpack(record: bytes | bytearray | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES) -> Entry:
+    """The entry of a contiguous record, sharing no memory with it. Raises RecordCorrupt.
+
+    limit_nbytes: a record that says it decodes to more is refused before anything is allocated.
+    """
+    view = memoryview(record).cast("B")
+    head = parse_head(view[:HEAD_MAX_NBYTES], key, limit_nbytes=limit_nbytes)
+    if len(view) != head.nbytes + head.stored_nbytes:
+        raise RecordCorrupt(f"record has {len(view)} bytes, its header says {head.nbytes + head.stored_nbytes}")
+    stored = torch.empty(head.stored_nbytes, dtype=torch.uint8).numpy()
+    if head.stored_nbytes:
+        np.copyto(stored, np.frombuffer(view[head.nbytes :], np.uint8))
+    return assemble(head, bytes(view[: head.nbytes]), stored, key, xxhash.xxh3_64_intdigest(stored.data))
+
+
+def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES) -> Head:
+    """The checked fixed header, from bytes that hold at least the record's head. Raises RecordCorrupt."""
+    if len(data) < FIXED_NBYTES:
+        raise RecordCorrupt(f"record of {len(data)} bytes is shorter than its {FIXED_NBYTES}-byte header")
+    fields = _FIXED.unpack_from(data)
+    magic, version, fixed_nbytes, head_xxh3, key_hash, created_at, expires_at, ttl_s, value_nbytes = fields[:9]
+    json_nbytes, compression, flags, key_nbytes, data_nbytes, stored_nbytes, data_xxh3 = fields[9:]
+    if magic != MAGIC or version != VERSION or fixed_nbytes != FIXED_NBYTES:
+        raise RecordCorrupt(f"not a record of version {VERSION}: magic {magic!r}, version {version}")
+    if json_nbytes > HEADER_MAX_NBYTES + 8 or FIXED_NBYTES + json_nbytes > len(data):
+        raise RecordCorrupt(f"header of {json_nbytes} bytes, {len(data) - FIXED_NBYTES} are there")
+    if xxhash.xxh3_64_intdigest(data[_CHECKED_FROM : FIXED_NBYTES + json_nbytes]) != head_xxh3:
+        raise RecordCorrupt("checksum of the header does not match")
+    if key_hash != _key_hash(key) or key_nbytes != len(key):
+        raise RecordCorrupt("record belongs to another key")
+    largest = max(data_nbytes, stored_nbytes, value_nbytes)
+    # Twice: an encoding's side data may pass the size of a small value.
+    if largest > 2 * limit_nbytes or compression > max(Compression):
+        raise RecordCorrupt(f"data of {largest} bytes, at most {2 * limit_nbytes}, stored as kind {compression}")
+    return Head(
+        created_at, expires_at, ttl_s, value_nbytes, json_nbytes, Compression(compression), flags, data_nbytes,
+        stored_nbytes, data_xxh3,
+    )  # fmt: skip
+
+
+def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: int) -> Entry:
+    """The entry of a checked head and its data section; takes `stored` over when it is not compressed.
+
+    head_bytes: the record's first `head.nbytes` bytes. stored: `head.stored_nbytes` bytes that nothing else uses,
+    aligned to 16. data_xxh3: their xxh3_64, as found. Raises RecordCorrupt.
+    """
+    if data_xxh3 != head.data_xxh3:
+        raise RecordCorrupt("checksum of the data does not match")
+    slots, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
+    rows = _tensor_rows(facts)
+    if head.compression is Compression.NONE:
+        if head.stored_nbytes != head.data_nbytes:
+            raise RecordCorrupt(f"{head.stored_nbytes} bytes stored, {head.data_nbytes} described")
+        data = torch.from_numpy(stored)
+    else:
+        data = torch.empty(head.data_nbytes, dtype=torch.uint8)
+        decompress_into(data.numpy(), stored, head.compression)
+    tensors = {row.name: row.tensor(slots, data) for row in rows}
+    if len(tensors) != len(rows) or sum(len(row.parts) for row in rows) != len(slots):
+        raise RecordCorrupt("tensors and parts do not add up")
+    entry = Entry(key, tensors, lossy=head.lossy)
+    if entry.value_nbytes != head.value_nbytes:
+        raise RecordCorrupt(f"tensors of {entry.value_nbytes} bytes, header says {head.value_nbytes}")
+    return entry
+
+
+def specs_of(head: Head, head_bytes: bytes) -> dict[str, tuple[TensorSpec, str]]:
+    """Spec and encoding of each tensor, from a checked head alone. Raises RecordCorrupt."""
+    _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
+    return {row.name: (row.spec, row.encoding) for row in _tensor_rows(facts)}
+
+
+def _key_hash(key: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(key)
+
+
+def _flags(meta: Meta, entry: Entry) -> int:
+    return _SLIDING * meta.sliding | _PINNED * meta.pinned | _EXACT * meta.exact | _LOSSY * entry.lossy
+
+
+def _widest(entry: Entry) -> int:
+    """Bytes of an element of the entry's largest raw part; 1 when another encoding holds more than half the bytes."""
+    largest = max((t for t in entry.tensors.values()), key=lambda t: t.nbytes, default=None)
+    if largest is None or largest.encoding != "raw":
+        return 1
+    return BY_NAME[largest.spec.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One part of one tensor: the slot it is in, and what it is in truth where safetensors has no code for it."""
+
+    slot: str
+    spec: TensorSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What the metadata says of one tensor."""
+
+    name: str
+    spec: TensorSpec
+    encoding: str
+    parts: Mapping[str, _Part]
+    attrs: Mapping[str, object]
+
+    def tensor(self, slots: Mapping[str, Slot], data: torch.Tensor) -> EncodedTensor:
+        """The tensor, its parts views of `data`. Raises RecordCorrupt when the metadata and the slots disagree."""
+        parts = {suffix: _view(part, slots, data) for suffix, part in self.parts.items()}
+        if self.encoding == "raw":
+            whole = parts.get("")
+            if len(parts) != 1 or whole is None or _spec(whole) != self.spec:
+                raise RecordCorrupt(f"tensor {self.name!r:.80} is not {self.spec}")
+        return EncodedTensor(self.spec, self.encoding, parts, self.attrs)
+
+
+def _spec(x: torch.Tensor) -> TensorSpec:
+    return TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+
+
+def _view(part: _Part, slots: Mapping[str, Slot], data: torch.Tensor) -> torch.Tensor:
+    slot = slots.get(part.slot)
+    if slot is None:
+        raise RecordCorrupt(f"part {part.slot!r:.80} is missing")
+    spec = part.spec or TensorSpec(_BY_CODE[slot.dtype], slot.shape)
+    if spec.nbytes != slot.end - slot.begin:
+        raise RecordCorrupt(f"part {part.slot!r:.80} of {slot.end - slot.begin} bytes is not {spec}")
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if slot.begin == slot.end:
+        return torch.empty(spec.shape, dtype=dtype)
+    if slot.begin % BY_NAME[spec.dtype].itemsize:
+        raise RecordCorrupt(f"part {part.slot!r:.80} is not aligned")
+    return data[slot.begin : slot.end].view(dtype).view(spec.shape)
+
+
+_BY_CODE = {d.safetensors: d.name for d in BY_NAME.values() if d.safetensors}
+
+
+def _lay_out(entry: Entry) -> tuple[dict[str, Slot], dict[str, str], list[Bytes]]:
+    """Slots and their bytes, widest elements first, so that every part lies aligned in the data section."""
+    if len(entry.tensors) > TENSORS_MAX:
+        raise EntryTooLarge(f"an entry has at most {TENSORS_MAX} tensors, got {len(entry.tensors)}")
+    taken = set(entry.tensors)
+    rows: list[dict[str, object]] = []
+    found: list[tuple[int, str, TensorSpec, Bytes]] = []
+    for name, tensor in entry.tensors.items():
+        row, parts = _describe(name, tensor, taken)
+        rows.append(row)
+        found += parts
+    found.sort(key=lambda part: -part[0])
+    slots: dict[str, Slot] = {}
+    at = 0
+    for _, slot, spec, data in found:
+        code = BY_NAME[spec.dtype].safetensors
+        slots[slot] = Slot(code or "U8", spec.shape if code else (data.size,), at, at + data.size)
+        at += data.size
+    facts = json.dumps(rows, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    metadata = {"format": "pt", "kvstored.key": entry.key.hex(), "kvstored.tensors": facts}
+    return slots, metadata, [data for _, _, _, data in found]
+
+
+def _describe(
+    name: str, tensor: EncodedTensor, taken: set[str]
+) -> tuple[dict[str, object], list[tuple[int, str, TensorSpec, Bytes]]]:
+    """A tensor's row of the metadata, and (itemsize, slot name, spec, bytes) of each part."""
+    if len(tensor.parts) > PARTS_MAX:
+        raise EntryTooLarge(f"tensor {name!r}: at most {PARTS_MAX} parts, got {len(tensor.parts)}")
+    parts: dict[str, object] = {}
+    found = []
+    for suffix, x in tensor.parts.items():
+        slot = name if suffix == "" else _free_name(f"{name}.{suffix}", taken)
+        spec = _spec(x)
+        uncoded = BY_NAME[spec.dtype].safetensors is None
+        parts[suffix] = [slot, spec.dtype, spec.shape] if uncoded else [slot]
+        found.append((BY_NAME[spec.dtype].itemsize, slot, spec, as_bytes(x)))
+    row: dict[str, object] = {
+        "name": name,
+        "encoding": tensor.encoding,
+        "dtype": tensor.spec.dtype,
+        "shape": tensor.spec.shape,
+        "parts": parts,
+    }
+    if tensor.attrs:
+        row["attrs"] = dict(tensor.attrs)
+    return row, found
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or `name~1`, `name~2`...: a tensor may itself be called `k.absmax`."""
+    free, n = name, 0
+    while free in taken:
+        n += 1
+        free = f"{name}~{n}"
+    taken.add(free)
+    return free
+
+
+def _tensor_rows(facts: Mapping[str, str]) -> list[_Row]:
+    try:
+        rows = json.loads(facts["kvstored.tensors"])
+        return [_row(row) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise RecordCorrupt(f"kvstored.tensors cannot be read: {error!r:.120}") from None
+
+
+def _row(row: dict[str, Any]) -> _Row:
+    parts = {
+        str(suffix): _Part(str(p[0]), _spec_of(p[1], p[2]) if len(p) > 1 else None)
+        for suffix, p in row["parts"].items()
+    }
+    attrs = row.get("attrs", {})
+    if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
+        raise ValueError("bad parts or attrs")
+    return _Row(str(row["name"]), _spec_of(row["dtype"], row["shape"]), str(row["encoding"]), parts, attrs)
+
+
+def _spec_of(dtype: str, shape: Sequence[int]) -> TensorSpec:
+    if dtype not in BY_NAME or len(shape) > RANK_MAX:
+        raise ValueError(f"bad spec {dtype!r:.40}")
+    if not all(type(d) is int and 0 <= d <= ENTRY_MAX_NBYTES for d in shape) or prod(shape) > 1 << 62:
+        raise ValueError(f"bad shape {shape!r:.80}")
+    return TensorSpec(dtype, tuple(shape))

@@ -1,0 +1,123 @@
+"""The header of a safetensors file, written and parsed strictly.
+
+The safetensors library accepts duplicate names, dimensions of 2**62 beside a zero, and headers that take seconds and
+hundreds of MiB to parse. Here the size is capped before a byte is parsed, and the layout has to be the one a sane
+writer leaves: tensors one behind the other from 0 to the end, each of exactly the bytes its dtype and shape say.
+Pure: bytes in, plain objects out, no torch. The format: 8 bytes little-endian length n, n bytes of JSON
+(`{name: {"dtype", "shape", "data_offsets"}}`, with text facts under `__metadata__`), then the data.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from kvstore.dtypes import BY_SAFETENSORS, DType
+from kvstore.errors import EntryTooLarge, RecordCorrupt
+
+HEADER_MAX_NBYTES = 256 << 10
+"""256 tensors with 64-byte names, four parts and their attributes each, fit; parsing it takes about 2 ms."""
+RANK_MAX = 8
+DIM_MAX = 4 << 30
+METADATA = "__metadata__"
+_ALIGN = 8
+_LENGTH_NBYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a tensor lies: bytes [begin, end) of the data section. dtype: a safetensors code."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def write_header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON, padded with spaces to 8 bytes. Raises EntryTooLarge over HEADER_MAX_NBYTES."""
+    table: dict[str, object] = {METADATA: dict(metadata)}
+    for name, slot in slots.items():
+        table[name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": (slot.begin, slot.end)}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    if len(text) > HEADER_MAX_NBYTES:
+        raise EntryTooLarge(f"names and attributes of a record have at most {HEADER_MAX_NBYTES} bytes, got {len(text)}")
+    return len(text).to_bytes(_LENGTH_NBYTES, "little") + text
+
+
+def parse_header(header: bytes, data_nbytes: int) -> tuple[dict[str, Slot], dict[str, str]]:
+    """Slots by name, and the metadata, of a whole header (length included) before `data_nbytes` of data.
+
+    Raises RecordCorrupt for anything `write_header` would not write.
+    """
+    length = int.from_bytes(header[:_LENGTH_NBYTES], "little")
+    if not 2 <= length <= HEADER_MAX_NBYTES or len(header) != _LENGTH_NBYTES + length:
+        raise RecordCorrupt(f"safetensors header says {length} bytes, has {len(header) - _LENGTH_NBYTES}")
+    table = _parse_json(header[_LENGTH_NBYTES:])
+    metadata = _text_facts(table.pop(METADATA, {}))
+    slots = {name: _slot(name, row) for name, row in table.items()}
+    _check_layout(slots, data_nbytes)
+    return slots, metadata
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    if text[:1] != b"{":
+        raise RecordCorrupt("safetensors header does not begin with {")
+    try:
+        return dict(_DECODER.decode(text.decode()))
+    except (ValueError, RecursionError) as error:
+        raise RecordCorrupt(f"safetensors header is not JSON: {error!r:.120}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+
+
+def _text_facts(facts: Any) -> dict[str, str]:
+    if not isinstance(facts, dict) or not all(isinstance(v, str) for v in facts.values()):
+        raise RecordCorrupt("safetensors __metadata__ is not text by text")
+    return facts
+
+
+def _is_size(x: object, limit: int = DIM_MAX) -> bool:
+    return type(x) is int and 0 <= x <= limit
+
+
+def _slot(name: str, row: Any) -> Slot:
+    if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
+        raise RecordCorrupt(f"tensor {name!r:.80}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    kind = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
+    if kind is None:
+        raise RecordCorrupt(f"tensor {name!r:.80}: unknown dtype {dtype!r:.40}")
+    if not isinstance(shape, list) or len(shape) > RANK_MAX or not all(_is_size(d) for d in shape):
+        raise RecordCorrupt(f"tensor {name!r:.80}: bad shape {shape!r:.80}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o, 1 << 62) for o in offsets):
+        raise RecordCorrupt(f"tensor {name!r:.80}: bad data_offsets {offsets!r:.80}")
+    slot = Slot(dtype, tuple(shape), offsets[0], offsets[1])
+    _check_size(name, slot, kind)
+    return slot
+
+
+def _check_size(name: str, slot: Slot, kind: DType) -> None:
+    if slot.end - slot.begin != prod(slot.shape) * kind.itemsize:
+        raise RecordCorrupt(f"tensor {name!r:.80}: {slot.dtype} {slot.shape} is not {slot.end - slot.begin} bytes")
+
+
+def _check_layout(slots: Mapping[str, Slot], data_nbytes: int) -> None:
+    """No overlap, no hole, nothing left over."""
+    at = 0
+    for slot in sorted(slots.values(), key=lambda s: (s.begin, s.end)):
+        if slot.begin != at:
+            raise RecordCorrupt(f"safetensors data has a hole or an overlap at byte {at}")
+        at = slot.end
+    if at != data_nbytes:
+        raise RecordCorrupt(f"safetensors header describes {at} bytes of data, there are {data_nbytes}")

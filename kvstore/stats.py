@@ -1,0 +1,102 @@
+"""What the store counts: per tier, per cause of a miss, and in all.
+
+Counters only grow; gauges are read at the moment of the snapshot. All under the store's lock.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+MissCause = Literal["absent", "expired", "corrupt", "lost"]
+"""absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read."""
+MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "corrupt", "lost")
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """What one tier did since start. evictions: entries that left the store from here."""
+
+    hits: int = 0
+    puts: int = 0
+    evictions: int = 0
+    demotions: int = 0
+    promotions: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the store did since start; sizes in bytes of decoded tensors, times in seconds."""
+
+    gets: int = 0
+    puts: int = 0
+    put_nbytes: int = 0
+    hit_nbytes: int = 0
+    deletes: int = 0
+    expirations: int = 0
+    encodes: int = 0
+    encode_s: float = 0.0
+    decodes: int = 0
+    decode_s: float = 0.0
+    promotions_dropped: int = 0
+    orphaned: int = 0
+    refused_chunks: int = 0
+    maintainer_errors: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+    hits_by_encoding: Counter[str] = field(default_factory=Counter)
+    tiers: dict[str, TierCounters] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """One tier now (entries, used and capacity bytes) and since start (the counters)."""
+
+    entries: int
+    used_nbytes: int
+    capacity_nbytes: int
+    hits: int = 0
+    puts: int = 0
+    evictions: int = 0
+    demotions: int = 0
+    promotions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot. values: by name, counters since start and gauges; tiers: by name, uppermost first."""
+
+    values: Mapping[str, float]
+    tiers: Mapping[str, TierStats]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain dictionaries, for JSON."""
+        return {"values": dict(self.values), "tiers": {name: asdict(tier) for name, tier in self.tiers.items()}}
+
+
+def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, float]:
+    """All numbers by name. `hit_ratio` is hits over gets, 0 before the first get."""
+    hits = sum(tier.hits for tier in counters.tiers.values())
+    values: dict[str, float] = {
+        "gets": counters.gets,
+        "hits": hits,
+        "misses": sum(counters.misses.values()),
+        "hit_ratio": hits / counters.gets if counters.gets else 0.0,
+        "puts": counters.puts,
+        "put_nbytes": counters.put_nbytes,
+        "hit_nbytes": counters.hit_nbytes,
+        "deletes": counters.deletes,
+        "expirations": counters.expirations,
+        "encodes": counters.encodes,
+        "encode_s": counters.encode_s,
+        "decodes": counters.decodes,
+        "decode_s": counters.decode_s,
+        "promotions_dropped": counters.promotions_dropped,
+        "orphaned": counters.orphaned,
+        "refused_chunks": counters.refused_chunks,
+        "maintainer_errors": counters.maintainer_errors,
+        "evictions": sum(tier.evictions for tier in counters.tiers.values()),
+    }
+    values.update({f"misses_{cause}": counters.misses[cause] for cause in MISS_CAUSES})
+    values.update({f"hits_{name}": count for name, count in sorted(counters.hits_by_encoding.items())})
+    values.update(gauges)
+    return values

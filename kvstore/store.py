@@ -1,0 +1,395 @@
+"""Store: the verbs, embedded. The walk over the tiers, readable in one sitting.
+
+    put -> hot; what it displaces sinks to warm (NF4) and on to cold (records on disk)   (mover)
+    get -> hot, warm, cold: the first that has it; a second hit within a minute asks for a copy in hot
+    every get refreshes the sliding deadline; an expired entry is never returned
+    what is where, and what must hold of it: residency
+
+Thread rule: any thread may call any verb. A get copies; `lease` hands out the held tensors themselves.
+Leaves out: prefixes (`prefix`), the network (the daemon and its client offer these same verbs).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from kvstore import arrays, pins
+from kvstore.chains import Chains
+from kvstore.clock import Clock, SystemClock
+from kvstore.codecs import codec_named
+from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
+from kvstore.dtypes import BY_NAME
+from kvstore.entry import Entry, Key
+from kvstore.errors import InvalidEntry, TierUnavailable
+from kvstore.forms import TensorForms
+from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, Priority, TensorInfo
+from kvstore.inspection import entries, entry_info, snapshot
+from kvstore.intake import Intake, PutOptions, check_ttl
+from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
+from kvstore.maintainer import Maintainer
+from kvstore.mover import Mover
+from kvstore.policies import policy_named
+from kvstore.prefix import Namespace
+from kvstore.reader import Found, Reader, leading_first
+from kvstore.residency import Residency
+from kvstore.stats import Stats
+from kvstore.tiers import TierName
+from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.order import Order
+from kvstore.tombstones import GoneCause
+
+
+class Store:
+    """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
+
+    def __init__(self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True) -> None:
+        self.config = config
+        self._framework = framework
+        # "cuda" alone is not equal to the "cuda:0" that its tensors report.
+        self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
+        self._r = r = residency_of(config, clock)
+        self._forms = TensorForms(codec_named("nf4"), self._device, r)
+        self._mover = Mover(r, self._forms, admission=config.cold.admission)
+        self._intake = Intake(r, self._mover, config, self._device)
+        self._closed = False
+        if config.cold.path is not None:
+            self._open_cold(Path(config.cold.path))
+        self._maintainer = Maintainer(r, self._mover, config)
+        self._reader = Reader(r, config, self._maintainer.request_promotions)
+        if background:
+            self._maintainer.start()
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path | StoreConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        framework: str = "auto",
+        background: bool = True,
+    ) -> Self:
+        """Open a store.
+
+        source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
+        their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
+        background: run the maintainer's thread; without it call `maintain` yourself.
+        Raises ConfigError, or TierUnavailable when another process has the directory.
+        """
+        if isinstance(source, StoreConfig):
+            config = source
+        elif source is None:
+            config = StoreConfig()
+        elif Path(source).suffix == ".toml":
+            config = from_mapping(StoreConfig, read_toml(source))
+        else:
+            config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
+        return cls(config, clock=clock or SystemClock(), framework=framework, background=background)
+
+    def put(  # noqa: PLR0913 - keyword-only, each one optional
+        self,
+        key: bytes,
+        tensors: Mapping[str, Any],
+        *,
+        ttl_s: float | None = None,
+        sliding: bool = True,
+        pin: bool = False,
+        fidelity: Fidelity = "auto",
+        own: bool = False,
+        priority: Priority = "normal",
+        parent: bytes | None = None,
+    ) -> bool:
+        """Keep a copy of named tensors under a key, replacing what was there. True: stored.
+
+        ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
+        expiry. fidelity: "exact" for bit-for-bit in every tier, "auto" lets it become NF4 when it leaves hot.
+        own: the torch tensors are handed over, no copy is made. priority: "low" leaves before others unless it is hit.
+        parent: the key of the chunk that this one continues; it will not outlive it. False: the parent is not held.
+        Raises InvalidEntry, EntryTooLarge, OverQuota.
+        """
+        self._check_open()
+        return self._intake.put(key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority), parent)
+
+    def put_many(  # noqa: PLR0913 - keyword-only, each one optional
+        self,
+        entries: Sequence[tuple[bytes, Mapping[str, Any]]],
+        *,
+        ttl_s: float | None = None,
+        sliding: bool = True,
+        pin: bool = False,
+        fidelity: Fidelity = "auto",
+        own: bool = False,
+        priority: Priority = "normal",
+        chain: bool = False,
+        parent: bytes | None = None,
+    ) -> int:
+        """Put entries, root first: the deepest is put first, so that the root ends most recently used.
+
+        chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
+        outlives the one it continues. Returns how many were stored, 0 when `parent` is not held.
+        """
+        self._check_open()
+        check_keys(key for key, _ in entries)
+        options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority)
+        if chain:
+            return self._intake.put_chain(entries, options, parent)
+        return sum(self._intake.put(key, tensors, options) for key, tensors in reversed(entries))
+
+    def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
+        """The value under a key, copied; None on a miss.
+
+        out: tensors to copy into, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
+        """
+        found = self._read([check_key(key)], leading=False)[0]
+        return None if found is None else self._hit(found, out=out)
+
+    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+        """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
+
+        Keys are touched deepest first.
+        """
+        found = self._read(check_keys(keys), leading=leading)
+        return [None if place is None else self._hit(place) for place in found]
+
+    @contextmanager
+    def lease(self, key: bytes) -> Iterator[Hit | None]:
+        """The value without a copy: the tensors are those the store holds. Only read them, only inside the block."""
+        found = self._read([check_key(key)], leading=False)[0]
+        yield None if found is None else self._hit(found, copy=False)
+
+    @contextmanager
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
+        """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
+        found = self._read(check_keys(keys), leading=leading)
+        yield (None if place is None else self._hit(place, copy=False) for place in found)
+
+    def match(self, keys: Sequence[bytes]) -> Match:
+        """How many leading keys of a chain are held, and where. Does not count as use."""
+        held: list[Held] = []
+        for at in self._locate(check_keys(keys)):
+            if at is None:
+                break
+            held.append(at)
+        return Match(tuple(held))
+
+    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+        """Where each key is held; None where it is not. Does not count as use."""
+        return list(self._locate(check_keys(keys)))
+
+    def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
+        """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
+        ttl = None if ttl_s is None else check_ttl(ttl_s, self.config)
+        checked = check_keys(keys)
+        with self._r.lock:
+            now = self._r.clock.now()
+            live = [(Key(key), meta) for key in checked if (meta := self._r.live(Key(key))) is not None]
+            for key, meta in live:
+                meta.refresh(now, ttl)
+                self._r.deadlines.watch(key, meta)
+            self._r.touch(leading_first(key for key, _ in live))
+            return len(live)
+
+    def delete(self, *keys: bytes) -> int:
+        """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
+
+        Chunks that continue a key go with it, uncounted.
+        """
+        gone = self._forget(check_keys(keys), "deleted")
+        with self._r.lock:
+            self._r.counters.deletes += gone
+        return gone
+
+    def evict(self, *keys: bytes) -> int:
+        """Forget keys, counted as evictions. Returns how many were held."""
+        with self._r.lock:
+            for key in check_keys(keys):
+                tiers = self._r.tiers_of(Key(key))
+                if tiers:
+                    self._r.counters.tiers[tiers[0]].evictions += 1
+        return self._forget(check_keys(keys), "evicted")
+
+    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
+
+        Returns how many are held. Raises OverQuota, with none newly pinned.
+        """
+        checked = check_keys(keys)
+        return pins.pin(self._r, checked, None if ttl_s is None else check_ttl(ttl_s, self.config))
+
+    def unpin(self, *keys: bytes) -> int:
+        """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held and unpinned now.
+
+        A chunk stays pinned while one that continues it is: name a prefix whole, root first.
+        """
+        return pins.unpin(self._r, check_keys(keys))
+
+    def demote(self, *keys: bytes) -> int:
+        """Move keys one tier down, the chunks that continue them first. Returns how many moved; pinned keys stay."""
+        return sum(self._mover.demote(Key(key)) for key in reversed(check_keys(keys)))
+
+    def promote(self, *keys: bytes) -> int:
+        """Copy keys to hot. Returns how many were copied."""
+        return sum(self._mover.promote(Key(key)) for key in reversed(check_keys(keys)))
+
+    def inspect(self, key: bytes) -> EntryInfo | None:
+        """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
+        return entry_info(self._r, Key(check_key(key)), with_tensors=True)
+
+    def entries(
+        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+    ) -> Iterator[EntryInfo]:
+        """Entries in order of key; tensors are described only where they are in memory."""
+        return entries(self._r, tier=tier, key_prefix=key_prefix, limit=limit)
+
+    def stats(self) -> Stats:
+        """Counters since start and gauges of now."""
+        return snapshot(self._r)
+
+    def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
+        """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
+        return Namespace(self, identity_of(identity), chunk_tokens)
+
+    def maintain(self) -> None:
+        """One turn of the maintainer: expiry sweep, queued promotions, periodic flushes."""
+        self._maintainer.run_once()
+
+    def drain(self) -> int:
+        """Write to cold whatever is only in memory. Returns entries written."""
+        return self._mover.drain()
+
+    def close(self) -> None:
+        """Drain to cold, if there is one, and give everything back. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._maintainer.stop()
+        try:
+            self._mover.drain()
+        finally:
+            if self._r.cold is not None:
+                self._r.cold.close()
+            with self._r.lock:
+                self._r.hot.close()
+                self._r.warm.close()
+                self._r.index.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_cold(self, path: Path) -> None:
+        from kvstore.tiers.cold import Cold
+
+        r = self._r
+        r.cold = Cold.open(
+            path,
+            self.config.cold,
+            r.clock,
+            meta_of=r.index.get,
+            on_drop=r.dropped_from_cold,
+        )
+        with r.lock:
+            for key, meta in r.cold.recovered():
+                r.install_recovered(key, meta)
+            r.forget_orphans()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TierUnavailable("the store is closed")
+
+    def _read(self, keys: list[bytes], *, leading: bool) -> list[Found | None]:
+        self._check_open()
+        return self._reader.read(keys, leading=leading)
+
+    def _hit(
+        self,
+        found: Found,
+        *,
+        out: Mapping[str, Any] | None = None,
+        copy: bool = True,
+    ) -> Hit:
+        key, tier, entry, age_s = found
+        if not copy and entry.encoding == "raw":
+            tensors: Mapping[str, Any] = {name: t.parts[""] for name, t in entry.tensors.items()}
+        elif out is not None:
+            tensors = self._decode_into(entry, out)
+        else:
+            tensors = self._forms.decode(entry)
+        if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
+            tensors = {name: _to_numpy(x) for name, x in tensors.items()}
+        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s)
+
+    def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: arrays.describe(name, x) for name, x in out.items()}
+        held = {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+        if given != held:
+            raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
+        # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
+        direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
+        if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
+            self._forms.decode(entry, direct)
+        else:
+            for name, x in self._forms.decode(entry).items():
+                direct[name].copy_(x)
+        return dict(out)
+
+    def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
+        with self._r.lock:
+            for key in map(Key, keys):
+                meta = self._r.peek(key)
+                place = self._r.lookup(key) if meta is not None else None
+                yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
+
+    def _forget(self, keys: list[bytes], cause: GoneCause) -> int:
+        r = self._r
+        gone = 0
+        tickets: list[int | None] = []
+        with r.lock:
+            for key in map(Key, keys):
+                gone += r.live(key) is not None
+                tickets.append(r.forget(key, cause))
+        for ticket in tickets:
+            if r.cold is not None:
+                r.cold.wait(ticket)
+        return gone
+
+
+def residency_of(config: StoreConfig, clock: Clock) -> Residency:
+    """The memory tiers of a configuration, empty."""
+    chains = Chains()
+
+    def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
+        order = Order(policy_named(config.policy), chains=chains)
+        return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
+
+    hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
+    return Residency(clock, chains, hot=hot, warm=warm)
+
+
+def identity_of(fields: Mapping[str, Any]) -> Identity:
+    """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
+    try:
+        return Identity(**fields)
+    except TypeError as error:
+        raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
+
+
+def _as_torch(x: Any) -> torch.Tensor:
+    """A tensor over the memory of a numpy array. Raises InvalidEntry where they cannot share it."""
+    if not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
+        raise InvalidEntry("out: a numpy array must be C-contiguous, writeable and of native byte order")
+    return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
+
+
+def _to_numpy(x: torch.Tensor) -> Any:
+    spec = TensorInfo(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+    assert spec.dtype in BY_NAME
+    return arrays.from_bytes(spec, arrays.as_bytes(x), "numpy")

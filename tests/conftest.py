@@ -1,0 +1,148 @@
+"""Real daemons for tests: a process each, on a unix socket in a directory of its own, gone when the test is."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from kvstored_client import Client
+
+ROOT = Path(__file__).parents[1]
+START_S = 30.0
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment, with the sources on the path and no settings of the developer's own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORED_")}
+    path = [str(ROOT), str(ROOT / "daemon"), str(ROOT / "client"), kept.get("PYTHONPATH", "")]
+    return {**kept, "PYTHONPATH": os.pathsep.join(p for p in path if p), **extra}
+
+
+@dataclass
+class DaemonProcess:
+    """A daemon started from a configuration file."""
+
+    directory: Path
+    address: str
+    config: Path
+    process: subprocess.Popen[bytes] | None = None
+    clients: list[Client] = field(default_factory=list)
+
+    @property
+    def socket_path(self) -> Path:
+        return Path(self.address.split(",")[0].removeprefix("unix:"))
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "daemon.log").read_text()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self, *, wait: bool = True) -> None:
+        with (self.directory / "daemon.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kvstored", "serve", "--config", str(self.config)],
+                env=environment(),
+                stdout=log,
+                stderr=log,
+            )
+        if wait:
+            self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            assert self.process.poll() is None, self.log
+            with Client(self.address.split(",")[0], timeout_s=2, on_error="raise") as probe:
+                try:
+                    probe.stats()
+                except Exception:  # noqa: BLE001 - whatever it is, it is not up yet
+                    time.sleep(0.05)
+                else:
+                    return
+        pytest.fail(f"the daemon did not come up within {START_S} s:\n{self.log}")
+
+    def client(self, **options: object) -> Client:
+        options = {"on_error": "raise", "timeout_s": 10, **options}
+        client = Client(self.address.split(",")[0], **options)  # type: ignore[arg-type]
+        self.clients.append(client)
+        return client
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self, timeout_s: float = 20) -> int:
+        """SIGTERM, and wait. Returns the exit code."""
+        self.signal(signal.SIGTERM)
+        assert self.process is not None
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End it whatever its state, stopped by SIGSTOP included."""
+        for client in self.clients:
+            client.close()
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+
+    def rss_nbytes(self) -> int:
+        """Resident bytes now."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmRSS"))
+
+
+DaemonFactory = Callable[..., DaemonProcess]
+
+
+@pytest.fixture
+def daemon_factory() -> Iterator[DaemonFactory]:
+    """Makes daemons: `daemon_factory(server="silence_s = 1", store="ttl_s = 60", tcp=True, start=False)`."""
+    made: list[DaemonProcess] = []
+    # Not tmp_path: a socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="kvd-") as top:
+
+        def make(*, server: str = "", store: str = "", tcp: bool = False, start: bool = True) -> DaemonProcess:
+            directory = Path(top) / str(len(made))
+            directory.mkdir()
+            address = f"unix:{directory}/k.sock"
+            if tcp:
+                address += f",tcp:127.0.0.1:{free_port()}"
+            config = directory / "kvstored.toml"
+            config.write_text(
+                f'[server]\naddress = "{address}"\ndata_dir = "{directory}/data"\n{server}\n[store]\n{store}\n'
+            )
+            daemon = DaemonProcess(directory, address, config)
+            made.append(daemon)
+            if start:
+                daemon.start()
+            return daemon
+
+        yield make
+        for daemon in made:
+            daemon.kill()
+
+
+@pytest.fixture
+def daemon(daemon_factory: DaemonFactory) -> DaemonProcess:
+    """One daemon with default settings, up."""
+    return daemon_factory()
+
+
+def free_port() -> int:
+    """A TCP port on the loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,54 @@
+#!/bin/bash
+# Make a virtual environment and install into it.
+#
+#   tools/venv.sh PYTHON VENV                  kvstored, editable, with all extras, pinned by constraints.txt
+#   tools/venv.sh --bare PYTHON VENV WHAT...   only WHAT
+#
+# Safe to run again: an existing environment is brought up to date, a half-made one is made anew.
+set -euo pipefail
+
+bare=
+if [ "${1-}" = --bare ]; then bare=1; shift; fi
+python=$1 venv=$2
+shift 2
+
+fail() { echo "kvstored: $*" >&2; exit 1; }
+
+right_version() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+if ! right_version "$python"; then
+    right_version python3 || fail "Python 3.11 or newer is needed; install it, or say where it is: make PYTHON=/path/to/python3.11 ..."
+    python=python3
+fi
+
+# Debian ships Python without ensurepip; the package that has it is named after the interpreter.
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "kvstored: installing python$version-venv"
+        apt-get -qq update </dev/null || true
+        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "python$version-venv" </dev/null >/dev/null
+    else
+        fail "this Python has no ensurepip; install it first: sudo apt-get install python$version-venv"
+    fi
+fi
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "kvstored: making $venv"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+fi
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@" </dev/null; }
+
+if [ -n "$bare" ]; then
+    pip install "$@"
+    exit
+fi
+
+echo "kvstored: installing into $venv (a few minutes the first time: torch and transformers are large)"
+# torch by name and version, before anything asks for it: where a local index offers a CPU build, it is taken.
+torch=$(grep -E '^torch==' constraints.txt)
+pip install --constraint constraints.txt "$torch" hatchling
+# Without isolation the build uses the pinned hatchling and downloads nothing a second time.
+pip install --constraint constraints.txt --no-build-isolation --editable '.[daemon,transformers,demo,dev]'
