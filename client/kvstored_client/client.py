@@ -187,6 +187,17 @@ class Client:
         request = pb.PromoteRequest(keys=check_keys(keys))
         return self._counted(lambda: self._transport.unary(ADMIN + "Promote", request, pb.MoveReply)).moved
 
+    def drain(self) -> int:
+        """Have everything that is only in memory written to cold. Returns entries written. Raises if it cannot."""
+        return int(
+            self._counted(lambda: self._transport.unary(ADMIN + "Drain", pb.DrainRequest(), pb.DrainReply)).written
+        )
+
+    def report(self, *, prefill_saved_s: float) -> None:
+        """Tell the daemon's metrics how much prefill time was saved since the last report. Never raises for trouble."""
+        request = pb.ReportRequest(prefill_saved_s=prefill_saved_s)
+        self._data(lambda: self._transport.unary(CACHE + "Report", request, pb.ReportReply), None)
+
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""
         request = pb.InspectRequest(key=check_key(key))

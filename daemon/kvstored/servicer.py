@@ -8,7 +8,6 @@ Runs on the event loop; whatever may block runs on the worker threads. Errors of
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial, wraps
@@ -21,8 +20,10 @@ from google.protobuf.message import DecodeError, Message
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.keys import check_key, check_keys
-from kvstore.store import Store
+from kvstore.stats import Stats
 from kvstored.budget import Budget
+from kvstored.metrics import Meter
+from kvstored.scope import Scopes
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
 LIST_GROUP = 256
+REPORT_MAX_S = 86400
+"""More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, bytes, Context], Awaitable[Any]]
@@ -74,10 +77,15 @@ async def refuse(context: Context, error: KvstoreError) -> NoReturn:
 class _Service:
     """What both services share: the store, and the threads that may wait for it."""
 
-    def __init__(self, store: Store, threads: Executor, boot_epoch: int) -> None:
-        self._store = store
+    def __init__(self, scopes: Scopes, threads: Executor, boot_epoch: int) -> None:
+        self._scopes = scopes
         self._threads = threads
         self._epoch = boot_epoch
+
+    @property
+    def _store(self) -> Any:
+        """The store as the caller may see it. Only on the event loop: the caller is the running task's."""
+        return self._scopes.current()
 
     async def _run(self, work: Callable[..., R], *args: Any) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
@@ -86,8 +94,11 @@ class _Service:
 class CacheService(_Service):
     """Tensors under keys."""
 
-    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float) -> None:
-        super().__init__(store, threads, boot_epoch)
+    def __init__(
+        self, scopes: Scopes, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float, meter: Meter
+    ) -> None:
+        super().__init__(scopes, threads, boot_epoch)
+        self._meter = meter
         self._budget = budget
         self._silence_s = silence_s
 
@@ -184,6 +195,15 @@ class CacheService(_Service):
         changed = await self._run(verb, *check_keys(asked.keys))
         return pb.PinReply(changed=changed, boot_epoch=self._epoch).SerializeToString()
 
+    @answering
+    async def report(self, request: bytes, _: Context) -> bytes:
+        """What a client says the cache was worth."""
+        saved_s = pb.ReportRequest.FromString(request).prefill_saved_s
+        if not 0 <= saved_s <= REPORT_MAX_S:  # NaN included
+            raise InvalidEntry(f"prefill_saved_s must be from 0 to {REPORT_MAX_S}, got {saved_s}")
+        self._meter.saved(saved_s)
+        return pb.ReportReply(boot_epoch=self._epoch).SerializeToString()
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto. No serializers: messages are bytes until they are checked."""
         unary = grpc.unary_unary_rpc_method_handler
@@ -196,6 +216,7 @@ class CacheService(_Service):
                 "Touch": unary(self.touch),
                 "Delete": unary(self.delete),
                 "Pin": unary(self.pin),
+                "Report": unary(self.report),
             },
         )
 
@@ -203,20 +224,20 @@ class CacheService(_Service):
 class AdminService(_Service):
     """What an operator does."""
 
-    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, version: str) -> None:
-        super().__init__(store, threads, boot_epoch)
-        self._budget = budget
+    def __init__(
+        self, scopes: Scopes, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
+    ) -> None:
+        super().__init__(scopes, threads, boot_epoch)
         self._version = version
-        self._started_at = time.monotonic()
+        self._snapshot = snapshot
 
     @answering
     async def stats(self, request: bytes, _: Context) -> bytes:
         """Counters and gauges, the daemon's own among them."""
         pb.StatsRequest.FromString(request)
-        reply = stats_message(await self._run(self._store.stats))
-        reply.values["in_flight_nbytes"] = self._budget.used_nbytes
-        reply.values["in_flight_refused"] = self._budget.refused
-        reply.uptime_s = time.monotonic() - self._started_at
+        found = await self._run(self._snapshot)
+        reply = stats_message(found)
+        reply.uptime_s = found.values["uptime_s"]
         reply.version = self._version
         reply.boot_epoch = self._epoch
         return reply.SerializeToString()
@@ -258,6 +279,12 @@ class AdminService(_Service):
         keys = check_keys(pb.PromoteRequest.FromString(request).keys)
         return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
 
+    @answering
+    async def drain(self, request: bytes, _: Context) -> bytes:
+        """Write to cold what is only in memory."""
+        pb.DrainRequest.FromString(request)
+        return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto."""
         unary = grpc.unary_unary_rpc_method_handler
@@ -270,5 +297,6 @@ class AdminService(_Service):
                 "Evict": unary(self.evict),
                 "Demote": unary(self.demote),
                 "Promote": unary(self.promote),
+                "Drain": unary(self.drain),
             },
         )
