@@ -99,7 +99,7 @@ def test_nothing_in_the_tree_can_run_code_when_it_is_read_or_names_a_machine():
         r"[p]ickle\.loads?\(",
         r"(?<!safetensors\.)torch[.]load\(",
         r"/[w]ork/",
-        r"/[r]oot/",
+        r"/[r]oot/\w",
     ]
     found = []
     for path in files():
