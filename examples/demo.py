@@ -167,11 +167,18 @@ def report(found: dict[str, Any]) -> str:
             f"{row['agreement']}/{new}",
         ))  # fmt: skip
     head = (f"{n} TOKENS", "FIDELITY", "HELD AS", "BEST s", "MEDIAN s", "SPEEDUP", "BYTES", "TOKENS EQUAL")
+    a = found["a"]
+    story = (
+        f"Worker A prefilled {a['tokens']} tokens in {a['prefill_s']:.3f} s and ended; the daemon was restarted; "
+        f"worker B had {b['prompt_tokens']} tokens to answer."
+    )
+    measure = (
+        f"Best and median of {took['times']}. {n} tokens are {size(b['rows'][0]['value_nbytes'])} of float32 K and V."
+    )
     lines = [
         "",
-        f"Worker A prefilled {found['a']['tokens']} tokens in {found['a']['prefill_s']:.3f} s and ended; the daemon was "
-        f"restarted; worker B had {b['prompt_tokens']} tokens to answer.",
-        f"Best and median of {took['times']}. {n} tokens are {size(b['rows'][0]['value_nbytes'])} of float32 K and V.",
+        story,
+        measure,
         "",
         *table(head, rows, left=3),
         "",

@@ -72,8 +72,8 @@ class Model:
     """A causal language model with greedy generation from a restored cache. Not thread-safe."""
 
     def __init__(self, home: Path, revision: str) -> None:
+        # from_pretrained leaves a model in evaluation mode: no dropout.
         self._model: Any = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, local_files_only=True)
-        self._model.eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(home, local_files_only=True)
         self.revision = revision
 

@@ -43,8 +43,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
     if entry is not None:
         specs = {name: t.spec for name, t in entry.tensors.items()}
     else:
-        on_disk = r.cold.inspect(key) if with_tensors and r.cold is not None else None
-        specs = {name: spec for name, (spec, _) in (on_disk or {}).items()}
+        specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
     return EntryInfo(
         key=key,
         tiers=tuple(tiers),

@@ -187,6 +187,14 @@ class Mover:
 
     def _sink(self, left: TierName, entry: Entry) -> None:
         """Bring an entry in transit, which left the tier `left`, to the first tier below that takes it."""
+        try:
+            self._sink_or_raise(left, entry)
+        except BaseException:
+            # Whatever went wrong (memory ran out while encoding, say), nothing may stay in transit for ever.
+            self._forget_in_transit((left, entry))
+            raise
+
+    def _sink_or_raise(self, left: TierName, entry: Entry) -> None:
         r = self._r
         item = (left, entry)
         with r.lock:
@@ -222,6 +230,12 @@ class Mover:
                     r.cold.put(below)
                     r.counters.tiers["cold"].puts += 1
             return
+        self._forget_in_transit(item)
+
+    def _forget_in_transit(self, item: tuple[TierName, Entry]) -> None:
+        """No tier below takes the entry: it leaves the store, unless it was replaced or deleted meanwhile."""
+        r = self._r
+        left, entry = item
         with r.lock:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
@@ -236,7 +250,6 @@ class Mover:
         """
         try:
             cold.displace(entry.nbytes)
-            cold.wait_for_buffer(entry.nbytes)
         except (OverQuota, TierUnavailable) as error:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False

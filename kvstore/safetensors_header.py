@@ -66,7 +66,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     if text[:1] != b"{":
         raise RecordCorrupt("safetensors header does not begin with {")
     try:
-        return dict(json.loads(text.decode(), object_pairs_hook=_no_duplicates))
+        return dict(_DECODER.decode(text.decode()))
     except (ValueError, RecursionError) as error:
         raise RecordCorrupt(f"safetensors header is not JSON: {error!r:.120}") from None
 
@@ -76,6 +76,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         raise ValueError("a name occurs twice")
     return table
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
 def _text_facts(facts: Any) -> dict[str, str]:

@@ -74,12 +74,18 @@ def encode_entry(entry: Entry, codec: Codec) -> Entry:
     changed = False
     for name, tensor in entry.tensors.items():
         x = tensor.parts[""] if tensor.encoding == "raw" else None
-        if x is not None and encodable(x):
-            tensors[name] = codec.encode(name, x)
-            changed = True
-        else:
-            tensors[name] = tensor
+        encoded = _encode_or_none(codec, name, x) if x is not None and encodable(x) else None
+        changed = changed or encoded is not None
+        tensors[name] = tensor if encoded is None else encoded
     return Entry(entry.key, tensors, lossy=entry.lossy or codec.lossy) if changed else entry
+
+
+def _encode_or_none(codec: Codec, name: str, x: torch.Tensor) -> EncodedTensor | None:
+    """The encoded tensor; None where the codec finds, only while encoding, that it cannot hold these values."""
+    try:
+        return codec.encode(name, x)
+    except CodecError:
+        return None
 
 
 def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

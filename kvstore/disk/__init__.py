@@ -103,11 +103,11 @@ class SystemDisk:
         return total
 
     def sync(self, fd: int) -> None:
-        """fdatasync."""
+        """By fdatasync."""
         os.fdatasync(fd)
 
     def sync_directory(self, path: Path) -> None:
-        """fsync of the directory."""
+        """By fsync of the directory."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -115,7 +115,7 @@ class SystemDisk:
             os.close(fd)
 
     def punch(self, fd: int, offset: int, nbytes: int) -> None:
-        """fallocate(PUNCH_HOLE): ext4, xfs, btrfs, tmpfs."""
+        """By fallocate(PUNCH_HOLE): ext4, xfs, btrfs, tmpfs."""
         if self._libc.fallocate(fd, _KEEP_SIZE_AND_PUNCH, offset, nbytes) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))

@@ -14,13 +14,13 @@ def main(path: str) -> int:
     """First the byte walker, which never hands the file to the engine; then the engine itself, over every row."""
     problems = lmdb.verify.verify(path)  # type: ignore[no-untyped-call]  # lmdb's own module has no types
     if problems:
-        print(*problems[:20], sep="\n")
+        sys.stdout.write("\n".join(problems[:20]))
         return 1
     with lmdb.open(path, max_dbs=4, readonly=True, lock=False, lib_version=0) as env:
         db = env.open_db(b"rows", create=False)
         with env.begin(db=db) as txn, txn.cursor() as cursor:
             rows = sum(1 for _ in cursor.iternext(keys=True, values=True))
-    print(f"{rows} rows")
+    sys.stdout.write(f"{rows} rows\n")
     return 0
 
 

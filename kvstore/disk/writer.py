@@ -1,8 +1,8 @@
 """The one thread that changes the disk: takes what is pending, writes records, commits rows, frees what left.
 
 Order, for each batch: records are on the disk before a row names them; a place is freed only when the transaction
-that stopped naming it can no longer be lost to a power cut. So at no instant does a row name bytes that are not its own.
-An error loses nothing: the batch goes back, stays readable, and is tried again after a pause; deletes first, since
+that stopped naming it cannot be lost to a power cut any more. So a row never names bytes that are not its own.
+An error loses nothing: the batch goes back, stays readable, and is tried again after a pause, deletes first, for
 they give room. `meta_of` and `on_drop` are called without the tier's lock.
 """
 
@@ -207,7 +207,7 @@ class Writer:
             try:
                 record = pack(operation.entry, meta)
             except (KvstoreError, ValueError, TypeError) as error:
-                log.error("cold key=%s event=unwritable error=%s", key.hex(), error)
+                log.warning("cold key=%s event=unwritable error=%s", key.hex(), error)
                 refused.append(key)
                 continue
             packed[key] = (meta, [record.head, *(part.data for part in record.data)], len(record.head))

@@ -40,5 +40,8 @@ class LRU:
         """Keys, least recently used first."""
         return iter(self._order)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._order
+
     def __len__(self) -> int:
         return len(self._order)

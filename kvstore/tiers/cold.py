@@ -9,29 +9,31 @@ RAM: the keys in their order, about 200 bytes each; places, sizes and deadlines 
 Leaves out: time to live (the store sweeps), which entries deserve a place here (the store), what encodings mean.
 """
 
+import gc
 import logging
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmdb
 import numpy as np
-import torch
 
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
+from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.segments import Place, Segments, blocks_nbytes
-from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
+from kvstore.disk.segments import PlaceTable, Segments, blocks_nbytes
+from kvstore.disk.writer import Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.policies.lru import LRU
-from kvstore.record import Head, assemble, parse_head, specs_of
 from kvstore.tiers import TierName
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,6 @@ WAIT_S = 30.0
 """How long a durable call waits for the writer before it gives up: ten times the slowest commit seen."""
 SEGMENTS_PER_TIER = 64
 SEGMENT_MIN_NBYTES, SEGMENT_MAX_NBYTES = 16 << 20, 1 << 30
-
-Specs = dict[str, tuple[TensorSpec, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,7 @@ class Cold:
         *,
         meta_of: Callable[[Key], Meta | None],
         on_drop: Callable[[Key, str], None],
+        pin_max_fraction: float,
     ) -> None:
         self.capacity_nbytes = config.capacity_nbytes
         self._directory = directory
@@ -83,7 +84,8 @@ class Cold:
         self._changed = threading.Condition()
         self._pending = Pending()
         self._lru = LRU()
-        self._pinned: set[Key] = set()
+        self._pinned: dict[Key, int] = {}
+        self._pin_max_nbytes = int(config.capacity_nbytes * pin_max_fraction)
         self._seq = 0
         self._recovered: list[tuple[Key, Meta]] = []
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
@@ -101,6 +103,7 @@ class Cold:
         *,
         meta_of: Callable[[Key], Meta | None],
         on_drop: Callable[[Key, str], None],
+        pin_max_fraction: float = 0.5,
         disk: Disk | None = None,
     ) -> "Cold":
         """Take a directory into use, as `disk.opening` says; then ask `recovered` for what it holds.
@@ -110,8 +113,12 @@ class Cold:
         """
         directory = take(path)
         try:
-            cold = cls(directory, config, clock, disk or SystemDisk(), meta_of=meta_of, on_drop=on_drop)
-            cold._recover()
+            cold = cls(
+                directory, config, clock, disk or SystemDisk(),
+                meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction,
+            )  # fmt: skip
+            with _no_garbage_collection():
+                cold._recover()
         except (OSError, lmdb.Error) as error:
             directory.release()
             raise ConfigError(f"cold.path {path} cannot be used: {error}") from None
@@ -121,8 +128,9 @@ class Cold:
     def _recover(self) -> None:
         """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
         now = self._clock.now()
-        rows: list[tuple[int, Key, Meta]] = []
-        places: list[Place] = []
+        keys: list[Key] = []
+        metas: list[Meta] = []
+        numbers = array("q")
         gone: list[Key] = []
         for key, row in self._rows.scan():
             if row is None:
@@ -131,21 +139,28 @@ class Cold:
             if row is None or _clamp(row.meta, now).expired(now):
                 gone.append(key)
                 continue
-            rows.append((row.seq, key, row.meta))
-            places.append(row.place)
-            self._pending.used_nbytes += cost_of(row.place.nbytes)
-        rows.sort(key=lambda row: row[0])
-        for _, key, meta in rows:
-            if meta.pinned:
-                self._pinned.add(key)
-            else:
-                self._lru.track(key)
-        self._seq = rows[-1][0] if rows else 0
-        self._recovered = [(key, meta) for _, key, meta in rows]
+            keys.append(key)
+            metas.append(row.meta)
+            numbers.extend((row.seq, *row.place))
+        table = np.frombuffer(numbers, np.int64).reshape(-1, 4)
+        self._order(keys, metas, table)
         if gone:
             self._rows.write({}, gone)
             self._rows.sync()
-        self._segments.recover(places)
+        self._segments.recover(table[:, 1:].copy())
+
+    def _order(self, keys: list[Key], metas: list[Meta], table: PlaceTable) -> None:
+        """Least recently used first. table: rows of (seq, segment, offset, nbytes)."""
+        costs = [cost_of(int(nbytes)) for nbytes in table[:, 3]]
+        self._pending.used_nbytes = sum(costs)
+        self._seq = int(table[:, 0].max(initial=0))
+        for i in np.argsort(table[:, 0], kind="stable"):
+            key, meta = keys[i], metas[i]
+            if meta.pinned:
+                self._pinned[key] = costs[i]
+            else:
+                self._lru.track(key)
+            self._recovered.append((key, meta))
 
     def recovered(self) -> Iterator[tuple[Key, Meta]]:
         """What was found at opening, least recently used first: once, then nothing. Values were not read."""
@@ -168,22 +183,14 @@ class Cold:
         return self._writer.healthy
 
     def gauges(self) -> dict[str, float]:
-        """What the store's stats show of this tier, by name."""
-        stats = self.stats()
-        values = {f"cold_{name}": float(count) for name, count in asdict(stats.counters).items() if name != "evictions"}
-        values["cold_pending_nbytes"] = stats.pending_nbytes
-        values["cold_disk_nbytes"] = stats.disk_nbytes
-        values["cold_healthy"] = float(stats.healthy)
-        return values
-
-    def nbytes_of(self, key: Key) -> int:
-        """Bytes counted against the budget for a key, estimated until it is committed; 0 when it is not here."""
-        with self._changed:
-            operation = self._pending.find(key)
-            if isinstance(operation, Put):
-                return operation.cost
-            row = self._rows.get(key) if key in self._lru or key in self._pinned else None
-            return cost_of(row.place.nbytes) if row is not None else 0
+        """Numbers by name for the store's stats."""
+        counters = {f"cold_{name}": float(value) for name, value in asdict(self._writer.counters).items()}
+        return counters | {
+            "cold_healthy": float(self.healthy),
+            "cold_pending_nbytes": float(self.pending_nbytes),
+            "cold_disk_nbytes": float(self.disk_nbytes()),
+            "cold_quarantined": float(self._directory.quarantined is not None),
+        }
 
     def stats(self) -> ColdStats:
         """Counters and gauges."""
@@ -213,17 +220,15 @@ class Cold:
         found = self._find(key)
         return self._read(key, found) if isinstance(found, Row) else found
 
-    def inspect(self, key: Key) -> Specs | None:
-        """Spec and encoding of each tensor, the value neither read nor decoded. None as for `get`."""
+    def specs_of(self, key: Key) -> dict[str, TensorSpec] | None:
+        """The tensors' types and shapes; their values are neither read nor decoded. None as for `get`."""
         found = self._find(key)
         if found is None:
             return None
         if isinstance(found, Entry):
-            return {name: (tensor.spec, tensor.encoding) for name, tensor in found.tensors.items()}
+            return {name: tensor.spec for name, tensor in found.tensors.items()}
         try:
-            head_bytes = np.empty(found.head_nbytes, np.uint8)
-            self._segments.read(found.place, [head_bytes])
-            return specs_of(parse_head(head_bytes.tobytes(), key), head_bytes.tobytes())
+            return read_specs(self._segments, key, found)
         except (RecordCorrupt, OSError) as error:
             self._distrust(key, found, error)
             return None
@@ -242,14 +247,7 @@ class Cold:
 
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
-            head_bytes = np.empty(row.head_nbytes, np.uint8)
-            # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
-            stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8).numpy()
-            if self._segments.read(row.place, [head_bytes, stored]) != row.place.nbytes:
-                raise RecordCorrupt("record ends early")
-            head = parse_head(head_bytes.tobytes(), key)
-            _check_sizes(head, row)
-            return assemble(head, head_bytes.tobytes(), stored, key)
+            return read_entry(self._segments, key, row)
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
 
@@ -258,36 +256,69 @@ class Cold:
         with self._changed:
             operation = self._pending.find(key)
             now = self._rows.get(key)
-            if operation is not None or (now is not None and (row is None or now.place != row.place)):
-                return operation.entry if isinstance(operation, Put) else None
+            moved = now is not None and row is not None and now.place != row.place
+            if isinstance(operation, Delete):
+                return None
+            if isinstance(operation, Put):
+                return operation.entry
             if isinstance(error, OSError) and error.errno in _TRANSIENT:
                 self._writer.counters.read_errors += 1
                 return None
             if key not in self._lru and key not in self._pinned:
                 return None
-            self._writer.counters.corrupt_total += 1
-            self._forget(key)
-            self._pending.add(key, Delete(), cost_of(now.place.nbytes) if now else 0)
-            self._changed.notify_all()
+            if not moved:
+                self._writer.counters.corrupt_total += 1
+                self._forget(key)
+                self._pending.add(key, Delete(), cost_of(now.place.nbytes) if now else 0)
+                self._changed.notify_all()
+        if moved:
+            return self.get(key)
         log.error("cold key=%s event=corrupt error=%s", key.hex(), error)
         self._on_drop(key, "corrupt")
         return None
 
-    def displace(self, nbytes: int) -> None:
-        """Make room for an entry of `nbytes` by evicting; there is no tier below, so nothing is ever handed back.
-
-        Each evicted key goes to on_drop(key, "evicted"). Raises OverQuota when pinned entries leave no room.
-        """
-        need = blocks_nbytes(nbytes) + ROW_NBYTES
+    def nbytes_of(self, key: Key) -> int:
+        """Bytes counted for a key against the budget; 0 when it is not here."""
         with self._changed:
-            evicted = self._evict(lambda: self.used_nbytes + need > self.capacity_nbytes)
-            full = self.used_nbytes + need > self.capacity_nbytes
+            operation = self._pending.find(key)
+            row = self._rows.get(key) if operation is None else None
+        if operation is not None:
+            return operation.cost
+        return cost_of(row.place.nbytes) if row is not None else 0
+
+    def admits(self, nbytes: int) -> bool:
+        """Whether an entry of this size could be held if everything unpinned left."""
+        return cost_of(nbytes) <= self.capacity_nbytes - sum(self._pinned.values())
+
+    def displace(self, nbytes: int) -> None:
+        """Make room for an entry of `nbytes`: in the write buffer by waiting, in the budget by evicting.
+
+        There is no tier below, so nothing is ever handed back: each evicted key goes to on_drop(key, "evicted").
+        Call it without a lock that `on_drop` takes. Raises OverQuota when pinned entries leave no room, and
+        TierUnavailable when the buffer is full and the disk refuses writes.
+        """
+        with self._changed:
+            self._wait_for_buffer(nbytes)
+            evicted = self._evict(lambda: self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes)
+            full = self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes
         for key in evicted:
             self._on_drop(key, "evicted")
         if full:
             raise OverQuota(
-                f"cold holds {self.used_nbytes} of {self.capacity_nbytes} bytes, all pinned; {need} do not fit"
+                f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
+                f"{self.capacity_nbytes} bytes are pinned"
             )
+
+    def _wait_for_buffer(self, nbytes: int) -> None:
+        """Backpressure: the caller slows down to the disk. An entry larger than the buffer goes in alone."""
+
+        def fits() -> bool:
+            buffered = self.pending_nbytes
+            return buffered == 0 or buffered + nbytes <= self._buffer_nbytes
+
+        self._changed.wait_for(lambda: fits() or not self.healthy or not self._writer.alive, WAIT_S)
+        if not fits():
+            raise TierUnavailable(f"cold cannot be written now; {self.pending_nbytes} bytes of entries are waiting")
 
     def _evict(self, too_full: Callable[[], bool]) -> list[Key]:
         evicted: list[Key] = []
@@ -300,12 +331,10 @@ class Cold:
     def put(self, entry: Entry, *, durable: bool = False) -> None:
         """Hold an entry as the most recently used; displace first. It is written behind: `flush` waits for that.
 
-        Waits while the write buffer is full. durable: return once the entry survives a power cut. Raises
-        TierUnavailable while the disk refuses writes and the buffer is full; the entry is not held then.
+        durable: return once the entry survives a power cut. Never waits otherwise.
         """
         meta = self._meta_of(entry.key)
         with self._changed:
-            self.wait_for_buffer(entry.nbytes)
             self._seq += 1
             row = self._rows.get(entry.key)
             put = Put(entry, self._seq, cost_of(entry.nbytes), durable=durable)
@@ -313,27 +342,12 @@ class Cold:
             ticket = self._pending.add(entry.key, put, cost_of(row.place.nbytes) if row else 0)
             self._forget(entry.key)
             if meta is not None and meta.pinned:
-                self._pinned.add(entry.key)
+                self._pinned[entry.key] = put.cost
             else:
                 self._lru.track(entry.key)
             self._changed.notify_all()
             if durable:
                 self._wait_for(ticket, WAIT_S)
-
-    def wait_for_buffer(self, nbytes: int) -> None:
-        """Backpressure: the caller slows down to the disk. An entry larger than the buffer goes in alone.
-
-        Raises TierUnavailable while the disk refuses writes and the buffer is full.
-        """
-
-        def fits() -> bool:
-            buffered = self.pending_nbytes
-            return buffered == 0 or buffered + nbytes <= self._buffer_nbytes
-
-        with self._changed:
-            self._changed.wait_for(lambda: fits() or not self.healthy or not self._writer.alive, WAIT_S)
-            if not fits():
-                raise TierUnavailable(f"cold cannot be written now; {self.pending_nbytes} bytes of entries are waiting")
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
@@ -345,45 +359,45 @@ class Cold:
                     self._writer.dirty[key] = self._seq
 
     def pin(self, key: Key) -> None:
-        """Keep a key out of eviction. A key not here: nothing happens."""
+        """Keep a key out of eviction. Not here: nothing happens. Raises OverQuota over the tier's share for pins."""
+        cost = self.nbytes_of(key)
         with self._changed:
             if key in self._lru:
+                pinned_nbytes = sum(self._pinned.values()) + cost
+                if pinned_nbytes > self._pin_max_nbytes:
+                    raise OverQuota(
+                        f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
+                        f"the limit is {self._pin_max_nbytes}"
+                    )
                 self._lru.forget(key)
-                self._pinned.add(key)
+                self._pinned[key] = cost
         self.touch([key])
 
     def unpin(self, key: Key) -> None:
         """Let a key be evicted again, as the most recently used."""
         with self._changed:
-            if key in self._pinned:
-                self._pinned.discard(key)
+            if self._pinned.pop(key, None) is not None:
                 self._lru.track(key)
         self.touch([key])
 
-    def remove(self, key: Key, *, durable: bool = True) -> bool:
-        """Forget a key. True: it was here.
-
-        durable: return once the deletion can no longer be undone by a crash or a power cut; whoever deletes or
-        replaces a value asks for it, whoever lets one expire need not. Raises TierUnavailable when the disk refuses:
-        the key is then gone from this process and the deletion is tried again, but a crash could bring it back.
-        """
+    def remove(self, key: Key) -> bool:
+        """Forget a key. True: it was here. The record goes a little later, so that a crash could bring it back."""
         with self._changed:
             here = key in self._lru or key in self._pinned
-            ticket = self.queue_removal(key) if durable else self._delete(key, durable=False)
-            if durable:
-                self.wait(ticket)
+            self._delete(key, durable=True)
         return here
 
     def queue_removal(self, key: Key) -> int | None:
-        """Forget a key at once and queue its durable deletion. Returns a ticket to `wait` for; None: nothing is due.
-
-        For who holds a lock that must not be held while the disk is busy.
-        """
+        """Forget a key; a ticket to `wait` for until no crash or power cut can bring it back. None: nothing is due."""
         with self._changed:
             return self._delete(key, durable=True)
 
     def wait(self, ticket: int | None) -> None:
-        """Return once what a ticket stands for is committed. Raises TierUnavailable after 30 s."""
+        """Return once what a ticket stands for is committed: outside any lock that `on_drop` takes.
+
+        Raises TierUnavailable after 30 s: the key is gone from this process and its deletion is tried again, but a
+        crash could bring it back.
+        """
         if ticket is not None:
             with self._changed:
                 self._wait_for(ticket, WAIT_S)
@@ -406,7 +420,7 @@ class Cold:
 
     def _forget(self, key: Key) -> None:
         self._lru.forget(key)
-        self._pinned.discard(key)
+        self._pinned.pop(key, None)
 
     def flush(self, timeout_s: float = WAIT_S) -> None:
         """Return once everything pending now is committed. Raises TierUnavailable after `timeout_s` seconds."""
@@ -439,29 +453,64 @@ class Cold:
         self._on_drop(key, reason)
 
     def _make_room(self, nbytes: int) -> bool:
-        return nbytes >= 0
+        """The writer asks, before it writes so many bytes and after it failed to: evict until the disk has them."""
+        missing = nbytes - self._disk.free_nbytes(self._directory.path)
+        if missing <= 0:
+            return True
+        victims: list[Key] = []
+        with self._changed:
+            for key in self._lru:
+                row = self._rows.get(key) if self._pending.find(key) is None else None
+                if row is None:
+                    continue
+                victims.append(key)
+                missing -= blocks_nbytes(row.place.nbytes)
+                self._pending.used_nbytes -= cost_of(row.place.nbytes)
+                if missing <= 0:
+                    break
+            for key in victims:
+                self._forget(key)
+            self._writer.counters.evictions += len(victims)
+        log.warning("cold event=disk_full evicted=%s", len(victims))
+        # Should this fail, the rows stay until the next start finds them: space is lost for a while, nothing else.
+        self._writer.evict_now(victims)
+        for key in victims:
+            self._on_drop(key, "evicted")
+        return missing <= 0
 
     def close(self) -> None:
-        """Write what is pending, order and deadlines, and let the directory go. A failing disk is logged, not raised."""
+        """Write what is pending, order and deadlines, and let the directory go. A failing disk is only logged."""
         clean = True
         try:
             self.flush()
             self.flush_meta()
         except TierUnavailable as error:
             clean = False
-            log.error("cold path=%s event=unclean_close error=%s", self._directory.path, error)
+            log.warning("cold path=%s event=unclean_close error=%s", self._directory.path, error)
         self._writer.stop()
         self._segments.close()
         self._rows.close()
         try:
             self._directory.write_state(clean=clean)
         except OSError as error:
-            log.error("cold path=%s event=unclean_close error=%s", self._directory.path, error)
+            log.warning("cold path=%s event=unclean_close error=%s", self._directory.path, error)
         self._directory.release()
 
 
 _TRANSIENT = frozenset({11, 12, 23, 24})
 """EAGAIN, ENOMEM, ENFILE, EMFILE: say nothing about the record."""
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A million new objects and no garbage among them: looking for it takes half of the opening's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _clamp(meta: Meta, now: float) -> Meta:
@@ -470,8 +519,3 @@ def _clamp(meta: Meta, now: float) -> Meta:
     meta.last_hit_at = min(meta.last_hit_at, now)
     meta.expires_at = min(meta.expires_at, now + meta.ttl_s)
     return meta
-
-
-def _check_sizes(head: Head, row: Row) -> None:
-    if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
-        raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")

@@ -400,3 +400,34 @@ def test_the_hot_tier_can_live_on_a_gpu(tmp_path: Path) -> None:
         assert auto is not None
         assert torch.equal(exact.tensors["k"].cpu(), chunk(1))
         assert auto.tensors["k"].device.type == "cuda"
+
+
+def test_values_that_a_codec_cannot_hold_stay_exact_and_disturb_nobody(tmp_path: Path) -> None:
+    """float16 values at the edge of the type: the decoded scale would be infinite."""
+    with open_store(path=tmp_path) as store:
+        edge = torch.full((128,), 65504.0, dtype=torch.float16)
+        edge[64:] = torch.linspace(-60000, 65504, 64)
+        store.put(b"edge", {"x": edge})
+        for _ in range(2):
+            store.demote(b"edge")
+        hit = store.get(b"edge")
+        assert hit is not None
+        assert torch.isfinite(hit.tensors["x"]).all()
+        assert hit.lossy or torch.equal(hit.tensors["x"], edge)
+
+
+def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store() as store:
+        store.put(b"k", {"k": chunk(0)})
+
+        def fail(entry: Entry, codec: Any) -> Entry:
+            raise MemoryError
+
+        monkeypatch.setattr(kvstore.mover, "encode_entry", fail)
+        with pytest.raises(MemoryError):
+            store.demote(b"k")
+        monkeypatch.undo()
+        assert store.get(b"k") is None
+        assert store.stats().values["in_transit"] == 0
+        store.put(b"k", {"k": chunk(1)})
+        assert store.get(b"k") is not None

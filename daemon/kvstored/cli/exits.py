@@ -19,13 +19,33 @@ REFUSED = 4
 class Failure(click.ClickException):
     """An end of the command: a sentence on standard error and an exit code."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the sentence."""
         click.echo(f"kvstored: {self.format_message()}", file=file, err=file is None)
+
+
+class NotHeld(Failure):
+    """The store has no such entry."""
+
+    exit_code = NOT_HELD
+
+
+class BadUsage(Failure):
+    """An option, a configuration or a file cannot be used."""
+
+    exit_code = USAGE
+
+
+class Unreachable(Failure):
+    """No daemon answers."""
+
+    exit_code = UNREACHABLE
+
+
+class Refused(Failure):
+    """The daemon answered, with no."""
+
+    exit_code = REFUSED
 
 
 @contextmanager
@@ -34,13 +54,12 @@ def errors_as_exit_codes(address: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise Failure(str(error), USAGE) from None
+        raise BadUsage(str(error)) from None
     except TierUnavailable as error:
-        raise Failure(
-            f"no daemon answers at {address}; start one with `kvstored serve` or set KVSTORED_ADDRESS ({error})",
-            UNREACHABLE,
+        raise Unreachable(
+            f"no daemon answers at {address}; start one with `kvstored serve` or set KVSTORED_ADDRESS ({error})"
         ) from None
     except KvstoreError as error:
-        raise Failure(f"refused: {error}", REFUSED) from None
+        raise Refused(f"refused: {error}") from None
     except OSError as error:
-        raise Failure(f"{error.filename or 'file'}: {error.strerror or error}", USAGE) from None
+        raise BadUsage(f"{error.filename or 'file'}: {error.strerror or error}") from None

@@ -30,7 +30,7 @@ def show_key(key: bytes) -> str:
     return text if plain else _HEX + key.hex()
 
 
-class KeyType(click.ParamType):
+class KeyType(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click we allow
     """A key as a command line argument."""
 
     name = "key"

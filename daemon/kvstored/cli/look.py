@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import EntryInfo
-from kvstored.cli.exits import NOT_HELD, Failure
+from kvstored.cli.exits import NotHeld
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, quantity, size, table
@@ -73,7 +73,7 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
     """Everything known of one entry. Does not count as use. Exit code 1: not held."""
     info = client.inspect(key)
     if info is None:
-        raise Failure(f"not held: {show_key(key)}", NOT_HELD)
+        raise NotHeld(f"not held: {show_key(key)}")
     if as_json:
         print_json(info_dict(info))
         return

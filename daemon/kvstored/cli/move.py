@@ -1,5 +1,6 @@
 """Verbs that change or move entries: get, put, delete, evict, pin, unpin, promote, demote."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import click
 
 from kvstore.arrays import describe
 from kvstore.hit import Fidelity
-from kvstored.cli.exits import NOT_HELD, REFUSED, Failure
+from kvstored.cli.exits import NOT_HELD, NotHeld, Refused
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, size
@@ -31,10 +32,10 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
     with waiting("getting", 0):
         hit = client.get(key)
     if hit is None:
-        raise Failure(f"not held: {show_key(key)}", NOT_HELD)
+        raise NotHeld(f"not held: {show_key(key)}")
     facts = {"kvstored.key": key.hex(), "kvstored.encoding": hit.encoding, "kvstored.lossy": str(hit.lossy).lower()}
     nbytes = sum(x.nbytes for x in hit.tensors.values())
-    with click.progressbar(length=nbytes, label="writing", file=click.get_text_stream("stderr"),
+    with click.progressbar(length=nbytes, label="writing", file=sys.stderr,
                            hidden=nbytes < _BAR_FROM_NBYTES) as bar:  # fmt: skip
         write_tensors(output, hit.tensors, facts, bar.update)
     if as_json:
@@ -63,7 +64,7 @@ def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | 
     with waiting("putting", nbytes):
         stored = client.put(key, tensors, ttl_s=ttl_s, pin=pin, fidelity=fidelity)
     if not stored:
-        raise Failure(f"the daemon did not store {show_key(key)}", REFUSED)
+        raise Refused(f"the daemon did not store {show_key(key)}")
     if as_json:
         print_json({"key": show_key(key), "stored": True, "nbytes": nbytes, "tensors": _tensors(tensors)})
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstored.cli.exits import USAGE, Failure, errors_as_exit_codes
+from kvstored.cli.exits import BadUsage, errors_as_exit_codes
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -40,7 +40,7 @@ def _client(address: str, timeout_s: float) -> "Client":
         # numpy: the base install has no torch, and a command only passes bytes on.
         return Client(address, timeout_s=timeout_s, framework="numpy", on_error="raise")
     except ValueError as error:
-        raise Failure(str(error), USAGE) from None
+        raise BadUsage(str(error)) from None
 
 
 def print_json(value: object) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from kvstored.cli.exits import USAGE, Failure, errors_as_exit_codes
+from kvstored.cli.exits import BadUsage, errors_as_exit_codes
 
 _ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health"})
 
@@ -29,7 +29,7 @@ def serve(config: str | None, data_dir: str | None, address: str | None) -> None
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] not in _ENGINE:
                 raise
-            raise Failure(
-                f"the daemon needs the engine, and {error.name} is not installed: pip install 'kvstored[daemon]'", USAGE
+            raise BadUsage(
+                f"the daemon needs the engine, and {error.name} is not installed: pip install 'kvstored[daemon]'"
             ) from None
         sys.exit(run(settings))

@@ -1,0 +1,270 @@
+"""Guard: a cache as an inference engine may see it: it never raises, and never blocks past a deadline.
+
+Every call runs on a thread of the guard's and is waited for only so long; what comes later is dropped. So the promise
+holds for any cache, a client of a slow daemon and an embedded store on a slow disk alike, and rests on nobody else's
+timeouts. After three failures in a row the cache is left alone for a while (`breaker`). Puts are made later, on one
+writer's thread, from tensors that nobody changes any more; when too many bytes wait, a put is dropped and counted.
+
+Thread-safe. Fork-safe: a child starts with threads of its own and without the parent's waiting puts.
+"""
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from kvstore.hit import Fidelity, Held, Hit, Match
+from kvstored_client.breaker import Breaker
+from kvstored_client.client import Client
+
+logger = logging.getLogger(__name__)
+
+LOOKUP_TIMEOUT_S = 0.05
+"""A lookup that takes longer costs more than the scheduling slot it delays."""
+FETCH_TIMEOUT_S = 2.0
+"""Bytes are worth more patience: 2 s move 4 GB on one host, and recomputing as much takes tens of seconds."""
+WAITING_MAX_NBYTES = 1 << 30
+THREADS_MAX = 4
+"""As many calls may be overdue at once; with more, the next call is a miss at once."""
+
+T = TypeVar("T")
+
+
+class Guard:
+    """A cache behind deadlines: the verbs of `prefix.Cache`, each a miss where the cache fails or is late.
+
+    cache: a Client or a Store; an address; or None for the daemon at the default address.
+    failures: calls answered as a miss because the cache raised or was late. dropped: puts given up.
+    """
+
+    def __init__(
+        self,
+        cache: Any = None,
+        *,
+        lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
+        fetch_timeout_s: float = FETCH_TIMEOUT_S,
+        waiting_max_nbytes: int = WAITING_MAX_NBYTES,
+    ) -> None:
+        for name, value in (("lookup_timeout_s", lookup_timeout_s), ("fetch_timeout_s", fetch_timeout_s)):
+            if not value > 0:
+                raise ValueError(f"{name} must be over 0, got {value!r}")
+        self.cache = Client(cache, timeout_s=fetch_timeout_s) if cache is None or isinstance(cache, str) else cache
+        self.lookup_timeout_s = lookup_timeout_s
+        self.fetch_timeout_s = fetch_timeout_s
+        self.waiting_max_nbytes = waiting_max_nbytes
+        self.failures = 0
+        self.dropped = 0
+        self._pid = 0
+        self._start_afresh()
+        # The first call of a client makes the connection; a lookup's deadline is too short to share with that.
+        self._callers.run(_Call(lambda: self.cache.match([b"kvstored"])))
+        _alive.add(self)
+
+    def _start_afresh(self) -> None:
+        self._pid = os.getpid()
+        self._breaker = Breaker()
+        self._callers = _Threads(THREADS_MAX)
+        self._writer = _Writer(self.waiting_max_nbytes)
+
+    def call(self, work: Callable[[], T], timeout_s: float, otherwise: T) -> T:
+        """What `work` returns, or `otherwise` where it raises or takes longer than `timeout_s`."""
+        if self._pid != os.getpid():
+            self._start_afresh()
+        if not self._breaker.allow(timeout_s):
+            return otherwise
+        call = _Call(work)
+        if not self._callers.run(call):
+            return self._failed(otherwise, "too many calls are overdue")
+        if not call.done.wait(timeout_s):
+            return self._failed(otherwise, f"no answer within {timeout_s} s")
+        if call.error is not None:
+            return self._failed(otherwise, f"{type(call.error).__name__}: {call.error}")
+        self._breaker.succeeded()
+        result: T = call.result
+        return result
+
+    def later(self, work: Callable[[], object], nbytes: int) -> bool:
+        """Do `work` (a put) on the writer's thread. False: too much is waiting, it was dropped.
+
+        nbytes: how much memory the work holds until then.
+        """
+        if self._pid != os.getpid():
+            self._start_afresh()
+        if self._breaker.is_open and not self._breaker.allow(self.fetch_timeout_s):
+            self.dropped += 1
+            return False
+        taken = self._writer.add(lambda: self._write(work), nbytes)
+        self.dropped += not taken
+        return taken
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until the puts made so far are done. False: they are not, after `timeout_s`."""
+        return self._pid != os.getpid() or self._writer.wait(timeout_s)
+
+    def put_many(
+        self,
+        entries: Sequence[tuple[bytes, Mapping[str, Any]]],
+        *,
+        ttl_s: float | None = None,
+        pin: bool = False,
+        fidelity: Fidelity = "auto",
+    ) -> int:
+        """Put entries, root first. Returns how many were stored, as far as that is known in time."""
+        return self.call(
+            lambda: int(self.cache.put_many(entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity)), self.fetch_timeout_s, 0
+        )
+
+    def get(self, key: bytes) -> Hit | None:
+        """The value under a key; None on a miss."""
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+        """Values in the order of keys. leading: a chain, up to the first miss."""
+        missing: list[Hit | None] = [] if leading else [None] * len(keys)
+        found = self.call(lambda: list(self.cache.get_many(keys, leading=leading)), self.fetch_timeout_s, missing)
+        return found if leading or len(found) == len(keys) else missing
+
+    def match(self, keys: Sequence[bytes]) -> Match:
+        """How many leading keys are held, and where."""
+        return self.call(lambda: self.cache.match(keys), self.lookup_timeout_s, Match(()))
+
+    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+        """Where each key is held."""
+        return self.call(lambda: list(self.cache.locate(keys)), self.lookup_timeout_s, [None] * len(keys))
+
+    def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
+        """Count as use."""
+        return self.call(lambda: int(self.cache.touch(keys, ttl_s=ttl_s)), self.lookup_timeout_s, 0)
+
+    def delete(self, *keys: bytes) -> int:
+        """Forget keys."""
+        return self.call(lambda: int(self.cache.delete(*keys)), self.fetch_timeout_s, 0)
+
+    def _write(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the boundary: an engine never hears of a put that failed
+            self.dropped += 1
+            self._failed(None, f"a put failed, {type(error).__name__}: {error}")
+
+    def _failed(self, otherwise: T, why: str) -> T:
+        self.failures += 1
+        if self._breaker.failed():
+            logger.warning("cache left alone for a while, answering misses: %s", why)
+        else:
+            logger.debug("answered as a miss: %s", why)
+        return otherwise
+
+
+def guarded(cache: Any) -> Guard:
+    """The guard itself, or one around a cache or an address."""
+    return cache if isinstance(cache, Guard) else Guard(cache)
+
+
+class _Call:
+    """Work on another thread; `done` is set when `result` or `error` is there."""
+
+    __slots__ = ("_work", "done", "error", "result")
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+
+    def __call__(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:  # noqa: BLE001 - handed to who waits
+            self.error = error
+        self.done.set()
+
+
+class _Threads:
+    """At most so many threads, started when needed. Daemon threads: an overdue call never holds up the exit."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._free = 0
+        self._started = 0
+        self._calls: SimpleQueue[_Call] = SimpleQueue()
+
+    def run(self, call: _Call) -> bool:
+        """Start the call. False: all threads are busy."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+            elif self._started < self._most:
+                self._started += 1
+                threading.Thread(target=self._serve, name="kvstored-guard", daemon=True).start()
+            else:
+                return False
+        self._calls.put(call)
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            call = self._calls.get()
+            call()
+            del call  # an idle thread would keep the last result's tensors alive
+            with self._lock:
+                self._free += 1
+
+
+class _Writer:
+    """Runs works one after the other on one thread, which ends when there are none."""
+
+    def __init__(self, most_nbytes: int) -> None:
+        self._most_nbytes = most_nbytes
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Callable[[], None], int]] = deque()
+        self._nbytes = 0
+        self._running = False
+
+    def add(self, work: Callable[[], None], nbytes: int) -> bool:
+        """Queue the work. False: over the limit."""
+        with self._changed:
+            if self._nbytes and self._nbytes + nbytes > self._most_nbytes:
+                return False
+            self._waiting.append((work, nbytes))
+            self._nbytes += nbytes
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._serve, name="kvstored-writer", daemon=True).start()
+        return True
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether all is done within the time."""
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._running, max(0.0, until - time.monotonic()))
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._running = False
+                    self._changed.notify_all()
+                    return
+                work, nbytes = self._waiting.popleft()
+            work()
+            del work
+            with self._changed:
+                self._nbytes -= nbytes
+
+
+_alive: "weakref.WeakSet[Guard]" = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_all() -> None:
+    # A worker that ends right after its answer has paid for the prefill: give its puts a moment.
+    for guard in list(_alive):
+        guard.flush(2.0)

@@ -1,0 +1,54 @@
+"""From a row to an entry: read a record's bytes and believe none of them before their checksum agrees.
+
+Any thread, no lock: a place is never overwritten, at worst it has been freed and reads as zeros.
+"""
+
+import numpy as np
+import torch
+import xxhash
+
+from kvstore.disk import Bytes
+from kvstore.disk.rows import Row
+from kvstore.disk.segments import Segments
+from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.errors import RecordCorrupt
+from kvstore.record import Head, assemble, parse_head, specs_of
+
+PIECE_NBYTES = 512 << 10
+"""Read and hashed at once while it is in the cache; and while one piece is hashed the kernel reads the next ahead."""
+
+
+def read_entry(segments: Segments, key: Key, row: Row) -> Entry:
+    """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError."""
+    head_bytes = np.empty(row.head_nbytes, np.uint8)
+    # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
+    stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8).numpy()
+    digest = xxhash.xxh3_64()
+    skip = row.head_nbytes
+    _fill(segments, row, [head_bytes, stored[:PIECE_NBYTES]], 0)
+    digest.update(stored[:PIECE_NBYTES].data)
+    for at in range(PIECE_NBYTES, stored.size, PIECE_NBYTES):
+        _fill(segments, row, [stored[at : at + PIECE_NBYTES]], skip + at)
+        digest.update(stored[at : at + PIECE_NBYTES].data)
+    head = parse_head(head_bytes.tobytes(), key)
+    _check_sizes(head, row)
+    return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest())
+
+
+def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None:
+    if segments.read(row.place, buffers, skip) != sum(buffer.size for buffer in buffers):
+        raise RecordCorrupt("record ends early")
+
+
+def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, TensorSpec]:
+    """The tensors' types and shapes, from the record's head alone. Raises RecordCorrupt or OSError."""
+    head_bytes = np.empty(row.head_nbytes, np.uint8)
+    segments.read(row.place, [head_bytes])
+    head = parse_head(head_bytes.tobytes(), key)
+    _check_sizes(head, row)
+    return {name: spec for name, (spec, _) in specs_of(head, head_bytes.tobytes()).items()}
+
+
+def _check_sizes(head: Head, row: Row) -> None:
+    if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
+        raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")

@@ -1,0 +1,28 @@
+"""Embedded and remote are one API: the same verbs with the same parameters."""
+
+import inspect
+
+import pytest
+
+from kvstore.store import Store
+from kvstored_client import Client
+
+VERBS = [
+    "put", "put_many", "get", "get_many", "match", "locate", "touch", "delete", "evict", "pin", "unpin",
+    "demote", "promote", "inspect", "entries", "stats", "namespace", "close",
+]  # fmt: skip
+EMBEDDED_ONLY = {"own"}
+"""Handing tensors over without a copy has no meaning over a wire."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_takes_the_same_parameters_on_both(verb: str) -> None:
+    embedded, remote = (
+        {
+            name: (p.kind, p.default)
+            for name, p in inspect.signature(getattr(kind, verb)).parameters.items()
+            if name not in EMBEDDED_ONLY
+        }
+        for kind in (Store, Client)
+    )
+    assert embedded == remote

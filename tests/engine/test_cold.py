@@ -1,0 +1,466 @@
+"""The cold tier: what it keeps, what it forgets, and that it never lies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore.clock import ManualClock
+from kvstore.config import ColdConfig
+from kvstore.disk import SystemDisk
+from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.errors import ConfigError, OverQuota, TierUnavailable
+from kvstore.index import Meta
+from kvstore.tiers.cold import Cold
+
+MIB = 1 << 20
+
+
+class Holder:
+    """A store's part: Metas by key, and what was dropped."""
+
+    def __init__(self, path: Path, clock: ManualClock | None = None, **config: object) -> None:
+        self.path = path
+        self.clock = clock or ManualClock()
+        self.config = replace(ColdConfig(capacity_nbytes=64 * MIB, write_buffer_nbytes=8 * MIB), **config)
+        self.disk = SystemDisk()
+        self.metas: dict[Key, Meta] = {}
+        self.dropped: list[tuple[Key, str]] = []
+        self.cold = self.open()
+
+    def open(self) -> Cold:
+        self.cold = Cold.open(
+            self.path, self.config, self.clock,
+            meta_of=self._meta_of, on_drop=lambda *args: self.dropped.append(args), disk=self.disk,
+        )  # fmt: skip
+        self.metas = dict(self.cold.recovered())
+        return self.cold
+
+    def _meta_of(self, key: Key) -> Meta | None:
+        return self.metas.get(key)  # `metas` is another dictionary after each opening
+
+    def reopen(self) -> Cold:
+        self.cold.close()
+        return self.open()
+
+    def put(self, key: Key, fill: int = 0, nbytes: int = 1000, ttl_s: float = 3600.0, **meta: object) -> Entry:
+        now = self.clock.now()
+        entry = Entry(key, {"x": raw(torch.full((nbytes,), fill, dtype=torch.uint8))})
+        self.metas[key] = Meta(now, now + ttl_s, ttl_s, nbytes, **meta)
+        self.cold.displace(entry.nbytes)
+        self.cold.put(entry)
+        return entry
+
+    def forget(self, key: Key) -> None:
+        self.metas.pop(key, None)
+        self.cold.wait(self.cold.queue_removal(key))
+
+
+def raw(x: torch.Tensor) -> EncodedTensor:
+    return EncodedTensor(TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x})
+
+
+def key(n: int) -> Key:
+    return Key(b"%032d" % n)
+
+
+def filled(entry: Entry | None) -> int | None:
+    """The one value an entry is filled with."""
+    if entry is None:
+        return None
+    values = entry.tensors["x"].parts[""].unique()
+    assert values.numel() == 1
+    return int(values)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    holder = Holder(tmp_path / "cold")
+    yield holder
+    holder.cold.close()
+
+
+def test_a_value_is_readable_before_and_after_it_is_written(holder: Holder) -> None:
+    holder.put(key(1), 7)
+    assert filled(holder.cold.get(key(1))) == 7
+    holder.cold.flush()
+    assert filled(holder.cold.get(key(1))) == 7
+    assert key(1) in holder.cold
+    assert holder.cold.get(key(2)) is None
+    assert holder.cold.specs_of(key(1)) == {"x": TensorSpec("uint8", (1000,))}
+
+
+def test_everything_is_found_again_after_a_restart(holder: Holder) -> None:
+    for n in range(20):
+        holder.put(key(n), n, hits=n, exact=n % 2 == 0, lossy=n % 3 == 0, encoding="nf4")
+    before = dict(holder.metas)
+    cold = holder.reopen()
+    assert holder.metas == before
+    assert [filled(cold.get(key(n))) for n in range(20)] == list(range(20))
+
+
+def test_order_and_deadlines_survive_a_restart_without_a_write_on_each_get(holder: Holder) -> None:
+    for n in range(6):
+        holder.put(key(n), n)
+    holder.cold.flush()
+    written = holder.cold.stats().counters.commits
+    holder.clock.advance(1000)
+    for n in (4, 1):
+        holder.metas[key(n)].refresh(holder.clock.now())
+    holder.cold.touch([key(4), key(1)])
+    assert holder.cold.stats().counters.commits == written
+    holder.cold.flush_meta()
+    cold = holder.reopen()
+    assert list(cold.keys()) == [key(n) for n in (0, 2, 3, 5, 4, 1)]
+    assert list(holder.metas) == list(cold.keys())
+    assert holder.metas[key(1)].expires_at == holder.clock.now() + 3600
+    holder.clock.advance(2601)
+    assert set(holder.reopen().keys()) == {key(4), key(1)}
+
+
+def test_a_deadline_of_a_wrong_clock_is_clamped_to_its_ttl(holder: Holder) -> None:
+    holder.put(key(1), ttl_s=100.0)
+    holder.cold.close()
+    holder.clock = ManualClock(holder.clock.now() - 30 * 86400)
+    holder.open()
+    assert holder.metas[key(1)].expires_at == holder.clock.now() + 100
+
+
+def test_expired_entries_are_gone_after_a_restart(holder: Holder) -> None:
+    holder.put(key(1), ttl_s=10.0)
+    holder.put(key(2), ttl_s=10.0, pinned=True)
+    holder.clock.advance(11)
+    cold = holder.reopen()
+    assert list(holder.metas) == [key(2)]
+    assert key(1) not in cold
+
+
+def test_the_least_recently_used_leave_first_and_pinned_ones_stay(holder: Holder) -> None:
+    holder.put(key(0), pinned=True, nbytes=MIB)
+    for n in range(1, 100):
+        holder.put(key(n), nbytes=MIB)
+        holder.cold.touch([key(1)])
+        assert holder.cold.used_nbytes <= holder.cold.capacity_nbytes
+    held = set(holder.cold.keys())
+    assert {key(0), key(1), key(99), key(98)} <= held
+    assert [k for k, reason in holder.dropped if reason == "evicted"] == [
+        key(n) for n in range(2, 100) if key(n) not in held
+    ]
+    holder.cold.flush()
+    assert holder.cold.disk_nbytes() <= 1.1 * holder.cold.capacity_nbytes
+
+
+def test_nothing_left_to_evict_is_over_quota(holder: Holder) -> None:
+    for n in range(60):
+        holder.put(key(n), nbytes=MIB, pinned=True)
+    with pytest.raises(OverQuota, match="pinned"):
+        holder.put(key(60), nbytes=5 * MIB)
+    with pytest.raises(OverQuota, match="do not fit"):
+        holder.put(key(61), nbytes=100 * MIB)
+
+
+def test_pins_are_limited_to_their_share(holder: Holder) -> None:
+    for n in range(40):
+        holder.put(key(n), nbytes=MIB)
+    for n in range(31):
+        holder.cold.pin(key(n))
+    with pytest.raises(OverQuota, match="limit is"):
+        holder.cold.pin(key(31))
+    holder.cold.unpin(key(0))
+    holder.cold.pin(key(31))
+
+
+def test_a_replaced_value_never_comes_back(holder: Holder) -> None:
+    for fill in range(10):
+        holder.put(key(1), fill)
+        if fill % 3 == 0:
+            holder.cold.flush()
+        assert filled(holder.cold.get(key(1))) == fill
+    assert filled(holder.reopen().get(key(1))) == 9
+
+
+def test_a_removed_key_is_gone_at_once_and_after_a_restart(holder: Holder) -> None:
+    holder.put(key(1))
+    holder.cold.flush()
+    holder.put(key(2))
+    for n in (1, 2):
+        holder.forget(key(n))
+        assert holder.cold.get(key(n)) is None
+    cold = holder.reopen()
+    assert len(cold) == 0
+    assert cold.used_nbytes == 0
+    assert cold.remove(key(1)) is False
+
+
+def test_used_bytes_end_as_what_lies_on_disk(holder: Holder) -> None:
+    for n in range(50):
+        holder.put(key(n % 20), n, nbytes=1000 * n + 1)
+        if n % 7 == 0:
+            holder.forget(key(n % 5))
+    holder.cold.flush()
+    used = holder.cold.used_nbytes
+    assert holder.reopen().used_nbytes == used
+    assert used == sum(map(holder.cold.nbytes_of, holder.cold.keys()))
+
+
+def segment_files(path: Path) -> list[Path]:
+    return sorted((path / "segments").glob("*.seg"))
+
+
+def flip(path: Path, marker: bytes) -> None:
+    """Flip a bit inside every place where `marker` is: LMDB leaves old copies of a page behind."""
+    data = bytearray(path.read_bytes())
+    at = data.find(marker)
+    assert at >= 0
+    while at >= 0:
+        data[at + len(marker) // 2] ^= 4
+        at = data.find(marker)
+    path.write_bytes(data)
+
+
+def test_a_corrupt_byte_is_a_miss_counted_and_named(holder: Holder, caplog: pytest.LogCaptureFixture) -> None:
+    holder.put(key(1), 0x5A)
+    holder.put(key(2), 0x5B)
+    holder.cold.flush()
+    flip(segment_files(holder.path)[0], b"\x5a" * 500)
+    assert holder.cold.get(key(1)) is None
+    assert filled(holder.cold.get(key(2))) == 0x5B
+    assert holder.cold.stats().counters.corrupt_total == 1
+    assert holder.dropped == [(key(1), "corrupt")]
+    assert key(1).hex() in caplog.text
+    assert key(1) not in holder.cold
+    assert list(holder.reopen().keys()) == [key(2)]
+
+
+def test_a_truncated_segment_is_a_miss(holder: Holder) -> None:
+    holder.put(key(1), nbytes=100_000)
+    holder.cold.flush()
+    os.truncate(segment_files(holder.path)[0], 50_000)
+    assert holder.cold.get(key(1)) is None
+    assert holder.dropped == [(key(1), "corrupt")]
+
+
+def test_a_damaged_row_is_a_miss_at_the_next_start(holder: Holder) -> None:
+    for n in range(3):
+        holder.put(key(n), n, hits=0x41424344 + (n == 1))
+    holder.cold.close()
+    flip(holder.path / "index" / "data.mdb", b"ECBA")
+    cold = holder.open()
+    assert list(cold.keys()) == [key(0), key(2)]
+    assert cold.stats().counters.corrupt_total == 1
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_truncated_index_is_quarantined_and_the_tier_starts_empty(holder: Holder, clean: bool) -> None:
+    for n in range(500):
+        holder.put(key(n))
+    holder.cold.close()
+    if not clean:
+        (holder.path / "STATE").write_text(json.dumps({"format": 1, "clean": False, "boot_id": "x"}))
+    data = holder.path / "index" / "data.mdb"
+    os.truncate(data, data.stat().st_size // 2 // 4096 * 4096)
+    cold = holder.open()
+    assert len(cold) == 0
+    assert cold.stats().quarantined is not None
+    assert len(list((holder.path / "quarantine").iterdir())) == 1
+    assert segment_files(holder.path) == []
+    holder.put(key(1), 5)
+    assert filled(holder.reopen().get(key(1))) == 5
+
+
+def test_a_drop_file_means_start_empty_once(holder: Holder) -> None:
+    holder.put(key(1))
+    holder.cold.close()
+    (holder.path / "DROP").touch()
+    assert len(holder.open()) == 0
+    holder.put(key(2))
+    assert len(holder.reopen()) == 1
+
+
+def test_a_second_opener_is_refused_with_a_sentence(holder: Holder) -> None:
+    with pytest.raises(ConfigError, match="in use by another process"):
+        Cold.open(holder.path, holder.config, holder.clock, meta_of=holder.metas.get, on_drop=lambda *_: None)
+
+
+def test_a_newer_format_is_refused_and_left_alone(holder: Holder) -> None:
+    holder.put(key(1))
+    holder.cold.close()
+    state = holder.path / "STATE"
+    old = state.read_text()
+    state.write_text(json.dumps({"format": 99, "clean": True}))
+    with pytest.raises(ConfigError, match="format 99"):
+        holder.open()
+    state.write_text(old)
+    assert len(holder.open()) == 1
+
+
+def test_a_put_the_store_has_forgotten_is_not_written(holder: Holder) -> None:
+    with holder.cold._changed:  # the writer waits
+        holder.put(key(1))
+        del holder.metas[key(1)]
+    holder.cold.flush()
+    assert holder.cold._rows.get(key(1)) is None
+
+
+def test_an_unwritable_entry_is_dropped_by_name(holder: Holder) -> None:
+    entry = Entry(
+        key(1), {"x": EncodedTensor(TensorSpec("float32", (2,)), "odd", {"": torch.ones(1)}, {"bad": float("nan")})}
+    )
+    holder.metas[key(1)] = Meta(0, 1e12, 10, 8)
+    holder.cold.put(entry)
+    holder.cold.flush()
+    assert holder.dropped == [(key(1), "write_failed")]
+    assert holder.cold.get(key(1)) is None
+    assert holder.cold.used_nbytes == 0
+
+
+class FailingDisk(SystemDisk):
+    """Writes fail while `broken`."""
+
+    broken = False
+
+    def sync(self, fd: int) -> None:
+        if self.broken:
+            raise OSError(5, "injected")
+        super().sync(fd)
+
+
+def test_a_failing_disk_loses_nothing_and_recovers_by_itself(tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    holder.cold.close()
+    holder.disk = FailingDisk()
+    holder.open()
+    holder.disk.broken = True
+    holder.put(key(1), 1)
+    with pytest.raises(TierUnavailable):
+        holder.cold.flush(timeout_s=0.3)
+    assert not holder.cold.healthy
+    assert filled(holder.cold.get(key(1))) == 1
+    entry = Entry(key(2), {"x": raw(torch.zeros(9 * MIB, dtype=torch.uint8))})
+    with pytest.raises(TierUnavailable, match="waiting"):
+        holder.cold.displace(entry.nbytes)
+    holder.disk.broken = False
+    holder.cold.flush()
+    assert holder.cold.healthy
+    assert holder.cold.stats().counters.write_errors > 0
+    assert filled(holder.reopen().get(key(1))) == 1
+    holder.cold.close()
+
+
+def test_the_write_buffer_slows_the_caller_down_and_a_larger_entry_goes_alone(holder: Holder) -> None:
+    for n in range(40):
+        holder.put(key(n), n, nbytes=MIB)
+        assert holder.cold.pending_nbytes <= holder.config.write_buffer_nbytes
+    holder.put(key(99), 3, nbytes=20 * MIB)
+    holder.cold.flush()
+    assert filled(holder.cold.get(key(99))) == 3
+
+
+def test_threads_never_see_another_value(holder: Holder) -> None:
+    wrong: list[object] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            for n in range(8):
+                try:
+                    seen = filled(holder.cold.get(key(n)))
+                except Exception as error:  # noqa: BLE001 - the thread's boundary
+                    wrong.append(error)
+                    return
+                if seen is not None and seen % 8 != n:
+                    wrong.append((n, seen))
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(400):
+        n = i % 8
+        if i % 5 == 4:
+            holder.cold.remove(key(n))
+        holder.put(key(n), (i * 8 + n) % 256, nbytes=20_000)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert holder.cold.stats().counters.corrupt_total == 0
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_cold import Holder, key
+holder = Holder(Path(sys.argv[1]))
+{body}
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def killed(path: Path, body: str) -> None:
+    """Run `body` in a process of its own and kill -9 it."""
+    code = CHILD.format(tests=str(Path(__file__).parent), body=body)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert child.stdout is not None and child.stdin is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdin.close()
+    child.stdout.close()
+
+
+def test_kill_9_keeps_what_was_committed_and_a_deleted_key_stays_deleted(tmp_path: Path) -> None:
+    body = "for n in range(30): holder.put(key(n), n)\nholder.cold.flush()\nholder.forget(key(3))\n"
+    body += "holder.put(key(4), 44)\nholder.cold.flush()"
+    killed(tmp_path, body)
+    holder = Holder(tmp_path)
+    expected = {n: n for n in range(30) if n != 3} | {4: 44}
+    assert {n: filled(holder.cold.get(key(n))) for n in range(30) if key(n) in holder.cold} == expected
+    assert holder.cold.stats().quarantined is None
+    holder.cold.close()
+
+
+def test_space_left_by_a_crash_is_found_at_the_next_start(tmp_path: Path) -> None:
+    # Killed after the records were written and before a row names them.
+    body = "for n in range(4): holder.put(key(n), n, nbytes=2 << 20)\nholder.cold.flush()\n"
+    body += "holder.cold._rows.write = lambda *a: print('ready', flush=True) or __import__('time').sleep(60)\n"
+    body += "for n in range(4, 8): holder.put(key(n), n, nbytes=2 << 20)\nholder.cold.flush(60)"
+    killed(tmp_path, body)
+    holder = Holder(tmp_path)
+    assert sorted(holder.cold.keys()) == [key(n) for n in range(4)]
+    assert holder.cold.disk_nbytes() < 9 * MIB
+    holder.cold.close()
+
+
+def test_hole_punching_gives_space_back_at_once(holder: Holder) -> None:
+    for n in range(16):
+        holder.put(key(n), n, nbytes=MIB)
+    holder.cold.flush()
+    before = holder.cold.disk_nbytes()
+    for n in range(0, 16, 2):
+        holder.forget(key(n))
+    assert holder.cold.disk_nbytes() <= before - 8 * MIB
+    assert [filled(holder.cold.get(key(n))) for n in range(1, 16, 2)] == list(range(1, 16, 2))
+
+
+def test_values_survive_while_segments_come_and_go(holder: Holder) -> None:
+    for n in range(200):
+        holder.put(key(n), n, nbytes=MIB)
+        assert filled(holder.cold.get(key(n))) == n
+    held = list(holder.cold.keys())
+    holder.cold.flush()
+    assert [filled(holder.cold.get(k)) for k in held] == [int(k) for k in held]
+    assert holder.cold.disk_nbytes() >= len(held) * MIB
+    assert len(segment_files(holder.path)) < 10
