@@ -10,7 +10,7 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from kvstore.codecs import Codec, decode_entry, encode_entry
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.errors import OverQuota, TierUnavailable
+from kvstore.hit import TensorInfo
 from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.tiers import TierName
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 _RAM = torch.device("cpu")
 
+Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
+"""Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
+
 
 def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
     """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
@@ -40,11 +44,17 @@ def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False
     return Entry(key, encoded, lossy=lossy)
 
 
+def specs_of(entry: Entry) -> dict[str, TensorInfo]:
+    """Types and shapes of an entry's tensors once decoded."""
+    return {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+
+
 class Mover:
     """The only one who moves entries. Any thread may call; movements queue up."""
 
-    def __init__(self, residency: Residency, codec: Codec, device: torch.device) -> None:
+    def __init__(self, residency: Residency, codec: Codec, device: torch.device, room: Room | None = None) -> None:
         self._r = residency
+        self._room = room
         self._codec = codec
         self._device = device
         self._moving = threading.Lock()
@@ -109,7 +119,7 @@ class Mover:
             entry = place[1] if place[1] is not None else self._read_cold(key)
             if entry is None:
                 return False
-            copy = raw_entry(key, self.decode(entry), lossy=entry.lossy)
+            copy = raw_entry(key, self.decode(entry, self._room_for(entry)), lossy=entry.lossy)
 
             def wanted() -> bool:
                 # The clean copy must still be there: a promoted copy may not be the only form left.
@@ -166,6 +176,9 @@ class Mover:
                 self._r.counters.decodes += 1
                 self._r.counters.decode_s += time.perf_counter() - start
         return tensors
+
+    def _room_for(self, entry: Entry) -> dict[str, torch.Tensor] | None:
+        return None if self._room is None else self._room(specs_of(entry))
 
     def _read_cold(self, key: Key) -> Entry | None:
         return self._r.cold.get(key) if self._r.cold is not None else None
