@@ -77,7 +77,9 @@ def servers() -> Iterator[Servers]:
             user = ["-u", "root"] if os.geteuid() == 0 else []
             processes.append(subprocess.Popen([memcached, "-s", f"{top}/m.sock", "-I", "128m", "-m", "4096", *user]))
         try:
-            _wait_for(Path(top) / "k.sock", bool(redis) and Path(top) / "r.sock", bool(memcached) and Path(top) / "m.sock")
+            _wait_for(
+                Path(top) / "k.sock", bool(redis) and Path(top) / "r.sock", bool(memcached) and Path(top) / "m.sock"
+            )
             yield Servers(
                 unix,
                 tcp,

@@ -71,9 +71,7 @@ def kvstored_subject(up: Servers, path: str) -> Subject:
     return Subject(lambda key, x: client.put(key, {"x": x}), get)
 
 
-def take_turns(
-    actions: dict[Any, Callable[[int], object]], count: int, seconds: float
-) -> dict[Any, np.ndarray]:
+def take_turns(actions: dict[Any, Callable[[int], object]], count: int, seconds: float) -> dict[Any, np.ndarray]:
     """Seconds of each call of each action: round by round, the first two rounds thrown away."""
     times: dict[Any, list[float]] = {name: [] for name in actions}
     end = time.perf_counter() + seconds

@@ -21,7 +21,7 @@ import torch
 
 from kvstore import arrays
 from kvstore.hit import TensorInfo
-from kvstore.region import FreeList, layout
+from kvstore.region import FreeList, aligned, layout
 
 SEGMENT_NBYTES = 128 << 20
 """Prefaulted in 0.1 s, and mapped by a client in 7 ms; larger entries get a segment of their own size."""
@@ -144,7 +144,7 @@ class Arena:
             return None
         for segment in self._segments:
             start = block - segment.address
-            if 0 <= start and start + nbytes <= segment.nbytes:
+            if start >= 0 and start + nbytes <= segment.nbytes and segment.free.holds(start):
                 generation = int(segment.bytes[start : start + 8].view(np.uint64)[0])
                 return Place(segment, start, generation) if segment.owner == owner else None
         return None
@@ -161,7 +161,7 @@ class Arena:
         with self._lock:
             self._reclaim()
             for segment in self._segments:
-                if segment.owner == owner and segment.free.largest_nbytes >= nbytes:
+                if segment.owner == owner and segment.free.largest_nbytes >= aligned(nbytes):
                     return self._from(segment, nbytes)
             room = self.limit_nbytes - self.nbytes
             size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE

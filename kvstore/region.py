@@ -1,4 +1,4 @@
-"""How tensors lie in shared memory: one block an entry, and the list of free room. Imports no torch: clients use it too.
+"""How tensors lie in shared memory: one block an entry, and the list of free room. No torch: clients use it too.
 
     block := generation (u64, little-endian) | unused to 64 bytes | tensor | padding to 64 | tensor | ...
 
@@ -52,6 +52,10 @@ class FreeList:
     def largest_nbytes(self) -> int:
         """The largest block that fits now."""
         return self._by_size[-1][0] if self._by_size else 0
+
+    def holds(self, start: int) -> bool:
+        """Whether a block that was taken begins here."""
+        return start in self._taken
 
     def take(self, nbytes: int) -> int | None:
         """The start of a block of at least `nbytes`; None when no hole is large enough."""

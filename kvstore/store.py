@@ -85,8 +85,8 @@ class Store:
 
         source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
         their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
-        background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to hot
-        are made (see `arena`), by default ordinary memory.
+        background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
+        hot are made (see `arena`), by default ordinary memory.
         Raises ConfigError, or TierUnavailable when another process has the directory.
         """
         if isinstance(source, StoreConfig):

@@ -14,20 +14,25 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvstore.arena import Arena
+from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
-from kvstored_client.address import socket_path
+from kvstored.verbs import Verbs
+from kvstored_client.address import lease_path, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +81,10 @@ def serve(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     stop = _stop_signals()
     loop = asyncio.get_running_loop()
-    store = await loop.run_in_executor(None, Store.open, settings.store)
+    arena = Arena(arena_limit_nbytes(settings.store.hot))
+    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty))
     try:
-        daemon = Daemon(store, settings.server)
+        daemon = Daemon(store, settings.server, arena)
         await daemon.start()
         pulse = asyncio.create_task(_pulse(store))
         notify("READY=1")
@@ -122,15 +128,24 @@ async def _pulse(store: Store) -> None:
 class Daemon:
     """The gRPC server around an open store."""
 
-    def __init__(self, store: Store, settings: ServerSettings) -> None:
+    def __init__(self, store: Store, settings: ServerSettings, arena: Arena | None = None) -> None:
         self._settings = settings
+        self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=settings.calls_max)
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
         budget = Budget(settings.in_flight_nbytes)
-        cache = CacheService(store, self._threads, epoch, budget, settings.silence_s)
-        admin = AdminService(store, self._threads, epoch, budget, own_version())
+        verbs = Verbs(store, epoch)
+        self._shared = Shared(store, self._arena, budget, verbs, settings.lease_max_s)
+        self._leases: list[LeaseServer] = []
+
+        def gauges() -> dict[str, float]:
+            in_flight = {"in_flight_nbytes": budget.used_nbytes, "in_flight_refused": budget.refused}
+            return {**in_flight, **self._arena.gauges(), **self._shared.gauges}
+
+        cache = CacheService(verbs, store, self._threads, budget, settings.silence_s, self._arena.empty)
+        admin = AdminService(store, self._threads, epoch, gauges, own_version())
         self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
@@ -142,6 +157,7 @@ class Daemon:
                     port = self._server.add_insecure_port(target)
                 except RuntimeError as error:
                     raise ConfigError(f"cannot listen on {target}: {error}") from None
+                self._start_leases(socket_path(target))
             shown = target if socket_path(target) else f"tcp:{target.rpartition(':')[0]}:{port}"
             logger.info("listening address=%s", shown)
         await self._server.start()
@@ -152,12 +168,25 @@ class Daemon:
         """Refuse new calls, let running ones end, remove the sockets."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.drain_grace_s)
+        for leases in self._leases:
+            await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
                 with suppress(FileNotFoundError):
                     path.unlink()
+
+    def _start_leases(self, path: Path | None) -> None:
+        # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
+        if path is not None and self._shared.store.config.hot.device == "cpu":
+            self._leases.append(LeaseServer(lease_path(path), self._shared))
+            self._leases[-1].start()
+
+
+def arena_limit_nbytes(hot: HotConfig) -> int:
+    """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between."""
+    return hot.capacity_nbytes + max(hot.capacity_nbytes // 8, 64 << 20)
 
 
 @contextmanager

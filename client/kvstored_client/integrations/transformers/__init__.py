@@ -123,7 +123,9 @@ class PrefixCache:
                 return out
             return self._from_snapshot(ids, rows, options)
 
-    def restore(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, rows: Rows | None = None) -> KvstoredCache:
+    def restore(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, rows: Rows | None = None
+    ) -> KvstoredCache:
         """A cache with the longest prefix of these prompts that is held; empty on a miss. Full attention only.
 
         Hand it to `model.generate(ids, past_key_values=...)` or to the model, then to `commit`.
