@@ -119,7 +119,7 @@ def redis_subject(up: Servers, path: str) -> Subject | None:
 
 
 def memcached_subject(up: Servers) -> Subject | None:
-    """pymemcache over a unix socket. It takes bytes only: they are made beforehand, outside the clock."""
+    """Measure pymemcache over a unix socket. It takes bytes only: they are made beforehand, outside the clock."""
     try:
         from pymemcache.client.base import Client
     except ImportError:

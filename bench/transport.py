@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(up: Servers, nbytes: int, seconds: float) -> list[dict[str, Any]]:
-    """put and get of one size over unix and TCP, Redis beside each."""
+    """One size: put and get over unix and TCP, Redis beside each."""
     count = max(2, min(16, ROTATION_NBYTES // nbytes))
     values = payloads(nbytes, count)
     keys = [b"%d-%d" % (nbytes, i) for i in range(count)]

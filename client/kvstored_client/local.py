@@ -178,6 +178,9 @@ def _viewed(
         name: arrays.from_bytes(spec, data[places[name][0] : sum(places[name])], framework)
         for name, spec in specs.items()
     }
+    if framework == "torch":
+        # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
+        tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
     return LeasedTensors(tensors), window
 
 

@@ -46,11 +46,12 @@ class UseStream(Exception):
 
 @dataclass
 class Shared:
-    """What every connection works on."""
+    """What every connection works on. budget: entries on their way; ingest: segments for puts, idle or not."""
 
     store: Store
     arena: Arena
     budget: Budget
+    ingest: Budget
     verbs: Verbs
     lease_max_s: float
     gauges: dict[str, int] = field(default_factory=lambda: {"leases": 0, "lease_connections": 0, "leases_aged": 0})
@@ -100,7 +101,7 @@ class Connection:
         self._drop(list(self._leases))
         for segment in self._ingest.values():
             segment.close()
-            self._shared.budget.give_back(segment.nbytes)
+            self._shared.ingest.give_back(segment.nbytes)
         self._ingest.clear()
         self._shared.count("lease_connections", -1)
 
@@ -218,7 +219,10 @@ class Connection:
 
     def _open_ingest(self, nbytes: int) -> pb.LeaseReply:
         size = -(-max(nbytes, INGEST_MIN_NBYTES) // (1 << 20)) * (1 << 20)
-        self._shared.budget.take(size)
+        try:
+            self._shared.ingest.take(size)
+        except KvstoreError as error:
+            raise UseStream(str(error)) from None
         # Numbered apart from the arena's: those count up from 1.
         segment = Segment((1 << 31) + len(self._ingest), self.uid, size, readers_only=False)
         self._ingest[segment.number] = segment

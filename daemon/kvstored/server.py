@@ -137,7 +137,8 @@ class Daemon:
         epoch = secrets.randbits(63) | 1
         budget = Budget(settings.in_flight_nbytes)
         verbs = Verbs(store, epoch)
-        self._shared = Shared(store, self._arena, budget, verbs, settings.lease_max_s)
+        ingest = Budget(settings.in_flight_nbytes)
+        self._shared = Shared(store, self._arena, budget, ingest, verbs, settings.lease_max_s)
         self._leases: list[LeaseServer] = []
 
         def gauges() -> dict[str, float]:

@@ -15,7 +15,6 @@ from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
 from kvstored_client.frames import BadFrame, build_frame, build_miss
 from kvstored_client.receive import Receiver
-
 from tests.raw import RawClient, entry_frames
 
 MIB = 1 << 20

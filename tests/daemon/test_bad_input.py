@@ -10,7 +10,6 @@ import pytest
 
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
-
 from tests.raw import RawClient, entry_frames, header, spec
 
 MIB = 1 << 20
