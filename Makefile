@@ -22,6 +22,7 @@ SETUP :=
 
 -include kernel/kernel.mk
 -include tests/crash/torture.mk
+-include daemon/operate.mk
 
 .PHONY: help demo test quick lint type proto proto-check bench format install clean
 

@@ -121,6 +121,7 @@ def factory() -> Iterator[DaemonFactory]:
             address = f"unix:{directory}/k.sock"
             if tcp:
                 address += f",tcp:127.0.0.1:{free_port()}"
+                server += "\ninsecure_tcp = true"
             config = directory / "kvstored.toml"
             config.write_text(
                 f'[server]\naddress = "{address}"\ndata_dir = "{directory}/data"\n{server}\n[store]\n{store}\n'

@@ -11,6 +11,7 @@ Thread-safe. A forked child gets a connection of its own.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from kvstore.stats import Stats
 from kvstored_client import local
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import default_address, lease_path, socket_path
+from kvstored_client.credentials import read_token
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
@@ -78,7 +80,9 @@ class Client:
         self._on_error = on_error
         self._transport = Transport(address or default_address(), timeout_s, _log_change)
         path = socket_path(self._transport.target)
-        self._near = Near(lease_path(path), timeout_s) if shared_memory and path is not None else None
+        # The lease socket knows users, not tokens: a token may stand for a tenant, whose keys are others.
+        wanted = shared_memory and path is not None and read_token(os.environ) is None
+        self._near = Near(lease_path(path), timeout_s) if wanted and path is not None else None
         if self._near is not None:
             self._transport.on_fork = self._near.start_afresh
         self._failures_lock = threading.Lock()
@@ -222,6 +226,17 @@ class Client:
         """Copy keys to hot. Returns how many were copied. Raises if the daemon cannot answer."""
         request = pb.PromoteRequest(keys=check_keys(keys))
         return self._counted(lambda: self._transport.unary(ADMIN + "Promote", request, pb.MoveReply)).moved
+
+    def drain(self) -> int:
+        """Have everything that is only in memory written to cold. Returns entries written. Raises if it cannot."""
+        return int(
+            self._counted(lambda: self._transport.unary(ADMIN + "Drain", pb.DrainRequest(), pb.DrainReply)).written
+        )
+
+    def report(self, *, prefill_saved_s: float) -> None:
+        """Tell the daemon's metrics how much prefill time was saved since the last report. Never raises for trouble."""
+        request = pb.ReportRequest(prefill_saved_s=prefill_saved_s)
+        self._data(lambda: self._transport.unary(CACHE + "Report", request, pb.ReportReply), None)
 
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""

@@ -16,6 +16,7 @@ from kvstore import errors
 from kvstore.errors import KvstoreError, OverQuota, TierUnavailable
 from kvstored_client.address import parse_address
 from kvstored_client.breaker import Breaker
+from kvstored_client.credentials import check_credentials, open_channel
 from kvstored_client.messages import PAYLOAD_BYTES_PER_S
 from kvstored_client.watchdog import Watchdog
 
@@ -58,6 +59,7 @@ _BY_CODE: dict[grpc.StatusCode, type[KvstoreError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverQuota,
     grpc.StatusCode.FAILED_PRECONDITION: errors.CodecError,
     grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: errors.PermissionDenied,
     grpc.StatusCode.DATA_LOSS: errors.RecordCorrupt,
 }
 
@@ -87,6 +89,7 @@ class Transport:
     def __init__(self, address: str, timeout_s: float, on_change: Callable[[str, str], None]) -> None:
         self.address = address
         self.target = parse_address(address)
+        check_credentials(address)
         self.timeout_s = timeout_s
         self.boot_epoch = 0
         self.restarts = 0
@@ -120,7 +123,7 @@ class Transport:
             if self._closed:
                 raise TierUnavailable("this client is closed")
             if self._channel is None:
-                self._channel = grpc.insecure_channel(self.target, options=_OPTIONS)
+                self._channel = open_channel(self.address, _OPTIONS)
             method = getattr(self._channel, kind)(path)
             self._methods[kind + path] = method
             return method

@@ -15,9 +15,9 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.errors import EntryTooLarge, InvalidEntry
+from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
-from kvstore.mover import Room
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb

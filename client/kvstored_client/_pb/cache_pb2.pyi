@@ -239,6 +239,18 @@ class PinReply(_message.Message):
     boot_epoch: int
     def __init__(self, changed: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
+class ReportRequest(_message.Message):
+    __slots__ = ("prefill_saved_s",)
+    PREFILL_SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    prefill_saved_s: float
+    def __init__(self, prefill_saved_s: _Optional[float] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("boot_epoch",)
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    boot_epoch: int
+    def __init__(self, boot_epoch: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -371,6 +383,16 @@ class MoveReply(_message.Message):
     MOVED_FIELD_NUMBER: _ClassVar[int]
     moved: int
     def __init__(self, moved: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("written",)
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    written: int
+    def __init__(self, written: _Optional[int] = ...) -> None: ...
 
 class LeaseCall(_message.Message):
     __slots__ = ("release", "get", "put", "match", "touch", "delete", "pin", "ingest_nbytes")

@@ -6,7 +6,7 @@ Exit codes are in `exits`, what a key looks like in `keytext`, tables in `show`,
 
 import click
 
-from kvstored.cli import look, move, serve
+from kvstored.cli import install, look, move, serve
 
 _EPILOG = """\b
 Keys: text is taken as UTF-8; hex:00ff... stands for any bytes.
@@ -20,5 +20,5 @@ def cli() -> None:
     """KV caches of language models, kept: run the daemon, look into it, move entries."""
 
 
-for _command in (serve.serve, *look.COMMANDS, *move.COMMANDS):
+for _command in (serve.serve, *look.COMMANDS, *move.COMMANDS, *install.COMMANDS):
     cli.add_command(_command)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstore.arrays import describe
+from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity
-from kvstored.cli.exits import NOT_HELD, NotHeld, Refused
+from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, size
@@ -58,7 +59,10 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
 @remote
 def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | None, pin: bool, exact: bool) -> None:  # noqa: FBT001
     """Put the tensors of a safetensors file under a key, replacing what is there."""
-    tensors = read_tensors(file)
+    try:
+        tensors = read_tensors(file)
+    except InvalidEntry as error:  # before the daemon is asked: the file is at fault
+        raise BadUsage(str(error)) from None
     nbytes = sum(x.nbytes for x in tensors.values())
     fidelity: Fidelity = "exact" if exact else "auto"
     with waiting("putting", nbytes):

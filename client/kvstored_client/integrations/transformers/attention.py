@@ -7,7 +7,6 @@ is (layers, tokens, kv_heads, head_dim), in chunks.
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from kvstore.hit import Hit
 from kvstore.prefix import Namespace
@@ -29,7 +28,7 @@ class Attention:
 
         return Namespace(cache, Identity(**self._identity), self._chunk_tokens)
 
-    def restore(self, rows: Rows, cache: DynamicCache, device: torch.device) -> int:
+    def restore(self, rows: Rows, cache: Any, device: torch.device) -> int:
         """Fill an empty cache with the longest prefix that all rows have. Returns its length in padded positions.
 
         Never the last token: a cache over the whole prompt leaves the model nothing to run, and the answer is wrong.
@@ -53,7 +52,7 @@ class Attention:
                 setattr(layer, name, x)
         return length
 
-    def keep(self, prompt: Rows, whole: Rows, cache: DynamicCache) -> None:
+    def keep(self, prompt: Rows, whole: Rows, cache: Any) -> None:
         """Put what the cache holds of each row, later: the prompt as it was, and the prompt with its answer."""
         length = cache.get_seq_length()
         # Layers grow by concatenation, so these very tensors are never changed: no copy is needed until they are put.
