@@ -181,7 +181,7 @@ class Daemon:
         scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
         room = self._arena.empty
         cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
-        admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.snapshot)
+        admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)
         self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 

@@ -32,7 +32,7 @@ def running_daemon(server: str = "", store: str = "", address: str = "") -> Iter
 
 def http_get(port: int, path: str, **headers: str) -> tuple[int, str, dict[str, str]]:
     """(status, body, headers) of a page of the metrics port."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)  # noqa: S310 - http, above
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310
             return reply.status, reply.read().decode(), dict(reply.headers)

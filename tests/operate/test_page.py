@@ -14,7 +14,9 @@ from tests.conftest import ROOT, free_port
 
 from .conftest import running_daemon
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 PAGE = ROOT / "daemon/kvstored/page"
 
 
