@@ -32,6 +32,7 @@ bucket of 16 steps, which the AVX2 search does not look up; 0.7 and 0.75 would g
 MIN_MAGNITUDE = 1e-15
 """A block whose largest magnitude is below is coded as zeros: its squares would near underflow."""
 ZERO_CODE = 7
+REFUSED = "nf4-kv holds finite values whose squares are finite; keep these raw"
 
 _SCALE_SHIFT = 17
 """Bits dropped from a float32 scale: 6 of mantissa stay. With 5 the KL of one text in four grew by a fifth."""
@@ -185,6 +186,8 @@ def encode_rotated(rotated: torch.Tensor, block: int) -> RotatedBlocks:
     """
     blocks = torch.nn.functional.pad(rotated, (0, -rotated.numel() % block)).view(-1, block)
     absmax = blocks.abs().amax(dim=1)
+    if not bool(torch.isfinite(absmax).all()):
+        raise CodecError(REFUSED)
     small = absmax < MIN_MAGNITUDE
     absmax = torch.where(small, torch.ones_like(absmax), absmax)
     codes = codes_of(blocks * (1.0 / (absmax * best_clips(blocks, absmax)))[:, None])
@@ -194,7 +197,7 @@ def encode_rotated(rotated: torch.Tensor, block: int) -> RotatedBlocks:
     energy[small], cross[small], size[small] = 0.0, 1.0, 0.0
     exact = energy / cross
     if not bool((exact < _LARGEST_SCALE).all()):
-        raise CodecError("nf4-kv holds finite values whose squares are finite; keep these raw")
+        raise CodecError(REFUSED)
     scale_codes, tops = code_scales(exact)
     scale = decode_scales(scale_codes, tops)
     error = energy - scale * cross - scale * (cross - scale * size)

@@ -10,7 +10,7 @@ The format and its figures: docs/codecs.md.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from typing import Literal
 
 import torch
@@ -140,7 +140,8 @@ def _planes(x: torch.Tensor, role: str, token_axis: int) -> list[tuple[str, Part
     """(prefix of part names, role, rows (outer, tokens, inner, d)); halves of a packed tensor are copies."""
     if role == "packed":
         half = x.shape[-1] // 2
-        key, value = x[..., :half].contiguous(), x[..., half:].contiguous()
+        halves = slice(0, half), slice(half, None)
+        key, value = (x[..., part].clone(memory_format=torch.contiguous_format) for part in halves)
         return [("", "key", _rows(key, token_axis)), ("v.", "value", _rows(value, token_axis))]
     part: Part = "key" if role == "key" else "value" if role == "value" else "plain"
     return [("", part, _rows(x.contiguous(), token_axis))]
@@ -192,7 +193,7 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
             parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"], means = kernel.kv_means(coded, where)
         found = kernel.kv_encode(coded, where, means)
         if found is None:
-            raise CodecError("nf4-kv holds finite values whose squares are finite; keep these raw")
+            raise CodecError(kv_blocks.REFUSED)
         blocks = kv_blocks.RotatedBlocks(*found)
     else:
         blocks = _encode_reference(coded.to(torch.float32), plane, prefix, parts)
@@ -213,13 +214,14 @@ def _encode_reference(
 
 
 def _halves(kept: torch.Tensor) -> torch.Tensor:
-    """Kept rows in 16 bits: as they are, or float32 as float16, or as bfloat16 where float16 overflows."""
-    if not bool(torch.isfinite(kept).all()):
-        raise CodecError("nf4-kv holds finite values only; keep these raw")
+    """Kept rows in 16 bits: as they are, or float32 as float16, or as bfloat16 out of float16's range."""
+    largest = float(kept.abs().max())
+    if not isfinite(largest):
+        raise CodecError(kv_blocks.REFUSED)
     if kept.dtype != torch.float32:
         return kept.contiguous()
-    half = kept.to(torch.float16)
-    return half if bool(torch.isfinite(half).all()) else kept.to(torch.bfloat16)
+    # From 2**-10 up, what float16 loses of smaller values is below its error on the largest.
+    return kept.to(torch.float16 if 2.0**-10 <= largest < 65504 else torch.bfloat16)
 
 
 def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Tensor) -> None:

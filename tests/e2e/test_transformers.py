@@ -18,14 +18,14 @@ from .conftest import Patient
 from .faults import FAULTS, SLOW_S, Faulty
 
 pytestmark = pytest.mark.model
-NEW = {"max_new_tokens": 6, "do_sample": False}
+NEW = {"max_new_tokens": 4, "do_sample": False}
 TEXT = (ROOT / "LICENSE").read_text()
 
 
 @pytest.fixture(scope="module")
 def prompt(smollm: Any) -> torch.Tensor:
-    """150 tokens, as a batch of one."""
-    return torch.tensor([smollm[1](TEXT)["input_ids"][:150]])
+    """90 tokens, as a batch of one."""
+    return torch.tensor([smollm[1](TEXT)["input_ids"][:90]])
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_rights_are_those_of_the_file(client_of):
     reader, admin = client_of("reader"), client_of("admin")
     assert reader.get(b"nothing") is None
     for call in (lambda: reader.put(b"k", TENSORS), lambda: reader.delete(b"k"), lambda: reader.pin(b"k")):
-        with pytest.raises(PermissionDenied, match="reader has the rights read; .* needs write"):
+        with pytest.raises(PermissionDenied, match=r"reader has the rights read; .* needs write"):
             call()
     for call in (reader.stats, lambda: list(reader.entries()), lambda: reader.evict(b"k"), reader.drain):
         with pytest.raises(PermissionDenied, match="needs admin"):
@@ -226,12 +226,12 @@ def test_tls_with_a_token_and_a_certificate_replaced_without_a_restart(authority
         with Client(f"tls:localhost:{port}", on_error="raise", framework="numpy", timeout_s=20) as client:
             assert client.get(b"k") is not None
         monkeypatch.delenv("KVSTORED_TOKEN_FILE")
-        with Client(f"tls:localhost:{port}", on_error="raise", timeout_s=20) as nobody:
-            with pytest.raises(PermissionDenied, match="a token is needed"):
-                nobody.get(b"k")
-        with Client(f"tcp:localhost:{port}", on_error="raise", timeout_s=5) as plain:
-            with pytest.raises(TierUnavailable):
-                plain.get(b"k")
+        nobody = Client(f"tls:localhost:{port}", on_error="raise", timeout_s=20)
+        plain = Client(f"tcp:localhost:{port}", on_error="raise", timeout_s=5)
+        with nobody, pytest.raises(PermissionDenied, match="a token is needed"):
+            nobody.get(b"k")
+        with plain, pytest.raises(TierUnavailable):
+            plain.get(b"k")
 
 
 def common_name_served(port):
@@ -283,7 +283,7 @@ def test_a_token_is_never_sent_in_the_clear_to_another_host(tmp_path, monkeypatc
 def test_anybody_may_not_be_let_in_by_mistake(tmp_path):
     from kvstored.settings import load_settings
 
-    with pytest.raises(ConfigError, match="needs server.tls_certificate"):
+    with pytest.raises(ConfigError, match=r"needs server\.tls_certificate"):
         load_settings(environ={}, address="tls:0.0.0.0:1")
     environ = {"KVSTORED_SERVER__TLS_CERTIFICATE": "c", "KVSTORED_SERVER__TLS_KEY": "k"}
     with pytest.raises(ConfigError, match=r"set server.tokens or server.tls_client_ca"):
@@ -291,5 +291,5 @@ def test_anybody_may_not_be_let_in_by_mistake(tmp_path):
     assert load_settings(environ={**environ, "KVSTORED_SERVER__TLS_CLIENT_CA": "a"}, address="tls:0.0.0.0:1")
     with pytest.raises(ConfigError, match="both or neither"):
         load_settings(environ={"KVSTORED_SERVER__TLS_KEY": "k"})
-    with pytest.raises(ConfigError, match="needs server.tokens"):
+    with pytest.raises(ConfigError, match=r"needs server\.tokens"):
         load_settings(environ={"KVSTORED_SERVER__TOKEN_ON_UNIX": "true"})
