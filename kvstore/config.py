@@ -8,7 +8,7 @@ Sizes are bytes, as integers or text: "512MiB", "4GiB", "1.5GB".
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -18,6 +18,11 @@ from kvstore.errors import ConfigError
 
 MIB = 1 << 20
 GIB = 1 << 30
+
+POLICIES = ("lru", "arc", "s3fifo")
+"""Which key leaves a memory tier next; `policies` holds one of each."""
+ADMISSIONS = ("all", "reused")
+"""What may be written to disk: everything, or only what was hit at least once."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -58,13 +63,15 @@ class ColdConfig:
     """The cold tier: records in LMDB under `path`. No path: no cold tier.
 
     write_buffer_nbytes: demoted entries waiting for the writer. flush_interval_s: how often deadlines and
-    recency, which move with every get, are written down.
+    recency, which move with every get, are written down. admission: what may be written, "all", or "reused": only
+    what was hit at least once, about a tenth of the writes for two thirds of the hits.
     """
 
     path: str | None = None
     capacity_nbytes: int = 16 * GIB
     write_buffer_nbytes: int = 64 * MIB
     flush_interval_s: float = 30.0
+    admission: str = "all"
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class StoreConfig:
     ttl_s: default seconds to live, sliding. ttl_max_s: the longest a put may ask for. promote_after: the hit within
     promote_window_s that copies an entry to hot: 1, 2 or 0 for never. entry_max_nbytes: decoded bytes of one entry.
     pin_max_fraction: how much of a tier pinned entries may take. sweep_interval_s: how often expired entries are
-    collected (they are never returned, collected or not).
+    collected (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru", "arc"
+    or "s3fifo".
     """
 
     hot: HotConfig = field(default_factory=HotConfig)
@@ -87,6 +95,7 @@ class StoreConfig:
     entry_max_nbytes: int = 2 * GIB
     pin_max_fraction: float = 0.5
     sweep_interval_s: float = 1.0
+    policy: str = "lru"
 
     def __post_init__(self) -> None:
         check_range("hot.capacity_nbytes", self.hot.capacity_nbytes, 1, 1 << 50)
@@ -101,6 +110,8 @@ class StoreConfig:
         check_range("entry_max_nbytes", self.entry_max_nbytes, 1, 4 * GIB)
         check_range("pin_max_fraction", self.pin_max_fraction, 0, 1)
         check_range("sweep_interval_s", self.sweep_interval_s, 0.001, 3600)
+        check_choice("cold.admission", self.cold.admission, ADMISSIONS)
+        check_choice("policy", self.policy, POLICIES)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
 
@@ -109,6 +120,12 @@ def check_range(name: str, value: object, low: float, high: float) -> None:
     """Raise ConfigError, with the value and the limits, unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(f"{name} must be from {low} to {high}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ConfigError, naming the choices, unless value is one of them."""
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def from_mapping(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:

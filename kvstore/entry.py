@@ -22,7 +22,7 @@ Key = NewType("Key", bytes)
 ENTRY_OVERHEAD_NBYTES = 512
 """Counted for an entry beside its payload: Entry, Meta, key and three dictionary slots, as measured
 with tracemalloc over 100,000 entries (tests/engine/test_overhead.py keeps it honest)."""
-TENSOR_OVERHEAD_NBYTES = 640
+TENSOR_OVERHEAD_NBYTES = 864
 """Counted for each tensor part beside its payload: the torch.Tensor, its storage and its names."""
 
 
@@ -74,7 +74,9 @@ class Entry:
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
-        total += sum(len(name) + t.nbytes for name, t in self.tensors.items())
+        # A mapping that knows its own size (`packed`) need not make its tensors to be counted.
+        known = getattr(self.tensors, "nbytes", None)
+        total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
 
     def to(self, device: torch.device) -> "Entry":
@@ -91,6 +93,9 @@ class Entry:
     @property
     def encoding(self) -> str:
         """The one encoding that is not raw ("nf4"), or "raw". A lossy codec is never mixed with another."""
+        known: str | None = getattr(self.tensors, "encoding", None)
+        if known is not None:
+            return known
         return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
 
     @property

@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 
 Fidelity = Literal["auto", "exact"]
 FIDELITIES: tuple[Fidelity, ...] = ("auto", "exact")
+Priority = Literal["low", "normal"]
+PRIORITIES: tuple[Priority, ...] = ("low", "normal")
 
 
 @dataclass(frozen=True, slots=True)

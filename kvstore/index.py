@@ -5,6 +5,9 @@ The cold tier writes Metas down from time to time and gives them back at the nex
 """
 
 from dataclasses import dataclass
+from math import inf
+
+from kvstore.entry import Key
 
 
 @dataclass(slots=True)
@@ -12,7 +15,9 @@ class Meta:
     """One key's life. Times are Unix seconds of the store's clock.
 
     exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
-    there is one, else "raw". value_nbytes: bytes of the tensors once decoded.
+    there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by
+    itself. soon: of low priority, leaves before others unless it is hit. parent: the chunk before this one in its
+    chain; first_child, previous and next belong to `chains`, watched_at to `deadlines`.
     """
 
     created_at: float
@@ -26,10 +31,22 @@ class Meta:
     encoding: str = "raw"
     hits: int = 0
     last_hit_at: float = 0.0
+    pinned_until: float = inf
+    soon: bool = False
+    parent: Key | None = None
+    first_child: Key | None = None
+    previous: Key | None = None
+    next: Key | None = None
+    watched_at: float = inf
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""
         return not self.pinned and now >= self.expires_at
+
+    @property
+    def deadline(self) -> float:
+        """When it expires, or its pin lapses: the time at which something happens to it."""
+        return self.pinned_until if self.pinned else self.expires_at
 
     def refresh(self, now: float, ttl_s: float | None = None) -> None:
         """Move a sliding deadline to now + ttl_s (its own when None)."""

@@ -7,7 +7,7 @@ counted and the others go on. A store opened with `background=False` has no thre
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvstore.config import StoreConfig
 from kvstore.entry import Key
@@ -53,16 +53,19 @@ class Maintainer:
             self._thread.join()
             self._thread = None
 
-    def request_promotion(self, key: Key) -> None:
-        """Ask for a promotion; dropped, and counted, when 256 wait already. Call under the residency lock."""
-        if key in self._queued:
-            return
-        if len(self._promotions) >= PROMOTIONS_MAX:
-            self._r.counters.promotions_dropped += 1
-            return
-        self._queued.add(key)
-        self._promotions.append(key)
-        self._wake.set()
+    def request_promotions(self, keys: Sequence[Key]) -> None:
+        """Ask for promotions; what 256 waiting leave no room for is dropped and counted. Under the residency lock.
+
+        keys: of one get, root first. The deepest is promoted first, so that the root ends most recently used.
+        """
+        fresh = [key for key in keys if key not in self._queued]
+        room = max(0, PROMOTIONS_MAX - len(self._promotions))
+        self._r.counters.promotions_dropped += max(0, len(fresh) - room)
+        fresh = fresh[:room]
+        self._queued.update(fresh)
+        self._promotions.extend(reversed(fresh))
+        if fresh:
+            self._wake.set()
 
     def run_once(self) -> None:
         """One turn of all duties."""

@@ -9,15 +9,12 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
-from kvstore.codecs import Codec, decode_entry, encode_entry
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota, TierUnavailable
+from kvstore.forms import Forms
 from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.tiers import TierName
@@ -28,25 +25,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RAM = torch.device("cpu")
-
-
-def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
-    """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
-    encoded = {
-        name: EncodedTensor(TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x})
-        for name, x in tensors.items()
-    }
-    return Entry(key, encoded, lossy=lossy)
-
 
 class Mover:
     """The only one who moves entries. Any thread may call; movements queue up."""
 
-    def __init__(self, residency: Residency, codec: Codec, device: torch.device) -> None:
+    def __init__(self, residency: Residency, forms: Forms, *, admission: str = "all") -> None:
         self._r = residency
-        self._codec = codec
-        self._device = device
+        self._forms = forms
+        self._admission = admission
         self._moving = threading.Lock()
 
     def admit(self, entry: Entry, meta: Meta) -> None:
@@ -60,29 +46,25 @@ class Mover:
 
         def install() -> bool:
             nonlocal replaced
-            replaced = r.forget(entry.key)
-            r.index[entry.key] = meta
-            r.deadlines.watch(entry.key, meta.expires_at)
+            replaced = r.install(entry.key, meta)
             r.counters.tiers["hot"].puts += 1
             return True
 
         with r.lock:
-            if r.hot.used_nbytes + entry.nbytes <= r.hot.capacity_nbytes:
+            fits = r.hot.has_room(entry.nbytes, entry.key)
+            if fits:
                 install()
-                r.hot.put(entry)
-                fits = True
-            else:
-                fits = False
+                r.hot.put(entry, soon=meta.soon)
         if not fits:
-            self._admit_by_moving(entry, install)
+            self._admit_by_moving(entry, meta, install)
         if replaced is not None and r.cold is not None:
             r.cold.wait(replaced)
 
-    def _admit_by_moving(self, entry: Entry, install: Callable[[], bool]) -> None:
+    def _admit_by_moving(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
         r = self._r
         with self._moving:
-            if r.hot.admits(entry.nbytes):
-                self._place(r.hot, entry, install)
+            if r.hot.admits(entry.nbytes, entry.key):
+                self._place(r.hot, entry, install, soon=meta.soon)
                 return
             with r.lock:
                 install()
@@ -109,14 +91,14 @@ class Mover:
             entry = place[1] if place[1] is not None else self._read_cold(key)
             if entry is None:
                 return False
-            copy = raw_entry(key, self.decode(entry), lossy=entry.lossy)
+            copy = self._forms.restore(entry)
 
             def wanted() -> bool:
                 # The clean copy must still be there: a promoted copy may not be the only form left.
                 return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
 
             with self._moving:
-                if not r.hot.admits(copy.nbytes) or not self._place(r.hot, copy, wanted):
+                if not r.hot.admits(copy.nbytes, key) or not self._place(r.hot, copy, wanted):
                     return False
             with r.lock:
                 r.counters.tiers["hot"].promotions += 1
@@ -125,21 +107,33 @@ class Mover:
             with r.lock:
                 r.flights.finish(flight)
 
-    def demote(self, key: Key) -> bool:
-        """Move a key one tier down. False: not held, pinned, in the last tier, or nothing below could hold it."""
+    def demote(self, key: Key) -> int:
+        """Move a key one tier down, after the chunks that continue it in its tier. Returns how many moved.
+
+        A key stays that is pinned, in the last tier, or that nothing below could hold, and so does what it continues.
+        """
         r = self._r
+        moved = 0
         with self._moving:
             with r.lock:
-                meta = r.live(key)
                 tier = next((t for t in (r.hot, r.warm) if key in t), None)
-                if meta is None or tier is None or meta.pinned or not self._has_below(tier, key, meta):
-                    return False
-                entry = tier.get(key)
-                assert entry is not None
-                tier.remove(key)
-                r.transit[key] = (tier.name, entry)
-            self._sink(tier.name, entry)
-            return True
+                going = [at for at in (key, *r.chains.descendants(key)) if tier is not None and at in tier]
+            for at in reversed(going):
+                if tier is None or not self._demote_one(tier, at):
+                    break
+                moved += 1
+        return moved
+
+    def _demote_one(self, tier: MemoryTier, key: Key) -> bool:
+        r = self._r
+        with r.lock:
+            meta, entry = r.live(key), tier.get(key)
+            if meta is None or entry is None or meta.pinned or not self._has_below(tier, key, meta):
+                return False
+            tier.remove(key)
+            r.transit[key] = (tier.name, entry)
+        self._sink(tier.name, entry)
+        return True
 
     def drain(self) -> int:
         """Write to cold whatever is only in memory, least recently used first. Returns entries written."""
@@ -157,30 +151,20 @@ class Mover:
         r.cold.flush()
         return written
 
-    def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of an entry on the hot device, in fresh memory or into `out`."""
-        start = time.perf_counter()
-        tensors = decode_entry(entry.to(self._device), out)
-        if entry.encoding != "raw":
-            with self._r.lock:
-                self._r.counters.decodes += 1
-                self._r.counters.decode_s += time.perf_counter() - start
-        return tensors
-
     def _read_cold(self, key: Key) -> Entry | None:
         return self._r.cold.get(key) if self._r.cold is not None else None
 
-    def _place(self, tier: MemoryTier, entry: Entry, wanted: Callable[[], bool]) -> bool:
+    def _place(self, tier: MemoryTier, entry: Entry, wanted: Callable[[], bool], *, soon: bool = False) -> bool:
         """Make room, one displaced entry at a time, and put. `wanted` is asked under the lock just before the put."""
         r = self._r
         while True:
             with r.lock:
-                victim = tier.displace(entry.nbytes)
+                victim = tier.displace(entry.nbytes, entry.key)
                 if victim is None:
                     # Asking may take out an older value of the key, so only now: until here that value is still served.
                     if not wanted():
                         return False
-                    tier.put(entry)
+                    tier.put(entry, soon=soon)
                     return True
                 r.transit[victim.key] = (tier.name, victim)
             self._sink(tier.name, victim)
@@ -207,8 +191,11 @@ class Mover:
             if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
                 self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
                 return
+        if not self._could_sink(left, entry.key, meta):
+            self._forget_in_transit(item)
+            return
         below = self._form_below(entry, meta)
-        if left == "hot" and below.lossy and r.warm.admits(below.nbytes):
+        if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key):
 
             def wanted() -> bool:
                 if r.transit.get(entry.key) != item:
@@ -223,7 +210,7 @@ class Mover:
     def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
         r = self._r
         left, entry = item
-        if r.cold is not None and self._cold_has_room(r.cold, below):
+        if r.cold is not None and self._deserves_cold(entry.key) and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
                     self._arrived(entry.key, left, below)
@@ -241,7 +228,7 @@ class Mover:
                 del r.transit[entry.key]
                 r.counters.tiers[left].evictions += 1
                 r.lost_clean_copy(entry.key)
-                r.forget_if_gone(entry.key)
+                r.forget_if_gone(entry.key, "evicted", left)
 
     def _cold_has_room(self, cold: "Cold", entry: Entry) -> bool:
         """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
@@ -254,6 +241,17 @@ class Mover:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False
         return True
+
+    def _could_sink(self, left: TierName, key: Key, meta: Meta) -> bool:
+        """Whether any tier below could take it: else nothing is encoded in vain."""
+        if self._r.cold is not None and self._deserves_cold(key):
+            return True
+        return left == "hot" and not meta.exact and self._r.warm.capacity_nbytes > 0
+
+    def _deserves_cold(self, key: Key) -> bool:
+        """Admission to disk: everything, or what was hit at least once. A pinned key always, it must not be lost."""
+        meta = self._r.index.get(key)
+        return self._admission == "all" or (meta is not None and (meta.hits > 0 or meta.pinned))
 
     def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
         """An entry left transit for the tier below, as `below` where it changed."""
@@ -273,6 +271,8 @@ class Mover:
             meta, entry = r.live(key), tier.get(key)
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
+        if not self._deserves_cold(key):
+            return False
         below = self._form_below(entry, meta)
         if not self._cold_has_room(r.cold, below):
             return False
@@ -285,24 +285,12 @@ class Mover:
             return True
 
     def _form_below(self, entry: Entry, meta: Meta) -> Entry:
-        """What an entry looks like under hot: in RAM, and encoded unless it must stay exact or is encoded already."""
-        if meta.exact or entry.encoding != "raw":
-            return entry.to(_RAM)
-        start = time.perf_counter()
-        encoded = encode_entry(entry, self._codec)
-        if encoded is not entry:
-            with self._r.lock:
-                self._r.counters.encodes += 1
-                self._r.counters.encode_s += time.perf_counter() - start
-        return encoded.to(_RAM)
+        """What an entry looks like under hot: encoded unless it must stay exact or is encoded already."""
+        keep = meta.exact or entry.encoding != "raw"
+        return self._forms.exact(entry) if keep else self._forms.encode(entry)
 
     def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
         r = self._r
         if r.cold is not None or (tier is r.hot and key in r.warm):
             return True
         return tier is r.hot and not meta.exact and r.warm.capacity_nbytes > 0
-
-
-def leading_first(keys: Iterable[Key]) -> list[Key]:
-    """A chain's keys in the order of touching: deepest first, so that the root ends most recently used."""
-    return list(reversed(list(keys)))

@@ -2,6 +2,7 @@
 
 Invariants, all under `lock`:
 - A key has a Meta exactly as long as some tier, or `transit`, holds it.
+- No orphans: a chunk put with a parent has a Meta only while its parent has one (`chains`).
 - An entry in transit has left one tier and not reached the next; it can still be read.
 - A lossy copy in hot never outlives the encoded form below it. So an entry is encoded once in its life, and after any
   number of trips its bytes are those of the first encoding.
@@ -11,8 +12,10 @@ Thread rule: hold `lock` for every call here; the cold tier is read and flushed 
 
 import threading
 from collections.abc import Iterable
+from math import inf
 from typing import TYPE_CHECKING
 
+from kvstore.chains import Chains
 from kvstore.clock import Clock
 from kvstore.deadlines import Deadlines
 from kvstore.entry import Entry, Key
@@ -21,6 +24,7 @@ from kvstore.inflight import InFlight
 from kvstore.stats import Counters, MissCause, TierCounters
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
+from kvstore.tombstones import GoneCause, Tombstone, Tombstones
 
 if TYPE_CHECKING:
     from kvstore.tiers.cold import Cold  # lmdb is needed by who has a disk tier, not by a store in memory
@@ -29,26 +33,30 @@ if TYPE_CHECKING:
 class Residency:
     """The store's state. `hot` and `warm` are memory; `cold` is None for a store without a disk."""
 
-    def __init__(self, clock: Clock, hot: MemoryTier, warm: MemoryTier) -> None:
+    def __init__(self, clock: Clock, chains: Chains, *, hot: MemoryTier, warm: MemoryTier) -> None:
         self.lock = threading.RLock()
         self.clock = clock
         self.hot = hot
         self.warm = warm
         self.cold: Cold | None = None
-        self.index: dict[Key, Meta] = {}
+        self.chains = chains
+        self.index = chains.index
+        self.tombstones = Tombstones()
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()
-        self.deadlines = Deadlines(self._deadline_of)
+        self.deadlines = Deadlines(self.index)
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
-
-    def _deadline_of(self, key: Key) -> float | None:
-        meta = self.index.get(key)
-        return None if meta is None or meta.pinned else meta.expires_at
 
     def in_cold(self, key: Key) -> bool:
         """Whether the cold tier holds the key."""
         return self.cold is not None and key in self.cold
+
+    def tier(self, name: TierName) -> "MemoryTier | Cold":
+        """A tier by name."""
+        found = {"hot": self.hot, "warm": self.warm, "cold": self.cold}[name]
+        assert found is not None
+        return found
 
     def tiers_of(self, key: Key) -> list[TierName]:
         """Where the key is held, uppermost first. An entry in transit counts as in the tier it left."""
@@ -69,7 +77,10 @@ class Residency:
         meta = self.index.get(key)
         if meta is None:
             return None
-        if meta.expired(self.clock.now()):
+        now = self.clock.now()
+        if meta.pinned and now >= meta.pinned_until:
+            self.unpin(key)
+        if meta.expired(now):
             self.expire(key)
             return None
         return meta
@@ -99,30 +110,88 @@ class Residency:
         if self.cold is not None:
             self.cold.touch(keys)
 
-    def forget(self, key: Key) -> int | None:
-        """Take a key out of everything at once, and leave a tombstone for work under way.
+    def install(self, key: Key, meta: Meta) -> int | None:
+        """Give a key a Meta, new or in place of an older value, which leaves all tiers; its chain stays whole.
+
+        The caller puts the value somewhere before letting go of the lock. Returns a ticket as `forget` does.
+        """
+        old = self.index.get(key)
+        ticket = self._take_out(key)
+        self.index[key] = meta
+        if old is None:
+            self.chains.link(key)
+            self.tombstones.discard(key)
+        else:
+            meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
+            self.chains.replace(key, old)
+        self.deadlines.watch(key, meta)
+        return ticket
+
+    def install_recovered(self, key: Key, meta: Meta) -> None:
+        """A key that a restart found on disk."""
+        self.index[key] = meta
+        self.chains.link(key)
+        self.deadlines.watch(key, meta)
+
+    def forget_orphans(self) -> None:
+        """Forget chunks whose parent did not come back with them: a crash lost the parent, or its end came first."""
+        for key in self.chains.orphans():
+            self.forget(key, "orphaned")
+
+    def forget(self, key: Key, cause: GoneCause = "deleted") -> int | None:
+        """Take a key, and the chunks that continue it, out of everything; leave a tombstone for work under way.
 
         The deletion on disk is queued. Who promises that the value never comes back waits for the ticket returned,
         outside the lock: `cold.wait`.
         """
+        ticket: int | None = None
+        leaving = [key]
+        for at in leaving:  # grows while it is walked
+            meta = self.index.pop(at, None)
+            if meta is not None:
+                tiers = self.tiers_of(at)
+                self.tombstones.add(
+                    at,
+                    Tombstone(
+                        cause if at == key else "orphaned", tiers[-1] if tiers else "", self.clock.now(), meta.hits
+                    ),
+                )
+                leaving += self.chains.unlink(at, meta)
+            taken = self._take_out(at)
+            ticket = taken if taken is not None else ticket  # tickets rise: the last one stands for all
+        self.counters.orphaned += len(leaving) - 1
+        return ticket
+
+    def _take_out(self, key: Key) -> int | None:
         self.flights.call_off(key)
         self.transit.pop(key, None)
         self.hot.remove(key)
         self.warm.remove(key)
-        self.index.pop(key, None)
         return self.cold.queue_removal(key) if self.cold is not None else None
+
+    def unpin(self, key: Key) -> None:
+        """Let a pinned key be evicted and expire again; its deadline starts anew."""
+        meta = self.index[key]
+        meta.pinned, meta.pinned_until = False, inf
+        meta.expires_at = self.clock.now() + meta.ttl_s
+        self.deadlines.watch(key, meta)
+        for tier in (self.hot, self.warm, self.cold):
+            if tier is not None:
+                tier.unpin(key)
 
     def expire(self, key: Key) -> None:
         """Forget a key whose deadline has passed. Nobody waits: should a crash bring it back, so does its deadline."""
-        self.forget(key)
+        self.forget(key, "expired")
         self.counters.expirations += 1
 
-    def forget_if_gone(self, key: Key) -> bool:
-        """Drop the Meta of a key that no tier holds any more. True: it is gone."""
-        if self.tiers_of(key):
+    def forget_if_gone(self, key: Key, cause: GoneCause, left: TierName) -> bool:
+        """Drop the Meta of a key that no tier holds any more, and what continues it. True: it is gone."""
+        if self.tiers_of(key) or key not in self.index:
             return False
-        self.flights.call_off(key)
-        return self.index.pop(key, None) is not None
+        hits = self.index[key].hits
+        self.forget(key, cause)
+        self.tombstones.add(key, Tombstone(cause, left, self.clock.now(), hits))
+        return True
 
     def lost_clean_copy(self, key: Key) -> None:
         """The encoded form of a key has left its last tier: a lossy copy in hot goes with it."""
@@ -139,4 +208,7 @@ class Residency:
             if reason == "evicted":
                 self.counters.tiers["cold"].evictions += 1
             self.lost_clean_copy(key)
-            self.forget_if_gone(key)
+            self.forget_if_gone(key, _CAUSES.get(reason, "write failed"), "cold")
+
+
+_CAUSES: dict[str, GoneCause] = {"evicted": "evicted", "corrupt": "corrupt"}

@@ -39,6 +39,8 @@ class Counters:
     decodes: int = 0
     decode_s: float = 0.0
     promotions_dropped: int = 0
+    orphaned: int = 0
+    refused_chunks: int = 0
     maintainer_errors: int = 0
     misses: Counter[str] = field(default_factory=Counter)
     hits_by_encoding: Counter[str] = field(default_factory=Counter)
@@ -89,6 +91,8 @@ def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, floa
         "decodes": counters.decodes,
         "decode_s": counters.decode_s,
         "promotions_dropped": counters.promotions_dropped,
+        "orphaned": counters.orphaned,
+        "refused_chunks": counters.refused_chunks,
         "maintainer_errors": counters.maintainer_errors,
         "evictions": sum(tier.evictions for tier in counters.tiers.values()),
     }

@@ -18,10 +18,11 @@ class LRU:
     def __init__(self) -> None:
         self._order: OrderedDict[Key, None] = OrderedDict()
 
-    def track(self, key: Key) -> None:
-        """Keep a key, as the most recently used."""
+    def track(self, key: Key, *, soon: bool = False) -> None:
+        """Keep a key, as the most recently used; `soon`: as the least, if it is new."""
+        soon = soon and key not in self._order
         self._order[key] = None
-        self._order.move_to_end(key)
+        self._order.move_to_end(key, last=not soon)
 
     def touch(self, key: Key) -> None:
         """Make a known key the most recently used."""
@@ -30,6 +31,10 @@ class LRU:
 
     def forget(self, key: Key) -> None:
         """Stop keeping a key."""
+        self._order.pop(key, None)
+
+    def evict(self, key: Key) -> None:
+        """Stop keeping a key; nothing of it is remembered."""
         self._order.pop(key, None)
 
     def victim(self) -> Key | None:

@@ -1,38 +1,30 @@
-"""A tier in memory: entries as they are, in a dictionary, in the order of a policy.
+"""A tier in memory: entries as they are, in a dictionary, in an order.
 
 Serves as hot (raw tensors on the hot device) and as warm (encoded tensors in RAM).
-Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capacity_nbytes` after every put; every key
-held is either tracked by the policy or pinned, never both. Not thread-safe: the store's lock covers each call.
+Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capacity_nbytes` after every put; the order
+holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota
-from kvstore.policies import Policy
-from kvstore.policies.lru import LRU
 from kvstore.tiers import TierName
+from kvstore.tiers.order import Order, Owner
 
 
 class MemoryTier:
     """A bounded dictionary of entries."""
 
     def __init__(
-        self,
-        name: TierName,
-        capacity_nbytes: int,
-        *,
-        pin_max_fraction: float = 0.5,
-        policy: Callable[[], Policy] = LRU,
+        self, name: TierName, capacity_nbytes: int, *, pin_max_fraction: float = 0.5, order: Order | None = None
     ) -> None:
         self.name: TierName = name
         self.capacity_nbytes = capacity_nbytes
         self._pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
         self._entries: dict[Key, Entry] = {}
-        self._order = policy()
-        self._pinned: set[Key] = set()
+        self._order = order or Order()
         self._used_nbytes = 0
-        self._pinned_nbytes = 0
 
     @property
     def used_nbytes(self) -> int:
@@ -47,79 +39,90 @@ class MemoryTier:
 
     def keys(self) -> Iterator[Key]:
         """Keys, least recently used first; pinned ones last."""
-        yield from self._order
-        yield from self._pinned
+        return iter(self._order)
+
+    def owners(self) -> dict[Owner, int]:
+        """Bytes held by owner."""
+        return self._order.used()
 
     def get(self, key: Key) -> Entry | None:
         """The entry, without counting as use."""
         return self._entries.get(key)
 
-    def admits(self, nbytes: int) -> bool:
-        """Whether an entry of this size could be held if everything unpinned left."""
-        return nbytes <= self.capacity_nbytes - self._pinned_nbytes
+    def admits(self, nbytes: int, key: Key) -> bool:
+        """Whether an entry of this size could be held if everything unpinned left, within its owner's quota."""
+        return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(key, nbytes)
 
-    def displace(self, nbytes: int) -> Entry | None:
-        """Make room: None when `nbytes` fit, else the entry taken out. Raises OverQuota when only pins are left."""
-        if self._used_nbytes + nbytes <= self.capacity_nbytes:
+    def has_room(self, nbytes: int, key: Key) -> bool:
+        """Whether an entry of this size can be put now."""
+        fits = self._used_nbytes + nbytes <= self.capacity_nbytes
+        return fits and self._order.within_quota(key, nbytes)
+
+    def displace(self, nbytes: int, key: Key) -> Entry | None:
+        """Make room for `nbytes` under `key`: None when they fit, else the entry taken out.
+
+        Raises OverQuota when only pins are left to take out.
+        """
+        if self.has_room(nbytes, key):
             return None
-        key = self._order.victim()
-        if key is None:
+        victim = self._order.victim(key, nbytes)
+        if victim is None:
             raise OverQuota(
-                f"{nbytes} bytes do not fit the {self.name} tier: {self._pinned_nbytes} of its "
+                f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
                 f"{self.capacity_nbytes} bytes are pinned"
             )
-        entry = self._entries[key]
-        self.remove(key)
+        entry = self._entries.pop(victim)
+        self._used_nbytes -= entry.nbytes
+        self._order.evict(victim, entry.nbytes)
         return entry
 
-    def put(self, entry: Entry) -> None:
-        """Hold an entry as the most recently used, replacing one of the same key. Displace first."""
-        pinned = entry.key in self._pinned
+    def put(self, entry: Entry, *, soon: bool = False) -> None:
+        """Hold an entry as the most recently used, replacing one of the same key. Displace first.
+
+        soon: as the next to leave, unless it is used.
+        """
+        pinned = self._order.is_pinned(entry.key)
         self.remove(entry.key)
         if self._used_nbytes + entry.nbytes > self.capacity_nbytes:
             raise OverQuota(f"the {self.name} tier has no room for {entry.nbytes} bytes: displace first")
         self._entries[entry.key] = entry
         self._used_nbytes += entry.nbytes
-        self._order.track(entry.key)
+        self._order.track(entry.key, entry.nbytes, soon=soon)
         if pinned:
-            self.pin(entry.key)
+            self._order.pin(entry.key, entry.nbytes)
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given."""
+        entries = self._entries
         for key in keys:
-            self._order.touch(key)
+            if key in entries:
+                self._order.touch(key)
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""
-        entry = self._entries.get(key)
+        entry = self._entries.pop(key, None)
         if entry is None:
             return False
-        self.unpin(key)
-        del self._entries[key]
-        self._order.forget(key)
+        self._order.forget(key, entry.nbytes)
         self._used_nbytes -= entry.nbytes
         return True
 
     def pin(self, key: Key) -> None:
         """Keep a key from `displace`. Raises OverQuota over the tier's share for pins. Unknown or pinned: nothing."""
         entry = self._entries.get(key)
-        if entry is None or key in self._pinned:
+        if entry is None or self._order.is_pinned(key):
             return
-        if self._pinned_nbytes + entry.nbytes > self._pin_max_nbytes:
+        nbytes = self._order.pinned_nbytes + entry.nbytes
+        if nbytes > self._pin_max_nbytes:
             raise OverQuota(
-                f"pinning {entry.nbytes} bytes would make {self._pinned_nbytes + entry.nbytes} pinned bytes in the "
-                f"{self.name} tier, the limit is {self._pin_max_nbytes}"
+                f"pinning {entry.nbytes} bytes would make {nbytes} pinned bytes in the {self.name} tier, "
+                f"the limit is {self._pin_max_nbytes}"
             )
-        self._pinned.add(key)
-        self._pinned_nbytes += entry.nbytes
-        self._order.forget(key)
+        self._order.pin(key, entry.nbytes)
 
     def unpin(self, key: Key) -> None:
         """Let a key be displaced again, as the most recently used."""
-        if key in self._pinned:
-            self._pinned.remove(key)
-            self._pinned_nbytes -= self._entries[key].nbytes
-            self._order.track(key)
+        self._order.unpin(key)
 
     def close(self) -> None:
         """Let go of every entry."""

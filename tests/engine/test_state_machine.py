@@ -17,7 +17,7 @@ from kvstore.codecs.nf4 import NF4
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.entry import Key
 from kvstore.errors import OverQuota
-from kvstore.mover import raw_entry
+from kvstore.forms import raw_entry
 from kvstore.store import Store
 
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])

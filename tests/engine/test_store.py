@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-import kvstore.mover
+import kvstore.forms
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
@@ -141,13 +141,13 @@ def test_a_key_deleted_during_promotion_stays_deleted(monkeypatch: pytest.Monkey
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.mover.decode_entry
+        decode = kvstore.forms.decode_entry
 
         def delete_meanwhile(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             store.delete(b"k")
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.mover, "decode_entry", delete_meanwhile)
+        monkeypatch.setattr(kvstore.forms, "decode_entry", delete_meanwhile)
         assert store.promote(b"k") == 0
         monkeypatch.undo()
         assert store.get(b"k") is None
@@ -158,7 +158,7 @@ def test_a_key_replaced_during_promotion_keeps_the_new_value(monkeypatch: pytest
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.mover.decode_entry
+        decode = kvstore.forms.decode_entry
 
         def replace_meanwhile(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             monkeypatch.undo()
@@ -166,7 +166,7 @@ def test_a_key_replaced_during_promotion_keeps_the_new_value(monkeypatch: pytest
             store.demote(b"k")
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.mover, "decode_entry", replace_meanwhile)
+        monkeypatch.setattr(kvstore.forms, "decode_entry", replace_meanwhile)
         assert store.promote(b"k") == 0
         assert store.promote(b"k") == 1
         hit = store.get(b"k")
@@ -191,7 +191,7 @@ def test_a_key_deleted_or_replaced_during_demotion_is_not_brought_back(
                 store.put(b"k", {"k": chunk(1)})
             return encode_entry(entry, codec)
 
-        monkeypatch.setattr(kvstore.mover, "encode_entry", meanwhile)
+        monkeypatch.setattr(kvstore.forms, "encode_entry", meanwhile)
         store.demote(b"k")
         hit = store.get(b"k")
         if verb == "delete":
@@ -206,14 +206,14 @@ def test_one_promotion_a_key_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.mover.decode_entry
+        decode = kvstore.forms.decode_entry
         inner: list[int] = []
 
         def promote_again(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             inner.append(store.promote(b"k"))
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.mover, "decode_entry", promote_again)
+        monkeypatch.setattr(kvstore.forms, "decode_entry", promote_again)
         assert store.promote(b"k") == 1
         assert inner == [0]
 
@@ -423,7 +423,7 @@ def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.Mo
         def fail(entry: Entry, codec: Any) -> Entry:
             raise MemoryError
 
-        monkeypatch.setattr(kvstore.mover, "encode_entry", fail)
+        monkeypatch.setattr(kvstore.forms, "encode_entry", fail)
         with pytest.raises(MemoryError):
             store.demote(b"k")
         monkeypatch.undo()

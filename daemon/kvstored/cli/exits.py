@@ -56,8 +56,10 @@ def errors_as_exit_codes(address: str) -> Iterator[None]:
     except ConfigError as error:
         raise BadUsage(str(error)) from None
     except TierUnavailable as error:
+        # gRPC's account of a socket that is not there is three lines long and says nothing more.
+        why = "" if "failed to connect" in str(error) else f" ({error})"
         raise Unreachable(
-            f"no daemon answers at {address}; start one with `kvstored serve` or set KVSTORED_ADDRESS ({error})"
+            f"no daemon answers at {address}; start one with `kvstored serve` or set KVSTORED_ADDRESS{why}"
         ) from None
     except KvstoreError as error:
         raise Refused(f"refused: {error}") from None

@@ -1,4 +1,4 @@
-"""Verbs that change or move entries: get, put, delete, evict, pin, unpin, promote, demote."""
+"""Verbs that change or move entries: get, put, delete, pin, unpin, promote, demote."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstore.arrays import describe
+from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity
-from kvstored.cli.exits import NOT_HELD, NotHeld, Refused
+from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, size
@@ -58,7 +59,10 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
 @remote
 def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | None, pin: bool, exact: bool) -> None:  # noqa: FBT001
     """Put the tensors of a safetensors file under a key, replacing what is there."""
-    tensors = read_tensors(file)
+    try:
+        tensors = read_tensors(file)
+    except InvalidEntry as error:  # before the daemon is asked: the file is at fault
+        raise BadUsage(str(error)) from None
     nbytes = sum(x.nbytes for x in tensors.values())
     fidelity: Fidelity = "exact" if exact else "auto"
     with waiting("putting", nbytes):
@@ -99,7 +103,6 @@ COMMANDS = (
     get,
     put,
     _over_keys("delete", "deleted", "Forget keys in all tiers, for good."),
-    _over_keys("evict", "evicted", "Forget keys in all tiers, counted as evictions."),
     _over_keys("pin", "pinned", "Keep keys from eviction and expiry."),
     _over_keys("unpin", "unpinned", "Let keys be evicted and expire again."),
     _over_keys("promote", "promoted", "Copy keys to the hot tier."),

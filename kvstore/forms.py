@@ -1,0 +1,92 @@
+"""The forms an entry takes on its way between tiers: as put, encoded below hot, a raw copy when it comes back up.
+
+`Mover` decides when; this is how. `TensorForms` does it to tensors; `simulate` has a double that only reckons sizes,
+so the same mover, tiers and policies can be asked what they would do with a terabyte.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from kvstore.codecs import Codec, decode_entry, encode_entry
+from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.hit import TensorInfo
+from kvstore.packed import packed
+from kvstore.residency import Residency
+
+_RAM = torch.device("cpu")
+
+
+Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
+"""Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
+
+
+class Forms(Protocol):
+    """Pure but for counting. Any thread, without the residency lock."""
+
+    def encode(self, entry: Entry) -> Entry:
+        """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch."""
+        ...
+
+    def exact(self, entry: Entry) -> Entry:
+        """The entry bit for bit, where lower tiers can hold it: in RAM."""
+        ...
+
+    def restore(self, entry: Entry) -> Entry:
+        """A raw copy for hot."""
+        ...
+
+
+def specs_of(entry: Entry) -> dict[str, TensorInfo]:
+    """Types and shapes of an entry's tensors once decoded."""
+    return {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+
+
+def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
+    """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
+    encoded = {
+        name: EncodedTensor(TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x})
+        for name, x in tensors.items()
+    }
+    return Entry(key, encoded, lossy=lossy)
+
+
+class TensorForms:
+    """Forms of real tensors, under one codec and one hot device."""
+
+    def __init__(self, codec: Codec, device: torch.device, residency: Residency, room: Room | None = None) -> None:
+        self._room = room
+        self._codec = codec
+        self._device = device
+        self._r = residency
+
+    def encode(self, entry: Entry) -> Entry:
+        """Encoded where the codec may, in RAM."""
+        start = time.perf_counter()
+        encoded = encode_entry(entry, self._codec)
+        if encoded is not entry:
+            with self._r.lock:
+                self._r.counters.encodes += 1
+                self._r.counters.encode_s += time.perf_counter() - start
+        return packed(encoded.to(_RAM))
+
+    def exact(self, entry: Entry) -> Entry:
+        """The same tensors in RAM."""
+        return entry.to(_RAM)
+
+    def restore(self, entry: Entry) -> Entry:
+        """Decoded on the hot device."""
+        room = None if self._room is None else self._room(specs_of(entry))
+        return raw_entry(entry.key, self.decode(entry, room), lossy=entry.lossy)
+
+    def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of an entry on the hot device, in fresh memory or into `out`."""
+        start = time.perf_counter()
+        tensors = decode_entry(entry.to(self._device), out)
+        if entry.encoding != "raw":
+            with self._r.lock:
+                self._r.counters.decodes += 1
+                self._r.counters.decode_s += time.perf_counter() - start
+        return tensors

@@ -1,0 +1,145 @@
+"""The write side: what may come in, as what, and where it belongs in its chain.
+
+Everything that can be refused is refused before a byte is copied. A chunk whose parent is not held is not taken:
+nothing could ever match it. A chain is put deepest first, so that the root ends most recently used; until its parents
+arrive a chunk waits for them, and if they do not arrive it is forgotten again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvstore import arrays, pins
+from kvstore.config import StoreConfig
+from kvstore.entry import Entry, Key
+from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
+from kvstore.forms import raw_entry
+from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
+from kvstore.index import Meta
+from kvstore.keys import check_key
+from kvstore.mover import Mover
+from kvstore.residency import Residency
+
+
+@dataclass(frozen=True, slots=True)
+class PutOptions:
+    """How to keep what is put; `Store.put` says what each means."""
+
+    ttl_s: float | None = None
+    sliding: bool = True
+    pin: bool = False
+    fidelity: Fidelity = "auto"
+    own: bool = False
+    priority: Priority = "normal"
+
+
+class Intake:
+    """Takes entries in. Any thread."""
+
+    def __init__(self, residency: Residency, mover: Mover, config: StoreConfig, device: torch.device) -> None:
+        self._r = residency
+        self._mover = mover
+        self._config = config
+        self._device = device
+
+    def put(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None) -> bool:
+        """Take one entry in. False: it names a parent that is not held."""
+        before = None if parent is None else Key(check_key(parent))
+        with self._r.lock:
+            if before is not None and self._r.live(before) is None:
+                self._r.counters.refused_chunks += 1
+                return False
+        self._put(key, tensors, options, before)
+        return not self._settle([Key(key)])
+
+    def put_chain(
+        self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], options: PutOptions, parent: bytes | None
+    ) -> int:
+        """Take a chain in, root first, which continues `parent`. Returns how many were stored; 0: parent is not held.
+
+        Counts as use of the chunks before it.
+        """
+        r = self._r
+        keys = [Key(key) for key, _ in entries]
+        before = None if parent is None else Key(check_key(parent))
+        with r.lock:
+            if before is not None and r.live(before) is None:
+                r.counters.refused_chunks += len(keys)
+                return 0
+        lost: list[Key] = []
+        try:
+            for (key, tensors), above in zip(reversed(entries), reversed([before, *keys[:-1]]), strict=True):
+                self._put(key, tensors, options, above)
+        finally:
+            lost = self._settle(keys)
+        with r.lock:
+            if before is not None:
+                r.touch([before, *r.chains.ancestors(before)])
+        return len(keys) - len(lost)
+
+    def _put(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: Key | None) -> None:
+        r = self._r
+        entry, meta = self._admissible(key, tensors, options)
+        meta.parent = parent
+        with r.lock:
+            r.counters.puts += 1
+            r.counters.put_nbytes += meta.value_nbytes
+        self._mover.admit(entry, meta)
+        with r.lock:
+            if not (options.pin or pins.continued_by_a_pin(r, entry.key)):
+                return
+            try:
+                pins.pin(r, [entry.key], None)
+            except OverQuota:
+                r.forget(entry.key, "over quota")
+                raise
+
+    def _settle(self, keys: Sequence[Key]) -> list[Key]:
+        """Forget those whose parent did not arrive, or has left since; the keys that are gone with them."""
+        r = self._r
+        with r.lock:
+            for key in keys:
+                meta = r.index.get(key)
+                if meta is not None and meta.parent is not None and meta.parent not in r.index:
+                    r.forget(key, "orphaned")
+            return [key for key in keys if key not in r.index]
+
+    def _admissible(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
+        checked = Key(check_key(key))
+        ttl = self._config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self._config)
+        if options.fidelity not in FIDELITIES:
+            raise InvalidEntry(f"fidelity must be one of {', '.join(FIDELITIES)}, got {options.fidelity!r}")
+        if options.priority not in PRIORITIES:
+            raise InvalidEntry(f"priority must be one of {', '.join(PRIORITIES)}, got {options.priority!r}")
+        if not isinstance(tensors, Mapping):
+            raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
+        exact = options.fidelity == "exact"
+        specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
+        nbytes = arrays.check_specs(specs, self._config.entry_max_nbytes)
+        r = self._r
+        largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
+        if nbytes > largest and (exact or nbytes > 9 * largest):
+            raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}")
+        now = r.clock.now()
+        meta = Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
+        held = {name: self._owned(x, own=options.own) for name, x in tensors.items()}
+        return raw_entry(checked, held), meta
+
+    def _owned(self, x: Any, *, own: bool) -> torch.Tensor:
+        if not arrays.is_torch(x):
+            info = arrays.describe("", x)
+            # A numpy array is copied on the byte level: its NaN payloads and bfloat16 are bits like any other.
+            return arrays.from_bytes(info, arrays.as_bytes(x).copy(), "torch").to(self._device)  # type: ignore[no-any-return]
+        dense = x.detach().resolve_conj().resolve_neg()
+        if own and dense.is_contiguous() and dense.device == self._device:
+            return dense  # type: ignore[no-any-return]
+        return dense.to(self._device, copy=True, memory_format=torch.contiguous_format)  # type: ignore[no-any-return]
+
+
+def check_ttl(ttl_s: float, config: StoreConfig) -> float:
+    """Seconds to live as asked for. Raises InvalidEntry."""
+    if not 0 < ttl_s <= config.ttl_max_s:  # NaN included
+        raise InvalidEntry(f"ttl_s must be over 0 and at most {config.ttl_max_s} seconds, got {ttl_s!r}")
+    return float(ttl_s)

@@ -1,0 +1,142 @@
+"""Encoded tensors of one entry in one piece of memory.
+
+A torch tensor costs 640 bytes beside its values, and NF4 makes three of each. For a block of 4 KiB of codes that is a
+third of its size, and every byte of it is a block the warm tier does not hold. So small encoded entries are kept as one
+`bytearray`; what they look like is written once for all entries of that shape (a namespace's chunks are alike). Asked
+for, the tensors are made as views, without a copy.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvstore.entry import EncodedTensor, Entry, TensorSpec
+
+PACK_MAX_NBYTES = 256 << 10
+"""Above this the overhead is under 1%, and copying once more would cost more than it saves."""
+PACKED_OVERHEAD_NBYTES = 224
+"""Counted beside the bytes: the mapping, its bytearray and the attributes (tests/engine/test_overhead.py)."""
+_ALIGN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part's place: which tensor and suffix it is, its type, shape and bytes."""
+
+    tensor: int
+    suffix: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What all entries of one shape have in common."""
+
+    names: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    encodings: tuple[str, ...]
+    attrs: tuple[tuple[str, ...], ...]
+    parts: tuple[Part, ...]
+
+
+class PackedTensors(Mapping[str, EncodedTensor]):
+    """The tensors of an entry, by name, made when asked for."""
+
+    __slots__ = ("_attrs", "_data", "_layout")
+
+    def __init__(self, layout: Layout, data: bytearray, attrs: tuple[object, ...]) -> None:
+        self._layout = layout
+        self._data = data
+        self._attrs = attrs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes counted against a budget."""
+        return len(self._data) + PACKED_OVERHEAD_NBYTES
+
+    @property
+    def encoding(self) -> str:
+        """The one encoding that is not raw, or "raw"."""
+        return next((name for name in self._layout.encodings if name != "raw"), "raw")
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        layout = self._layout
+        try:
+            at = layout.names.index(name)
+        except ValueError:
+            raise KeyError(name) from None
+        parts = {part.suffix: self._view(part) for part in layout.parts if part.tensor == at}
+        first = sum(map(len, layout.attrs[:at]))
+        values = self._attrs[first : first + len(layout.attrs[at])]
+        return EncodedTensor(
+            layout.specs[at], layout.encodings[at], parts, dict(zip(layout.attrs[at], values, strict=True))
+        )
+
+    def _view(self, part: Part) -> torch.Tensor:
+        if part.start == part.stop:
+            return torch.empty(part.shape, dtype=part.dtype)
+        count = (part.stop - part.start) // part.dtype.itemsize
+        return torch.frombuffer(self._data, dtype=part.dtype, count=count, offset=part.start).view(part.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout.names)
+
+    def __len__(self) -> int:
+        return len(self._layout.names)
+
+
+def packed(entry: Entry) -> Entry:
+    """The entry with its tensors in one piece; itself if it is raw, large, packed already, or not in RAM."""
+    parts = [part for tensor in entry.tensors.values() for part in tensor.parts.values()]
+    nbytes = sum(part.numel() * part.element_size() for part in parts)
+    if isinstance(entry.tensors, PackedTensors) or entry.encoding == "raw" or nbytes > PACK_MAX_NBYTES:
+        return entry
+    if any(part.device.type != "cpu" for part in parts):
+        return entry
+    layout = _layout_of(
+        tuple(
+            (
+                name,
+                tensor.spec,
+                tensor.encoding,
+                tuple(tensor.attrs),
+                tuple((suffix, part.dtype, tuple(part.shape)) for suffix, part in tensor.parts.items()),
+            )
+            for name, tensor in entry.tensors.items()
+        )
+    )
+    data = bytearray(max((part.stop for part in layout.parts), default=0))
+    whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    for part, values in zip(layout.parts, parts, strict=True):
+        whole[part.start : part.stop].copy_(values.contiguous().view(-1).view(torch.uint8))
+    attrs = tuple(value for tensor in entry.tensors.values() for value in tensor.attrs.values())
+    return Entry(entry.key, PackedTensors(layout, data, attrs), lossy=entry.lossy)
+
+
+_Described = tuple[
+    tuple[str, TensorSpec, str, tuple[str, ...], tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]], ...
+]
+
+
+@lru_cache(maxsize=1024)
+def _layout_of(described: _Described) -> Layout:
+    parts: list[Part] = []
+    start = 0
+    for at, (*_, tensor_parts) in enumerate(described):
+        for suffix, dtype, shape in tensor_parts:
+            start = -(-start // _ALIGN) * _ALIGN
+            stop = start + torch.Size(shape).numel() * dtype.itemsize
+            parts.append(Part(at, suffix, dtype, shape, start, stop))
+            start = stop
+    return Layout(
+        tuple(row[0] for row in described),
+        tuple(row[1] for row in described),
+        tuple(row[2] for row in described),
+        tuple(row[3] for row in described),
+        tuple(parts),
+    )

@@ -1,0 +1,93 @@
+"""ARC: keys used once and keys used again in two lists, their shares of the room learned from what was missed.
+
+`_once` and `_again` are in order of use. A key evicted from one of them is remembered in its ghost list; when it comes
+back, the list it left was too short, and `_target`, the length aimed at for `_once`, moves. Chunks seen once (three
+quarters of a conversation trace) then leave before a system prompt does, whatever their number.
+Source: Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003, figure 4. Two differences:
+the capacity is the number of keys tracked when one is evicted, since a policy knows no bytes; and the target moves when
+the key comes in, after room was made for it, not before.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain
+
+from kvstore.entry import Key
+
+
+class ARC:
+    """Two lists and their ghosts. All operations O(1)."""
+
+    __slots__ = ("_again", "_ghosts_again", "_ghosts_once", "_once", "_target")
+
+    def __init__(self) -> None:
+        self._once: OrderedDict[Key, None] = OrderedDict()
+        self._again: OrderedDict[Key, None] = OrderedDict()
+        self._ghosts_once: OrderedDict[Key, None] = OrderedDict()
+        self._ghosts_again: OrderedDict[Key, None] = OrderedDict()
+        self._target = 0.0
+
+    def track(self, key: Key, *, soon: bool = False) -> None:
+        """Keep a key: among those used again if it is known, or a ghost; `soon`: as the oldest of those used once."""
+        if key in self:
+            self.touch(key)
+        elif key in self._ghosts_once:
+            gain = max(1.0, len(self._ghosts_again) / len(self._ghosts_once))
+            self._target = min(self._target + gain, float(len(self) + 1))
+            del self._ghosts_once[key]
+            self._again[key] = None
+        elif key in self._ghosts_again:
+            loss = max(1.0, len(self._ghosts_once) / len(self._ghosts_again))
+            self._target = max(self._target - loss, 0.0)
+            del self._ghosts_again[key]
+            self._again[key] = None
+        else:
+            self._once[key] = None
+            self._once.move_to_end(key, last=not soon)
+
+    def touch(self, key: Key) -> None:
+        """Make a known key the most recent of those used again."""
+        if key in self._again:
+            self._again.move_to_end(key)
+        elif key in self._once:
+            del self._once[key]
+            self._again[key] = None
+
+    def forget(self, key: Key) -> None:
+        """Stop keeping a key, its ghost too."""
+        for keys in (self._once, self._again, self._ghosts_once, self._ghosts_again):
+            keys.pop(key, None)
+
+    def evict(self, key: Key) -> None:
+        """Stop keeping a key and remember which list it left."""
+        capacity = len(self)
+        if key in self._once:
+            del self._once[key]
+            self._ghosts_once[key] = None
+        elif key in self._again:
+            del self._again[key]
+            self._ghosts_again[key] = None
+        while self._ghosts_once and len(self._once) + len(self._ghosts_once) > capacity:
+            self._ghosts_once.popitem(last=False)
+        while len(self._ghosts_once) + len(self._ghosts_again) > capacity:
+            (self._ghosts_again or self._ghosts_once).popitem(last=False)
+
+    def victim(self) -> Key | None:
+        """The oldest of the list that is over its target."""
+        once_first = self._once and (len(self._once) > self._target or not self._again)
+        return next(iter(self._once if once_first else self._again), None)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._once or key in self._again
+
+    def __iter__(self) -> Iterator[Key]:
+        """Keys used once, then those used again, each oldest first."""
+        return chain(self._once, self._again)
+
+    def __len__(self) -> int:
+        return len(self._once) + len(self._again)
+
+    @property
+    def ghosts(self) -> int:
+        """Keys remembered after they were evicted."""
+        return len(self._ghosts_once) + len(self._ghosts_again)

@@ -1,0 +1,117 @@
+"""The read side: find keys in the tiers, count hits and misses, move deadlines, touch, ask for promotions.
+
+One lock for a whole chain of keys, so a get of a prefix sees one moment. Reading from disk happens after it, without
+the lock; what left its tier meanwhile becomes a miss. Knows no tensors: `simulate` reads through it as well.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from kvstore.config import StoreConfig
+from kvstore.entry import Entry, Key
+from kvstore.index import Meta
+from kvstore.residency import Residency
+from kvstore.stats import MissCause
+from kvstore.tiers import TierName
+
+
+class Place(NamedTuple):
+    """Where a key was found. entry: None for cold, which is read outside the lock."""
+
+    key: Key
+    tier: TierName
+    entry: Entry | None
+    meta: Meta
+
+
+class Found(NamedTuple):
+    """A value found, in the form it is held in."""
+
+    key: Key
+    tier: TierName
+    entry: Entry
+    age_s: float
+
+
+class Reader:
+    """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
+
+    def __init__(
+        self, residency: Residency, config: StoreConfig, request_promotions: Callable[[Sequence[Key]], None]
+    ) -> None:
+        self._r = residency
+        self._promote_after = config.promote_after
+        self._promote_window_s = config.promote_window_s
+        self._request_promotions = request_promotions
+
+    def read(self, keys: Sequence[bytes], *, leading: bool) -> list[Found | None]:
+        """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss."""
+        now = self._r.clock.now()
+        found: list[Found | None] = []
+        for place in self.find(keys, leading=leading):
+            found.append(self._fetch(place, now) if place is not None else None)
+            if found[-1] is None and leading:
+                found.pop()
+                break
+        return found
+
+    def find(self, keys: Sequence[bytes], *, leading: bool) -> list[Place | None]:
+        """Places in the order of keys, counted as hits, misses and use; `leading`: up to the first miss."""
+        r = self._r
+        with r.lock:
+            now = r.clock.now()
+            places: list[Place | None] = []
+            for key in map(Key, keys):
+                place = self._find(key)
+                if place is None and leading:
+                    break
+                places.append(place)
+            used = [place for place in places if place is not None]
+            wanted = [place.key for place in used if self._count_hit(place, now)]
+            if wanted:
+                self._request_promotions(wanted)
+            r.touch(leading_first(place.key for place in used))
+        return places
+
+    def _find(self, key: Key) -> Place | None:
+        r = self._r
+        r.counters.gets += 1
+        cause: MissCause = r.miss_cause(key)
+        meta = r.live(key)
+        place = r.lookup(key) if meta is not None else None
+        if meta is None or place is None:
+            r.counters.misses[cause] += 1
+            return None
+        return Place(key, place[0], place[1], meta)
+
+    def _count_hit(self, place: Place, now: float) -> bool:
+        """Count; True: the key should be promoted."""
+        r, meta = self._r, place.meta
+        r.counters.tiers[place.tier].hits += 1
+        r.counters.hit_nbytes += meta.value_nbytes
+        recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
+        meta.hits += 1
+        meta.last_hit_at = now
+        meta.refresh(now)
+        return place.tier != "hot" and (self._promote_after == 1 or (self._promote_after == 2 and bool(recent)))
+
+    def _fetch(self, place: Place, now: float) -> Found | None:
+        key, tier, entry, meta = place
+        if entry is None:
+            assert self._r.cold is not None
+            entry = self._r.cold.get(key)
+        with self._r.lock:
+            c = self._r.counters
+            if entry is None:
+                # Counted as a hit when it was found; what it was found in has dropped it since.
+                c.tiers[tier].hits -= 1
+                c.hit_nbytes -= meta.value_nbytes
+                c.misses["corrupt" if key not in self._r.index else "lost"] += 1
+                return None
+            c.hits_by_encoding[entry.encoding] += 1
+        return Found(key, tier, entry, now - meta.created_at)
+
+
+def leading_first(keys: Iterable[Key]) -> list[Key]:
+    """A chain's keys in the order of touching: deepest first, so that the root ends most recently used."""
+    return list(reversed(list(keys)))

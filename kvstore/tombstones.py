@@ -1,0 +1,54 @@
+"""Why keys are gone: a bounded ring of the latest departures.
+
+For an operator's "where did it go?"; no decision of the store depends on it. Holds no values, and forgets itself: after
+`capacity` departures the oldest is dropped, and its key counts as never put.
+Not thread-safe: the store's lock covers each call.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+from kvstore.entry import Key
+
+GoneCause = Literal["expired", "evicted", "corrupt", "over quota", "deleted", "orphaned", "write failed"]
+"""orphaned: the chunk before it left, so nothing could match it any more."""
+
+TOMBSTONES_MAX = 16_384
+"""About 4 MB, 250 bytes each: the last minutes of a busy store, the last days of a quiet one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """A key's end. tier: the lowest that held it, "" where none did. at: Unix seconds. hits: in its life."""
+
+    cause: GoneCause
+    tier: str
+    at: float
+    hits: int
+
+
+class Tombstones:
+    """The latest departures by key."""
+
+    def __init__(self, capacity: int = TOMBSTONES_MAX) -> None:
+        self._capacity = capacity
+        self._stones: OrderedDict[Key, Tombstone] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._stones)
+
+    def add(self, key: Key, stone: Tombstone) -> None:
+        """A key is gone."""
+        self._stones[key] = stone
+        self._stones.move_to_end(key)
+        if len(self._stones) > self._capacity:
+            self._stones.popitem(last=False)
+
+    def discard(self, key: Key) -> None:
+        """A key is back."""
+        self._stones.pop(key, None)
+
+    def get(self, key: Key) -> Tombstone | None:
+        """Why a key is gone, if that is still known."""
+        return self._stones.get(key)
