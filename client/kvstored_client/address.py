@@ -36,9 +36,9 @@ def parse_address(text: str) -> str:
         path = address.removeprefix("unix:").removeprefix("//")
         if not path:
             raise ValueError(f"address {text!r} names no socket: write unix:/path/to/kvstored.sock")
-        # sun_path has 108 bytes; the kernel's own error would name neither the path nor the limit.
-        if len(os.fsencode(path)) > 107:
-            raise ValueError(f"a socket path has at most 107 bytes, got {len(os.fsencode(path))}: {path}")
+        # sun_path has 108 bytes, `.lease` and the end included; the kernel's error names neither path nor limit.
+        if len(os.fsencode(path)) > 101:
+            raise ValueError(f"a socket path has at most 101 bytes, got {len(os.fsencode(path))}: {path}")
         return f"unix:{path}"
     host, colon, port = address.removeprefix("tls:").removeprefix("tcp:").rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
@@ -54,3 +54,8 @@ def wants_tls(text: str) -> bool:
 def socket_path(target: str) -> Path | None:
     """The path of a unix target of `parse_address`; None for TCP."""
     return Path(target.removeprefix("unix:")) if target.startswith("unix:") else None
+
+
+def lease_path(path: Path) -> Path:
+    """Where the lease socket is: beside the unix socket `path`."""
+    return path.with_name(path.name + ".lease")

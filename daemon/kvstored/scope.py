@@ -73,9 +73,9 @@ class ScopedStore:
         return self._store.put_many([(self.own(key), tensors) for key, tensors in entries], **how)
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
+    def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:
         """As Store.lease_many; hits carry the keys asked for."""
-        with self._store.lease_many(self._all(keys), leading=leading) as hits:
+        with self._store.lease_many(self._all(keys), **how) as hits:
             yield (None if hit is None else replace(hit, key=key) for key, hit in zip(keys, hits, strict=False))
 
     def match(self, keys: Sequence[bytes]) -> Match:

@@ -15,15 +15,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvstore.arena import Arena
+from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
+from kvstored.budget import Budget
 from kvstored.gate import Access, Gate
+from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
 from kvstored.scope import Scopes, read_secret
 from kvstored.sdnotify import notify, watchdog_interval_s
@@ -31,8 +36,9 @@ from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
 from kvstored.tls import Certificates
 from kvstored.tokens import Tokens, read_tokens
+from kvstored.verbs import Verbs
 from kvstored.watch import Watch
-from kvstored_client.address import socket_path
+from kvstored_client.address import lease_path, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +92,10 @@ async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     # Opening verifies and rebuilds what a power cut left: seconds for a large index. Minutes are allowed, not 90 s.
     notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
-    store = await loop.run_in_executor(None, Store.open, settings.store)
+    arena = Arena(arena_limit_nbytes(settings.store.hot))
+    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty))
     try:
-        daemon = Daemon(store, settings.server)
+        daemon = Daemon(store, settings.server, arena)
         await daemon.start()
         _on_reload(daemon)
         pulse = asyncio.create_task(_pulse(store))
@@ -153,8 +160,9 @@ async def _pulse(store: Store) -> None:
 class Daemon:
     """The gRPC server around an open store."""
 
-    def __init__(self, store: Store, settings: ServerSettings) -> None:
+    def __init__(self, store: Store, settings: ServerSettings, arena: Arena | None = None) -> None:
         self._settings = settings
+        self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self.watch = Watch(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
@@ -166,8 +174,13 @@ class Daemon:
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
+        ingest = Budget(settings.in_flight_nbytes)
+        self._shared = Shared(store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s)
+        self._leases: list[LeaseServer] = []
+        self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
         scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
-        cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter)
+        room = self._arena.empty
+        cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
         admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)
         self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -180,6 +193,7 @@ class Daemon:
                     port = self._bind(target, tls=tls)
                 except RuntimeError as error:
                     raise ConfigError(f"cannot listen on {target}: {error}") from None
+                self._start_leases(socket_path(target))
             kind = "tls" if tls else "tcp"
             shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
             logger.info("listening address=%s", shown)
@@ -210,12 +224,27 @@ class Daemon:
         self.watch.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.drain_grace_s)
+        for leases in self._leases:
+            await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
                 with suppress(FileNotFoundError):
                     path.unlink()
+
+    def _start_leases(self, path: Path | None) -> None:
+        # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
+        # And it knows no tokens: where the unix socket asks for one, it would be a way around.
+        wanted = not self._settings.token_on_unix and self._shared.store.config.hot.device == "cpu"
+        if path is not None and wanted:
+            self._leases.append(LeaseServer(lease_path(path), self._shared))
+            self._leases[-1].start()
+
+
+def arena_limit_nbytes(hot: HotConfig) -> int:
+    """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between."""
+    return hot.capacity_nbytes + max(hot.capacity_nbytes // 8, 64 << 20)
 
 
 def _tokens(settings: ServerSettings) -> Tokens | None:

@@ -19,15 +19,17 @@ from google.protobuf.message import DecodeError, Message
 
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
+from kvstore.forms import Room
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
 from kvstored.budget import Budget
 from kvstored.metrics import Meter
 from kvstored.scope import Scopes
+from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
-from kvstored_client.messages import TIER_NAMES, entry_info_message, held_message, stats_message
+from kvstored_client.messages import TIER_NAMES, entry_info_message, stats_message
 
 logger = logging.getLogger(__name__)
 
@@ -95,17 +97,25 @@ class CacheService(_Service):
     """Tensors under keys."""
 
     def __init__(
-        self, scopes: Scopes, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float, meter: Meter
+        self,
+        scopes: Scopes,
+        threads: Executor,
+        boot_epoch: int,
+        budget: Budget,
+        silence_s: float,
+        meter: Meter,
+        room: Room,
     ) -> None:
         super().__init__(scopes, threads, boot_epoch)
         self._meter = meter
         self._budget = budget
         self._silence_s = silence_s
+        self._room = room
 
     @answering
     async def put(self, _: bytes, context: Context) -> bytes:
         """Frames in, checked one by one; whole entries go to the store in groups."""
-        stream = PutStream(self._store.config.entry_max_nbytes, self._budget)
+        stream = PutStream(self._store.config.entry_max_nbytes, self._budget, self._room)
         stored = 0
         keys: list[bytes] = []
         try:
@@ -165,35 +175,28 @@ class CacheService(_Service):
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:
         """Leading keys held, or each key's place."""
-        asked = pb.MatchRequest.FromString(request)
-        keys = check_keys(asked.keys)
-        if asked.every:
-            held = await self._run(self._store.locate, keys)
-        else:
-            held = list((await self._run(self._store.match, keys)).held)
-        return pb.MatchReply(held=map(held_message, held), boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().match, pb.MatchRequest.FromString(request))
 
     @answering
     async def touch(self, request: bytes, _: Context) -> bytes:
         """Count as use."""
-        asked = pb.TouchRequest.FromString(request)
-        touched = await self._run(partial(self._store.touch, check_keys(asked.keys), ttl_s=asked.ttl_s or None))
-        return pb.TouchReply(touched=touched, boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().touch, pb.TouchRequest.FromString(request))
 
     @answering
     async def delete(self, request: bytes, _: Context) -> bytes:
         """Forget keys."""
-        asked = pb.DeleteRequest.FromString(request)
-        deleted = await self._run(self._store.delete, *check_keys(asked.keys))
-        return pb.DeleteReply(deleted=deleted, boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().delete, pb.DeleteRequest.FromString(request))
 
     @answering
     async def pin(self, request: bytes, _: Context) -> bytes:
         """Pin or let go."""
-        asked = pb.PinRequest.FromString(request)
-        verb = self._store.pin if asked.pinned else self._store.unpin
-        changed = await self._run(verb, *check_keys(asked.keys))
-        return pb.PinReply(changed=changed, boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().pin, pb.PinRequest.FromString(request))
+
+    def _verbs(self) -> Verbs:
+        return Verbs(self._store, self._epoch)
+
+    async def _answer(self, verb: Callable[[Any], Message], asked: Message) -> bytes:
+        return (await self._run(verb, asked)).SerializeToString()
 
     @answering
     async def report(self, request: bytes, _: Context) -> bytes:

@@ -31,7 +31,8 @@ class ServerSettings:
     "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
     before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received
     or decoded for sending. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
-    operations at once. drain_grace_s: how long running calls may take to end after SIGTERM.
+    operations at once. drain_grace_s: how long running calls may take to end after SIGTERM. lease_max_s: how
+    long a client on this host may hold shared memory after one get.
     """
 
     address: str = ""
@@ -51,6 +52,7 @@ class ServerSettings:
     calls_max: int = 256
     threads: int = 8
     drain_grace_s: float = 5.0
+    lease_max_s: float = 60.0
 
     def __post_init__(self) -> None:
         check_range("server.in_flight_nbytes", self.in_flight_nbytes, MIB, 1 << 40)
@@ -58,6 +60,7 @@ class ServerSettings:
         check_range("server.calls_max", self.calls_max, 1, 100_000)
         check_range("server.threads", self.threads, 1, 256)
         check_range("server.drain_grace_s", self.drain_grace_s, 0, 3600)
+        check_range("server.lease_max_s", self.lease_max_s, 0.1, 86400)
         check_range("server.pressure_percent", self.pressure_percent, 0, 100)
         _check_choice("server.log_format", self.log_format, FORMATS)
         _check_choice("server.log_level", self.log_level, LEVELS)

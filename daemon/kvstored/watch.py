@@ -7,7 +7,7 @@ One thread turns every few seconds; the metrics port has threads of its own. Not
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +39,7 @@ class Watch:
         self._port: MetricsPort | None = None
         self.budget = Budget(settings.in_flight_nbytes)
         self.meter = Meter(version)
+        self.sources: list[Callable[[], Mapping[str, float]]] = []
         self.history = History(time.monotonic)
         self._valve = PressureValve(store, settings.pressure_percent) if settings.pressure_percent else None
         registry = self.meter.registry
@@ -73,6 +74,8 @@ class Watch:
             "pressure_shrinks": self._valve.shrinks if self._valve is not None else 0,
             "heartbeat_age_s": max(0.0, self._store.heartbeat_age_s()),
         }
+        for source in self.sources:
+            own.update(source())
         return Stats({**found.values, **own}, found.tiers)
 
     def admin_stats(self) -> Stats:
