@@ -27,8 +27,8 @@ from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry, Key
 from kvstore.errors import InvalidEntry, TierUnavailable
 from kvstore.forms import TensorForms
-from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, Priority, TensorInfo
-from kvstore.inspection import entries, entry_info, snapshot
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
+from kvstore.inspection import entries, entry_info, explain, snapshot
 from kvstore.intake import Intake, PutOptions, check_ttl
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
@@ -193,12 +193,13 @@ class Store:
             self._r.touch(leading_first(key for key, _ in live))
             return len(live)
 
-    def delete(self, *keys: bytes) -> int:
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
 
-        Chunks that continue a key go with it, uncounted.
+        Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
+        Name a prefix deepest first then.
         """
-        gone = self._forget(check_keys(keys), "deleted")
+        gone = self._forget(check_keys(keys), "deleted", keep_shared=keep_shared)
         with self._r.lock:
             self._r.counters.deletes += gone
         return gone
@@ -238,6 +239,10 @@ class Store:
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
         return entry_info(self._r, Key(check_key(key)), with_tensors=True)
+
+    def explain(self, *keys: bytes) -> list[Explanation]:
+        """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
+        return explain(self._r, check_keys(keys))
 
     def entries(
         self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
@@ -348,12 +353,14 @@ class Store:
                 place = self._r.lookup(key) if meta is not None else None
                 yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
 
-    def _forget(self, keys: list[bytes], cause: GoneCause) -> int:
+    def _forget(self, keys: list[bytes], cause: GoneCause, *, keep_shared: bool = False) -> int:
         r = self._r
         gone = 0
         tickets: list[int | None] = []
         with r.lock:
             for key in map(Key, keys):
+                if keep_shared and any(r.chains.children(key)):
+                    continue
                 gone += r.live(key) is not None
                 tickets.append(r.forget(key, cause))
         for ticket in tickets:

@@ -26,7 +26,7 @@ from kvstored.budget import Budget
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
-from kvstored_client.messages import TIER_NAMES, entry_info_message, held_message, stats_message
+from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, held_message, stats_message
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +173,15 @@ class CacheService(_Service):
     async def delete(self, request: bytes, _: Context) -> bytes:
         """Forget keys."""
         asked = pb.DeleteRequest.FromString(request)
-        deleted = await self._run(self._store.delete, *check_keys(asked.keys))
+        delete = partial(self._store.delete, keep_shared=asked.keep_shared)
+        deleted = await self._run(delete, *check_keys(asked.keys))
         return pb.DeleteReply(deleted=deleted, boot_epoch=self._epoch).SerializeToString()
 
     @answering
     async def pin(self, request: bytes, _: Context) -> bytes:
         """Pin or let go."""
         asked = pb.PinRequest.FromString(request)
-        verb = self._store.pin if asked.pinned else self._store.unpin
+        verb = partial(self._store.pin, ttl_s=asked.ttl_s or None) if asked.pinned else self._store.unpin
         changed = await self._run(verb, *check_keys(asked.keys))
         return pb.PinReply(changed=changed, boot_epoch=self._epoch).SerializeToString()
 
@@ -241,6 +242,13 @@ class AdminService(_Service):
         return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
 
     @answering
+    async def explain(self, request: bytes, _: Context) -> bytes:
+        """Where keys are, or why they are gone."""
+        keys = check_keys(pb.ExplainRequest.FromString(request).keys)
+        explained = await self._run(self._store.explain, *keys)
+        return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()
+
+    @answering
     async def evict(self, request: bytes, _: Context) -> bytes:
         """Forget keys, counted as evictions."""
         keys = check_keys(pb.EvictRequest.FromString(request).keys)
@@ -267,6 +275,7 @@ class AdminService(_Service):
                 "Stats": unary(self.stats),
                 "List": grpc.unary_stream_rpc_method_handler(self.list),
                 "Inspect": unary(self.inspect),
+                "Explain": unary(self.explain),
                 "Evict": unary(self.evict),
                 "Demote": unary(self.demote),
                 "Promote": unary(self.promote),
