@@ -26,6 +26,7 @@ MAP_MIN_NBYTES = 64 << 20
 READERS_MAX = 126
 _DB = b"rows"
 _FIELDS = struct.Struct("<QddddQIIQQIB")
+_PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
 _SLIDING, _PINNED, _EXACT, _LOSSY = 1, 2, 4, 8
 
@@ -41,14 +42,17 @@ class Row:
 
 
 def pack_row(key: Key, row: Row) -> bytes:
-    """A row's bytes: fixed fields, the encoding's name, xxh3_64's low 32 bits over key and all of it."""
+    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the parent's key, a checksum.
+
+    The checksum is the low 32 bits of xxh3_64 over key and all of it.
+    """
     m = row.meta
     flags = _SLIDING * m.sliding | _PINNED * m.pinned | _EXACT * m.exact | _LOSSY * m.lossy
     fields = _FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
     )  # fmt: skip
-    body = fields + m.encoding.encode()
+    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until) + (m.parent or b"")
     return body + _SUM.pack(_checksum(key, body))
 
 
@@ -61,9 +65,13 @@ def parse_row(key: Key, data: bytes) -> Row | None:
         _FIELDS.unpack_from(body)
     )
     # Equal values of many rows are one object: 130 bytes less for each key of a million.
+    encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
+    if len(rest) < _PINNED_UNTIL.size:
+        return None
     meta = Meta(
         created, expires, _share(ttl_s), value_nbytes, bool(flags & _SLIDING), bool(flags & _PINNED),
-        bool(flags & _EXACT), bool(flags & _LOSSY), sys.intern(body[_FIELDS.size :].decode()), hits, hit_at or 0.0,
+        bool(flags & _EXACT), bool(flags & _LOSSY), sys.intern(encoding.decode()), hits, hit_at or 0.0,
+        _share(_PINNED_UNTIL.unpack_from(rest)[0]), parent=Key(rest[_PINNED_UNTIL.size :]) or None,
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
