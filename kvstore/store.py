@@ -19,7 +19,6 @@ from typing import Any, Self
 import torch
 
 from kvstore import arrays, pins
-from kvstore.chains import Chains
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import codec_named
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
@@ -33,14 +32,10 @@ from kvstore.intake import Intake, PutOptions, check_ttl
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
-from kvstore.policies import policy_named
 from kvstore.prefix import Namespace
 from kvstore.reader import Found, Reader, leading_first
-from kvstore.residency import Residency
+from kvstore.residency import residency_of
 from kvstore.stats import Stats
-from kvstore.tiers import TierName
-from kvstore.tiers.memory import MemoryTier
-from kvstore.tiers.order import Order
 from kvstore.tombstones import GoneCause
 
 
@@ -294,15 +289,16 @@ class Store:
         from kvstore.tiers.cold import Cold
 
         r = self._r
-        r.cold = Cold.open(
+        cold = Cold.open(
             path,
             self.config.cold,
             r.clock,
             meta_of=r.index.get,
             on_drop=r.dropped_from_cold,
         )
+        r.cold = cold
         with r.lock:
-            for key, meta in r.cold.recovered():
+            for key, meta in cold.recovered():
                 r.install_recovered(key, meta)
             r.forget_orphans()
 
@@ -367,18 +363,6 @@ class Store:
             if r.cold is not None:
                 r.cold.wait(ticket)
         return gone
-
-
-def residency_of(config: StoreConfig, clock: Clock) -> Residency:
-    """The memory tiers of a configuration, empty."""
-    chains = Chains()
-
-    def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
-        order = Order(policy_named(config.policy), chains=chains)
-        return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
-
-    hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    return Residency(clock, chains, hot=hot, warm=warm)
 
 
 def identity_of(fields: Mapping[str, Any]) -> Identity:
