@@ -175,7 +175,9 @@ class Daemon:
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
         ingest = Budget(settings.in_flight_nbytes)
-        self._shared = Shared(store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s)
+        self._shared = Shared(
+            store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s, self.watch.meter
+        )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
         scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
@@ -235,8 +237,8 @@ class Daemon:
 
     def _start_leases(self, path: Path | None) -> None:
         # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
-        # And it knows no tokens: where the unix socket asks for one, it would be a way around.
-        wanted = not self._settings.token_on_unix and self._shared.store.config.hot.device == "cpu"
+        # And it knows no tokens: a tenant's calls would reach the whole key space through it.
+        wanted = not self._settings.tokens and self._shared.store.config.hot.device == "cpu"
         if path is not None and wanted:
             self._leases.append(LeaseServer(lease_path(path), self._shared))
             self._leases[-1].start()
