@@ -1,4 +1,4 @@
-"""Build hook: compiles the library before the wheel is put together."""
+"""Build hook: compiles the library before the wheel is put together."""  # noqa: INP001 - hatchling finds it by path
 
 import os
 import subprocess

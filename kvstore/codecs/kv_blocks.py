@@ -115,7 +115,8 @@ def best_clips(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     integer u = round(127 x / absmax); for each clip A = sum(u L), B = sum(L L) over its levels L; the
     largest A*A/B wins, the first of equals. Returns float32 (b,).
     """
-    u = torch.round(blocks * (127.0 / absmax)[:, None]).clamp_(-127, 127)
+    # A tensor over a tensor: torch takes 127.0 / x as 127 times the rounded reciprocal.
+    u = torch.round(blocks * (torch.full_like(absmax, 127.0) / absmax)[:, None]).clamp_(-127, 127)
     index = u.to(torch.int32) + 127
     best = torch.full_like(absmax, -1.0)
     clips = torch.zeros_like(absmax)
