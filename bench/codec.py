@@ -73,9 +73,7 @@ def cases(nbytes: int, dtype: torch.dtype) -> Iterator[tuple[str, Contenders]]:
     packed, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
     common: Contenders = {"memcpy": lambda: copy.copy_(x)}
     write: Contenders = {"write": out.zero_}
-    bnb_encode: Contenders = {
-        "bitsandbytes": lambda: bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
-    }
+    bnb_encode: Contenders = {"bitsandbytes": lambda: bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)}
     bnb_decode: Contenders = {"bitsandbytes": lambda: bnb.dequantize_4bit(packed, state)}
     for codec, name in ((NF4(), "k"), (NF4KV(), "k"), (NF4KV(), "v")):
         label = f"{codec.name}" if codec.name == "nf4" else f"{codec.name}:{name}"

@@ -50,8 +50,10 @@ def rotation_size(head_dim: int) -> int:
 
 
 def group_count(tokens: int) -> int:
-    """How many means a run of tokens has: groups of 64, a rest below 32 joining the last one; none below 8 tokens,
-    where a mean would cost a bit a value."""
+    """How many means a run of tokens has: groups of 64, a rest below 32 joining the last one.
+
+    None below 8 tokens, where a mean would cost a bit a value or more.
+    """
     return max(1, (tokens + GROUP // 2) // GROUP) if tokens >= MIN_CENTRED else 0
 
 
