@@ -22,7 +22,7 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
-from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, TensorInfo
+from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, Priority, TensorInfo
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -112,13 +112,20 @@ class Client:
         sliding: bool = True,
         pin: bool = False,
         fidelity: Fidelity = "auto",
+        priority: Priority = "normal",
+        parent: bytes | None = None,
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
         ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
-        expiry. fidelity: "exact" for bit-for-bit in every tier. Raises InvalidEntry, EntryTooLarge.
+        expiry. fidelity: "exact" for bit-for-bit in every tier. priority: "low" leaves before others unless it is hit.
+        parent: the key of the chunk that this one continues; it will not outlive it. False: the parent is not held.
+        Raises InvalidEntry, EntryTooLarge.
         """
-        return bool(self.put_many([(key, tensors)], ttl_s=ttl_s, sliding=sliding, pin=pin, fidelity=fidelity))
+        options = PutOptions(ttl_s, sliding, pin, fidelity, priority)
+        before = None if parent is None else check_key(parent)
+        batch = [Outgoing(check_key(key), tensors, options, before)]
+        return bool(self._data(lambda: self._send(batch), 0))
 
     def put_many(
         self,
@@ -128,11 +135,22 @@ class Client:
         sliding: bool = True,
         pin: bool = False,
         fidelity: Fidelity = "auto",
+        priority: Priority = "normal",
+        chain: bool = False,
+        parent: bytes | None = None,
     ) -> int:
-        """Put a chain of entries, root first, in one call. Returns how many were stored."""
-        check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity)
-        batch = [Outgoing(key, tensors, options) for key, tensors in entries]
+        """Put entries, root first, in one call: the root ends most recently used.
+
+        chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
+        outlives the one it continues. Returns how many were stored, 0 when `parent` is not held.
+        """
+        keys = check_keys(key for key, _ in entries)
+        options = PutOptions(ttl_s, sliding, pin, fidelity, priority)
+        before = [b"" if parent is None else check_key(parent), *keys] if chain else [None] * len(keys)
+        batch = [
+            Outgoing(key, tensors, options, after)
+            for key, (_, tensors), after in zip(keys, entries, before, strict=False)
+        ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
@@ -174,9 +192,12 @@ class Client:
         reply = self._data(lambda: self._ask("Delete", request, pb.DeleteReply), None)
         return reply.deleted if reply is not None else 0
 
-    def pin(self, *keys: bytes) -> int:
-        """Keep keys from eviction and expiry until `unpin`. Returns how many are held."""
-        return self._pin(keys, pinned=True)
+    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
+
+        Returns how many are held.
+        """
+        return self._pin(keys, pinned=True, ttl_s=PutOptions(ttl_s).wire_ttl_s)
 
     def unpin(self, *keys: bytes) -> int:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
@@ -281,9 +302,11 @@ class Client:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch = self._nearby(lambda near: local.put(near, batch))
+            stored, epoch, commits = self._nearby(lambda near: local.put(near, batch))
         except UseStream:
             return self._send_stream(batch)
+        if commits > 1:
+            self.touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
         self._transport.saw_epoch(epoch)
         return stored
 
@@ -342,8 +365,8 @@ class Client:
         reply = self._data(lambda: self._ask("Match", request, pb.MatchReply), None)
         return [read_held(held) for held in reply.held] if reply is not None else []
 
-    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool) -> int:
-        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned)
+    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float = 0.0) -> int:
+        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=ttl_s)
         reply = self._data(lambda: self._ask("Pin", request, pb.PinReply), None)
         return reply.changed if reply is not None else 0
 

@@ -9,7 +9,7 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry
-from kvstore.hit import Fidelity
+from kvstore.hit import PRIORITIES, Fidelity, Priority
 from kvstore.keys import check_key
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import CHUNK_NBYTES, Gather, build_frame
@@ -24,12 +24,15 @@ class PutOptions:
     sliding: bool = True
     pin: bool = False
     fidelity: Fidelity = "auto"
+    priority: Priority = "normal"
 
     def __post_init__(self) -> None:
         ttl = self.ttl_s
         if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
             raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
         fidelity_number(self.fidelity)
+        if self.priority not in PRIORITIES:
+            raise InvalidEntry(f"priority must be one of {', '.join(PRIORITIES)}, got {self.priority!r:.40}")
 
     @property
     def wire_ttl_s(self) -> float:
@@ -40,20 +43,26 @@ class PutOptions:
 class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile."""
 
-    def __init__(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions) -> None:
+    def __init__(
+        self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None
+    ) -> None:
+        """parent: the key of the chunk before; empty for the first of a chain, None outside of chains."""
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
         self.nbytes = arrays.check_specs(specs)
+        self.key = check_key(key)
         self.tensors = tensors
         self.header = pb.PutHeader(
-            key=check_key(key),
+            key=self.key,
             tensors=tensor_specs(specs),
             nbytes=self.nbytes,
             ttl_s=options.wire_ttl_s,
             absolute_ttl=not options.sliding,
             pin=options.pin,
             fidelity=fidelity_number(options.fidelity),
+            priority=pb.PRIORITY_LOW if options.priority == "low" else pb.PRIORITY_NORMAL,
+            parent=parent,
         )
 
     def single_frame(self) -> bytes | None:

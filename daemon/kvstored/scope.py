@@ -70,6 +70,8 @@ class ScopedStore:
 
     def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], **how: Any) -> int:
         """As Store.put_many."""
+        if how.get("parent") is not None:
+            how["parent"] = self.own(how["parent"])
         return self._store.put_many([(self.own(key), tensors) for key, tensors in entries], **how)
 
     @contextmanager
@@ -94,9 +96,9 @@ class ScopedStore:
         """As Store.delete."""
         return self._store.delete(*self._all(keys))
 
-    def pin(self, *keys: bytes) -> int:
+    def pin(self, *keys: bytes, **how: Any) -> int:
         """As Store.pin."""
-        return self._store.pin(*self._all(keys))
+        return self._store.pin(*self._all(keys), **how)
 
     def unpin(self, *keys: bytes) -> int:
         """As Store.unpin."""

@@ -30,5 +30,6 @@ class Verbs:
 
     def pin(self, asked: pb.PinRequest) -> pb.PinReply:
         """Pin or let go."""
-        verb = self._store.pin if asked.pinned else self._store.unpin
-        return pb.PinReply(changed=verb(*check_keys(asked.keys)), boot_epoch=self.epoch)
+        keys = check_keys(asked.keys)
+        changed = self._store.pin(*keys, ttl_s=asked.ttl_s or None) if asked.pinned else self._store.unpin(*keys)
+        return pb.PinReply(changed=changed, boot_epoch=self.epoch)

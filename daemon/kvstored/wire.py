@@ -16,7 +16,7 @@ import xxhash
 from kvstore import arrays
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room
-from kvstore.hit import Fidelity, Hit
+from kvstore.hit import Fidelity, Hit, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.store import Store
 from kvstored.budget import Budget
@@ -41,6 +41,7 @@ class Options:
     sliding: bool
     pin: bool
     fidelity: Fidelity
+    priority: Priority
 
 
 class Incoming:
@@ -57,8 +58,15 @@ class Incoming:
             raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {self.nbytes}")
         if not (math.isfinite(header.ttl_s) and header.ttl_s >= 0):
             raise InvalidEntry(f"ttl_s must be finite and at least 0, got {header.ttl_s}")
+        if header.priority not in (pb.PRIORITY_NORMAL, pb.PRIORITY_LOW):
+            raise InvalidEntry(f"unknown priority {header.priority}")
+        # None: part of no chain; empty: the first of one.
+        self.parent = header.parent if header.HasField("parent") else None
+        if self.parent:
+            check_key(self.parent)
+        priority: Priority = "low" if header.priority == pb.PRIORITY_LOW else "normal"
         self.options = Options(
-            header.ttl_s or None, not header.absolute_ttl, header.pin, fidelity_name(header.fidelity)
+            header.ttl_s or None, not header.absolute_ttl, header.pin, fidelity_name(header.fidelity), priority
         )
         self.tensors: dict[str, torch.Tensor] = {}
         self._scatter = Scatter(())
@@ -245,12 +253,29 @@ def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
     stored = 0
     start = 0
     for stop in range(1, len(entries) + 1):
-        if stop < len(entries) and entries[stop].options == entries[start].options:
+        if stop < len(entries) and _belong_together(entries[stop - 1], entries[stop]):
             continue
         run: list[tuple[bytes, dict[str, Any]]] = [(entry.key, dict(entry.tensors)) for entry in entries[start:stop]]
-        how = entries[start].options
+        first = entries[start]
         stored += store.put_many(
-            run, ttl_s=how.ttl_s, sliding=how.sliding, pin=how.pin, fidelity=how.fidelity, own=True
+            run,
+            ttl_s=first.options.ttl_s,
+            sliding=first.options.sliding,
+            pin=first.options.pin,
+            fidelity=first.options.fidelity,
+            priority=first.options.priority,
+            chain=first.parent is not None,
+            parent=first.parent or None,
+            own=True,
         )
         start = stop
     return stored
+
+
+def _belong_together(before: Incoming, entry: Incoming) -> bool:
+    """Whether two entries can be put in one call: both of no chain, or the one continuing the other."""
+    if entry.options != before.options:
+        return False
+    if before.parent is None:
+        return entry.parent is None
+    return entry.parent == before.key
