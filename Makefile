@@ -23,6 +23,12 @@ SETUP :=
 -include kernel/kernel.mk
 -include tests/crash/torture.mk
 
+# Whatever is in SETUP installs into the environment, so that has to be there first, under make -j too.
+ifneq ($(SETUP),)
+$(SETUP): | $(STAMP)
+endif
+-include daemon/operate.mk
+
 .PHONY: help demo test quick lint type proto proto-check bench format install clean
 
 help:  ## This list

@@ -22,7 +22,7 @@ Key = NewType("Key", bytes)
 ENTRY_OVERHEAD_NBYTES = 512
 """Counted for an entry beside its payload: Entry, Meta, key and three dictionary slots, as measured
 with tracemalloc over 100,000 entries (tests/engine/test_overhead.py keeps it honest)."""
-TENSOR_OVERHEAD_NBYTES = 640
+TENSOR_OVERHEAD_NBYTES = 864
 """Counted for each tensor part beside its payload: the torch.Tensor, its storage and its names."""
 
 

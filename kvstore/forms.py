@@ -5,16 +5,22 @@ so the same mover, tiers and policies can be asked what they would do with a ter
 """
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
 from kvstore.codecs import Codec, decode_entry, encode_entry
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.hit import TensorInfo
 from kvstore.packed import packed
 from kvstore.residency import Residency
 
 _RAM = torch.device("cpu")
+
+
+Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
+"""Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
 
 
 class Forms(Protocol):
@@ -33,6 +39,11 @@ class Forms(Protocol):
         ...
 
 
+def specs_of(entry: Entry) -> dict[str, TensorInfo]:
+    """Types and shapes of an entry's tensors once decoded."""
+    return {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+
+
 def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
     """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
     encoded = {
@@ -45,7 +56,8 @@ def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False
 class TensorForms:
     """Forms of real tensors, under one codec and one hot device."""
 
-    def __init__(self, codec: Codec, device: torch.device, residency: Residency) -> None:
+    def __init__(self, codec: Codec, device: torch.device, residency: Residency, room: Room | None = None) -> None:
+        self._room = room
         self._codec = codec
         self._device = device
         self._r = residency
@@ -66,7 +78,8 @@ class TensorForms:
 
     def restore(self, entry: Entry) -> Entry:
         """Decoded on the hot device."""
-        return raw_entry(entry.key, self.decode(entry), lossy=entry.lossy)
+        room = None if self._room is None else self._room(specs_of(entry))
+        return raw_entry(entry.key, self.decode(entry, room), lossy=entry.lossy)
 
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of an entry on the hot device, in fresh memory or into `out`."""

@@ -4,9 +4,9 @@ Takes the residency lock for one entry at a time, so a listing of a million keys
 it was at some moment of the call.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from kvstore.entry import Key
+from kvstore.entry import Key, TensorSpec
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.residency import Residency
 from kvstore.stats import Stats, TierStats, values_of
@@ -41,7 +41,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         sizes = tuple(_nbytes_in(r, name, key) for name in tiers)
     entry = place[1] if place is not None else None
     if entry is not None:
-        specs = {name: t.spec for name, t in entry.tensors.items()}
+        specs: Mapping[str, TensorSpec] = {name: t.spec for name, t in entry.tensors.items()}
     else:
         specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
     return EntryInfo(

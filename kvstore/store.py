@@ -25,7 +25,7 @@ from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry, Key
 from kvstore.errors import InvalidEntry, TierUnavailable
-from kvstore.forms import TensorForms
+from kvstore.forms import Room, TensorForms, specs_of
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
 from kvstore.inspection import entries, entry_info, explain, snapshot
 from kvstore.intake import Intake, PutOptions, check_ttl
@@ -35,6 +35,7 @@ from kvstore.mover import Mover
 from kvstore.prefix import Namespace
 from kvstore.reader import Found, Reader, leading_first
 from kvstore.residency import residency_of
+from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
 from kvstore.tombstones import GoneCause
 
@@ -42,13 +43,21 @@ from kvstore.tombstones import GoneCause
 class Store:
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
-    def __init__(self, config: StoreConfig, *, clock: Clock, framework: str = "auto", background: bool = True) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        *,
+        clock: Clock,
+        framework: str = "auto",
+        background: bool = True,
+        room: Room | None = None,
+    ) -> None:
         self.config = config
         self._framework = framework
         # "cuda" alone is not equal to the "cuda:0" that its tensors report.
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
-        self._forms = TensorForms(codec_named("nf4"), self._device, r)
+        self._forms = TensorForms(codec_named("nf4"), self._device, r, room)
         self._mover = Mover(r, self._forms, admission=config.cold.admission)
         self._intake = Intake(r, self._mover, config, self._device)
         self._closed = False
@@ -67,12 +76,14 @@ class Store:
         clock: Clock | None = None,
         framework: str = "auto",
         background: bool = True,
+        room: Room | None = None,
     ) -> Self:
         """Open a store.
 
         source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
         their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
-        background: run the maintainer's thread; without it call `maintain` yourself.
+        background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
+        hot are made (see `arena`), by default ordinary memory.
         Raises ConfigError, or TierUnavailable when another process has the directory.
         """
         if isinstance(source, StoreConfig):
@@ -83,7 +94,7 @@ class Store:
             config = from_mapping(StoreConfig, read_toml(source))
         else:
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
-        return cls(config, clock=clock or SystemClock(), framework=framework, background=background)
+        return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room)
 
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -157,10 +168,15 @@ class Store:
         yield None if found is None else self._hit(found, copy=False)
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
-        """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, room: Room | None = None
+    ) -> Iterator[Iterator[Hit | None]]:
+        """Like `get_many` without copies, one hit after the other: only one is decoded at a time.
+
+        room: where what must be decoded is made, by default ordinary memory.
+        """
         found = self._read(check_keys(keys), leading=leading)
-        yield (None if place is None else self._hit(place, copy=False) for place in found)
+        yield (None if place is None else self._hit(place, copy=False, room=room) for place in found)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
@@ -261,6 +277,19 @@ class Store:
         """Write to cold whatever is only in memory. Returns entries written."""
         return self._mover.drain()
 
+    @property
+    def hot_capacity_nbytes(self) -> int:
+        """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
+        return self._r.hot.capacity_nbytes
+
+    def set_hot_capacity(self, nbytes: int) -> int:
+        """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
+        return set_hot_capacity(self._r, self._mover, nbytes)
+
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""
+        return self._r.clock.now() - self._maintainer.turned_at
+
     def close(self) -> None:
         """Drain to cold, if there is one, and give everything back. Closing twice is harmless."""
         if self._closed:
@@ -316,6 +345,7 @@ class Store:
         *,
         out: Mapping[str, Any] | None = None,
         copy: bool = True,
+        room: Room | None = None,
     ) -> Hit:
         key, tier, entry, age_s = found
         if not copy and entry.encoding == "raw":
@@ -323,14 +353,14 @@ class Store:
         elif out is not None:
             tensors = self._decode_into(entry, out)
         else:
-            tensors = self._forms.decode(entry)
+            tensors = self._forms.decode(entry, None if room is None else room(specs_of(entry)))
         if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
             tensors = {name: _to_numpy(x) for name, x in tensors.items()}
         return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s)
 
     def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: arrays.describe(name, x) for name, x in out.items()}
-        held = {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+        held = specs_of(entry)
         if given != held:
             raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
         # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.

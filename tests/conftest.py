@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,9 +108,9 @@ class DaemonProcess:
 DaemonFactory = Callable[..., DaemonProcess]
 
 
-@pytest.fixture
-def daemon_factory() -> Iterator[DaemonFactory]:
-    """Makes daemons: `daemon_factory(server="silence_s = 1", store="ttl_s = 60", tcp=True, start=False)`."""
+@contextmanager
+def factory() -> Iterator[DaemonFactory]:
+    """A daemon factory; what it made ends with the block."""
     made: list[DaemonProcess] = []
     # Not tmp_path: a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="kvd-") as top:
@@ -120,6 +121,7 @@ def daemon_factory() -> Iterator[DaemonFactory]:
             address = f"unix:{directory}/k.sock"
             if tcp:
                 address += f",tcp:127.0.0.1:{free_port()}"
+                server += "\ninsecure_tcp = true"
             config = directory / "kvstored.toml"
             config.write_text(
                 f'[server]\naddress = "{address}"\ndata_dir = "{directory}/data"\n{server}\n[store]\n{store}\n'
@@ -130,15 +132,36 @@ def daemon_factory() -> Iterator[DaemonFactory]:
                 daemon.start()
             return daemon
 
+        try:
+            yield make
+        finally:
+            for daemon in made:
+                daemon.kill()
+
+
+@pytest.fixture
+def daemon_factory() -> Iterator[DaemonFactory]:
+    """Makes daemons: `daemon_factory(server="silence_s = 1", store="ttl_s = 60", tcp=True, start=False)`."""
+    with factory() as make:
         yield make
-        for daemon in made:
-            daemon.kill()
 
 
 @pytest.fixture
 def daemon(daemon_factory: DaemonFactory) -> DaemonProcess:
-    """One daemon with default settings, up."""
+    """One daemon with default settings, up; the test may end it."""
     return daemon_factory()
+
+
+@pytest.fixture(scope="session")
+def _shared() -> Iterator[DaemonProcess]:
+    with factory() as make:
+        yield make(tcp=True)
+
+
+@pytest.fixture
+def shared_daemon(_shared: DaemonProcess) -> DaemonProcess:
+    """One daemon for all tests that leave it running and put what they get; on a unix socket and on TCP."""
+    return _shared
 
 
 def free_port() -> int:

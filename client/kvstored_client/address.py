@@ -28,7 +28,7 @@ def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def parse_address(text: str) -> str:
-    """The gRPC target of "unix:PATH", a bare path, "tcp:HOST:PORT" or "HOST:PORT". Raises ValueError."""
+    """The gRPC target of "unix:PATH", a bare path, "tcp:HOST:PORT", "tls:HOST:PORT". Raises ValueError."""
     address = text.strip()
     if address.startswith("/"):
         return f"unix:{address}"
@@ -36,16 +36,26 @@ def parse_address(text: str) -> str:
         path = address.removeprefix("unix:").removeprefix("//")
         if not path:
             raise ValueError(f"address {text!r} names no socket: write unix:/path/to/kvstored.sock")
-        # sun_path has 108 bytes; the kernel's own error would name neither the path nor the limit.
-        if len(os.fsencode(path)) > 107:
-            raise ValueError(f"a socket path has at most 107 bytes, got {len(os.fsencode(path))}: {path}")
+        # sun_path has 108 bytes, `.lease` and the end included; the kernel's error names neither path nor limit.
+        if len(os.fsencode(path)) > 101:
+            raise ValueError(f"a socket path has at most 101 bytes, got {len(os.fsencode(path))}: {path}")
         return f"unix:{path}"
-    host, colon, port = address.removeprefix("tcp:").rpartition(":")
+    host, colon, port = address.removeprefix("tls:").removeprefix("tcp:").rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
-        raise ValueError(f"not an address: {text!r}; write unix:PATH or tcp:HOST:PORT")
+        raise ValueError(f"not an address: {text!r}; write unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
     return f"{host}:{port}"
+
+
+def wants_tls(text: str) -> bool:
+    """Whether an address of `parse_address` asks for TLS."""
+    return text.strip().startswith("tls:")
 
 
 def socket_path(target: str) -> Path | None:
     """The path of a unix target of `parse_address`; None for TCP."""
     return Path(target.removeprefix("unix:")) if target.startswith("unix:") else None
+
+
+def lease_path(path: Path) -> Path:
+    """Where the lease socket is: beside the unix socket `path`."""
+    return path.with_name(path.name + ".lease")

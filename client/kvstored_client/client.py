@@ -11,19 +11,25 @@ Thread-safe. A forked child gets a connection of its own.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+import numpy as np
+
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
+from kvstored_client import local
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.address import default_address
+from kvstored_client.address import default_address, lease_path, socket_path
+from kvstored_client.credentials import read_token
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
@@ -32,9 +38,10 @@ from kvstored_client.messages import (
     read_stats,
     tier_number,
 )
+from kvstored_client.near import Near, Silent, UseStream
 from kvstored_client.receive import Receiver
 from kvstored_client.send import Outgoing, PutOptions
-from kvstored_client.transport import ADMIN, CACHE, Transport
+from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,7 @@ class Client:
     address: "unix:PATH" or "tcp:HOST:PORT"; by default $KVSTORED_ADDRESS, else the runtime directory's socket.
     timeout_s: how long a call may be silent; calls that move bytes get more time in proportion.
     framework: what `get` returns, "torch", "numpy", or "auto": torch where the process has imported it.
+    shared_memory: pass tensors through memory shared with the daemon where both are on one host.
     failures: calls that ended in trouble and were answered as a miss, or raised.
     """
 
@@ -62,6 +70,7 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         framework: arrays.Framework = "auto",
         on_error: OnError = "miss",
+        shared_memory: bool = True,
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be over 0, got {timeout_s!r}")
@@ -71,6 +80,12 @@ class Client:
         self._framework = framework
         self._on_error = on_error
         self._transport = Transport(address or default_address(), timeout_s, _log_change)
+        path = socket_path(self._transport.target)
+        # The lease socket knows users, not tokens: a token may stand for a tenant, whose keys are others.
+        wanted = shared_memory and path is not None and read_token(os.environ) is None
+        self._near = Near(lease_path(path), timeout_s) if wanted and path is not None else None
+        if self._near is not None:
+            self._transport.on_fork = self._near.start_afresh
         self._failures_lock = threading.Lock()
         self.failures = 0
 
@@ -152,10 +167,7 @@ class Client:
         Keys are touched deepest first.
         """
         checked = check_keys(keys)
-        hits = self._receive(checked, leading=leading)
-        if not leading:
-            return hits
-        return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))]
+        return _leading(self._receive(checked, leading=leading), leading=leading)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
@@ -170,9 +182,8 @@ class Client:
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
         request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).wire_ttl_s)
-        return self._data(
-            lambda: self._noted(self._transport.unary(CACHE + "Touch", request, pb.TouchReply)).touched, 0
-        )
+        reply = self._data(lambda: self._ask("Touch", request, pb.TouchReply), None)
+        return reply.touched if reply is not None else 0
 
     def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
@@ -180,9 +191,8 @@ class Client:
         Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
         """
         request = pb.DeleteRequest(keys=check_keys(keys), keep_shared=keep_shared)
-        return self._data(
-            lambda: self._noted(self._transport.unary(CACHE + "Delete", request, pb.DeleteReply)).deleted, 0
-        )
+        reply = self._data(lambda: self._ask("Delete", request, pb.DeleteReply), None)
+        return reply.deleted if reply is not None else 0
 
     def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
         """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
@@ -194,6 +204,36 @@ class Client:
     def unpin(self, *keys: bytes) -> int:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
         return self._pin(keys, pinned=False)
+
+    @contextmanager
+    def lease(self, key: bytes) -> Iterator[Hit | None]:
+        """The value without a copy, read-only, for the length of a block; None on a miss.
+
+        On the daemon's host the tensors lie in its memory: writing to one ends this process (numpy arrays refuse it),
+        and one that is still referred to after the block raises LeaseKept. From afar it is a copy, as by `get`.
+        """
+        with self.lease_many([key]) as hits:
+            yield hits[0] if hits else None
+
+    @contextmanager
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[list[Hit | None]]:
+        """Like `get_many` without copies: see `lease`."""
+        checked = check_keys(keys)
+        with ExitStack() as stack:
+            yield _leading(self._data(lambda: self._leased(stack, checked, leading=leading), []), leading=leading)
+
+    def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
+        """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.
+
+        So filling it is the only copy on this side. Dropped without a put it is freed.
+        """
+        spec = TensorInfo(dtype, tuple(shape))
+        framework = arrays.resolve_framework(self._framework)
+        arrays.check_specs({"x": spec})
+        try:
+            return self._nearby(lambda near: local.empty(near, spec, framework))
+        except (UseStream, *_SOFT):
+            return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
     def evict(self, *keys: bytes) -> int:
         """Forget keys, counted as evictions. Returns how many were held. Raises if the daemon cannot answer."""
@@ -209,6 +249,17 @@ class Client:
         """Copy keys to hot. Returns how many were copied. Raises if the daemon cannot answer."""
         request = pb.PromoteRequest(keys=check_keys(keys))
         return self._counted(lambda: self._transport.unary(ADMIN + "Promote", request, pb.MoveReply)).moved
+
+    def drain(self) -> int:
+        """Have everything that is only in memory written to cold. Returns entries written. Raises if it cannot."""
+        return int(
+            self._counted(lambda: self._transport.unary(ADMIN + "Drain", pb.DrainRequest(), pb.DrainReply)).written
+        )
+
+    def report(self, *, prefill_saved_s: float) -> None:
+        """Tell the daemon's metrics how much prefill time was saved since the last report. Never raises for trouble."""
+        request = pb.ReportRequest(prefill_saved_s=prefill_saved_s)
+        self._data(lambda: self._transport.unary(CACHE + "Report", request, pb.ReportReply), None)
 
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""
@@ -244,7 +295,9 @@ class Client:
             raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
 
     def close(self) -> None:
-        """End the connection. Closing twice is harmless."""
+        """End the connection. Closing twice is harmless. Tensors of `empty` stay readable."""
+        if self._near is not None:
+            self._near.close()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -256,6 +309,14 @@ class Client:
         self.close()
 
     def _send(self, batch: list[Outgoing]) -> int:
+        try:
+            stored, epoch = self._nearby(lambda near: local.put(near, batch))
+        except UseStream:
+            return self._send_stream(batch)
+        self._transport.saw_epoch(epoch)
+        return stored
+
+    def _send_stream(self, batch: list[Outgoing]) -> int:
         nbytes = sum(entry.nbytes for entry in batch)
         single = batch[0].single_frame() if len(batch) == 1 else None
         if single is not None:
@@ -267,31 +328,74 @@ class Client:
 
     def _receive(self, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None) -> list[Hit | None]:
         receiver = Receiver(keys, arrays.resolve_framework(self._framework), out)
-        if not keys:
-            return receiver.hits
-
-        def read() -> None:
-            request = pb.GetRequest(keys=keys, leading=leading)
-            try:
-                receiver.read(self._transport.stream_in(CACHE + "Get", request))
-            except BadFrame as error:
-                raise RecordCorrupt(f"{self.address} sent a damaged stream: {error}") from None
-            finally:
-                self._transport.saw_epoch(receiver.boot_epoch)
-            if receiver.corrupt:
-                raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
-
-        self._data(read, None)
+        if keys:
+            self._data(lambda: self._read(receiver, keys, leading=leading, out=out), None)
         return receiver.hits
+
+    def _read(
+        self, receiver: Receiver, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None
+    ) -> None:
+        framework = arrays.resolve_framework(self._framework)
+        try:
+            hits, stale, epoch = self._nearby(lambda near: local.get(near, keys, framework, leading=leading, out=out))
+        except UseStream:
+            self._read_stream(receiver, keys, leading=leading)
+            return
+        self._transport.saw_epoch(epoch)
+        receiver.hits[:] = hits
+        with self._failures_lock:
+            self.failures += stale
+
+    def _read_stream(self, receiver: Receiver, keys: list[bytes], *, leading: bool) -> None:
+        request = pb.GetRequest(keys=keys, leading=leading)
+        try:
+            receiver.read(self._transport.stream_in(CACHE + "Get", request))
+        except BadFrame as error:
+            raise RecordCorrupt(f"{self.address} sent a damaged stream: {error}") from None
+        finally:
+            self._transport.saw_epoch(receiver.boot_epoch)
+        if receiver.corrupt:
+            raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
+
+    def _leased(self, stack: ExitStack, keys: list[bytes], *, leading: bool) -> list[Hit | None]:
+        framework = arrays.resolve_framework(self._framework)
+        try:
+            return self._nearby(lambda near: stack.enter_context(local.lease(near, keys, framework, leading=leading)))
+        except UseStream:
+            receiver = Receiver(keys, framework)
+            self._read_stream(receiver, keys, leading=leading)
+            return receiver.hits
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
-        reply = self._data(lambda: self._noted(self._transport.unary(CACHE + "Match", request, pb.MatchReply)), None)
+        reply = self._data(lambda: self._ask("Match", request, pb.MatchReply), None)
         return [read_held(held) for held in reply.held] if reply is not None else []
 
     def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
         request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).wire_ttl_s)
-        return self._data(lambda: self._noted(self._transport.unary(CACHE + "Pin", request, pb.PinReply)).changed, 0)
+        reply = self._data(lambda: self._ask("Pin", request, pb.PinReply), None)
+        return reply.changed if reply is not None else 0
+
+    def _ask(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
+        """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
+        name = verb.lower()
+        try:
+            near_reply = self._nearby(lambda near: near.ask(pb.LeaseCall(**{name: request})))
+        except UseStream:
+            return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
+        return self._noted(getattr(near_reply, name))  # type: ignore[no-any-return]
+
+    def _nearby(self, call: Callable[[Near], T]) -> T:
+        """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
+        if self._near is None:
+            raise UseStream("another host, or switched off")
+        self._transport.allow()
+        try:
+            result = call(self._near)
+        except Silent as error:
+            raise self._transport.silent(str(error)) from None
+        self._transport.answered()
+        return result
 
     def _ask_stats(self) -> pb.StatsReply:
         return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
@@ -317,6 +421,11 @@ class Client:
                 raise
             logger.debug("answered as a miss: %s", error)
             return otherwise
+
+
+def _leading(hits: list[Hit | None], *, leading: bool) -> list[Hit | None]:
+    """Of a chain, the hits before the first miss."""
+    return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))] if leading else hits
 
 
 def _log_change(state: str, detail: str) -> None:

@@ -83,7 +83,7 @@ class _Incoming:
         tensors: dict[str, Any] = {}
         for name, spec in specs.items():
             given = None if out is None else out[name]
-            if given is not None and _is_direct(given):
+            if given is not None and is_direct(given):
                 targets.append(arrays.as_bytes(given))
                 tensors[name] = given
                 continue
@@ -130,6 +130,7 @@ def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:
             raise OutMismatch(f"out[{name!r}]: a numpy array must be C-contiguous, writeable and of native byte order")
 
 
-def _is_direct(x: Any) -> bool:
+def is_direct(x: Any) -> bool:
+    """Whether bytes can be written right into x."""
     # What is on another device or strided is filled through a tensor aside.
     return not arrays.is_torch(x) or bool(x.is_contiguous() and x.device.type == "cpu")

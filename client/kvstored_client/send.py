@@ -49,8 +49,8 @@ class Outgoing:
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
         self.nbytes = arrays.check_specs(specs)
-        self._tensors = tensors
-        self._header = pb.PutHeader(
+        self.tensors = tensors
+        self.header = pb.PutHeader(
             key=check_key(key),
             tensors=tensor_specs(specs),
             nbytes=self.nbytes,
@@ -60,7 +60,7 @@ class Outgoing:
             fidelity=fidelity_number(options.fidelity),
             parent=b"" if parent is None else check_key(parent),
             priority=priority_number(options.priority),
-        ).SerializeToString()
+        )
 
     def single_frame(self) -> bytes | None:
         """The whole entry as one frame; None if it needs more than one."""
@@ -69,8 +69,8 @@ class Outgoing:
     def frames(self) -> Iterator[bytes]:
         """The entry's frames in order."""
         # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
-        payload = Gather([arrays.as_bytes(x) for x in self._tensors.values()])
-        return cut_frames(self._header, payload)
+        payload = Gather([arrays.as_bytes(x) for x in self.tensors.values()])
+        return cut_frames(self.header.SerializeToString(), payload)
 
 
 def cut_frames(header: bytes, payload: Gather) -> Iterator[bytes]:

@@ -16,6 +16,7 @@ from kvstore import errors
 from kvstore.errors import KvstoreError, OverQuota, TierUnavailable
 from kvstored_client.address import parse_address
 from kvstored_client.breaker import Breaker
+from kvstored_client.credentials import check_credentials, open_channel
 from kvstored_client.messages import PAYLOAD_BYTES_PER_S
 from kvstored_client.watchdog import Watchdog
 
@@ -58,6 +59,7 @@ _BY_CODE: dict[grpc.StatusCode, type[KvstoreError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverQuota,
     grpc.StatusCode.FAILED_PRECONDITION: errors.CodecError,
     grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: errors.PermissionDenied,
     grpc.StatusCode.DATA_LOSS: errors.RecordCorrupt,
 }
 
@@ -87,10 +89,12 @@ class Transport:
     def __init__(self, address: str, timeout_s: float, on_change: Callable[[str, str], None]) -> None:
         self.address = address
         self.target = parse_address(address)
+        check_credentials(address)
         self.timeout_s = timeout_s
         self.boot_epoch = 0
         self.restarts = 0
         self._on_change = on_change
+        self.on_fork: Callable[[], None] | None = None
         self._closed = False
         self._start_afresh()
         _alive.add(self)
@@ -107,6 +111,8 @@ class Transport:
         """Let go of the parent's channel without closing it: closing would speak on the parent's connection."""
         _inherited.append(self._channel)
         self._start_afresh()
+        if self.on_fork is not None:
+            self.on_fork()
 
     def _method(self, kind: str, path: str) -> Any:
         # Serializers are left out: requests and replies are bytes here, so bulk never becomes a protobuf object.
@@ -117,7 +123,7 @@ class Transport:
             if self._closed:
                 raise TierUnavailable("this client is closed")
             if self._channel is None:
-                self._channel = grpc.insecure_channel(self.target, options=_OPTIONS)
+                self._channel = open_channel(self.address, _OPTIONS)
             method = getattr(self._channel, kind)(path)
             self._methods[kind + path] = method
             return method
@@ -140,7 +146,7 @@ class Transport:
     def stream_in(self, path: str, request: Request) -> Iterator[bytes]:
         """One message there, a stream of messages back, each within `timeout_s`. Raises KvstoreError."""
         method = self._method("unary_stream", path)
-        self._allow()
+        self.allow()
         call = method(request.SerializeToString())
         watch = self._watchdog.watch(call.cancel, self.timeout_s)
         try:
@@ -152,7 +158,7 @@ class Transport:
             late = f"no answer within {self.timeout_s} s" if watch.expired else ""
             raise self._failed(error, late) from None
         else:
-            self._answered()
+            self.answered()
         finally:
             self._watchdog.release(watch)
             call.cancel()
@@ -178,35 +184,41 @@ class Transport:
         return self.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
 
     def _attempt(self, call: Callable[[], bytes]) -> bytes:
-        self._allow()
+        self.allow()
         try:
             reply = call()
         except grpc.RpcError as error:
             raise self._failed(error) from None
         except ValueError as error:  # grpc's word for a channel closed by another thread
             raise TierUnavailable(f"this client is closed: {error}") from None
-        self._answered()
+        self.answered()
         return reply
 
-    def _allow(self) -> None:
+    def allow(self) -> None:
+        """Whether to try at all. Raises TierUnavailable while the breaker is open."""
         if not self.breaker.allow(self.timeout_s):
             raise TierUnavailable(f"{self.address} failed repeatedly and is left alone for a moment")
 
-    def _answered(self) -> None:
+    def answered(self) -> None:
+        """The daemon answered, by whatever door."""
         if self.breaker.succeeded():
             self._on_change("up", self.address)
+
+    def silent(self, text: str) -> KvstoreError:
+        """The daemon did not answer in time, by whatever door."""
+        if self.breaker.failed():
+            self._on_change("down", f"{self.address}: {text}")
+        return TierUnavailable(f"{self.address}: {text}")
 
     def _failed(self, rpc: Any, late: str = "") -> KvstoreError:
         code, text = rpc.code(), late or rpc.details() or ""
         named = dict(rpc.trailing_metadata() or ()).get(ERROR_METADATA)
         if named is not None:
-            self._answered()
+            self.answered()
             kind = getattr(errors, str(named), None)
             return kind(text) if isinstance(kind, type) and issubclass(kind, KvstoreError) else KvstoreError(text)
         if code in _DOWN:
-            if self.breaker.failed():
-                self._on_change("down", f"{self.address}: {text}")
-            return TierUnavailable(f"{self.address}: {code.name}: {text}")
+            return self.silent(f"{code.name}: {text}")
         return _BY_CODE.get(code, KvstoreError)(f"{code.name}: {text}")
 
 

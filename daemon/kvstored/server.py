@@ -11,27 +11,41 @@ import logging
 import os
 import secrets
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvstore.arena import Arena
+from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.gate import Access, Gate
+from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
+from kvstored.scope import Scopes, read_secret
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
-from kvstored_client.address import socket_path
+from kvstored.tls import Certificates
+from kvstored.tokens import Tokens, read_tokens
+from kvstored.verbs import Verbs
+from kvstored.watch import Watch
+from kvstored_client.address import lease_path, socket_path
 
 logger = logging.getLogger(__name__)
 
 MESSAGE_MAX_NBYTES = 4 << 20
+OPEN_TIMEOUT_S = 900
+HEARTBEAT_MAX_S = 120.0
+"""The background thread turns every second; the longest healthy turn, a flush that waits for the disk, takes 30 s."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
 
@@ -76,15 +90,19 @@ def serve(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     stop = _stop_signals()
     loop = asyncio.get_running_loop()
-    store = await loop.run_in_executor(None, Store.open, settings.store)
+    # Opening verifies and rebuilds what a power cut left: seconds for a large index. Minutes are allowed, not 90 s.
+    notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
+    arena = Arena(arena_limit_nbytes(settings.store.hot))
+    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty))
     try:
-        daemon = Daemon(store, settings.server)
+        daemon = Daemon(store, settings.server, arena)
         await daemon.start()
+        _on_reload(daemon)
         pulse = asyncio.create_task(_pulse(store))
-        notify("READY=1")
+        notify("READY=1\nSTATUS=serving")
         await stop.wait()
         logger.info("stopping signal=received")
-        notify("STOPPING=1")
+        notify("STOPPING=1\nSTATUS=draining to disk")
         pulse.cancel()
         await daemon.stop()
     finally:
@@ -105,59 +123,132 @@ def _stop_signals() -> asyncio.Event:
     # Not loop.add_signal_handler: closing the loop would restore the default action while the process still ends.
     for number in STOP_SIGNALS:
         signal.signal(number, request_stop)
-    # systemd's reload sends it; nothing can be changed while running yet, and the default action would be to die.
-    signal.signal(signal.SIGHUP, lambda *_: logger.info("reload ignored: settings are read at start"))
+    # Until there is something to reload: the default action would be to die.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return stop
 
 
+def _on_reload(daemon: "Daemon") -> None:
+    """SIGHUP, systemd's reload: tokens are read again. Certificates are whenever they change, by themselves."""
+    loop = asyncio.get_running_loop()
+
+    def reload() -> None:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        daemon.reload()
+        notify("READY=1")
+
+    def request_reload(*_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the daemon is on its way out
+            loop.call_soon_threadsafe(reload)
+
+    signal.signal(signal.SIGHUP, request_reload)
+
+
 async def _pulse(store: Store) -> None:
-    """WATCHDOG=1 as long as both the event loop and the store still answer."""
+    """WATCHDOG=1 as long as the event loop, the store's locks and the background thread with the cold tier all move."""
     interval_s = watchdog_interval_s()
     while interval_s is not None:
         await asyncio.get_running_loop().run_in_executor(None, store.stats)
-        notify("WATCHDOG=1")
+        age_s = store.heartbeat_age_s()
+        if age_s < HEARTBEAT_MAX_S:
+            notify("WATCHDOG=1")
+        else:
+            logger.error("watchdog not fed: the background thread has not turned for %.0f s", age_s)
         await asyncio.sleep(interval_s)
 
 
 class Daemon:
     """The gRPC server around an open store."""
 
-    def __init__(self, store: Store, settings: ServerSettings) -> None:
+    def __init__(self, store: Store, settings: ServerSettings, arena: Arena | None = None) -> None:
         self._settings = settings
+        self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
-        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=settings.calls_max)
+        self.watch = Watch(store, settings, own_version())
+        self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
+        self._server = grpc.aio.server(
+            interceptors=[Gate(self._access, self.watch.meter)],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=settings.calls_max,
+        )
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
-        budget = Budget(settings.in_flight_nbytes)
-        cache = CacheService(store, self._threads, epoch, budget, settings.silence_s)
-        admin = AdminService(store, self._threads, epoch, budget, own_version())
+        budget = self.watch.budget
+        ingest = Budget(settings.in_flight_nbytes)
+        self._shared = Shared(store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s)
+        self._leases: list[LeaseServer] = []
+        self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
+        scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
+        room = self._arena.empty
+        cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
+        admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)
         self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError when an address cannot be bound."""
-        for target in self._settings.targets:
+        for target, tls in self._settings.listeners:
             with _socket_mode(socket_path(target)):
                 try:
-                    port = self._server.add_insecure_port(target)
+                    port = self._bind(target, tls=tls)
                 except RuntimeError as error:
                     raise ConfigError(f"cannot listen on {target}: {error}") from None
-            shown = target if socket_path(target) else f"tcp:{target.rpartition(':')[0]}:{port}"
+                self._start_leases(socket_path(target))
+            kind = "tls" if tls else "tcp"
+            shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
             logger.info("listening address=%s", shown)
         await self._server.start()
+        self.watch.start()
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
+    def _bind(self, target: str, *, tls: bool) -> int:
+        if not tls:
+            return self._server.add_insecure_port(target)
+        s = self._settings
+        return self._server.add_secure_port(
+            target, Certificates(s.tls_certificate, s.tls_key, s.tls_client_ca).credentials()
+        )
+
+    def reload(self) -> None:
+        """Read the tokens again. A file that is wrong changes nothing: who could call before still can."""
+        try:
+            self._access.tokens = _tokens(self._settings)
+        except ConfigError as error:
+            logger.error("reload failed error=%s effect=%s", error, "the tokens read before stay in force")
+        else:
+            logger.info("reloaded tokens=%d", len(self._access.tokens.by_digest) if self._access.tokens else 0)
+
     async def stop(self) -> None:
         """Refuse new calls, let running ones end, remove the sockets."""
+        self.watch.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.drain_grace_s)
+        for leases in self._leases:
+            await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
                 with suppress(FileNotFoundError):
                     path.unlink()
+
+    def _start_leases(self, path: Path | None) -> None:
+        # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
+        # And it knows no tokens: where the unix socket asks for one, it would be a way around.
+        wanted = not self._settings.token_on_unix and self._shared.store.config.hot.device == "cpu"
+        if path is not None and wanted:
+            self._leases.append(LeaseServer(lease_path(path), self._shared))
+            self._leases[-1].start()
+
+
+def arena_limit_nbytes(hot: HotConfig) -> int:
+    """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between."""
+    return hot.capacity_nbytes + max(hot.capacity_nbytes // 8, 64 << 20)
+
+
+def _tokens(settings: ServerSettings) -> Tokens | None:
+    return read_tokens(settings.tokens) if settings.tokens else None
 
 
 @contextmanager

@@ -8,7 +8,6 @@ Runs on the event loop; whatever may block runs on the worker threads. Errors of
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial, wraps
@@ -20,19 +19,25 @@ from google.protobuf.message import DecodeError, Message
 
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
+from kvstore.forms import Room
 from kvstore.keys import check_key, check_keys
-from kvstore.store import Store
+from kvstore.stats import Stats
 from kvstored.budget import Budget
+from kvstored.metrics import Meter
+from kvstored.scope import Scopes
+from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
-from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, held_message, stats_message
+from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
 
 logger = logging.getLogger(__name__)
 
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
 LIST_GROUP = 256
+REPORT_MAX_S = 86400
+"""More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, bytes, Context], Awaitable[Any]]
@@ -74,10 +79,15 @@ async def refuse(context: Context, error: KvstoreError) -> NoReturn:
 class _Service:
     """What both services share: the store, and the threads that may wait for it."""
 
-    def __init__(self, store: Store, threads: Executor, boot_epoch: int) -> None:
-        self._store = store
+    def __init__(self, scopes: Scopes, threads: Executor, boot_epoch: int) -> None:
+        self._scopes = scopes
         self._threads = threads
         self._epoch = boot_epoch
+
+    @property
+    def _store(self) -> Any:
+        """The store as the caller may see it. Only on the event loop: the caller is the running task's."""
+        return self._scopes.current()
 
     async def _run(self, work: Callable[..., R], *args: Any) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
@@ -86,15 +96,26 @@ class _Service:
 class CacheService(_Service):
     """Tensors under keys."""
 
-    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, silence_s: float) -> None:
-        super().__init__(store, threads, boot_epoch)
+    def __init__(
+        self,
+        scopes: Scopes,
+        threads: Executor,
+        boot_epoch: int,
+        budget: Budget,
+        silence_s: float,
+        meter: Meter,
+        room: Room,
+    ) -> None:
+        super().__init__(scopes, threads, boot_epoch)
+        self._meter = meter
         self._budget = budget
         self._silence_s = silence_s
+        self._room = room
 
     @answering
     async def put(self, _: bytes, context: Context) -> bytes:
         """Frames in, checked one by one; whole entries go to the store in groups."""
-        stream = PutStream(self._store.config.entry_max_nbytes, self._budget)
+        stream = PutStream(self._store.config.entry_max_nbytes, self._budget, self._room)
         stored = 0
         keys: list[bytes] = []
         try:
@@ -154,36 +175,37 @@ class CacheService(_Service):
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:
         """Leading keys held, or each key's place."""
-        asked = pb.MatchRequest.FromString(request)
-        keys = check_keys(asked.keys)
-        if asked.every:
-            held = await self._run(self._store.locate, keys)
-        else:
-            held = list((await self._run(self._store.match, keys)).held)
-        return pb.MatchReply(held=map(held_message, held), boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().match, pb.MatchRequest.FromString(request))
 
     @answering
     async def touch(self, request: bytes, _: Context) -> bytes:
         """Count as use."""
-        asked = pb.TouchRequest.FromString(request)
-        touched = await self._run(partial(self._store.touch, check_keys(asked.keys), ttl_s=asked.ttl_s or None))
-        return pb.TouchReply(touched=touched, boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().touch, pb.TouchRequest.FromString(request))
 
     @answering
     async def delete(self, request: bytes, _: Context) -> bytes:
         """Forget keys."""
-        asked = pb.DeleteRequest.FromString(request)
-        delete = partial(self._store.delete, keep_shared=asked.keep_shared)
-        deleted = await self._run(delete, *check_keys(asked.keys))
-        return pb.DeleteReply(deleted=deleted, boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().delete, pb.DeleteRequest.FromString(request))
 
     @answering
     async def pin(self, request: bytes, _: Context) -> bytes:
         """Pin or let go."""
-        asked = pb.PinRequest.FromString(request)
-        verb = partial(self._store.pin, ttl_s=asked.ttl_s or None) if asked.pinned else self._store.unpin
-        changed = await self._run(verb, *check_keys(asked.keys))
-        return pb.PinReply(changed=changed, boot_epoch=self._epoch).SerializeToString()
+        return await self._answer(self._verbs().pin, pb.PinRequest.FromString(request))
+
+    def _verbs(self) -> Verbs:
+        return Verbs(self._store, self._epoch)
+
+    async def _answer(self, verb: Callable[[Any], Message], asked: Message) -> bytes:
+        return (await self._run(verb, asked)).SerializeToString()
+
+    @answering
+    async def report(self, request: bytes, _: Context) -> bytes:
+        """What a client says the cache was worth."""
+        saved_s = pb.ReportRequest.FromString(request).prefill_saved_s
+        if not 0 <= saved_s <= REPORT_MAX_S:  # NaN included
+            raise InvalidEntry(f"prefill_saved_s must be from 0 to {REPORT_MAX_S}, got {saved_s}")
+        self._meter.saved(saved_s)
+        return pb.ReportReply(boot_epoch=self._epoch).SerializeToString()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto. No serializers: messages are bytes until they are checked."""
@@ -197,6 +219,7 @@ class CacheService(_Service):
                 "Touch": unary(self.touch),
                 "Delete": unary(self.delete),
                 "Pin": unary(self.pin),
+                "Report": unary(self.report),
             },
         )
 
@@ -204,20 +227,20 @@ class CacheService(_Service):
 class AdminService(_Service):
     """What an operator does."""
 
-    def __init__(self, store: Store, threads: Executor, boot_epoch: int, budget: Budget, version: str) -> None:
-        super().__init__(store, threads, boot_epoch)
-        self._budget = budget
+    def __init__(
+        self, scopes: Scopes, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
+    ) -> None:
+        super().__init__(scopes, threads, boot_epoch)
         self._version = version
-        self._started_at = time.monotonic()
+        self._snapshot = snapshot
 
     @answering
     async def stats(self, request: bytes, _: Context) -> bytes:
         """Counters and gauges, the daemon's own among them."""
         pb.StatsRequest.FromString(request)
-        reply = stats_message(await self._run(self._store.stats))
-        reply.values["in_flight_nbytes"] = self._budget.used_nbytes
-        reply.values["in_flight_refused"] = self._budget.refused
-        reply.uptime_s = time.monotonic() - self._started_at
+        found = await self._run(self._snapshot)
+        reply = stats_message(found)
+        reply.uptime_s = found.values["uptime_s"]
         reply.version = self._version
         reply.boot_epoch = self._epoch
         return reply.SerializeToString()
@@ -266,6 +289,12 @@ class AdminService(_Service):
         keys = check_keys(pb.PromoteRequest.FromString(request).keys)
         return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
 
+    @answering
+    async def drain(self, request: bytes, _: Context) -> bytes:
+        """Write to cold what is only in memory."""
+        pb.DrainRequest.FromString(request)
+        return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto."""
         unary = grpc.unary_unary_rpc_method_handler
@@ -279,5 +308,6 @@ class AdminService(_Service):
                 "Evict": unary(self.evict),
                 "Demote": unary(self.demote),
                 "Promote": unary(self.promote),
+                "Drain": unary(self.drain),
             },
         )

@@ -13,7 +13,8 @@ from typing import Any
 
 from kvstore.config import MIB, StoreConfig, check_range, from_mapping, read_toml
 from kvstore.errors import ConfigError
-from kvstored_client.address import default_address, parse_address, socket_path
+from kvstored.logs import FORMATS, LEVELS
+from kvstored_client.address import default_address, parse_address, socket_path, wants_tls
 
 ENVIRONMENT_PREFIX = "KVSTORED_"
 
@@ -22,20 +23,36 @@ ENVIRONMENT_PREFIX = "KVSTORED_"
 class ServerSettings:
     """The network side.
 
-    address: one or more of unix:PATH and tcp:HOST:PORT, separated by commas. data_dir: where the cold tier lives.
-    insecure_tcp: allow TCP without TLS beyond this host. in_flight_nbytes: decoded bytes of all entries being received
+    address: one or more of unix:PATH, tcp:HOST:PORT and tls:HOST:PORT, separated by commas. data_dir: where the cold
+    tier lives. tls_certificate, tls_key: PEM files for tls: addresses, read again when they change. tls_client_ca:
+    only clients with a certificate of this authority may connect. tokens: the file of those who may call, see
+    `tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
+    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. log_format: "text",
+    "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
+    before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received
     or decoded for sending. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
-    operations at once. drain_grace_s: how long running calls may take to end after SIGTERM.
+    operations at once. drain_grace_s: how long running calls may take to end after SIGTERM. lease_max_s: how
+    long a client on this host may hold shared memory after one get.
     """
 
     address: str = ""
     data_dir: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    tokens: str = ""
+    token_on_unix: bool = False
     insecure_tcp: bool = False
+    metrics_address: str = ""
+    log_format: str = "auto"
+    log_level: str = "info"
+    pressure_percent: float = 10.0
     in_flight_nbytes: int = 1024 * MIB
     silence_s: float = 10.0
     calls_max: int = 256
     threads: int = 8
     drain_grace_s: float = 5.0
+    lease_max_s: float = 60.0
 
     def __post_init__(self) -> None:
         check_range("server.in_flight_nbytes", self.in_flight_nbytes, MIB, 1 << 40)
@@ -43,8 +60,24 @@ class ServerSettings:
         check_range("server.calls_max", self.calls_max, 1, 100_000)
         check_range("server.threads", self.threads, 1, 256)
         check_range("server.drain_grace_s", self.drain_grace_s, 0, 3600)
-        for target in self.targets:
-            self._check_reach(target)
+        check_range("server.lease_max_s", self.lease_max_s, 0.1, 86400)
+        check_range("server.pressure_percent", self.pressure_percent, 0, 100)
+        _check_choice("server.log_format", self.log_format, FORMATS)
+        _check_choice("server.log_level", self.log_level, LEVELS)
+        if self.metrics_address:
+            check_metrics_address(self.metrics_address)
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("server.tls_certificate and server.tls_key belong together: set both or neither")
+        if self.token_on_unix and not self.tokens:
+            raise ConfigError("server.token_on_unix needs server.tokens, a file of tokens")
+        for target, tls in self.listeners:
+            self._check_reach(target, tls=tls)
+
+    @property
+    def listeners(self) -> tuple[tuple[str, bool], ...]:
+        """What to bind, as gRPC spells it, and whether it speaks TLS."""
+        parts = [part.strip() for part in self.address.split(",") if part.strip()]
+        return tuple(zip(self.targets, map(wants_tls, parts), strict=True))
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -54,8 +87,17 @@ class ServerSettings:
         except ValueError as error:
             raise ConfigError(f"server.address: {error}") from None
 
-    def _check_reach(self, target: str) -> None:
+    def _check_reach(self, target: str, *, tls: bool) -> None:
+        if tls and not self.tls_certificate:
+            raise ConfigError(f"server.address: tls:{target} needs server.tls_certificate and server.tls_key")
         if socket_path(target) is not None or self.insecure_tcp:
+            return
+        if tls:
+            if not (self.tokens or self.tls_client_ca):
+                raise ConfigError(
+                    f"server.address: anybody who reaches tls:{target} could read the cache; "
+                    "set server.tokens or server.tls_client_ca, so that callers have to prove who they are"
+                )
             return
         host = target.rpartition(":")[0].strip("[]")
         try:
@@ -64,8 +106,13 @@ class ServerSettings:
             local = False
         if not local:
             raise ConfigError(
-                f"server.address: {target} is reachable from other hosts without TLS or a password; "
-                "use a loopback address or a unix socket, or set server.insecure_tcp = true if the network is trusted"
+                f"server.address: {target} is reachable from other hosts without TLS; use tls:{target}, "
+                "a loopback address or a unix socket, or set server.insecure_tcp = true if the network is trusted"
+            )
+        if not self.tokens:
+            raise ConfigError(
+                f"server.address: every user of this host could connect to {target}; set server.tokens, use a unix "
+                "socket, whose permissions keep others out, or set server.insecure_tcp = true"
             )
 
 
@@ -103,6 +150,27 @@ def load_settings(
         cold = replace(settings.store.cold, path=str(Path(settings.server.data_dir) / "cold"))
         settings = replace(settings, store=replace(settings.store, cold=cold))
     return settings
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_metrics_address(text: str) -> tuple[str, int]:
+    """(host, port) of "127.0.0.1:9411". Raises ConfigError for what is not on the loopback."""
+    host, colon, port = text.rpartition(":")
+    host = host.strip("[]")
+    try:
+        local = ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        local = False
+    if not colon or not port.isdigit() or int(port) > 65535 or not local:
+        raise ConfigError(
+            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; "
+            "to reach it from elsewhere put a proxy with a password in front"
+        )
+    return host, int(port)
 
 
 def default_data_dir(environ: Mapping[str, str] = os.environ) -> Path:

@@ -14,6 +14,7 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.errors import EntryTooLarge, InvalidEntry
+from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.store import Store
@@ -50,8 +51,8 @@ class Incoming:
         self.key = check_key(header.key)
         if len(header.tensors) > arrays.TENSORS_MAX:
             raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
-        self._specs = read_specs(header.tensors)
-        self.nbytes = arrays.check_specs(self._specs, limit_nbytes)
+        self.specs = read_specs(header.tensors)
+        self.nbytes = arrays.check_specs(self.specs, limit_nbytes)
         if header.nbytes != self.nbytes:
             raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {self.nbytes}")
         if not (math.isfinite(header.ttl_s) and header.ttl_s >= 0):
@@ -68,10 +69,10 @@ class Incoming:
         self._scatter = Scatter(())
         self._sum = xxhash.xxh3_64()
 
-    def begin(self) -> None:
-        """Allocate the tensors."""
-        self.tensors = {
-            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in self._specs.items()
+    def begin(self, room: Room) -> None:
+        """Allocate the tensors: in `room` if there is any, else in ordinary memory."""
+        self.tensors = room(self.specs) or {
+            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in self.specs.items()
         }
         self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
 
@@ -98,9 +99,10 @@ class Incoming:
 class PutStream:
     """The frames of one Put: at most one entry open, whole ones collected in `ready`."""
 
-    def __init__(self, limit_nbytes: int, budget: Budget) -> None:
+    def __init__(self, limit_nbytes: int, budget: Budget, room: Room) -> None:
         self._limit_nbytes = limit_nbytes
         self._budget = budget
+        self._room = room
         self._open: Incoming | None = None
         self._taken_nbytes = 0
         self._keys = 0
@@ -135,7 +137,7 @@ class PutStream:
         self._budget.take(entry.nbytes)
         self._taken_nbytes += entry.nbytes
         self._open = entry
-        entry.begin()
+        entry.begin(self._room)
 
     def check_whole(self) -> None:
         """At the end of the stream. Raises BadFrame for an entry without its end."""
@@ -163,7 +165,10 @@ class PutStream:
 class Reading:
     """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread."""
 
-    def __init__(self, store: Store, budget: Budget, keys: list[bytes], *, leading: bool) -> None:
+    def __init__(
+        self, store: Store, budget: Budget, keys: list[bytes], *, leading: bool, room: Room | None = None
+    ) -> None:
+        self._room = room
         self._store = store
         self._budget = budget
         self._keys = keys
@@ -211,7 +216,7 @@ class Reading:
         self._budget.take(decoded)
         self._lease.callback(self._budget.give_back, decoded)
         group = self._keys[self._at : self._stop]
-        self._hits = self._lease.enter_context(self._store.lease_many(group, leading=self._leading))
+        self._hits = self._lease.enter_context(self._store.lease_many(group, leading=self._leading, room=self._room))
         self._groups += 1
 
     def _end_group(self) -> None:
@@ -219,20 +224,25 @@ class Reading:
         self._lease.close()
 
 
-def hit_frames(index: int, hit: Hit, boot_epoch: int) -> Iterator[bytes]:
-    """The frames that answer one key of a Get."""
-    payload = Gather([arrays.as_bytes(x) for x in hit.tensors.values()])
-    header = pb.GetHeader(
+def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
+    """What is said of a hit before its bytes."""
+    specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
+    return pb.GetHeader(
         index=index,
-        tensors=tensor_specs({name: arrays.describe(name, x) for name, x in hit.tensors.items()}),
-        nbytes=payload.nbytes,
+        tensors=tensor_specs(specs),
+        nbytes=sum(x.nbytes for x in hit.tensors.values()),
         tier=TIERS[hit.tier],
         encoding=hit.encoding,
         lossy=hit.lossy,
         age_s=hit.age_s,
         boot_epoch=boot_epoch,
     )
-    return cut_frames(header.SerializeToString(), payload)
+
+
+def hit_frames(index: int, hit: Hit, boot_epoch: int) -> Iterator[bytes]:
+    """The frames that answer one key of a Get."""
+    header = hit_header(index, hit, boot_epoch).SerializeToString()
+    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
 
 
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError
@@ -24,8 +25,8 @@ class Codec(Protocol):
     name: str
     lossy: bool
 
-    def encode(self, name: str, x: torch.Tensor) -> EncodedTensor:
-        """Encode one tensor. name: its name in the entry ("k", "v", ...), a hint about what it holds.
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Encode one tensor. name: its name in the entry ("k", "v", ...); hints: what it holds and how it lies.
 
         x: dense, contiguous, any device. Returns parts on the same device that share no memory with x.
         """
@@ -40,10 +41,12 @@ class Codec(Protocol):
 
 
 def _registry() -> dict[str, Codec]:
+    from kvstore.codecs.int8 import Int8
     from kvstore.codecs.nf4 import NF4
+    from kvstore.codecs.nf4_kv import NF4KV
     from kvstore.codecs.raw import Raw
 
-    return {codec.name: codec for codec in (Raw(), NF4())}
+    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), Int8())}
 
 
 _CODECS: dict[str, Codec] = {}
@@ -61,31 +64,37 @@ def codec_named(name: str) -> Codec:
 
 
 def encodable(x: torch.Tensor) -> bool:
-    """Whether a lossy codec may touch this tensor: a KV dtype, at least one block, all values finite."""
-    kind = str(x.dtype).removeprefix("torch.")
-    if kind not in LOSSY_ALLOWED or x.numel() < LOSSY_MIN_NUMEL:
-        return False
-    return bool(torch.isfinite(x).all())
+    """Whether a lossy codec may try this tensor: a KV dtype and at least one block.
+
+    Values that are not finite are found while encoding, where it costs nothing: the codec refuses them.
+    """
+    return str(x.dtype).removeprefix("torch.") in LOSSY_ALLOWED and x.numel() >= LOSSY_MIN_NUMEL
 
 
-def encode_entry(entry: Entry, codec: Codec) -> Entry:
-    """Encode each raw tensor the codec may touch; the others stay raw. `entry` itself if none may."""
+def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None = None) -> Entry:
+    """Encode each raw tensor the codec may touch; the others stay raw. `entry` itself if none may.
+
+    hints: by tensor name, where more is known than the name says.
+    """
     tensors: dict[str, EncodedTensor] = {}
     changed = False
     for name, tensor in entry.tensors.items():
         x = tensor.parts[""] if tensor.encoding == "raw" else None
-        encoded = _encode_or_none(codec, name, x) if x is not None and encodable(x) else None
+        told = NO_HINTS if hints is None else hints.get(name, NO_HINTS)
+        encoded = _encode_or_none(codec, name, x, told) if x is not None and encodable(x) else None
         changed = changed or encoded is not None
         tensors[name] = tensor if encoded is None else encoded
     return Entry(entry.key, tensors, lossy=entry.lossy or codec.lossy) if changed else entry
 
 
-def _encode_or_none(codec: Codec, name: str, x: torch.Tensor) -> EncodedTensor | None:
+def _encode_or_none(codec: Codec, name: str, x: torch.Tensor, hints: Hints) -> EncodedTensor | None:
     """The encoded tensor; None where the codec finds, only while encoding, that it cannot hold these values."""
     try:
-        return codec.encode(name, x)
+        encoded = codec.encode(name, x, hints)
     except CodecError:
         return None
+    # An adaptive codec may find that only the tensor itself keeps its bound.
+    return None if encoded.encoding == "raw" else encoded
 
 
 def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -14,10 +14,12 @@ from math import prod
 import torch
 
 from kvstore.codecs import blocks
+from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.tables import table
 from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
+from kvstore.kernels import cpu_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +37,23 @@ class NF4:
     name = "nf4"
     lossy = True
 
-    def encode(self, name: str, x: torch.Tensor) -> EncodedTensor:
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor of finite values.
 
         x: float32, float16 or bfloat16, any shape and device, at least one value. Parts: "" uint8
         ((n+1)//2,), "absmax" uint8 (ceil(n/64),), "nested_absmax" float32 (ceil(ceil(n/64)/256),).
         Raises CodecError for another dtype, and where a value or a decoded scale is not finite.
         """
-        del name
+        del name, hints
         spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
         if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
             raise CodecError(f"nf4 holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
-        codes, absmax = blocks.quantize(x.detach().reshape(-1))
+        flat = x.detach().reshape(-1)
+        kernel = cpu_kernel(flat)
+        found = blocks.quantize(flat) if kernel is None else kernel.nf4_encode(flat)
+        if found is None:
+            raise CodecError("nf4 holds finite values only; keep these raw")
+        codes, absmax = found
         scales = Scales(*blocks.quantize_scales(absmax))
         _refuse_overflow(scales, x.dtype)
         attrs: dict[str, object] = {
@@ -67,7 +74,11 @@ class NF4:
         codes = encoded.parts[""]
         out = prepared_out(encoded.spec, codes.device, out)
         absmax = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset)
-        blocks.dequantize(codes, absmax, out.view(-1))
+        kernel = cpu_kernel(codes)
+        if kernel is None:
+            blocks.dequantize(codes, absmax, out.view(-1))
+        else:
+            kernel.nf4_decode(codes, absmax, out.view(-1))
         return out
 
 
@@ -76,6 +87,9 @@ def _refuse_overflow(scales: Scales, dtype: torch.dtype) -> None:
 
     NaN and Inf in the input reach a scale, so this is also the check that all values were finite.
     """
+    # No level of the map is above 1, so this bound settles it without decoding the scales.
+    if float(scales.nested.max()) + abs(scales.offset) < torch.finfo(dtype).max / 2:
+        return
     largest = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset).abs().max()
     if not bool(torch.isfinite(largest.to(dtype))):
         raise CodecError(f"nf4 cannot hold values whose scale is {float(largest)} in {dtype}; keep them raw")

@@ -2,6 +2,7 @@
 
 import torch
 
+from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 
@@ -12,9 +13,9 @@ class Raw:
     name = "raw"
     lossy = False
 
-    def encode(self, name: str, x: torch.Tensor) -> EncodedTensor:
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """A private copy of x. x: any dtype, shape and device."""
-        del name
+        del name, hints
         spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
         return EncodedTensor(spec, self.name, {"": x.detach().clone(memory_format=torch.contiguous_format)})
 

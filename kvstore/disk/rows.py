@@ -8,14 +8,15 @@ Thread rule: one thread writes; reads and `grow` take the lock (a read is 5 us).
 
 import contextlib
 import struct
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import compress, islice
 from pathlib import Path
+from typing import Any
 
 import lmdb
+import numpy as np
 import xxhash
 
 from kvstore.disk.segments import Place
@@ -26,9 +27,31 @@ MAP_MIN_NBYTES = 64 << 20
 READERS_MAX = 126
 _DB = b"rows"
 _FIELDS = struct.Struct("<QddddQIIQQIB")
+_COLUMNS = np.dtype(
+    [
+        ("seq", "<u8"), ("created_at", "<f8"), ("expires_at", "<f8"), ("ttl_s", "<f8"), ("last_hit_at", "<f8"),
+        ("value_nbytes", "<u8"), ("hits", "<u4"), ("segment", "<u4"), ("offset", "<u8"), ("nbytes", "<u8"),
+        ("head_nbytes", "<u4"), ("flags", "u1"),
+    ]
+)  # fmt: skip
+"""The same fields for numpy."""
 _PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
-_SLIDING, _PINNED, _EXACT, _LOSSY = 1, 2, 4, 8
+SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
+"""Flags. Do not renumber."""
+SCAN_CHUNK = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows as columns, all of the same length, and damaged: keys whose row fails its checksum."""
+
+    keys: list[Key]
+    fields: np.ndarray[Any, np.dtype[np.void]]
+    encodings: list[str]
+    pinned_until: list[float]
+    parents: list[Key | None]
+    damaged: list[Key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +70,7 @@ def pack_row(key: Key, row: Row) -> bytes:
     The checksum is the low 32 bits of xxh3_64 over key and all of it.
     """
     m = row.meta
-    flags = _SLIDING * m.sliding | _PINNED * m.pinned | _EXACT * m.exact | _LOSSY * m.lossy
+    flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy
     fields = _FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
@@ -64,25 +87,42 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     seq, created, expires, ttl_s, hit_at, value_nbytes, hits, segment, offset, nbytes, head_nbytes, flags = (
         _FIELDS.unpack_from(body)
     )
-    # Equal values of many rows are one object: 130 bytes less for each key of a million.
     encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
     if len(rest) < _PINNED_UNTIL.size:
         return None
     meta = Meta(
-        created, expires, _share(ttl_s), value_nbytes, bool(flags & _SLIDING), bool(flags & _PINNED),
-        bool(flags & _EXACT), bool(flags & _LOSSY), sys.intern(encoding.decode()), hits, hit_at or 0.0,
-        _share(_PINNED_UNTIL.unpack_from(rest)[0]), parent=Key(rest[_PINNED_UNTIL.size :]) or None,
+        created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
+        bool(flags & LOSSY), encoding.decode(), hits, hit_at, *_more(rest),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
 
-@lru_cache(maxsize=1024)
-def _share(value: float) -> float:
-    return value
+def _more(rest: bytes) -> tuple[float, Key | None]:
+    """When a pin lapses, and the parent."""
+    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[_PINNED_UNTIL.size :]) or None
 
 
 def _checksum(key: bytes, body: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(body, xxhash.xxh3_64_intdigest(key)) & 0xFFFFFFFF
+    return xxhash.xxh3_64_intdigest(body + key) & 0xFFFFFFFF
+
+
+def _columns(keys: list[Key], datas: list[bytes]) -> Found:
+    size, tail = _FIELDS.size, -_SUM.size
+    least = size + 1 + _PINNED_UNTIL.size - tail
+    good = [
+        len(data) >= least and int.from_bytes(data[tail:], "little") == _checksum(key, data[:tail])
+        for key, data in zip(keys, datas, strict=True)
+    ]
+    damaged: list[Key] = []
+    if not all(good):
+        damaged = [key for key, ok in zip(keys, good, strict=True) if not ok]
+        keys, datas = list(compress(keys, good)), list(compress(datas, good))
+    fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
+    names: dict[bytes, str] = {}
+    rests = [d[size:tail].partition(b"\0") for d in datas]
+    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in rests]
+    more = [_more(rest) for _, _, rest in rests]
+    return Found(keys, fields, encodings, [until for until, _ in more], [parent for _, parent in more], damaged)
 
 
 class Rows:
@@ -115,11 +155,13 @@ class Rows:
             data = txn.get(key)
         return None if data is None else parse_row(key, bytes(data))
 
-    def scan(self) -> Iterator[tuple[Key, Row | None]]:
-        """All keys with their rows (None: damaged), in key order, in one read transaction. Before the writer starts."""
+    def scan(self) -> Iterator[Found]:
+        """All rows, some ten thousand at a time, in one read transaction. Before the writer starts."""
         with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
-            for key, data in cursor:
-                yield Key(bytes(key)), parse_row(Key(bytes(key)), bytes(data))
+            rows = iter(cursor)
+            while chunk := list(islice(rows, SCAN_CHUNK)):
+                keys, datas = zip(*chunk, strict=True)
+                yield _columns(list(keys), list(datas))
 
     def write(self, put: Mapping[Key, Row], remove: Iterable[Key]) -> list[Place]:
         """Change rows in one transaction; the places that no row names after it. Raises lmdb.Error.

@@ -9,17 +9,13 @@ RAM: the keys in their order, about 200 bytes each; places, sizes and deadlines 
 Leaves out: time to live (the store sweeps), which entries deserve a place here (the store), what encodings mean.
 """
 
-import gc
 import logging
 import threading
-from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmdb
-import numpy as np
 
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
@@ -27,9 +23,10 @@ from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
+from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.segments import PlaceTable, Segments, blocks_nbytes
-from kvstore.disk.writer import Callbacks, Counters, Writer, cost_of
+from kvstore.disk.segments import Segments, blocks_nbytes
+from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
@@ -87,7 +84,7 @@ class Cold:
         self._pinned: dict[Key, int] = {}
         self._pin_max_nbytes = int(config.capacity_nbytes * pin_max_fraction)
         self._seq = 0
-        self._recovered: list[tuple[Key, Meta]] = []
+        self._recovered = Recovered()
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
@@ -117,7 +114,7 @@ class Cold:
                 directory, config, clock, disk or SystemDisk(),
                 meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction,
             )  # fmt: skip
-            with _no_garbage_collection():
+            with no_garbage_collection():
                 cold._recover()
         except (OSError, lmdb.Error) as error:
             directory.release()
@@ -127,45 +124,25 @@ class Cold:
 
     def _recover(self) -> None:
         """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
-        now = self._clock.now()
-        keys: list[Key] = []
-        metas: list[Meta] = []
-        numbers = array("q")
-        gone: list[Key] = []
-        for key, row in self._rows.scan():
-            if row is None:
-                self._writer.counters.corrupt_total += 1
-                log.error("cold key=%s event=corrupt where=row", key.hex())
-            if row is None or _clamp(row.meta, now).expired(now):
-                gone.append(key)
-                continue
-            keys.append(key)
-            metas.append(row.meta)
-            numbers.extend((row.seq, *row.place))
-        table = np.frombuffer(numbers, np.int64).reshape(-1, 4)
-        self._order(keys, metas, table)
-        if gone:
-            self._rows.write({}, gone)
-            self._rows.sync()
-        self._segments.recover(table[:, 1:].copy())
-
-    def _order(self, keys: list[Key], metas: list[Meta], table: PlaceTable) -> None:
-        """Least recently used first. table: rows of (seq, segment, offset, nbytes)."""
-        costs = [cost_of(int(nbytes)) for nbytes in table[:, 3]]
-        self._pending.used_nbytes = sum(costs)
-        self._seq = int(table[:, 0].max(initial=0))
-        for i in np.argsort(table[:, 0], kind="stable"):
-            key, meta = keys[i], metas[i]
+        found = recover(self._rows, self._clock.now())
+        for key, meta, nbytes in zip(found.keys, found.metas, found.nbytes, strict=True):
             if meta.pinned:
-                self._pinned[key] = costs[i]
+                self._pinned[key] = cost_of(nbytes)
             else:
                 self._lru.track(key)
-            self._recovered.append((key, meta))
+        self._pending.used_nbytes = sum(found.nbytes) + len(found.nbytes) * ROW_NBYTES
+        self._seq = found.last_seq
+        self._recovered = found
+        self._writer.counters.corrupt_total += found.damaged
+        if found.gone:
+            self._rows.write({}, found.gone)
+            self._rows.sync()
+        self._segments.recover(found.places)
 
     def recovered(self) -> Iterator[tuple[Key, Meta]]:
         """What was found at opening, least recently used first: once, then nothing. Values were not read."""
-        found, self._recovered = self._recovered, []
-        yield from found
+        found, self._recovered = self._recovered, Recovered()
+        yield from zip(found.keys, found.metas, strict=True)
 
     @property
     def used_nbytes(self) -> int:
@@ -499,23 +476,3 @@ class Cold:
 
 _TRANSIENT = frozenset({11, 12, 23, 24})
 """EAGAIN, ENOMEM, ENFILE, EMFILE: say nothing about the record."""
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A million new objects and no garbage among them: looking for it takes half of the opening's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _clamp(meta: Meta, now: float) -> Meta:
-    """Deadlines of another process's clock: none further away than its TTL, none begun in the future."""
-    meta.created_at = min(meta.created_at, now)
-    meta.last_hit_at = min(meta.last_hit_at, now)
-    meta.expires_at = min(meta.expires_at, now + meta.ttl_s)
-    return meta

@@ -103,8 +103,8 @@ def test_the_log_has_one_line_for_each_change_of_state(daemon, caplog):
     assert client.restarts == 1
 
 
-def test_the_callers_own_mistakes_always_raise(daemon):
-    client = daemon.client(on_error="miss")
+def test_the_callers_own_mistakes_always_raise(shared_daemon):
+    client = shared_daemon.client(on_error="miss")
     for wrong in (
         lambda: client.put(b"", X),
         lambda: client.put(b"k", {}),
@@ -147,16 +147,16 @@ def test_what_the_daemon_finds_too_large_raises_and_what_it_has_no_room_for_now_
     assert client.put(b"after", X)
 
 
-def test_a_closed_client_raises_or_misses_but_never_hangs(daemon):
-    client = daemon.client(on_error="miss")
+def test_a_closed_client_raises_or_misses_but_never_hangs(shared_daemon):
+    client = shared_daemon.client(on_error="miss")
     client.close()
     client.close()
     assert client.get(b"k") is None
     assert client.put(b"k", X) is False
 
 
-def test_a_forked_child_has_a_connection_of_its_own(daemon):
-    client = daemon.client(framework="numpy")
+def test_a_forked_child_has_a_connection_of_its_own(shared_daemon):
+    client = shared_daemon.client(framework="numpy")
     client.put(b"k", X)
     stop = threading.Event()
 

@@ -1,5 +1,7 @@
 """Frames by hand are plain protobuf, and what is no frame is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -96,7 +98,7 @@ def test_gather_then_scatter_is_identity_whatever_the_cuts(parts, chunk_nbytes, 
     assert b"".join(chunks) == whole
     assert all(len(chunk) == chunk_nbytes for chunk in chunks[:-1])
     cuts = [0, *sorted(min(size, len(whole)) for size in sizes), len(whole)]
-    targets = [np.zeros(b - a, dtype=np.uint8) for a, b in zip(cuts, cuts[1:], strict=False)]
+    targets = [np.zeros(b - a, dtype=np.uint8) for a, b in itertools.pairwise(cuts)]
     scatter = Scatter(targets)
     for chunk in chunks:
         scatter.write(memoryview(chunk))

@@ -15,23 +15,22 @@ from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
 from kvstored_client.frames import BadFrame, build_frame, build_miss
 from kvstored_client.receive import Receiver
-
-from ..raw import RawClient, entry_frames
+from tests.raw import RawClient, entry_frames
 
 MIB = 1 << 20
 
 
-def test_torch_goes_in_and_numpy_comes_out_and_back(daemon):
+def test_torch_goes_in_and_numpy_comes_out_and_back(shared_daemon):
     k = torch.randn(2, 5, 3, 8).to(torch.bfloat16)
-    daemon.client().put(b"k", {"k": k})
-    as_numpy = daemon.client(framework="numpy").get(b"k").tensors["k"]
+    shared_daemon.client().put(b"k", {"k": k})
+    as_numpy = shared_daemon.client(framework="numpy").get(b"k").tensors["k"]
     assert as_numpy.dtype == np.dtype(ml_dtypes.bfloat16)
-    daemon.client().put(b"again", {"k": as_numpy})
-    assert torch.equal(daemon.client(framework="torch").get(b"again").tensors["k"], k)
+    shared_daemon.client().put(b"again", {"k": as_numpy})
+    assert torch.equal(shared_daemon.client(framework="torch").get(b"again").tensors["k"], k)
 
 
-def test_out_is_filled_in_place_whatever_it_is(daemon):
-    client = daemon.client()
+def test_out_is_filled_in_place_whatever_it_is(shared_daemon):
+    client = shared_daemon.client()
     x = torch.randn(300, 1000)
     client.put(b"k", {"x": x})
     outs = [
@@ -58,15 +57,15 @@ def test_out_is_filled_in_place_whatever_it_is(daemon):
         {},
     ],
 )
-def test_an_out_that_does_not_fit_raises(daemon, out):
-    client = daemon.client(on_error="miss")
+def test_an_out_that_does_not_fit_raises(shared_daemon, out):
+    client = shared_daemon.client(on_error="miss")
     client.put(b"k", {"x": torch.ones(3)})
     with pytest.raises(InvalidEntry, match="out"):
         client.get(b"k", out=out)
 
 
-def test_strided_conjugated_and_empty_tensors_are_put_as_their_values(daemon):
-    client = daemon.client()
+def test_strided_conjugated_and_empty_tensors_are_put_as_their_values(shared_daemon):
+    client = shared_daemon.client()
     values = {
         "transposed": torch.randn(30, 40).T,
         "sliced": torch.randn(30, 40)[::3, 5:7],
@@ -84,17 +83,16 @@ def test_strided_conjugated_and_empty_tensors_are_put_as_their_values(daemon):
 
 @pytest.mark.parametrize("nbytes", [0, 1, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 9 * MIB + 3])
 @pytest.mark.parametrize("path", ["unix", "tcp"])
-def test_any_size_comes_back_over_unix_and_tcp(daemon_factory, path, nbytes):
-    daemon = daemon_factory(tcp=True)
-    address = daemon.address.split(",")[path == "tcp"]
+def test_any_size_comes_back_over_unix_and_tcp(shared_daemon, path, nbytes):
+    address = shared_daemon.address.split(",")[path == "tcp"]
     x = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
     with Client(address, framework="numpy", on_error="raise") as client:
         assert client.put(b"k", {"x": x})
         assert np.array_equal(client.get(b"k").tensors["x"], x)
 
 
-def test_a_long_batch_keeps_its_order_and_marks_its_misses(daemon):
-    client = daemon.client(framework="numpy")
+def test_a_long_batch_keeps_its_order_and_marks_its_misses(shared_daemon):
+    client = shared_daemon.client(framework="numpy")
     keys = [b"%d" % i for i in range(1000)]
     stored = client.put_many([(key, {"x": np.full(100, i)}) for i, key in enumerate(keys) if i % 3])
     assert stored == sum(1 for i in range(1000) if i % 3)
@@ -104,9 +102,9 @@ def test_a_long_batch_keeps_its_order_and_marks_its_misses(daemon):
     assert [hit.key for hit in client.get_many(keys[1:], leading=True)] == keys[1:3]
 
 
-def test_a_client_of_plain_protobuf_and_ours_read_each_other(daemon):
-    raw = RawClient(parse_address(daemon.address))
-    ours = daemon.client(framework="numpy")
+def test_a_client_of_plain_protobuf_and_ours_read_each_other(shared_daemon):
+    raw = RawClient(parse_address(shared_daemon.address))
+    ours = shared_daemon.client(framework="numpy")
     payload = np.random.default_rng(1).integers(0, 256, 5 * MIB, dtype=np.uint8)
     assert raw.put(entry_frames(b"raw", payload.tobytes())).stored == 1
     assert np.array_equal(ours.get(b"raw").tensors["x"], payload)
@@ -167,12 +165,12 @@ def test_a_damaged_stream_is_refused_before_it_does_harm(stream):
         Receiver([b"a"], "numpy").read(stream)
 
 
-def test_a_damaged_stream_is_a_miss_for_the_caller(daemon, monkeypatch):
-    client = daemon.client(on_error="miss")
+def test_a_damaged_stream_is_a_miss_for_the_caller(shared_daemon, monkeypatch):
+    client = shared_daemon.client(on_error="miss")
     monkeypatch.setattr(client._transport, "stream_in", lambda *_: iter([b"\xff\xff"]))
     assert client.get(b"k") is None
     assert client.failures == 1
-    strict = daemon.client(on_error="raise")
+    strict = shared_daemon.client(on_error="raise")
     monkeypatch.setattr(strict._transport, "stream_in", lambda *_: iter([b"\xff\xff"]))
     with pytest.raises(RecordCorrupt):
         strict.get(b"k")
@@ -212,6 +210,7 @@ def worker(address, seed, results):
         results.put(hammer(client, seed, 40))
 
 
+@pytest.mark.slow
 def test_32_threads_of_one_client_and_8_processes_see_no_wrong_bytes(daemon_factory):
     # Tiers small enough that entries sink and rise all the time.
     daemon = daemon_factory(store='[store.hot]\ncapacity_nbytes = "4MiB"\n[store.warm]\ncapacity_nbytes = "2MiB"\n')

@@ -10,8 +10,7 @@ import pytest
 
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
-
-from ..raw import RawClient, entry_frames, header, spec
+from tests.raw import RawClient, entry_frames, header, spec
 
 MIB = 1 << 20
 END = pb.PutFrame(end=pb.EntryEnd())

@@ -230,9 +230,8 @@ def test_serve_refuses_a_bad_configuration_with_exit_code_2(tmp_path):
 
 def test_serve_without_the_engine_names_the_extra_and_client_verbs_go_on(running, tmp_path):
     for package in ("torch", "lmdb", "safetensors", "zstandard", "grpc_health"):
-        (tmp_path / f"{package}.py").write_text(
-            f"raise ModuleNotFoundError('No module named {package!r}', name={package!r})\n"
-        )
+        code = f'raise ModuleNotFoundError("No module named {package}", name="{package}")'
+        (tmp_path / f"{package}.py").write_text(code)
     path = environment()["PYTHONPATH"]
     bare = environment(PYTHONPATH=f"{tmp_path}:{path}", KVSTORED_ADDRESS=running.address)
     command = [sys.executable, "-m", "kvstored"]

@@ -83,7 +83,8 @@ def test_a_taken_tcp_port_is_refused(daemon_factory):
     second = daemon_factory(start=False)
     port = first.address.rpartition(":")[2]
     second.config.write_text(
-        f'[server]\naddress = "{second.address},tcp:127.0.0.1:{port}"\ndata_dir = "{second.directory}/data"\n'
+        f'[server]\naddress = "{second.address},tcp:127.0.0.1:{port}"\n'
+        f'data_dir = "{second.directory}/data"\ninsecure_tcp = true\n'
     )
     second.start(wait=False)
     assert second.process.wait(20) != 0
@@ -132,12 +133,13 @@ def test_the_service_manager_is_told(daemon_factory, tmp_path, monkeypatch):
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
         monkeypatch.setenv("WATCHDOG_USEC", "200000")
         daemon = daemon_factory()
-        assert listener.recv(100) == b"READY=1"
+        assert listener.recv(100).startswith(b"EXTEND_TIMEOUT_USEC=")
+        assert listener.recv(100).startswith(b"READY=1\n")
         assert listener.recv(100) == b"WATCHDOG=1"
         daemon.signal(signal.SIGTERM)
         while (said := listener.recv(100)) == b"WATCHDOG=1":
             pass
-        assert said == b"STOPPING=1"
+        assert said.startswith(b"STOPPING=1\n")
         assert daemon.process.wait(20) == 0
 
 

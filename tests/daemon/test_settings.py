@@ -62,7 +62,10 @@ def test_an_unknown_variable_of_a_table_is_refused():
 
 
 def test_tcp_beyond_this_host_is_served_only_when_asked_for(tmp_path):
+    tokens = {"KVSTORED_SERVER__TOKENS": "tokens.toml"}
     for address in ("tcp:127.0.0.1:1", "tcp:localhost:1", "tcp:[::1]:1"):
-        assert load_settings(environ={}, address=address).server.targets
+        assert load_settings(environ=tokens, address=address).server.targets
+        with pytest.raises(ConfigError, match=r"set server\.tokens"):
+            load_settings(environ={}, address=address)
     path = write(tmp_path, "[server]\naddress = 'tcp:0.0.0.0:7411'\ninsecure_tcp = true")
     assert load_settings(path, environ={}).server.targets == ("0.0.0.0:7411",)

@@ -254,6 +254,18 @@ class PinReply(_message.Message):
     boot_epoch: int
     def __init__(self, changed: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
+class ReportRequest(_message.Message):
+    __slots__ = ("prefill_saved_s",)
+    PREFILL_SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    prefill_saved_s: float
+    def __init__(self, prefill_saved_s: _Optional[float] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("boot_epoch",)
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    boot_epoch: int
+    def __init__(self, boot_epoch: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -414,3 +426,111 @@ class Explanation(_message.Message):
     hits: int
     entry: EntryInfo
     def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("written",)
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    written: int
+    def __init__(self, written: _Optional[int] = ...) -> None: ...
+
+class LeaseCall(_message.Message):
+    __slots__ = ("release", "get", "put", "match", "touch", "delete", "pin", "ingest_nbytes")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    GET_FIELD_NUMBER: _ClassVar[int]
+    PUT_FIELD_NUMBER: _ClassVar[int]
+    MATCH_FIELD_NUMBER: _ClassVar[int]
+    TOUCH_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    INGEST_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    release: _containers.RepeatedScalarFieldContainer[int]
+    get: GetRequest
+    put: LeasePut
+    match: MatchRequest
+    touch: TouchRequest
+    delete: DeleteRequest
+    pin: PinRequest
+    ingest_nbytes: int
+    def __init__(self, release: _Optional[_Iterable[int]] = ..., get: _Optional[_Union[GetRequest, _Mapping]] = ..., put: _Optional[_Union[LeasePut, _Mapping]] = ..., match: _Optional[_Union[MatchRequest, _Mapping]] = ..., touch: _Optional[_Union[TouchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., ingest_nbytes: _Optional[int] = ...) -> None: ...
+
+class LeasePut(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[IngestedEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[IngestedEntry, _Mapping]]] = ...) -> None: ...
+
+class IngestedEntry(_message.Message):
+    __slots__ = ("header", "places")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    header: PutHeader
+    places: _containers.RepeatedCompositeFieldContainer[TensorPlace]
+    def __init__(self, header: _Optional[_Union[PutHeader, _Mapping]] = ..., places: _Optional[_Iterable[_Union[TensorPlace, _Mapping]]] = ...) -> None: ...
+
+class TensorPlace(_message.Message):
+    __slots__ = ("segment", "start")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    segment: int
+    start: int
+    def __init__(self, segment: _Optional[int] = ..., start: _Optional[int] = ...) -> None: ...
+
+class LeaseReply(_message.Message):
+    __slots__ = ("error", "segments", "lease", "leased", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FIELD_NUMBER: _ClassVar[int]
+    PUT_FIELD_NUMBER: _ClassVar[int]
+    MATCH_FIELD_NUMBER: _ClassVar[int]
+    TOUCH_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MAX_S_FIELD_NUMBER: _ClassVar[int]
+    error: LeaseError
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    lease: int
+    leased: _containers.RepeatedCompositeFieldContainer[Leased]
+    put: PutReply
+    match: MatchReply
+    touch: TouchReply
+    delete: DeleteReply
+    pin: PinReply
+    boot_epoch: int
+    lease_max_s: float
+    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[_Union[Leased, _Mapping]]] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ...) -> None: ...
+
+class LeaseError(_message.Message):
+    __slots__ = ("kind", "message")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("number", "nbytes", "writable")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    nbytes: int
+    writable: bool
+    def __init__(self, number: _Optional[int] = ..., nbytes: _Optional[int] = ..., writable: bool = ...) -> None: ...
+
+class Leased(_message.Message):
+    __slots__ = ("header", "segment", "start", "generation")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    header: GetHeader
+    segment: int
+    start: int
+    generation: int
+    def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., segment: _Optional[int] = ..., start: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import EntryInfo
+from kvstored.cli.choose import Filters, filtered
 from kvstored.cli.exits import NotHeld
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, quantity, size, table
+from kvstored.cli.top import repeat
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -22,9 +24,16 @@ _PAGE = 500
 
 
 @click.command()
+@click.option(
+    "--watch", "watch_s", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Again and again, until Ctrl-C."
+)
 @remote
-def stats(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` calls it
+def stats(client: "Client", as_json: bool, watch_s: float | None) -> None:  # noqa: FBT001 - `remote` calls it
     """Tiers, their fill, and all counters."""
+    repeat(lambda: _print_stats(client, as_json=as_json), watch_s or 0, None if watch_s else 1)
+
+
+def _print_stats(client: "Client", *, as_json: bool) -> None:
     found = client.stats()
     if as_json:
         print_json(found.as_dict())
@@ -48,13 +57,12 @@ def stats(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` c
 
 
 @click.command()
-@click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries held there.")
-@click.option("--prefix", type=KEY, default=b"", help="Only keys that begin so.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
+@filtered
 @remote
-def ls(client: "Client", as_json: bool, tier: str | None, prefix: bytes, limit: int | None) -> None:  # noqa: FBT001
-    """Entries, in order of key."""
-    entries = client.entries(tier=tier, key_prefix=prefix, limit=limit)
+def ls(client: "Client", as_json: bool, limit: int | None, filters: Filters) -> None:  # noqa: FBT001
+    """Entries, in order of key. Filters narrow each other."""
+    entries = filters.entries(client, limit)
     if as_json:
         for info in entries:
             print_json(info_dict(info))

@@ -1,4 +1,4 @@
-"""Verbs that change or move entries: get, put, delete, evict, pin, unpin, promote, demote."""
+"""Verbs that change or move entries: get, put, delete, pin, unpin, promote, demote."""
 
 import sys
 from pathlib import Path
@@ -103,7 +103,6 @@ COMMANDS = (
     get,
     put,
     _over_keys("delete", "deleted", "Forget keys in all tiers, for good."),
-    _over_keys("evict", "evicted", "Forget keys in all tiers, counted as evictions."),
     _over_keys("pin", "pinned", "Keep keys from eviction and expiry."),
     _over_keys("unpin", "unpinned", "Let keys be evicted and expire again."),
     _over_keys("promote", "promoted", "Copy keys to the hot tier."),

@@ -1,13 +1,13 @@
 """`kvstored serve`: the daemon, in the foreground, until SIGTERM."""
 
-import logging
 import sys
 
 import click
 
 from kvstored.cli.exits import BadUsage, errors_as_exit_codes
+from kvstored.logs import set_up
 
-_ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health"})
+_ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health", "prometheus_client"})
 
 
 @click.command()
@@ -19,11 +19,12 @@ def serve(config: str | None, data_dir: str | None, address: str | None) -> None
 
     Settings: the file, then KVSTORED_* in the environment, then these options. docs/operations.md lists them all.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    set_up()  # for what goes wrong before the settings say how
     with errors_as_exit_codes(address or "the configured address"):
         from kvstored.settings import load_settings
 
         settings = load_settings(config, data_dir=data_dir, address=address)
+        set_up(settings.server.log_format, settings.server.log_level)
         try:
             from kvstored.server import serve as run
         except ModuleNotFoundError as error:

@@ -34,6 +34,8 @@ _STEP_COST = 8
 _ONE_LINE_EACH = ("num_beams", "num_return_sequences", "num_beam_groups")
 _ELSEWHERE = ("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_params", "state", "streamer")
 """Arguments with which the caller has a cache or a way of decoding of his own. A streamer is given the prompt first."""
+_BLIND = {"mamba": "cache_params", "rwkv": "state"}
+"""Kinds whose generate takes the state under another name, and does not skip the tokens that it covers."""
 _PROMPT_PROCESSORS = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Settings that look at the prompt's tokens, which a model that is only given its last token does not show them."""
 
@@ -83,6 +85,10 @@ class PrefixCache:
         self._generate = model.generate
         self._keep_answers = keep_answers
         self._adapters = identity.adapters(model)
+        if self.kind == "rwkv" and not model.training:
+            # RWKV scales its weights in place at its first inference: the fingerprint is of what inference uses.
+            with torch.inference_mode():
+                model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
         self._signature = frozenset(inspect.signature(model.forward).parameters)
         fields = self._fields(identity.revision(model, revision), fidelity, salt)
         if self.kind == "attention":
@@ -107,7 +113,7 @@ class PrefixCache:
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """`model.generate`, from the longest cached prefix on. Takes and returns what that does."""
-        ids = options.get("input_ids") if inputs is None else inputs
+        ids: Any = options.get("input_ids") if inputs is None else inputs
         rows = self._rows(ids, options)
         if rows is None:
             self.usage.passed_on += 1
@@ -123,7 +129,9 @@ class PrefixCache:
                 return out
             return self._from_snapshot(ids, rows, options)
 
-    def restore(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, rows: Rows | None = None) -> KvstoredCache:
+    def restore(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, rows: Rows | None = None
+    ) -> KvstoredCache:
         """A cache with the longest prefix of these prompts that is held; empty on a miss. Full attention only.
 
         Hand it to `model.generate(ids, past_key_values=...)` or to the model, then to `commit`.
@@ -176,12 +184,12 @@ class PrefixCache:
             or setting("cache_implementation") is not None
         ):
             return None
-        if self.kind == "mamba" and any((setting(k) or off) != off for k, off in _PROMPT_PROCESSORS.items()):
+        if self.kind in _BLIND and any((setting(k) or off) != off for k, off in _PROMPT_PROCESSORS.items()):
             return None
-        if self.kind == "rwkv" and ids is not None and options.get("attention_mask") is not None:
-            if not bool(options["attention_mask"].bool().all()):
-                return None  # RWKV knows no mask: padding goes through its state
-        return read_rows(ids, options.get("attention_mask"), setting("pad_token_id"))
+        rows = read_rows(ids, options.get("attention_mask"), setting("pad_token_id"))
+        if self.kind == "rwkv" and rows is not None and (len(rows.pads) > 1 or any(rows.pads)):
+            return None  # its one-token step mixes the rows of a batch, and it knows no mask for padding
+        return rows
 
     def _ends(self) -> frozenset[int]:
         ends = self.model.generation_config.eos_token_id
@@ -194,15 +202,13 @@ class PrefixCache:
         if at < due:
             state = self._advance(state, ids, rows, at, due)
             self._snapshots.keep(rows, due, state)
-        if self.kind == "mamba":
-            # Only its last token: this family's generate does not look how far the state is.
+        if self.kind in _BLIND:
+            # Only its last token: these families' generate does not look how far the state is.
             options = _absolute_lengths(options, rows.width)
             options["attention_mask"] = torch.ones_like(ids[:, -1:])
-            out = self._generate(ids[:, -1:], cache_params=state, **options)
-            return _with_prompt(out, ids)
-        name = "state" if self.kind == "rwkv" else "past_key_values"
-        out = self._generate(ids, **{name: state}, **options)
-        if self._keep_answers and self.kind == "snapshot":
+            return _with_prompt(self._generate(ids[:, -1:], **{_BLIND[self.kind]: state}, **options), ids)
+        out = self._generate(ids, past_key_values=state, **options)
+        if self._keep_answers:
             sequences = out if isinstance(out, torch.Tensor) else out.sequences
             whole = grown(rows, sequences, self._ends())
             # Rows that ended early went on with padding in the state: only full ones are kept (see `keep`).

@@ -7,11 +7,11 @@ is (layers, tokens, kv_heads, head_dim), in chunks.
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from kvstore.hit import Hit
 from kvstore.prefix import Namespace
 from kvstored_client.integrations.guard import Guard
+from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
 from kvstored_client.integrations.transformers.rows import Rows
 
 
@@ -29,7 +29,7 @@ class Attention:
 
         return Namespace(cache, Identity(**self._identity), self._chunk_tokens)
 
-    def restore(self, rows: Rows, cache: DynamicCache, device: torch.device) -> int:
+    def restore(self, rows: Rows, cache: Any, device: torch.device) -> int:
         """Fill an empty cache with the longest prefix that all rows have. Returns its length in padded positions.
 
         Never the last token: a cache over the whole prompt leaves the model nothing to run, and the answer is wrong.
@@ -40,20 +40,19 @@ class Attention:
         if length <= min(rows.pads):
             return 0
         identity = self._identity
-        shape = (identity["layers"], len(rows.pads), identity["kv_heads"], length, identity["head_dim"])
-        dtype = getattr(torch, identity["dtype"])
-        for name in ("keys", "values"):
-            # Padding is masked, but never NaN times zero: what nobody fills is zero.
-            fresh = torch.zeros if any(rows.pads) else torch.empty
-            whole = fresh(shape, dtype=dtype, device=device)
+        shape = (identity["layers"], len(rows.pads), identity["kv_heads"], length + ROOM_TOKENS, identity["head_dim"])
+        buffers = []
+        for name in ("k", "v"):
+            whole = torch.empty(shape, dtype=getattr(torch, identity["dtype"]), device=device)
             for row, (_, hits) in enumerate(found):
-                _fill(whole[:, row], hits, name[0], rows.pads[row])
-            for layer, x in zip(cache.layers, whole, strict=True):
-                layer.dtype, layer.device, layer.is_initialized = dtype, device, True
-                setattr(layer, name, x)
+                # Padding is masked, but a NaN left in memory times zero would still be one.
+                whole[:, row, :, : rows.pads[row]] = 0
+                _fill(whole[:, row, :, :length], hits, name, rows.pads[row])
+            buffers.append(whole)
+        cache.layers = [RoomyLayer(k, v, length) for k, v in zip(*buffers, strict=True)]
         return length
 
-    def keep(self, prompt: Rows, whole: Rows, cache: DynamicCache) -> None:
+    def keep(self, prompt: Rows, whole: Rows, cache: Any) -> None:
         """Put what the cache holds of each row, later: the prompt as it was, and the prompt with its answer."""
         length = cache.get_seq_length()
         # Layers grow by concatenation, so these very tensors are never changed: no copy is needed until they are put.
@@ -64,16 +63,28 @@ class Attention:
             space = self._namespace(self._guard.cache)
             for row, pad in enumerate(prompt.pads):
                 tokens = whole.tokens[row][: length - pad]
+                n = min(len(prompt.tokens[row]), len(tokens))
+                if _held(self._guard.cache, space, [tokens[:n], tokens]):
+                    continue
                 k, v = (
                     torch.stack([layer[which][row, :, pad : pad + len(tokens)] for layer in layers]).transpose(1, 2)
                     for which in (0, 1)
                 )
-                n = min(len(prompt.tokens[row]), len(tokens))
                 space.put_prefix(tokens[:n], k[:, :n], v[:, :n])
                 if len(tokens) > n:
                     space.put_prefix(tokens, k, v)
 
         self._guard.later(put, nbytes)
+
+
+def _held(cache: Any, space: Namespace, prefixes: list[list[int]]) -> bool:
+    """Whether all chunks of these prefixes are held. Counts as use, as a put of them does."""
+    chains = [space.keys(tokens) for tokens in prefixes]
+    if any(cache.match(keys) < len(keys) for keys in chains):
+        return False
+    for keys in chains:
+        cache.touch(keys)
+    return True
 
 
 def _fill(target: torch.Tensor, hits: list[Hit], name: str, start: int) -> None:

@@ -36,7 +36,8 @@ def fingerprint(model: Any) -> str:
         found.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
         data = x.detach()
         # numpy knows too few types for as_bytes of everything a quantized model may hold; bytes are bytes.
-        found.update(arrays.as_bytes(data.contiguous().flatten().view(torch.uint8)) if data.numel() else b"")
+        if data.numel():
+            found.update(arrays.as_bytes(data.contiguous().flatten().view(torch.uint8)).data)
     return found.hexdigest()
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from kvstore.hit import Fidelity
 from kvstore.keys import KEYS_PER_CALL_MAX, Identity, tail_keys
@@ -56,7 +55,7 @@ def dump_row(cache: Any, row: int, pad: int, length: int) -> Tensors:
     return tensors
 
 
-def load_rows(cache: DynamicCache, rows: list[Tensors], length: int) -> None:
+def load_rows(cache: Any, rows: list[Tensors], length: int) -> None:
     """Bring a fresh cache to the state of these rows at a padded position."""
     for i, layer in enumerate(cache.layers):
         kind = type(layer).__name__

@@ -1,0 +1,136 @@
+"""The servers measured beside each other: kvstored, Redis and memcached, each a process of its own on this host.
+
+A Subject is one client of one server and can put and get payloads of float32 under keys. Rivals that are not installed
+are left out.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MIB = 1 << 20
+ROOT = Path(__file__).parents[1]
+VALUE_MAX_NBYTES = 128 * MIB
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One client of one server. put(key, array); get(key) returns something with the payload in it."""
+
+    put: Callable[[bytes, Any], object]
+    get: Callable[[bytes], object]
+
+
+def free_port() -> int:
+    """A TCP port on the loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What is running: addresses, None where it is not installed, and the daemon's process."""
+
+    kvstored_unix: str
+    kvstored_tcp: str
+    kvstored_pid: int
+    redis_unix: str | None
+    redis_port: int
+    memcached: str | None
+
+
+@contextmanager
+def servers() -> Iterator[Servers]:
+    """All servers, up; gone at the end."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="kvb-") as top:
+        port, redis_port = free_port(), free_port()
+        unix, tcp = f"unix:{top}/k.sock", f"tcp:127.0.0.1:{port}"
+        path = os.pathsep.join(str(ROOT / part) for part in ("", "daemon", "client"))
+        environ = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "KVSTORED_STORE__HOT__CAPACITY_NBYTES": "2GiB",
+            "KVSTORED_STORE__PROMOTE_AFTER": "0",
+        }
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        serve = [sys.executable, "-m", "kvstored", "serve", "--data-dir", f"{top}/data", "--address", f"{unix},{tcp}"]
+        processes.append(subprocess.Popen(serve, env=environ, **quiet))
+        redis, memcached = shutil.which("redis-server"), shutil.which("memcached")
+        if redis:
+            options = f"--port {redis_port} --unixsocket {top}/r.sock --save --appendonly no --dir {top}".split()
+            options[options.index("--save") + 1 : options.index("--save") + 1] = [""]
+            processes.append(subprocess.Popen([redis, *options], **quiet))
+        if memcached:
+            user = ["-u", "root"] if os.geteuid() == 0 else []
+            processes.append(subprocess.Popen([memcached, "-s", f"{top}/m.sock", "-I", "128m", "-m", "4096", *user]))
+        try:
+            _wait_for(
+                Path(top) / "k.sock", bool(redis) and Path(top) / "r.sock", bool(memcached) and Path(top) / "m.sock"
+            )
+            yield Servers(
+                unix,
+                tcp,
+                processes[0].pid,
+                f"{top}/r.sock" if redis else None,
+                redis_port,
+                f"{top}/m.sock" if memcached else None,
+            )
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                process.kill()
+
+
+def _wait_for(*paths: Path | bool) -> None:
+    deadline = time.monotonic() + 60
+    while not all(path is False or (isinstance(path, Path) and path.exists()) for path in paths):
+        if time.monotonic() > deadline:
+            sys.exit(f"not up within 60 s: {paths}")
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+def redis_subject(up: Servers, path: str) -> Subject | None:
+    """redis-py with hiredis, its fastest parser; payloads as memoryviews, replies as bytes. None: not installed."""
+    try:
+        from redis import Redis
+    except ImportError:
+        return None
+    if up.redis_unix is None:
+        return None
+    client = Redis(unix_socket_path=up.redis_unix) if path == "unix" else Redis(port=up.redis_port)
+    return Subject(lambda key, x: client.set(key, memoryview(x).cast("B")), client.get)
+
+
+def memcached_subject(up: Servers) -> Subject | None:
+    """Measure pymemcache over a unix socket. It takes bytes only: they are made beforehand, outside the clock."""
+    try:
+        from pymemcache.client.base import Client
+    except ImportError:
+        return None
+    if up.memcached is None:
+        return None
+    client = Client(up.memcached, no_delay=True)
+    return Subject(lambda key, x: client.set(key, x, noreply=False), client.get)
+
+
+def payloads(nbytes: int, copies: int) -> list[np.ndarray]:
+    """Distinct float32 arrays of nbytes each."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(nbytes // 4, dtype=np.float32) for _ in range(copies)]

@@ -1,0 +1,126 @@
+"""What a client shows the daemon: a bearer token, certificates. Read from files named in the environment.
+
+    KVSTORED_TOKEN_FILE          a file with one token; sent over unix sockets, TLS, and plain TCP on the loopback only
+    KVSTORED_TLS_CA              PEM: who may sign the daemon's certificate (default: the system's authorities)
+    KVSTORED_TLS_CERTIFICATE, KVSTORED_TLS_KEY    PEM: this client's own, for a daemon that asks for one
+    KVSTORED_TLS_NAME            the name in the daemon's certificate, where the address has another
+
+Files rather than values: an environment is readable in /proc and inherited by every child.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+
+from kvstored_client.address import parse_address, socket_path, wants_tls
+
+TOKEN_FILE_MAX_NBYTES = 4096
+
+
+class _CallDetails(NamedTuple):
+    method: str
+    timeout: float | None
+    metadata: Sequence[tuple[str, str]] | None
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _WithToken(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Adds the token to each call. Not call credentials: gRPC refuses those on unix sockets."""
+
+    def __init__(self, token: str) -> None:
+        self._pair = ("authorization", f"Bearer {token}")
+
+    def _with(self, details: Any) -> _CallDetails:
+        return _CallDetails(
+            details.method, details.timeout, (*(details.metadata or ()), self._pair), details.credentials,
+            details.wait_for_ready, details.compression,
+        )  # fmt: skip
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        """Pass on, with the token."""
+        return continuation(self._with(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        """Pass on, with the token."""
+        return continuation(self._with(client_call_details), request)
+
+    def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        """Pass on, with the token."""
+        return continuation(self._with(client_call_details), request_iterator)
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        """Pass on, with the token."""
+        return continuation(self._with(client_call_details), request_iterator)
+
+
+def open_channel(
+    address: str, options: Sequence[tuple[str, Any]], environ: Mapping[str, str] = os.environ
+) -> grpc.Channel:
+    """A channel to an address with what the environment says to show. Raises ValueError for what cannot be sent."""
+    target = parse_address(address)
+    token = check_credentials(address, environ)
+    if wants_tls(address):
+        name = environ.get("KVSTORED_TLS_NAME")
+        named = [("grpc.ssl_target_name_override", name)] if name else []
+        channel = grpc.secure_channel(target, _tls(environ), options=[*options, *named])
+    else:
+        channel = grpc.insecure_channel(target, options=options)
+    return channel if token is None else grpc.intercept_channel(channel, _WithToken(token))
+
+
+def check_credentials(address: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The token to send to an address, if any. Raises ValueError for one that cannot be read or must not be sent."""
+    token = read_token(environ)
+    target = parse_address(address)
+    if token is not None and not wants_tls(address) and not _stays_here(target):
+        raise ValueError(f"a token would cross the network unencrypted to {target}; use tls:{target}")
+    return token
+
+
+def read_token(environ: Mapping[str, str]) -> str | None:
+    """The token in $KVSTORED_TOKEN_FILE; None where the variable is not set. Raises ValueError."""
+    path = environ.get("KVSTORED_TOKEN_FILE")
+    if not path:
+        return None
+    text = _read(path, "KVSTORED_TOKEN_FILE")[:TOKEN_FILE_MAX_NBYTES].decode("ascii", "replace").strip()
+    if not text or not text.isprintable() or " " in text:
+        raise ValueError(f"KVSTORED_TOKEN_FILE={path} must hold one token and nothing else")
+    return text
+
+
+def _tls(environ: Mapping[str, str]) -> grpc.ChannelCredentials:
+    def pem(name: str) -> bytes | None:
+        path = environ.get(name)
+        return _read(path, name) if path else None
+
+    return grpc.ssl_channel_credentials(
+        pem("KVSTORED_TLS_CA"), pem("KVSTORED_TLS_KEY"), pem("KVSTORED_TLS_CERTIFICATE")
+    )
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name}={path} cannot be read: {error.strerror}") from None
+
+
+def _stays_here(target: str) -> bool:
+    if socket_path(target) is not None:
+        return True
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,100 @@
+"""Shared memory of the daemon's, mapped once and kept: a fresh mapping costs 50 us a MiB, a kept one nothing.
+
+A Window is memory that is held until nothing refers to it any more, however many arrays and tensors were made of it.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from kvstored_client.frames import Bytes
+
+PARALLEL_NBYTES = 8 << 20
+"""Below this a second thread costs more than it brings."""
+_POPULATE_READ = 22  # MADV_POPULATE_READ
+
+
+class Mapping:
+    """One segment, mapped. `array` covers all of it; writable only for an ingest segment."""
+
+    def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+        """Map the descriptor and close it."""
+        try:
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, protection)
+        finally:
+            os.close(fd)
+        self.nbytes = nbytes
+        self.array: Bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = int(self.array.ctypes.data)
+        self.writable = writable
+
+    def populate(self) -> None:
+        """Fill the page tables, in another thread: the first reader would otherwise pay 50 us a MiB."""
+        threading.Thread(target=self._populate, name="kvstored-populate", daemon=True).start()
+
+    def _populate(self) -> None:
+        import contextlib
+        import ctypes
+
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        with contextlib.suppress(OSError):
+            for start in range(0, self.nbytes, PARALLEL_NBYTES):
+                if madvise(self.address + start, min(PARALLEL_NBYTES, self.nbytes - start), _POPULATE_READ):
+                    return  # an older kernel: the reader pays
+
+
+class Window:
+    """A run of bytes of a mapping; calls `on_end` when the last array or tensor over it is gone."""
+
+    def __init__(self, mapping: Mapping, start: int, nbytes: int, on_end: Callable[[], None]) -> None:
+        self._mapping = mapping
+        self._on_end = on_end
+        # torch warns of a read-only array and offers no read-only tensor, so it is told nothing: writing to what is
+        # mapped for reading ends the process, as the documentation of `lease` says. numpy arrays are marked below.
+        self.__array_interface__ = {
+            "data": (mapping.address + start, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+    def array(self, *, writable: bool) -> Bytes:
+        """The bytes. All that is made of the array keeps the window."""
+        array: Bytes = np.asarray(self)
+        if not writable:
+            array.flags.writeable = False
+        return array
+
+    def __del__(self) -> None:
+        self._on_end()
+
+
+class Copier:
+    """Copies bytes, large runs with two threads. Fork-safe as far as each process makes its own."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def copy(self, target: Bytes, source: Bytes) -> None:
+        """target[:] = source, without the GIL."""
+        if target.size < PARALLEL_NBYTES or (os.cpu_count() or 1) < 2:
+            np.copyto(target, source)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstored-copy")
+        half = target.size // 2 // 4096 * 4096
+        other = self._pool.submit(np.copyto, target[half:], source[half:])
+        np.copyto(target[:half], source[:half])
+        other.result()
+
+
+def address_of(data: Any) -> int:
+    """Where a flat array of bytes begins."""
+    return int(data.ctypes.data)

@@ -1,0 +1,85 @@
+"""Which entries a command is about: the filters that ls and evict share, applied to the daemon's listing."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvstore.config import parse_nbytes
+from kvstore.errors import ConfigError
+from kvstore.hit import EntryInfo
+from kvstored.cli.keytext import KEY
+
+if TYPE_CHECKING:
+    from kvstored_client import Client
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click we allow
+    """Bytes: 4096, 512MiB, 1.5GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_nbytes(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What an entry must be. Empty: anything."""
+
+    tier: str | None = None
+    prefix: bytes = b""
+    encoding: str | None = None
+    older_than_s: float | None = None
+    larger_than: int | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return self != Filters()
+
+    def entries(self, client: "Client", limit: int | None = None) -> Iterator[EntryInfo]:
+        """The entries that fit, in order of key."""
+        # The daemon knows tier and prefix; the rest is decided here, so a limit can only be counted here.
+        found = 0
+        for info in client.entries(tier=self.tier, key_prefix=self.prefix):
+            if limit is not None and found >= limit:
+                return
+            if self._fits(info):
+                found += 1
+                yield info
+
+    def _fits(self, info: EntryInfo) -> bool:
+        return (
+            (self.encoding is None or info.encoding == self.encoding)
+            and (self.older_than_s is None or info.age_s > self.older_than_s)
+            and (self.larger_than is None or info.value_nbytes > self.larger_than)
+        )
+
+
+def filtered(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options; it gets them as `filters`."""
+
+    @click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries held there.")
+    @click.option("--prefix", type=KEY, default=b"", help="Only keys that begin so.")
+    @click.option("--encoding", help="Only entries held in this encoding: raw, nf4, ...")
+    @click.option("--older-than-s", type=click.FloatRange(min=0), help="Only entries put longer ago.")
+    @click.option("--larger-than", type=_Size(), metavar="SIZE", help="Only entries of more decoded bytes: 512MiB.")
+    @functools.wraps(function)
+    def command(
+        *arguments: Any,
+        tier: str | None,
+        prefix: bytes,
+        encoding: str | None,
+        older_than_s: float | None,
+        larger_than: int | None,
+        **others: Any,
+    ) -> None:
+        function(*arguments, filters=Filters(tier, prefix, encoding, older_than_s, larger_than), **others)
+
+    return command

@@ -1,0 +1,262 @@
+"""`kvstored doctor`: what stands in the way on this host, each finding with what to do about it."""
+
+import os
+import platform
+import resource
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from kvstore.errors import KvstoreError
+from kvstored.cli.exits import REFUSED, errors_as_exit_codes
+from kvstored.cli.show import size
+
+if TYPE_CHECKING:
+    from kvstored.settings import Settings
+
+Verdict = Literal["good", "note", "bad"]
+_FILES_MIN = 4096
+_YEAR_2025 = 1_735_689_600
+_PACKAGES = (
+    "kvstored",
+    "grpcio",
+    "protobuf",
+    "numpy",
+    "torch",
+    "lmdb",
+    "zstandard",
+    "safetensors",
+    "prometheus-client",
+)
+_MARKS = {"good": "ok  ", "note": "note", "bad": "BAD "}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. todo: what to do; empty where nothing is to be done."""
+
+    verdict: Verdict
+    what: str
+    todo: str = ""
+
+
+@click.command()
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="The daemon's settings file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
+def doctor(config: Path | None, as_json: bool) -> None:  # noqa: FBT001 - a flag
+    """Look for what would keep a daemon from working well here. Changes nothing. Exit code 4: something is bad.
+
+    Looks at versions, the compiled kernel, a GPU, the clock, limits, the data directory and its disk, memory against
+    the budgets, sockets and their permissions, and whether a daemon answers.
+    """
+    import json
+
+    with errors_as_exit_codes("the configured address"):
+        from kvstored.settings import load_settings
+
+        settings = load_settings(config)
+    worst = False
+    for finding in findings(settings):
+        worst = worst or finding.verdict == "bad"
+        if as_json:
+            click.echo(json.dumps(asdict(finding)))
+        else:
+            click.echo(f"{_MARKS[finding.verdict]}  {finding.what}")
+            if finding.todo:
+                click.echo(f"      -> {finding.todo}")
+    if worst:
+        click.get_current_context().exit(REFUSED)
+
+
+def findings(settings: "Settings") -> Iterator[Finding]:
+    """All of them, in the order an operator would look."""
+    looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
+        _versions, _kernel, _gpu, _clock, _limits, _disk, _memory, _sockets, _daemon,
+    )  # fmt: skip
+    for look in looks:
+        yield from look(settings)
+
+
+def _versions(_: "Settings") -> Iterator[Finding]:
+    found, missing = [], []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    yield Finding("good", f"Python {platform.python_version()}, Linux {platform.release()}, {', '.join(found)}")
+    if set(missing) - {"kvstored"}:
+        yield Finding(
+            "note", f"not installed: {', '.join(missing)}", "to run the daemon: pip install 'kvstored[daemon]'"
+        )
+
+
+def _kernel(_: "Settings") -> Iterator[Finding]:
+    try:
+        from kvstore import kernels  # type: ignore[attr-defined,unused-ignore]  # an optional part of the engine
+
+        yield Finding("good", f"compiled codec kernel: {getattr(kernels, '__name__', 'present')}")
+    except ImportError:
+        yield Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
+
+
+def _gpu(settings: "Settings") -> Iterator[Finding]:
+    device = settings.store.hot.device
+    try:
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    except ImportError:
+        return
+    if device.startswith("cuda") and not count:
+        yield Finding(
+            "bad",
+            f'store.hot.device is "{device}" and torch sees no GPU',
+            'set it to "cpu", or check the driver with nvidia-smi',
+        )
+    else:
+        yield Finding("good", f'{count} GPUs seen by torch; hot tier on "{device}"')
+
+
+def _clock(_: "Settings") -> Iterator[Finding]:
+    if time.time() < _YEAR_2025:
+        yield Finding("bad", "the wall clock is years behind", "set the time: entries kept over a restart seem new")
+    else:
+        yield Finding("good", f"clock {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
+
+
+def _limits(_: "Settings") -> Iterator[Finding]:
+    files, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if files < _FILES_MIN:
+        yield Finding(
+            "note", f"{files} open files at most in this shell", "the unit sets 65536; by hand: ulimit -n 65536"
+        )
+    else:
+        yield Finding("good", f"{files} open files at most")
+    text = "unlimited" if locked == resource.RLIM_INFINITY else size(locked)
+    yield Finding("good", f"locked memory at most {text}")
+
+
+def _disk(settings: "Settings") -> Iterator[Finding]:
+    path = Path(settings.store.cold.path or settings.server.data_dir)
+    at = path
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    if not os.access(at, os.W_OK):
+        yield Finding("bad", f"{at} cannot be written by this user", f"chown it, or set server.data_dir ({path})")
+        return
+    usage = shutil.disk_usage(at)
+    capacity = settings.store.cold.capacity_nbytes
+    room = usage.free + _held_nbytes(path)
+    # The budget counts records; index and free space between records come on top.
+    if room < 1.1 * capacity:
+        yield Finding(
+            "bad", f"{at}: {size(room)} free or ours, store.cold.capacity_nbytes is {size(capacity)}",
+            "lower it to nine tenths of what there is: a full disk is survived, and no write succeeds until it is not",
+        )  # fmt: skip
+    else:
+        yield Finding("good", f"{at}: {size(usage.free)} free for a cold tier of {size(capacity)}")
+    kind = _file_system(at)
+    if kind in ("nfs", "nfs4", "cifs", "fuse.sshfs", "9p"):
+        yield Finding("bad", f"{at} is on {kind}", "LMDB needs a local file system: choose another server.data_dir")
+    elif kind == "tmpfs":
+        yield Finding("note", f"{at} is on tmpfs", "the cold tier would be gone with the next boot")
+
+
+def _held_nbytes(path: Path) -> int:
+    held = 0
+    for folder, _folders, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):  # a running daemon removes files as we look
+                held += (Path(folder) / name).stat().st_blocks * 512
+    return held
+
+
+def _file_system(path: Path) -> str:
+    best = ("", "unknown")
+    try:
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _device, where, kind, *_rest = line.split()
+            if path.is_relative_to(where) and len(where) >= len(best[0]):
+                best = (where, kind)
+    except OSError:
+        return "unknown"
+    return best[1]
+
+
+def _memory(settings: "Settings") -> Iterator[Finding]:
+    s = settings.store
+    hot = s.hot.capacity_nbytes if s.hot.device == "cpu" else 0
+    wanted = hot + s.warm.capacity_nbytes + s.cold.write_buffer_nbytes + settings.server.in_flight_nbytes
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    what = f"budgets in memory {size(wanted)} of {size(have)}"
+    if wanted > 0.9 * have:
+        yield Finding(
+            "bad", what, "lower store.hot, store.warm or server.in_flight_nbytes: the model needs room as well"
+        )
+    else:
+        yield Finding("good", what)
+
+
+def _sockets(settings: "Settings") -> Iterator[Finding]:
+    from kvstored_client.address import socket_path
+
+    for target, tls in settings.server.listeners:
+        path = socket_path(target)
+        if path is None:
+            yield Finding("good", f"{'tls' if tls else 'tcp'}:{target}")
+        elif not path.exists():
+            yield Finding("note", f"{path} is not there", "no daemon is running, or it listens elsewhere")
+        elif not os.access(path, os.R_OK | os.W_OK):
+            group = path.stat().st_gid
+            yield Finding(
+                "bad",
+                f"{path} may not be opened by this user",
+                f"join its group: usermod --append --groups {_group(group)} $USER",
+            )
+        else:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            open_to_all = mode & 0o007
+            yield Finding(
+                "bad" if open_to_all else "good", f"{path} has mode {mode:04o}",
+                "everybody on this host may read the cache: chmod 0660" if open_to_all else "",
+            )  # fmt: skip
+
+
+def _group(number: int) -> str:
+    import grp
+
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def _daemon(settings: "Settings") -> Iterator[Finding]:
+    from kvstored_client import Client
+
+    address = settings.server.address.split(",")[0].strip()
+    try:
+        with Client(address, timeout_s=2, framework="numpy", on_error="raise") as client:
+            values: Any = client.stats().values
+    except (KvstoreError, ValueError) as error:
+        yield Finding(
+            "note", f"no answer at {address}: {str(error)[:120]}", "kvstored serve, or systemctl start kvstored"
+        )
+        return
+    yield Finding("good", f"the daemon at {address} is up for {values['uptime_s']:.0f} s")
+    for name, bad in (("cold_healthy", 0), ("cold_quarantined", 1)):
+        if values.get(name) == bad:
+            yield Finding("bad", f"{name} is {bad}", "docs/operations.md says what that means")
+
+
+COMMANDS = (doctor,)

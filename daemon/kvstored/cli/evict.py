@@ -1,0 +1,90 @@
+"""`kvstored evict` and `kvstored drain`: making room, and making sure, by hand."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from kvstored.cli.choose import Filters, filtered
+from kvstored.cli.exits import NOT_HELD, BadUsage
+from kvstored.cli.keytext import KEY
+from kvstored.cli.remote import print_json, remote
+from kvstored.cli.show import size
+from kvstored.cli.waiting import waiting
+
+if TYPE_CHECKING:
+    from kvstored_client import Client
+
+_BATCH = 1000
+"""Keys a call: the disk forgets them in one transaction, and the bar moves a few times a second."""
+
+
+@click.command()
+@click.argument("keys", type=KEY, nargs=-1, metavar="[KEY]...")
+@click.option("--dry-run", is_flag=True, help="Count what would go, evict nothing.")
+@filtered
+@remote
+def evict(client: "Client", as_json: bool, keys: tuple[bytes, ...], dry_run: bool, filters: Filters) -> None:  # noqa: FBT001 - `remote` calls it
+    """Forget keys in all tiers, counted as evictions: those named, or all that fit the filters.
+
+    Filters narrow each other: --tier cold --older-than-s 86400. Without keys and without a filter nothing happens.
+    Exit code 1: not all of the keys named were held.
+    """
+    if bool(keys) == filters.given:
+        raise BadUsage("evict takes keys or filters (--prefix, --tier, --older-than-s, ...), one of the two")
+    if not keys:
+        _evict_fitting(client, filters, as_json=as_json, dry_run=dry_run)
+        return
+    unique = tuple(dict.fromkeys(keys))
+    count = sum(at is not None for at in client.locate(unique)) if dry_run else client.evict(*unique)
+    done = "would_evict" if dry_run else "evicted"
+    if as_json:
+        print_json({"verb": "evict", "asked": len(unique), done: count})
+    else:
+        click.echo(f"{done.replace('_', ' ')} {count} of {len(unique)}")
+    if count < len(unique):
+        click.get_current_context().exit(NOT_HELD)
+
+
+def _evict_fitting(client: "Client", filters: Filters, *, as_json: bool, dry_run: bool) -> None:
+    with waiting("looking", 0):
+        found = [(info.key, sum(info.tier_nbytes), info.pinned) for info in filters.entries(client)]
+    pinned = sum(pin for *_, pin in found)
+    # Naming a key is saying that one; a filter sweeps, and what somebody pinned is not to be swept away.
+    keys = [key for key, _, pin in found if not pin]
+    nbytes = sum(held for _, held, pin in found if not pin)
+    count = len(keys)
+    if not dry_run:
+        count = 0
+        with click.progressbar(length=len(keys), label="evicting", hidden=len(keys) < _BATCH) as bar:
+            for batch in _batches(keys):
+                count += client.evict(*batch)
+                bar.update(len(batch))
+    done = "would_evict" if dry_run else "evicted"
+    if as_json:
+        print_json({"verb": "evict", "asked": len(keys), done: count, "held_nbytes": nbytes, "pinned_kept": pinned})
+    else:
+        kept = f"; {pinned} pinned ones stay" if pinned else ""
+        click.echo(f"{done.replace('_', ' ')} {count} entries, {size(nbytes)}{kept}")
+
+
+def _batches(keys: Iterable[bytes]) -> Iterator[list[bytes]]:
+    rest = iter(keys)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+@click.command()
+@remote
+def drain(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` calls it
+    """Write to disk what is only in memory. Nothing is evicted, calls go on; a stop afterwards is quick."""
+    with waiting("draining", 0):
+        written = client.drain()
+    if as_json:
+        print_json({"verb": "drain", "written": written})
+    else:
+        click.echo(f"wrote {written} entries to the cold tier")
+
+
+COMMANDS = (evict, drain)

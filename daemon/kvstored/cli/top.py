@@ -1,0 +1,135 @@
+"""`kvstored top` and `kvstored stats --watch`: the numbers as they move."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import click
+
+from kvstore.errors import TierUnavailable
+from kvstore.stats import Stats
+from kvstored.cli.remote import print_json, remote
+from kvstored.cli.show import duration, size, table
+
+if TYPE_CHECKING:
+    from kvstored_client import Client
+
+_BAR = 24
+_CLEAR = "\033[H\033[J"
+
+
+@click.command()
+@click.option("--interval-s", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Between two looks.")
+@click.option("--count", type=click.IntRange(min=1), help="So many looks, then end.")
+@remote
+def top(client: "Client", as_json: bool, interval_s: float, count: int | None) -> None:  # noqa: FBT001
+    """A live view: tiers, hit ratio, rates, bytes, the slowest calls. Ctrl-C ends it.
+
+    Rates are those of the last interval. Where standard output is no terminal each look is printed below the last.
+    """
+    before: Stats | None = None
+    looked_at = time.monotonic()
+
+    def look() -> None:
+        nonlocal before, looked_at
+        now, at = client.stats(), time.monotonic()
+        if as_json:
+            print_json({"tiers": now.as_dict()["tiers"], "rates": rates(before, now, at - looked_at)})
+        else:
+            lines = screen(before, now, at - looked_at)
+            height: int = shutil.get_terminal_size().lines - 1
+            terminal = sys.stdout.isatty()
+            click.echo((_CLEAR if terminal else "") + "\n".join(lines[:height] if terminal else lines))
+        before, looked_at = now, at
+
+    repeat(look, interval_s, count)
+
+
+def repeat(look: Callable[[], None], interval_s: float, count: int | None) -> None:
+    """Look again and again until Ctrl-C or `count`. A daemon that restarts meanwhile is waited for."""
+    done = 0
+    try:
+        while True:
+            try:
+                look()
+            except TierUnavailable as error:
+                if count is not None:
+                    raise
+                click.echo(f"kvstored: no answer: {error}", err=True)
+            done += 1
+            if count is not None and done >= count:
+                return
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        click.echo()
+
+
+_COUNTED = ("gets", "hits", "puts", "hit_nbytes", "put_nbytes", "evictions", "expirations", "deletes")
+
+
+def rates(before: Stats | None, now: Stats, span_s: float) -> dict[str, float]:
+    """By counter, a second; since start where there is no look before, or the daemon has restarted since."""
+    if before is None or before.values.get("uptime_s", 0) > now.values.get("uptime_s", 0):
+        span_s = now.values.get("uptime_s", 0.0)
+        old: dict[str, float] = {}
+    else:
+        old = dict(before.values)
+    span_s = max(span_s, 1e-6)
+    return {name: (now.values.get(name, 0.0) - old.get(name, 0.0)) / span_s for name in _COUNTED}
+
+
+def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
+    """The view, line by line."""
+    v = now.values
+    rate = rates(before, now, span_s)
+    recent = f"{rate['hits'] / rate['gets']:.1%}" if rate["gets"] else "-"
+    lines = [
+        f"kvstored  up {duration(v.get('uptime_s', 0))}  entries {v.get('entries', 0):,.0f}  "
+        f"in flight {size(v.get('in_flight_nbytes', 0))}  refused {v.get('in_flight_refused', 0):,.0f}"
+        + ("" if v.get("cold_healthy", 1) else "  DISK FAILING"),
+        "",
+    ]
+    rows = [
+        (
+            name,
+            bar(t.used_nbytes / t.capacity_nbytes if t.capacity_nbytes else 0.0),
+            size(t.used_nbytes),
+            size(t.capacity_nbytes),
+            *(f"{n:,}" for n in (t.entries, t.hits, t.demotions, t.promotions, t.evictions)),
+        )
+        for name, t in now.tiers.items()
+    ]
+    lines += table(("TIER", "FULL", "USED", "OF", "ENTRIES", "HITS", "DEMOTED", "PROMOTED", "EVICTED"), rows, left=2)
+    lines += ["", f"hit ratio {recent} now, {v.get('hit_ratio', 0):.1%} since start"]
+    lines.append(
+        f"per second: {rate['gets']:,.1f} gets, {rate['puts']:,.1f} puts, {size(rate['hit_nbytes'])} out, "
+        f"{size(rate['put_nbytes'])} in, {rate['evictions']:,.1f} evicted, {rate['expirations']:,.1f} expired"
+    )
+    causes = [(name.removeprefix("misses_"), n) for name, n in sorted(v.items()) if name.startswith("misses_") and n]
+    if causes:
+        lines.append("misses: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in causes))
+    return lines + _calls(v)
+
+
+def _calls(values: Mapping[str, float]) -> list[str]:
+    means = {name.removeprefix("call_mean_s_"): n for name, n in values.items() if name.startswith("call_mean_s_")}
+    if not means:
+        return []
+    slowest = sorted(means.items(), key=lambda item: -item[1])[:6]
+    return ["", *table(("SLOWEST CALLS", "MEAN"), [(name, duration_ms(mean)) for name, mean in slowest])]
+
+
+def duration_ms(seconds: float) -> str:
+    """0.00123 -> "1.23 ms"."""
+    return f"{seconds * 1000:.2f} ms" if seconds < 1 else duration(seconds)
+
+
+def bar(share: float) -> str:
+    """[#####...] 42%."""
+    full = round(_BAR * min(max(share, 0.0), 1.0))
+    return f"[{'#' * full}{'.' * (_BAR - full)}] {share:.0%}"
+
+
+COMMANDS = (top,)

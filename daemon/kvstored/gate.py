@@ -1,0 +1,172 @@
+"""The gate every call passes: who is it, may it, how long did it take, and what an operator changed.
+
+One interceptor around all methods of kvstored's services; health checking stays open. Refusals say what to do and
+nothing about what is held. A verb that changes what others see leaves a line in the audit log, refused or not.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kvstored.metrics import Meter
+from kvstored.scope import CALLER
+from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
+from kvstored_client._pb import cache_pb2 as pb
+
+audit = logging.getLogger("kvstored.audit")
+
+PREFIX = "/kvstored.v1."
+RIGHT_OF = {
+    "Cache/Get": "read",
+    "Cache/Match": "read",
+    "Cache/Touch": "read",
+    "Cache/Report": "read",
+    "Cache/Put": "write",
+    "Cache/Delete": "write",
+    "Cache/Pin": "write",
+}
+"""What a method needs; any other one, known or not, needs admin."""
+_LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
+"""Admin verbs that change nothing, so not worth a line each time a screen refreshes."""
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+Behavior = Callable[[Any, Any], Awaitable[Any]]
+
+
+class Refusal(Exception):
+    """A call that does not pass: its status and a sentence."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Access:
+    """Who a caller is and what he may do. `tokens` may be replaced while running: a reload."""
+
+    def __init__(self, tokens: Tokens | None, *, token_on_unix: bool) -> None:
+        self.tokens = tokens
+        self._token_on_unix = token_on_unix
+
+    def identify(self, context: Any) -> Identity:
+        """The caller. Raises Refusal."""
+        tokens = self.tokens
+        if tokens is None:
+            return LOCAL
+        given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+        if given:
+            kind, _, token = str(given[0]).partition(" ")
+            found = tokens.of_token(token.strip()) if kind.lower() == "bearer" and len(given) == 1 else None
+            if found is None:
+                raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this token is not in the daemon's tokens file")
+            return found
+        names = context.auth_context().get("x509_common_name", ())
+        for name in names:
+            found = tokens.of_certificate(bytes(name).decode(errors="replace"))
+            if found is not None:
+                return found
+        if str(context.peer()).startswith("unix:") and not self._token_on_unix:
+            return LOCAL
+        raise Refusal(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "a token is needed here: set KVSTORED_TOKEN_FILE to a file that holds one (`kvstored token` makes them)",
+        )
+
+    @staticmethod
+    def check(identity: Identity, method: str) -> None:
+        """Raise Refusal unless the caller may use the method."""
+        needed = RIGHT_OF.get(method, "admin")
+        if needed not in identity.rights:
+            held = ", ".join(right for right in RIGHTS if right in identity.rights)
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"{identity.name} has the rights {held}; {method} needs {needed}: add it in the daemon's tokens file",
+            )
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Around every method of kvstored's services."""
+
+    def __init__(self, access: Access, meter: Meter) -> None:
+        self._access = access
+        self._meter = meter
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler, behind the gate."""
+        handler = await continuation(details)
+        path = str(details.method)
+        if handler is None or not path.startswith(PREFIX):
+            return handler
+        # Kept by path, and only for methods that exist: a flood of invented ones fills nothing.
+        if path not in self._wrapped:
+            self._wrapped[path] = self._wrap(path.removeprefix(PREFIX), handler)
+        return self._wrapped[path]
+
+    def _wrap(self, method: str, handler: Any) -> Any:
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(self._gated(method, handler.unary_unary))
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(self._gated(method, handler.unary_stream))
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(self._gated(method, handler.stream_unary))
+        return grpc.stream_stream_rpc_method_handler(self._gated(method, handler.stream_stream))
+
+    def _gated(self, method: str, inner: Behavior) -> Behavior:
+        async def gated(request: Any, context: Any) -> Any:
+            began = time.perf_counter()
+            code = "UNKNOWN"
+            identity = None
+            self._meter.begin(method)
+            try:
+                identity = self._access.identify(context)
+                self._access.check(identity, method)
+                CALLER.set(identity)  # the call's own task: it ends with it
+                reply = await inner(request, context)
+            except Refusal as refusal:
+                code = refusal.code.name
+                self._meter.refuse(code)
+                await context.abort(refusal.code, str(refusal), (("kvstored-error", "PermissionDenied"),))
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+                raise
+            except grpc.aio.AbortError:
+                code = _name(context.code())
+                raise
+            else:
+                code = "OK"
+                return reply
+            finally:
+                self._meter.end(method, code, time.perf_counter() - began)
+                _audit(method, identity, context, request, code)
+
+        return gated
+
+
+def _name(code: Any) -> str:
+    return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
+
+
+def _audit(method: str, identity: Identity | None, context: Any, request: Any, code: str) -> None:
+    refused = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+    changes = RIGHT_OF.get(method, "admin") == "admin" and method not in _LOOKING
+    if not (refused or changes):
+        return
+    keys: list[bytes] = []
+    if isinstance(request, bytes) and not refused:
+        try:
+            # Every admin request that changes something has its keys in field 1, as this one.
+            keys = list(pb.EvictRequest.FromString(request).keys)
+        except DecodeError:
+            keys = []
+    audit.info(
+        "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s",
+        method, identity.name if identity else "nobody", context.peer(), len(keys),
+        keys[0].hex()[:64] if keys else "-", code,
+    )  # fmt: skip

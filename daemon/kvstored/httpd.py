@@ -1,0 +1,156 @@
+"""The metrics port: /metrics for Prometheus, / for people, /status.json for the page, /health for a probe.
+
+Read-only, loopback, no credentials, so nothing here may show a key, a token or a tenant's data; numbers only. A page
+of another site that resolves its own name to 127.0.0.1 is kept out by the Host header. Bounded: so many connections,
+so many seconds each.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from ipaddress import ip_address
+from socket import AF_INET6, socket
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from kvstore.errors import ConfigError
+from kvstored.settings import check_metrics_address
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 16
+TIMEOUT_S = 5.0
+_HEADERS = {
+    "Cache-Control": "no-store",
+    # Nothing from elsewhere is ever loaded, and nobody may frame it.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_ASSETS = {
+    "/": ("status.html", "text/html; charset=utf-8"),
+    "/status.js": ("status.js", "text/javascript; charset=utf-8"),
+    "/status.css": ("status.css", "text/css; charset=utf-8"),
+}
+
+
+class MetricsPort:
+    """The server, on threads of its own: a scrape goes on while the event loop is busy."""
+
+    def __init__(self, address: str, registry: CollectorRegistry, status: Callable[[], Mapping[str, Any]]) -> None:
+        """Bind. Raises ConfigError."""
+        host, port = check_metrics_address(address)
+        pages = {path: (_asset(name), kind) for path, (name, kind) in _ASSETS.items()}
+        handler = type(
+            "Handler", (_Handler,), {"registry": registry, "status_of": staticmethod(status), "pages": pages}
+        )
+        try:
+            self._server = _Server((host, port), handler)
+        except OSError as error:
+            raise ConfigError(f"cannot serve metrics on {address}: {error.strerror}") from None
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="kvstored-metrics", daemon=True)
+        self._thread.start()
+        log.info("listening metrics=http://%s:%d/", f"[{host}]" if ":" in host else host, self.port)
+
+    def close(self) -> None:
+        """Stop and let the port go."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = CONNECTIONS_MAX
+
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        if ":" in address[0]:
+            self.address_family = AF_INET6
+        self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """One connection, unless there are too many: then it is closed at once."""
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's arguments
+        """A client that went away is no event."""
+        log.debug("metrics event=connection_failed", exc_info=True)  # noqa: LOG014 - called inside one
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's: it asks the resolver for this host's name, which may take seconds.
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    registry: CollectorRegistry
+    status_of: Callable[[], Mapping[str, Any]]
+    pages: Mapping[str, tuple[bytes, str]]
+    connection: socket
+    timeout = TIMEOUT_S
+    protocol_version = "HTTP/1.1"
+    server_version = "kvstored"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """One of the four."""
+        self.close_connection = True  # one request a connection: an idle one holds no thread
+        path = self.path.partition("?")[0]
+        if not self._local_host():
+            self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"this port answers to its loopback address only\n")
+        elif path == "/metrics":
+            self._answer(HTTPStatus.OK, generate_latest(self.registry), CONTENT_TYPE_LATEST)
+        elif path == "/status.json":
+            self._answer(HTTPStatus.OK, json.dumps(self.status_of()).encode(), "application/json")
+        elif path == "/health":
+            self._answer(HTTPStatus.OK, b"ok\n")
+        elif path in self.pages:
+            self._answer(HTTPStatus.OK, *self.pages[path])
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, b"here are / /metrics /status.json /health\n")
+
+    do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def _local_host(self) -> bool:
+        host = (self.headers.get("Host") or "localhost").rpartition("@")[2]
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        try:
+            return ip_address("127.0.0.1" if name == "localhost" else name).is_loopback
+        except ValueError:
+            return False
+
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, form: str, *args: Any) -> None:
+        """Scrapes are no events."""
+        log.debug(form, *args)
+
+
+def _asset(name: str) -> bytes:
+    return files("kvstored").joinpath("page").joinpath(name).read_bytes()

@@ -1,0 +1,199 @@
+"""What the daemon exports for Prometheus: one table of names, read from the store at the moment of a scrape.
+
+FAMILIES is the reference: docs/operations.md and the dashboard are checked against it. Counters are the store's own
+(`Store.stats`), so nothing is counted twice and nothing costs a request; only calls are measured here, in `Meter`.
+A number the store reports and this table does not know appears as kvstored_other{name="..."} until it gets a line.
+Thread rule: `Meter` on the event loop and on scrape threads (prometheus_client locks); `collect` on any thread.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import Counter as PromCounter
+from prometheus_client import Gauge as PromGauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.stats import Stats
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric. name: as exported, `_total` included. value: the store's name for it; `{}` stands for the label."""
+
+    name: str
+    kind: Kind
+    help: str
+    label: str = ""
+    value: str = ""
+
+
+_TIER = (
+    Family("kvstored_tier_entries", "gauge", "Entries held in the tier.", "tier", "entries"),
+    Family("kvstored_tier_used_bytes", "gauge", "Bytes counted against the tier's budget.", "tier", "used_nbytes"),
+    Family("kvstored_tier_capacity_bytes", "gauge", "The tier's budget now.", "tier", "capacity_nbytes"),
+    Family("kvstored_hits_total", "counter", "Gets answered, by the tier that answered.", "tier", "hits"),
+    Family("kvstored_tier_puts_total", "counter", "Entries put into the tier by a caller.", "tier", "puts"),
+    Family("kvstored_evictions_total", "counter", "Entries that left the store for capacity.", "tier", "evictions"),
+    Family("kvstored_demotions_total", "counter", "Entries moved down, by the tier they left.", "tier", "demotions"),
+    Family("kvstored_promotions_total", "counter", "Copies made upwards, by tier.", "tier", "promotions"),
+)
+
+_STORE = (
+    Family("kvstored_gets_total", "counter", "Keys asked for.", value="gets"),
+    Family("kvstored_misses_total", "counter", "Gets not answered, by cause.", "cause", "misses_{}"),
+    Family("kvstored_hits_by_encoding_total", "counter", "Gets answered, by encoding held.", "encoding", "hits_{}"),
+    Family("kvstored_hit_bytes_total", "counter", "Decoded bytes of entries found.", value="hit_nbytes"),
+    Family("kvstored_puts_total", "counter", "Entries put.", value="puts"),
+    Family("kvstored_put_bytes_total", "counter", "Decoded bytes of entries put.", value="put_nbytes"),
+    Family("kvstored_deletes_total", "counter", "Entries deleted by a caller.", value="deletes"),
+    Family("kvstored_expirations_total", "counter", "Entries forgotten at their deadline.", value="expirations"),
+    Family("kvstored_encodes_total", "counter", "Entries encoded on their way down.", value="encodes"),
+    Family("kvstored_encode_seconds_total", "counter", "Time spent encoding.", value="encode_s"),
+    Family("kvstored_decodes_total", "counter", "Entries decoded for a get or a promotion.", value="decodes"),
+    Family("kvstored_decode_seconds_total", "counter", "Time spent decoding.", value="decode_s"),
+    Family("kvstored_promotions_dropped_total", "counter", "Promotions not tried: 256 waited.",
+           value="promotions_dropped"),
+    Family("kvstored_maintainer_errors_total", "counter", "Duties of the background thread that failed.",
+           value="maintainer_errors"),
+    Family("kvstored_entries", "gauge", "Entries held anywhere.", value="entries"),
+    Family("kvstored_in_transit", "gauge", "Entries on their way between two tiers.", value="in_transit"),
+    Family("kvstored_cold_healthy", "gauge", "1: the disk takes writes; 0: it fails, memory goes on.",
+           value="cold_healthy"),
+    Family("kvstored_cold_pending_bytes", "gauge", "The cold writer's queue.", value="cold_pending_nbytes"),
+    Family("kvstored_cold_disk_bytes", "gauge", "What the file system gave to segments and index.",
+           value="cold_disk_nbytes"),
+    Family("kvstored_cold_quarantined", "gauge", "1: a damaged directory was set aside at start.",
+           value="cold_quarantined"),
+    Family("kvstored_cold_commits_total", "counter", "Transactions committed.", value="cold_commits"),
+    Family("kvstored_cold_records_written_total", "counter", "Records written.", value="cold_records_written"),
+    Family("kvstored_cold_written_bytes_total", "counter", "Bytes of records written.", value="cold_bytes_written"),
+    Family("kvstored_cold_write_errors_total", "counter", "Writes the disk refused.", value="cold_write_errors"),
+    Family("kvstored_cold_read_errors_total", "counter", "Reads the disk refused: misses.",
+           value="cold_read_errors"),
+    Family("kvstored_cold_corrupt_total", "counter", "Records that failed their checksum: misses, deleted.",
+           value="cold_corrupt_total"),
+    Family("kvstored_cold_evictions_total", "counter", "Records that left the disk for capacity.",
+           value="cold_evictions"),
+    Family("kvstored_orphaned_total", "counter", "Chunks dropped because their parent was gone.", value="orphaned"),
+    Family("kvstored_refused_chunks_total", "counter", "Chunks not stored because their parent is not held.",
+           value="refused_chunks"),
+)  # fmt: skip
+
+_DAEMON = (
+    Family("kvstored_in_flight_bytes", "gauge", "Decoded bytes being received or sent.", value="in_flight_nbytes"),
+    Family("kvstored_in_flight_limit_bytes", "gauge", "server.in_flight_nbytes.", value="in_flight_limit_nbytes"),
+    Family("kvstored_in_flight_refused_total", "counter", "Calls refused because of that limit.",
+           value="in_flight_refused"),
+    Family("kvstored_uptime_seconds", "gauge", "Since start.", value="uptime_s"),
+    Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
+           value="pressure_shrinks"),
+    Family("kvstored_heartbeat_age_seconds", "gauge", "Since the background thread last turned.",
+           value="heartbeat_age_s"),
+)  # fmt: skip
+
+_MEASURED = (
+    Family("kvstored_rpc_seconds", "histogram", "A call from its first byte to its reply, by method and status.",
+           "method,code"),
+    Family("kvstored_rpc_running", "gauge", "Calls under way, by method.", "method"),
+    Family("kvstored_rpc_refused_total", "counter", "Calls without a right to it, by status.", "code"),
+    Family("kvstored_prefill_saved_seconds_total", "counter", "Prefill time that clients report as saved."),
+    Family("kvstored_build_info", "gauge", "1; the version is in the label.", "version"),
+    Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
+)  # fmt: skip
+
+FAMILIES = (*_TIER, *_STORE, *_DAEMON, *_MEASURED)
+
+DERIVED = frozenset({"hits", "misses", "hit_ratio", "evictions"})
+"""Sums over labels, and a quotient: the query's work, not an exporter's."""
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+"""From a small hit over the unix socket (0.5 ms) to a large put on a slow link."""
+
+
+class Meter:
+    """Calls, counted and timed. Makes the registry that is exported."""
+
+    def __init__(self, version: str = "unknown") -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        by_name = {family.name: family for family in _MEASURED}
+
+        def text(name: str) -> tuple[str, str]:
+            return name, by_name[name].help
+
+        self._seconds = Histogram(
+            *text("kvstored_rpc_seconds"), ("method", "code"), buckets=_SECONDS, registry=self.registry
+        )
+        self._running = PromGauge(*text("kvstored_rpc_running"), ("method",), registry=self.registry)
+        self._refused = PromCounter(*text("kvstored_rpc_refused_total"), ("code",), registry=self.registry)
+        self._saved = PromCounter(*text("kvstored_prefill_saved_seconds_total"), registry=self.registry)
+        PromGauge(*text("kvstored_build_info"), ("version",), registry=self.registry).labels(version).set(1)
+
+    def begin(self, method: str) -> None:
+        """A call arrived."""
+        self._running.labels(method).inc()
+
+    def end(self, method: str, code: str, seconds: float) -> None:
+        """It ended."""
+        self._running.labels(method).dec()
+        self._seconds.labels(method, code).observe(seconds)
+
+    def refuse(self, code: str) -> None:
+        """It had no right to be answered."""
+        self._refused.labels(code).inc()
+
+    def saved(self, seconds: float) -> None:
+        """A client reports prefill time it did not spend."""
+        self._saved.inc(seconds)
+
+    def slowest(self) -> list[tuple[str, float, int]]:
+        """By method: (method, mean seconds, calls), slowest first."""
+        sums: dict[str, list[float]] = {}
+        for metric in self._seconds.collect():
+            for sample in metric.samples:
+                if sample.name.endswith(("_sum", "_count")):
+                    at = sums.setdefault(sample.labels["method"], [0.0, 0.0])
+                    at[sample.name.endswith("_count")] += sample.value
+        rows = [(method, total / count, int(count)) for method, (total, count) in sums.items() if count]
+        return sorted(rows, key=lambda row: -row[1])
+
+
+class StoreCollector(Collector):
+    """The store's and the daemon's numbers, read when asked."""
+
+    def __init__(self, snapshot: Callable[[], Stats]) -> None:
+        """snapshot: the store's stats with the daemon's values among them."""
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        """All families but those that Meter measures."""
+        stats = self._snapshot()
+        for family in _TIER:
+            yield _family(family, {name: getattr(tier, family.value) for name, tier in stats.tiers.items()})
+        left = {name: value for name, value in stats.values.items() if name not in DERIVED}
+        for family in (*_STORE, *_DAEMON):
+            yield _family(family, _take(left, family.value))
+        other = next(family for family in _MEASURED if family.name == "kvstored_other")
+        yield _family(other, left)
+
+
+def _take(left: dict[str, float], pattern: str) -> dict[str, float]:
+    """Values of a name, or of all names that fit `prefix_{}`, out of those left; by label."""
+    if not pattern.endswith("{}"):
+        return {"": left.pop(pattern)} if pattern in left else {}
+    prefix = pattern.removesuffix("{}")
+    return {name.removeprefix(prefix): left.pop(name) for name in sorted(left) if name.startswith(prefix)}
+
+
+def _family(family: Family, values: dict[str, float]) -> Metric:
+    make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    found: CounterMetricFamily | GaugeMetricFamily = make(
+        family.name, family.help, labels=[family.label] if family.label else []
+    )
+    for label, value in values.items():
+        found.add_metric([label] if family.label else [], value)
+    return found

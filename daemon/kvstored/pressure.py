@@ -1,0 +1,129 @@
+"""Memory pressure: the hot tier gives way before the kernel kills.
+
+Looks, every few seconds, at the kernel's pressure stall information (how long tasks waited for memory) and at the
+memory limit of this process's control group, if it has one. Under pressure the hot budget shrinks by a quarter, down to
+an eighth of what was configured, and what no longer fits sinks as any demotion does; freed pages go back to the kernel.
+When it is over the budget grows back slowly, so that a host at its limit settles instead of swinging.
+"""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvstore.store import Store
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 2.0
+SHRINK_TO = 0.75
+FLOOR = 1 / 8
+GROW_BY = 1 / 20
+CALM_S = 30.0
+"""How long without pressure before the budget grows, a twentieth each time."""
+LIMIT_RATIO = 0.9
+"""Of the control group's limit."""
+
+
+def stall_percent(text: str) -> float:
+    """avg10 of the line "some" in a pressure file: the share of the last 10 s in which some task waited for memory."""
+    for line in text.splitlines():
+        if line.startswith("some "):
+            for field in line.split()[1:]:
+                name, _, value = field.partition("=")
+                if name == "avg10":
+                    return float(value)
+    return 0.0
+
+
+class Sensor:
+    """Reads the kernel's files. What is not there presses nobody."""
+
+    def __init__(self, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> None:
+        self._group = _own_group(proc, cgroups)
+        own = self._group / "memory.pressure" if self._group is not None else None
+        self._pressure = own if own is not None and own.exists() else proc / "pressure" / "memory"
+
+    def stall_percent(self) -> float:
+        """See above; of this control group if the kernel tells it, else of the machine."""
+        try:
+            return stall_percent(self._pressure.read_text())
+        except (OSError, ValueError):
+            return 0.0
+
+    def limit_ratio(self) -> float:
+        """Anonymous memory over the control group's limit; 0 where there is none."""
+        if self._group is None:
+            return 0.0
+        try:
+            limit = min(self._limit("memory.max"), self._limit("memory.high"))
+            # Not memory.current: page cache counts there, and it gives way by itself.
+            for line in (self._group / "memory.stat").read_text().splitlines():
+                name, _, value = line.partition(" ")
+                if name == "anon":
+                    return int(value) / limit
+        except (OSError, ValueError):
+            return 0.0
+        return 0.0
+
+    def _limit(self, name: str) -> float:
+        assert self._group is not None
+        text = (self._group / name).read_text().strip()
+        return float("inf") if text == "max" else float(text)
+
+
+def _own_group(proc: Path, cgroups: Path) -> Path | None:
+    try:
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                return cgroups / line.removeprefix("0::/")
+    except OSError:
+        return None
+    return None
+
+
+class PressureValve:
+    """Shrinks and regrows the hot budget. `turn` blocks: for a worker thread, one at a time."""
+
+    def __init__(
+        self, store: Store, percent: float, sensor: Sensor | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._percent = percent
+        self._sensor = sensor or Sensor()
+        self._now = now
+        self._calm_since = now()
+        self._full_nbytes = store.config.hot.capacity_nbytes
+        self.shrinks = 0
+
+    def turn(self) -> None:
+        """Look once, and act."""
+        stall, ratio = self._sensor.stall_percent(), self._sensor.limit_ratio()
+        have = self._store.hot_capacity_nbytes
+        now = self._now()
+        if stall >= self._percent or ratio >= LIMIT_RATIO:
+            self._calm_since = now
+            floor = int(self._full_nbytes * FLOOR)
+            wanted = max(floor, int(have * SHRINK_TO))
+            if wanted < have:
+                moved = self._store.set_hot_capacity(wanted)
+                _return_pages()
+                self.shrinks += 1
+                log.warning(
+                    "pressure event=shrunk stall_percent=%.1f limit_ratio=%.2f hot_capacity_nbytes=%d demoted=%d",
+                    stall, ratio, wanted, moved,
+                )  # fmt: skip
+        elif have < self._full_nbytes and now - self._calm_since >= CALM_S:
+            self._calm_since = now
+            wanted = min(self._full_nbytes, have + int(self._full_nbytes * GROW_BY) + 1)
+            self._store.set_hot_capacity(wanted)
+            if wanted == self._full_nbytes:
+                log.info("pressure event=over hot_capacity_nbytes=%d", wanted)
+
+
+def _return_pages() -> None:
+    # The daemon tells malloc to keep freed memory (process.tune); here it must not.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc only
+        trim(0)

@@ -1,0 +1,125 @@
+"""Who may call: bearer tokens and client certificates, each with a name, rights and perhaps a tenant.
+
+The file holds SHA-256 digests, never tokens: reading it lets nobody in. A plain fast hash is right here because a
+token is 256 random bits made by `kvstored token`, not a password that could be guessed. A caller's digest is compared
+with every one in the file in constant time, so the answer's time tells neither how much of it was right nor which
+entry it resembles.
+
+    [[token]]                           [[certificate]]
+    name = "worker-a"                   name = "worker-b"          # the common name in the client's certificate
+    sha256 = "9f86d0..."                rights = ["read"]
+    tenant = "team-a"
+    rights = ["read", "write"]
+
+An entry with a tenant sees that tenant's keys and no others; one without sees all keys as they are.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvstore.config import read_toml
+from kvstore.errors import ConfigError
+from kvstored.logs import TOKEN_PREFIX
+
+RIGHTS = ("read", "write", "admin")
+TOKENS_MAX = 256
+"""Each call compares with all of them: 256 take 60 us."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is calling. tenant: None sees the whole key space."""
+
+    name: str
+    rights: frozenset[str]
+    tenant: str | None = None
+
+
+LOCAL = Identity("local", frozenset(RIGHTS))
+"""Whoever the socket's permissions let in, where no token is asked for."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The entries of a tokens file."""
+
+    by_digest: Mapping[str, Identity] = field(default_factory=dict)
+    by_common_name: Mapping[str, Identity] = field(default_factory=dict)
+
+    def of_token(self, token: str) -> Identity | None:
+        """The owner of a token. Takes as long for a wrong one as for a right one."""
+        given = digest(token)
+        found = None
+        for known, identity in self.by_digest.items():
+            if hmac.compare_digest(known, given):
+                found = identity
+        return found
+
+    def of_certificate(self, common_name: str) -> Identity | None:
+        """The owner of a client certificate that the TLS handshake has verified."""
+        return self.by_common_name.get(common_name)
+
+
+def digest(token: str) -> str:
+    """What the file holds in place of a token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def make_token() -> str:
+    """A new token: 256 random bits, recognisable by its first letters."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(32)
+
+
+def read_tokens(path: str | Path) -> Tokens:
+    """The entries of a file. Raises ConfigError for what is wrong, by entry; nothing is skipped."""
+    table = read_toml(path)
+    unknown = sorted(set(table) - {"token", "certificate"})
+    if unknown:
+        raise ConfigError(f"{path}: unknown table {unknown[0]!r:.40}; known: token, certificate")
+    by_digest: dict[str, Identity] = {}
+    by_common_name: dict[str, Identity] = {}
+    for number, entry in enumerate(_entries(table, "token", path), start=1):
+        where = f"{path}: token {number}"
+        known = str(entry.pop("sha256", ""))
+        if not _DIGEST.fullmatch(known):
+            raise ConfigError(f"{where}: sha256 must be 64 hexadecimal digits; `kvstored token` prints them")
+        if known in by_digest:
+            raise ConfigError(f"{where}: the same sha256 as {by_digest[known].name}")
+        by_digest[known] = _identity(entry, where)
+    for number, entry in enumerate(_entries(table, "certificate", path), start=1):
+        identity = _identity(entry, f"{path}: certificate {number}")
+        by_common_name[identity.name] = identity
+    if len(by_digest) > TOKENS_MAX:
+        raise ConfigError(f"{path}: at most {TOKENS_MAX} tokens, got {len(by_digest)}")
+    return Tokens(by_digest, by_common_name)
+
+
+def _entries(table: Mapping[str, Any], name: str, path: str | Path) -> list[dict[str, Any]]:
+    found = table.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ConfigError(f"{path}: write each entry under [[{name}]]")
+    return [dict(entry) for entry in found]
+
+
+def _identity(entry: dict[str, Any], where: str) -> Identity:
+    name, rights, tenant = entry.pop("name", ""), entry.pop("rights", []), entry.pop("tenant", None)
+    if entry:
+        raise ConfigError(f"{where}: unknown key {min(entry)!r:.40}; known: name, sha256, rights, tenant")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: name must be 1 to 64 letters, digits or . _ @ -, got {name!r:.80}")
+    if not isinstance(rights, list) or not rights or not set(map(str, rights)) <= set(RIGHTS):
+        raise ConfigError(f"{where}: rights must name some of {', '.join(RIGHTS)}, got {rights!r:.80}")
+    if tenant is not None and (not isinstance(tenant, str) or not _NAME.fullmatch(tenant)):
+        raise ConfigError(f"{where}: tenant must be 1 to 64 letters, digits or . _ @ -, got {tenant!r:.80}")
+    if tenant is not None and "admin" in rights:
+        # Listings and counters cover everybody's entries: admin within a tenant would be a hole with a label.
+        raise ConfigError(f"{where}: the admin right sees every tenant, so it cannot go with tenant = {tenant!r}")
+    return Identity(name, frozenset(rights), tenant)

@@ -1,0 +1,113 @@
+"""What watches the daemon while it serves: counters for the scrape, samples for the page, the pressure valve.
+
+One thread turns every few seconds; the metrics port has threads of its own. Nothing here is on a call's path but
+`Meter`.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
+
+from kvstore.stats import Stats
+from kvstore.store import Store
+from kvstored.budget import Budget
+from kvstored.history import INTERVAL_S, History
+from kvstored.httpd import MetricsPort
+from kvstored.metrics import Meter, StoreCollector
+from kvstored.pressure import INTERVAL_S as PRESSURE_INTERVAL_S
+from kvstored.pressure import PressureValve
+from kvstored.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Everything that looks at a store and its daemon."""
+
+    def __init__(self, store: Store, settings: ServerSettings, version: str) -> None:
+        self._store = store
+        self._settings = settings
+        self._version = version
+        self._started_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvstored-watch", daemon=True)
+        self._port: MetricsPort | None = None
+        self.budget = Budget(settings.in_flight_nbytes)
+        self.meter = Meter(version)
+        self.sources: list[Callable[[], Mapping[str, float]]] = []
+        self.history = History(time.monotonic)
+        self._valve = PressureValve(store, settings.pressure_percent) if settings.pressure_percent else None
+        registry = self.meter.registry
+        registry.register(StoreCollector(self.snapshot))
+        # Memory, descriptors, CPU and start time of the process; the interpreter's own.
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+    def start(self) -> None:
+        """Watch, and serve the metrics port if there is one. Raises ConfigError when it cannot be bound."""
+        if self._settings.metrics_address:
+            self._port = MetricsPort(self._settings.metrics_address, self.meter.registry, self.status)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and let go of the port."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._port is not None:
+            self._port.close()
+
+    def snapshot(self) -> Stats:
+        """The store's stats, with the daemon's own numbers among the values."""
+        found = self._store.stats()
+        own = {
+            "in_flight_nbytes": self.budget.used_nbytes,
+            "in_flight_limit_nbytes": self.budget.limit_nbytes,
+            "in_flight_refused": self.budget.refused,
+            "uptime_s": time.monotonic() - self._started_at,
+            "pressure_shrinks": self._valve.shrinks if self._valve is not None else 0,
+            "heartbeat_age_s": max(0.0, self._store.heartbeat_age_s()),
+        }
+        for source in self.sources:
+            own.update(source())
+        return Stats({**found.values, **own}, found.tiers)
+
+    def admin_stats(self) -> Stats:
+        """The same with the mean time of each method's calls: what the command line shows."""
+        found = self.snapshot()
+        means = {f"call_mean_s_{method}": mean for method, mean, _ in self.meter.slowest()}
+        return Stats({**found.values, **means}, found.tiers)
+
+    def status(self) -> Mapping[str, Any]:
+        """What the status page shows."""
+        now = self.snapshot()
+        return {
+            "version": self._version,
+            "values": dict(now.values),
+            "tiers": {name: asdict(tier) for name, tier in now.tiers.items()},
+            "history": self.history.series(),
+            "calls": [
+                {"method": method, "mean_s": round(mean, 6), "count": count}
+                for method, mean, count in self.meter.slowest()
+            ],
+        }
+
+    def _run(self) -> None:
+        sampled_at = float("-inf")
+        while True:
+            try:
+                if time.monotonic() - sampled_at >= INTERVAL_S:
+                    sampled_at = time.monotonic()
+                    self.history.take(self._store.stats())
+                if self._valve is not None:
+                    self._valve.turn()
+            except Exception:  # the boundary of the thread: a failed look must not end the next one
+                log.exception("watch turn failed")
+            if self._stopping.wait(PRESSURE_INTERVAL_S):
+                return

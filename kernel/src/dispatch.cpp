@@ -1,0 +1,149 @@
+// The C ABI: checks arguments, picks the instruction set, splits the work over threads.
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "ops.h"
+
+namespace {
+
+using kvk::Ops;
+
+constexpr int64_t kStreamBytes = 4 << 20;
+// Outputs from here on bypass the caches: a smaller one will be read from them soon.
+
+const Ops* ops_for(int isa) {
+#if defined(__x86_64__)
+    if (isa > kvk_isa()) return nullptr;
+    if (isa == KVK_AVX512) return &kvk::kAvx512;
+    if (isa == KVK_AVX2) return &kvk::kAvx2;
+#endif
+    return isa == KVK_PORTABLE ? &kvk::kPortable : nullptr;
+}
+
+bool valid_dtype(int dtype) { return dtype >= KVK_F32 && dtype <= KVK_BF16; }
+
+// Calls work(begin, end) over [0, n) cut into one piece a thread; the first piece runs here.
+template <class Work>
+void split(int threads, int64_t n, const Work& work) {
+    if (threads < 1) threads = 1;
+    if (threads > n) threads = static_cast<int>(n > 0 ? n : 1);
+    const int64_t piece = (n + threads - 1) / threads;
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) {
+        const int64_t begin = i * piece < n ? i * piece : n;
+        const int64_t end = begin + piece < n ? begin + piece : n;
+        try {
+            others.emplace_back([&work, begin, end] { work(begin, end); });
+        } catch (...) {
+            work(begin, end);  // no thread to be had: slower, not wrong
+        }
+    }
+    work(0, piece < n ? piece : n);
+    for (std::thread& other : others) other.join();
+}
+
+bool valid_rows(const kvk_rows* rows) {
+    if (!rows || rows->outer < 1 || rows->tokens < 1 || rows->inner < 1 || rows->d < 1) return false;
+    if (rows->size < 1 || rows->size > 128 || (rows->size & (rows->size - 1)) || rows->d % rows->size) return false;
+    if (rows->block != 32 && rows->block != 64) return false;
+    if (rows->stride < rows->tokens * rows->inner * rows->d) return false;
+    return rows->groups >= 0 && rows->groups <= rows->tokens && (rows->groups - 1) * kvk::kGroup < rows->tokens;
+}
+
+bool streams(const void* out, int dtype, int64_t n) {
+    return dtype == KVK_F32 && n * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int kvk_abi(void) { return KVK_ABI; }
+
+int kvk_isa(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return KVK_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return KVK_AVX2;
+#endif
+    return KVK_PORTABLE;
+}
+
+int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || n < 0) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> finite{true};
+    split(threads, n / 64, [&](int64_t begin, int64_t end) {
+        if (ops->nf4_encode(dtype, x, begin, end, codes, absmax) >= 0x7f800000u) finite = false;
+    });
+    const int64_t full = n / 64 * 64;
+    if (full < n) {
+        const char* tail = static_cast<const char*>(x) + full * (dtype == KVK_F32 ? 4 : 2);
+        const int rest = static_cast<int>(n - full);
+        if (ops->nf4_encode_tail(dtype, tail, rest, codes + full / 2, absmax + full / 64) >= 0x7f800000u)
+            finite = false;
+    }
+    return finite ? KVK_OK : KVK_NOT_FINITE;
+}
+
+int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes, const float* absmax, int64_t n, void* out) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || n < 0) return KVK_BAD_ARGUMENT;
+    const bool stream = streams(out, dtype, n);
+    split(threads, n / 64, [&](int64_t begin, int64_t end) {
+        ops->nf4_decode(dtype, codes, absmax, begin, end, stream, out);
+    });
+    const int64_t full = n / 64 * 64;
+    if (full < n)
+        ops->nf4_decode_tail(dtype, codes + full / 2, absmax[full / 64], static_cast<int>(n - full),
+                             static_cast<char*>(out) + full * (dtype == KVK_F32 ? 4 : 2));
+    return KVK_OK;
+}
+
+int kvk_kv_means(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int8_t* codes, float* scales,
+                 float* means) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || rows->groups < 1) return KVK_BAD_ARGUMENT;
+    split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
+        ops->kv_means(dtype, x, *rows, begin, end, codes, scales, means);
+    });
+    return KVK_OK;
+}
+
+int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales, float* means) {
+    if (!valid_rows(rows) || rows->groups < 1) return KVK_BAD_ARGUMENT;
+    const int64_t n = rows->outer * rows->groups * rows->inner;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < rows->d; ++c)
+            means[i * rows->d + c] = static_cast<float>(codes[i * rows->d + c]) * scales[i];
+    return KVK_OK;
+}
+
+int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,
+                  uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> finite{true};
+    const int64_t tiles = (kvk::blocks_of(*rows) + kvk::kScaleGroup - 1) / kvk::kScaleGroup;
+    split(threads, tiles, [&](int64_t begin, int64_t end) {
+        if (!ops->kv_encode(dtype, x, *rows, means, begin, end, codes, scales, tops, error)) finite = false;
+    });
+    return finite ? KVK_OK : KVK_NOT_FINITE;
+}
+
+int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
+                  const float* means, const kvk_rows* rows, void* out) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
+    const int64_t tiles = (kvk::blocks_of(*rows) + kvk::kScaleGroup - 1) / kvk::kScaleGroup;
+    const bool stream = streams(out, dtype, kvk::values_of(*rows));
+    split(threads, tiles, [&](int64_t begin, int64_t end) {
+        ops->kv_decode(dtype, codes, scales, tops, means, *rows, begin, end, stream, out);
+    });
+    return KVK_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,24 @@
+// Compiled once for each instruction set, with KVK_USE_AVX2, KVK_USE_AVX512 or neither defined.
+#include "kv.h"
+#include "nf4.h"
+#include "ops.h"
+
+#if defined(KVK_USE_AVX512)
+#define KVK_TABLE kAvx512
+typedef Avx512 Isa;
+#elif defined(KVK_USE_AVX2)
+#define KVK_TABLE kAvx2
+typedef Avx2 Isa;
+#else
+#define KVK_TABLE kPortable
+typedef Portable Isa;
+#endif
+
+namespace kvk {
+
+const Ops KVK_TABLE = {
+    Nf4<Isa>::encode, Nf4<Isa>::encode_tail, Nf4<Isa>::decode, Nf4<Isa>::decode_tail,
+    Kv<Isa>::means,   Kv<Isa>::encode,       Kv<Isa>::decode,
+};
+
+}  // namespace kvk

@@ -1,0 +1,262 @@
+// nf4-kv over one instruction set: centre, rotate, search, code, in one pass over pieces that stay in L1.
+// The arithmetic and its order are kvstore/codecs/kv_blocks.py's.
+#pragma once
+#include "ops.h"
+#include "vec_any.h"
+
+namespace {
+
+// A walk over the coded values of rows in flat order, a run inside one row at a time. Divides only at its start.
+struct Walk {
+    const kvk_rows& rows;
+    int64_t width, slab, token, column;
+
+    Walk(const kvk_rows& r, int64_t flat) : rows(r), width(r.inner * r.d) {
+        const int64_t slab_size = r.tokens * width;
+        slab = flat / slab_size;
+        token = flat % slab_size / width;
+        column = flat % width;
+    }
+    // Offset in the tensor.
+    int64_t value() const { return slab * rows.stride + token * width + column; }
+    // Offset in the means.
+    int64_t mean() const {
+        const int64_t last = rows.groups - 1, group = token / kvk::kGroup;
+        return (slab * rows.groups + (group < last ? group : last)) * width + column;
+    }
+    int run(int most) const { return static_cast<int>(width - column < most ? width - column : most); }
+    void advance(int n) {
+        column += n;
+        if (column < width) return;
+        column = 0;
+        if (++token < rows.tokens) return;
+        token = 0;
+        ++slab;
+    }
+};
+
+template <class Isa>
+struct Kv {
+    static constexpr int kPiece = 1024;  // values: 4 KiB of scratch; a multiple of every block and rotation
+
+    static void load(int dtype, const void* x, int64_t at, float* out, int n) {
+        const int whole = n & ~7;
+        const float* single = static_cast<const float*>(x) + at;
+        const uint16_t* half = static_cast<const uint16_t*>(x) + at;
+        if (dtype == KVK_F32) {
+            Isa::load(single, out, whole);
+            for (int i = whole; i < n; ++i) out[i] = single[i];
+        } else if (dtype == KVK_F16) {
+            Isa::load_f16(half, out, whole);
+            for (int i = whole; i < n; ++i) out[i] = f16_to_float(half[i]);
+        } else {
+            Isa::load_bf16(half, out, whole);
+            for (int i = whole; i < n; ++i) out[i] = bf16_to_float(half[i]);
+        }
+    }
+
+    static void store(int dtype, const float* v, int n, bool stream, void* out, int64_t at) {
+        const int whole = n & ~7;
+        float* single = static_cast<float*>(out) + at;
+        uint16_t* half = static_cast<uint16_t*>(out) + at;
+        if (dtype == KVK_F32) {
+            if (stream && reinterpret_cast<uintptr_t>(single) % 32 == 0)
+                Isa::store_stream(v, single, whole);
+            else
+                Isa::load(v, single, whole);
+            for (int i = whole; i < n; ++i) single[i] = v[i];
+        } else if (dtype == KVK_F16) {
+            Isa::store_f16(v, half, whole);
+            for (int i = whole; i < n; ++i) half[i] = float_to_f16(v[i]);
+        } else {
+            Isa::store_bf16(v, half, whole);
+            for (int i = whole; i < n; ++i) half[i] = float_to_bf16(v[i]);
+        }
+    }
+
+    static void add(float* x, const float* y, int64_t n) {
+        const int whole = static_cast<int>(n) & ~7;
+        Isa::add(x, y, whole);
+        for (int64_t i = whole; i < n; ++i) x[i] += y[i];
+    }
+
+    static void means(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
+                      float* scales, float* means) {
+        const int64_t width = rows.inner * rows.d;
+        for (int64_t at = begin; at < end; ++at) {
+            const int64_t slab = at / rows.groups, group = at % rows.groups;
+            const int64_t start = group * kvk::kGroup;
+            const int64_t stop = group == rows.groups - 1 ? rows.tokens : start + kvk::kGroup;
+            float* total = means + at * width;
+            for (int64_t i = 0; i < width; ++i) total[i] = 0.0f;
+            for (int64_t t = start; t < stop; ++t) add_row(dtype, x, slab * rows.stride + t * width, width, total);
+            const float inverse = 1.0f / static_cast<float>(stop - start);
+            for (int64_t i = 0; i < rows.inner; ++i)
+                scales[at * rows.inner + i] =
+                    code_mean(total + i * rows.d, inverse, static_cast<int>(rows.d), codes + at * width + i * rows.d);
+        }
+    }
+
+    static void add_row(int dtype, const void* x, int64_t at, int64_t width, float* total) {
+        if (dtype == KVK_F32) return add(total, static_cast<const float*>(x) + at, width);
+        alignas(64) float row[kPiece];
+        for (int64_t i = 0; i < width; i += kPiece) {
+            const int n = static_cast<int>(width - i < kPiece ? width - i : kPiece);
+            load(dtype, x, at + i, row, n);
+            add(total + i, row, n);
+        }
+    }
+
+    // Turns a sum into a mean of 8 bits, in place; its codes; returns its scale.
+    static float code_mean(float* total, float inverse_count, int d, int8_t* codes) {
+        uint32_t most = 0;
+        for (int i = 0; i < d; ++i) {
+            total[i] = total[i] * inverse_count;
+            const uint32_t bits = to_bits(total[i]) & 0x7fffffffu;
+            most = bits > most ? bits : most;
+        }
+        float scale = from_bits(most) / 127.0f;
+        if (scale < 1e-37f) scale = 0.0f;
+        const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        for (int i = 0; i < d; ++i) {
+            const float scaled = total[i] * inverse;
+            // Comparisons in this order also put NaN into range: the conversion below must be defined.
+            const float bounded = scaled > -127.0f ? (scaled < 127.0f ? scaled : 127.0f) : -127.0f;
+            codes[i] = static_cast<int8_t>(__builtin_nearbyintf(bounded));
+            total[i] = static_cast<float>(codes[i]) * scale;
+        }
+        return scale;
+    }
+
+    using Sums = kvk::Sums;
+
+    // Codes of one block at its best clip. False where a value is not finite.
+    static bool encode_block(const float* v, int block, uint8_t* codes, Sums* sums) {
+        const uint32_t bits = Isa::absmax_bits(v, block);
+        if (bits >= 0x7f800000u) return false;
+        const float absmax = from_bits(bits);
+        if (absmax < 1e-15f) {
+            memset(codes, 0x77, static_cast<size_t>(block / 2));
+            *sums = {0.0f, 1.0f, 0.0f};
+            return true;
+        }
+        const int clip = Isa::best_clip(v, block, 127.0f / absmax);
+        const float inverse = 1.0f / (absmax * from_bits(kvk::kClipBits[clip]));
+        *sums = block == 32 ? Isa::template code_block<32>(v, inverse, codes)
+                            : Isa::template code_block<64>(v, inverse, codes);
+        return true;
+    }
+
+    // Scales of a tile as bytes under its top, and each block's squared error. False where one is not finite.
+    static bool code_scales(const Sums* sums, int n, uint8_t* scales, int16_t* top_out, float* error) {
+        int32_t rounded[kvk::kScaleGroup];
+        int32_t top = 0;
+        for (int i = 0; i < n; ++i) {
+            const uint32_t bits = to_bits(sums[i].energy / sums[i].cross);
+            if (bits >= 0x7f800000u - (1u << 16)) return false;
+            rounded[i] = static_cast<int32_t>((bits + (1u << 16)) >> 17);
+            top = rounded[i] > top ? rounded[i] : top;
+        }
+        for (int i = 0; i < n; ++i) {
+            const int32_t steps = top - rounded[i];
+            const int32_t code = steps < 192 ? 255 - steps : 63 - ((steps - 192 + 2) >> 2);
+            scales[i] = static_cast<uint8_t>(rounded[i] == 0 ? 0 : code < 1 ? 1 : code);
+            const float scale = scale_of(scales[i], top);
+            const float saved = scale * (sums[i].cross - scale * sums[i].size);
+            const float left = sums[i].energy - scale * sums[i].cross - saved;
+            error[i] = left > 0.0f ? left : 0.0f;
+        }
+        *top_out = static_cast<int16_t>(top);
+        return true;
+    }
+
+    static float scale_of(uint8_t code, int32_t top) {
+        const int32_t steps = code >= 64 ? 255 - code : 192 + ((63 - code) << 2);
+        const int32_t bits = top - steps;
+        return code == 0 || bits < 0 ? 0.0f : from_bits(static_cast<uint32_t>(bits) << 17);
+    }
+
+    static bool encode(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
+                       uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
+        const int64_t total = kvk::values_of(rows), tile = int64_t{kvk::kScaleGroup} * rows.block;
+        alignas(64) float piece[kPiece];
+        Sums sums[kvk::kScaleGroup];
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t stop = (t + 1) * tile < total ? (t + 1) * tile : total;
+            int done = 0;
+            Walk walk(rows, t * tile);
+            for (int64_t at = t * tile; at < stop; at += kPiece) {
+                const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
+                gather(dtype, x, means, n, &walk, piece);
+                Isa::rotate(piece, n, rows.size);
+                for (int i = n; i % rows.block; ++i) piece[i] = 0.0f;
+                for (int i = 0; i < n; i += rows.block, ++done)
+                    if (!encode_block(piece + i, rows.block, codes + (at + i) / 2, sums + done)) return false;
+            }
+            const int64_t first = t * kvk::kScaleGroup;
+            if (!code_scales(sums, done, scales + first, tops + t, error + first)) return false;
+        }
+        return true;
+    }
+
+    // The next n values, as floats, their means taken off.
+    static void gather(int dtype, const void* x, const float* means, int n, Walk* walk, float* piece) {
+        for (int i = 0, run; i < n; i += run, walk->advance(run)) {
+            run = walk->run(n - i);
+            const float* mean = means + (walk->rows.groups ? walk->mean() : 0);
+            int done = 0;
+            if (dtype == KVK_F32 && walk->rows.groups) {
+                done = run & ~7;
+                Isa::load_difference(static_cast<const float*>(x) + walk->value(), mean, piece + i, done);
+            }
+            load(dtype, x, walk->value() + done, piece + i + done, run - done);
+            if (!walk->rows.groups) continue;
+            const int whole = done ? done : run & ~7;
+            if (!done) Isa::sub(piece + i, mean, whole);
+            for (int j = whole; j < run; ++j) piece[i + j] -= mean[j];
+        }
+    }
+
+    static void decode(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
+                       const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out) {
+        const int64_t total = kvk::values_of(rows), tile = int64_t{kvk::kScaleGroup} * rows.block;
+        const float shrink = 1.0f / static_cast<float>(rows.size);
+        alignas(64) float piece[kPiece];
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t stop = (t + 1) * tile < total ? (t + 1) * tile : total;
+            Walk walk(rows, t * tile);
+            for (int64_t at = t * tile; at < stop; at += kPiece) {
+                const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
+                for (int i = 0; i < n; i += rows.block) {
+                    const float scale = scale_of(scales[(at + i) / rows.block], tops[t]) * shrink;
+                    for (int j = 0; j < rows.block; j += 32)
+                        Isa::levels32(codes + (at + i + j) / 2, scale, piece + i + j);
+                }
+                Isa::rotate(piece, n, rows.size);
+                scatter(dtype, piece, means, n, stream, &walk, out);
+            }
+        }
+        if (stream) Isa::fence();
+    }
+
+    // Writes the next n values, their means put back.
+    static void scatter(int dtype, float* piece, const float* means, int n, bool stream, Walk* walk, void* out) {
+        for (int i = 0, run; i < n; i += run, walk->advance(run)) {
+            run = walk->run(n - i);
+            int done = 0;
+            if (walk->rows.groups) {
+                const float* mean = means + walk->mean();
+                if (dtype == KVK_F32) {
+                    float* single = static_cast<float*>(out) + walk->value();
+                    done = run & ~7;
+                    Isa::store_sum(piece + i, mean, single, done,
+                                   stream && reinterpret_cast<uintptr_t>(single) % 32 == 0);
+                }
+                add(piece + i + done, mean + done, run - done);
+            }
+            store(dtype, piece + i + done, run - done, stream, out, walk->value() + done);
+        }
+    }
+};
+
+}  // namespace

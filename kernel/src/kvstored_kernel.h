@@ -1,0 +1,54 @@
+// The C ABI of the codec kernel. Every function is pure: it reads and writes only the buffers given, keeps
+// no state, throws nothing, and may be called from any thread without Python's lock.
+//
+// REQUIRES of every call: lengths as stated below. The caller (kvstore/kernels/cpu.py) checks them against
+// the tensor's spec; the kernel computes every offset from them and reads nothing outside.
+// Bytes are those of kvstore/codecs/blocks.py and kv_blocks.py, on every instruction set.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVK_ABI 1
+#define KVK_API __attribute__((visibility("default")))
+
+// Element types. Do not renumber: Python passes them.
+enum { KVK_F32 = 0, KVK_F16 = 1, KVK_BF16 = 2 };
+// Instruction sets, in order of preference. Do not renumber.
+enum { KVK_PORTABLE = 0, KVK_AVX2 = 1, KVK_AVX512 = 2 };
+enum { KVK_OK = 0, KVK_NOT_FINITE = 1, KVK_BAD_ARGUMENT = 2 };
+
+KVK_API int kvk_abi(void);
+// The best instruction set of this machine.
+KVK_API int kvk_isa(void);
+
+// NF4 in blocks of 64. x: n values. codes: (n+1)/2 bytes. absmax: ceil(n/64) floats.
+KVK_API int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax);
+KVK_API int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes, const float* absmax, int64_t n, void* out);
+
+// The shape of rows inside a larger tensor: outer slabs of tokens * inner * d values, a slab starting
+// `stride` values after the one before. size: Hadamard size, a power of two up to 128 that divides d.
+// block: 32 or 64. groups: means a slab has, 0 for none.
+typedef struct {
+    int64_t outer, tokens, inner, d, stride;
+    int32_t size, block, groups;
+} kvk_rows;
+
+// Per-channel means of groups of 64 tokens. codes: outer*groups*inner*d; scales: outer*groups*inner;
+// means: outer*groups*inner*d floats, the decoded means (input of kvk_kv_encode).
+KVK_API int kvk_kv_means(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int8_t* codes, float* scales,
+                 float* means);
+// Floats of a mean from its code and scale, as kvk_kv_means leaves them.
+KVK_API int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales, float* means);
+
+// b = ceil(outer*tokens*inner*d / block) blocks. codes: b*block/2; scales: b; tops: ceil(b/256); error: b.
+KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,
+                  uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
+KVK_API int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
+                  const float* means, const kvk_rows* rows, void* out);
+
+#ifdef __cplusplus
+}
+#endif

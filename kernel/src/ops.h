@@ -1,0 +1,35 @@
+// What one instruction set offers: single-threaded loops over a range of whole blocks or groups.
+#pragma once
+#include "kvstored_kernel.h"
+
+namespace kvk {
+
+struct Ops {
+    uint32_t (*nf4_encode)(int dtype, const void* x, int64_t begin, int64_t end, uint8_t* codes, float* absmax);
+    uint32_t (*nf4_encode_tail)(int dtype, const void* x, int n, uint8_t* codes, float* absmax);
+    void (*nf4_decode)(int dtype, const uint8_t* codes, const float* absmax, int64_t begin, int64_t end, bool stream,
+                       void* out);
+    void (*nf4_decode_tail)(int dtype, const uint8_t* codes, float absmax, int n, void* out);
+    // Groups of tokens [begin, end) of outer * groups.
+    void (*kv_means)(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
+                     float* scales, float* means);
+    // Tiles of 256 blocks [begin, end).
+    bool (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
+                      uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
+    void (*kv_decode)(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
+                      const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out);
+};
+
+extern const Ops kPortable;
+#if defined(__x86_64__)
+extern const Ops kAvx2;
+extern const Ops kAvx512;
+#endif
+
+constexpr int kScaleGroup = 256;
+constexpr int kGroup = 64;
+
+inline int64_t values_of(const kvk_rows& rows) { return rows.outer * rows.tokens * rows.inner * rows.d; }
+inline int64_t blocks_of(const kvk_rows& rows) { return (values_of(rows) + rows.block - 1) / rows.block; }
+
+}  // namespace kvk

@@ -1,0 +1,322 @@
+// AVX2 and F16C: eight floats at a time.
+#pragma once
+#include <immintrin.h>
+
+#include "convert.h"
+#include "tables.h"
+
+namespace {
+
+struct Avx2 {
+    static constexpr bool kStreams = true;
+
+    // x minus y into out.
+    static void load_difference(const float* x, const float* y, float* out, int n) {
+        for (int i = 0; i < n; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    }
+    static void load(const float* x, float* out, int n) {
+        for (int i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, _mm256_loadu_ps(x + i));
+    }
+    static void load_f16(const uint16_t* x, float* out, int n) {
+        for (int i = 0; i < n; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+    }
+    static void load_bf16(const uint16_t* x, float* out, int n) {
+        for (int i = 0; i < n; i += 8) {
+            const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+            _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+        }
+    }
+    static void store_f16(const float* x, uint16_t* out, int n) {
+        for (int i = 0; i < n; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    static __m256i rounded_bf16(const float* x) {
+        const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x));
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        return _mm256_srli_epi32(rounded, 16);
+    }
+    static void store_bf16(const float* x, uint16_t* out, int n) {
+        int i = 0;
+        for (; i + 16 <= n; i += 16) {
+            const __m256i both = _mm256_packus_epi32(rounded_bf16(x + i), rounded_bf16(x + i + 8));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permute4x64_epi64(both, 0xd8));
+        }
+        for (; i < n; ++i) out[i] = float_to_bf16(x[i]);
+    }
+    // out is 32-byte aligned.
+    static void store_stream(const float* x, float* out, int n) {
+        for (int i = 0; i < n; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(x + i));
+    }
+    static void fence() { _mm_sfence(); }
+
+    // x plus y into out, past the caches where `stream` (out is then 32-byte aligned).
+    static void store_sum(const float* x, const float* y, float* out, int n, bool stream) {
+        for (int i = 0; i < n; i += 8) {
+            const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i));
+            if (stream)
+                _mm256_stream_ps(out + i, sum);
+            else
+                _mm256_storeu_ps(out + i, sum);
+        }
+    }
+    static void add(float* x, const float* y, int n) {
+        for (int i = 0; i < n; i += 8)
+            _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    }
+    static void sub(float* x, const float* y, int n) {
+        for (int i = 0; i < n; i += 8)
+            _mm256_storeu_ps(x + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    }
+
+    static uint32_t absmax_bits(const float* x, int n) {
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        __m256i most = _mm256_setzero_si256();
+        for (int i = 0; i < n; i += 8) {
+            const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
+            most = _mm256_max_epi32(most, _mm256_and_si256(bits, magnitude));
+        }
+        __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+        m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+        m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+    }
+
+    // Minus the codes, by a search of four comparisons: exact for every float, with no table of buckets to
+    // trust. A comparison is -1 where true, so indexes count down from 0 and tables are laid out for that.
+    static __m256i minus_codes8(__m256 z) {
+        const uint32_t* t = kvk::kThresholdBits;
+        const __m256 eighth = _mm256_castsi256_ps(_mm256_setr_epi32(
+            int(t[1]), int(t[13]), int(t[9]), int(t[5]), int(t[1]), int(t[13]), int(t[9]), int(t[5])));
+        const __m256 last = _mm256_castsi256_ps(_mm256_setr_epi32(int(t[0]), int(t[14]), int(t[12]), int(t[10]),
+                                                                  int(t[8]), int(t[6]), int(t[4]), int(t[2])));
+        const __m256 above = _mm256_cmp_ps(z, _mm256_set1_ps(from_bits(t[7])), _CMP_GT_OQ);
+        const __m256 quarter = _mm256_blendv_ps(_mm256_set1_ps(from_bits(t[3])), _mm256_set1_ps(from_bits(t[11])), above);
+        __m256i index = _mm256_castps_si256(above);
+        index = narrowed(index, _mm256_cmp_ps(z, quarter, _CMP_GT_OQ));
+        index = narrowed(index, _mm256_cmp_ps(z, _mm256_permutevar_ps(eighth, index), _CMP_GT_OQ));
+        return narrowed(index, _mm256_cmp_ps(z, _mm256_permutevar8x32_ps(last, index), _CMP_GT_OQ));
+    }
+    static __m256i narrowed(__m256i index, __m256 above) {
+        return _mm256_add_epi32(_mm256_add_epi32(index, index), _mm256_castps_si256(above));
+    }
+    // 32 codes as bytes; in each half the even fours of the values, then the odd ones: 0-3 8-11 16-19 24-27 | 4-7 ...
+    static __m256i code_bytes(const float* x, __m256 by) {
+        __m256i c[4];
+        for (int i = 0; i < 4; ++i) c[i] = minus_codes8(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), by));
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+        return _mm256_abs_epi8(bytes);
+    }
+    static void store_packed(__m256i bytes, uint8_t* out) {
+        const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        const __m256i pairs = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(0x0110));
+        const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+    }
+    static void codes32(const float* x, float inverse, uint8_t* out) {
+        store_packed(code_bytes(x, _mm256_set1_ps(inverse)), out);
+    }
+
+    // The four bytes of each level, a table of 16 apiece: a level is looked up as four byte shuffles of 32 codes.
+    struct Planes {
+        alignas(16) uint8_t byte[4][16];
+        constexpr Planes() : byte() {
+            for (int b = 0; b < 4; ++b)
+                for (int i = 0; i < 16; ++i) byte[b][i] = static_cast<uint8_t>(kvk::kCodeBits[i] >> (8 * b));
+        }
+    };
+    static __m256i plane(const uint8_t* table) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    // Levels of 32 codes in the order of code_bytes, as four vectors in the order of the values.
+    static void level_vectors(__m256i bytes, __m256* out) {
+        static constexpr Planes kPlanes;
+        const __m256i b0 = _mm256_shuffle_epi8(plane(kPlanes.byte[0]), bytes);
+        const __m256i b1 = _mm256_shuffle_epi8(plane(kPlanes.byte[1]), bytes);
+        const __m256i b2 = _mm256_shuffle_epi8(plane(kPlanes.byte[2]), bytes);
+        const __m256i b3 = _mm256_shuffle_epi8(plane(kPlanes.byte[3]), bytes);
+        const __m256i low_a = _mm256_unpacklo_epi8(b0, b1), high_a = _mm256_unpacklo_epi8(b2, b3);
+        const __m256i low_b = _mm256_unpackhi_epi8(b0, b1), high_b = _mm256_unpackhi_epi8(b2, b3);
+        out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_a, high_a));
+        out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_a, high_a));
+        out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_b, high_b));
+        out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_b, high_b));
+    }
+    static void scaled_levels(const uint8_t* codes, float scale, __m256* v) {
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        const __m128i nibble = _mm_set1_epi8(15);
+        const __m128i first = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble), second = _mm_and_si128(packed, nibble);
+        const __m256i ordered = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+        level_vectors(_mm256_permutevar8x32_epi32(ordered, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)), v);
+        const __m256 by = _mm256_set1_ps(scale);
+        for (int i = 0; i < 4; ++i) v[i] = _mm256_mul_ps(v[i], by);
+    }
+    static void levels32(const uint8_t* codes, float scale, float* out) {
+        __m256 v[4];
+        scaled_levels(codes, scale, v);
+        for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + 8 * i, v[i]);
+    }
+    // out is 32-byte aligned.
+    static void levels32_stream(const uint8_t* codes, float scale, float* out) {
+        __m256 v[4];
+        scaled_levels(codes, scale, v);
+        for (int i = 0; i < 4; ++i) _mm256_stream_ps(out + 8 * i, v[i]);
+    }
+
+    // Codes of a block, and the sums x.x, x.L and L.L over its levels L, halves added to halves.
+    template <int kSize>
+    static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {
+        constexpr int kRegisters = kSize / 8;
+        __m256 energy[kRegisters], cross[kRegisters], size[kRegisters];
+        const __m256 by = _mm256_set1_ps(inverse);
+        for (int i = 0; i < kSize / 32; ++i) {
+            const __m256i bytes = code_bytes(x + 32 * i, by);
+            store_packed(bytes, codes + 16 * i);
+            __m256 level[4];
+            level_vectors(bytes, level);
+            for (int r = 0; r < 4; ++r) {
+                const __m256 v = _mm256_loadu_ps(x + 32 * i + 8 * r);
+                energy[4 * i + r] = _mm256_mul_ps(v, v);
+                cross[4 * i + r] = _mm256_mul_ps(v, level[r]);
+                size[4 * i + r] = _mm256_mul_ps(level[r], level[r]);
+            }
+        }
+        for (int half = kRegisters / 2; half; half /= 2)
+            for (int r = 0; r < half; ++r) {
+                energy[r] = _mm256_add_ps(energy[r], energy[r + half]);
+                cross[r] = _mm256_add_ps(cross[r], cross[r + half]);
+                size[r] = _mm256_add_ps(size[r], size[r + half]);
+            }
+        return {tree8(energy[0]), tree8(cross[0]), tree8(size[0])};
+    }
+    static void rotate_small(float* x, int n, int size) {
+        for (int h = 1; h < size; h *= 2)
+            for (int i = 0; i < n; i += 2 * h)
+                for (int j = i; j < i + h; ++j) {
+                    const float a = x[j], b = x[j + h];
+                    x[j] = a + b;
+                    x[j + h] = a - b;
+                }
+    }
+    // Stages 1, 2 and 4 inside a register: the partner plus the value, negated where it is the second.
+    static __m256 rotate8(__m256 v) {
+        const __m256 n1 = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
+        const __m256 n2 = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
+        const __m256 n4 = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+        v = _mm256_add_ps(_mm256_permute_ps(v, 0xb1), _mm256_xor_ps(v, n1));
+        v = _mm256_add_ps(_mm256_permute_ps(v, 0x4e), _mm256_xor_ps(v, n2));
+        return _mm256_add_ps(_mm256_permute2f128_ps(v, v, 1), _mm256_xor_ps(v, n4));
+    }
+    static void rotate(float* x, int n, int size) {
+        if (size < 8) return rotate_small(x, n, size);
+        if (size == 64) return rotate_runs<8>(x, n);
+        if (size == 128) return rotate_runs<16>(x, n);
+        if (size == 32) return rotate_runs<4>(x, n);
+        if (size == 16) return rotate_runs<2>(x, n);
+        return rotate_runs<1>(x, n);
+    }
+    template <int kRegisters>
+    static void rotate_runs(float* x, int n) {
+        for (int i = 0; i < n; i += 8 * kRegisters) {
+            __m256 v[kRegisters];
+            for (int r = 0; r < kRegisters; ++r) v[r] = rotate8(_mm256_loadu_ps(x + i + 8 * r));
+            for (int h = 1; h < kRegisters; h *= 2)
+                for (int r = 0; r < kRegisters; ++r)
+                    if (!(r & h)) {
+                        const __m256 a = v[r], b = v[r + h];
+                        v[r] = _mm256_add_ps(a, b);
+                        v[r + h] = _mm256_sub_ps(a, b);
+                    }
+            for (int r = 0; r < kRegisters; ++r) _mm256_storeu_ps(x + i + 8 * r, v[r]);
+        }
+    }
+
+    static float tree8(__m256 v) {
+        __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+        return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+    }
+    // For each run of 16 values of u: how many thresholds lie below it, and the at most two inside it.
+    struct Buckets {
+        alignas(16) int8_t base[kvk::kClips][16], first[kvk::kClips][16], second[kvk::kClips][16];
+        alignas(16) int8_t levels[16];
+        constexpr Buckets() : base(), first(), second(), levels() {
+            for (int i = 0; i < 16; ++i) levels[i] = static_cast<int8_t>(kvk::kSearchLevels[i]);
+            for (int clip = 0; clip < kvk::kClips; ++clip)
+                for (int bucket = 0; bucket < 16; ++bucket) {
+                    const int low = 16 * bucket - 128;
+                    int below = 0, inside = 0;
+                    int found[2] = {127, 127};
+                    for (int t = 0; t < 15; ++t) {
+                        const int threshold = kvk::kSearchThresholds[clip][t];
+                        if (threshold < low)
+                            ++below;
+                        else if (threshold < low + 15)
+                            found[inside++] = threshold;
+                    }
+                    base[clip][bucket] = static_cast<int8_t>(below);
+                    first[clip][bucket] = static_cast<int8_t>(found[0]);
+                    second[clip][bucket] = static_cast<int8_t>(found[1]);
+                }
+        }
+    };
+
+    static __m256i row(const int8_t* table) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    static __m256i integers8(const float* x, __m256 by) {
+        return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), by));
+    }
+    // The clip whose A*A/B is largest, A = sum(u L) and B = sum(L L) for u = round(x * inverse).
+    static int best_clip(const float* x, int n, float inverse) {
+        static constexpr Buckets kBuckets;
+        const __m256 by = _mm256_set1_ps(inverse);
+        const __m256i ones = _mm256_set1_epi16(1), levels = row(kBuckets.levels);
+        __m256i sa[kvk::kClips], sb[kvk::kClips];
+        for (int clip = 0; clip < kvk::kClips; ++clip) sa[clip] = sb[clip] = _mm256_setzero_si256();
+        for (int i = 0; i < n; i += 32) {
+            // Packing mixes the order of the 32 integers; only their sums are wanted.
+            const __m256i low = _mm256_packs_epi32(integers8(x + i, by), integers8(x + i + 8, by));
+            const __m256i high = _mm256_packs_epi32(integers8(x + i + 16, by), integers8(x + i + 24, by));
+            const __m256i u = _mm256_packs_epi16(low, high);
+            const __m256i bucket = _mm256_and_si256(_mm256_srli_epi16(_mm256_xor_si256(u, _mm256_set1_epi8(-128)), 4),
+                                                    _mm256_set1_epi8(15));
+            const __m256i magnitude = _mm256_abs_epi8(u);
+            for (int clip = 0; clip < kvk::kClips; ++clip) {
+                __m256i code = _mm256_shuffle_epi8(row(kBuckets.base[clip]), bucket);
+                const __m256i first = _mm256_shuffle_epi8(row(kBuckets.first[clip]), bucket);
+                const __m256i second = _mm256_shuffle_epi8(row(kBuckets.second[clip]), bucket);
+                code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(u, first));
+                code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(u, second));
+                const __m256i level = _mm256_shuffle_epi8(levels, code);
+                const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(level, u));
+                const __m256i size = _mm256_abs_epi8(level);
+                const __m256i squares = _mm256_maddubs_epi16(size, size);
+                sa[clip] = _mm256_add_epi32(sa[clip], _mm256_madd_epi16(products, ones));
+                sb[clip] = _mm256_add_epi32(sb[clip], _mm256_madd_epi16(squares, ones));
+            }
+        }
+        const __m256i a4 = _mm256_hadd_epi32(_mm256_hadd_epi32(sa[0], sa[1]), _mm256_hadd_epi32(sa[2], sa[3]));
+        const __m256i b4 = _mm256_hadd_epi32(_mm256_hadd_epi32(sb[0], sb[1]), _mm256_hadd_epi32(sb[2], sb[3]));
+        const __m256i rest = _mm256_hadd_epi32(_mm256_hadd_epi32(sa[4], sa[4]), _mm256_hadd_epi32(sb[4], sb[4]));
+        const __m128i last = halves(rest);  // A, A, B, B of the fifth
+        const __m256 cross = _mm256_cvtepi32_ps(_mm256_set_m128i(last, halves(a4)));
+        const __m256 size = _mm256_cvtepi32_ps(_mm256_set_m128i(_mm_shuffle_epi32(last, 0xee), halves(b4)));
+        const __m256 score = _mm256_div_ps(_mm256_mul_ps(cross, cross), size);
+        // Lanes 5 to 7 hold nothing that may win.
+        const __m256 valid = _mm256_blend_ps(score, _mm256_set1_ps(-1.0f), 0xe0);
+        __m128 most = _mm_max_ps(_mm256_castps256_ps128(valid), _mm256_extractf128_ps(valid, 1));
+        most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+        most = _mm_max_ss(most, _mm_shuffle_ps(most, most, 1));
+        const __m256 best = _mm256_broadcastss_ps(most);
+        return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(valid, best, _CMP_EQ_OQ))) | 256u);
+    }
+    static __m128i halves(__m256i v) {
+        return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    }
+};
+
+}  // namespace

@@ -1,0 +1,188 @@
+"""Tensors in shared memory: memfd segments that a process of the same user may map, to read only.
+
+A block lives as long as any tensor over it: the hot tier, a lease or a stream just hold the tensors, and the room comes
+back when the last of them is gone. Segments are never shrunk or closed before the arena is; each belongs to one user
+id, and only his processes are handed its descriptor. Thread-safe.
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvstore import arrays
+from kvstore.hit import TensorInfo
+from kvstore.region import FreeList, aligned, layout
+
+SEGMENT_NBYTES = 128 << 20
+"""Prefaulted in 0.1 s, and mapped by a client in 7 ms; larger entries get a segment of their own size."""
+_PREFAULT_NBYTES = 4 << 20
+_MADV_POPULATE_WRITE = 23
+_F_ADD_SEALS = 1033
+_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
+
+_madvise = ctypes.CDLL(None, use_errno=True).madvise  # through ctypes: mmap.madvise would hold the GIL
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Segment:
+    """One memfd, mapped for writing here and for reading elsewhere."""
+
+    def __init__(self, number: int, owner: int, nbytes: int, *, readers_only: bool = True) -> None:
+        self.number = number
+        self.owner = owner
+        self.nbytes = nbytes
+        self.fd = os.memfd_create(f"kvstored-{owner}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, nbytes)
+        self._map = mmap.mmap(self.fd, nbytes)
+        # Only now: the seal forbids new writable mappings, and leaves this one. Without SHRINK a client could cut the
+        # file off under the daemon, whose next access would be a bus error.
+        seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL | (_F_SEAL_FUTURE_WRITE if readers_only else 0)
+        fcntl.fcntl(self.fd, _F_ADD_SEALS, seals)
+        self.bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = int(self.bytes.ctypes.data)
+        self.free = FreeList(nbytes)
+
+    def prefault(self, stop: threading.Event) -> None:
+        """Touch every page, in slices, contents untouched: a first write else costs 0.7 ms a MiB."""
+        for start in range(0, self.nbytes, _PREFAULT_NBYTES):
+            if stop.is_set() or _madvise(
+                self.address + start, min(_PREFAULT_NBYTES, self.nbytes - start), _MADV_POPULATE_WRITE
+            ):
+                return
+
+    def close(self) -> None:
+        """Let go of the descriptor. The memory goes with the last mapping and tensor, here or in a client."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a block is."""
+
+    segment: Segment
+    start: int
+    generation: int
+
+
+class Arena:
+    """All segments. `limit_nbytes` bounds what they add up to; beyond it tensors lie in ordinary memory."""
+
+    def __init__(self, limit_nbytes: int, *, segment_nbytes: int = SEGMENT_NBYTES) -> None:
+        self.limit_nbytes = limit_nbytes
+        self._segment_nbytes = min(segment_nbytes, limit_nbytes)
+        self._lock = threading.Lock()
+        self._segments: list[Segment] = []
+        self._generation = 0
+        # Finalizers run wherever the last reference dies, also inside a garbage collection in the middle of `take`. So
+        # they only append, which needs no lock; the room is taken back at the next allocation.
+        self._dead: deque[tuple[Segment, int]] = deque()
+        self._stop = threading.Event()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.nbytes for segment in self._segments)
+
+    def gauges(self) -> dict[str, float]:
+        """For the statistics. arena_fragmentation: the share of free room that is not in its segment's largest hole."""
+        with self._lock:
+            self._reclaim()
+            free = sum(s.free.nbytes - s.free.used_nbytes for s in self._segments)
+            largest = sum(s.free.largest_nbytes for s in self._segments)
+            return {
+                "arena_nbytes": self.nbytes,
+                "arena_used_nbytes": sum(s.free.used_nbytes for s in self._segments),
+                "arena_segments": len(self._segments),
+                "arena_fragmentation": 1 - largest / free if free else 0.0,
+            }
+
+    def empty(self, specs: Mapping[str, TensorInfo], owner: int | None = None) -> dict[str, torch.Tensor] | None:
+        """Tensors of one entry in one block of a user's own segments (this process's by default). None: no room."""
+        places, nbytes = layout(specs)
+        found = self._take(os.geteuid() if owner is None else owner, nbytes)
+        if found is None:
+            return None
+        segment, start, generation = found
+        block = segment.bytes[start : start + nbytes]
+        block[:8].view(np.uint64)[0] = generation
+        # numpy lets a view of a view forget the one between; torch keeps `block` itself for all that is made from it.
+        weakref.finalize(block, self._dead.append, (segment, start)).atexit = False
+        whole = torch.from_numpy(block)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, (at, size) in places.items():
+            spec = specs[name]
+            dtype = getattr(torch, spec.dtype)
+            # Without bytes there is nothing to place, and nothing to keep the block for.
+            flat = whole[at : at + size].view(dtype) if size else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.reshape(spec.shape)
+        return tensors
+
+    def place_of(self, tensors: Mapping[str, Any], owner: int) -> Place | None:
+        """The block of an entry's tensors; None unless they lie in one block of this user's, as `layout` puts them."""
+        specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
+        places, nbytes = layout(specs)
+        block: int | None = None
+        for name, (at, size) in places.items():
+            if not size:
+                continue
+            start = tensors[name].data_ptr() - at
+            if block is None:
+                block = start
+            if start != block or not tensors[name].is_contiguous():
+                return None
+        if block is None:
+            return None
+        for segment in self._segments:
+            start = block - segment.address
+            if start >= 0 and start + nbytes <= segment.nbytes and segment.free.holds(start):
+                generation = int(segment.bytes[start : start + 8].view(np.uint64)[0])
+                return Place(segment, start, generation) if segment.owner == owner else None
+        return None
+
+    def close(self) -> None:
+        """Stop prefaulting and let go of the descriptors."""
+        self._stop.set()
+        with self._lock:
+            for segment in self._segments:
+                segment.close()
+            self._segments.clear()
+
+    def _take(self, owner: int, nbytes: int) -> tuple[Segment, int, int] | None:
+        with self._lock:
+            self._reclaim()
+            for segment in self._segments:
+                if segment.owner == owner and segment.free.largest_nbytes >= aligned(nbytes):
+                    return self._from(segment, nbytes)
+            room = self.limit_nbytes - self.nbytes
+            size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE
+            if size > room:
+                return None
+            segment = Segment(len(self._segments) + 1, owner, size)
+            self._segments.append(segment)
+            found = self._from(segment, nbytes)
+        threading.Thread(target=segment.prefault, args=(self._stop,), name="kvstored-prefault", daemon=True).start()
+        return found
+
+    def _from(self, segment: Segment, nbytes: int) -> tuple[Segment, int, int] | None:
+        start = segment.free.take(nbytes)
+        if start is None:
+            return None
+        self._generation += 1
+        return segment, start, self._generation
+
+    def _reclaim(self) -> None:
+        while self._dead:
+            segment, start = self._dead.popleft()
+            # Before the room can be used again: a reader who is late finds this and throws away what he copied.
+            segment.bytes[start : start + 8].view(np.uint64)[0] = 0
+            segment.free.give(start)

@@ -1,0 +1,45 @@
+"""What a codec may be told about a tensor beside its values: what it holds and how it lies.
+
+Hints change which bytes are written, never whether they decode: whatever a codec needs is in the
+attributes it stores. Without hints the name and the layout of DESIGN section 3 are assumed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["key", "value", "packed", "plain"]
+
+_ROLES: dict[str, Role] = {
+    "k": "key",
+    "key": "key",
+    "keys": "key",
+    "v": "value",
+    "value": "value",
+    "values": "value",
+    "kv": "packed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """role: None means by name. token_axis: negative; -3 for (layers, tokens, heads, dim), -2 for (..., tokens, dim).
+
+    prefix_start: whether the first token is the first of a prompt; None means it may be.
+    """
+
+    role: Role | None = None
+    token_axis: int = -3
+    prefix_start: bool | None = None
+
+
+NO_HINTS = Hints()
+
+
+def role_of(name: str, hints: Hints) -> Role:
+    """The hinted role, or the one a name says: the last of its parts ("layers.3.k") that is a known word."""
+    if hints.role is not None:
+        return hints.role
+    for part in reversed(name.split(".")):
+        if part.lower() in _ROLES:
+            return _ROLES[part.lower()]
+    return "plain"

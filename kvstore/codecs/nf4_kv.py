@@ -1,0 +1,334 @@
+"""nf4-kv: NF4 for keys and values that answers survive. 4.37 bits a value or less on 256-token chunks.
+
+Keys are centred per channel over 64 tokens (means in 8 bits), keys and values rotated by a Hadamard
+transform along head_dim, scales searched; the first tokens of a prefix, to which attention always
+returns, and outlying tokens elsewhere are kept in 16 bits and left out of all statistics.
+Invariant: the bytes are those of `kv_blocks`, whichever kernel wrote them. Pure, any thread.
+Leaves out: the arithmetic (`kv_blocks`) and which tensors may be touched (`codecs.encode_entry`).
+The format and its figures: docs/codecs.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite, prod, sqrt
+from typing import Literal
+
+import torch
+
+from kvstore.codecs import kv_blocks
+from kvstore.codecs.hints import NO_HINTS, Hints, role_of
+from kvstore.codecs.nf4 import prepared_out, require_part
+from kvstore.dtypes import LOSSY_ALLOWED
+from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.errors import CodecError
+from kvstore.kernels import cpu_kernel
+from kvstore.kernels.cpu import Rows
+
+KEPT_KEYS = 4
+"""Tokens at the start of a prefix whose keys stay in 16 bits; elsewhere at most so many outlying ones."""
+KEPT_VALUES = 1
+"""Values have a scale a token, so a sink spoils nothing beside it; only the first one's own error shows
+(KL of values alone 1.64e-3 without, 0.40e-3 with it, 0.40e-3 with four)."""
+OUTLIER_ENERGY = 4.0
+"""Times the median energy about the mean; SmolLM2's tokens beyond the first stay below 3."""
+_TOP_LIMIT = 0x7F800000 >> 17
+
+_JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
+"""Parts of a packed tensor that hold those of its keys and then those of its values: a record has room for 8."""
+
+Part = Literal["key", "value", "plain"]
+_HALVES: tuple[tuple[Part, str], ...] = (("key", ""), ("value", "v."))
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One role's rows: (outer, tokens, inner, d) of the whole tensor, and which tokens are kept in 16 bits."""
+
+    role: Part
+    outer: int
+    tokens: int
+    inner: int
+    d: int
+    kept: tuple[int, ...]
+
+    @classmethod
+    def of(cls, role: Part, rows: torch.Tensor, kept: tuple[int, ...]) -> "Plane":
+        """The plane of rows (outer, tokens, inner, d)."""
+        outer, tokens, inner, d = rows.shape
+        return cls(role, outer, tokens, inner, d, kept)
+
+    @property
+    def coded(self) -> int:
+        """Tokens that are coded."""
+        return self.tokens - len(self.kept)
+
+    @property
+    def block(self) -> int:
+        """Values a scale."""
+        return kv_blocks.KEY_BLOCK if self.role == "key" else kv_blocks.VALUE_BLOCK
+
+    @property
+    def blocks(self) -> int:
+        """Scales of the coded tokens; the last block may be padded."""
+        return -(-self.outer * self.coded * self.inner * self.d // self.block)
+
+    @property
+    def groups(self) -> int:
+        """Means an outer slab has."""
+        return kv_blocks.group_count(self.coded) if self.role == "key" else 0
+
+    @property
+    def leading(self) -> bool:
+        """Whether the kept tokens are the first ones: then the rest is one view of the tensor."""
+        return self.kept == tuple(range(len(self.kept)))
+
+    def rows(self, stride_tokens: int) -> Rows:
+        """The coded tokens for the kernel, slabs lying stride_tokens tokens apart."""
+        size = kv_blocks.rotation_size(self.d)
+        stride = stride_tokens * self.inner * self.d
+        return Rows(self.outer, self.coded, self.inner, self.d, stride, size, self.block, self.groups)
+
+    def others(self, device: torch.device) -> torch.Tensor:
+        """Indexes of the coded tokens. Returns int64 (coded,)."""
+        mask = torch.ones(self.tokens, dtype=torch.bool)
+        mask[list(self.kept)] = False
+        return mask.nonzero().view(-1).to(device)
+
+
+class NF4KV:
+    """NF4 of centred and rotated rows: the default codec of K/V entries."""
+
+    name = "nf4-kv"
+    lossy = True
+
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Encode one tensor of finite values.
+
+        x: float32, float16 or bfloat16, any shape with at least one value. Parts: docs/codecs.md. The
+        attribute relative_error is the receipt: |x - decoded| / |x| before rounding to x's type.
+        Raises CodecError for another dtype, and for values that are not finite or whose squares are not.
+        """
+        spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
+            raise CodecError(f"nf4-kv holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
+        role, token_axis = role_of(name, hints), hints.token_axis
+        if role == "packed" and (x.dim() == 0 or x.shape[-1] % 2):
+            role = "plain"
+        attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
+        parts: dict[str, torch.Tensor] = {}
+        error = 0.0
+        for prefix, part, rows in _planes(x.detach(), role, token_axis):
+            plane = Plane.of(part, rows, _kept(rows, part, hints))
+            attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
+            error += _encode_plane(rows, plane, prefix, parts)
+        if role == "packed":
+            for suffix in _JOINED:
+                parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
+        norm = float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
+        attrs["relative_error"] = sqrt(error) / norm if norm else 0.0
+        return EncodedTensor(spec, self.name, parts, attrs)
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+
+        Raises CodecError when parts, attributes and spec do not belong together.
+        """
+        role, token_axis = _role(encoded.attrs), _token_axis(encoded.attrs)
+        if encoded.spec.dtype not in LOSSY_ALLOWED or prod(encoded.spec.shape) == 0:
+            raise CodecError(f"nf4-kv decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {encoded.spec}")
+        main = encoded.parts.get("")
+        if main is None:
+            raise CodecError("nf4-kv without codes")
+        out = prepared_out(encoded.spec, main.device, out)
+        if role == "packed":
+            if out.dim() == 0 or out.shape[-1] % 2:
+                raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {encoded.spec.shape}")
+            planes = _planes(out, role, token_axis)
+            encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
+            for prefix, part, rows in planes:
+                _decode_plane(encoded, part, prefix, rows)
+                half = out.shape[-1] // 2
+                target = out[..., :half] if part == "key" else out[..., half:]
+                target.copy_(rows.view(target.shape))
+            return out
+        for prefix, part, rows in _planes(out, role, token_axis):
+            _decode_plane(encoded, part, prefix, rows)
+        return out
+
+
+def _planes(x: torch.Tensor, role: str, token_axis: int) -> list[tuple[str, Part, torch.Tensor]]:
+    """(prefix of part names, role, rows (outer, tokens, inner, d)); halves of a packed tensor are copies."""
+    if role == "packed":
+        half = x.shape[-1] // 2
+        halves = slice(0, half), slice(half, None)
+        key, value = (x[..., part].clone(memory_format=torch.contiguous_format) for part in halves)
+        rows = _rows(key, token_axis), _rows(value, token_axis)
+        return [(prefix, part, x) for (part, prefix), x in zip(_HALVES, rows, strict=True)]
+    part: Part = "key" if role == "key" else "value" if role == "value" else "plain"
+    return [("", part, _rows(x.contiguous(), token_axis))]
+
+
+def _rows(x: torch.Tensor, token_axis: int) -> torch.Tensor:
+    """The tensor as (outer, tokens, inner, d); a tensor with too few axes is one run of tokens, or one row."""
+    shape = tuple(x.shape)
+    if len(shape) < 2:
+        return x.reshape(1, 1, 1, -1)
+    axis = max(len(shape) + token_axis, 0)
+    return x.view(prod(shape[:axis]), shape[axis], prod(shape[axis + 1 : -1]), shape[-1])
+
+
+def _kept(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
+    """The tokens to keep in 16 bits: the first ones of what may be a prefix, else outlying keys."""
+    tokens = rows.shape[1]
+    most = {"key": KEPT_KEYS, "value": KEPT_VALUES, "plain": 0}[part]
+    if hints.prefix_start is None:
+        # Unsure: no more than one in 64, so that a short chunk is not mostly 16 bits.
+        most = min(most, max(1, tokens // 64))
+    most = min(most, tokens - 1)
+    if hints.prefix_start is not False:
+        return tuple(range(most))
+    if part != "key" or tokens < kv_blocks.GROUP:
+        return ()
+    x = rows.to(torch.float32)
+    energy = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=(0, 2, 3))
+    found = (energy > OUTLIER_ENERGY * energy.median()).nonzero().view(-1)
+    if found.numel() > most:
+        found = found[energy[found].argsort(descending=True, stable=True)[:most]]
+    return tuple(sorted(found.tolist()))
+
+
+def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float:
+    """Add the parts of one plane; returns the squared error of its coded rows."""
+    if plane.kept:
+        parts[f"{prefix}kept"] = _halves(rows[:, list(plane.kept)])
+    kernel = cpu_kernel(rows)
+    if plane.leading and kernel is not None:
+        coded, stride = rows[:, len(plane.kept) :], plane.tokens
+    elif plane.leading:
+        coded, stride = rows[:, len(plane.kept) :].contiguous(), plane.coded
+    else:
+        coded, stride = rows[:, plane.others(rows.device)], plane.coded
+    if kernel is not None:
+        where, means = plane.rows(stride), None
+        if plane.groups:
+            parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"], means = kernel.kv_means(coded, where)
+        found = kernel.kv_encode(coded, where, means)
+        if found is None:
+            raise CodecError(kv_blocks.REFUSED)
+        blocks = kv_blocks.RotatedBlocks(*found)
+    else:
+        blocks = _encode_reference(coded.to(torch.float32), plane, prefix, parts)
+    parts[prefix] = blocks.codes
+    parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = blocks.scales, blocks.tops
+    return float(blocks.error.sum(dtype=torch.float64)) / kv_blocks.rotation_size(plane.d)
+
+
+def _encode_reference(
+    coded: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]
+) -> kv_blocks.RotatedBlocks:
+    if plane.groups:
+        codes, scales = kv_blocks.group_means(coded)
+        parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"] = codes, scales
+        coded = coded - kv_blocks.expand_means(codes, scales, plane.coded)
+    rotated = kv_blocks.rotate(coded, kv_blocks.rotation_size(plane.d))
+    return kv_blocks.encode_rotated(rotated.reshape(-1), plane.block)
+
+
+def _halves(kept: torch.Tensor) -> torch.Tensor:
+    """Kept rows in 16 bits: as they are, or float32 as float16, or as bfloat16 out of float16's range."""
+    largest = float(kept.abs().max())
+    if not isfinite(largest):
+        raise CodecError(kv_blocks.REFUSED)
+    if kept.dtype != torch.float32:
+        return kept.contiguous()
+    # From 2**-10 up, what float16 loses of smaller values is below its error on the largest.
+    return kept.to(torch.float16 if 2.0**-10 <= largest < 65504 else torch.bfloat16)
+
+
+def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Tensor) -> None:
+    """Fill rows (outer, tokens, inner, d), contiguous, from one plane's parts."""
+    plane = Plane.of(part, out, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), out.shape[1]))
+    blocks = _checked_blocks(encoded, plane, prefix)
+    if plane.kept:
+        out[:, list(plane.kept)] = _checked_kept(encoded, plane, prefix).to(out.dtype)
+    direct = plane.leading
+    coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
+    mean = None
+    if plane.groups:
+        shape = (plane.outer, plane.groups, plane.inner)
+        codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d).view(*shape, plane.d)
+        mean = codes, require_part(encoded, f"{prefix}mean_scale", torch.float32, prod(shape)).view(shape)
+    kernel = cpu_kernel(out)
+    if kernel is not None:
+        rows = plane.rows(plane.tokens if direct else plane.coded)
+        means = None if mean is None else kernel.kv_expand(rows, *mean)
+        kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, rows, coded)
+    else:
+        size = kv_blocks.rotation_size(plane.d)
+        flat = kv_blocks.decode_rotated(blocks, plane.block, size)[: coded.numel()]
+        values = kv_blocks.rotate(flat, size).view(coded.shape)
+        coded.copy_(values if mean is None else values + kv_blocks.expand_means(*mean, plane.coded))
+    if not direct:
+        out[:, plane.others(out.device)] = coded
+
+
+def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
+    """A packed tensor's joined parts as those of its keys ("") and its values ("v.")."""
+    planes = [
+        Plane.of(part, x, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
+        for (part, prefix), x in zip(_HALVES, rows, strict=True)
+    ]
+    parts = dict(encoded.parts)
+    for suffix, dtype in _JOINED.items():
+        lengths = [
+            {"": p.blocks * p.block // 2, "scale": p.blocks, "scale_top": -(-p.blocks // kv_blocks.SCALE_GROUP)}[suffix]
+            for p in planes
+        ]
+        joined = require_part(encoded, suffix, dtype, sum(lengths))
+        parts[suffix], parts[f"v.{suffix}"] = torch.split(joined, lengths)
+    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
+
+
+def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> kv_blocks.RotatedBlocks:
+    """Codes, scales and tops of exactly the lengths the plane has, with tops that are finite scales."""
+    b = plane.blocks
+    codes = require_part(encoded, prefix, torch.uint8, b * plane.block // 2)
+    scales = require_part(encoded, f"{prefix}scale", torch.uint8, b)
+    tops = require_part(encoded, f"{prefix}scale_top", torch.int16, -(-b // kv_blocks.SCALE_GROUP))
+    if bool(((tops < 0) | (tops >= _TOP_LIMIT)).any()):
+        raise CodecError(f"nf4-kv scale tops lie in [0, {_TOP_LIMIT})")
+    return kv_blocks.RotatedBlocks(codes, scales, tops, scales)
+
+
+def _checked_kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Tensor:
+    part = encoded.parts.get(f"{prefix}kept")
+    shape = (plane.outer, len(plane.kept), plane.inner, plane.d)
+    dtype = torch.bfloat16 if part is not None and part.dtype == torch.bfloat16 else torch.float16
+    return require_part(encoded, f"{prefix}kept", dtype, prod(shape)).view(shape)
+
+
+def _kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
+    """Token indexes from their attribute: ascending, distinct, and at least one token left to code."""
+    if not isinstance(text, str):
+        raise CodecError(f"nf4-kv names its kept tokens in a string, not {text!r}")
+    try:
+        kept = tuple(int(item) for item in text.split(",")) if text else ()
+    except ValueError:
+        raise CodecError(f"nf4-kv kept tokens are indexes, not {text[:40]!r}") from None
+    if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < tokens) or len(kept) >= tokens:
+        raise CodecError(f"nf4-kv kept tokens {text[:40]!r} do not lie in {tokens} tokens")
+    return kept
+
+
+def _role(attrs: Mapping[str, object]) -> str:
+    role = attrs.get("role")
+    if role not in {"key", "value", "packed", "plain"}:
+        raise CodecError(f"nf4-kv knows no role {role!r}")
+    return str(role)
+
+
+def _token_axis(attrs: Mapping[str, object]) -> int:
+    axis = attrs.get("token_axis")
+    if isinstance(axis, bool) or not isinstance(axis, int) or axis >= -1:
+        raise CodecError(f"nf4-kv needs a token_axis below -1, not {axis!r}")
+    return axis

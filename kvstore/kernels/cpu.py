@@ -1,0 +1,150 @@
+"""The compiled CPU kernel through ctypes: same bytes as the torch reference, without Python's lock.
+
+The kernel is another distribution (`kernel/`); where it is not installed, or is of another ABI, `LIBRARY`
+is None and the reference is used. Invariant: every length handed to C was computed here from the tensor
+that owns the memory, so the kernel never reads outside one. Any thread.
+"""
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+ABI = 1
+THREADED_NBYTES = 4 << 20
+"""Below it one thread is faster: starting another costs about 30 us, as much as 1 MiB."""
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+OK, NOT_FINITE = 0, 1
+
+
+class Rows(ctypes.Structure):
+    """`kvk_rows` of kernel/src/kvstored_kernel.h: slabs of tokens x inner x d values, `stride` apart."""
+
+    _fields_ = (
+        ("outer", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("d", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("size", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+    )
+
+
+def _opened() -> ctypes.CDLL | None:
+    try:
+        path: str = importlib.import_module("kvstored_kernel").LIBRARY_PATH
+        library = ctypes.CDLL(path)
+    except (ImportError, OSError):
+        return None
+    if library.kvk_abi() != ABI:
+        return None
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    rows = ctypes.POINTER(Rows)
+    library.kvk_nf4_encode.argtypes = (i, i, i, p, n, p, p)
+    library.kvk_nf4_decode.argtypes = (i, i, i, p, p, n, p)
+    library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p)
+    library.kvk_kv_expand.argtypes = (rows, p, p, p)
+    library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
+    library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, rows, p)
+    return library
+
+
+LIBRARY = _opened()
+ISAS = ("portable", "avx2", "avx512")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKernel:
+    """The kernel at one instruction set (an index into ISAS, at most what the machine has)."""
+
+    library: ctypes.CDLL
+    isa: int
+
+    def nf4_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`blocks.quantize`, or None where a value is not finite. x: flat, contiguous, on the CPU."""
+        n = x.numel()
+        codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty((n + 63) // 64, dtype=torch.float32)
+        status = self.library.kvk_nf4_encode(
+            self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), n, codes.data_ptr(), absmax.data_ptr()
+        )
+        return None if _checked(status) == NOT_FINITE else (codes, absmax)
+
+    def nf4_decode(self, codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
+        """`blocks.dequantize` into out, flat and contiguous, whose lengths the caller has checked."""
+        _checked(
+            self.library.kvk_nf4_decode(
+                self.isa,
+                _threads(out),
+                DTYPES[out.dtype],
+                codes.data_ptr(),
+                absmax.data_ptr(),
+                out.numel(),
+                out.data_ptr(),
+            )
+        )
+
+    def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""
+        shape = (rows.outer, rows.groups, rows.inner)
+        codes = torch.empty(*shape, rows.d, dtype=torch.int8)
+        scales = torch.empty(shape, dtype=torch.float32)
+        means = torch.empty(*shape, rows.d, dtype=torch.float32)
+        where = (codes.data_ptr(), scales.data_ptr(), means.data_ptr())
+        _checked(self.library.kvk_kv_means(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *where))
+        return codes, scales, means
+
+    def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
+        means = torch.empty(codes.shape, dtype=torch.float32)
+        _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
+        return means
+
+    def kv_encode(
+        self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Codes, scales, tops and errors as `kv_blocks.encode_rotated` gives; None where not finite."""
+        blocks = -(-rows.outer * rows.tokens * rows.inner * rows.d // rows.block)
+        codes = torch.empty(blocks * rows.block // 2, dtype=torch.uint8)
+        scales = torch.empty(blocks, dtype=torch.uint8)
+        tops = torch.empty((blocks + 255) // 256, dtype=torch.int16)
+        error = torch.empty(blocks, dtype=torch.float32)
+        out = (codes.data_ptr(), scales.data_ptr(), tops.data_ptr(), error.data_ptr())
+        mean = 0 if means is None else means.data_ptr()
+        status = self.library.kvk_kv_encode(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, mean, *out)
+        return None if _checked(status) == NOT_FINITE else (codes, scales, tops, error)
+
+    def kv_decode(
+        self,
+        coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        means: torch.Tensor | None,
+        rows: Rows,
+        out: torch.Tensor,
+    ) -> None:
+        """Rows of out from codes, scales and tops, whose lengths the caller has checked."""
+        parts = tuple(part.data_ptr() for part in coded)
+        mean = 0 if means is None else means.data_ptr()
+        threads = _threads(out)
+        _checked(self.library.kvk_kv_decode(self.isa, threads, DTYPES[out.dtype], *parts, mean, rows, out.data_ptr()))
+
+
+def _threads(x: torch.Tensor) -> int:
+    """Threads for a tensor: torch's own number, so that `torch.set_num_threads` pins kernel and copies alike."""
+    return torch.get_num_threads() if x.numel() * x.element_size() >= THREADED_NBYTES else 1
+
+
+def _checked(status: int) -> int:
+    if status not in {OK, NOT_FINITE}:
+        raise ValueError(f"the codec kernel refused its arguments (status {status})")
+    return status
+
+
+def kernels() -> list[CpuKernel]:
+    """One kernel for each instruction set this machine has, the best last; empty where none is installed."""
+    if LIBRARY is None:
+        return []
+    return [CpuKernel(LIBRARY, isa) for isa in range(LIBRARY.kvk_isa() + 1)]

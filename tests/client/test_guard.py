@@ -1,0 +1,126 @@
+"""The guard's promises: nothing raises, nothing outlasts its deadline, and a put is never lost silently."""
+
+import os
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from kvstore.store import Store
+from kvstored_client.integrations.guard import Guard, guarded
+
+
+class Scripted:
+    """A cache that answers with what it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def verb(*_: Any, **__: Any) -> Any:
+            self.calls += 1
+            return self.answer()
+
+        return verb
+
+
+def fail() -> None:
+    raise RuntimeError("broken")
+
+
+def verbs(guard: Guard) -> list[Any]:
+    """Every verb once, in a list of what a miss looks like."""
+    return [
+        guard.get(b"k"),
+        guard.get_many([b"a", b"b"]),
+        guard.get_many([b"a", b"b"], leading=True),
+        int(guard.match([b"a"])),
+        guard.locate([b"a", b"b"]),
+        guard.touch([b"a"]),
+        guard.delete(b"a"),
+        guard.put_many([(b"a", {})]),
+    ]
+
+
+MISSES = [None, [None, None], [], 0, [None, None], 0, 0, 0]
+
+
+def test_what_a_cache_raises_is_a_miss() -> None:
+    guard = Guard(Scripted(fail))
+    assert verbs(guard) == MISSES
+    assert guard.failures > 0
+
+
+def test_no_verb_outlasts_its_deadline_and_after_three_the_cache_is_left_alone() -> None:
+    release = threading.Event()
+    cache = Scripted(release.wait)
+    guard = Guard(cache, lookup_timeout_s=0.05, fetch_timeout_s=0.1)
+    start = time.monotonic()
+    assert verbs(guard) == MISSES
+    # Three calls are waited for; the breaker answers the others.
+    assert time.monotonic() - start < 0.05 + 3 * 0.1 + 0.5
+    calls = cache.calls
+    start = time.monotonic()
+    assert guard.match([b"a"]) == 0
+    assert time.monotonic() - start < 0.04
+    assert cache.calls == calls
+    release.set()
+
+
+def test_a_late_answer_is_not_given_to_a_later_call() -> None:
+    answers = iter([0.0, 0.3, 0.0])
+    guard = Guard(Scripted(lambda: time.sleep(next(answers))), lookup_timeout_s=0.1)
+    time.sleep(0.01)
+    assert guard.call(lambda: time.sleep(0.3) or "late", 0.05, "miss") == "miss"
+    assert guard.call(lambda: "second", 5.0, "miss") == "second"
+
+
+def test_a_put_is_done_later_and_flush_waits_for_it() -> None:
+    with Store.open() as store:
+        guard = guarded(store)
+        assert guarded(guard) is guard
+        assert guard.later(lambda: guard.cache.put(b"k", {"x": torch.ones(4)}), 16)
+        assert guard.flush()
+        hit = guard.get(b"k")
+        assert hit is not None and hit.tensors["x"].eq(1).all()
+
+
+def test_puts_over_the_limit_are_dropped_and_counted() -> None:
+    release = threading.Event()
+    guard = Guard(Scripted(lambda: None), waiting_max_nbytes=100)
+    assert guard.later(release.wait, 60)
+    assert not guard.later(lambda: None, 60)
+    assert guard.dropped == 1
+    assert not guard.flush(0.01)
+    release.set()
+    assert guard.flush()
+    assert guard.later(lambda: None, 1000)  # larger than the limit, but alone
+    assert guard.flush()
+
+
+def test_a_put_that_raises_is_counted_and_the_next_one_is_done() -> None:
+    guard = Guard(Scripted(lambda: None))
+    done: list[int] = []
+    guard.later(fail, 1)
+    guard.later(lambda: done.append(1), 1)
+    assert guard.flush()
+    assert (guard.dropped, done) == (1, [1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    guard = Guard(Scripted(lambda: 7), lookup_timeout_s=10)
+    assert guard.touch([b"a"]) == 7
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if guard.touch([b"a"]) == 7 and guard.later(lambda: None, 1) and guard.flush() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("name", ["lookup_timeout_s", "fetch_timeout_s"])
+def test_a_deadline_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Guard(Scripted(lambda: None), **{name: 0.0})

@@ -1,0 +1,321 @@
+"""The lease socket: the bytes are right, nobody can harm them, and what dies lets go."""
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvstored_client import Client
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.local import LeaseKept
+from tests.conftest import environment
+
+MIB = 1 << 20
+
+
+def values(client):
+    return client.stats().values
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def client(shared_daemon):
+    return shared_daemon.client()
+
+
+def near_only(client, monkeypatch):
+    """From here on a call that falls back to the stream fails the test."""
+
+    def refuse(*args):
+        raise AssertionError("the stream was used")
+
+    for name in ("send", "stream_out", "stream_in"):
+        monkeypatch.setattr(client._transport, name, refuse)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4097, MIB, 20 * MIB + 1])
+def test_put_and_get_go_through_shared_memory_and_come_back_exact(client, monkeypatch, nbytes):
+    near_only(client, monkeypatch)
+    x = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    assert client.put(b"near", {"x": x, "y": torch.tensor(2.5), "z": torch.empty(0, 3)})
+    hit = client.get(b"near")
+    assert torch.equal(hit.tensors["x"], x)
+    assert hit.tensors["y"] == 2.5
+    assert hit.tensors["z"].shape == (0, 3)
+    out = {"x": torch.zeros(nbytes, dtype=torch.uint8), "y": torch.zeros(()), "z": torch.empty(0, 3)}
+    assert torch.equal(client.get(b"near", out=out).tensors["x"], x)
+    assert client.get(b"not there") is None
+
+
+def test_a_view_is_the_daemons_own_memory_and_ends_with_the_block(client, monkeypatch):
+    near_only(client, monkeypatch)
+    x = torch.randn(1000)
+    client.put(b"view", {"x": x})
+    with client.lease(b"view") as hit:
+        view = hit.tensors["x"]
+        assert torch.equal(view, x)
+        assert values(client)["leases"] == 1
+    assert view.numel() == 0
+    with pytest.raises(LeaseKept, match="has ended"):
+        _ = hit.tensors["x"]
+    wait_for(lambda: values(client)["leases"] == 0, 2)
+
+
+def test_a_view_that_is_kept_beyond_its_block_is_refused_and_the_memory_stays_leased(client):
+    client.put(b"kept", {"x": torch.ones(1000)})
+    kept = []
+    with pytest.raises(LeaseKept, match="copy it inside"), client.lease(b"kept") as hit:
+        kept.append(hit.tensors["x"][5:])
+    assert kept[0].sum() == 995
+    assert values(client)["leases"] == 1
+    kept.clear()
+    gc.collect()
+    wait_for(lambda: values(client)["leases"] == 0, 2)
+
+
+def test_numpy_views_are_read_only(shared_daemon):
+    client = shared_daemon.client(framework="numpy")
+    client.put(b"numpy", {"x": np.arange(10)})
+    with client.lease(b"numpy") as hit:
+        with pytest.raises(ValueError, match="read-only"):
+            hit.tensors["x"][0] = 1
+        assert hit.tensors["x"].sum() == 45
+
+
+def test_an_error_inside_the_block_comes_out_as_itself(client):
+    client.put(b"error", {"x": torch.ones(3)})
+    with pytest.raises(KeyError), client.lease(b"error") as hit:
+        hit.tensors["nothing"]
+    assert client.get(b"error") is not None
+
+
+def test_a_leased_block_is_not_used_again_when_its_entry_is_deleted(client):
+    x = torch.randn(MIB // 4)
+    client.put(b"gone", {"x": x})
+    with client.lease(b"gone") as hit:
+        client.delete(b"gone")
+        for i in range(50):
+            client.put(b"other%d" % i, {"x": torch.zeros(MIB // 4)})
+        assert torch.equal(hit.tensors["x"], x)
+    for i in range(50):
+        client.delete(b"other%d" % i)
+
+
+def test_warm_and_cold_entries_are_decoded_where_the_client_reads(client, monkeypatch):
+    near_only(client, monkeypatch)
+    x = torch.randn(4, 64)
+    client.put(b"sinks", {"x": x}, fidelity="exact")
+    assert client.demote(b"sinks") == 1
+    with client.lease(b"sinks") as hit:
+        assert hit.tier == "cold"
+        assert torch.equal(hit.tensors["x"], x)
+    client.put(b"lossy", {"x": x})
+    assert client.demote(b"lossy") == 1
+    assert client.get(b"lossy").encoding == "nf4"
+
+
+def test_tensors_of_empty_are_put_without_a_copy_on_this_side(client, monkeypatch):
+    x = client.empty((1000, 1000), "float32")
+    x[:] = torch.randn(1000, 1000)
+    monkeypatch.setattr(client._near.copier, "copy", lambda *_: pytest.fail("copied"))
+    assert client.put(b"empty", {"x": x})
+    monkeypatch.undo()
+    assert torch.equal(client.get(b"empty").tensors["x"], x)
+    x.fill_(0)  # still the caller's: the daemon has a copy of its own
+    assert client.get(b"empty").tensors["x"].abs().sum() > 0
+
+
+def test_an_abandoned_tensor_of_empty_gives_its_room_back(client):
+    for _ in range(100):
+        x = client.empty((4 * MIB,), "float32")
+        assert x.numel() == 4 * MIB
+        del x
+    ingest = client._near._connections[0].ingest
+    assert sum(room.mapping.nbytes for room in ingest) <= 32 * MIB
+
+
+def test_batches_larger_than_a_packet_or_a_segment_keep_their_order(client):
+    small = {b"s%d" % i: torch.full((10,), float(i)) for i in range(1200)}
+    assert client.put_many([(k, {"x": x}) for k, x in small.items()]) == 1200
+    for hit, (key, x) in zip(client.get_many(list(small)), small.items(), strict=True):
+        assert hit.key == key
+        assert torch.equal(hit.tensors["x"], x)
+    large = {b"l%d" % i: torch.full((5 * MIB,), float(i)) for i in range(8)}
+    assert client.put_many([(k, {"x": x}) for k, x in large.items()]) == 8
+    assert [hit.tensors["x"][0] for hit in client.get_many(list(large))] == list(range(8))
+    client.delete(*large)
+
+
+def test_every_dtype_and_both_doors_agree(shared_daemon):
+    near, far = shared_daemon.client(), shared_daemon.client(shared_memory=False)
+    for name in ("float32", "bfloat16", "bool", "int64", "float8_e4m3fn", "complex64"):
+        x = (torch.rand(7, 9) > 0.5).to(getattr(torch, name))
+        near.put(b"door", {"x": x})
+        a, b = near.get(b"door").tensors["x"], far.get(b"door").tensors["x"]
+        assert a.dtype == b.dtype == x.dtype
+        assert torch.equal(a.view(torch.uint8), x.view(torch.uint8))
+        assert torch.equal(b.view(torch.uint8), x.view(torch.uint8))
+
+
+HOLDER = """
+import sys, time
+from kvstored_client import Client
+cache = Client(sys.argv[1], framework="numpy", on_error="raise")
+keys = [b"held%d" % i for i in range(100)]
+blocks = [cache.lease(key) for key in keys]
+hits = [block.__enter__() for block in blocks]
+x = cache.empty((1 << 20,), "float32")
+assert all(hit is not None for hit in hits)
+print("holding", flush=True)
+time.sleep(60)
+"""
+
+
+def hold(daemon):
+    """A process that holds 100 leases and a tensor in its ingest segment."""
+    held = subprocess.Popen([sys.executable, "-c", HOLDER, daemon.address], env=environment(), stdout=subprocess.PIPE)
+    assert held.stdout.readline() == b"holding\n"
+    return held
+
+
+def test_a_killed_client_leaves_nothing_behind(daemon):
+    client = daemon.client(framework="numpy")
+    client.put_many([(b"held%d" % i, {"x": np.full(1000, i)}) for i in range(100)])
+    before = values(client)
+    process = hold(daemon)
+    assert values(client)["leases"] == 100
+    process.kill()
+    started = time.monotonic()
+    wait_for(lambda: values(client)["leases"] == 0, 2)
+    assert time.monotonic() - started < 0.5  # 0.1 s on an idle machine
+    process.wait()
+    process.stdout.close()
+    wait_for(lambda: values(client)["lease_connections"] == before["lease_connections"], 2)
+
+
+def test_a_stopped_client_loses_its_leases_at_their_maximum_age(daemon_factory):
+    daemon = daemon_factory(server="lease_max_s = 1.0")
+    client = daemon.client(framework="numpy")
+    client.put_many([(b"held%d" % i, {"x": np.full(1000, i)}) for i in range(100)])
+    process = hold(daemon)
+    process.send_signal(signal.SIGSTOP)
+    assert values(client)["leases"] == 100
+    wait_for(lambda: values(client)["leases"] == 0, 4)
+    assert values(client)["leases_aged"] == 100
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_read_that_outlives_its_lease_is_a_miss_and_never_other_bytes(daemon_factory, monkeypatch):
+    daemon = daemon_factory(server="lease_max_s = 0.2")
+    client = daemon.client(framework="numpy")
+    client.put(b"slow", {"x": np.ones(MIB, dtype=np.uint8)})
+    copy = client._near.copier.copy
+    other = daemon.client(framework="numpy")
+
+    def slowly(target, source):
+        other.delete(b"slow")
+        time.sleep(1.2)
+        for i in range(20):
+            other.put(b"new%d" % i, {"x": np.zeros(MIB, dtype=np.uint8)})
+        copy(target, source)
+
+    monkeypatch.setattr(client._near.copier, "copy", slowly)
+    assert client.get(b"slow") is None
+    assert client.failures == 1
+
+
+def test_a_restart_is_noticed_and_no_stale_segment_is_read(daemon):
+    client = daemon.client(framework="numpy")
+    for life in range(3):
+        for i in range(5):
+            client.put(b"%d" % i, {"x": np.full(10_000, 10 * life + i)})
+        for i in range(5):
+            assert (client.get(b"%d" % i).tensors["x"] == 10 * life + i).all()
+        assert daemon.stop() == 0
+        daemon.start()
+    assert client.get(b"0") is not None
+
+
+def test_without_the_lease_socket_the_stream_gives_the_same_results(daemon):
+    (daemon.socket_path.parent / (daemon.socket_path.name + ".lease")).unlink()
+    client = daemon.client()
+    x = torch.randn(MIB)
+    assert client.put(b"k", {"x": x})
+    assert torch.equal(client.get(b"k").tensors["x"], x)
+    with client.lease(b"k") as hit:
+        assert torch.equal(hit.tensors["x"], x)
+    assert client.empty((3,)).shape == (3,)
+    assert client.match([b"k"]) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pb.LeaseCall(ingest_nbytes=1 << 60),
+        pb.LeaseCall(get=pb.GetRequest(keys=[b""])),
+        pb.LeaseCall(release=[1, 2, 3], match=pb.MatchRequest(keys=[bytes(300)])),
+        pb.LeaseCall(put=pb.LeasePut(entries=[pb.IngestedEntry(header=pb.PutHeader(key=b"k"))])),
+        pb.LeaseCall(
+            put=pb.LeasePut(
+                entries=[
+                    pb.IngestedEntry(
+                        header=pb.PutHeader(
+                            key=b"k", nbytes=5, tensors=[pb.TensorSpec(name="x", dtype=pb.DTYPE_UINT8, shape=[5])]
+                        ),
+                        places=[pb.TensorPlace(segment=1, start=2**63)],
+                    )
+                ]
+            )
+        ),
+    ],
+)
+def test_bad_calls_are_answered_and_the_connection_goes_on(shared_daemon, call):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(5)
+        sock.connect(str(shared_daemon.socket_path) + ".lease")
+        sock.send(call.SerializeToString())
+        assert pb.LeaseReply.FromString(sock.recv(1 << 18)).HasField("error")
+        sock.send(b"\xff\xff\xff")
+        assert pb.LeaseReply.FromString(sock.recv(1 << 18)).error.kind == "InvalidEntry"
+        sock.send(pb.LeaseCall(match=pb.MatchRequest(keys=[b"k"])).SerializeToString())
+        assert pb.LeaseReply.FromString(sock.recv(1 << 18)).HasField("match")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's id, which only root can")
+def test_another_user_gets_the_bytes_in_his_own_segments_only(daemon):
+    client = daemon.client(framework="numpy")
+    client.put(b"mine", {"x": np.arange(1000)})
+    daemon.directory.parent.chmod(0o755)
+    for path in (daemon.socket_path, daemon.socket_path.with_name("k.sock.lease")):
+        path.chmod(0o666)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            with Client(daemon.address, framework="numpy", on_error="raise") as other:
+                hit = other.get(b"mine")
+                assert np.array_equal(hit.tensors["x"], np.arange(1000))
+                assert "memfd:kvstored-65534" in Path("/proc/self/maps").read_text(), "in a segment of his own"
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001
+            sys.stderr.write(repr(error))
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

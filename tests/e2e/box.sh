@@ -1,0 +1,34 @@
+#!/bin/bash
+# A real systemd as process 1 of its own namespaces, on a throw-away overlay of this machine's root.
+#
+#   box.sh TOP UNITS        TOP: an empty directory; UNITS: a directory copied to /run/systemd/system inside
+#
+# Run as: unshare -Cmpnui --fork --kill-child box.sh TOP UNITS.
+#Nothing outside TOP changes.
+set -euo pipefail
+top=$1 units=$2
+
+mount --make-rprivate /
+mount -t tmpfs box "$top"
+mkdir "$top"/{upper,work,root}
+mount -t overlay overlay -o lowerdir=/,upperdir="$top/upper",workdir="$top/work" "$top/root"
+cd "$top/root"
+mount -t proc proc proc
+mount --rbind /sys sys
+umount -l sys/fs/cgroup 2>/dev/null || true
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount --rbind /dev dev
+mount -t tmpfs run run
+mount -t tmpfs tmp tmp
+chmod 1777 tmp
+mkdir -p run/systemd/system
+cp -r "$units"/. run/systemd/system/
+# The machine's own services are of no use here; only what the test asks for may start.
+: > etc/fstab
+printf 'box\n' > etc/hostname
+mkdir -p old
+pivot_root . old
+umount -l /old 2>/dev/null || true
+ip link set lo up
+exec env -i container=box PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --system --unit=box.target \
+    --log-target=console --show-status=no --log-level=info

@@ -1,0 +1,115 @@
+"""The house: documents that name everything there is, a tree without what may not be in it."""
+
+import dataclasses
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+import kvstore
+from kvstore.config import StoreConfig
+from kvstored.cli import cli, exits
+from kvstored.settings import Settings
+from tests.conftest import ROOT
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+
+
+def settings_of(kind: object, prefix: str = "") -> list[str]:
+    names = []
+    for field in dataclasses.fields(kind):
+        value = getattr(kind, field.name)
+        nested = dataclasses.is_dataclass(value)
+        names += settings_of(value, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
+    return names
+
+
+def files() -> list:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("no git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_every_setting_is_documented():
+    missing = [name for name in settings_of(Settings()) if f"`{name}`" not in OPERATIONS]
+    assert missing == []
+
+
+def test_no_setting_is_documented_that_does_not_exist():
+    named = set(re.findall(r"`((?:server|store)\.[a-z_.]+)`", OPERATIONS))
+    assert named - set(settings_of(Settings())) == set()
+
+
+def test_every_verb_and_each_of_its_options_is_documented():
+    for name, command in cli.commands.items():
+        assert f"`kvstored {name}" in OPERATIONS, name
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert any(f"`{word}" in OPERATIONS or f" {word} " in OPERATIONS for word in option.opts), option.opts
+
+
+def test_every_exit_code_is_documented():
+    codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", OPERATIONS, re.MULTILINE)} == codes | {70}
+
+
+def test_every_counter_is_documented(daemon):
+    with daemon.client() as client:
+        values = client.stats().values
+    assert [name for name in values if f"`{name}`" not in OPERATIONS] == []
+
+
+def test_every_exported_name_of_the_engine_exists():
+    assert set(kvstore.__all__) == set(kvstore._HOME)
+    assert all(getattr(kvstore, name).__name__ == name for name in kvstore.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Stor'"):
+        _ = kvstore.Stor
+
+
+def test_the_client_takes_only_light_modules_of_the_engine():
+    allowed = {"arrays", "dtypes", "errors", "hit", "keys", "prefix", "stats"}
+    for path in sorted((ROOT / "client" / "kvstored_client").rglob("*.py")):
+        text = path.read_text()
+        taken = set(re.findall(r"^\s*(?:from|import) kvstore\.(\w+)", text, re.MULTILINE))
+        taken |= set(re.findall(r"^\s*from kvstore import (\w+)", text, re.MULTILINE))
+        assert taken <= allowed, path
+
+
+def test_every_dependency_is_pinned_for_the_tests():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    names = {re.split(r"[<>=~! \[]", name)[0].lower().replace("_", "-") for name in wanted}
+    assert names - pinned == set()
+
+
+def test_nothing_in_the_tree_can_run_code_when_it_is_read_or_names_a_machine():
+    # Written as patterns, so that this file may stand in the tree itself. safetensors' own load runs no code.
+    forbidden = [
+        r"import [p]ickle",
+        r"[p]ickle\.loads?\(",
+        r"(?<!safetensors\.)torch[.]load\(",
+        r"/[w]ork/",
+        r"/[r]oot/\w",
+    ]
+    found = []
+    for path in files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {word}" for word in forbidden if re.search(word, text)]
+    assert found == []
+
+
+def test_the_defaults_of_the_engine_are_valid():
+    assert StoreConfig() == Settings().store

@@ -1,0 +1,212 @@
+"""The unit as it is installed, under a real systemd that runs as process 1 of namespaces of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstored.cli.install import render
+from kvstored_client import Client
+from tests.conftest import ROOT
+
+SYSTEMD = Path("/lib/systemd/systemd")
+NAMESPACES = ["unshare", "-Cmpnui", "--fork", "--kill-child"]
+WATCHDOG_S = 4
+TARGET = "[Unit]\nDescription=what the test starts\nDefaultDependencies=no\n"
+
+pytestmark = pytest.mark.slow
+
+
+def why_not() -> str | None:
+    """What this machine lacks; None where the test can run."""
+    if os.geteuid() != 0:
+        return "needs root, to make namespaces and mounts"
+    missing = [tool for tool in ("unshare", "nsenter", "pivot_root", "ip", "systemctl") if shutil.which(tool) is None]
+    if missing or not SYSTEMD.exists():
+        return f"not installed: {', '.join(missing) or SYSTEMD} (Debian: systemd util-linux iproute2)"
+    with tempfile.TemporaryDirectory() as top:
+        mounts = (
+            f"mount -t tmpfs box {top} && cd {top} && mkdir u w r c && "
+            "mount -t overlay overlay -o lowerdir=/,upperdir=u,workdir=w r && mount -t cgroup2 none c"
+        )
+        tried = subprocess.run([*NAMESPACES, "sh", "-c", mounts], capture_output=True, text=True, check=False)
+    return f"namespaces or mounts are refused: {tried.stderr.strip()[-200:]}" if tried.returncode else None
+
+
+class Box:
+    """A running systemd."""
+
+    def __init__(self, top: Path) -> None:
+        units = top / "units"
+        units.mkdir()
+        self.log_path = top / "console"
+        self._write_units(units)
+        with self.log_path.open("wb") as log:
+            self._outer = subprocess.Popen(
+                [*NAMESPACES, str(Path(__file__).with_name("box.sh")), str(top / "box"), str(units)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        self.init = 0
+        self._wait(self._is_up, "systemd did not come up")
+
+    def _write_units(self, units: Path) -> None:
+        (units.parent / "box").mkdir()
+        (units / "box.target").write_text(TARGET)
+        program = units.parent / "never-started"
+        unit = render(program, Path("/run/systemd/system/kvstored.toml"))
+        start = f"{sys.executable} -m kvstored serve --config /run/systemd/system/kvstored.toml"
+        (units / "kvstored.service").write_text(unit.replace(unit[unit.index("ExecStart=") :].splitlines()[0],
+                                                             f"ExecStart={start}"))  # fmt: skip
+        (units / "kvstored.toml").write_text(
+            '[server]\naddress = "unix:/run/kvstored/kvstored.sock"\nmetrics_address = "127.0.0.1:9411"\n'
+            'log_format = "json"\n[store.hot]\ncapacity_nbytes = "64MiB"\n[store.warm]\ncapacity_nbytes = "16MiB"\n'
+        )
+        # Only what the place needs: sources and an interpreter that may be in a home directory, no journald, less time.
+        drop = units / "kvstored.service.d"
+        drop.mkdir()
+        (drop / "box.conf").write_text(
+            f"[Service]\nWatchdogSec={WATCHDOG_S}\nStandardError=append:/run/kvstored.log\nProtectHome=tmpfs\n"
+            f"BindReadOnlyPaths={sys.base_prefix}\nBindReadOnlyPaths={sys.prefix}\nBindReadOnlyPaths={ROOT}\n"
+            f"Environment=PYTHONPATH={ROOT}:{ROOT}/daemon:{ROOT}/client PYTHONDONTWRITEBYTECODE=1\n"
+        )
+
+    def _is_up(self) -> bool:
+        assert self._outer.poll() is None, self.log_path.read_text()
+        children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
+        self.init = int(children[0]) if children else 0
+        return bool(children) and self.systemctl("is-active", "box.target").stdout.strip() == "active"
+
+    def systemctl(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["nsenter", "-t", str(self.init), "-a", "systemctl", "--no-pager", *arguments],
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+
+    def show(self, name: str) -> str:
+        return self.systemctl("show", "--value", "-p", name, "kvstored").stdout.strip()
+
+    def path(self, inside: str) -> Path:
+        return Path(f"/proc/{self.init}/root{inside}")
+
+    @property
+    def log(self) -> str:
+        path = self.path("/run/kvstored.log")
+        return path.read_text() if path.exists() else ""
+
+    def signal_main(self, number: int) -> None:
+        """To the daemon alone, as the kernel would send it."""
+        inside = self.show("MainPID")
+        subprocess.run(["nsenter", "-t", str(self.init), "-a", "kill", f"-{int(number)}", inside], check=True)
+
+    def wait_for_restart(self, before: int) -> None:
+        self._wait(lambda: int(self.show("NRestarts")) > before and self.show("ActiveState") == "active", "no restart")
+
+    def _wait(self, what, sentence: str, timeout_s: float = 90) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            assert time.monotonic() < deadline, f"{sentence}\n{self.log_path.read_text()}\n{self.log}"
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self._outer.kill()
+        self._outer.wait(20)
+
+
+@pytest.fixture(scope="module")
+def box():
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(f"no systemd in namespaces here: {reason}")
+    with tempfile.TemporaryDirectory(prefix="kvb-") as top:
+        found = Box(Path(top))
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def client(box):
+    if box.show("ActiveState") != "active":
+        done = box.systemctl("start", "kvstored")
+        assert done.returncode == 0, done.stderr + box.log + box.log_path.read_text()
+    # A socket with a path is reached through the file system, from any namespace.
+    with Client(
+        f"unix:{box.path('/run/kvstored/kvstored.sock')}", on_error="raise", framework="numpy", timeout_s=20
+    ) as c:
+        yield c
+
+
+def value(seed):
+    return {"x": np.random.default_rng(seed).integers(0, 256, 50_000, dtype=np.uint8)}
+
+
+def is_held(client, key, seed):
+    hit = client.get(key)
+    return hit is not None and np.array_equal(hit.tensors["x"], value(seed)["x"])
+
+
+def test_start_returns_when_it_is_ready_and_the_sandbox_lets_it_work(box, client):
+    assert box.show("ActiveState") == "active"
+    assert box.show("StatusText") == "serving"
+    assert client.put(b"first", value(0), fidelity="exact")
+    assert is_held(client, b"first", 0)
+    assert client.drain() >= 1
+    state = box.path("/var/lib/kvstored")
+    assert (state / "cold").is_dir()
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert state.stat().st_uid != 0
+    socket = box.path("/run/kvstored/kvstored.sock")
+    assert socket.stat().st_mode & 0o777 == 0o660
+
+
+def test_the_log_is_json_a_line_an_event(box, client):
+    lines = [json.loads(line) for line in box.log.splitlines()]
+    assert any(line["message"].startswith("listening address=unix:/run/kvstored") for line in lines)
+    assert not [line for line in lines if line["level"] in ("error", "critical")]
+
+
+def test_reload_keeps_the_process(box, client):
+    before = box.show("MainPID")
+    assert box.systemctl("reload", "kvstored").returncode == 0
+    box._wait(lambda: "reloaded tokens=0" in box.log, "the reload left no line")
+    assert box.show("MainPID") == before
+    assert box.show("ActiveState") == "active"
+    assert client.stats().values["uptime_s"] > 0
+
+
+def test_kill_9_is_followed_by_a_restart_with_the_cold_entries(box, client):
+    client.put(b"kept", value(1), fidelity="exact")
+    client.drain()
+    restarts = int(box.show("NRestarts"))
+    box.signal_main(signal.SIGKILL)
+    box.wait_for_restart(restarts)
+    assert is_held(client, b"kept", 1)
+    assert client.restarts == 1
+
+
+def test_a_daemon_that_hangs_is_restarted_by_the_watchdog(box, client):
+    client.put(b"kept too", value(2), fidelity="exact")
+    client.drain()
+    restarts = int(box.show("NRestarts"))
+    started = time.monotonic()
+    box.signal_main(signal.SIGSTOP)
+    box.wait_for_restart(restarts)
+    assert time.monotonic() - started < 60
+    assert is_held(client, b"kept too", 2)
+
+
+def test_stop_drains_and_removes_the_socket(box, client):
+    assert client.put(b"only in memory", value(3), fidelity="exact")
+    assert box.systemctl("stop", "kvstored").returncode == 0
+    assert box.show("Result") == "success"
+    assert not box.path("/run/kvstored").exists()
+    assert box.systemctl("start", "kvstored").returncode == 0
+    with Client(client.address, on_error="raise", framework="numpy", timeout_s=20) as again:
+        assert is_held(again, b"only in memory", 3)

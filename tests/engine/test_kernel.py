@@ -1,0 +1,162 @@
+"""The compiled kernel: the reference's bytes on every instruction set this machine has, for every input.
+
+`make sanitize` runs this file with the kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import ctypes
+
+import pytest
+import torch
+
+from kvstore.codecs import blocks
+from kvstore.codecs import kv_blocks as kv
+from kvstore.codecs.tables import table
+from kvstore.kernels import cpu
+
+KERNELS = cpu.kernels()
+if not KERNELS:
+    pytest.skip("the compiled kernel is not installed (make kernel)", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [1, 2, 31, 63, 64, 65, 127, 4096, 100_001]
+SHAPES = [
+    (2, 100, 3, 64),
+    (1, 1, 1, 64),
+    (1, 7, 2, 80),
+    (3, 256, 2, 128),
+    (1, 70, 1, 33),
+    (2, 40, 3, 100),
+    (1, 90, 1, 4),
+]
+
+
+def ids(kernel):
+    return cpu.ISAS[kernel.isa]
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(params=KERNELS, ids=ids)
+def kernel(request):
+    return request.param
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-39, 2e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nf4_codes_scales_and_decoded_bits_are_the_reference_s(kernel, dtype, scale):
+    for n in SIZES:
+        x = torch.randn(n, generator=torch.Generator().manual_seed(n)).clamp(-3, 3).mul(scale).to(dtype)
+        codes, absmax = blocks.quantize(x)
+        mine = kernel.nf4_encode(x)
+        assert bits(mine[0]) == bits(codes)
+        assert bits(mine[1]) == bits(absmax)
+        expected, out = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
+        kernel.nf4_decode(codes, absmax, out)
+        assert bits(out) == bits(blocks.dequantize(codes, absmax, expected))
+
+
+def test_every_float_near_a_threshold_gets_the_reference_s_code(kernel):
+    """All floats within 4,096 steps of each threshold, of zero and of one, and a sweep between."""
+    centres = torch.cat((table("thresholds", torch.device("cpu")), torch.tensor([1.0, -1.0])))
+    steps = torch.arange(-4096, 4096, dtype=torch.int32)
+    near = (centres.view(torch.int32)[:, None] + steps).view(-1).view(torch.float32)
+    z = torch.cat((near, torch.linspace(-1, 1, 1 << 20), torch.logspace(-45, 0, 1 << 12), torch.zeros(2)))
+    z = z.clamp(-1, 1)
+    # One 1.0 a block makes the scale, and so the factor, exactly 1: the kernel sees these very floats.
+    body = torch.nn.functional.pad(z, (0, -z.numel() % 63)).view(-1, 63)
+    x = torch.cat((torch.ones(body.shape[0], 1), body), dim=1).view(-1)
+    codes, _absmax = kernel.nf4_encode(x)
+    assert bits(codes) == bits(blocks.packed(blocks.codes_of(x)))
+
+
+@pytest.mark.slow
+def test_every_float_in_one_unit_gets_the_reference_s_code(kernel):
+    """All 2^31 floats of magnitude up to 1, against thresholds by bisection."""
+    thresholds = table("thresholds", torch.device("cpu"))
+    step = 63 << 18
+    for start in range(0, 0x3F800001, step):
+        magnitude = torch.arange(start, min(start + step, 0x3F800001), dtype=torch.int32).view(torch.float32)
+        body = torch.nn.functional.pad(magnitude, (0, -magnitude.numel() % 63)).view(-1, 63)
+        for sign in (1.0, -1.0):
+            x = torch.cat((torch.ones(body.shape[0], 1), body * sign), dim=1).view(-1)
+            codes, _absmax = kernel.nf4_encode(x)
+            expected = torch.bucketize(x, thresholds, out_int32=True).to(torch.uint8)
+            assert bits(codes) == bits(blocks.packed(expected))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_reported(kernel, bad):
+    for at in (0, 63, 64, 129):
+        x = torch.ones(130)
+        x[at] = bad
+        assert kernel.nf4_encode(x) is None
+        rows = cpu.Rows(1, 1, 1, 130, 130, 2, 64, 0)
+        assert kernel.kv_encode(x, rows, None) is None
+
+
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
+    """Also when the rows are a view behind a kept token, whose memory must not be touched."""
+    g = torch.Generator().manual_seed(shape[1])
+    full = (torch.randn(shape, generator=g) + 3 * torch.randn(shape[-1], generator=g)).to(dtype)
+    skip = 1 if shape[1] > 4 else 0
+    body = full[:, skip:]
+    outer, tokens, inner, d = body.shape
+    size, block = kv.rotation_size(d), kv.KEY_BLOCK if role == "key" else kv.VALUE_BLOCK
+    groups = kv.group_count(tokens) if role == "key" else 0
+    rows = cpu.Rows(outer, tokens, inner, d, shape[1] * inner * d, size, block, groups)
+    plain = body.to(torch.float32).contiguous()
+    means, centre = None, torch.zeros(1)
+    if groups:
+        expected = kv.group_means(plain)
+        *mine, means = kernel.kv_means(body, rows)
+        assert [bits(part) for part in mine] == [bits(part) for part in expected]
+        assert bits(kernel.kv_expand(rows, *expected)) == bits(means)
+        centre = kv.expand_means(*expected, tokens)
+        plain = plain - centre
+    coded = kv.encode_rotated(kv.rotate(plain, size).reshape(-1), block)
+    mine = kernel.kv_encode(body, rows, means)
+    assert [bits(p) for p in mine] == [bits(p) for p in (coded.codes, coded.scales, coded.tops, coded.error)]
+    flat = kv.decode_rotated(coded, block, size)[: plain.numel()]
+    values = kv.rotate(flat, size).view(plain.shape)
+    out = torch.full(shape, 7.0, dtype=dtype)
+    kernel.kv_decode(mine[:3], means, rows, out[:, skip:])
+    assert bits(out[:, skip:]) == bits((values + centre if groups else values).to(dtype))
+    assert (out[:, :skip] == 7).all()
+
+
+def test_many_threads_write_the_same_bytes_as_one(kernel):
+    x = torch.randn(1 << 21, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = kernel.nf4_encode(x)
+        torch.set_num_threads(3)
+        three = kernel.nf4_encode(x)
+        out = torch.empty_like(x)
+        kernel.nf4_decode(*three, out)
+    finally:
+        torch.set_num_threads(before)
+    assert [bits(part) for part in one] == [bits(part) for part in three]
+    assert bits(out) == bits(blocks.dequantize(*one, torch.empty_like(x)))
+
+
+def test_arguments_that_make_no_sense_are_refused():
+    library = cpu.LIBRARY
+    rows = [
+        cpu.Rows(0, 1, 1, 64, 64, 64, 64, 0),
+        cpu.Rows(1, 1, 1, 64, 64, 48, 64, 0),
+        cpu.Rows(1, 1, 1, 64, 64, 256, 64, 0),
+        cpu.Rows(1, 1, 1, 64, 64, 64, 16, 0),
+        cpu.Rows(1, 1, 1, 64, 32, 64, 64, 0),
+        cpu.Rows(1, 1, 1, 64, 64, 64, 64, 2),
+    ]
+    for row in rows:
+        assert library.kvk_kv_encode(0, 1, 0, 0, ctypes.byref(row), 0, 0, 0, 0, 0) == 2
+    assert library.kvk_nf4_encode(99, 1, 0, 0, 64, 0, 0) == 2
+    assert library.kvk_nf4_encode(0, 1, 9, 0, 64, 0, 0) == 2
+    assert library.kvk_nf4_encode(0, 1, 0, 0, -1, 0, 0) == 2

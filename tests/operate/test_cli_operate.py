@@ -1,0 +1,199 @@
+"""The operator's verbs: filters, eviction by filter, live views, settings, doctor, tokens, completion, the manual."""
+
+import json
+import re
+import shutil
+import stat
+import subprocess
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from kvstore.stats import Stats, TierStats
+from kvstored.cli import cli
+from kvstored.cli.manual import manual
+from kvstored.cli.top import rates, screen
+from kvstored.tokens import digest, read_tokens
+from tests.conftest import ROOT
+
+from .conftest import running_daemon
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    with running_daemon(store="[store.hot]\ncapacity_nbytes = '64MiB'") as found:
+        found.start()
+        yield found
+
+
+@pytest.fixture
+def client(daemon):
+    found = daemon.client(framework="numpy")
+    found.evict(*[info.key for info in found.entries()] or [b"-"])
+    for i in range(3):
+        found.put(b"small:%d" % i, {"x": np.full(100, i, np.uint8)}, fidelity="exact")
+        found.put(b"large:%d" % i, {"x": np.full(200_000, i, np.float32)})
+    return found
+
+
+@pytest.fixture
+def run(daemon):
+    def invoke(*words, code=0):
+        done = CliRunner().invoke(cli, [*map(str, words), "--address", daemon.address], catch_exceptions=False)
+        assert done.exit_code == code, done.output
+        return done.output
+
+    return invoke
+
+
+def listed(run, *words):
+    return {json.loads(line)["key"] for line in run("ls", "--json", *words).splitlines()}
+
+
+def test_ls_filters_narrow_each_other(client, run):
+    assert listed(run, "--prefix", "small") == {"small:0", "small:1", "small:2"}
+    assert listed(run, "--larger-than", "100KB") == {"large:0", "large:1", "large:2"}
+    assert listed(run, "--larger-than", "100KB", "--prefix", "small") == set()
+    assert listed(run, "--older-than-s", 3600) == set()
+    assert len(listed(run, "--older-than-s", 0)) == 6
+    assert listed(run, "--encoding", "nf4") == set()
+    client.demote(b"large:1")
+    assert listed(run, "--encoding", "nf4") == listed(run, "--tier", "warm") == {"large:1"}
+    assert len(listed(run, "--larger-than", "1B", "--limit", 2)) == 2
+
+
+def test_evict_by_filter_counts_and_a_dry_run_changes_nothing(client, run):
+    before = listed(run)
+    assert "would evict 3 entries" in run("evict", "--prefix", "small", "--dry-run")
+    assert json.loads(run("evict", "--prefix", "small", "--dry-run", "--json"))["would_evict"] == 3
+    assert listed(run) == before
+    client.pin(b"small:1")
+    assert re.fullmatch(r"evicted 2 entries, \S+ K?i?B; 1 pinned ones stay\n", run("evict", "--prefix", "small"))
+    assert listed(run, "--prefix", "small") == {"small:1"}
+    client.demote(b"large:0")
+    found = json.loads(run("evict", "--tier", "warm", "--json"))
+    assert (found["asked"], found["evicted"]) == (1, 1)
+    client.unpin(b"small:1")
+    run("evict", "--older-than-s", 0)
+    assert listed(run) == set()
+
+
+def test_evict_takes_keys_or_filters_and_never_everything_by_accident(client, run):
+    for words in ((), ("small:0", "--prefix", "s")):
+        assert "one of the two" in run("evict", *words, code=2)
+    assert "would evict 1 of 2" in run("evict", "small:0", "absent", "--dry-run", code=1)
+    assert "evicted 1 of 2" in run("evict", "small:0", "absent", code=1)
+
+
+def test_drain_writes_what_is_only_in_memory(client, run):
+    assert re.fullmatch(r"wrote \d+ entries to the cold tier\n", run("drain"))
+    assert {info.tiers[-1] for info in client.entries()} == {"cold"}
+    assert json.loads(run("drain", "--json"))["written"] == 0
+
+
+def test_top_and_watch_show_the_numbers_again_and_again(client, run):
+    client.get(b"small:0")
+    text = run("top", "--count", 2, "--interval-s", 0.1)
+    assert text.count("TIER") == 2
+    assert "hit ratio" in text
+    assert "Cache/Put" in text
+    lines = run("top", "--count", 2, "--interval-s", 0.1, "--json").splitlines()
+    assert {"tiers", "rates"} <= set(json.loads(lines[1]))
+    assert "COUNTER" in run("stats")
+
+
+def test_rates_begin_anew_after_a_restart():
+    def stats(gets, uptime_s):
+        return Stats({"gets": gets, "hits": gets / 2, "uptime_s": uptime_s}, {})
+
+    assert rates(stats(100, 10), stats(150, 20), 10)["gets"] == 5
+    assert rates(None, stats(100, 10), 0)["gets"] == 10
+    assert rates(stats(1000, 100), stats(20, 4), 10)["gets"] == 5
+
+
+def test_a_failing_disk_and_an_empty_tier_are_seen_in_top():
+    text = "\n".join(screen(None, Stats({"cold_healthy": 0.0}, {"warm": TierStats(0, 0, 0)}), 1))
+    assert "DISK FAILING" in text
+    assert "0%" in text
+
+
+def test_top_waits_for_no_daemon_when_told_how_often_to_look(tmp_path):
+    done = CliRunner().invoke(cli, ["top", "--count", "1", "--address", f"unix:{tmp_path}/none", "--timeout-s", "1"])
+    assert done.exit_code == 3
+
+
+def test_config_shows_every_setting_with_its_origin(tmp_path, monkeypatch):
+    file = tmp_path / "k.toml"
+    file.write_text("[server]\nsilence_s = 3\n[store.hot]\ncapacity_nbytes = '2GiB'\n")
+    monkeypatch.setenv("KVSTORED_STORE__TTL_S", "77")
+    done = CliRunner().invoke(cli, ["config", "show", str(file), "--json"])
+    found = json.loads(done.output)
+    assert found["server.silence_s"] == {"value": 3.0, "origin": str(file)}
+    assert found["store.hot.capacity_nbytes"] == {"value": 2 << 30, "origin": str(file)}
+    assert found["store.ttl_s"] == {"value": 77.0, "origin": "KVSTORED_STORE__TTL_S"}
+    assert found["store.promote_after"] == {"value": 2, "origin": "default"}
+    assert found["server.data_dir"]["origin"] == "this host"
+    changed = CliRunner().invoke(cli, ["config", "show", str(file), "--changed"]).output
+    assert "server.silence_s" in changed
+    assert "promote_after" not in changed
+
+
+def test_config_check_finds_what_serve_would_refuse(tmp_path):
+    file = tmp_path / "k.toml"
+    for text, code, words in (
+        ("[server]\nsilence_s = 3\n", 0, "good"),
+        ("[server]\nsilense_s = 3\n", 2, "did you mean server.silence_s"),
+        (f"[server]\ntokens = '{tmp_path}/none'\n", 2, "cannot read"),
+        (f"[server]\ntls_certificate = '{tmp_path}/c'\ntls_key = '{tmp_path}/k'\n", 2, f"{tmp_path}/c"),
+    ):
+        file.write_text(text)
+        done = CliRunner().invoke(cli, ["config", "check", str(file)])
+        assert (done.exit_code, words in done.output) == (code, True), done.output
+
+
+def test_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path, daemon):
+    good = CliRunner().invoke(cli, ["doctor", "--config", str(daemon.config), "--json"], catch_exceptions=False)
+    found = [json.loads(line) for line in good.output.splitlines()]
+    assert any("is up for" in one["what"] for one in found)
+    assert any("has mode 0660" in one["what"] for one in found)
+    config = tmp_path / "k.toml"
+    config.write_text(
+        f"[server]\naddress = 'unix:{tmp_path}/k.sock'\ndata_dir = '{tmp_path}/d'\n"
+        "[store.hot]\ncapacity_nbytes = '900TiB'\n[store.cold]\ncapacity_nbytes = '900TiB'\n"
+    )
+    done = CliRunner().invoke(cli, ["doctor", "--config", str(config), "--json"], catch_exceptions=False)
+    assert done.exit_code == 4
+    bad = [json.loads(line) for line in done.output.splitlines() if '"bad"' in line]
+    assert len(bad) == 2
+    assert all(one["todo"] for one in bad)
+
+
+def test_a_token_is_shown_once_and_its_entry_lets_it_in(tmp_path):
+    out = tmp_path / "worker.token"
+    done = CliRunner().invoke(cli, ["token", "worker-a", "--tenant", "team", "--right", "read", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    token = out.read_text().strip()
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert token not in done.output
+    assert digest(token) in done.output
+    (tmp_path / "tokens.toml").write_text(done.output)
+    identity = read_tokens(tmp_path / "tokens.toml").of_token(token)
+    assert (identity.name, identity.tenant, identity.rights) == ("worker-a", "team", frozenset({"read"}))
+    again = CliRunner().invoke(cli, ["token", "worker-a", "-o", str(out)])
+    assert again.exit_code == 2
+    assert out.read_text().strip() == token
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_what_their_shells_parse(shell):
+    done = CliRunner().invoke(cli, ["completion", shell])
+    assert done.exit_code == 0
+    assert "_KVSTORED_COMPLETE" in done.output
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=done.output, text=True, check=True)
+
+
+def test_the_manual_is_current():
+    """`make cli-docs` writes it."""
+    assert (ROOT / "docs/cli.md").read_text() == manual()
