@@ -10,18 +10,14 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 import logging
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota, TierUnavailable
 from kvstore.forms import Forms
 from kvstore.index import Meta
 from kvstore.residency import Residency
-from kvstore.tiers import TierName
+from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
-
-if TYPE_CHECKING:
-    from kvstore.tiers.cold import Cold
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +227,7 @@ class Mover:
                 r.lost_clean_copy(entry.key)
                 r.forget_if_gone(entry.key, "evicted", left)
 
-    def _cold_has_room(self, cold: "Cold", entry: Entry) -> bool:
+    def _cold_has_room(self, cold: LastTier, entry: Entry) -> bool:
         """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
 
         The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.

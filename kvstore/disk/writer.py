@@ -31,7 +31,7 @@ ROWS_PER_COMMIT = 10_000
 """Rows of use and deadlines a transaction: 30 ms, for which a waiting delete can wait."""
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 5.0
 ROW_NBYTES = 256
-"""Counted for a row: 90 bytes and the key, LMDB's pages two thirds full."""
+"""Counted for a row: 100 bytes, the key and its parent's, LMDB's pages two thirds full."""
 
 
 def cost_of(record_nbytes: int) -> int:
