@@ -16,6 +16,7 @@ import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
+from kvstore.disk.admission import Admission
 from kvstore.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry, Key
 from kvstore.errors import ConfigError
 from kvstore.index import Meta
@@ -161,7 +162,10 @@ class SizedCold:
 
     name: TierName = "cold"
 
-    def __init__(self, capacity_nbytes: int, order: Order, on_drop: Callable[[Key, str], None]) -> None:
+    def __init__(
+        self, capacity_nbytes: int, order: Order, on_drop: Callable[[Key, str], None], admission: Admission
+    ) -> None:
+        self.admission = admission
         self.capacity_nbytes = capacity_nbytes
         self._tier = tier = MemoryTier("cold", capacity_nbytes, order=order)
         self._on_drop = on_drop
@@ -186,6 +190,7 @@ class SizedCold:
     def displace(self, nbytes: int) -> None:
         """Evict until an entry fits."""
         while (victim := self._tier.displace(nbytes, _NEWCOMER)) is not None:
+            self.admission.left(victim.key)
             self._on_drop(victim.key, "evicted")
 
     def queue_removal(self, key: Key) -> None:
@@ -263,9 +268,10 @@ class Simulation:
         config = setup.config
         self._r = r = residency_of(config, self._clock)
         if setup.disk_nbytes:
-            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), r.dropped_from_cold)
+            admission = Admission(config.cold.admission, config.cold.write_nbytes_per_day, self._clock)
+            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), r.dropped_from_cold, admission)
         self._forms = SizedForms(setup, r)
-        mover = Mover(r, self._forms, admission=config.cold.admission)
+        mover = Mover(r, self._forms)
         self._intake = Intake(r, mover, config, torch.device("cpu"))
         self._maintainer = Maintainer(r, mover, config)
         self._reader = Reader(r, config, self._maintainer.request_promotions)
