@@ -120,7 +120,9 @@ def run(clients: int, streams: int, seconds: float, largest_mib: int) -> dict[st
         samples = []
         results: list[tuple[Counter[str], dict[str, list[float]]]] = []
         while len(results) < clients:
-            samples.append((time.monotonic(), watched.memory_info().rss, watched.num_threads(), descriptors(daemon.pid)))
+            samples.append(
+                (time.monotonic(), watched.memory_info().rss, watched.num_threads(), descriptors(daemon.pid))
+            )
             time.sleep(0.25)
             while not out.empty():
                 results.append(out.get())
