@@ -108,9 +108,9 @@ class Connection:
         self._shared.count("lease_connections", -1)
 
     def hang_up(self) -> None:
-        """End the connection from outside its thread."""
+        """End the connection from outside its thread; a call under way still gets its answer."""
         with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RD)
 
     def expire(self, now: float) -> None:
         """Drop leases over their age: a client that was stopped must not hold memory for ever."""
