@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz.py record --seconds 60
 
-A crash stops it, with the input in a file crash-*: put that into tests/fuzz/corpus/TARGET/, where tests try it for ever.
+A crash stops it, with the input in a file crash-*: put that into tests/fuzz/corpus/TARGET/, where tests keep trying it.
 """
 
 import argparse

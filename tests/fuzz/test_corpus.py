@@ -1,4 +1,4 @@
-"""The short form of `make fuzz`: every input of the corpus, and some thousands of mutations of each, without atheris."""
+"""The short form of `make fuzz`, without atheris: every input of the corpus, and some thousands of mutations."""
 
 import random
 import resource
