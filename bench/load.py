@@ -10,6 +10,7 @@ the budgets by more than a quarter, threads or descriptors that grew between the
 
 import argparse
 import json
+import os
 import multiprocessing as mp
 import random
 import signal
@@ -29,6 +30,8 @@ import psutil
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 BUDGETS = {"hot": 192 * MIB, "warm": 96 * MIB, "write_buffer": 32 * MIB, "in_flight": 256 * MIB}
+SHARED_NBYTES = 64 * MIB + BUDGETS["in_flight"]
+"""Beside the hot tier: room for leases and holes, and the segments clients fill for puts (as much as may be in flight)."""
 COLD_NBYTES = 512 * MIB
 SLACK = 1.25
 KEYS = 400
@@ -41,10 +44,11 @@ def client_process(address: str, seed: int, streams: int, seconds: float, larges
     from kvstore.errors import OverQuota
     from kvstored_client import Client
 
+    os.nice(10)  # 64 processes would starve anything else: the daemon, and whoever shares the machine
     errors: Counter[str] = Counter()
     latencies: dict[str, list[float]] = {"put": [], "get": []}
     end = time.monotonic() + seconds
-    with Client(address, timeout_s=60, on_error="raise", framework="numpy") as client:
+    with Client(address, timeout_s=120, on_error="raise", framework="numpy") as client:
 
         def stream(number: int) -> None:
             rng = random.Random(seed * 1000 + number)
@@ -120,7 +124,9 @@ def run(clients: int, streams: int, seconds: float, largest_mib: int) -> dict[st
         samples = []
         results: list[tuple[Counter[str], dict[str, list[float]]]] = []
         while len(results) < clients:
-            samples.append((time.monotonic(), watched.memory_info().rss, watched.num_threads(), descriptors(daemon.pid)))
+            samples.append(
+                (time.monotonic(), watched.memory_info().rss, watched.num_threads(), descriptors(daemon.pid))
+            )
             time.sleep(0.25)
             while not out.empty():
                 results.append(out.get())
@@ -145,7 +151,7 @@ def judge(results: Any, samples: list[Any], base: int, code: int, log: str) -> d
     """What was measured against what was promised."""
     errors = sum((errors for errors, _ in results), Counter())
     others = {name: n for name, n in errors.items() if name != "RESOURCE_EXHAUSTED"}
-    limit = int((base + sum(BUDGETS.values())) * SLACK)
+    limit = int((base + sum(BUDGETS.values()) + SHARED_NBYTES) * SLACK)
     peak = max(rss for _, rss, _, _ in samples)
     # Clients arrive and leave at different moments: the busy middle, without its edges.
     begin, end = samples[0][0], samples[-1][0]
