@@ -22,7 +22,7 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
-from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, Priority, TensorInfo
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -33,6 +33,7 @@ from kvstored_client.credentials import read_token
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
+    read_explanation,
     read_held,
     read_stats,
     tier_number,
@@ -119,12 +120,11 @@ class Client:
 
         ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
         expiry. fidelity: "exact" for bit-for-bit in every tier. priority: "low" leaves before others unless it is hit.
-        parent: the key of the chunk that this one continues; it will not outlive it. False: the parent is not held.
+        parent: the key of the chunk that this one continues; it will not outlive it.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding, pin, fidelity, priority)
-        before = None if parent is None else check_key(parent)
-        batch = [Outgoing(check_key(key), tensors, options, before)]
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        batch = [Outgoing(check_key(key), tensors, options, parent)]
         return bool(self._data(lambda: self._send(batch), 0))
 
     def put_many(
@@ -139,17 +139,16 @@ class Client:
         chain: bool = False,
         parent: bytes | None = None,
     ) -> int:
-        """Put entries, root first, in one call: the root ends most recently used.
+        """Put entries, root first, in one call. Returns how many were stored.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues. Returns how many were stored, 0 when `parent` is not held.
+        outlives the one it continues.
         """
         keys = check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding, pin, fidelity, priority)
-        before = [b"" if parent is None else check_key(parent), *keys] if chain else [None] * len(keys)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
-            Outgoing(key, tensors, options, after)
-            for key, (_, tensors), after in zip(keys, entries, before, strict=False)
+            Outgoing(key, tensors, options, before) for (key, tensors), before in zip(entries, parents, strict=False)
         ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 
@@ -186,9 +185,12 @@ class Client:
         reply = self._data(lambda: self._ask("Touch", request, pb.TouchReply), None)
         return reply.touched if reply is not None else 0
 
-    def delete(self, *keys: bytes) -> int:
-        """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held."""
-        request = pb.DeleteRequest(keys=check_keys(keys))
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
+        """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
+
+        Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
+        """
+        request = pb.DeleteRequest(keys=check_keys(keys), keep_shared=keep_shared)
         reply = self._data(lambda: self._ask("Delete", request, pb.DeleteReply), None)
         return reply.deleted if reply is not None else 0
 
@@ -197,7 +199,7 @@ class Client:
 
         Returns how many are held.
         """
-        return self._pin(keys, pinned=True, ttl_s=PutOptions(ttl_s).wire_ttl_s)
+        return self._pin(keys, pinned=True, ttl_s=ttl_s)
 
     def unpin(self, *keys: bytes) -> int:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
@@ -264,6 +266,12 @@ class Client:
         request = pb.InspectRequest(key=check_key(key))
         reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
         return read_entry_info(reply.entry) if reply.HasField("entry") else None
+
+    def explain(self, *keys: bytes) -> list[Explanation]:
+        """For each key where it is held, or why it is gone. Raises if the daemon cannot answer."""
+        request = pb.ExplainRequest(keys=check_keys(keys))
+        reply = self._counted(lambda: self._transport.unary(ADMIN + "Explain", request, pb.ExplainReply))
+        return [read_explanation(message) for message in reply.explanations]
 
     def entries(
         self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
@@ -365,8 +373,8 @@ class Client:
         reply = self._data(lambda: self._ask("Match", request, pb.MatchReply), None)
         return [read_held(held) for held in reply.held] if reply is not None else []
 
-    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float = 0.0) -> int:
-        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=ttl_s)
+    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
+        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).wire_ttl_s)
         reply = self._data(lambda: self._ask("Pin", request, pb.PinReply), None)
         return reply.changed if reply is not None else 0
 

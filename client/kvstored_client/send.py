@@ -9,11 +9,11 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry
-from kvstore.hit import PRIORITIES, Fidelity, Priority
+from kvstore.hit import Fidelity, Priority
 from kvstore.keys import check_key
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import CHUNK_NBYTES, Gather, build_frame
-from kvstored_client.messages import fidelity_number, tensor_specs
+from kvstored_client.messages import fidelity_number, priority_number, tensor_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,7 @@ class PutOptions:
         if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
             raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
         fidelity_number(self.fidelity)
-        if self.priority not in PRIORITIES:
-            raise InvalidEntry(f"priority must be one of {', '.join(PRIORITIES)}, got {self.priority!r:.40}")
+        priority_number(self.priority)
 
     @property
     def wire_ttl_s(self) -> float:
@@ -46,7 +45,6 @@ class Outgoing:
     def __init__(
         self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None
     ) -> None:
-        """parent: the key of the chunk before; empty for the first of a chain, None outside of chains."""
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
@@ -61,8 +59,8 @@ class Outgoing:
             absolute_ttl=not options.sliding,
             pin=options.pin,
             fidelity=fidelity_number(options.fidelity),
-            priority=pb.PRIORITY_LOW if options.priority == "low" else pb.PRIORITY_NORMAL,
-            parent=parent,
+            parent=b"" if parent is None else check_key(parent),
+            priority=priority_number(options.priority),
         )
 
     def single_frame(self) -> bytes | None:

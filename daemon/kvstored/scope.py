@@ -68,11 +68,13 @@ class ScopedStore:
     def _all(self, keys: Sequence[bytes]) -> list[bytes]:
         return [self.own(key) for key in keys]
 
-    def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], **how: Any) -> int:
+    def put_many(
+        self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], *, parent: bytes | None = None, **how: Any
+    ) -> int:
         """As Store.put_many."""
-        if how.get("parent") is not None:
-            how["parent"] = self.own(how["parent"])
-        return self._store.put_many([(self.own(key), tensors) for key, tensors in entries], **how)
+        # The parent is a key too: a chain may only continue what is this tenant's own.
+        before = None if parent is None else self.own(parent)
+        return self._store.put_many([(self.own(key), tensors) for key, tensors in entries], parent=before, **how)
 
     @contextmanager
     def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:
@@ -92,9 +94,9 @@ class ScopedStore:
         """As Store.touch."""
         return self._store.touch(self._all(keys), **how)
 
-    def delete(self, *keys: bytes) -> int:
+    def delete(self, *keys: bytes, **how: Any) -> int:
         """As Store.delete."""
-        return self._store.delete(*self._all(keys))
+        return self._store.delete(*self._all(keys), **how)
 
     def pin(self, *keys: bytes, **how: Any) -> int:
         """As Store.pin."""

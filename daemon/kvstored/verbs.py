@@ -26,7 +26,8 @@ class Verbs:
 
     def delete(self, asked: pb.DeleteRequest) -> pb.DeleteReply:
         """Forget keys."""
-        return pb.DeleteReply(deleted=self._store.delete(*check_keys(asked.keys)), boot_epoch=self.epoch)
+        deleted = self._store.delete(*check_keys(asked.keys), keep_shared=asked.keep_shared)
+        return pb.DeleteReply(deleted=deleted, boot_epoch=self.epoch)
 
     def pin(self, asked: pb.PinRequest) -> pb.PinReply:
         """Pin or let go."""

@@ -23,7 +23,8 @@ from kvstore.disk.segments import Place
 from kvstore.entry import Key
 from kvstore.index import Meta
 
-MAP_MIN_NBYTES = 64 << 20
+MAP_MIN_NBYTES, MAP_MAX_NBYTES = 64 << 20, 1 << 40
+"""Address space of the map at first; it grows when it is full."""
 READERS_MAX = 126
 _DB = b"rows"
 _FIELDS = struct.Struct("<QddddQIIQQIB")
@@ -35,6 +36,7 @@ _COLUMNS = np.dtype(
     ]
 )  # fmt: skip
 """The same fields for numpy."""
+_PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
 SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
 """Flags. Do not renumber."""
@@ -43,11 +45,13 @@ SCAN_CHUNK = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows as columns. keys, fields, encodings: of the same length; damaged: keys whose row fails its checksum."""
+    """Rows as columns, all of the same length but `damaged`: keys whose row fails its checksum."""
 
     keys: list[Key]
     fields: np.ndarray[Any, np.dtype[np.void]]
     encodings: list[str]
+    pinned_until: list[float]
+    parents: list[Key | None]
     damaged: list[Key]
 
 
@@ -62,14 +66,17 @@ class Row:
 
 
 def pack_row(key: Key, row: Row) -> bytes:
-    """A row's bytes: fixed fields, the encoding's name, xxh3_64's low 32 bits over key and all of it."""
+    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the parent's key, a checksum.
+
+    The checksum is the low 32 bits of xxh3_64 over key and all of it.
+    """
     m = row.meta
     flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy
     fields = _FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
     )  # fmt: skip
-    body = fields + m.encoding.encode()
+    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until) + (m.parent or b"")
     return body + _SUM.pack(_checksum(key, body))
 
 
@@ -81,9 +88,13 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     seq, created, expires, ttl_s, hit_at, value_nbytes, hits, segment, offset, nbytes, head_nbytes, flags = (
         _FIELDS.unpack_from(body)
     )
+    encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
+    if len(rest) < _PINNED_UNTIL.size:
+        return None
     meta = Meta(
-        created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
-        bool(flags & LOSSY), body[_FIELDS.size :].decode(), hits, hit_at,
+        created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED),
+        bool(flags & EXACT), bool(flags & LOSSY), encoding.decode(), hits, hit_at,
+        _PINNED_UNTIL.unpack_from(rest)[0], parent=Key(rest[_PINNED_UNTIL.size :]) or None,
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
@@ -103,9 +114,16 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
         damaged = [key for key, ok in zip(keys, good, strict=True) if not ok]
         keys, datas = list(compress(keys, good)), list(compress(datas, good))
     fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
+    # Few names and few times among many rows: each is decoded once and shared.
     names: dict[bytes, str] = {}
-    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name in [d[size:tail] for d in datas]]
-    return Found(keys, fields, encodings, damaged)
+    times: dict[bytes, float] = {}
+    tails = [data[size:tail].partition(b"\0") for data in datas]
+    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in tails]
+    lapses = [rest[: _PINNED_UNTIL.size] for _, _, rest in tails]
+    for lapse in set(lapses):
+        times[lapse] = _PINNED_UNTIL.unpack(lapse)[0]
+    parents = [Key(rest[_PINNED_UNTIL.size :]) or None for _, _, rest in tails]
+    return Found(keys, fields, encodings, [times[lapse] for lapse in lapses], parents, damaged)
 
 
 class Rows:
@@ -115,7 +133,7 @@ class Rows:
         path.mkdir(mode=0o700, exist_ok=True)
         self._lock = threading.Lock()
         self._path = path
-        self._open(max(MAP_MIN_NBYTES, map_nbytes))
+        self._open(min(max(MAP_MIN_NBYTES, map_nbytes), MAP_MAX_NBYTES))
         self.check_readers()
 
     def _open(self, map_nbytes: int) -> None:

@@ -221,10 +221,12 @@ class TouchReply(_message.Message):
     def __init__(self, touched: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class DeleteRequest(_message.Message):
-    __slots__ = ("keys",)
+    __slots__ = ("keys", "keep_shared")
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SHARED_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keep_shared: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., keep_shared: bool = ...) -> None: ...
 
 class DeleteReply(_message.Message):
     __slots__ = ("deleted", "boot_epoch")
@@ -504,3 +506,31 @@ class Leased(_message.Message):
     start: int
     generation: int
     def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., segment: _Optional[int] = ..., start: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ExplainReply(_message.Message):
+    __slots__ = ("explanations",)
+    EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
+    explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("key", "state", "tier", "gone_s", "hits", "entry")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    GONE_S_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    state: str
+    tier: str
+    gone_s: float
+    hits: int
+    entry: EntryInfo
+    def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
