@@ -316,9 +316,7 @@ class Nf4Deserializer(Deserializer):
 
 
 def _nf4_serde(settings: dict[str, Any]) -> AsyncSerdeProcessor:
-    return AsyncSerdeProcessor(
-        Nf4Serializer(), Nf4Deserializer(), max_workers=int(settings.get("max_workers", 1))
-    )
+    return AsyncSerdeProcessor(Nf4Serializer(), Nf4Deserializer(), max_workers=int(settings.get("max_workers", 1)))
 
 
 try:
