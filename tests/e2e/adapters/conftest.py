@@ -319,7 +319,8 @@ class DropIn:
         self.cache = SimpleKVCache(cache=self.guard)
 
     def keep(self, pages: Pages) -> bool:
-        return all([self.cache.cache_kv(name, 0, page, page) for name, page in pages.items()])
+        kept = [self.cache.cache_kv(name, 0, page, page) for name, page in pages.items()]
+        return all(kept)
 
     def held(self, names: list[str]) -> list[bool]:
         return [page is not None for page in self.restore(names)]

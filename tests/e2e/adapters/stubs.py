@@ -12,12 +12,56 @@ from types import ModuleType
 from unittest.mock import MagicMock
 
 NAMES = frozenset(
-    """aiofile aiofiles aiohttp blake3 caio cbor2 cloudpickle cryptography cupy fastapi gguf IPython llguidance
-    llvmlite mistral_common numba nvtx openai openai_harmony orjson outlines_core partial_json_parser PIL
-    prometheus_client pybase64 starlette sortedcontainers tiktoken traitlets triton uvicorn uvloop xgrammar zmq
-    setproctitle cpuinfo diskcache lark ijson model_hosting_container_standards anthropic mcp watchfiles
-    compressed_tensors depyf prometheus_fastapi_instrumentator python_multipart einops
-    """.split()
+    {
+        "IPython",
+        "PIL",
+        "aiofile",
+        "aiofiles",
+        "aiohttp",
+        "anthropic",
+        "blake3",
+        "caio",
+        "cbor2",
+        "cloudpickle",
+        "compressed_tensors",
+        "cpuinfo",
+        "cryptography",
+        "cupy",
+        "depyf",
+        "diskcache",
+        "einops",
+        "fastapi",
+        "gguf",
+        "ijson",
+        "lark",
+        "llguidance",
+        "llvmlite",
+        "mcp",
+        "mistral_common",
+        "model_hosting_container_standards",
+        "numba",
+        "nvtx",
+        "openai",
+        "openai_harmony",
+        "orjson",
+        "outlines_core",
+        "partial_json_parser",
+        "prometheus_client",
+        "prometheus_fastapi_instrumentator",
+        "pybase64",
+        "python_multipart",
+        "setproctitle",
+        "sortedcontainers",
+        "starlette",
+        "tiktoken",
+        "traitlets",
+        "triton",
+        "uvicorn",
+        "uvloop",
+        "watchfiles",
+        "xgrammar",
+        "zmq",
+    }
 )
 
 
@@ -31,7 +75,7 @@ class _Standins(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         del path, target
-        if fullname.split(".")[0] not in self._names:
+        if fullname.partition(".")[0] not in self._names:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 

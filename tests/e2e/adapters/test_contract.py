@@ -1,4 +1,4 @@
-"""What every adapter promises its engine: exact bytes, misses for what is gone, no exception, no call past deadlines."""
+"""What every adapter promises its engine: exact bytes, a miss for what is gone, no exception, no missed deadline."""
 
 import time
 from collections.abc import Callable

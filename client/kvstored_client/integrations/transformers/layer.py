@@ -15,11 +15,11 @@ ROOM_TOKENS = 256
 """Behind the restored tokens: an answer's usual length."""
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no annotations
+class RoomyLayer(DynamicLayer):
     """A full-attention layer that holds `length` tokens of a larger buffer (batch, kv_heads, tokens, head_dim)."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # it has no annotations
+        super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._buffers = (keys, values)
         self._length = length
@@ -46,7 +46,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_s
 
     def _intact(self, key_states: torch.Tensor) -> bool:
         """Whether keys and values still are what this layer made them, and new ones are of as many rows."""
-        return key_states.shape[0] == self._buffers[0].shape[0] and all(
-            shown is not None and shown.data_ptr() == buffer.data_ptr() and shown.shape[2] == self._length
-            for shown, buffer in zip((self.keys, self.values), self._buffers, strict=True)
-        )
+        shown = (self.keys, self.values)
+        same = [x is not None and x.data_ptr() == y.data_ptr() for x, y in zip(shown, self._buffers, strict=True)]
+        rows, tokens = self._buffers[0].shape[0], self.get_seq_length()
+        return all(same) and tokens == self._length and key_states.shape[0] == rows
