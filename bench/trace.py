@@ -102,10 +102,7 @@ def run(case: Case, requests: list[Request]) -> dict[str, Any]:
                 clock.advance(max(0.0, start_s + request.at_s - clock.now()))
                 store.maintain()
 
-            done = None
-            for done in _progress(replay(store, requests, value_of, before=before, check=is_right), len(requests)):
-                pass
-            assert done is not None
+            *_, done = _progress(replay(store, requests, value_of, before=before, check=is_right), len(requests))
             stats = store.stats()
             writes = stats.tiers["cold"].puts if folder else 0
             return {

@@ -78,3 +78,19 @@ class EntryInfo:
     age_s: float
     ttl_left_s: float | None
     hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Where a key is, or why it is gone.
+
+    state: "held", a `tombstones.GoneCause`, or "never put" (or so long ago that nobody remembers). tier: the uppermost
+    that holds it, or the lowest that last did. gone_s: seconds since it left. entry: what is held.
+    """
+
+    key: bytes
+    state: str
+    tier: str = ""
+    gone_s: float = 0.0
+    hits: int = 0
+    entry: EntryInfo | None = None

@@ -4,10 +4,10 @@ Takes the residency lock for one entry at a time, so a listing of a million keys
 it was at some moment of the call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
-from kvstore.entry import Key
-from kvstore.hit import EntryInfo, TensorInfo
+from kvstore.entry import Key, TensorSpec
+from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.residency import Residency
 from kvstore.stats import Stats, TierStats, values_of
 from kvstore.tiers import TierName
@@ -40,6 +40,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         tiers = r.tiers_of(key)
         sizes = tuple(_nbytes_in(r, name, key) for name in tiers)
     entry = place[1] if place is not None else None
+    specs: Mapping[str, TensorSpec]
     if entry is not None:
         specs = {name: t.spec for name, t in entry.tensors.items()}
     else:
@@ -58,6 +59,23 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         ttl_left_s=None if meta.pinned else meta.expires_at - now,
         hits=meta.hits,
     )
+
+
+def explain(r: Residency, keys: Sequence[bytes]) -> list[Explanation]:
+    """For each key where it is held, or why it is gone. Does not count as use."""
+    found: list[Explanation] = []
+    for key in map(Key, keys):
+        info = entry_info(r, key, with_tensors=False)
+        with r.lock:
+            stone = r.tombstones.get(key)
+            now = r.clock.now()
+        if info is not None:
+            found.append(Explanation(key, "held", info.tiers[0] if info.tiers else "", hits=info.hits, entry=info))
+        elif stone is not None:
+            found.append(Explanation(key, stone.cause, stone.tier, now - stone.at, stone.hits))
+        else:
+            found.append(Explanation(key, "never put"))
+    return found
 
 
 def snapshot(r: Residency) -> Stats:

@@ -5,7 +5,7 @@ nothing could ever match it. A chain is put deepest first, so that the root ends
 arrive a chunk waits for them, and if they do not arrive it is forgotten again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,34 +61,46 @@ class Intake:
 
         Counts as use of the chunks before it.
         """
-        r = self._r
+        if not entries:
+            return 0
         keys = [Key(key) for key, _ in entries]
-        before = None if parent is None else Key(check_key(parent))
+        made = (self._admissible(key, tensors, options) for key, tensors in reversed(entries))
+        return self.take_chain(keys, made, None if parent is None else Key(check_key(parent)), pin=options.pin)
+
+    def take_chain(
+        self, keys: Sequence[Key], deepest_first: Iterable[tuple[Entry, Meta]], parent: Key | None, *, pin: bool = False
+    ) -> int:
+        """Like `put_chain`, of entries made already, or while they are taken: only one need be in memory at a time."""
+        r = self._r
         with r.lock:
-            if before is not None and r.live(before) is None:
+            if parent is not None and r.live(parent) is None:
                 r.counters.refused_chunks += len(keys)
                 return 0
         lost: list[Key] = []
         try:
-            for (key, tensors), above in zip(reversed(entries), reversed([before, *keys[:-1]]), strict=True):
-                self._put(key, tensors, options, above)
+            for (entry, meta), above in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
+                meta.parent = above
+                self._take(entry, meta, pin=pin)
         finally:
             lost = self._settle(keys)
         with r.lock:
-            if before is not None:
-                r.touch([before, *r.chains.ancestors(before)])
+            if parent is not None:
+                r.touch([parent, *r.chains.ancestors(parent)])
         return len(keys) - len(lost)
 
     def _put(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: Key | None) -> None:
-        r = self._r
         entry, meta = self._admissible(key, tensors, options)
         meta.parent = parent
+        self._take(entry, meta, pin=options.pin)
+
+    def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
+        r = self._r
         with r.lock:
             r.counters.puts += 1
             r.counters.put_nbytes += meta.value_nbytes
         self._mover.admit(entry, meta)
         with r.lock:
-            if not (options.pin or pins.continued_by_a_pin(r, entry.key)):
+            if not (pin or pins.continued_by_a_pin(r, entry.key)):
                 return
             try:
                 pins.pin(r, [entry.key], None)

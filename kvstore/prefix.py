@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry
-from kvstore.hit import Fidelity, Held, Hit, Match
-from kvstore.keys import CHUNK_TOKENS, Identity, chunk_keys, tail_keys
+from kvstore.hit import Fidelity, Held, Hit, Match, Priority
+from kvstore.keys import CHUNK_TOKENS, KEYS_PER_CALL_MAX, Identity, chunk_keys, tail_keys
 
 TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
@@ -27,8 +27,11 @@ class Cache(Protocol):
         ttl_s: float | None = None,
         pin: bool = False,
         fidelity: Fidelity = "auto",
+        priority: Priority = "normal",
+        chain: bool = False,
+        parent: bytes | None = None,
     ) -> int:
-        """Put entries, root first. Returns how many were stored."""
+        """Put entries, root first; `chain`: each continues the one before it. Returns how many were stored."""
         ...
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
@@ -47,8 +50,16 @@ class Cache(Protocol):
         """Count as use, deepest first. Returns how many are held."""
         ...
 
-    def delete(self, *keys: bytes) -> int:
-        """Forget keys."""
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
+        """Forget keys; `keep_shared`: only those that nothing continues, in the order given."""
+        ...
+
+    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys until unpinned, or for `ttl_s` seconds. Returns how many are held."""
+        ...
+
+    def unpin(self, *keys: bytes) -> int:
+        """Let go of them again."""
         ...
 
 
@@ -67,12 +78,22 @@ class Namespace:
         return chunk_keys(self.digest, token_ids, self.chunk_tokens)
 
     def put_prefix(
-        self, token_ids: Sequence[int], k: Any, v: Any, *, ttl_s: float | None = None, pin: bool = False
+        self,
+        token_ids: Sequence[int],
+        k: Any,
+        v: Any,
+        *,
+        ttl_s: float | None = None,
+        pin: bool = False,
+        no_store: bool = False,
+        priority: Priority = "normal",
     ) -> int:
         """Put the K and V of a prefix, cut into chunks; chunks already held are touched, not sent.
 
         k, v: (layers, tokens, kv_heads, head_dim), tokens == len(token_ids). Returns the chunks sent and stored.
-        Raises InvalidEntry if shapes or dtype are not the identity's.
+        no_store: nobody will continue this prompt; what is held of it is touched, nothing is added. priority: "low"
+        leaves before others unless it is hit. pin: the whole prefix. Raises InvalidEntry if shapes or dtype are not the
+        identity's.
         """
         tokens = len(token_ids)
         self._check("k", k, tokens)
@@ -86,10 +107,15 @@ class Namespace:
             start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
             chunk = {name: arrays.cut(x, TOKEN_AXIS, start, stop) for name, x in (("k", k), ("v", v))}
             entries.append((keys[i], chunk))
-        if not entries:
+        if held and pin:
+            self._cache.pin(*keys[:held])
+        if not entries or no_store:
             return 0
         fidelity: Fidelity = "exact" if self.identity.fidelity == "exact" else "auto"
-        return self._cache.put_many(entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity)
+        parent = keys[held - 1] if held else None
+        return self._cache.put_many(
+            entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity, priority=priority, chain=True, parent=parent
+        )
 
     def get_prefix(self, token_ids: Sequence[int]) -> tuple[int, Any, Any]:
         """The longest cached prefix: (n, k, v), with k and v of n tokens; (0, None, None) on a miss.
@@ -119,9 +145,41 @@ class Namespace:
         """Where the chunks of the longest cached prefix are held. Does not count as use."""
         return self._cache.match(self._longest(token_ids))
 
+    def pin_prefix(self, token_ids: Sequence[int], *, ttl_s: float | None = None) -> int:
+        """Keep the longest cached prefix from eviction and expiry, for `ttl_s` seconds or until unpinned.
+
+        Returns the chunks pinned. Raises OverQuota over the tier's share for pins, with nothing newly pinned.
+        """
+        keys = self._longest(token_ids)
+        return self._cache.pin(*keys, ttl_s=ttl_s) if keys else 0
+
+    def unpin_prefix(self, token_ids: Sequence[int]) -> int:
+        """Let go of a prefix; what another pinned prefix shares with it stays. Returns the chunks unpinned."""
+        keys = self._longest(token_ids)
+        return self._cache.unpin(*keys) if keys else 0
+
     def forget(self, token_ids: Sequence[int]) -> int:
-        """Forget this prefix's own chunks, deepest first, as far as they are held. Returns how many were."""
-        return self._cache.delete(*reversed(self.keys(token_ids)))
+        """Forget this prefix, partial tails of it included. Returns how many chunks were forgotten.
+
+        Chunks that another prompt continues stay: forgetting one conversation leaves the system prompt to the others.
+        """
+        keys = self.keys(token_ids)
+        doomed: list[bytes] = []
+        for i, parent in enumerate([self.digest, *keys]):
+            rest = token_ids[i * self.chunk_tokens :][: self.chunk_tokens]
+            if len(rest):
+                doomed += tail_keys(parent, rest)
+        chunks = set(keys)
+        tails = [key for key in doomed if key not in chunks]
+        gone = 0
+        for start in range(0, len(tails), KEYS_PER_CALL_MAX):
+            asked = tails[start : start + KEYS_PER_CALL_MAX]
+            held = [key for key, at in zip(asked, self._cache.locate(asked), strict=True) if at is not None]
+            gone += self._cache.delete(*held, keep_shared=True) if held else 0
+        for start in range(0, len(keys), KEYS_PER_CALL_MAX):
+            stop = len(keys) - start
+            gone += self._cache.delete(*reversed(keys[max(0, stop - KEYS_PER_CALL_MAX) : stop]), keep_shared=True)
+        return gone
 
     def _longest(self, token_ids: Sequence[int]) -> list[bytes]:
         """Keys of the longest chain held: whole chunks, then the longest partial one that was put."""

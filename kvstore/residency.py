@@ -13,21 +13,20 @@ Thread rule: hold `lock` for every call here; the cold tier is read and flushed 
 import threading
 from collections.abc import Iterable
 from math import inf
-from typing import TYPE_CHECKING
 
 from kvstore.chains import Chains
 from kvstore.clock import Clock
+from kvstore.config import StoreConfig
 from kvstore.deadlines import Deadlines
 from kvstore.entry import Entry, Key
 from kvstore.index import Meta
 from kvstore.inflight import InFlight
+from kvstore.policies import policy_named
 from kvstore.stats import Counters, MissCause, TierCounters
-from kvstore.tiers import TierName
+from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.order import Order
 from kvstore.tombstones import GoneCause, Tombstone, Tombstones
-
-if TYPE_CHECKING:
-    from kvstore.tiers.cold import Cold  # lmdb is needed by who has a disk tier, not by a store in memory
 
 
 class Residency:
@@ -38,7 +37,7 @@ class Residency:
         self.clock = clock
         self.hot = hot
         self.warm = warm
-        self.cold: Cold | None = None
+        self.cold: LastTier | None = None
         self.chains = chains
         self.index = chains.index
         self.tombstones = Tombstones()
@@ -52,9 +51,10 @@ class Residency:
         """Whether the cold tier holds the key."""
         return self.cold is not None and key in self.cold
 
-    def tier(self, name: TierName) -> "MemoryTier | Cold":
+    def tier(self, name: TierName) -> MemoryTier | LastTier:
         """A tier by name."""
-        found = {"hot": self.hot, "warm": self.warm, "cold": self.cold}[name]
+        tiers: dict[TierName, MemoryTier | LastTier | None] = {"hot": self.hot, "warm": self.warm, "cold": self.cold}
+        found = tiers[name]
         assert found is not None
         return found
 
@@ -212,3 +212,15 @@ class Residency:
 
 
 _CAUSES: dict[str, GoneCause] = {"evicted": "evicted", "corrupt": "corrupt"}
+
+
+def residency_of(config: StoreConfig, clock: Clock) -> Residency:
+    """The memory tiers of a configuration, empty."""
+    chains = Chains()
+
+    def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
+        order = Order(policy_named(config.policy), chains=chains)
+        return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
+
+    hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
+    return Residency(clock, chains, hot=hot, warm=warm)

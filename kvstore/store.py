@@ -19,7 +19,6 @@ from typing import Any, Self
 import torch
 
 from kvstore import arrays, pins
-from kvstore.chains import Chains
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import codec_named
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
@@ -27,21 +26,17 @@ from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry, Key
 from kvstore.errors import InvalidEntry, TierUnavailable
 from kvstore.forms import Room, TensorForms, specs_of
-from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, Priority, TensorInfo
-from kvstore.inspection import entries, entry_info, snapshot
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
+from kvstore.inspection import entries, entry_info, explain, snapshot
 from kvstore.intake import Intake, PutOptions, check_ttl
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
-from kvstore.policies import policy_named
 from kvstore.prefix import Namespace
 from kvstore.reader import Found, Reader, leading_first
-from kvstore.residency import Residency
+from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
-from kvstore.tiers import TierName
-from kvstore.tiers.memory import MemoryTier
-from kvstore.tiers.order import Order
 from kvstore.tombstones import GoneCause
 
 
@@ -63,7 +58,7 @@ class Store:
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
         self._forms = TensorForms(codec_named("nf4"), self._device, r, room)
-        self._mover = Mover(r, self._forms, admission=config.cold.admission)
+        self._mover = Mover(r, self._forms)
         self._intake = Intake(r, self._mover, config, self._device)
         self._closed = False
         if config.cold.path is not None:
@@ -209,12 +204,13 @@ class Store:
             self._r.touch(leading_first(key for key, _ in live))
             return len(live)
 
-    def delete(self, *keys: bytes) -> int:
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
 
-        Chunks that continue a key go with it, uncounted.
+        Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
+        Name a prefix deepest first then.
         """
-        gone = self._forget(check_keys(keys), "deleted")
+        gone = self._forget(check_keys(keys), "deleted", keep_shared=keep_shared)
         with self._r.lock:
             self._r.counters.deletes += gone
         return gone
@@ -254,6 +250,10 @@ class Store:
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
         return entry_info(self._r, Key(check_key(key)), with_tensors=True)
+
+    def explain(self, *keys: bytes) -> list[Explanation]:
+        """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
+        return explain(self._r, check_keys(keys))
 
     def entries(
         self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
@@ -318,15 +318,16 @@ class Store:
         from kvstore.tiers.cold import Cold
 
         r = self._r
-        r.cold = Cold.open(
+        cold = Cold.open(
             path,
             self.config.cold,
             r.clock,
             meta_of=r.index.get,
             on_drop=r.dropped_from_cold,
         )
+        r.cold = cold
         with r.lock:
-            for key, meta in r.cold.recovered():
+            for key, meta in cold.recovered():
                 r.install_recovered(key, meta)
             r.forget_orphans()
 
@@ -378,30 +379,20 @@ class Store:
                 place = self._r.lookup(key) if meta is not None else None
                 yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
 
-    def _forget(self, keys: list[bytes], cause: GoneCause) -> int:
+    def _forget(self, keys: list[bytes], cause: GoneCause, *, keep_shared: bool = False) -> int:
         r = self._r
         gone = 0
         tickets: list[int | None] = []
         with r.lock:
             for key in map(Key, keys):
+                if keep_shared and any(r.chains.children(key)):
+                    continue
                 gone += r.live(key) is not None
                 tickets.append(r.forget(key, cause))
         for ticket in tickets:
             if r.cold is not None:
                 r.cold.wait(ticket)
         return gone
-
-
-def residency_of(config: StoreConfig, clock: Clock) -> Residency:
-    """The memory tiers of a configuration, empty."""
-    chains = Chains()
-
-    def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
-        order = Order(policy_named(config.policy), chains=chains)
-        return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
-
-    hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    return Residency(clock, chains, hot=hot, warm=warm)
 
 
 def identity_of(fields: Mapping[str, Any]) -> Identity:

@@ -92,7 +92,8 @@ def replay(
 ) -> Iterator[Replayed]:
     """Do to a cache what a serving engine would: get the longest prefix, then put the rest. Yields after each request.
 
-    before: called with each request before it is sent, to move a clock or to wait. check: whether a hit is what was put.
+    before: called with each request before it is sent, to move a clock or to wait. check: whether a hit is what was
+    put.
     """
     done = Replayed()
     for request in requests:

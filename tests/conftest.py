@@ -18,6 +18,8 @@ from kvstored_client import Client
 
 ROOT = Path(__file__).parents[1]
 START_S = 30.0
+STEADY = "pressure_percent = 0"
+"""Tests count bytes in tiers: a budget must not shrink because the machine that runs them is short of memory."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -124,7 +126,8 @@ def factory() -> Iterator[DaemonFactory]:
                 server += "\ninsecure_tcp = true"
             config = directory / "kvstored.toml"
             config.write_text(
-                f'[server]\naddress = "{address}"\ndata_dir = "{directory}/data"\n{server}\n[store]\n{store}\n'
+                f'[server]\naddress = "{address}"\ndata_dir = "{directory}/data"\n'
+                f"{STEADY}\n{server}\n[store]\n{store}\n"
             )
             daemon = DaemonProcess(directory, address, config)
             made.append(daemon)

@@ -22,7 +22,7 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
-from kvstore.hit import EntryInfo, Fidelity, Held, Hit, Match, TensorInfo
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -33,6 +33,7 @@ from kvstored_client.credentials import read_token
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
+    read_explanation,
     read_held,
     read_stats,
     tier_number,
@@ -112,13 +113,19 @@ class Client:
         sliding: bool = True,
         pin: bool = False,
         fidelity: Fidelity = "auto",
+        priority: Priority = "normal",
+        parent: bytes | None = None,
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
         ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
-        expiry. fidelity: "exact" for bit-for-bit in every tier. Raises InvalidEntry, EntryTooLarge.
+        expiry. fidelity: "exact" for bit-for-bit in every tier. priority: "low" leaves before others unless it is hit.
+        parent: the key of the chunk that this one continues; it will not outlive it.
+        Raises InvalidEntry, EntryTooLarge.
         """
-        return bool(self.put_many([(key, tensors)], ttl_s=ttl_s, sliding=sliding, pin=pin, fidelity=fidelity))
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        batch = [Outgoing(check_key(key), tensors, options, parent)]
+        return bool(self._data(lambda: self._send(batch), 0))
 
     def put_many(
         self,
@@ -128,11 +135,21 @@ class Client:
         sliding: bool = True,
         pin: bool = False,
         fidelity: Fidelity = "auto",
+        priority: Priority = "normal",
+        chain: bool = False,
+        parent: bytes | None = None,
     ) -> int:
-        """Put a chain of entries, root first, in one call. Returns how many were stored."""
-        check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity)
-        batch = [Outgoing(key, tensors, options) for key, tensors in entries]
+        """Put entries, root first, in one call. Returns how many were stored.
+
+        chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
+        outlives the one it continues.
+        """
+        keys = check_keys(key for key, _ in entries)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
+        batch = [
+            Outgoing(key, tensors, options, before) for (key, tensors), before in zip(entries, parents, strict=False)
+        ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
@@ -168,15 +185,21 @@ class Client:
         reply = self._data(lambda: self._ask("Touch", request, pb.TouchReply), None)
         return reply.touched if reply is not None else 0
 
-    def delete(self, *keys: bytes) -> int:
-        """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held."""
-        request = pb.DeleteRequest(keys=check_keys(keys))
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
+        """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
+
+        Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
+        """
+        request = pb.DeleteRequest(keys=check_keys(keys), keep_shared=keep_shared)
         reply = self._data(lambda: self._ask("Delete", request, pb.DeleteReply), None)
         return reply.deleted if reply is not None else 0
 
-    def pin(self, *keys: bytes) -> int:
-        """Keep keys from eviction and expiry until `unpin`. Returns how many are held."""
-        return self._pin(keys, pinned=True)
+    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
+
+        Returns how many are held.
+        """
+        return self._pin(keys, pinned=True, ttl_s=ttl_s)
 
     def unpin(self, *keys: bytes) -> int:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
@@ -244,6 +267,12 @@ class Client:
         reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
         return read_entry_info(reply.entry) if reply.HasField("entry") else None
 
+    def explain(self, *keys: bytes) -> list[Explanation]:
+        """For each key where it is held, or why it is gone. Raises if the daemon cannot answer."""
+        request = pb.ExplainRequest(keys=check_keys(keys))
+        reply = self._counted(lambda: self._transport.unary(ADMIN + "Explain", request, pb.ExplainReply))
+        return [read_explanation(message) for message in reply.explanations]
+
     def entries(
         self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
     ) -> Iterator[EntryInfo]:
@@ -281,9 +310,11 @@ class Client:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch = self._nearby(lambda near: local.put(near, batch))
+            stored, epoch, commits = self._nearby(lambda near: local.put(near, batch))
         except UseStream:
             return self._send_stream(batch)
+        if commits > 1:
+            self.touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
         self._transport.saw_epoch(epoch)
         return stored
 
@@ -342,8 +373,8 @@ class Client:
         reply = self._data(lambda: self._ask("Match", request, pb.MatchReply), None)
         return [read_held(held) for held in reply.held] if reply is not None else []
 
-    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool) -> int:
-        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned)
+    def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
+        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).wire_ttl_s)
         reply = self._data(lambda: self._ask("Pin", request, pb.PinReply), None)
         return reply.changed if reply is not None else 0
 

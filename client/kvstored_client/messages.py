@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
-from kvstore.hit import EntryInfo, Fidelity, Held, TensorInfo
+from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Held, Priority, TensorInfo
 from kvstore.stats import Stats, TierStats
 from kvstored_client._pb import cache_pb2 as pb
 
@@ -59,6 +59,20 @@ def fidelity_name(number: int) -> Fidelity:
     if number not in (pb.FIDELITY_AUTO, pb.FIDELITY_EXACT):
         raise InvalidEntry(f"unknown fidelity {number}")
     return "exact" if number == pb.FIDELITY_EXACT else "auto"
+
+
+def priority_number(priority: str) -> pb.Priority:
+    """The enum value of "normal" or "low". Raises InvalidEntry."""
+    if priority not in PRIORITIES:
+        raise InvalidEntry(f"priority must be one of {', '.join(PRIORITIES)}, got {priority!r:.40}")
+    return pb.PRIORITY_LOW if priority == "low" else pb.PRIORITY_NORMAL
+
+
+def priority_name(number: int) -> Priority:
+    """The name of the enum value. Raises InvalidEntry."""
+    if number not in (pb.PRIORITY_NORMAL, pb.PRIORITY_LOW):
+        raise InvalidEntry(f"unknown priority {number}")
+    return "low" if number == pb.PRIORITY_LOW else "normal"
 
 
 def tier_number(name: str | None) -> pb.Tier:
@@ -143,3 +157,15 @@ def stats_message(stats: Stats) -> pb.StatsReply:
         for name, tier in stats.tiers.items()
     ]
     return pb.StatsReply(values=stats.values, tiers=tiers)
+
+
+def explanation_message(of: Explanation) -> pb.Explanation:
+    """An Explanation as the proto has it."""
+    entry = None if of.entry is None else entry_info_message(of.entry)
+    return pb.Explanation(key=of.key, state=of.state, tier=of.tier, gone_s=of.gone_s, hits=of.hits, entry=entry)
+
+
+def read_explanation(message: pb.Explanation) -> Explanation:
+    """An Explanation from the proto."""
+    entry = read_entry_info(message.entry) if message.HasField("entry") else None
+    return Explanation(message.key, message.state, message.tier, message.gone_s, message.hits, entry)

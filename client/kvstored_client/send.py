@@ -9,11 +9,11 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry
-from kvstore.hit import Fidelity
+from kvstore.hit import Fidelity, Priority
 from kvstore.keys import check_key
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import CHUNK_NBYTES, Gather, build_frame
-from kvstored_client.messages import fidelity_number, tensor_specs
+from kvstored_client.messages import fidelity_number, priority_number, tensor_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,14 @@ class PutOptions:
     sliding: bool = True
     pin: bool = False
     fidelity: Fidelity = "auto"
+    priority: Priority = "normal"
 
     def __post_init__(self) -> None:
         ttl = self.ttl_s
         if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
             raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
         fidelity_number(self.fidelity)
+        priority_number(self.priority)
 
     @property
     def wire_ttl_s(self) -> float:
@@ -40,20 +42,25 @@ class PutOptions:
 class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile."""
 
-    def __init__(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions) -> None:
+    def __init__(
+        self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None
+    ) -> None:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
         self.nbytes = arrays.check_specs(specs)
+        self.key = check_key(key)
         self.tensors = tensors
         self.header = pb.PutHeader(
-            key=check_key(key),
+            key=self.key,
             tensors=tensor_specs(specs),
             nbytes=self.nbytes,
             ttl_s=options.wire_ttl_s,
             absolute_ttl=not options.sliding,
             pin=options.pin,
             fidelity=fidelity_number(options.fidelity),
+            parent=b"" if parent is None else check_key(parent),
+            priority=priority_number(options.priority),
         )
 
     def single_frame(self) -> bytes | None:

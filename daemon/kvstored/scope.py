@@ -68,9 +68,12 @@ class ScopedStore:
     def _all(self, keys: Sequence[bytes]) -> list[bytes]:
         return [self.own(key) for key in keys]
 
-    def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], **how: Any) -> int:
+    def put_many(
+        self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], *, parent: bytes | None = None, **how: Any
+    ) -> int:
         """As Store.put_many."""
-        return self._store.put_many([(self.own(key), tensors) for key, tensors in entries], **how)
+        own = [(self.own(key), tensors) for key, tensors in entries]
+        return self._store.put_many(own, parent=None if parent is None else self.own(parent), **how)
 
     @contextmanager
     def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:
@@ -90,13 +93,13 @@ class ScopedStore:
         """As Store.touch."""
         return self._store.touch(self._all(keys), **how)
 
-    def delete(self, *keys: bytes) -> int:
+    def delete(self, *keys: bytes, **how: Any) -> int:
         """As Store.delete."""
-        return self._store.delete(*self._all(keys))
+        return self._store.delete(*self._all(keys), **how)
 
-    def pin(self, *keys: bytes) -> int:
+    def pin(self, *keys: bytes, **how: Any) -> int:
         """As Store.pin."""
-        return self._store.pin(*self._all(keys))
+        return self._store.pin(*self._all(keys), **how)
 
     def unpin(self, *keys: bytes) -> int:
         """As Store.unpin."""

@@ -29,7 +29,7 @@ from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
-from kvstored_client.messages import TIER_NAMES, entry_info_message, stats_message
+from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +265,13 @@ class AdminService(_Service):
         return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
 
     @answering
+    async def explain(self, request: bytes, _: Context) -> bytes:
+        """Where keys are, or why they are gone."""
+        keys = check_keys(pb.ExplainRequest.FromString(request).keys)
+        explained = await self._run(self._store.explain, *keys)
+        return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()
+
+    @answering
     async def evict(self, request: bytes, _: Context) -> bytes:
         """Forget keys, counted as evictions."""
         keys = check_keys(pb.EvictRequest.FromString(request).keys)
@@ -297,6 +304,7 @@ class AdminService(_Service):
                 "Stats": unary(self.stats),
                 "List": grpc.unary_stream_rpc_method_handler(self.list),
                 "Inspect": unary(self.inspect),
+                "Explain": unary(self.explain),
                 "Evict": unary(self.evict),
                 "Demote": unary(self.demote),
                 "Promote": unary(self.promote),

@@ -26,9 +26,11 @@ class Verbs:
 
     def delete(self, asked: pb.DeleteRequest) -> pb.DeleteReply:
         """Forget keys."""
-        return pb.DeleteReply(deleted=self._store.delete(*check_keys(asked.keys)), boot_epoch=self.epoch)
+        deleted = self._store.delete(*check_keys(asked.keys), keep_shared=asked.keep_shared)
+        return pb.DeleteReply(deleted=deleted, boot_epoch=self.epoch)
 
     def pin(self, asked: pb.PinRequest) -> pb.PinReply:
         """Pin or let go."""
-        verb = self._store.pin if asked.pinned else self._store.unpin
-        return pb.PinReply(changed=verb(*check_keys(asked.keys)), boot_epoch=self.epoch)
+        keys = check_keys(asked.keys)
+        changed = self._store.pin(*keys, ttl_s=asked.ttl_s or None) if asked.pinned else self._store.unpin(*keys)
+        return pb.PinReply(changed=changed, boot_epoch=self.epoch)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import xxhash
@@ -16,13 +15,13 @@ import xxhash
 from kvstore import arrays
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room
-from kvstore.hit import Fidelity, Hit
+from kvstore.hit import Fidelity, Hit, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
-from kvstored_client.messages import TIERS, fidelity_name, read_specs, tensor_specs
+from kvstored_client.messages import TIERS, fidelity_name, priority_name, read_specs, tensor_specs
 from kvstored_client.send import cut_frames
 
 HEADER_MAX_NBYTES = 64 << 10
@@ -41,6 +40,7 @@ class Options:
     sliding: bool
     pin: bool
     fidelity: Fidelity
+    priority: Priority
 
 
 class Incoming:
@@ -58,8 +58,13 @@ class Incoming:
         if not (math.isfinite(header.ttl_s) and header.ttl_s >= 0):
             raise InvalidEntry(f"ttl_s must be finite and at least 0, got {header.ttl_s}")
         self.options = Options(
-            header.ttl_s or None, not header.absolute_ttl, header.pin, fidelity_name(header.fidelity)
+            header.ttl_s or None,
+            not header.absolute_ttl,
+            header.pin,
+            fidelity_name(header.fidelity),
+            priority_name(header.priority),
         )
+        self.parent = check_key(header.parent) if header.parent else None
         self.tensors: dict[str, torch.Tensor] = {}
         self._scatter = Scatter(())
         self._sum = xxhash.xxh3_64()
@@ -243,14 +248,32 @@ def hit_frames(index: int, hit: Hit, boot_epoch: int) -> Iterator[bytes]:
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
     """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
     stored = 0
-    start = 0
-    for stop in range(1, len(entries) + 1):
-        if stop < len(entries) and entries[stop].options == entries[start].options:
-            continue
-        run: list[tuple[bytes, dict[str, Any]]] = [(entry.key, dict(entry.tensors)) for entry in entries[start:stop]]
-        how = entries[start].options
+    for run in _runs(entries):
+        how = run[0].options
         stored += store.put_many(
-            run, ttl_s=how.ttl_s, sliding=how.sliding, pin=how.pin, fidelity=how.fidelity, own=True
+            [(entry.key, dict(entry.tensors)) for entry in run],
+            ttl_s=how.ttl_s,
+            sliding=how.sliding,
+            pin=how.pin,
+            fidelity=how.fidelity,
+            priority=how.priority,
+            own=True,
+            chain=run[-1].parent is not None,
+            parent=run[0].parent,
         )
-        start = stop
     return stored
+
+
+def _runs(entries: Sequence[Incoming]) -> Iterator[list[Incoming]]:
+    """Entries to be put together: kept alike, and either one chain or none of them in a chain."""
+    run: list[Incoming] = []
+    for entry in entries:
+        if run:
+            continues = entry.parent == run[-1].key and (len(run) == 1 or run[-1].parent is not None)
+            unchained = entry.parent is None and run[-1].parent is None
+            if entry.options != run[0].options or not (continues or unchained):
+                yield run
+                run = []
+        run.append(entry)
+    if run:
+        yield run

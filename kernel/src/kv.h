@@ -6,21 +6,34 @@
 
 namespace {
 
-// Where a flat run of coded values lies: slab, token and the rest of its row.
-struct Place {
-    int64_t value;  // offset in the tensor
-    int64_t mean;   // offset in the means
-    int64_t left;   // values until the row ends
-};
+// A walk over the coded values of rows in flat order, a run inside one row at a time. Divides only at its start.
+struct Walk {
+    const kvk_rows& rows;
+    int64_t width, slab, token, column;
 
-inline Place place_of(const kvk_rows& rows, int64_t flat) {
-    const int64_t width = rows.inner * rows.d, slab_size = rows.tokens * width;
-    const int64_t slab = flat / slab_size, rest = flat % slab_size;
-    const int64_t token = rest / width, column = rest % width;
-    int64_t group = token / kvk::kGroup;
-    if (group > rows.groups - 1) group = rows.groups - 1;
-    return {slab * rows.stride + rest, (slab * rows.groups + group) * width + column, width - column};
-}
+    Walk(const kvk_rows& r, int64_t flat) : rows(r), width(r.inner * r.d) {
+        const int64_t slab_size = r.tokens * width;
+        slab = flat / slab_size;
+        token = flat % slab_size / width;
+        column = flat % width;
+    }
+    // Offset in the tensor.
+    int64_t value() const { return slab * rows.stride + token * width + column; }
+    // Offset in the means.
+    int64_t mean() const {
+        const int64_t last = rows.groups - 1, group = token / kvk::kGroup;
+        return (slab * rows.groups + (group < last ? group : last)) * width + column;
+    }
+    int run(int most) const { return static_cast<int>(width - column < most ? width - column : most); }
+    void advance(int n) {
+        column += n;
+        if (column < width) return;
+        column = 0;
+        if (++token < rows.tokens) return;
+        token = 0;
+        ++slab;
+    }
+};
 
 template <class Isa>
 struct Kv {
@@ -115,9 +128,7 @@ struct Kv {
         return scale;
     }
 
-    struct Sums {
-        float energy, cross, size;  // x.x, x.L and L.L of a block
-    };
+    using Sums = kvk::Sums;
 
     // Codes of one block at its best clip. False where a value is not finite.
     static bool encode_block(const float* v, int block, uint8_t* codes, Sums* sums) {
@@ -129,24 +140,10 @@ struct Kv {
             *sums = {0.0f, 1.0f, 0.0f};
             return true;
         }
-        int32_t a[kvk::kClips], b[kvk::kClips];
-        Isa::clip_sums(v, block, 127.0f / absmax, a, b);
-        float best = -1.0f, clip = 0.0f;
-        for (int i = 0; i < kvk::kClips; ++i) {
-            const float cross = static_cast<float>(a[i]);
-            const float score = cross * cross / static_cast<float>(b[i]);
-            if (score > best) {
-                best = score;
-                clip = from_bits(kvk::kClipBits[i]);
-            }
-        }
-        alignas(64) float levels[64];
-        const float inverse = 1.0f / (absmax * clip);
-        for (int i = 0; i < block; i += 32) {
-            Isa::codes32(v + i, inverse, codes + i / 2);
-            Isa::levels32(codes + i / 2, 1.0f, levels + i);
-        }
-        *sums = {Isa::dot(v, v, block), Isa::dot(v, levels, block), Isa::dot(levels, levels, block)};
+        const int clip = Isa::best_clip(v, block, 127.0f / absmax);
+        const float inverse = 1.0f / (absmax * from_bits(kvk::kClipBits[clip]));
+        *sums = block == 32 ? Isa::template code_block<32>(v, inverse, codes)
+                            : Isa::template code_block<64>(v, inverse, codes);
         return true;
     }
 
@@ -187,9 +184,10 @@ struct Kv {
         for (int64_t t = begin; t < end; ++t) {
             const int64_t stop = (t + 1) * tile < total ? (t + 1) * tile : total;
             int done = 0;
+            Walk walk(rows, t * tile);
             for (int64_t at = t * tile; at < stop; at += kPiece) {
                 const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
-                gather(dtype, x, rows, means, at, n, piece);
+                gather(dtype, x, means, n, &walk, piece);
                 Isa::rotate(piece, n, rows.size);
                 for (int i = n; i % rows.block; ++i) piece[i] = 0.0f;
                 for (int i = 0; i < n; i += rows.block, ++done)
@@ -201,19 +199,21 @@ struct Kv {
         return true;
     }
 
-    // n values from flat position `at`, as floats, their means taken off.
-    static void gather(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t at, int n,
-                       float* piece) {
-        for (int i = 0; i < n;) {
-            const Place place = place_of(rows, at + i);
-            const int run = static_cast<int>(place.left < n - i ? place.left : n - i);
-            load(dtype, x, place.value, piece + i, run);
-            if (rows.groups) {
-                const int whole = run & ~7;
-                Isa::sub(piece + i, means + place.mean, whole);
-                for (int j = whole; j < run; ++j) piece[i + j] -= means[place.mean + j];
+    // The next n values, as floats, their means taken off.
+    static void gather(int dtype, const void* x, const float* means, int n, Walk* walk, float* piece) {
+        for (int i = 0, run; i < n; i += run, walk->advance(run)) {
+            run = walk->run(n - i);
+            const float* mean = means + (walk->rows.groups ? walk->mean() : 0);
+            int done = 0;
+            if (dtype == KVK_F32 && walk->rows.groups) {
+                done = run & ~7;
+                Isa::load_difference(static_cast<const float*>(x) + walk->value(), mean, piece + i, done);
             }
-            i += run;
+            load(dtype, x, walk->value() + done, piece + i + done, run - done);
+            if (!walk->rows.groups) continue;
+            const int whole = done ? done : run & ~7;
+            if (!done) Isa::sub(piece + i, mean, whole);
+            for (int j = whole; j < run; ++j) piece[i + j] -= mean[j];
         }
     }
 
@@ -224,6 +224,7 @@ struct Kv {
         alignas(64) float piece[kPiece];
         for (int64_t t = begin; t < end; ++t) {
             const int64_t stop = (t + 1) * tile < total ? (t + 1) * tile : total;
+            Walk walk(rows, t * tile);
             for (int64_t at = t * tile; at < stop; at += kPiece) {
                 const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
                 for (int i = 0; i < n; i += rows.block) {
@@ -232,20 +233,28 @@ struct Kv {
                         Isa::levels32(codes + (at + i + j) / 2, scale, piece + i + j);
                 }
                 Isa::rotate(piece, n, rows.size);
-                scatter(dtype, piece, rows, means, at, n, stream, out);
+                scatter(dtype, piece, means, n, stream, &walk, out);
             }
         }
         if (stream) Isa::fence();
     }
 
-    static void scatter(int dtype, float* piece, const kvk_rows& rows, const float* means, int64_t at, int n,
-                        bool stream, void* out) {
-        for (int i = 0; i < n;) {
-            const Place place = place_of(rows, at + i);
-            const int run = static_cast<int>(place.left < n - i ? place.left : n - i);
-            if (rows.groups) add(piece + i, means + place.mean, run);
-            store(dtype, piece + i, run, stream, out, place.value);
-            i += run;
+    // Writes the next n values, their means put back.
+    static void scatter(int dtype, float* piece, const float* means, int n, bool stream, Walk* walk, void* out) {
+        for (int i = 0, run; i < n; i += run, walk->advance(run)) {
+            run = walk->run(n - i);
+            int done = 0;
+            if (walk->rows.groups) {
+                const float* mean = means + walk->mean();
+                if (dtype == KVK_F32) {
+                    float* single = static_cast<float*>(out) + walk->value();
+                    done = run & ~7;
+                    Isa::store_sum(piece + i, mean, single, done,
+                                   stream && reinterpret_cast<uintptr_t>(single) % 32 == 0);
+                }
+                add(piece + i + done, mean + done, run - done);
+            }
+            store(dtype, piece + i + done, run - done, stream, out, walk->value() + done);
         }
     }
 };

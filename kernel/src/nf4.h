@@ -64,18 +64,20 @@ struct Nf4 {
                        void* out) {
         alignas(64) float v[kBlock];
         for (int64_t block = begin; block < end; ++block) {
-            float* target = static_cast<float*>(out) + block * kBlock;
-            const bool direct = dtype == KVK_F32 && !stream;
-            float* into = direct ? target : v;
-            Isa::levels32(codes + block * 32, absmax[block], into);
-            Isa::levels32(codes + block * 32 + 16, absmax[block], into + 32);
-            if (direct) continue;
+            const uint8_t* packed = codes + block * 32;
+            float* single = static_cast<float*>(out) + block * kBlock;
+            if (stream) {
+                Isa::levels32_stream(packed, absmax[block], single);
+                Isa::levels32_stream(packed + 16, absmax[block], single + 32);
+                continue;
+            }
+            float* into = dtype == KVK_F32 ? single : v;
+            Isa::levels32(packed, absmax[block], into);
+            Isa::levels32(packed + 16, absmax[block], into + 32);
             uint16_t* half = static_cast<uint16_t*>(out) + block * kBlock;
-            if (dtype == KVK_F32)
-                Isa::store_stream(v, target, kBlock);
-            else if (dtype == KVK_F16)
+            if (dtype == KVK_F16)
                 Isa::store_f16(v, half, kBlock);
-            else
+            else if (dtype == KVK_BF16)
                 Isa::store_bf16(v, half, kBlock);
         }
         if (stream) Isa::fence();

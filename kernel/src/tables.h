@@ -12,6 +12,11 @@ static constexpr uint32_t kThresholdBits[15] = {
     0xbf591cd8, 0xbf1c5270, 0xbeeb8480, 0xbeadea76, 0xbe703cec, 0xbe0d38bc, 0xbd3a7871, 0x3d22faff,
     0x3df64862, 0x3e5067e0, 0x3e9582d4, 0x3ec753f9, 0x3f006d04, 0x3f248daf, 0x3f5c89da};
 
+// Of a block x with levels L: x.x, x.L and L.L.
+struct Sums {
+    float energy, cross, size;
+};
+
 static constexpr int kClips = 5;
 static constexpr uint32_t kClipBits[kClips] = {0x3f4ccccd, 0x3f59999a, 0x3f666666, 0x3f733333, 0x3f800000};
 static constexpr int kSearchLevels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};

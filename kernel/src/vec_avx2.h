@@ -10,10 +10,11 @@ namespace {
 struct Avx2 {
     static constexpr bool kStreams = true;
 
-    static __m256 load8(const uint32_t* bits) {
-        return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+    // x minus y into out.
+    static void load_difference(const float* x, const float* y, float* out, int n) {
+        for (int i = 0; i < n; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
     }
-
     static void load(const float* x, float* out, int n) {
         for (int i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, _mm256_loadu_ps(x + i));
     }
@@ -52,6 +53,16 @@ struct Avx2 {
     }
     static void fence() { _mm_sfence(); }
 
+    // x plus y into out, past the caches where `stream` (out is then 32-byte aligned).
+    static void store_sum(const float* x, const float* y, float* out, int n, bool stream) {
+        for (int i = 0; i < n; i += 8) {
+            const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i));
+            if (stream)
+                _mm256_stream_ps(out + i, sum);
+            else
+                _mm256_storeu_ps(out + i, sum);
+        }
+    }
     static void add(float* x, const float* y, int n) {
         for (int i = 0; i < n; i += 8)
             _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
@@ -74,54 +85,113 @@ struct Avx2 {
         return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
     }
 
-    // Codes by a search of four comparisons: exact for every float, with no table of buckets to trust.
-    static __m256i codes8(__m256 z) {
+    // Minus the codes, by a search of four comparisons: exact for every float, with no table of buckets to
+    // trust. A comparison is -1 where true, so indexes count down from 0 and tables are laid out for that.
+    static __m256i minus_codes8(__m256 z) {
         const uint32_t* t = kvk::kThresholdBits;
-        const __m256 t7 = _mm256_set1_ps(from_bits(t[7]));
-        const __m256 quarter = _mm256_setr_ps(from_bits(t[3]), from_bits(t[11]), 0, 0, 0, 0, 0, 0);
-        const __m256 eighth =
-            _mm256_setr_ps(from_bits(t[1]), from_bits(t[5]), from_bits(t[9]), from_bits(t[13]), 0, 0, 0, 0);
-        const __m256 last = _mm256_setr_ps(from_bits(t[0]), from_bits(t[2]), from_bits(t[4]), from_bits(t[6]),
-                                           from_bits(t[8]), from_bits(t[10]), from_bits(t[12]), from_bits(t[14]));
-        __m256i above = _mm256_castps_si256(_mm256_cmp_ps(z, t7, _CMP_GT_OQ));
-        __m256i index = _mm256_sub_epi32(_mm256_setzero_si256(), above);
-        above = _mm256_castps_si256(_mm256_cmp_ps(z, _mm256_permutevar_ps(quarter_pair(quarter), index), _CMP_GT_OQ));
-        index = _mm256_sub_epi32(_mm256_add_epi32(index, index), above);
-        above = _mm256_castps_si256(_mm256_cmp_ps(z, _mm256_permutevar_ps(quarter_pair(eighth), index), _CMP_GT_OQ));
-        index = _mm256_sub_epi32(_mm256_add_epi32(index, index), above);
-        above = _mm256_castps_si256(_mm256_cmp_ps(z, _mm256_permutevar8x32_ps(last, index), _CMP_GT_OQ));
-        return _mm256_sub_epi32(_mm256_add_epi32(index, index), above);
+        const __m256 eighth = _mm256_castsi256_ps(_mm256_setr_epi32(
+            int(t[1]), int(t[13]), int(t[9]), int(t[5]), int(t[1]), int(t[13]), int(t[9]), int(t[5])));
+        const __m256 last = _mm256_castsi256_ps(_mm256_setr_epi32(int(t[0]), int(t[14]), int(t[12]), int(t[10]),
+                                                                  int(t[8]), int(t[6]), int(t[4]), int(t[2])));
+        const __m256 above = _mm256_cmp_ps(z, _mm256_set1_ps(from_bits(t[7])), _CMP_GT_OQ);
+        const __m256 quarter = _mm256_blendv_ps(_mm256_set1_ps(from_bits(t[3])), _mm256_set1_ps(from_bits(t[11])), above);
+        __m256i index = _mm256_castps_si256(above);
+        index = narrowed(index, _mm256_cmp_ps(z, quarter, _CMP_GT_OQ));
+        index = narrowed(index, _mm256_cmp_ps(z, _mm256_permutevar_ps(eighth, index), _CMP_GT_OQ));
+        return narrowed(index, _mm256_cmp_ps(z, _mm256_permutevar8x32_ps(last, index), _CMP_GT_OQ));
     }
-    // The low four floats in both halves, for the cheaper permute within a half.
-    static __m256 quarter_pair(__m256 table) { return _mm256_permute2f128_ps(table, table, 0); }
-
-    static void codes32(const float* x, float inverse, uint8_t* out) {
-        const __m256 by = _mm256_set1_ps(inverse);
+    static __m256i narrowed(__m256i index, __m256 above) {
+        return _mm256_add_epi32(_mm256_add_epi32(index, index), _mm256_castps_si256(above));
+    }
+    // 32 codes as bytes; in each half the even fours of the values, then the odd ones: 0-3 8-11 16-19 24-27 | 4-7 ...
+    static __m256i code_bytes(const float* x, __m256 by) {
         __m256i c[4];
-        for (int i = 0; i < 4; ++i) c[i] = codes8(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), by));
-        const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(c[0], c[1]), _mm256_packus_epi32(c[2], c[3]));
+        for (int i = 0; i < 4; ++i) c[i] = minus_codes8(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), by));
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+        return _mm256_abs_epi8(bytes);
+    }
+    static void store_packed(__m256i bytes, uint8_t* out) {
         const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         const __m256i pairs = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(0x0110));
         const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
     }
+    static void codes32(const float* x, float inverse, uint8_t* out) {
+        store_packed(code_bytes(x, _mm256_set1_ps(inverse)), out);
+    }
 
-    static __m256 levels8(__m256i code) {
-        const __m256 low = load8(kvk::kCodeBits), high = load8(kvk::kCodeBits + 8);
-        const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), is_high);
+    // The four bytes of each level, a table of 16 apiece: a level is looked up as four byte shuffles of 32 codes.
+    struct Planes {
+        alignas(16) uint8_t byte[4][16];
+        constexpr Planes() : byte() {
+            for (int b = 0; b < 4; ++b)
+                for (int i = 0; i < 16; ++i) byte[b][i] = static_cast<uint8_t>(kvk::kCodeBits[i] >> (8 * b));
+        }
+    };
+    static __m256i plane(const uint8_t* table) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    // Levels of 32 codes in the order of code_bytes, as four vectors in the order of the values.
+    static void level_vectors(__m256i bytes, __m256* out) {
+        static constexpr Planes kPlanes;
+        const __m256i b0 = _mm256_shuffle_epi8(plane(kPlanes.byte[0]), bytes);
+        const __m256i b1 = _mm256_shuffle_epi8(plane(kPlanes.byte[1]), bytes);
+        const __m256i b2 = _mm256_shuffle_epi8(plane(kPlanes.byte[2]), bytes);
+        const __m256i b3 = _mm256_shuffle_epi8(plane(kPlanes.byte[3]), bytes);
+        const __m256i low_a = _mm256_unpacklo_epi8(b0, b1), high_a = _mm256_unpacklo_epi8(b2, b3);
+        const __m256i low_b = _mm256_unpackhi_epi8(b0, b1), high_b = _mm256_unpackhi_epi8(b2, b3);
+        out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_a, high_a));
+        out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_a, high_a));
+        out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_b, high_b));
+        out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_b, high_b));
+    }
+    static void scaled_levels(const uint8_t* codes, float scale, __m256* v) {
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        const __m128i nibble = _mm_set1_epi8(15);
+        const __m128i first = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble), second = _mm_and_si128(packed, nibble);
+        const __m256i ordered = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+        level_vectors(_mm256_permutevar8x32_epi32(ordered, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)), v);
+        const __m256 by = _mm256_set1_ps(scale);
+        for (int i = 0; i < 4; ++i) v[i] = _mm256_mul_ps(v[i], by);
     }
     static void levels32(const uint8_t* codes, float scale, float* out) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-        const __m128i nibble = _mm_set1_epi8(15);
-        const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), second = _mm_and_si128(bytes, nibble);
-        const __m128i a = _mm_unpacklo_epi8(first, second), b = _mm_unpackhi_epi8(first, second);
-        const __m256 by = _mm256_set1_ps(scale);
-        const __m128i part[4] = {a, _mm_srli_si128(a, 8), b, _mm_srli_si128(b, 8)};
-        for (int i = 0; i < 4; ++i)
-            _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(levels8(_mm256_cvtepu8_epi32(part[i])), by));
+        __m256 v[4];
+        scaled_levels(codes, scale, v);
+        for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + 8 * i, v[i]);
+    }
+    // out is 32-byte aligned.
+    static void levels32_stream(const uint8_t* codes, float scale, float* out) {
+        __m256 v[4];
+        scaled_levels(codes, scale, v);
+        for (int i = 0; i < 4; ++i) _mm256_stream_ps(out + 8 * i, v[i]);
     }
 
+    // Codes of a block, and the sums x.x, x.L and L.L over its levels L, halves added to halves.
+    template <int kSize>
+    static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {
+        constexpr int kRegisters = kSize / 8;
+        __m256 energy[kRegisters], cross[kRegisters], size[kRegisters];
+        const __m256 by = _mm256_set1_ps(inverse);
+        for (int i = 0; i < kSize / 32; ++i) {
+            const __m256i bytes = code_bytes(x + 32 * i, by);
+            store_packed(bytes, codes + 16 * i);
+            __m256 level[4];
+            level_vectors(bytes, level);
+            for (int r = 0; r < 4; ++r) {
+                const __m256 v = _mm256_loadu_ps(x + 32 * i + 8 * r);
+                energy[4 * i + r] = _mm256_mul_ps(v, v);
+                cross[4 * i + r] = _mm256_mul_ps(v, level[r]);
+                size[4 * i + r] = _mm256_mul_ps(level[r], level[r]);
+            }
+        }
+        for (int half = kRegisters / 2; half; half /= 2)
+            for (int r = 0; r < half; ++r) {
+                energy[r] = _mm256_add_ps(energy[r], energy[r + half]);
+                cross[r] = _mm256_add_ps(cross[r], cross[r + half]);
+                size[r] = _mm256_add_ps(size[r], size[r + half]);
+            }
+        return {tree8(energy[0]), tree8(cross[0]), tree8(size[0])};
+    }
     static void rotate_small(float* x, int n, int size) {
         for (int h = 1; h < size; h *= 2)
             for (int i = 0; i < n; i += 2 * h)
@@ -169,15 +239,6 @@ struct Avx2 {
         q = _mm_add_ps(q, _mm_movehl_ps(q, q));
         return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
     }
-    static float dot(const float* x, const float* y, int n) {
-        __m256 s[8];
-        const int registers = n / 8;
-        for (int r = 0; r < registers; ++r) s[r] = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * r), _mm256_loadu_ps(y + 8 * r));
-        for (int half = registers / 2; half; half /= 2)
-            for (int r = 0; r < half; ++r) s[r] = _mm256_add_ps(s[r], s[r + half]);
-        return tree8(s[0]);
-    }
-
     // For each run of 16 values of u: how many thresholds lie below it, and the at most two inside it.
     struct Buckets {
         alignas(16) int8_t base[kvk::kClips][16], first[kvk::kClips][16], second[kvk::kClips][16];
@@ -209,7 +270,8 @@ struct Avx2 {
     static __m256i integers8(const float* x, __m256 by) {
         return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), by));
     }
-    static void clip_sums(const float* x, int n, float inverse, int32_t* a, int32_t* b) {
+    // The clip whose A*A/B is largest, A = sum(u L) and B = sum(L L) for u = round(x * inverse).
+    static int best_clip(const float* x, int n, float inverse) {
         static constexpr Buckets kBuckets;
         const __m256 by = _mm256_set1_ps(inverse);
         const __m256i ones = _mm256_set1_epi16(1), levels = row(kBuckets.levels);
@@ -239,18 +301,21 @@ struct Avx2 {
         }
         const __m256i a4 = _mm256_hadd_epi32(_mm256_hadd_epi32(sa[0], sa[1]), _mm256_hadd_epi32(sa[2], sa[3]));
         const __m256i b4 = _mm256_hadd_epi32(_mm256_hadd_epi32(sb[0], sb[1]), _mm256_hadd_epi32(sb[2], sb[3]));
-        const __m256i rest = _mm256_hadd_epi32(sa[4], sb[4]);
-        const __m256i last = _mm256_hadd_epi32(rest, rest);
-        store_halves(a4, a);
-        store_halves(b4, b);
-        int32_t ends[4];
-        store_halves(last, ends);
-        a[4] = ends[0];
-        b[4] = ends[1];
+        const __m256i rest = _mm256_hadd_epi32(_mm256_hadd_epi32(sa[4], sa[4]), _mm256_hadd_epi32(sb[4], sb[4]));
+        const __m128i last = halves(rest);  // A, A, B, B of the fifth
+        const __m256 cross = _mm256_cvtepi32_ps(_mm256_set_m128i(last, halves(a4)));
+        const __m256 size = _mm256_cvtepi32_ps(_mm256_set_m128i(_mm_shuffle_epi32(last, 0xee), halves(b4)));
+        const __m256 score = _mm256_div_ps(_mm256_mul_ps(cross, cross), size);
+        // Lanes 5 to 7 hold nothing that may win.
+        const __m256 valid = _mm256_blend_ps(score, _mm256_set1_ps(-1.0f), 0xe0);
+        __m128 most = _mm_max_ps(_mm256_castps256_ps128(valid), _mm256_extractf128_ps(valid, 1));
+        most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+        most = _mm_max_ss(most, _mm_shuffle_ps(most, most, 1));
+        const __m256 best = _mm256_broadcastss_ps(most);
+        return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(valid, best, _CMP_EQ_OQ))) | 256u);
     }
-    static void store_halves(__m256i v, int32_t* out) {
-        const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sum);
+    static __m128i halves(__m256i v) {
+        return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     }
 };
 

@@ -28,6 +28,14 @@ struct Portable {
     static void store_stream(const float* x, float* out, int n) { memcpy(out, x, 4u * static_cast<unsigned>(n)); }
     static void fence() {}
 
+    // x plus y into out; nothing here bypasses the caches.
+    static void store_sum(const float* x, const float* y, float* out, int n, bool) {
+        for (int i = 0; i < n; ++i) out[i] = x[i] + y[i];
+    }
+    // x minus y into out.
+    static void load_difference(const float* x, const float* y, float* out, int n) {
+        for (int i = 0; i < n; ++i) out[i] = x[i] - y[i];
+    }
     static void add(float* x, const float* y, int n) {
         for (int i = 0; i < n; ++i) x[i] += y[i];
     }
@@ -64,6 +72,8 @@ struct Portable {
         }
     }
 
+    static void levels32_stream(const uint8_t* codes, float scale, float* out) { levels32(codes, scale, out); }
+
     static void rotate(float* x, int n, int size) {
         for (int h = 1; h < size; h *= 2)
             for (int i = 0; i < n; i += 2 * h)
@@ -82,10 +92,20 @@ struct Portable {
             for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
         return s[0];
     }
+    // Codes of a block, and the sums x.x, x.L and L.L over its levels L.
+    template <int kSize>
+    static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {
+        float levels[kSize];
+        for (int i = 0; i < kSize; i += 32) {
+            codes32(x + i, inverse, codes + i / 2);
+            levels32(codes + i / 2, 1.0f, levels + i);
+        }
+        return {dot(x, x, kSize), dot(x, levels, kSize), dot(levels, levels, kSize)};
+    }
 
-    // A = sum(u L) and B = sum(L L) of each clip, for u = round(x * inverse).
-    static void clip_sums(const float* x, int n, float inverse, int32_t* a, int32_t* b) {
-        for (int clip = 0; clip < kvk::kClips; ++clip) a[clip] = b[clip] = 0;
+    // The clip whose A*A/B is largest, the first of equals: A = sum(u L), B = sum(L L) for u = round(x * inverse).
+    static int best_clip(const float* x, int n, float inverse) {
+        int32_t a[kvk::kClips] = {}, b[kvk::kClips] = {};
         for (int i = 0; i < n; ++i) {
             const float scaled = nearbyintf(x[i] * inverse);
             const int u = static_cast<int>(scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled);
@@ -97,6 +117,17 @@ struct Portable {
                 b[clip] += level * level;
             }
         }
+        float best = -1.0f;
+        int found = 0;
+        for (int clip = 0; clip < kvk::kClips; ++clip) {
+            const float cross = static_cast<float>(a[clip]);
+            const float score = cross * cross / static_cast<float>(b[clip]);
+            if (score > best) {
+                best = score;
+                found = clip;
+            }
+        }
+        return found;
     }
 };
 

@@ -20,6 +20,7 @@ from kvstore.errors import CodecError
 
 GROUP = 64
 """Tokens that share a mean. A last group has 32 to 95."""
+MIN_CENTRED = 8
 KEY_BLOCK = 32
 VALUE_BLOCK = 64
 """Keys carry nearly all the harm, so the bits of finer scales go to them."""
@@ -49,8 +50,11 @@ def rotation_size(head_dim: int) -> int:
 
 
 def group_count(tokens: int) -> int:
-    """How many means a run of tokens has: groups of 64, a rest below 32 joining the last one."""
-    return max(1, (tokens + GROUP // 2) // GROUP)
+    """How many means a run of tokens has: groups of 64, a rest below 32 joining the last one.
+
+    None below 8 tokens, where a mean would cost a bit a value or more.
+    """
+    return max(1, (tokens + GROUP // 2) // GROUP) if tokens >= MIN_CENTRED else 0
 
 
 def rotate(rows: torch.Tensor, size: int) -> torch.Tensor:
@@ -115,7 +119,8 @@ def best_clips(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     integer u = round(127 x / absmax); for each clip A = sum(u L), B = sum(L L) over its levels L; the
     largest A*A/B wins, the first of equals. Returns float32 (b,).
     """
-    u = torch.round(blocks * (127.0 / absmax)[:, None]).clamp_(-127, 127)
+    # A tensor over a tensor: torch takes 127.0 / x as 127 times the rounded reciprocal.
+    u = torch.round(blocks * (torch.full_like(absmax, 127.0) / absmax)[:, None]).clamp_(-127, 127)
     index = u.to(torch.int32) + 127
     best = torch.full_like(absmax, -1.0)
     clips = torch.zeros_like(absmax)

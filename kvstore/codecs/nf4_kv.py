@@ -33,7 +33,11 @@ OUTLIER_ENERGY = 4.0
 """Times the median energy about the mean; SmolLM2's tokens beyond the first stay below 3."""
 _TOP_LIMIT = 0x7F800000 >> 17
 
+_JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
+"""Parts of a packed tensor that hold those of its keys and then those of its values: a record has room for 8."""
+
 Part = Literal["key", "value", "plain"]
+_HALVES: tuple[tuple[Part, str], ...] = (("key", ""), ("value", "v."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,12 @@ class Plane:
     d: int
     kept: tuple[int, ...]
 
+    @classmethod
+    def of(cls, role: Part, rows: torch.Tensor, kept: tuple[int, ...]) -> "Plane":
+        """The plane of rows (outer, tokens, inner, d)."""
+        outer, tokens, inner, d = rows.shape
+        return cls(role, outer, tokens, inner, d, kept)
+
     @property
     def coded(self) -> int:
         """Tokens that are coded."""
@@ -56,6 +66,11 @@ class Plane:
     def block(self) -> int:
         """Values a scale."""
         return kv_blocks.KEY_BLOCK if self.role == "key" else kv_blocks.VALUE_BLOCK
+
+    @property
+    def blocks(self) -> int:
+        """Scales of the coded tokens; the last block may be padded."""
+        return -(-self.outer * self.coded * self.inner * self.d // self.block)
 
     @property
     def groups(self) -> int:
@@ -97,15 +112,18 @@ class NF4KV:
         if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
             raise CodecError(f"nf4-kv holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
         role, token_axis = role_of(name, hints), hints.token_axis
-        if role == "packed" and (x.dim() == 0 or x.shape[-1] % 2):
-            role = "plain"
+        if x.dim() < 2 or (role == "packed" and x.shape[-1] % 2):
+            role = "plain"  # no tokens to tell apart, or no two halves
         attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
         parts: dict[str, torch.Tensor] = {}
         error = 0.0
         for prefix, part, rows in _planes(x.detach(), role, token_axis):
-            plane = Plane(part, *rows.shape, kept=_kept(rows, part, hints.prefix_start))
+            plane = Plane.of(part, rows, _kept(rows, part, hints))
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
             error += _encode_plane(rows, plane, prefix, parts)
+        if role == "packed":
+            for suffix in _JOINED:
+                parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
         norm = float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32))
         attrs["relative_error"] = sqrt(error) / norm if norm else 0.0
         return EncodedTensor(spec, self.name, parts, attrs)
@@ -125,7 +143,9 @@ class NF4KV:
         if role == "packed":
             if out.dim() == 0 or out.shape[-1] % 2:
                 raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {encoded.spec.shape}")
-            for prefix, part, rows in _planes(out, role, token_axis):
+            planes = _planes(out, role, token_axis)
+            encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
+            for prefix, part, rows in planes:
                 _decode_plane(encoded, part, prefix, rows)
                 half = out.shape[-1] // 2
                 target = out[..., :half] if part == "key" else out[..., half:]
@@ -142,13 +162,14 @@ def _planes(x: torch.Tensor, role: str, token_axis: int) -> list[tuple[str, Part
         half = x.shape[-1] // 2
         halves = slice(0, half), slice(half, None)
         key, value = (x[..., part].clone(memory_format=torch.contiguous_format) for part in halves)
-        return [("", "key", _rows(key, token_axis)), ("v.", "value", _rows(value, token_axis))]
+        rows = _rows(key, token_axis), _rows(value, token_axis)
+        return [(prefix, part, x) for (part, prefix), x in zip(_HALVES, rows, strict=True)]
     part: Part = "key" if role == "key" else "value" if role == "value" else "plain"
     return [("", part, _rows(x.contiguous(), token_axis))]
 
 
 def _rows(x: torch.Tensor, token_axis: int) -> torch.Tensor:
-    """x as (outer, tokens, inner, d); a tensor with too few axes is one run of tokens, or one row."""
+    """The tensor as (outer, tokens, inner, d); a tensor with too few axes is one run of tokens, or one row."""
     shape = tuple(x.shape)
     if len(shape) < 2:
         return x.reshape(1, 1, 1, -1)
@@ -156,15 +177,15 @@ def _rows(x: torch.Tensor, token_axis: int) -> torch.Tensor:
     return x.view(prod(shape[:axis]), shape[axis], prod(shape[axis + 1 : -1]), shape[-1])
 
 
-def _kept(rows: torch.Tensor, part: Part, prefix_start: bool | None) -> tuple[int, ...]:
+def _kept(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
     """The tokens to keep in 16 bits: the first ones of what may be a prefix, else outlying keys."""
     tokens = rows.shape[1]
     most = {"key": KEPT_KEYS, "value": KEPT_VALUES, "plain": 0}[part]
-    if prefix_start is None:
+    if hints.prefix_start is None:
         # Unsure: no more than one in 64, so that a short chunk is not mostly 16 bits.
         most = min(most, max(1, tokens // 64))
     most = min(most, tokens - 1)
-    if prefix_start is not False:
+    if hints.prefix_start is not False:
         return tuple(range(most))
     if part != "key" or tokens < kv_blocks.GROUP:
         return ()
@@ -197,7 +218,7 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
         blocks = kv_blocks.RotatedBlocks(*found)
     else:
         blocks = _encode_reference(coded.to(torch.float32), plane, prefix, parts)
-    parts[prefix.removesuffix(".")] = blocks.codes
+    parts[prefix] = blocks.codes
     parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = blocks.scales, blocks.tops
     return float(blocks.error.sum(dtype=torch.float64)) / kv_blocks.rotation_size(plane.d)
 
@@ -226,7 +247,7 @@ def _halves(kept: torch.Tensor) -> torch.Tensor:
 
 def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Tensor) -> None:
     """Fill rows (outer, tokens, inner, d), contiguous, from one plane's parts."""
-    plane = Plane(part, *out.shape, kept=_kept_indexes(encoded.attrs.get(f"{prefix}kept"), out.shape[1]))
+    plane = Plane.of(part, out, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), out.shape[1]))
     blocks = _checked_blocks(encoded, plane, prefix)
     if plane.kept:
         out[:, list(plane.kept)] = _checked_kept(encoded, plane, prefix).to(out.dtype)
@@ -251,10 +272,27 @@ def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Te
         out[:, plane.others(out.device)] = coded
 
 
+def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
+    """A packed tensor's joined parts as those of its keys ("") and its values ("v.")."""
+    planes = [
+        Plane.of(part, x, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
+        for (part, prefix), x in zip(_HALVES, rows, strict=True)
+    ]
+    parts = dict(encoded.parts)
+    for suffix, dtype in _JOINED.items():
+        lengths = [
+            {"": p.blocks * p.block // 2, "scale": p.blocks, "scale_top": -(-p.blocks // kv_blocks.SCALE_GROUP)}[suffix]
+            for p in planes
+        ]
+        joined = require_part(encoded, suffix, dtype, sum(lengths))
+        parts[suffix], parts[f"v.{suffix}"] = torch.split(joined, lengths)
+    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
+
+
 def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> kv_blocks.RotatedBlocks:
     """Codes, scales and tops of exactly the lengths the plane has, with tops that are finite scales."""
-    b = -(-plane.outer * plane.coded * plane.inner * plane.d // plane.block)
-    codes = require_part(encoded, prefix.removesuffix("."), torch.uint8, b * plane.block // 2)
+    b = plane.blocks
+    codes = require_part(encoded, prefix, torch.uint8, b * plane.block // 2)
     scales = require_part(encoded, f"{prefix}scale", torch.uint8, b)
     tops = require_part(encoded, f"{prefix}scale_top", torch.int16, -(-b // kv_blocks.SCALE_GROUP))
     if bool(((tops < 0) | (tops >= _TOP_LIMIT)).any()):

@@ -91,6 +91,8 @@ def _metas(chunk: Found, live: np.ndarray[tuple[int], np.dtype[np.bool_]], now: 
             encodings,
             f["hits"].tolist(),
             _shared(np.minimum(f["last_hit_at"], now).tolist()),
+            _shared(list(compress(chunk.pinned_until, live.tolist()))),
+            compress(chunk.parents, live.tolist()),
         )
     )
 

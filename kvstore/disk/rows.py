@@ -35,6 +35,7 @@ _COLUMNS = np.dtype(
     ]
 )  # fmt: skip
 """The same fields for numpy."""
+_PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
 SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
 """Flags. Do not renumber."""
@@ -43,11 +44,13 @@ SCAN_CHUNK = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows as columns. keys, fields, encodings: of the same length; damaged: keys whose row fails its checksum."""
+    """Rows as columns, all of the same length, and damaged: keys whose row fails its checksum."""
 
     keys: list[Key]
     fields: np.ndarray[Any, np.dtype[np.void]]
     encodings: list[str]
+    pinned_until: list[float]
+    parents: list[Key | None]
     damaged: list[Key]
 
 
@@ -62,14 +65,17 @@ class Row:
 
 
 def pack_row(key: Key, row: Row) -> bytes:
-    """A row's bytes: fixed fields, the encoding's name, xxh3_64's low 32 bits over key and all of it."""
+    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the parent's key, a checksum.
+
+    The checksum is the low 32 bits of xxh3_64 over key and all of it.
+    """
     m = row.meta
     flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy
     fields = _FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
     )  # fmt: skip
-    body = fields + m.encoding.encode()
+    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until) + (m.parent or b"")
     return body + _SUM.pack(_checksum(key, body))
 
 
@@ -81,11 +87,19 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     seq, created, expires, ttl_s, hit_at, value_nbytes, hits, segment, offset, nbytes, head_nbytes, flags = (
         _FIELDS.unpack_from(body)
     )
+    encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
+    if len(rest) < _PINNED_UNTIL.size:
+        return None
     meta = Meta(
         created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
-        bool(flags & LOSSY), body[_FIELDS.size :].decode(), hits, hit_at,
+        bool(flags & LOSSY), encoding.decode(), hits, hit_at, *_more(rest),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
+
+
+def _more(rest: bytes) -> tuple[float, Key | None]:
+    """When a pin lapses, and the parent."""
+    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[_PINNED_UNTIL.size :]) or None
 
 
 def _checksum(key: bytes, body: bytes) -> int:
@@ -94,8 +108,9 @@ def _checksum(key: bytes, body: bytes) -> int:
 
 def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     size, tail = _FIELDS.size, -_SUM.size
+    least = size + 1 + _PINNED_UNTIL.size - tail
     good = [
-        len(data) >= size - tail and int.from_bytes(data[tail:], "little") == _checksum(key, data[:tail])
+        len(data) >= least and int.from_bytes(data[tail:], "little") == _checksum(key, data[:tail])
         for key, data in zip(keys, datas, strict=True)
     ]
     damaged: list[Key] = []
@@ -104,8 +119,10 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
         keys, datas = list(compress(keys, good)), list(compress(datas, good))
     fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
     names: dict[bytes, str] = {}
-    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name in [d[size:tail] for d in datas]]
-    return Found(keys, fields, encodings, damaged)
+    rests = [d[size:tail].partition(b"\0") for d in datas]
+    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in rests]
+    more = [_more(rest) for _, _, rest in rests]
+    return Found(keys, fields, encodings, [until for until, _ in more], [parent for _, parent in more], damaged)
 
 
 class Rows:

@@ -78,7 +78,13 @@ class CpuKernel:
         """`blocks.dequantize` into out, flat and contiguous, whose lengths the caller has checked."""
         _checked(
             self.library.kvk_nf4_decode(
-                self.isa, _threads(out), DTYPES[out.dtype], codes.data_ptr(), absmax.data_ptr(), out.numel(), out.data_ptr()
+                self.isa,
+                _threads(out),
+                DTYPES[out.dtype],
+                codes.data_ptr(),
+                absmax.data_ptr(),
+                out.numel(),
+                out.data_ptr(),
             )
         )
 
@@ -113,7 +119,11 @@ class CpuKernel:
         return None if _checked(status) == NOT_FINITE else (codes, scales, tops, error)
 
     def kv_decode(
-        self, coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor], means: torch.Tensor | None, rows: Rows, out: torch.Tensor
+        self,
+        coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        means: torch.Tensor | None,
+        rows: Rows,
+        out: torch.Tensor,
     ) -> None:
         """Rows of out from codes, scales and tops, whose lengths the caller has checked."""
         parts = tuple(part.data_ptr() for part in coded)

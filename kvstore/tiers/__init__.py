@@ -5,10 +5,11 @@ Memory tiers are not thread-safe: the store holds its lock around each call. The
 because its reads and writes take milliseconds and must not hold up the others.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
-from kvstore.entry import Entry, Key
+from kvstore.disk.admission import Admission
+from kvstore.entry import Entry, Key, TensorSpec
 
 TierName = Literal["hot", "warm", "cold"]
 
@@ -36,13 +37,6 @@ class Tier(Protocol):
         """The entry, without counting as use. None: not here (or, cold, found corrupt and dropped)."""
         ...
 
-    def displace(self, nbytes: int) -> Entry | None:
-        """Make room: None when `nbytes` fit; else take out the least recently used unpinned entry and return it.
-
-        Raises OverQuota when nothing is left to take out.
-        """
-        ...
-
     def put(self, entry: Entry) -> None:
         """Hold an entry as the most recently used, replacing one of the same key. Needs room: displace first."""
         ...
@@ -51,10 +45,59 @@ class Tier(Protocol):
         """Count as use, in the order given: the last one becomes the most recently used."""
         ...
 
-    def remove(self, key: Key) -> bool:
-        """Forget a key. True: it was here."""
+    def pin(self, key: Key) -> None:
+        """Keep a key held from leaving for capacity. Raises OverQuota over the tier's share for pins."""
+        ...
+
+    def unpin(self, key: Key) -> None:
+        """Let it leave again."""
         ...
 
     def close(self) -> None:
         """Give back memory, files and threads."""
+        ...
+
+
+class LastTier(Tier, Protocol):
+    """The tier with none below: what it displaces is gone, which it reports by itself. Locks itself.
+
+    admission: which entries are worth a place here.
+    """
+
+    admission: Admission
+
+    def displace(self, nbytes: int) -> None:
+        """Make room by evicting. Raises OverQuota when only pins are left, TierUnavailable when the disk fails."""
+        ...
+
+    def queue_removal(self, key: Key) -> int | None:
+        """Forget a key at once and queue its durable deletion. Returns a ticket to `wait` for; None: nothing is due."""
+        ...
+
+    def wait(self, ticket: int | None) -> None:
+        """Return once what a ticket stands for is durable. Tickets rise."""
+        ...
+
+    def nbytes_of(self, key: Key) -> int:
+        """Bytes counted for a key; 0 when it is not here."""
+        ...
+
+    def specs_of(self, key: Key) -> Mapping[str, TensorSpec] | None:
+        """The tensors' types and shapes."""
+        ...
+
+    def gauges(self) -> Mapping[str, float]:
+        """What the store's stats show of this tier, by name."""
+        ...
+
+    def flush(self) -> None:
+        """Return once everything pending is durable."""
+        ...
+
+    def flush_meta(self) -> None:
+        """Write down order and deadlines."""
+        ...
+
+    def maintain(self) -> None:
+        """Periodic work."""
         ...

@@ -23,7 +23,7 @@ class MemoryTier:
         self.capacity_nbytes = capacity_nbytes
         self._pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
         self._entries: dict[Key, Entry] = {}
-        self._order = order or Order()
+        self._order = Order() if order is None else order
         self._used_nbytes = 0
 
     @property

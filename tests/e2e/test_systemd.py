@@ -33,8 +33,10 @@ def why_not() -> str | None:
     if missing or not SYSTEMD.exists():
         return f"not installed: {', '.join(missing) or SYSTEMD} (Debian: systemd util-linux iproute2)"
     with tempfile.TemporaryDirectory() as top:
-        mounts = f"mount -t tmpfs box {top} && cd {top} && mkdir u w r && " \
-            "mount -t overlay overlay -o lowerdir=/,upperdir=u,workdir=w r && mkdir c && mount -t cgroup2 none c"  # fmt: skip
+        mounts = (
+            f"mount -t tmpfs box {top} && cd {top} && mkdir u w r c && "
+            "mount -t overlay overlay -o lowerdir=/,upperdir=u,workdir=w r && mount -t cgroup2 none c"
+        )
         tried = subprocess.run([*NAMESPACES, "sh", "-c", mounts], capture_output=True, text=True, check=False)
     return f"namespaces or mounts are refused: {tried.stderr.strip()[-200:]}" if tried.returncode else None
 

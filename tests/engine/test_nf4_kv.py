@@ -22,7 +22,16 @@ from kvstore.index import Meta
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "nf4-kv.json"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(2, 256, 3, 64), (1, 70, 2, 80), (3, 40, 2, 128), (2, 17, 1, 96), (1, 1, 1, 64), (5, 130, 33), (64, 64), (70,)]
+SHAPES = [
+    (2, 256, 3, 64),
+    (1, 70, 2, 80),
+    (3, 40, 2, 128),
+    (2, 17, 1, 96),
+    (1, 1, 1, 64),
+    (5, 130, 33),
+    (64, 64),
+    (70,),
+]
 
 
 def keys(shape, dtype=torch.float32, seed=0):
@@ -202,9 +211,11 @@ def _damaged(encoded):
 def test_malformed_parts_and_attributes_raise(path):
     for name in ("k", "v", "kv"):
         for what, broken in _damaged(NF4KV().encode(name, keys((2, 100, 3, 64)))):
-            with pytest.raises(CodecError):
+            try:
                 NF4KV().decode(broken)
-                pytest.fail(f"{name}: {what} was accepted")
+            except CodecError:
+                continue
+            pytest.fail(f"{name}: {what} was accepted")
 
 
 def test_any_bytes_in_the_right_places_decode_without_a_crash(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DaemonProcess
+from tests.conftest import STEADY, DaemonProcess
 
 
 @contextmanager
@@ -21,9 +21,8 @@ def running_daemon(server: str = "", store: str = "", address: str = "") -> Iter
         where = f"unix:{directory}/k.sock" + (f",{address}" if address else "")
         config = directory / "kvstored.toml"
         config.write_text(
-            f'[server]\naddress = "{where}"\ndata_dir = "{directory}/data"\n{server}\n[store]\n{store}\n'.replace(
-                "{dir}", top
-            )
+            f'[server]\naddress = "{where}"\ndata_dir = "{directory}/data"\n'
+            f"{STEADY}\n{server}\n[store]\n{store}\n".replace("{dir}", top)
         )
         found = DaemonProcess(directory, where, config)
         yield found

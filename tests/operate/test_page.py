@@ -1,5 +1,6 @@
 """The status page in a real browser: what it shows is what the daemon says, and nothing comes from elsewhere."""
 
+import math
 import os
 import re
 import shutil
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
+from kvstored.httpd import MetricsPort
 from tests.conftest import ROOT, free_port
 
 from .conftest import running_daemon
@@ -60,10 +63,41 @@ def test_the_page_shows_the_daemons_numbers(busy_port, tmp_path):
     assert [cell for cell in ("hot", "warm", "cold") if f"<td>{cell}</td>" in tiers] == ["hot", "warm", "cold"]
     assert "4.0 MiB" in tiers
     assert "93.3 %" in dom  # 14 of 15
-    assert "Cache/Put" in dom
+    assert re.search(r"(Cache/Put|Lease/put)", dom)
     browse(f"--screenshot={picture}", f"http://127.0.0.1:{busy_port}/")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser for the status page: apt-get install chromium")
+def test_an_hour_of_history_is_a_line_with_gaps_where_nothing_was_asked(tmp_path):
+    history = [
+        {"ago_s": 3600 - 10 * i, "hit_ratio": None if 100 < i < 140 else 0.5 + 0.4 * math.sin(i / 20)}
+        for i in range(360)
+    ]
+    tier = {"entries": 10, "used_nbytes": 3 << 30, "capacity_nbytes": 4 << 30, "hits": 5, "demotions": 1}
+    status = {
+        "version": "1.2.3 <b>",
+        "values": {"hit_ratio": 0.5, "gets": 10, "entries": 10, "hit_nbytes": 1, "put_nbytes": 1, "in_flight_nbytes": 0,
+                   "uptime_s": 90_000, "cold_healthy": 0, "tenant_nbytes_team-a": 5 << 20, "tenant_nbytes_b": 9 << 20},
+        "tiers": {"hot": {**tier, "promotions": 0, "evictions": 0}},
+        "history": history,
+        "calls": [],
+    }  # fmt: skip
+    port = MetricsPort(f"127.0.0.1:{free_port()}", CollectorRegistry(), lambda: status)
+    try:
+        dom = browse("--dump-dom", f"http://127.0.0.1:{port.port}/")
+        if "KVSTORED_SCREENSHOT" in os.environ:
+            browse(f"--screenshot={os.environ['KVSTORED_SCREENSHOT']}.graph.png", f"http://127.0.0.1:{port.port}/")
+    finally:
+        port.close()
+    path = re.search(r'<path d="([^"]*)"', dom)[1]
+    assert path.count("M") == 2  # before the gap and after it
+    assert path.count("L") > 500
+    assert dom.index("<td>b</td>") < dom.index("<td>team-a</td>")  # the larger first
+    assert "1.2.3 &lt;b&gt;" in dom
+    assert "the disk fails: serving from memory" in dom
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_makes_no_markup_of_what_it_reads():

@@ -41,6 +41,11 @@ class Fidelity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FIDELITY_AUTO: _ClassVar[Fidelity]
     FIDELITY_EXACT: _ClassVar[Fidelity]
+
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_NORMAL: _ClassVar[Priority]
+    PRIORITY_LOW: _ClassVar[Priority]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_FLOAT16: DType
@@ -68,6 +73,8 @@ TIER_WARM: Tier
 TIER_COLD: Tier
 FIDELITY_AUTO: Fidelity
 FIDELITY_EXACT: Fidelity
+PRIORITY_NORMAL: Priority
+PRIORITY_LOW: Priority
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -90,7 +97,7 @@ class PutFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[PutHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ...) -> None: ...
 
 class PutHeader(_message.Message):
-    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity")
+    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +105,8 @@ class PutHeader(_message.Message):
     ABSOLUTE_TTL_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -105,7 +114,9 @@ class PutHeader(_message.Message):
     absolute_ttl: bool
     pin: bool
     fidelity: Fidelity
-    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ...) -> None: ...
+    parent: bytes
+    priority: Priority
+    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class EntryEnd(_message.Message):
     __slots__ = ("xxh3",)
@@ -210,10 +221,12 @@ class TouchReply(_message.Message):
     def __init__(self, touched: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class DeleteRequest(_message.Message):
-    __slots__ = ("keys",)
+    __slots__ = ("keys", "keep_shared")
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SHARED_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keep_shared: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., keep_shared: bool = ...) -> None: ...
 
 class DeleteReply(_message.Message):
     __slots__ = ("deleted", "boot_epoch")
@@ -224,12 +237,14 @@ class DeleteReply(_message.Message):
     def __init__(self, deleted: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("keys", "pinned")
+    __slots__ = ("keys", "pinned", "ttl_s")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     pinned: bool
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., pinned: bool = ...) -> None: ...
+    ttl_s: float
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., pinned: bool = ..., ttl_s: _Optional[float] = ...) -> None: ...
 
 class PinReply(_message.Message):
     __slots__ = ("changed", "boot_epoch")
@@ -383,6 +398,34 @@ class MoveReply(_message.Message):
     MOVED_FIELD_NUMBER: _ClassVar[int]
     moved: int
     def __init__(self, moved: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ExplainReply(_message.Message):
+    __slots__ = ("explanations",)
+    EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
+    explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("key", "state", "tier", "gone_s", "hits", "entry")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    GONE_S_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    state: str
+    tier: str
+    gone_s: float
+    hits: int
+    entry: EntryInfo
+    def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

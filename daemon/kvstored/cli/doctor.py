@@ -7,6 +7,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,10 +101,14 @@ def _versions(_: "Settings") -> Iterator[Finding]:
 
 def _kernel(_: "Settings") -> Iterator[Finding]:
     try:
-        from kvstore import kernels  # type: ignore[attr-defined,unused-ignore]  # an optional part of the engine
+        from kvstore.kernels.cpu import kernels
 
-        yield Finding("good", f"compiled codec kernel: {getattr(kernels, '__name__', 'present')}")
+        found = list(kernels())
     except ImportError:
+        found = []
+    if found:
+        yield Finding("good", f"compiled codec kernel: instruction set level {len(found) - 1}")
+    else:
         yield Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
 
 
@@ -155,8 +160,7 @@ def _disk(settings: "Settings") -> Iterator[Finding]:
         return
     usage = shutil.disk_usage(at)
     capacity = settings.store.cold.capacity_nbytes
-    held = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file()) if path.exists() else 0
-    room = usage.free + held
+    room = usage.free + _held_nbytes(path)
     # The budget counts records; index and free space between records come on top.
     if room < 1.1 * capacity:
         yield Finding(
@@ -170,6 +174,15 @@ def _disk(settings: "Settings") -> Iterator[Finding]:
         yield Finding("bad", f"{at} is on {kind}", "LMDB needs a local file system: choose another server.data_dir")
     elif kind == "tmpfs":
         yield Finding("note", f"{at} is on tmpfs", "the cold tier would be gone with the next boot")
+
+
+def _held_nbytes(path: Path) -> int:
+    held = 0
+    for folder, _folders, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):  # a running daemon removes files as we look
+                held += (Path(folder) / name).stat().st_blocks * 512
+    return held
 
 
 def _file_system(path: Path) -> str:

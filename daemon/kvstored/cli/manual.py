@@ -15,23 +15,20 @@ Made by `make cli-docs` from the commands; change their words, not this file. Ex
 
 def manual() -> str:
     """The page."""
-    parts = [_HEAD]
-    for path, command in _commands(cli, "kvstored"):
-        parts.append(_section(path, command))
-    return "\n".join(parts)
+    return "\n".join([_HEAD, *map(_section, _contexts(cli, "kvstored", None))])
 
 
-def _commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    yield path, command
-    if isinstance(command, click.Group):
-        for name in sorted(command.commands):
-            yield from _commands(command.commands[name], f"{path} {name}")
-
-
-def _section(path: str, command: click.Command) -> str:
+def _contexts(command: click.Command, name: str, parent: click.Context | None) -> Iterator[click.Context]:
     # A fixed width: a page must not depend on the terminal it was made in.
-    context = click.Context(command, info_name=path, terminal_width=100, max_content_width=100)
-    text = command.get_help(context).strip()
+    context = click.Context(command, parent, name, **{**command.context_settings, "terminal_width": 100})
+    yield context
+    if isinstance(command, click.Group):
+        for each in sorted(command.commands):
+            yield from _contexts(command.commands[each], each, context)
+
+
+def _section(context: click.Context) -> str:
+    path, text = context.command_path, context.command.get_help(context).strip()
     lines = [line.rstrip() for line in text.splitlines() if line.strip() != "\b"]
     return f"## {path}\n\n```text\n" + "\n".join(lines) + "\n```\n"
 

@@ -18,6 +18,9 @@ ROOM_TOKENS = 256
 class RoomyLayer(DynamicLayer):
     """A full-attention layer that holds `length` tokens of a larger buffer (batch, kv_heads, tokens, head_dim)."""
 
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True

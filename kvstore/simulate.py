@@ -1,0 +1,377 @@
+"""What a store of some size would do with a trace: the real reader, intake, mover, tiers and policies, without tensors.
+
+Nothing here decides anything: entries are sizes (`SizedTensors`), forms reckon them (`SizedForms`), the disk is a tier
+in memory (`SizedCold`). So a terabyte is asked on a laptop, and what is measured is what the daemon runs.
+Also the ceiling: the offline optimum for prefix chains (`optimum`), which knows the future.
+What bounds its speed is Python: a block reference costs 1 us when it hits and about 10 us when it is put, since a put
+goes through every check and counter of the store. docs/prefixes.md has the figures.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import torch
+
+from kvstore.clock import ManualClock
+from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
+from kvstore.disk.admission import Admission
+from kvstore.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry, Key
+from kvstore.errors import ConfigError
+from kvstore.index import Meta
+from kvstore.intake import Intake
+from kvstore.maintainer import Maintainer
+from kvstore.mover import Mover
+from kvstore.packed import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
+from kvstore.reader import Reader
+from kvstore.residency import Residency, residency_of
+from kvstore.tiers import TierName
+from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.order import Order
+from kvstore.trace import BLOCK_TOKENS, Request, block_key
+
+DAY_S = 86_400.0
+DTYPE_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+NF4_VALUE_NBYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Half a byte of code, a byte of scale for 64 values, four for 256 scales."""
+RECORD_NBYTES = 640
+"""Header and row of a record on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many numbers a model keeps for a token: layers * kv_heads * head_dim, K and V."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def token_values(self) -> int:
+        """K and V of one token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+LAYOUTS = {
+    "llama3-8b": Layout(32, 8, 128),
+    "llama3-70b": Layout(80, 8, 128),
+    "qwen2.5-7b": Layout(28, 4, 128),
+    "smollm2-135m": Layout(30, 3, 64),
+}
+
+
+def layout_of(text: str) -> Layout:
+    """A layout by name, or as "LAYERSxKV_HEADSxHEAD_DIM". Raises ConfigError."""
+    if text in LAYOUTS:
+        return LAYOUTS[text]
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        known = ", ".join(LAYOUTS)
+        raise ConfigError(f"a layout is one of {known}, or LAYERSxKV_HEADSxHEAD_DIM such as 32x8x128, got {text!r}")
+    return Layout(*map(int, parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4."""
+
+    ram_nbytes: int
+    disk_nbytes: int = 0
+    hot_fraction: float = 0.1
+    layout: Layout = LAYOUTS["llama3-8b"]
+    dtype: str = "float32"
+    block_tokens: int = BLOCK_TOKENS
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        check_range("ram_nbytes", self.ram_nbytes, 1, 1 << 50)
+        check_range("disk_nbytes", self.disk_nbytes, 0, 1 << 50)
+        check_range("hot_fraction", self.hot_fraction, 0, 1)
+        check_range("block_tokens", self.block_tokens, 1, 1 << 20)
+        if self.dtype not in DTYPE_NBYTES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NBYTES)}, got {self.dtype!r}")
+
+    @property
+    def config(self) -> StoreConfig:
+        """The store's configuration with these budgets."""
+        hot = max(1, int(self.ram_nbytes * self.hot_fraction))
+        cold = replace(self.store.cold, path=None, capacity_nbytes=max(self.disk_nbytes, 1 << 20))
+        return replace(
+            self.store, hot=HotConfig(hot), warm=WarmConfig(max(0, self.ram_nbytes - hot)), cold=cold,
+            entry_max_nbytes=4 << 30,
+        )  # fmt: skip
+
+    @property
+    def value_nbytes(self) -> int:
+        """Bytes of one block's tensors."""
+        return self.layout.token_values * self.block_tokens * DTYPE_NBYTES[self.dtype]
+
+
+class SizedTensors(Mapping[str, EncodedTensor]):
+    """In place of an entry's tensors: what they would be counted as."""
+
+    __slots__ = ("encoding", "nbytes")
+
+    def __init__(self, nbytes: int, encoding: str) -> None:
+        self.nbytes = nbytes
+        self.encoding = encoding
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+class SizedForms:
+    """`mover.Forms` of blocks that are all alike."""
+
+    def __init__(self, setup: Setup, residency: Residency) -> None:
+        self._r = residency
+        values = setup.layout.token_values * setup.block_tokens
+        nf4 = int(values * NF4_VALUE_NBYTES)
+        beside = PACKED_OVERHEAD_NBYTES if nf4 <= PACK_MAX_NBYTES else 6 * TENSOR_OVERHEAD_NBYTES
+        self._raw = SizedTensors(setup.value_nbytes + 2 * TENSOR_OVERHEAD_NBYTES, "raw")
+        self._nf4 = SizedTensors(nf4 + beside, "nf4")
+
+    def raw(self, key: Key) -> Entry:
+        """A block as put."""
+        return Entry(key, self._raw)
+
+    def encode(self, entry: Entry) -> Entry:
+        """In NF4."""
+        self._r.counters.encodes += 1
+        return Entry(entry.key, self._nf4, lossy=True)
+
+    def exact(self, entry: Entry) -> Entry:
+        """As it is."""
+        return entry
+
+    def restore(self, entry: Entry) -> Entry:
+        """Decoded."""
+        self._r.counters.decodes += 1
+        return Entry(entry.key, self._raw, lossy=entry.lossy)
+
+
+class SizedCold:
+    """`tiers.LastTier` that keeps order and sizes, no records. Its entries and their order are a `MemoryTier`'s."""
+
+    name: TierName = "cold"
+
+    def __init__(
+        self, capacity_nbytes: int, order: Order, admission: Admission, on_drop: Callable[[Key, str], None]
+    ) -> None:
+        self.capacity_nbytes = capacity_nbytes
+        self.admission = admission
+        self._tier = tier = MemoryTier("cold", capacity_nbytes, order=order)
+        self._on_drop = on_drop
+        self.keys, self.get, self.touch = tier.keys, tier.get, tier.touch
+        self.pin, self.unpin, self.close = tier.pin, tier.unpin, tier.close
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes counted now."""
+        return self._tier.used_nbytes
+
+    def __len__(self) -> int:
+        return len(self._tier)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tier
+
+    def put(self, entry: Entry) -> None:
+        """Hold an entry."""
+        self._tier.put(entry)
+        self.admission.wrote(entry.nbytes)
+
+    def displace(self, nbytes: int) -> None:
+        """Evict until an entry fits."""
+        while (victim := self._tier.displace(nbytes, _NEWCOMER)) is not None:
+            self.admission.left(victim.key)
+            self._on_drop(victim.key, "evicted")
+
+    def queue_removal(self, key: Key) -> None:
+        """Forget at once."""
+        self._tier.remove(key)
+
+    def wait(self, ticket: int | None) -> None:
+        """Nothing is ever due."""
+
+    def flush(self) -> None:
+        """Nothing is pending."""
+
+    def flush_meta(self) -> None:
+        """Nothing is written down."""
+
+    def maintain(self) -> None:
+        """Nothing to do."""
+
+    def gauges(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def nbytes_of(self, key: Key) -> int:
+        """Bytes counted for a key."""
+        entry = self._tier.get(key)
+        return 0 if entry is None else entry.nbytes
+
+    def specs_of(self, key: Key) -> None:
+        """No tensors, no specs."""
+
+
+_NEWCOMER = Key(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What would have happened. by_tier, by_encoding: hits. seconds: of the trace."""
+
+    requests: int
+    blocks: int
+    hits: int
+    puts: int
+    by_tier: Mapping[str, int]
+    by_encoding: Mapping[str, int]
+    encodes: int
+    promotions: int
+    evictions: int
+    disk_writes: int
+    disk_nbytes_written: int
+    seconds: float
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of block references found in the longest resident prefix."""
+        return self.hits / self.blocks if self.blocks else 0.0
+
+    @property
+    def writes_per_put(self) -> float:
+        """Records written for each block put."""
+        return self.disk_writes / self.puts if self.puts else 0.0
+
+    @property
+    def nbytes_written_a_day(self) -> float:
+        """Bytes written to disk, if a day went on like this trace."""
+        return self.disk_nbytes_written * DAY_S / self.seconds if self.seconds else 0.0
+
+
+class Simulation:
+    """A store without tensors. Feed it requests; ask for a report at any time."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._clock = ManualClock()
+        self._start_s = self._clock.now()
+        config = setup.config
+        self._r = r = residency_of(config, self._clock)
+        if setup.disk_nbytes:
+            admission = Admission(config.cold.admission, config.cold.write_nbytes_per_day, self._clock)
+            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), admission, r.dropped_from_cold)
+        self._forms = SizedForms(setup, r)
+        mover = Mover(r, self._forms)
+        self._intake = Intake(r, mover, config, torch.device("cpu"))
+        self._maintainer = Maintainer(r, mover, config)
+        self._reader = Reader(r, config, self._maintainer.request_promotions)
+        self._ttl_s = config.ttl_s
+        self._keys: dict[int, Key] = {}
+        self._requests = self._blocks = self._hits = self._puts = 0
+        self._at_s = 0.0
+
+    def request(self, request: Request) -> int:
+        """One prompt: the longest resident prefix is used, the rest is put. Returns the blocks hit."""
+        self._at_s = max(self._at_s, request.at_s)
+        self._clock.advance(max(0.0, self._start_s + self._at_s - self._clock.now()))
+        self._maintainer.run_once()
+        keys = [self._key(block) for block in request.blocks]
+        places = [place for place in self._reader.find(keys, leading=True) if place is not None]
+        counted = self._r.counters.hits_by_encoding
+        for place in places:
+            counted[place.meta.encoding if place.tier != "hot" else "raw"] += 1
+        rest = keys[len(places) :]
+        if rest:
+            parent = keys[len(places) - 1] if places else None
+            self._puts += self._intake.take_chain(rest, map(self._made, reversed(rest)), parent)
+        self._requests += 1
+        self._blocks += len(keys)
+        self._hits += len(places)
+        return len(places)
+
+    def _key(self, block: int) -> Key:
+        key = self._keys.get(block)
+        if key is None:
+            key = self._keys[block] = Key(block_key(block))
+        return key
+
+    def _made(self, key: Key) -> tuple[Entry, Meta]:
+        now = self._clock.now()
+        return self._forms.raw(key), Meta(now, now + self._ttl_s, self._ttl_s, self._setup.value_nbytes)
+
+    def report(self) -> Report:
+        """What happened so far."""
+        c = self._r.counters
+        below = self._forms.encode(self._forms.raw(Key(b""))).nbytes - ENTRY_OVERHEAD_NBYTES
+        writes = c.tiers["cold"].puts
+        return Report(
+            requests=self._requests,
+            blocks=self._blocks,
+            hits=self._hits,
+            puts=self._puts,
+            by_tier={name: tier.hits for name, tier in c.tiers.items()},
+            by_encoding=dict(c.hits_by_encoding),
+            encodes=c.encodes - 1,
+            promotions=c.tiers["hot"].promotions,
+            evictions=sum(tier.evictions for tier in c.tiers.values()),
+            disk_writes=writes,
+            disk_nbytes_written=writes * (below + RECORD_NBYTES),
+            seconds=self._at_s,
+        )
+
+
+def simulate(requests: Iterable[Request], setup: Setup) -> Report:
+    """A whole trace against one setup, cold start."""
+    simulation = Simulation(setup)
+    for request in requests:
+        simulation.request(request)
+    return simulation.report()
+
+
+def optimum(requests: Sequence[Request], capacity_blocks: int) -> int:
+    """Hits of the offline optimum with room for so many blocks: keeps those whose next use is nearest.
+
+    A chain's blocks are next used no later than those that continue them, and at equal times the deeper one goes first,
+    so what is kept is always prefix-closed. Source: Belady, "A study of replacement algorithms", 1966, with bypass.
+    """
+    next_use = _next_uses(requests)
+    due: dict[int, float] = {}
+    heap: list[tuple[float, int, int]] = []
+    hits = 0
+    for request, uses in zip(requests, next_use, strict=True):
+        leading = True
+        for depth, (block, use) in enumerate(zip(request.blocks, uses, strict=True)):
+            leading = leading and block in due
+            hits += leading
+            if use == inf:
+                due.pop(block, None)
+                continue
+            due[block] = use
+            heapq.heappush(heap, (-use, -depth, block))
+        while len(due) > capacity_blocks:
+            use, _, block = heapq.heappop(heap)
+            if due.get(block) == -use:
+                del due[block]
+    return hits
+
+
+def _next_uses(requests: Sequence[Request]) -> list[list[float]]:
+    seen: dict[int, int] = {}
+    uses: list[list[float]] = []
+    for at in range(len(requests) - 1, -1, -1):
+        uses.append([seen.get(block, inf) for block in requests[at].blocks])
+        for block in requests[at].blocks:
+            seen[block] = at
+    uses.reverse()
+    return uses
