@@ -180,12 +180,7 @@ class Store:
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
-        held: list[Held] = []
-        for at in self._locate(check_keys(keys)):
-            if at is None:
-                break
-            held.append(at)
-        return Match(tuple(held))
+        return Match(tuple(self._reader.leading(check_keys(keys))))
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
