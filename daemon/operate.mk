@@ -4,3 +4,20 @@
 
 cli-docs: install  ## Write docs/cli.md from the commands
 	@PYTHONPATH=.:daemon:client $(BIN)/python -m kvstored.cli.manual > docs/cli.md
+
+load: install  ## 64 clients x 8 streams for ten minutes (LOAD_ARGS)
+	PYTHONPATH=.:daemon:client $(BIN)/python bench/load.py $(LOAD_ARGS)
+
+fuzz: .venv-fuzz/.installed  ## Fuzz the parsers, FUZZ_S seconds each (60)
+	@for target in frames record safetensors tokens; do \
+	  PYTHONPATH=.:daemon:client .venv-fuzz/bin/python tests/fuzz/fuzz.py $$target --seconds $${FUZZ_S:-60} || exit 1; \
+	done
+
+# A venv of its own: atheris instruments what it imports, and has wheels for fewer Pythons than we support.
+.venv-fuzz/.installed: tools/venv.sh constraints.txt
+	@tools/venv.sh --bare $(PYTHON) .venv-fuzz --constraint constraints.txt atheris pip-audit torch numpy ml_dtypes \
+	  xxhash protobuf lmdb zstandard safetensors grpcio
+	@touch $@
+
+audit: .venv-fuzz/.installed  ## Known vulnerabilities of the pinned versions
+	.venv-fuzz/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt --progress-spinner off

@@ -1,4 +1,4 @@
-"""Build hook: compiles the library before the wheel is put together."""  # noqa: INP001 - hatchling finds it by path
+"""Build hook: compiles the library before the wheel is put together."""
 
 import os
 import subprocess

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,10 @@ from kvstore.hit import TensorInfo
 from kvstore.region import FreeList, aligned, layout
 
 SEGMENT_NBYTES = 128 << 20
-"""Prefaulted in 0.1 s, and mapped by a client in 7 ms; larger entries get a segment of their own size."""
-_PREFAULT_NBYTES = 4 << 20
+"""Mapped by a client in 7 ms; a larger entry gets a segment of its own size."""
+PREFAULT_NBYTES = 32 << 20
+"""How far memory is touched ahead of its use: one stretch a put, which is all that a put never sent can cost."""
+_SLICE_NBYTES = 4 << 20
 _MADV_POPULATE_WRITE = 23
 _F_ADD_SEALS = 1033
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
@@ -51,13 +54,15 @@ class Segment:
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.address = int(self.bytes.ctypes.data)
         self.free = FreeList(nbytes)
+        self.ready_nbytes = 0
 
-    def prefault(self, stop: threading.Event) -> None:
-        """Touch every page, in slices, contents untouched: a first write else costs 0.7 ms a MiB."""
-        for start in range(0, self.nbytes, _PREFAULT_NBYTES):
-            if stop.is_set() or _madvise(
-                self.address + start, min(_PREFAULT_NBYTES, self.nbytes - start), _MADV_POPULATE_WRITE
-            ):
+    def prefault(self) -> None:
+        """Touch the pages of the next stretch, contents untouched: a first write else costs 0.7 ms a MiB."""
+        start = self.ready_nbytes
+        nbytes = min(PREFAULT_NBYTES, self.nbytes - start)
+        self.ready_nbytes += nbytes
+        for at in range(start, start + nbytes, _SLICE_NBYTES):
+            if _madvise(self.address + at, min(_SLICE_NBYTES, start + nbytes - at), _MADV_POPULATE_WRITE):
                 return
 
     def close(self) -> None:
@@ -86,7 +91,7 @@ class Arena:
         # Finalizers run wherever the last reference dies, also inside a garbage collection in the middle of `take`. So
         # they only append, which needs no lock; the room is taken back at the next allocation.
         self._dead: deque[tuple[Segment, int]] = deque()
-        self._stop = threading.Event()
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="kvstored-prefault")
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +156,7 @@ class Arena:
 
     def close(self) -> None:
         """Stop prefaulting and let go of the descriptors."""
-        self._stop.set()
+        self._ahead.shutdown(cancel_futures=True)
         with self._lock:
             for segment in self._segments:
                 segment.close()
@@ -169,15 +174,15 @@ class Arena:
                 return None
             segment = Segment(len(self._segments) + 1, owner, size)
             self._segments.append(segment)
-            found = self._from(segment, nbytes)
-        threading.Thread(target=segment.prefault, args=(self._stop,), name="kvstored-prefault", daemon=True).start()
-        return found
+            return self._from(segment, nbytes)
 
     def _from(self, segment: Segment, nbytes: int) -> tuple[Segment, int, int] | None:
         start = segment.free.take(nbytes)
         if start is None:
             return None
         self._generation += 1
+        if start + nbytes > segment.ready_nbytes - PREFAULT_NBYTES // 2 and segment.ready_nbytes < segment.nbytes:
+            self._ahead.submit(segment.prefault)
         return segment, start, self._generation
 
     def _reclaim(self) -> None:

@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 POLICIES = ("lru", "arc", "s3fifo")
 """Which key leaves a memory tier next; `policies` holds one of each."""
-ADMISSIONS = ("all", "reused")
+ADMISSIONS = ("all", "reused", "ghost")
 """What may be written to disk: everything, or only what was hit at least once."""
 
 _UNITS = {"": 1, "B": 1}
@@ -63,8 +63,10 @@ class ColdConfig:
     """The cold tier: records in LMDB under `path`. No path: no cold tier.
 
     write_buffer_nbytes: demoted entries waiting for the writer. flush_interval_s: how often deadlines and
-    recency, which move with every get, are written down. admission: what may be written, "all", or "reused": only
-    what was hit at least once, about a tenth of the writes for two thirds of the hits.
+    recency, which move with every get, are written down. admission: what may be written, "all"; "reused": only
+    what was hit at least once, about a tenth of the writes for two thirds of the hits; "ghost": also what left lately
+    and was put again. write_nbytes_per_day: once so much was written, only what was hit is; 0 for no budget.
+    free_min_fraction: of the file system, kept free: the tier shrinks before the disk is full.
     """
 
     path: str | None = None
@@ -72,6 +74,8 @@ class ColdConfig:
     write_buffer_nbytes: int = 64 * MIB
     flush_interval_s: float = 30.0
     admission: str = "all"
+    write_nbytes_per_day: int = 0
+    free_min_fraction: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class StoreConfig:
         check_range("cold.capacity_nbytes", self.cold.capacity_nbytes, 1 * MIB, 1 << 50)
         check_range("cold.write_buffer_nbytes", self.cold.write_buffer_nbytes, 1, 1 << 40)
         check_range("cold.flush_interval_s", self.cold.flush_interval_s, 0.01, 86400)
+        check_range("cold.write_nbytes_per_day", self.cold.write_nbytes_per_day, 0, 1 << 60)
+        check_range("cold.free_min_fraction", self.cold.free_min_fraction, 0, 0.9)
         check_range("ttl_max_s", self.ttl_max_s, 0.001, 100 * 365 * 86400.0)
         check_range("ttl_s", self.ttl_s, 0.001, self.ttl_max_s)
         check_range("promote_after", self.promote_after, 0, 2)

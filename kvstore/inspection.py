@@ -40,8 +40,9 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         tiers = r.tiers_of(key)
         sizes = tuple(_nbytes_in(r, name, key) for name in tiers)
     entry = place[1] if place is not None else None
+    specs: Mapping[str, TensorSpec]
     if entry is not None:
-        specs: Mapping[str, TensorSpec] = {name: t.spec for name, t in entry.tensors.items()}
+        specs = {name: t.spec for name, t in entry.tensors.items()}
     else:
         specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
     return EntryInfo(

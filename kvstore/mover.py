@@ -25,10 +25,9 @@ log = logging.getLogger(__name__)
 class Mover:
     """The only one who moves entries. Any thread may call; movements queue up."""
 
-    def __init__(self, residency: Residency, forms: Forms, *, admission: str = "all") -> None:
+    def __init__(self, residency: Residency, forms: Forms) -> None:
         self._r = residency
         self._forms = forms
-        self._admission = admission
         self._moving = threading.Lock()
 
     def admit(self, entry: Entry, meta: Meta) -> None:
@@ -223,6 +222,8 @@ class Mover:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
                 r.counters.tiers[left].evictions += 1
+                if r.cold is not None:
+                    r.cold.admission.refused(entry.key)
                 r.lost_clean_copy(entry.key)
                 r.forget_if_gone(entry.key, "evicted", left)
 
@@ -245,9 +246,9 @@ class Mover:
         return left == "hot" and not meta.exact and self._r.warm.capacity_nbytes > 0
 
     def _deserves_cold(self, key: Key) -> bool:
-        """Admission to disk: everything, or what was hit at least once. A pinned key always, it must not be lost."""
+        """Whether the disk's admission rule and write budget let a key in."""
         meta = self._r.index.get(key)
-        return self._admission == "all" or (meta is not None and (meta.hits > 0 or meta.pinned))
+        return meta is not None and self._r.cold is not None and self._r.cold.admission.deserves(key, meta)
 
     def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
         """An entry left transit for the tier below, as `below` where it changed."""

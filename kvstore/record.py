@@ -183,6 +183,30 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
     return entry
 
 
+def to_safetensors(entry: Entry, meta: Meta) -> bytes:
+    """An entry as a plain safetensors file; the metadata says how the parts of encoded tensors belong together."""
+    return pack(entry, meta, compression=Compression.NONE).to_bytes()[FIXED_NBYTES:]
+
+
+def from_safetensors(file: bytes) -> Entry:
+    """The entry of a file that `to_safetensors` wrote; its tensors share memory with nothing. Raises RecordCorrupt.
+
+    There is no checksum in it: the file is taken at its word, within the limits of its structure.
+    """
+    length = int.from_bytes(file[:8], "little")
+    if length > HEADER_MAX_NBYTES:
+        raise RecordCorrupt(f"safetensors header of {length} bytes, at most {HEADER_MAX_NBYTES}")
+    slots, facts = parse_header(file[: 8 + length], len(file) - 8 - length)
+    data = torch.empty(len(file) - 8 - length, dtype=torch.uint8)
+    np.copyto(data.numpy(), np.frombuffer(file, np.uint8)[8 + length :])
+    try:
+        key, lossy = Key(bytes.fromhex(facts["kvstored.key"])), facts.get("kvstored.lossy") == "true"
+    except (KeyError, ValueError) as error:
+        raise RecordCorrupt(f"not a file that was exported from here: {error!r}") from None
+    rows = _tensor_rows(facts)
+    return Entry(key, {row.name: row.tensor(slots, data) for row in rows}, lossy=lossy)
+
+
 def specs_of(head: Head, head_bytes: bytes) -> dict[str, tuple[TensorSpec, str]]:
     """Spec and encoding of each tensor, from a checked head alone. Raises RecordCorrupt."""
     _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
@@ -275,6 +299,8 @@ def _lay_out(entry: Entry) -> tuple[dict[str, Slot], dict[str, str], list[Bytes]
         at += data.size
     facts = json.dumps(rows, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     metadata = {"format": "pt", "kvstored.key": entry.key.hex(), "kvstored.tensors": facts}
+    if entry.lossy:
+        metadata["kvstored.lossy"] = "true"
     return slots, metadata, [data for _, _, _, data in found]
 
 

@@ -58,7 +58,7 @@ class Store:
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
         self._forms = TensorForms(codec_named("nf4"), self._device, r, room)
-        self._mover = Mover(r, self._forms, admission=config.cold.admission)
+        self._mover = Mover(r, self._forms)
         self._intake = Intake(r, self._mover, config, self._device)
         self._closed = False
         if config.cold.path is not None:

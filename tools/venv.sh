@@ -39,7 +39,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv "$venv"
 fi
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@" </dev/null; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet "$@" </dev/null; }
 
 if [ -n "$bare" ]; then
     pip install "$@"

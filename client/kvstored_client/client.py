@@ -310,9 +310,11 @@ class Client:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch = self._nearby(lambda near: local.put(near, batch))
+            stored, epoch, commits = self._nearby(lambda near: local.put(near, batch))
         except UseStream:
             return self._send_stream(batch)
+        if commits > 1:
+            self.touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
         self._transport.saw_epoch(epoch)
         return stored
 

@@ -184,20 +184,17 @@ def _viewed(
     return LeasedTensors(tensors), window
 
 
-def put(near: Near, batch: Sequence[Outgoing]) -> tuple[int, int]:
-    """(entries stored, boot epoch). A long batch goes in several commits, the deepest entries first."""
-    stored = epoch = 0
-    stop = len(batch)
-    while stop:
-        start, nbytes = stop, 0
-        while start and stop - start < KEYS_PER_PACKET and (start == stop or nbytes <= COMMIT_NBYTES):
-            start -= 1
-            nbytes += batch[start].nbytes
-        if nbytes > COMMIT_NBYTES and stop - start > 1:
-            start += 1
+def put(near: Near, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
+    """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
+    stored = epoch = commits = start = 0
+    while start < len(batch):
+        stop, nbytes = start + 1, batch[start].nbytes
+        while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
+            nbytes += batch[stop].nbytes
+            stop += 1
         reply = _commit(near, batch[start:stop])
-        stored, epoch, stop = stored + reply.stored, reply.boot_epoch, start
-    return stored, epoch
+        stored, epoch, commits, start = stored + reply.stored, reply.boot_epoch, commits + 1, stop
+    return stored, epoch, commits
 
 
 def _commit(near: Near, entries: Sequence[Outgoing]) -> pb.PutReply:

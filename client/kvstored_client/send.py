@@ -49,9 +49,10 @@ class Outgoing:
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
         self.nbytes = arrays.check_specs(specs)
+        self.key = check_key(key)
         self.tensors = tensors
         self.header = pb.PutHeader(
-            key=check_key(key),
+            key=self.key,
             tensors=tensor_specs(specs),
             nbytes=self.nbytes,
             ttl_s=options.wire_ttl_s,

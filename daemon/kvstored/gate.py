@@ -143,6 +143,7 @@ class Gate(grpc.aio.ServerInterceptor):
                 code = "OK"
                 return reply
             finally:
+                self._meter.leave(method)
                 self._meter.end(method, code, time.perf_counter() - began)
                 _audit(method, identity, context, request, code)
 

@@ -26,6 +26,7 @@ from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.metrics import Meter
 from kvstored.verbs import Verbs
 from kvstored.wire import Incoming, Reading, hit_header, put_ready
 from kvstored_client._pb import cache_pb2 as pb
@@ -54,6 +55,7 @@ class Shared:
     ingest: Budget
     verbs: Verbs
     lease_max_s: float
+    meter: Meter | None = None
     gauges: dict[str, int] = field(default_factory=lambda: {"leases": 0, "lease_connections": 0, "leases_aged": 0})
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -106,9 +108,9 @@ class Connection:
         self._shared.count("lease_connections", -1)
 
     def hang_up(self) -> None:
-        """End the connection from outside its thread."""
+        """End the connection from outside its thread; a call under way still gets its answer."""
         with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RD)
 
     def expire(self, now: float) -> None:
         """Drop leases over their age: a client that was stopped must not hold memory for ever."""
@@ -137,14 +139,23 @@ class Connection:
             self._sock.send(data)
 
     def _reply(self, packet: bytes) -> pb.LeaseReply | None:
+        began = time.perf_counter()
         try:
             call = pb.LeaseCall.FromString(packet)
-            self._drop(list(call.release))
+        except DecodeError as error:
+            return _refusal("InvalidEntry", str(error))
+        self._drop(list(call.release))
+        reply = self._answer(call)
+        if reply is not None and self._shared.meter is not None:
+            code = reply.error.kind if reply.HasField("error") else "OK"
+            self._shared.meter.end(f"Lease/{_verb(call)}", code, time.perf_counter() - began)
+        return reply
+
+    def _answer(self, call: pb.LeaseCall) -> pb.LeaseReply | None:
+        try:
             return self._dispatch(call)
         except UseStream as error:
             return _refusal("UseStream", str(error))
-        except DecodeError as error:
-            return _refusal("InvalidEntry", str(error))
         except KvstoreError as error:
             kinds = (kind.__name__ for kind in type(error).__mro__)
             return _refusal(next(kind for kind in kinds if hasattr(errors, kind)), str(error))
@@ -265,6 +276,10 @@ class Connection:
                 f"bytes {place.start} to {place.start + nbytes} are in no ingest segment {place.segment}"
             )
         return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
+
+
+def _verb(call: pb.LeaseCall) -> str:
+    return next((name for name in ("get", "put", *SMALL_VERBS) if call.HasField(name)), "ingest")
 
 
 def _refusal(kind: str, message: str) -> pb.LeaseReply:

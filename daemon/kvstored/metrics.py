@@ -90,6 +90,14 @@ _DAEMON = (
     Family("kvstored_in_flight_refused_total", "counter", "Calls refused because of that limit.",
            value="in_flight_refused"),
     Family("kvstored_uptime_seconds", "gauge", "Since start.", value="uptime_s"),
+    Family("kvstored_arena_bytes", "gauge", "Shared memory mapped for clients of this host.", value="arena_nbytes"),
+    Family("kvstored_arena_used_bytes", "gauge", "Of it, in use by entries and leases.", value="arena_used_nbytes"),
+    Family("kvstored_arena_segments", "gauge", "Segments of shared memory.", value="arena_segments"),
+    Family("kvstored_arena_fragmentation_ratio", "gauge", "Free room outside its segment's largest hole.",
+           value="arena_fragmentation"),
+    Family("kvstored_leases", "gauge", "Gets whose tensors clients still read in place.", value="leases"),
+    Family("kvstored_lease_connections", "gauge", "Clients on the lease socket.", value="lease_connections"),
+    Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
     Family("kvstored_heartbeat_age_seconds", "gauge", "Since the background thread last turned.",
@@ -138,9 +146,12 @@ class Meter:
         self._running.labels(method).inc()
 
     def end(self, method: str, code: str, seconds: float) -> None:
-        """It ended."""
-        self._running.labels(method).dec()
+        """A call that may have begun elsewhere ended: the lease socket's are not counted as running."""
         self._seconds.labels(method, code).observe(seconds)
+
+    def leave(self, method: str) -> None:
+        """A call that `begin` counted is over."""
+        self._running.labels(method).dec()
 
     def refuse(self, code: str) -> None:
         """It had no right to be answered."""

@@ -58,13 +58,13 @@ _OPTIONS = (
     # On by default: a second daemon would bind the same TCP port without an error.
     ("grpc.so_reuseport", 0),
     # Keepalive alone noticed a stopped peer after 61 s, with the ping timeout after 3 (its default is 60 s).
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # Clients ping every 10 s; a lower bound above that would answer them with too_many_pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Clients ping every 5 s; a lower bound above that would answer them with too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_500),
 )
 
 
@@ -175,7 +175,9 @@ class Daemon:
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
         ingest = Budget(settings.in_flight_nbytes)
-        self._shared = Shared(store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s)
+        self._shared = Shared(
+            store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s, self.watch.meter
+        )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
         scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
@@ -235,8 +237,8 @@ class Daemon:
 
     def _start_leases(self, path: Path | None) -> None:
         # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
-        # And it knows no tokens: where the unix socket asks for one, it would be a way around.
-        wanted = not self._settings.token_on_unix and self._shared.store.config.hot.device == "cpu"
+        # And it knows no tokens: a tenant's calls would reach the whole key space through it.
+        wanted = not self._settings.tokens and self._shared.store.config.hot.device == "cpu"
         if path is not None and wanted:
             self._leases.append(LeaseServer(lease_path(path), self._shared))
             self._leases[-1].start()

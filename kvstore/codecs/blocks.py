@@ -9,6 +9,7 @@ Source: Dettmers et al. 2023; bitsandbytes 0.50's CPU path, whose bits these are
 import torch
 
 from kvstore.codecs.tables import SCALE_LUT_SIZE, table
+from kvstore.kernels import cuda_kernel
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -46,7 +47,10 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     full = n - n % BLOCK
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty((n + BLOCK - 1) // BLOCK, dtype=torch.float32, device=x.device)
-    for start in range(0, full, _CHUNK_NUMEL):
+    kernel = cuda_kernel(x)
+    if kernel is not None and full:
+        kernel.quantize(x[:full], codes[: full // 2], absmax[: full // BLOCK], table("thresholds", x.device))
+    for start in range(0, 0 if kernel is not None else full, _CHUNK_NUMEL):
         stop = min(full, start + _CHUNK_NUMEL)
         blocks = x[start:stop].to(torch.float32).view(-1, BLOCK)
         scale = absmax[start // BLOCK : stop // BLOCK]
@@ -68,9 +72,13 @@ def dequantize(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> 
     codes: uint8 ((n+1)//2,); absmax: float32 (ceil(n/64),); out: flat (n,), float32, float16 or bfloat16.
     """
     n = out.numel()
+    kernel, done = cuda_kernel(out), 0
+    if kernel is not None and n >= BLOCK:
+        done = n - n % BLOCK
+        kernel.dequantize(codes[: done // 2], absmax[: done // BLOCK], table("code", out.device), out[:done])
     # A byte's two float32 levels are looked up as one float64: an eight-byte copy, no arithmetic on it.
     pair = table("pair", codes.device).view(torch.float64).view(-1)
-    for start in range(0, n, _CHUNK_NUMEL):
+    for start in range(done, n, _CHUNK_NUMEL):
         stop = min(n, start + _CHUNK_NUMEL)
         index = codes[start // 2 : (stop + 1) // 2].to(torch.int32)
         levels = torch.index_select(pair, 0, index).view(torch.float32)[: stop - start]

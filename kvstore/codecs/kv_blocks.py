@@ -20,6 +20,7 @@ from kvstore.errors import CodecError
 
 GROUP = 64
 """Tokens that share a mean. A last group has 32 to 95."""
+MIN_CENTRED = 8
 KEY_BLOCK = 32
 VALUE_BLOCK = 64
 """Keys carry nearly all the harm, so the bits of finer scales go to them."""
@@ -49,8 +50,11 @@ def rotation_size(head_dim: int) -> int:
 
 
 def group_count(tokens: int) -> int:
-    """How many means a run of tokens has: groups of 64, a rest below 32 joining the last one."""
-    return max(1, (tokens + GROUP // 2) // GROUP)
+    """How many means a run of tokens has: groups of 64, a rest below 32 joining the last one.
+
+    None below 8 tokens, where a mean would cost a bit a value or more.
+    """
+    return max(1, (tokens + GROUP // 2) // GROUP) if tokens >= MIN_CENTRED else 0
 
 
 def rotate(rows: torch.Tensor, size: int) -> torch.Tensor:

@@ -112,8 +112,8 @@ class NF4KV:
         if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
             raise CodecError(f"nf4-kv holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
         role, token_axis = role_of(name, hints), hints.token_axis
-        if role == "packed" and (x.dim() == 0 or x.shape[-1] % 2):
-            role = "plain"
+        if x.dim() < 2 or (role == "packed" and x.shape[-1] % 2):
+            role = "plain"  # no tokens to tell apart, or no two halves
         attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
         parts: dict[str, torch.Tensor] = {}
         error = 0.0

@@ -54,8 +54,8 @@ class Disk(Protocol):
         """Remove a file."""
         ...
 
-    def free_nbytes(self, path: Path) -> int:
-        """Bytes the file system still has for us."""
+    def room(self, path: Path) -> tuple[int, int]:
+        """Bytes the file system still has for us, and bytes it has in all."""
         ...
 
 
@@ -124,7 +124,7 @@ class SystemDisk:
         """Remove a file."""
         path.unlink(missing_ok=True)
 
-    def free_nbytes(self, path: Path) -> int:
+    def room(self, path: Path) -> tuple[int, int]:
         """As statvfs says, without root's reserve."""
         stat = os.statvfs(path)
-        return stat.f_bavail * stat.f_frsize
+        return stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize

@@ -57,12 +57,13 @@ class Callbacks:
     """How the writer reaches the store and the tier.
 
     make_room: evict until the file system has so many bytes above its floor; False: there was nothing to evict.
-    dropped: forget a key that could not be written.
+    dropped: forget a key that could not be written. wrote: bytes that went to the disk.
     """
 
     meta_of: Callable[[Key], Meta | None]
     dropped: Callable[[Key, str], None]
     make_room: Callable[[int], bool]
+    wrote: Callable[[int], None]
 
 
 class Writer:
@@ -85,6 +86,7 @@ class Writer:
         self._freed: list[Place] = []
         self._failures = 0
         self._closing = False
+        self.room_due = False
         self._thread = threading.Thread(target=self._run, name="kvstore-cold-writer", daemon=True)
 
     def start(self) -> None:
@@ -133,6 +135,9 @@ class Writer:
                     with self._changed:
                         self._rows_done = due
                         self._changed.notify_all()
+                elif self.room_due:
+                    self.room_due = False
+                    self._callbacks.make_room(0)
                 else:
                     self._free_durably()
                 self._failures = 0
@@ -141,7 +146,9 @@ class Writer:
                 self._fail(error)
 
     def _has_work(self) -> bool:
-        return bool(self._closing or self._pending.queued or self._rows_due > self._rows_done or self._freed)
+        return bool(
+            self._closing or self._pending.queued or self._rows_due > self._rows_done or self._freed or self.room_due
+        )
 
     def _fail(self, error: Exception) -> None:
         """Queue the batch again and pause, longer each time."""
@@ -186,6 +193,7 @@ class Writer:
             with self._changed:
                 self.dirty.update({key: row.seq for key, row in put.items() if key not in self.dirty})
             raise
+        self._callbacks.wrote(sum(blocks_nbytes(place.nbytes) for place in places))
         self._free(freed, durable=any(operation.durable for operation in batch.values()))
         with self._changed:
             self.counters.commits += 1

@@ -20,11 +20,13 @@ import lmdb
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
+from kvstore.disk.admission import Admission
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
+from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
 from kvstore.disk.segments import Segments, blocks_nbytes
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
@@ -73,6 +75,8 @@ class Cold:
     ) -> None:
         self.capacity_nbytes = config.capacity_nbytes
         self._directory = directory
+        self._free_min_fraction = config.free_min_fraction
+        self.admission = Admission(config.admission, config.write_nbytes_per_day, clock)
         self._buffer_nbytes = config.write_buffer_nbytes
         self._clock = clock
         self._disk = disk
@@ -85,10 +89,11 @@ class Cold:
         self._pin_max_nbytes = int(config.capacity_nbytes * pin_max_fraction)
         self._seq = 0
         self._recovered = Recovered()
+        self._scrubber = Scrubber(self)
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room)
+        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote)
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
@@ -166,6 +171,7 @@ class Cold:
             "cold_healthy": float(self.healthy),
             "cold_pending_nbytes": float(self.pending_nbytes),
             "cold_disk_nbytes": float(self.disk_nbytes()),
+            "cold_refusals": float(self.admission.refusals),
             "cold_quarantined": float(self._directory.quarantined is not None),
         }
 
@@ -302,6 +308,7 @@ class Cold:
         while too_full() and (victim := self._lru.victim()) is not None:
             self._delete(victim, durable=False)
             self._writer.counters.evictions += 1
+            self.admission.left(victim)
             evicted.append(victim)
         return evicted
 
@@ -419,8 +426,12 @@ class Cold:
                 raise TierUnavailable(f"cold could not write order and deadlines within {timeout_s} s; trying again")
 
     def maintain(self) -> None:
-        """What the maintainer calls now and then: free the slots of readers that died."""
+        """What the maintainer calls now and then: room on the disk, slots of readers that died, a little scrubbing."""
         self._rows.check_readers()
+        with self._changed:
+            self._writer.room_due = True
+            self._changed.notify_all()
+        self._scrubber.turn(SCRUB_NBYTES)
 
     def _drop(self, key: Key, reason: str) -> None:
         """An entry that can never be written: the writer found out."""
@@ -431,7 +442,8 @@ class Cold:
 
     def _make_room(self, nbytes: int) -> bool:
         """The writer asks, before it writes so many bytes and after it failed to: evict until the disk has them."""
-        missing = nbytes - self._disk.free_nbytes(self._directory.path)
+        free, total = self._disk.room(self._directory.path)
+        missing = nbytes + int(total * self._free_min_fraction) - free
         if missing <= 0:
             return True
         victims: list[Key] = []

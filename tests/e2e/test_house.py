@@ -14,6 +14,7 @@ from kvstored.settings import Settings
 from tests.conftest import ROOT
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+MANUAL = (ROOT / "docs" / "cli.md").read_text()
 
 
 def settings_of(kind: object, prefix: str = "") -> list[str]:
@@ -44,10 +45,11 @@ def test_no_setting_is_documented_that_does_not_exist():
 
 def test_every_verb_and_each_of_its_options_is_documented():
     for name, command in cli.commands.items():
-        assert f"`kvstored {name}" in OPERATIONS, name
+        assert f"## kvstored {name}\n" in MANUAL, name
         for option in command.params:
             if option.param_type_name == "option":
-                assert any(f"`{word}" in OPERATIONS or f" {word} " in OPERATIONS for word in option.opts), option.opts
+                assert all(word in MANUAL for word in option.opts), option.opts
+    assert set(re.findall(r"`kvstored ([a-z-]+)", OPERATIONS)) <= set(cli.commands)
 
 
 def test_every_exit_code_is_documented():
@@ -58,7 +60,8 @@ def test_every_exit_code_is_documented():
 def test_every_counter_is_documented(daemon):
     with daemon.client() as client:
         values = client.stats().values
-    assert [name for name in values if f"`{name}`" not in OPERATIONS] == []
+    names = {re.sub(r"_[A-Z]\w*/\w+$", "_METHOD", name) for name in values}
+    assert [name for name in names if f"`{name}`" not in OPERATIONS] == []
 
 
 def test_every_exported_name_of_the_engine_exists():
@@ -69,8 +72,10 @@ def test_every_exported_name_of_the_engine_exists():
 
 
 def test_the_client_takes_only_light_modules_of_the_engine():
-    allowed = {"arrays", "dtypes", "errors", "hit", "keys", "prefix", "stats"}
-    for path in sorted((ROOT / "client" / "kvstored_client").rglob("*.py")):
+    allowed = {"arrays", "dtypes", "errors", "hit", "keys", "prefix", "region", "stats"}
+    client = ROOT / "client" / "kvstored_client"
+    # An integration runs inside its engine's process, where torch is; `simple` embeds a store there.
+    for path in sorted(path for path in client.rglob("*.py") if "integrations" not in path.parts):
         text = path.read_text()
         taken = set(re.findall(r"^\s*(?:from|import) kvstore\.(\w+)", text, re.MULTILINE))
         taken |= set(re.findall(r"^\s*from kvstore import (\w+)", text, re.MULTILINE))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -340,9 +341,9 @@ def test_a_failing_disk_loses_nothing_and_recovers_by_itself(tmp_path: Path) -> 
     holder.open()
     holder.disk.broken = True
     holder.put(key(1), 1)
+    while holder.cold.healthy:
+        time.sleep(0.01)
     with pytest.raises(TierUnavailable):
-        while holder.cold.healthy:
-            holder.cold.flush(timeout_s=0.2)
         holder.cold.flush(timeout_s=0.2)
     assert filled(holder.cold.get(key(1))) == 1
     entry = Entry(key(2), {"x": raw(torch.zeros(9 * MIB, dtype=torch.uint8))})

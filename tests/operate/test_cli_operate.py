@@ -97,7 +97,7 @@ def test_top_and_watch_show_the_numbers_again_and_again(client, run):
     text = run("top", "--count", 2, "--interval-s", 0.1)
     assert text.count("TIER") == 2
     assert "hit ratio" in text
-    assert "Cache/Put" in text
+    assert "SLOWEST CALLS" in text
     lines = run("top", "--count", 2, "--interval-s", 0.1, "--json").splitlines()
     assert {"tiers", "rates"} <= set(json.loads(lines[1]))
     assert "COUNTER" in run("stats")

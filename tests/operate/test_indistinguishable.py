@@ -25,7 +25,8 @@ def daemon():
     with running_daemon('tokens = "{dir}/tokens.toml"') as found:
         (found.directory / "tokens.toml").write_text(
             "".join(
-                f'[[token]]\nname = "{name}"\nsha256 = "{digest(token)}"\ntenant = "{name}"\nrights = ["read", "write"]\n'
+                f'[[token]]\nname = "{name}"\nsha256 = "{digest(token)}"\n'
+                f'tenant = "{name}"\nrights = ["read", "write"]\n'
                 for name, token in OWN.items()
             )
         )

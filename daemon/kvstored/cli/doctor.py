@@ -101,10 +101,14 @@ def _versions(_: "Settings") -> Iterator[Finding]:
 
 def _kernel(_: "Settings") -> Iterator[Finding]:
     try:
-        from kvstore import kernels  # type: ignore[attr-defined,unused-ignore]  # an optional part of the engine
+        from kvstore.kernels.cpu import kernels
 
-        yield Finding("good", f"compiled codec kernel: {getattr(kernels, '__name__', 'present')}")
+        found = list(kernels())
     except ImportError:
+        found = []
+    if found:
+        yield Finding("good", f"compiled codec kernel: instruction set level {len(found) - 1}")
+    else:
         yield Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
 
 

@@ -15,11 +15,14 @@ ROOM_TOKENS = 256
 """Behind the restored tokens: an answer's usual length."""
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no annotations
+class RoomyLayer(DynamicLayer):
     """A full-attention layer that holds `length` tokens of a larger buffer (batch, kv_heads, tokens, head_dim)."""
 
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # it has no annotations
+        super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._buffers = (keys, values)
         self._length = length

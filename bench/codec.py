@@ -1,0 +1,139 @@
+"""How fast the codecs are: GB/s of uncompressed bytes, beside copying, bitsandbytes and plain torch in the same run.
+
+    .venv/bin/python bench/codec.py --json            # 1 to 256 MiB, 1 and 2 threads: about 10 minutes
+    .venv/bin/python bench/codec.py --quick           # 16 MiB, one thread
+
+One case a line. The contenders of a case take turns and each keeps its best time, so that a busy neighbour hits all
+of them. A ratio above 1 means faster than the baseline it names; `write` is a fill of the same prepared output.
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kvstore.codecs import blocks, nf4, nf4_kv
+from kvstore.codecs.nf4 import NF4
+from kvstore.codecs.nf4_kv import NF4KV
+
+MIB = 1 << 20
+ROUNDS = 15
+SLOW_S = 0.5
+"""A contender slower than this is timed twice only."""
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def keep_freed_memory() -> None:
+    """What the daemon does at its start too: freed memory is kept, or every encoding pays for page faults."""
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, 32 * MIB)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def best_times(contenders: Contenders) -> dict[str, float]:
+    """The best time of each, in seconds, over rounds in which they take turns."""
+    best: dict[str, float] = {}
+    for at in range(ROUNDS):
+        for name, run in contenders.items():
+            if at > 1 and best[name] > SLOW_S:
+                continue
+            start = time.perf_counter()
+            run()
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+    return best
+
+
+def without_kernel(run: Callable[[], object]) -> Callable[[], object]:
+    """The same call through the torch reference."""
+
+    def slow() -> object:
+        kept = nf4.cpu_kernel, nf4_kv.cpu_kernel
+        nf4.cpu_kernel = nf4_kv.cpu_kernel = lambda _x: None
+        try:
+            return run()
+        finally:
+            nf4.cpu_kernel, nf4_kv.cpu_kernel = kept
+
+    return slow
+
+
+def cases(nbytes: int, dtype: torch.dtype) -> Iterator[tuple[str, Contenders]]:
+    """(name, contenders) of one size and type; the codec itself is contender "codec"."""
+    import bitsandbytes.functional as bnb
+
+    n = nbytes // dtype.itemsize
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype).view(8, -1, 8, 64)
+    out, copy = torch.empty_like(x), torch.empty_like(x)
+    packed, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+    common: Contenders = {"memcpy": lambda: copy.copy_(x)}
+    write: Contenders = {"write": out.zero_}
+    bnb_encode: Contenders = {"bitsandbytes": lambda: bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)}
+    bnb_decode: Contenders = {"bitsandbytes": lambda: bnb.dequantize_4bit(packed, state)}
+    for codec, name in ((NF4(), "k"), (NF4KV(), "k"), (NF4KV(), "v")):
+        label = f"{codec.name}" if codec.name == "nf4" else f"{codec.name}:{name}"
+        encode = _encoder(codec, name, x)
+        encoded = codec.encode(name, x)
+        decode = _decoder(codec, encoded, out)
+        yield f"{label}.encode", {"codec": encode, **common, **bnb_encode, "torch": without_kernel(encode)}
+        yield f"{label}.decode", {"codec": decode, **common, **write, **bnb_decode, "torch": without_kernel(decode)}
+
+
+def _encoder(codec: Any, name: str, x: torch.Tensor) -> Callable[[], object]:
+    return lambda: codec.encode(name, x)
+
+
+def _decoder(codec: Any, encoded: Any, out: torch.Tensor) -> Callable[[], object]:
+    return lambda: codec.decode(encoded, out)
+
+
+def rows(nbytes: int, dtype: torch.dtype, threads: int) -> Iterator[dict[str, Any]]:
+    """One result for each case; keys and values of nf4-kv also as one, as an entry holds both."""
+    torch.set_num_threads(threads)
+    times: dict[str, dict[str, float]] = {}
+    for name, contenders in cases(nbytes, dtype):
+        times[name] = best_times(contenders)
+    for verb in ("encode", "decode"):
+        k, v = times[f"nf4-kv:k.{verb}"], times[f"nf4-kv:v.{verb}"]
+        times[f"nf4-kv.{verb}"] = {who: (k[who] + v[who]) / 2 for who in k}
+    params = {"dtype": str(dtype).removeprefix("torch."), "nbytes": nbytes, "threads": threads}
+    for name, by in times.items():
+        own = by.pop("codec")
+        ratios = {who: round(time_s / own, 3) for who, time_s in by.items()}
+        yield {"name": name, "params": params, "value": round(nbytes / own / 1e9, 3), "unit": "GB/s", "ratios": ratios}
+
+
+def main() -> None:
+    """Print a table, or one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="16 MiB of float32, one thread")
+    parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    args = parser.parse_args()
+    if args.quick:
+        args.mib, args.threads, args.dtype = [16], [1], ["float32"]
+    keep_freed_memory()
+    blocks.quantize(torch.randn(1 << 16))
+    for mib in args.mib:
+        for dtype in args.dtype:
+            for threads in args.threads:
+                for row in rows(mib * MIB, getattr(torch, dtype), threads):
+                    print(json.dumps(row) if args.json else line(row), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    p = row["params"]
+    head = f"{row['name']:17} {p['dtype']:9} {p['nbytes'] // MIB:4d} MiB {p['threads']} thr {row['value']:8.2f} GB/s"
+    return head + "".join(f"  {who} x{ratio:g}" for who, ratio in row["ratios"].items())
+
+
+if __name__ == "__main__":
+    main()

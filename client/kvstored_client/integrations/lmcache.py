@@ -1,0 +1,327 @@
+"""kvstored for LMCache 0.5: an L2 adapter for its server, a remote connector for its engine, and an NF4 serde.
+
+    lmcache server ... --l2-adapter '{"type": "plugin",
+        "module_path": "kvstored_client.integrations.lmcache", "class_name": "KvstoredL2Adapter",
+        "adapter_params": {"address": "unix:/run/kvstored/kvstored.sock"}}'
+
+    remote_url: "plugin://kvstored"
+    remote_storage_plugins: ["kvstored"]
+    extra_config:
+      remote_storage_plugin.kvstored.module_path: kvstored_client.integrations.lmcache
+      remote_storage_plugin.kvstored.class_name: KvstoredConnectorAdapter
+
+LMCache's own keys (model, rank, chunk hash, salt) are the identity; its objects are kept as bytes, exactly.
+Locks are not taken: a key that was there and is gone again is a miss of its load, which LMCache allows for.
+The adapter's tasks run on threads of its own, and nothing of the cache's trouble is raised.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.internal_api import L2StoreResult
+from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
+from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
+from lmcache.v1.distributed.serde.base import Deserializer, Serializer
+from lmcache.v1.distributed.serde.factory import register_serde_factory
+from lmcache.v1.platform import create_event_notifier
+from lmcache.v1.protocol import RemoteMetadata
+from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
+from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
+
+from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
+
+logger = logging.getLogger(__name__)
+
+_DATA, _META = "data", "meta"
+
+
+def _guard_of(params: dict[str, Any]) -> Guard:
+    """The guard that a configuration asks for. Raises TypeError for a setting that is none."""
+    known = {"address": None, "lookup_timeout_s": LOOKUP_TIMEOUT_S, "fetch_timeout_s": FETCH_TIMEOUT_S}
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise TypeError(f"unknown setting {unknown[0]!r}; known: {', '.join(known)}")
+    found = {**known, **params}
+    return Guard(
+        found["address"],
+        lookup_timeout_s=float(found["lookup_timeout_s"]),  # type: ignore[arg-type]  # from JSON
+        fetch_timeout_s=float(found["fetch_timeout_s"]),  # type: ignore[arg-type]  # from JSON
+    )
+
+
+def _key_of(*fields: object) -> bytes:
+    text = json.dumps([f.hex() if isinstance(f, bytes) else str(f) for f in fields])
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _object_key(key: Any) -> bytes:
+    return _key_of("L2", key.model_name, key.kv_rank, key.object_group_id, key.cache_salt, key.chunk_hash)
+
+
+def _bytes_of(obj: Any) -> torch.Tensor:
+    return torch.frombuffer(obj.byte_array, dtype=torch.uint8)
+
+
+class KvstoredL2Adapter(L2AdapterInterface):
+    """LMCache's second level in kvstored. Thread-safe, as LMCache asks for."""
+
+    def __init__(self, params: dict[str, Any] | None = None, **_: Any) -> None:
+        super().__init__()
+        self._guard = _guard_of(params or {})
+        self._efds = {name: create_event_notifier() for name in ("store", "lookup", "load")}
+        self._lock = threading.Lock()
+        self._last_task = 0
+        self._done: dict[str, dict[int, Any]] = {name: {} for name in self._efds}
+        # Stores apart from loads: a long write never stands before a lookup.
+        self._threads = {name: ThreadPoolExecutor(1, f"kvstored-{name}") for name in self._efds}
+
+    def get_store_event_fd(self) -> int:
+        """Signalled when a store is done."""
+        return int(self._efds["store"].fileno())
+
+    def get_lookup_and_lock_event_fd(self) -> int:
+        """Signalled when a lookup is done."""
+        return int(self._efds["lookup"].fileno())
+
+    def get_load_event_fd(self) -> int:
+        """Signalled when a load is done."""
+        return int(self._efds["load"].fileno())
+
+    def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
+        """Put objects. Returns the task."""
+        return self._submit("store", lambda: self._store(keys, objects), L2StoreResult(False, 0))
+
+    def pop_completed_store_tasks(self) -> dict[int, Any]:
+        """Results by task, each once."""
+        with self._lock:
+            done, self._done["store"] = self._done["store"], {}
+            return done
+
+    def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: Any) -> int:
+        """Ask which keys are held. Returns the task."""
+        del group_layout_descs
+        return self._submit("lookup", lambda: self._lookup(keys), Bitmap(len(keys)))
+
+    def query_lookup_and_lock_result(self, task_id: int) -> Any:
+        """The bitmap of a lookup, once; None before it is done."""
+        with self._lock:
+            return self._done["lookup"].pop(task_id, None)
+
+    def submit_unlock(self, keys: list[Any]) -> None:
+        """Nothing is locked."""
+
+    def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
+        """Fill objects. Returns the task."""
+        return self._submit("load", lambda: self._load(keys, objects), Bitmap(len(keys)))
+
+    def query_load_result(self, task_id: int) -> Any:
+        """The bitmap of a load, once; None before it is done."""
+        with self._lock:
+            return self._done["load"].pop(task_id, None)
+
+    def delete(self, keys: list[Any]) -> None:
+        """Forget keys."""
+        self._guard.delete(*map(_object_key, keys))
+
+    def report_status(self) -> dict[str, Any]:
+        """What LMCache shows of this adapter."""
+        return {"is_healthy": True, "type": type(self).__name__, "failures": self._guard.failures}
+
+    def close(self) -> None:
+        """End the threads; running tasks are waited for, which their deadlines bound."""
+        for threads in self._threads.values():
+            threads.shutdown(wait=True, cancel_futures=True)
+        for efd in self._efds.values():
+            efd.close()
+
+    def _submit(self, kind: str, work: Callable[[], Any], failed: Any) -> int:
+        with self._lock:
+            self._last_task += 1
+            task = self._last_task
+
+        def run() -> None:
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001 - the boundary: LMCache only ever sees a miss
+                logger.warning("%s failed: %s: %s", kind, type(error).__name__, error)
+                result = failed
+            with self._lock:
+                self._done[kind][task] = result
+            self._efds[kind].notify()
+
+        self._threads[kind].submit(run)
+        return task
+
+    def _store(self, keys: list[Any], objects: list[Any]) -> Any:
+        # Copies: a put given up at its deadline may still be reading when LMCache reuses the object.
+        entries = [(_object_key(key), {_DATA: _bytes_of(obj).clone()}) for key, obj in zip(keys, objects, strict=True)]
+        stored = self._guard.put_many(entries, fidelity="exact")
+        if stored != len(entries):
+            return L2StoreResult(False, 0)
+        sizes = [entry[_DATA].numel() for _, entry in entries]
+        self._notify_keys_stored(keys, sizes)
+        return L2StoreResult(True, sum(sizes))
+
+    def _lookup(self, keys: list[Any]) -> Any:
+        found = Bitmap(len(keys))
+        for i, held in enumerate(self._guard.locate([_object_key(key) for key in keys])):
+            if held is not None:
+                found.set(i)
+        return found
+
+    def _load(self, keys: list[Any], objects: list[Any]) -> Any:
+        found = Bitmap(len(keys))
+        hits = self._guard.get_many([_object_key(key) for key in keys])
+        for i, (hit, obj) in enumerate(zip(hits, objects, strict=True)):
+            data = None if hit is None else hit.tensors.get(_DATA)
+            target = _bytes_of(obj)
+            if data is not None and data.shape == target.shape and data.dtype == target.dtype:
+                target.copy_(data)
+                found.set(i)
+        self._notify_keys_accessed([key for i, key in enumerate(keys) if found.test(i)])
+        return found
+
+
+class KvstoredConnectorAdapter(ConnectorAdapter):
+    """Makes the connector for `plugin://kvstored`, with the metadata that a bare connector class is not given."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__("plugin://")
+
+    def can_parse(self, url: str) -> bool:
+        """Whether the URL names this plug-in."""
+        return url.startswith("plugin://kvstored")
+
+    def create_connector(self, context: ConnectorContext) -> RemoteConnector:
+        """The connector for an engine; settings are those of extra_config that begin with `kvstored.`."""
+        return KvstoredConnector(context)
+
+
+class KvstoredConnector(RemoteConnector):
+    """LMCache's remote store in kvstored."""
+
+    def __init__(self, context: ConnectorContext) -> None:
+        super().__init__(context.config, context.metadata)
+        extra = context.config.extra_config or {}
+        own = {name[len("kvstored.") :]: value for name, value in extra.items() if name.startswith("kvstored.")}
+        self._guard = _guard_of(own)
+        self._local = context.local_cpu_backend
+
+    async def exists(self, key: Any) -> bool:
+        """Whether the key is held."""
+        return await asyncio.to_thread(self.exists_sync, key)
+
+    def exists_sync(self, key: Any) -> bool:
+        """Whether the key is held."""
+        return self._guard.match([_key_of("remote", key.to_string())]) > 0
+
+    async def get(self, key: Any) -> Any:
+        """The object, in memory of LMCache's; None on a miss."""
+        return await asyncio.to_thread(self._get, key)
+
+    def _get(self, key: Any) -> Any:
+        hit = self._guard.get(_key_of("remote", key.to_string()))
+        if hit is None or not {_DATA, _META} <= hit.tensors.keys():
+            return None
+        try:
+            meta = RemoteMetadata.deserialize(hit.tensors[_META].numpy().tobytes())
+            obj = self._local.allocate(meta.shapes, meta.dtypes, meta.fmt)
+            if obj is None:
+                return None
+            data, target = hit.tensors[_DATA], _bytes_of(obj)
+            if data.shape != target.shape:
+                obj.ref_count_down()
+                return None
+            target.copy_(data)
+        except Exception as error:  # noqa: BLE001 - the boundary: LMCache only ever sees a miss
+            logger.warning("get failed: %s: %s", type(error).__name__, error)
+            return None
+        return obj
+
+    async def put(self, key: Any, memory_obj: Any) -> None:
+        """Put the object."""
+        data = _bytes_of(memory_obj).clone()  # a put given up at its deadline may still be reading
+        shapes, dtypes = memory_obj.get_shapes(), memory_obj.get_dtypes()
+        meta = RemoteMetadata(data.numel(), shapes, dtypes, memory_obj.get_memory_format()).serialize()
+        entry = {_DATA: data, _META: torch.frombuffer(bytearray(meta), dtype=torch.uint8)}
+        entries = [(_key_of("remote", key.to_string()), entry)]
+        await asyncio.to_thread(lambda: self._guard.put_many(entries, fidelity="exact"))
+
+    async def list(self) -> list[str]:
+        """Keys cannot be listed: they are kept as hashes."""
+        return []
+
+    async def close(self) -> None:
+        """Finish what is waiting."""
+        await asyncio.to_thread(self._guard.flush)
+
+
+_HEAD_NBYTES = 1024
+"""A serialized tensor begins with its description as JSON, padded to this."""
+
+
+class Nf4Serializer(Serializer):
+    """KV tensors as NF4: 4.13 bits a value. Raises CodecError for a tensor with values that are not finite."""
+
+    def serialize(self, src: Any, dst: Any, key: Any) -> int:
+        """Write description and parts. Returns the bytes written."""
+        del key
+        from kvstore.codecs import codec_named
+
+        encoded = codec_named("nf4").encode("kv", src.tensor)
+        parts = {suffix: part.contiguous().view(torch.uint8).flatten() for suffix, part in encoded.parts.items()}
+        head = {
+            "attrs": dict(encoded.attrs),
+            "parts": [[s, str(encoded.parts[s].dtype)[6:], p.numel()] for s, p in parts.items()],
+        }
+        text = json.dumps(head).encode().ljust(_HEAD_NBYTES)
+        if len(text) > _HEAD_NBYTES:
+            raise ValueError(f"a description has at most {_HEAD_NBYTES} bytes, got {len(text)}")
+        whole = torch.cat([torch.frombuffer(bytearray(text), dtype=torch.uint8), *parts.values()])
+        _bytes_of(dst)[: whole.numel()].copy_(whole)
+        return whole.numel()
+
+    def estimate_serialized_size(self, layout_desc: Any) -> int:
+        """An upper bound: half a byte a value, a scale for each 64 of them and 4 bytes for each 256 scales."""
+        n = sum(torch.Size(shape).numel() for shape in layout_desc.shapes)
+        scales = n // 64 + 1
+        return int(_HEAD_NBYTES + n // 2 + 1 + scales + 4 * (scales // 256 + 1))
+
+
+class Nf4Deserializer(Deserializer):
+    """NF4 back to the destination's dtype."""
+
+    def deserialize(self, src: Any, dst: Any, key: Any) -> None:
+        """Fill dst. Raises CodecError for bytes that are no NF4 tensor of its shape."""
+        del key
+        from kvstore.codecs import codec_named
+        from kvstore.entry import EncodedTensor, TensorSpec
+
+        data, target = _bytes_of(src), dst.tensor
+        head = json.loads(data[:_HEAD_NBYTES].numpy().tobytes())
+        start, parts = _HEAD_NBYTES, {}
+        for suffix, dtype, nbytes in head["parts"]:
+            parts[suffix] = data[start : start + nbytes].clone().view(getattr(torch, dtype))
+            start += nbytes
+        spec = TensorSpec(str(target.dtype)[6:], tuple(target.shape))
+        target.copy_(codec_named("nf4").decode(EncodedTensor(spec, "nf4", parts, head["attrs"])))
+
+
+def _nf4_serde(settings: dict[str, Any]) -> AsyncSerdeProcessor:
+    return AsyncSerdeProcessor(
+        Nf4Serializer(), Nf4Deserializer(), max_workers=int(settings.get("max_workers", 1))
+    )
+
+
+try:
+    register_serde_factory("nf4", _nf4_serde)
+except ValueError:  # this module was imported under two names, as LMCache's plug-in loader may
+    logger.debug("nf4 is registered already")

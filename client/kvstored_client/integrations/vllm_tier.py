@@ -1,0 +1,208 @@
+"""kvstored as a secondary tier of vLLM's offloading (0.32), below its pinned CPU memory.
+
+    "kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec",
+        "cpu_bytes_to_use": ..., "secondary_tiers": [{"type": "KvstoredTier",
+        "module_path": "kvstored_client.integrations.vllm_tier", "address": "unix:/run/kvstored/kvstored.sock"}]}
+
+Runs in the scheduler's process: no method waits for the cache, `drain_jobs` apart. A lookup answers RETRY until it is
+known; a load that finds nothing fails its job, and vLLM recomputes. Jobs run in order on one thread of the tier's.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, RequestOffloadingContext
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
+
+logger = logging.getLogger(__name__)
+
+_KNOWN_MAX = 65_536
+"""Answers of lookups that are kept."""
+_KNOWN_S = 5.0
+"""An answer is good for so long: another host may put or evict the block meanwhile."""
+
+
+class KvstoredTier(SecondaryTierManager):
+    """Chunks of vLLM's CPU memory in kvstored."""
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self._guard = Guard(
+            settings.get("address"),
+            lookup_timeout_s=float(settings.get("lookup_timeout_s", LOOKUP_TIMEOUT_S)),
+            fetch_timeout_s=float(settings.get("fetch_timeout_s", FETCH_TIMEOUT_S)),
+        )
+        self._root = _identity(offloading_spec, str(settings.get("namespace", "")))
+        self._slots = torch.from_numpy(np.asarray(primary_kv_view).view(np.uint8))
+        self._threads = ThreadPoolExecutor(1, "kvstored-jobs")
+        self._askers = ThreadPoolExecutor(1, "kvstored-lookups")
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
+        self._asked: list[bytes] = []
+        self._finished: list[JobResult] = []
+        self._running: set[Future[None]] = set()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """HIT or MISS where that is known, RETRY until then."""
+        del req_context
+        own = self._key(key)
+        with self._lock:
+            found = self._known.get(own)
+            if found is not None and time.monotonic() - found[1] < _KNOWN_S:
+                return LookupResult.HIT if found[0] else LookupResult.MISS
+            if own not in self._asked:
+                self._asked.append(own)
+                if len(self._asked) == 1:
+                    self._askers.submit(self._ask)
+        return LookupResult.RETRY
+
+    def _ask(self) -> None:
+        # All lookups that came together are one call.
+        with self._lock:
+            asked = self._asked[:4096]
+        held = self._guard.locate(asked)
+        with self._lock:
+            for key, at in zip(asked, held, strict=True):
+                self._learn(key, held=at is not None)
+            del self._asked[: len(asked)]
+            if self._asked:
+                self._askers.submit(self._ask)
+
+    def _learn(self, key: bytes, *, held: bool) -> None:
+        self._known[key] = (held, time.monotonic())
+        self._known.move_to_end(key)
+        while len(self._known) > _KNOWN_MAX:
+            self._known.popitem(last=False)
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        """Put chunks from their slots."""
+        self._start(job_metadata, self._store)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        """Fill slots with chunks."""
+        self._start(job_metadata, self._load)
+
+    def _start(self, job: TransferJob, work: Any) -> None:
+        def run() -> None:
+            start = time.monotonic()
+            try:
+                result = work(job)
+            except Exception as error:  # noqa: BLE001 - the boundary: vLLM only ever sees a failed job
+                logger.warning("job %s failed: %s: %s", job.job_id, type(error).__name__, error)
+                result = JobResult(job.job_id, success=False, successful_keys=())
+            result.transfer_time = time.monotonic() - start
+            with self._lock:
+                self._finished.append(result)
+
+        future = self._threads.submit(run)
+        with self._lock:
+            self._running.add(future)
+        future.add_done_callback(self._ended)
+
+    def _ended(self, future: "Future[None]") -> None:
+        with self._lock:
+            self._running.discard(future)
+
+    def _store(self, job: TransferJob) -> JobResult:
+        keys = [self._key(key) for key in job.keys]
+        held = self._guard.locate(keys)
+        entries = [
+            # Copies: a put given up at its deadline may still be reading when vLLM reuses the slot.
+            (key, {"chunk": self._slots[int(slot)].clone()})
+            for key, slot, at in zip(keys, job.chunk_ids, held, strict=True)
+            if at is None
+        ]
+        stored = self._guard.put_many(entries, fidelity="exact") if entries else 0
+        done = stored == len(entries)
+        if done:
+            with self._lock:
+                for key in keys:
+                    self._learn(key, held=True)
+        return JobResult(job.job_id, success=done, transfer_bytes=stored * self._block_size_bytes)
+
+    def _load(self, job: TransferJob) -> JobResult:
+        good = []
+        keys = list(job.keys)
+        hits = self._guard.get_many([self._key(key) for key in keys])
+        for key, slot, hit in zip(keys, job.chunk_ids, hits, strict=True):
+            chunk = None if hit is None else hit.tensors.get("chunk")
+            target = self._slots[int(slot)]
+            if chunk is not None and chunk.shape == target.shape and chunk.dtype == target.dtype:
+                target.copy_(chunk)
+                good.append(key)
+            else:
+                with self._lock:
+                    self._learn(self._key(key), held=False)
+        return JobResult(
+            job.job_id, success=len(good) == len(keys), successful_keys=good,
+            transfer_bytes=len(good) * self._block_size_bytes,
+        )  # fmt: skip
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """Results since the last call."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+        return finished
+
+    def has_pending_work(self) -> bool:
+        """Whether jobs or lookups are under way."""
+        with self._lock:
+            return bool(self._running or self._asked or self._finished)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count as use, later."""
+        del req_context
+        own = [self._key(key) for key in keys]
+        if own:
+            self._guard.later(lambda: self._guard.cache.touch(own), 0)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """No wish of its own."""
+        del req_context
+        return RequestOffloadingContext()
+
+    def drain_jobs(self) -> None:
+        """Wait for every job; each is bounded by its deadlines."""
+        with self._lock:
+            running = list(self._running)
+        for future in running:
+            future.result()
+
+    def shutdown(self) -> None:
+        """End the threads once their jobs are done."""
+        self._askers.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)
+
+    def _key(self, key: OffloadKey) -> bytes:
+        return hashlib.sha256(self._root + bytes(key)).digest()
+
+
+def _identity(spec: Any, namespace: str) -> bytes:
+    """Digest of whatever makes chunks interchangeable. `namespace` is the operator's word for the weights."""
+    config = spec.config
+    parallel = config.parallel
+    groups = [[group.tokens_per_block, list(group.layer_names)] for group in config.groups]
+    fields = [
+        "vllm-tier", config.model.name, config.model.dtype, config.cache.tokens_per_hash, parallel.tp_size,
+        parallel.pp_size, parallel.pcp_size, parallel.dcp_size, parallel.rank, groups,
+        str(getattr(config, "kv_cache_layout", None)), namespace,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(fields, default=str).encode()).digest()

@@ -1,0 +1,125 @@
+"""What an operator does to a cold directory that no daemon has open: check, compact, export, import.
+
+Each takes the directory as a daemon would (lock, check, quarantine), so none can meet a daemon there.
+Raises ConfigError when the directory is in use or cannot be used.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+
+from kvstore.clock import Clock
+from kvstore.config import ColdConfig
+from kvstore.disk.opening import take
+from kvstore.disk.scrub import verify
+from kvstore.entry import Key
+from kvstore.errors import ConfigError, RecordCorrupt
+from kvstore.index import Meta
+from kvstore.record import from_safetensors, to_safetensors
+from kvstore.tiers.cold import Cold
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check found. quarantined: why the index was set aside, None if it was sound."""
+
+    entries: int
+    corrupt: int
+    quarantined: str | None
+
+
+@contextmanager
+def opened(path: Path, clock: Clock) -> Iterator[tuple[Cold, dict[Key, Meta]]]:
+    """A directory as a tier without limits, and the Metas of its keys. What expired meanwhile is removed."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory")
+    metas: dict[Key, Meta] = {}
+    config = ColdConfig(capacity_nbytes=1 << 50, free_min_fraction=0.0)
+    cold = Cold.open(path, config, clock, meta_of=metas.get, on_drop=lambda *_: None)
+    try:
+        metas.update(cold.recovered())
+        yield cold, metas
+    finally:
+        cold.close()
+
+
+def fsck(path: Path, clock: Clock, progress: Progress = lambda *_: None) -> Checked:
+    """Check the index and every record; damaged ones are removed."""
+    with opened(path, clock) as (cold, _):
+        damaged_rows = cold.stats().counters.corrupt_total
+        entries = len(cold)
+        corrupt = verify(cold, progress)
+        return Checked(entries, damaged_rows + corrupt, cold.stats().quarantined)
+
+
+def compact(path: Path, clock: Clock) -> tuple[int, int]:
+    """Give back to the file system what the directory does not need; its bytes before and after.
+
+    Records give their blocks back the moment they leave, so what is left to do is the index, which never shrinks by
+    itself, and what a crash left behind, which opening finds.
+    """
+    before = _disk_nbytes(path)
+    with opened(path, clock):
+        pass
+    directory = take(path)
+    try:
+        fresh = path / "index.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(mode=0o700)
+        with lmdb.open(str(directory.index), max_dbs=4, readonly=True, lock=False) as env:
+            env.copy(str(fresh), compact=True)
+        (fresh / "data.mdb").rename(directory.index / "data.mdb")
+        shutil.rmtree(fresh)
+        directory.write_state(clean=True)
+    finally:
+        directory.release()
+    return before, _disk_nbytes(path)
+
+
+def export(path: Path, target: Path, clock: Clock, progress: Progress = lambda *_: None) -> int:
+    """Write each entry to `target/<key in hexadecimal>.safetensors`; how many."""
+    target.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with opened(path, clock) as (cold, metas):
+        for done, (key, meta) in enumerate(metas.items(), start=1):
+            entry = cold.get(key)
+            if entry is not None:
+                (target / f"{key.hex()[:200]}.safetensors").write_bytes(to_safetensors(entry, meta))
+                written += 1
+            progress(done, len(metas))
+    return written
+
+
+def import_files(
+    path: Path, files: list[Path], clock: Clock, *, ttl_s: float, progress: Progress = lambda *_: None
+) -> list[str]:
+    """Put exported files into a directory, to live for `ttl_s` seconds; a line for each that is none."""
+    refused: list[str] = []
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with opened(path, clock) as (cold, metas):
+        for done, file in enumerate(files, start=1):
+            try:
+                entry = from_safetensors(file.read_bytes())
+            except (RecordCorrupt, OSError) as error:
+                refused.append(f"{file}: {error}")
+                continue
+            now = clock.now()
+            metas[entry.key] = Meta(
+                now, now + ttl_s, ttl_s, entry.value_nbytes, exact=not entry.lossy, lossy=entry.lossy,
+                encoding=entry.encoding,
+            )  # fmt: skip
+            cold.displace(entry.nbytes)
+            cold.put(entry)
+            progress(done, len(files))
+        cold.flush()
+    return refused
+
+
+def _disk_nbytes(path: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,34 @@
+"""The Triton kernels and the torch reference on a GPU: the bytes of the CPU reference."""
+
+import pytest
+import torch
+
+from kvstore.codecs import blocks
+from kvstore.codecs.hints import Hints
+from kvstore.codecs.nf4_kv import NF4KV
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device here: the Triton kernels are not run", allow_module_level=True)
+
+
+def bits(x):
+    return x.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 64 * 17, 100_001])
+def test_nf4_on_cuda_writes_and_reads_the_bytes_of_the_cpu(dtype, n):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    codes, absmax = blocks.quantize(x)
+    on_cuda = blocks.quantize(x.cuda())
+    assert [bits(part) for part in on_cuda] == [bits(codes), bits(absmax)]
+    expected = blocks.dequantize(codes, absmax, torch.empty_like(x))
+    assert bits(blocks.dequantize(*on_cuda, torch.empty_like(x).cuda())) == bits(expected)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_nf4_kv_on_cuda_writes_the_bytes_of_the_cpu(name):
+    x = torch.randn(2, 200, 3, 64, generator=torch.Generator().manual_seed(0))
+    here, there = (NF4KV().encode(name, at, Hints(prefix_start=True)) for at in (x, x.cuda()))
+    assert {s: bits(p) for s, p in here.parts.items()} == {s: bits(p) for s, p in there.parts.items()}
+    assert bits(NF4KV().decode(here)) == bits(NF4KV().decode(there))

@@ -1,0 +1,95 @@
+"""The hot tier gives way to memory pressure, and comes back."""
+
+import numpy as np
+import pytest
+
+from kvstore import Store
+from kvstore.config import HotConfig, StoreConfig, WarmConfig
+from kvstored.pressure import CALM_S, PressureValve, Sensor, stall_percent
+
+MIB = 1 << 20
+
+
+class Fake:
+    stall, ratio = 0.0, 0.0
+
+    def stall_percent(self):
+        return self.stall
+
+    def limit_ratio(self):
+        return self.ratio
+
+
+@pytest.fixture
+def made():
+    config = StoreConfig(hot=HotConfig(capacity_nbytes=8 * MIB), warm=WarmConfig(capacity_nbytes=8 * MIB))
+    with Store.open(config, background=False, framework="numpy") as store:
+        for i in range(7):
+            store.put(b"%d" % i, {"x": np.random.default_rng(i).standard_normal(MIB // 4, dtype=np.float32)})
+        now = [0.0]
+        sensor = Fake()
+        yield store, PressureValve(store, 10.0, sensor, lambda: now[0]), sensor, now
+
+
+def test_under_pressure_the_oldest_entries_sink_and_all_are_still_held(made):
+    store, valve, sensor, _ = made
+    sensor.stall = 25.0
+    valve.turn()
+    stats = store.stats()
+    assert store.hot_capacity_nbytes == 6 * MIB
+    assert stats.tiers["hot"].used_nbytes <= 6 * MIB
+    assert store.locate([b"0"])[0].tier == "warm"
+    assert store.locate([b"6"])[0].tier == "hot"
+    assert all(store.get(b"%d" % i) is not None for i in range(7))
+    assert valve.shrinks == 1
+
+
+def test_it_never_shrinks_below_an_eighth_and_puts_go_on(made):
+    store, valve, sensor, _ = made
+    sensor.ratio = 0.95
+    for _ in range(20):
+        valve.turn()
+    assert store.hot_capacity_nbytes == MIB
+    assert store.put(b"new", {"x": np.zeros(100, np.uint8)})
+    assert store.get(b"new") is not None
+
+
+def test_it_grows_back_slowly_and_to_what_was_configured(made):
+    store, valve, sensor, now = made
+    sensor.stall = 25.0
+    valve.turn()
+    sensor.stall = 0.0
+    valve.turn()
+    assert store.hot_capacity_nbytes == 6 * MIB
+    for _ in range(10):
+        now[0] += CALM_S
+        valve.turn()
+    assert store.hot_capacity_nbytes == 8 * MIB
+
+
+def test_the_kernels_files_are_read_as_they_are(tmp_path):
+    text = "some avg10=12.34 avg60=1.00 avg300=0.10 total=1\nfull avg10=3.00 avg60=0 avg300=0 total=0\n"
+    assert stall_percent(text) == 12.34
+    assert stall_percent("") == 0.0
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "pressure").mkdir()
+    group = groups / "system.slice/kvstored.service"
+    group.mkdir(parents=True)
+    (proc / "self/cgroup").write_text("0::/system.slice/kvstored.service\n")
+    (proc / "pressure/memory").write_text(text.replace("12.34", "1.00"))
+    sensor = Sensor(proc, groups)
+    assert sensor.stall_percent() == 1.0  # the group tells no pressure of its own
+    assert sensor.limit_ratio() == 0.0
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.high").write_text("max\n")
+    (group / "memory.stat").write_text("anon 950\nfile 5000\n")
+    (group / "memory.pressure").write_text(text)
+    sensor = Sensor(proc, groups)
+    assert sensor.limit_ratio() == 0.95
+    assert sensor.stall_percent() == 12.34
+
+
+def test_a_machine_without_these_files_presses_nobody(tmp_path):
+    sensor = Sensor(tmp_path, tmp_path)
+    assert sensor.stall_percent() == sensor.limit_ratio() == 0.0
