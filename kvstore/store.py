@@ -180,12 +180,7 @@ class Store:
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
-        held: list[Held] = []
-        for at in self._locate(check_keys(keys)):
-            if at is None:
-                break
-            held.append(at)
-        return Match(tuple(held))
+        return Match(tuple(self._reader.leading(check_keys(keys))))
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
@@ -250,6 +245,19 @@ class Store:
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
         return entry_info(self._r, Key(check_key(key)), with_tensors=True)
+
+    def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
+        """Keys that begin with one of these 16-byte prefixes are this tenant's: its quotas hold, and fair eviction.
+
+        For a server that puts the prefixes before its callers' keys itself. Raises InvalidEntry.
+        """
+        with self._r.lock:
+            self._r.register_tenant(name, prefixes)
+
+    def tenants(self) -> dict[str, dict[str, int]]:
+        """Bytes held by tier and tenant; "" is everybody outside the tenants."""
+        with self._r.lock:
+            return {tier.name: tier.owners() for tier in (self._r.hot, self._r.warm)}
 
     def explain(self, *keys: bytes) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
