@@ -29,7 +29,7 @@ $(SETUP): | $(STAMP)
 endif
 -include daemon/operate.mk
 
-.PHONY: help demo test engines quick lint type cli-docs proto proto-check bench format install clean
+.PHONY: help demo test engines quick lint type proto proto-check bench format install clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -63,9 +63,6 @@ format: install  ## Rewrite the sources as `make lint` wants them
 
 bench: install  ## put and get against Redis, where redis-server is installed
 	$(BIN)/python bench/transport.py $(BENCH_ARGS)
-
-cli-docs: install  ## Write docs/cli.md anew from the commands
-	$(BIN)/python -m kvstored.cli.manual > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
 
 proto: .venv-proto/.installed  ## Generate client/kvstored_client/_pb from proto/
 	@tools/proto.sh .venv-proto/bin/python client
