@@ -206,10 +206,10 @@ def rss(what):
 import torch, kvstore.tiers.cold
 gc.collect()
 before, before_file = rss("RssAnon"), rss("RssFile")
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 cold = open_cold(Path(sys.argv[1]), {capacity})
 metas = dict(cold.recovered())
-seconds = time.perf_counter() - start
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 gc.collect()
 after, after_file = rss("RssAnon"), rss("RssFile")
 keys = list(cold.keys())
@@ -222,7 +222,7 @@ for key in picks:
     assert cold.get(key) is not None
     times.append(time.perf_counter() - t)
 times.sort()
-print(seconds, after - before, after_file - before_file, times[len(times) // 2], len(metas))
+print(seconds, cpu, after - before, after_file - before_file, times[len(times) // 2], len(metas))
 sys.stdout.flush()
 if sys.argv[2] == "kill":
     os.kill(os.getpid(), 9)
@@ -262,9 +262,9 @@ def restart(report: Report, parent: Path, count: int) -> None:
             done = subprocess.run(
                 [sys.executable, "-c", code, str(path / "cold"), "clean"], capture_output=True, text=True, check=True
             )
-            seconds, anon, mapped, p50, found = map(float, done.stdout.split())
+            seconds, cpu_s, anon, mapped, p50, found = map(float, done.stdout.split())
             assert found == count
-            report.add("restart_s", seconds, "s", {}, entries=count, after=end)
+            report.add("restart_s", seconds, "s", {}, entries=count, after=end, cpu_s=round(cpu_s, 2))
             if end == "clean":
                 report.add(
                     "rss_per_entry", anon / count, "bytes", {}, entries=count, mapped_index=round(mapped / count)

@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +102,7 @@ def run(case: Case, requests: list[Request]) -> dict[str, Any]:
                 clock.advance(max(0.0, start_s + request.at_s - clock.now()))
                 store.maintain()
 
-            steps = _progress(replay(store, requests, value_of, before=before, check=is_right), len(requests))
-            done = deque(steps, maxlen=1).pop()
+            *_, done = _progress(replay(store, requests, value_of, before=before, check=is_right), len(requests))
             stats = store.stats()
             writes = stats.tiers["cold"].puts if folder else 0
             return {

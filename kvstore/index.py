@@ -32,8 +32,8 @@ class Meta:
     hits: int = 0
     last_hit_at: float = 0.0
     pinned_until: float = inf
-    soon: bool = False
     parent: Key | None = None
+    soon: bool = False
     first_child: Key | None = None
     previous: Key | None = None
     next: Key | None = None

@@ -61,6 +61,8 @@ class Intake:
 
         Counts as use of the chunks before it.
         """
+        if not entries:
+            return 0
         keys = [Key(key) for key, _ in entries]
         made = (self._admissible(key, tensors, options) for key, tensors in reversed(entries))
         return self.take_chain(keys, made, None if parent is None else Key(check_key(parent)), pin=options.pin)

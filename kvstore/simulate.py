@@ -16,6 +16,7 @@ import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
+from kvstore.disk.admission import Admission
 from kvstore.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry, Key
 from kvstore.errors import ConfigError
 from kvstore.index import Meta
@@ -161,8 +162,11 @@ class SizedCold:
 
     name: TierName = "cold"
 
-    def __init__(self, capacity_nbytes: int, order: Order, on_drop: Callable[[Key, str], None]) -> None:
+    def __init__(
+        self, capacity_nbytes: int, order: Order, admission: Admission, on_drop: Callable[[Key, str], None]
+    ) -> None:
         self.capacity_nbytes = capacity_nbytes
+        self.admission = admission
         self._tier = tier = MemoryTier("cold", capacity_nbytes, order=order)
         self._on_drop = on_drop
         self.keys, self.get, self.touch = tier.keys, tier.get, tier.touch
@@ -182,10 +186,12 @@ class SizedCold:
     def put(self, entry: Entry) -> None:
         """Hold an entry."""
         self._tier.put(entry)
+        self.admission.wrote(entry.nbytes)
 
     def displace(self, nbytes: int) -> None:
         """Evict until an entry fits."""
         while (victim := self._tier.displace(nbytes, _NEWCOMER)) is not None:
+            self.admission.left(victim.key)
             self._on_drop(victim.key, "evicted")
 
     def queue_removal(self, key: Key) -> None:
@@ -263,9 +269,10 @@ class Simulation:
         config = setup.config
         self._r = r = residency_of(config, self._clock)
         if setup.disk_nbytes:
-            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), r.dropped_from_cold)
+            admission = Admission(config.cold.admission, config.cold.write_nbytes_per_day, self._clock)
+            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), admission, r.dropped_from_cold)
         self._forms = SizedForms(setup, r)
-        mover = Mover(r, self._forms, admission=config.cold.admission)
+        mover = Mover(r, self._forms)
         self._intake = Intake(r, mover, config, torch.device("cpu"))
         self._maintainer = Maintainer(r, mover, config)
         self._reader = Reader(r, config, self._maintainer.request_promotions)

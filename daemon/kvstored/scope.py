@@ -72,9 +72,8 @@ class ScopedStore:
         self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], *, parent: bytes | None = None, **how: Any
     ) -> int:
         """As Store.put_many."""
-        # The parent is a key too: a chain may only continue what is this tenant's own.
-        before = None if parent is None else self.own(parent)
-        return self._store.put_many([(self.own(key), tensors) for key, tensors in entries], parent=before, **how)
+        own = [(self.own(key), tensors) for key, tensors in entries]
+        return self._store.put_many(own, parent=None if parent is None else self.own(parent), **how)
 
     @contextmanager
     def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:

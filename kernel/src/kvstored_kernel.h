@@ -28,6 +28,11 @@ KVK_API int kvk_isa(void);
 KVK_API int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax);
 KVK_API int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes, const float* absmax, int64_t n, void* out);
 
+// Double quantization of b scales about their mean `offset`, in groups of 256. lut: 65,536 codes, of -1 + 2k/65535.
+// codes: b bytes. nested: ceil(b/256) floats.
+KVK_API int kvk_nf4_scales(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
+                           float* nested);
+
 // The shape of rows inside a larger tensor: outer slabs of tokens * inner * d values, a slab starting
 // `stride` values after the one before. size: Hadamard size, a power of two up to 128 that divides d.
 // block: 32 or 64. groups: means a slab has, 0 for none.

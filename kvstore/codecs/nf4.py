@@ -54,7 +54,10 @@ class NF4:
         if found is None:
             raise CodecError("nf4 holds finite values only; keep these raw")
         codes, absmax = found
-        scales = Scales(*blocks.quantize_scales(absmax))
+        if kernel is None:
+            scales = Scales(*blocks.quantize_scales(absmax))
+        else:
+            scales = Scales(*kernel.nf4_scales(absmax, table("scale_lut", absmax.device)))
         _refuse_overflow(scales, x.dtype)
         attrs: dict[str, object] = {
             "blocksize": blocks.BLOCK,

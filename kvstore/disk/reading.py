@@ -14,7 +14,7 @@ from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import RecordCorrupt
 from kvstore.record import Head, assemble, parse_head, specs_of
 
-PIECE_NBYTES = 512 << 10
+PIECE_NBYTES = 1 << 20
 """Read and hashed at once while it is in the cache; and while one piece is hashed the kernel reads the next ahead."""
 
 

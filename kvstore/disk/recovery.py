@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import compress, repeat
+from itertools import compress
 
 import numpy as np
 
@@ -78,8 +78,7 @@ def _expires_at(chunk: Found, now: float) -> np.ndarray[tuple[int], np.dtype[np.
 def _metas(chunk: Found, live: np.ndarray[tuple[int], np.dtype[np.bool_]], now: float) -> list[Meta]:
     """One Meta a live row. Equal numbers become one object: a hundred bytes less for each of a million keys."""
     f = chunk.fields[live]
-    chosen = live.tolist()
-    encodings = compress(chunk.encodings, chosen)
+    encodings = compress(chunk.encodings, live.tolist())
     flags = [(f["flags"] & flag > 0).tolist() for flag in (SLIDING, PINNED, EXACT, LOSSY)]
     return list(
         map(
@@ -92,9 +91,8 @@ def _metas(chunk: Found, live: np.ndarray[tuple[int], np.dtype[np.bool_]], now: 
             encodings,
             f["hits"].tolist(),
             _shared(np.minimum(f["last_hit_at"], now).tolist()),
-            compress(chunk.pinned_until, chosen),
-            repeat(False),
-            compress(chunk.parents, chosen),
+            _shared(list(compress(chunk.pinned_until, live.tolist()))),
+            compress(chunk.parents, live.tolist()),
         )
     )
 

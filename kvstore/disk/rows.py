@@ -23,8 +23,7 @@ from kvstore.disk.segments import Place
 from kvstore.entry import Key
 from kvstore.index import Meta
 
-MAP_MIN_NBYTES, MAP_MAX_NBYTES = 64 << 20, 1 << 40
-"""Address space of the map at first; it grows when it is full."""
+MAP_MIN_NBYTES = 64 << 20
 READERS_MAX = 126
 _DB = b"rows"
 _FIELDS = struct.Struct("<QddddQIIQQIB")
@@ -45,7 +44,7 @@ SCAN_CHUNK = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows as columns, all of the same length but `damaged`: keys whose row fails its checksum."""
+    """Rows as columns, all of the same length, and damaged: keys whose row fails its checksum."""
 
     keys: list[Key]
     fields: np.ndarray[Any, np.dtype[np.void]]
@@ -92,11 +91,15 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     if len(rest) < _PINNED_UNTIL.size:
         return None
     meta = Meta(
-        created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED),
-        bool(flags & EXACT), bool(flags & LOSSY), encoding.decode(), hits, hit_at,
-        _PINNED_UNTIL.unpack_from(rest)[0], parent=Key(rest[_PINNED_UNTIL.size :]) or None,
+        created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
+        bool(flags & LOSSY), encoding.decode(), hits, hit_at, *_more(rest),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
+
+
+def _more(rest: bytes) -> tuple[float, Key | None]:
+    """When a pin lapses, and the parent."""
+    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[_PINNED_UNTIL.size :]) or None
 
 
 def _checksum(key: bytes, body: bytes) -> int:
@@ -105,8 +108,9 @@ def _checksum(key: bytes, body: bytes) -> int:
 
 def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     size, tail = _FIELDS.size, -_SUM.size
+    least = size + 1 + _PINNED_UNTIL.size - tail
     good = [
-        len(data) >= size - tail and int.from_bytes(data[tail:], "little") == _checksum(key, data[:tail])
+        len(data) >= least and int.from_bytes(data[tail:], "little") == _checksum(key, data[:tail])
         for key, data in zip(keys, datas, strict=True)
     ]
     damaged: list[Key] = []
@@ -114,16 +118,11 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
         damaged = [key for key, ok in zip(keys, good, strict=True) if not ok]
         keys, datas = list(compress(keys, good)), list(compress(datas, good))
     fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
-    # Few names and few times among many rows: each is decoded once and shared.
     names: dict[bytes, str] = {}
-    times: dict[bytes, float] = {}
-    tails = [data[size:tail].partition(b"\0") for data in datas]
-    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in tails]
-    lapses = [rest[: _PINNED_UNTIL.size] for _, _, rest in tails]
-    for lapse in set(lapses):
-        times[lapse] = _PINNED_UNTIL.unpack(lapse)[0]
-    parents = [Key(rest[_PINNED_UNTIL.size :]) or None for _, _, rest in tails]
-    return Found(keys, fields, encodings, [times[lapse] for lapse in lapses], parents, damaged)
+    rests = [d[size:tail].partition(b"\0") for d in datas]
+    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in rests]
+    more = [_more(rest) for _, _, rest in rests]
+    return Found(keys, fields, encodings, [until for until, _ in more], [parent for _, parent in more], damaged)
 
 
 class Rows:
@@ -133,7 +132,7 @@ class Rows:
         path.mkdir(mode=0o700, exist_ok=True)
         self._lock = threading.Lock()
         self._path = path
-        self._open(min(max(MAP_MIN_NBYTES, map_nbytes), MAP_MAX_NBYTES))
+        self._open(max(MAP_MIN_NBYTES, map_nbytes))
         self.check_readers()
 
     def _open(self, map_nbytes: int) -> None:

@@ -46,6 +46,7 @@ def _opened() -> ctypes.CDLL | None:
     rows = ctypes.POINTER(Rows)
     library.kvk_nf4_encode.argtypes = (i, i, i, p, n, p, p)
     library.kvk_nf4_decode.argtypes = (i, i, i, p, p, n, p)
+    library.kvk_nf4_scales.argtypes = (p, n, ctypes.c_float, p, p, p)
     library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
@@ -87,6 +88,15 @@ class CpuKernel:
                 out.data_ptr(),
             )
         )
+
+    def nf4_scales(self, absmax: torch.Tensor, lut: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """`blocks.quantize_scales` of float32 (b,). lut: the table "scale_lut"."""
+        b, offset = absmax.numel(), float(absmax.mean())
+        codes = torch.empty(b, dtype=torch.uint8)
+        nested = torch.empty((b + 255) // 256, dtype=torch.float32)
+        where = (lut.data_ptr(), codes.data_ptr(), nested.data_ptr())
+        _checked(self.library.kvk_nf4_scales(absmax.data_ptr(), b, offset, *where))
+        return codes, nested, offset
 
     def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""

@@ -8,6 +8,7 @@ because its reads and writes take milliseconds and must not hold up the others.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
+from kvstore.disk.admission import Admission
 from kvstore.entry import Entry, Key, TensorSpec
 
 TierName = Literal["hot", "warm", "cold"]
@@ -58,7 +59,12 @@ class Tier(Protocol):
 
 
 class LastTier(Tier, Protocol):
-    """The tier with none below: what it displaces is gone, which it reports by itself. Locks itself."""
+    """The tier with none below: what it displaces is gone, which it reports by itself. Locks itself.
+
+    admission: which entries are worth a place here.
+    """
+
+    admission: Admission
 
     def displace(self, nbytes: int) -> None:
         """Make room by evicting. Raises OverQuota when only pins are left, TierUnavailable when the disk fails."""

@@ -57,6 +57,18 @@ def test_nf4_codes_scales_and_decoded_bits_are_the_reference_s(kernel, dtype, sc
         assert bits(out) == bits(blocks.dequantize(codes, absmax, expected))
 
 
+@pytest.mark.parametrize("b", [1, 255, 256, 257, 5000])
+def test_nested_scales_are_the_reference_s_bytes(kernel, b):
+    lut = table("scale_lut", torch.device("cpu"))
+    random = torch.rand(b, generator=torch.Generator().manual_seed(b))
+    for absmax in (random, random.pow(8) * 1e3, torch.full((b,), 2.5), torch.zeros(b)):
+        codes, nested, offset = kernel.nf4_scales(absmax, lut)
+        expected = blocks.quantize_scales(absmax)
+        assert bits(codes) == bits(expected[0])
+        assert bits(nested) == bits(expected[1])
+        assert offset == expected[2]
+
+
 def test_every_float_near_a_threshold_gets_the_reference_s_code(kernel):
     """All floats within 4,096 steps of each threshold, of zero and of one, and a sweep between."""
     centres = torch.cat((table("thresholds", torch.device("cpu")), torch.tensor([1.0, -1.0])))

@@ -399,6 +399,34 @@ class MoveReply(_message.Message):
     moved: int
     def __init__(self, moved: _Optional[int] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ExplainReply(_message.Message):
+    __slots__ = ("explanations",)
+    EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
+    explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("key", "state", "tier", "gone_s", "hits", "entry")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    GONE_S_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    state: str
+    tier: str
+    gone_s: float
+    hits: int
+    entry: EntryInfo
+    def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -506,31 +534,3 @@ class Leased(_message.Message):
     start: int
     generation: int
     def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., segment: _Optional[int] = ..., start: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
-
-class ExplainRequest(_message.Message):
-    __slots__ = ("keys",)
-    KEYS_FIELD_NUMBER: _ClassVar[int]
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
-
-class ExplainReply(_message.Message):
-    __slots__ = ("explanations",)
-    EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
-    explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
-    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
-
-class Explanation(_message.Message):
-    __slots__ = ("key", "state", "tier", "gone_s", "hits", "entry")
-    KEY_FIELD_NUMBER: _ClassVar[int]
-    STATE_FIELD_NUMBER: _ClassVar[int]
-    TIER_FIELD_NUMBER: _ClassVar[int]
-    GONE_S_FIELD_NUMBER: _ClassVar[int]
-    HITS_FIELD_NUMBER: _ClassVar[int]
-    ENTRY_FIELD_NUMBER: _ClassVar[int]
-    key: bytes
-    state: str
-    tier: str
-    gone_s: float
-    hits: int
-    entry: EntryInfo
-    def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from kvstore.hit import Fidelity, Held, Hit, Match
+from kvstore.hit import Held, Hit, Match
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
 
@@ -110,15 +110,10 @@ class Guard:
     def put_many(
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
-        *,
-        ttl_s: float | None = None,
-        pin: bool = False,
-        fidelity: Fidelity = "auto",
+        **how: Any,
     ) -> int:
         """Put entries, root first. Returns how many were stored, as far as that is known in time."""
-        return self.call(
-            lambda: int(self.cache.put_many(entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity)), self.fetch_timeout_s, 0
-        )
+        return self.call(lambda: int(self.cache.put_many(entries, **how)), self.fetch_timeout_s, 0)
 
     def get(self, key: bytes) -> Hit | None:
         """The value under a key; None on a miss."""
@@ -142,9 +137,17 @@ class Guard:
         """Count as use."""
         return self.call(lambda: int(self.cache.touch(keys, ttl_s=ttl_s)), self.lookup_timeout_s, 0)
 
-    def delete(self, *keys: bytes) -> int:
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
         """Forget keys."""
-        return self.call(lambda: int(self.cache.delete(*keys)), self.fetch_timeout_s, 0)
+        return self.call(lambda: int(self.cache.delete(*keys, keep_shared=keep_shared)), self.fetch_timeout_s, 0)
+
+    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys. Returns how many are held."""
+        return self.call(lambda: int(self.cache.pin(*keys, ttl_s=ttl_s)), self.fetch_timeout_s, 0)
+
+    def unpin(self, *keys: bytes) -> int:
+        """Let go of keys. Returns how many were let go."""
+        return self.call(lambda: int(self.cache.unpin(*keys)), self.fetch_timeout_s, 0)
 
     def _write(self, work: Callable[[], object]) -> None:
         try:
