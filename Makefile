@@ -29,7 +29,7 @@ $(SETUP): | $(STAMP)
 endif
 -include daemon/operate.mk
 
-.PHONY: help demo test quick lint type proto proto-check bench format install clean
+.PHONY: help demo test engines quick lint type proto proto-check bench format install clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,7 +40,11 @@ demo: install  ## A real model, its prefill stored, the daemon restarted, restor
 
 test: install  ## All tests
 	@tools/model.sh $(BIN)/python
+	@tools/engines/side.sh $(BIN)/python >/dev/null
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+engines: install  ## vLLM itself, in a venv of its own (3.4 GB): base, store, load, lose, down must answer the same
+	$(BIN)/python tools/engines/run_vllm.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))"
 
 quick: install  ## The tests that take less than about ten seconds each
 	$(BIN)/python -m pytest -m "not slow and not model" $(PYTEST_ARGS)

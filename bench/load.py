@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 BUDGETS = {"hot": 192 * MIB, "warm": 96 * MIB, "write_buffer": 32 * MIB, "in_flight": 256 * MIB}
 SHARED_NBYTES = 64 * MIB + BUDGETS["in_flight"]
-"""Beside the hot tier: room for leases and holes, and segments that clients fill, as much as may be in flight."""
+"""Beside the hot tier: room for leases and holes, and the segments clients fill for puts (what may be in flight)."""
 COLD_NBYTES = 512 * MIB
 SLACK = 1.25
 KEYS = 400

@@ -64,6 +64,7 @@ def servers() -> Iterator[Servers]:
             "PYTHONPATH": path,
             "KVSTORED_STORE__HOT__CAPACITY_NBYTES": "2GiB",
             "KVSTORED_STORE__PROMOTE_AFTER": "0",
+            "KVSTORED_SERVER__INSECURE_TCP": "true",
         }
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         serve = [sys.executable, "-m", "kvstored", "serve", "--data-dir", f"{top}/data", "--address", f"{unix},{tcp}"]

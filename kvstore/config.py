@@ -79,6 +79,14 @@ class ColdConfig:
 
 
 @dataclass(frozen=True)
+class QuotaConfig:
+    """How much of the memory tiers one tenant may hold. None: no limit of its own, only fair eviction."""
+
+    hot_nbytes: int | None = None
+    warm_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
 class StoreConfig:
     """The whole engine.
 
@@ -86,7 +94,7 @@ class StoreConfig:
     promote_window_s that copies an entry to hot: 1, 2 or 0 for never. entry_max_nbytes: decoded bytes of one entry.
     pin_max_fraction: how much of a tier pinned entries may take. sweep_interval_s: how often expired entries are
     collected (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru", "arc"
-    or "s3fifo".
+    or "s3fifo". quotas: by tenant.
     """
 
     hot: HotConfig = field(default_factory=HotConfig)
@@ -100,6 +108,7 @@ class StoreConfig:
     pin_max_fraction: float = 0.5
     sweep_interval_s: float = 1.0
     policy: str = "lru"
+    quotas: Mapping[str, QuotaConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_range("hot.capacity_nbytes", self.hot.capacity_nbytes, 1, 1 << 50)
@@ -116,6 +125,10 @@ class StoreConfig:
         check_range("entry_max_nbytes", self.entry_max_nbytes, 1, 4 * GIB)
         check_range("pin_max_fraction", self.pin_max_fraction, 0, 1)
         check_range("sweep_interval_s", self.sweep_interval_s, 0.001, 3600)
+        for name, quota in self.quotas.items():
+            for tier, nbytes in (("hot", quota.hot_nbytes), ("warm", quota.warm_nbytes)):
+                if nbytes is not None:
+                    check_range(f"quotas.{name}.{tier}_nbytes", nbytes, 0, 1 << 50)
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         check_choice("policy", self.policy, POLICIES)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
@@ -157,6 +170,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} is a table of settings, got {value!r}")
         return from_mapping(hint, value, f"{name}.")
+    if get_origin(hint) is Mapping:
+        return _convert_tables(get_args(hint)[1], value, name)
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if bool in options and (isinstance(value, bool) or value in ("true", "false")):
         return value is True or value == "true"
@@ -174,6 +189,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
                 break
     kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise ConfigError(f"{name} must be {kinds}, got {value!r}")
+
+
+def _convert_tables(hint: Any, value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is a table of tables, got {value!r}")
+    return {key: _convert(hint, inner, f"{name}.{key}") for key, inner in value.items()}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -105,8 +105,12 @@ class Intake:
             try:
                 pins.pin(r, [entry.key], None)
             except OverQuota:
-                r.forget(entry.key, "over quota")
-                raise
+                if pin:
+                    r.forget(entry.key, "over quota")
+                    raise
+                # Put again, the chunk is larger than the form that was pinned: what continues it loses its pin.
+                for key in r.chains.descendants(entry.key):
+                    r.unpin(key)
 
     def _settle(self, keys: Sequence[Key]) -> list[Key]:
         """Forget those whose parent did not arrive, or has left since; the keys that are gone with them."""

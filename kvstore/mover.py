@@ -268,8 +268,7 @@ class Mover:
             meta, entry = r.live(key), tier.get(key)
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
-        if not self._deserves_cold(key):
-            return False
+        # Not asked whether it deserves a write: admission guards the disk from churn, a drain keeps what there is.
         below = self._form_below(entry, meta)
         if not self._cold_has_room(r.cold, below):
             return False

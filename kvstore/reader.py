@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from kvstore.config import StoreConfig
 from kvstore.entry import Entry, Key
+from kvstore.hit import Held
 from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.stats import MissCause
@@ -54,6 +55,31 @@ class Reader:
                 found.pop()
                 break
         return found
+
+    def leading(self, keys: Sequence[bytes]) -> list[Held]:
+        """Where the leading keys of a chain are held, up to the first miss. Does not count as use.
+
+        The hottest question there is, a thousand keys at a time: so one look at the clock, and one Held for all chunks
+        of one size in one tier.
+        """
+        r = self._r
+        held: list[Held] = []
+        made: dict[tuple[str, int], Held] = {}
+        with r.lock:
+            now, index, hot = r.clock.now(), r.index, r.hot
+            for key in map(Key, keys):
+                meta = index.get(key)
+                if meta is None or meta.expired(now):
+                    break
+                place = ("hot", None) if key in hot else r.lookup(key)
+                if place is None:
+                    break
+                at = (place[0], meta.value_nbytes)
+                found = made.get(at)
+                if found is None:
+                    found = made[at] = Held(*at)
+                held.append(found)
+        return held
 
     def find(self, keys: Sequence[bytes], *, leading: bool) -> list[Place | None]:
         """Places in the order of keys, counted as hits, misses and use; `leading`: up to the first miss."""

@@ -11,7 +11,7 @@ Thread rule: hold `lock` for every call here; the cold tier is read and flushed 
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf
 
 from kvstore.chains import Chains
@@ -23,6 +23,7 @@ from kvstore.index import Meta
 from kvstore.inflight import InFlight
 from kvstore.policies import policy_named
 from kvstore.stats import Counters, MissCause, TierCounters
+from kvstore.tenants import Tenants
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
@@ -32,13 +33,14 @@ from kvstore.tombstones import GoneCause, Tombstone, Tombstones
 class Residency:
     """The store's state. `hot` and `warm` are memory; `cold` is None for a store without a disk."""
 
-    def __init__(self, clock: Clock, chains: Chains, *, hot: MemoryTier, warm: MemoryTier) -> None:
+    def __init__(self, clock: Clock, chains: Chains, *, hot: MemoryTier, warm: MemoryTier, tenants: Tenants) -> None:
         self.lock = threading.RLock()
         self.clock = clock
         self.hot = hot
         self.warm = warm
         self.cold: LastTier | None = None
         self.chains = chains
+        self.tenants = tenants
         self.index = chains.index
         self.tombstones = Tombstones()
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
@@ -109,6 +111,14 @@ class Residency:
         self.warm.touch(keys)
         if self.cold is not None:
             self.cold.touch(keys)
+
+    def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
+        """Keys that begin so are this tenant's from now on, those already held included."""
+        own = tuple(prefixes)
+        held = [(tier, tier.let_go(lambda key: key.startswith(own))) for tier in (self.hot, self.warm)]
+        self.tenants.register(name, prefixes)
+        for tier, keys in held:
+            tier.take_back(keys)
 
     def install(self, key: Key, meta: Meta) -> int | None:
         """Give a key a Meta, new or in place of an older value, which leaves all tiers; its chain stays whole.
@@ -217,10 +227,13 @@ _CAUSES: dict[str, GoneCause] = {"evicted": "evicted", "corrupt": "corrupt"}
 def residency_of(config: StoreConfig, clock: Clock) -> Residency:
     """The memory tiers of a configuration, empty."""
     chains = Chains()
+    tenants = Tenants(config.quotas)
 
     def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
-        order = Order(policy_named(config.policy), chains=chains)
+        order = Order(
+            policy_named(config.policy), chains=chains, owner_of=tenants.owner_of, quotas=tenants.quotas(name)
+        )
         return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
 
     hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    return Residency(clock, chains, hot=hot, warm=warm)
+    return Residency(clock, chains, hot=hot, warm=warm, tenants=tenants)

@@ -9,6 +9,7 @@ Thread rule: any thread may call any verb. A get copies; `lease` hands out the h
 Leaves out: prefixes (`prefix`), the network (the daemon and its client offer these same verbs).
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from kvstore.codecs import codec_named
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry, Key
-from kvstore.errors import InvalidEntry, TierUnavailable
+from kvstore.errors import CodecError, InvalidEntry, TierUnavailable
 from kvstore.forms import Room, TensorForms, specs_of
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
 from kvstore.inspection import entries, entry_info, explain, snapshot
@@ -38,6 +39,8 @@ from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
 from kvstore.tombstones import GoneCause
+
+log = logging.getLogger(__name__)
 
 
 class Store:
@@ -159,7 +162,7 @@ class Store:
         Keys are touched deepest first.
         """
         found = self._read(check_keys(keys), leading=leading)
-        return [None if place is None else self._hit(place) for place in found]
+        return list(self._hits(found, leading=leading))
 
     @contextmanager
     def lease(self, key: bytes) -> Iterator[Hit | None]:
@@ -176,16 +179,11 @@ class Store:
         room: where what must be decoded is made, by default ordinary memory.
         """
         found = self._read(check_keys(keys), leading=leading)
-        yield (None if place is None else self._hit(place, copy=False, room=room) for place in found)
+        yield self._hits(found, leading=leading, copy=False, room=room)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
-        held: list[Held] = []
-        for at in self._locate(check_keys(keys)):
-            if at is None:
-                break
-            held.append(at)
-        return Match(tuple(held))
+        return Match(tuple(self._reader.leading(check_keys(keys))))
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
@@ -250,6 +248,19 @@ class Store:
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
         return entry_info(self._r, Key(check_key(key)), with_tensors=True)
+
+    def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
+        """Keys that begin with one of these 16-byte prefixes are this tenant's: its quotas hold, and fair eviction.
+
+        For a server that puts the prefixes before its callers' keys itself. Raises InvalidEntry.
+        """
+        with self._r.lock:
+            self._r.register_tenant(name, prefixes)
+
+    def tenants(self) -> dict[str, dict[str, int]]:
+        """Bytes held by tier and tenant; "" is everybody outside the tenants."""
+        with self._r.lock:
+            return {tier.name: tier.owners() for tier in (self._r.hot, self._r.warm)}
 
     def explain(self, *keys: bytes) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
@@ -339,6 +350,15 @@ class Store:
         self._check_open()
         return self._reader.read(keys, leading=leading)
 
+    def _hits(
+        self, found: list[Found | None], *, leading: bool, copy: bool = True, room: Room | None = None
+    ) -> Iterator[Hit | None]:
+        for place in found:
+            hit = None if place is None else self._hit(place, copy=copy, room=room)
+            if hit is None and leading:
+                return
+            yield hit
+
     def _hit(
         self,
         found: Found,
@@ -346,7 +366,19 @@ class Store:
         out: Mapping[str, Any] | None = None,
         copy: bool = True,
         room: Room | None = None,
-    ) -> Hit:
+    ) -> Hit | None:
+        try:
+            return self._hit_or_raise(found, out=out, copy=copy, room=room)
+        except CodecError as error:
+            # Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone.
+            log.warning("entry cannot be decoded key=%s error=%s", found[0].hex(), error)
+            with self._r.lock:
+                self._r.counters.tiers[found[1]].hits -= 1
+                self._r.counters.misses["corrupt"] += 1
+            self._forget([found[0]], "corrupt")
+            return None
+
+    def _hit_or_raise(self, found: Found, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None) -> Hit:
         key, tier, entry, age_s = found
         if not copy and entry.encoding == "raw":
             tensors: Mapping[str, Any] = {name: t.parts[""] for name, t in entry.tensors.items()}

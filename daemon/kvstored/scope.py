@@ -53,6 +53,7 @@ class ScopedStore:
         self._store = store
         self._prefix = _derive(secret, tenant, "key")
         self._long_prefix = _derive(secret, tenant, "long key")
+        self.prefixes = (self._prefix, self._long_prefix)
 
     @property
     def config(self) -> StoreConfig:
@@ -130,6 +131,7 @@ class Scopes:
         found = self._by_tenant.get(tenant)  # as many as the tokens file has tenants
         if found is None:
             found = self._by_tenant[tenant] = ScopedStore(self._store, self._secret, tenant)
+            self._store.register_tenant(tenant, found.prefixes)
         return found
 
 

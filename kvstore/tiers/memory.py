@@ -5,7 +5,7 @@ Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capaci
 holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota
@@ -44,6 +44,21 @@ class MemoryTier:
     def owners(self) -> dict[Owner, int]:
         """Bytes held by owner."""
         return self._order.used()
+
+    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+        found = [(key, self._order.is_pinned(key)) for key in self._order if concerns(key)]
+        for key, _ in found:
+            self._order.forget(key, self._entries[key].nbytes)
+        return found
+
+    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+        """Order again what `let_go` returned, under the owner each key has now."""
+        for key, pinned in keys:
+            nbytes = self._entries[key].nbytes
+            self._order.track(key, nbytes)
+            if pinned:
+                self._order.pin(key, nbytes)
 
     def get(self, key: Key) -> Entry | None:
         """The entry, without counting as use."""

@@ -116,7 +116,8 @@ class Order:
         owner = self._owner_of(incoming)
         if self._left(owner) < nbytes:
             return [owner]
-        return sorted(self._orders, key=lambda owner: -self._used[owner])
+        # With what comes in counted: among equals it is the newcomer's owner who gives way.
+        return sorted(self._orders, key=lambda each: -self._used[each] - (nbytes if each == owner else 0))
 
     def pin(self, key: Key, nbytes: int) -> None:
         """Keep a key held from being a victim. A pinned key: nothing happens."""

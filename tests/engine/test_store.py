@@ -13,7 +13,7 @@ from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.entry import Entry
-from kvstore.errors import ConfigError, EntryTooLarge, OverQuota, TierUnavailable
+from kvstore.errors import CodecError, ConfigError, EntryTooLarge, OverQuota, TierUnavailable
 from kvstore.store import Store
 
 MIB = 1 << 20
@@ -434,3 +434,29 @@ def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.Mo
         assert store.stats().values["in_transit"] == 0
         store.put(b"k", {"k": chunk(1)})
         assert store.get(b"k") is not None
+
+
+def test_an_entry_that_cannot_be_decoded_is_a_miss_and_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store() as store:
+        for key in (b"a", b"b"):
+            store.put(key, {"k": chunk(0)})
+            store.demote(key)
+
+        def unknown(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
+            raise CodecError("unknown encoding")
+
+        monkeypatch.setattr(kvstore.forms, "decode_entry", unknown)
+        assert store.get(b"a") is None
+        assert store.get_many([b"b"], leading=True) == []
+        monkeypatch.undo()
+        assert store.inspect(b"a") is None
+        assert store.stats().values["misses_corrupt"] == 2
+
+
+def test_a_drain_keeps_what_admission_would_refuse(tmp_path: Path) -> None:
+    config = StoreConfig(cold=ColdConfig(path=str(tmp_path), admission="reused"))
+    clock = ManualClock()
+    with Store.open(config, clock=clock, background=False) as store:
+        store.put(b"never hit", {"k": chunk(0)}, fidelity="exact")
+    with Store.open(config, clock=clock, background=False) as store:
+        assert store.get(b"never hit") is not None

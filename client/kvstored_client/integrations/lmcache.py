@@ -45,15 +45,15 @@ _DATA, _META = "data", "meta"
 
 def _guard_of(params: dict[str, Any]) -> Guard:
     """The guard that a configuration asks for. Raises TypeError for a setting that is none."""
-    known = {"address": None, "lookup_timeout_s": LOOKUP_TIMEOUT_S, "fetch_timeout_s": FETCH_TIMEOUT_S}
+    known: dict[str, Any] = {"address": None, "lookup_timeout_s": LOOKUP_TIMEOUT_S, "fetch_timeout_s": FETCH_TIMEOUT_S}
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise TypeError(f"unknown setting {unknown[0]!r}; known: {', '.join(known)}")
     found = {**known, **params}
     return Guard(
         found["address"],
-        lookup_timeout_s=float(found["lookup_timeout_s"]),  # type: ignore[arg-type]  # from JSON
-        fetch_timeout_s=float(found["fetch_timeout_s"]),  # type: ignore[arg-type]  # from JSON
+        lookup_timeout_s=float(found["lookup_timeout_s"]),
+        fetch_timeout_s=float(found["fetch_timeout_s"]),
     )
 
 
@@ -316,9 +316,7 @@ class Nf4Deserializer(Deserializer):
 
 
 def _nf4_serde(settings: dict[str, Any]) -> AsyncSerdeProcessor:
-    return AsyncSerdeProcessor(
-        Nf4Serializer(), Nf4Deserializer(), max_workers=int(settings.get("max_workers", 1))
-    )
+    return AsyncSerdeProcessor(Nf4Serializer(), Nf4Deserializer(), max_workers=int(settings.get("max_workers", 1)))
 
 
 try:

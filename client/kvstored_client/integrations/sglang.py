@@ -198,7 +198,7 @@ def _identity(config: HiCacheStorageConfig) -> str:
     return json.dumps(fields)
 
 
-def _page_starts(pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[int]:
+def _page_starts(pool: Any, keys: list[str], host_indices: torch.Tensor | None) -> list[int]:
     """Where each page begins in the host pool. Raises ValueError where indices and keys do not fit."""
     page_size = int(getattr(pool, "page_size", 1) or 1)
     if host_indices is None or host_indices.numel() != len(keys) * page_size:

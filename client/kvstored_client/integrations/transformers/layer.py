@@ -49,7 +49,7 @@ class RoomyLayer(DynamicLayer):
 
     def _intact(self, key_states: torch.Tensor) -> bool:
         """Whether keys and values still are what this layer made them, and new ones are of as many rows."""
-        return key_states.shape[0] == self._buffers[0].shape[0] and all(
-            shown is not None and shown.data_ptr() == buffer.data_ptr() and shown.shape[2] == self._length
-            for shown, buffer in zip((self.keys, self.values), self._buffers, strict=True)
-        )
+        shown: tuple[Any, Any] = (self.keys, self.values)
+        same = [x is not None and x.data_ptr() == y.data_ptr() for x, y in zip(shown, self._buffers, strict=True)]
+        rows, tokens = self._buffers[0].shape[0], self.get_seq_length()
+        return all(same) and tokens == self._length and key_states.shape[0] == rows

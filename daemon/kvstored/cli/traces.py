@@ -1,0 +1,163 @@
+"""Verbs about prefixes: explain where keys are or went; replay a trace against a daemon; simulate one before buying."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from kvstore.config import ADMISSIONS, POLICIES, ColdConfig, StoreConfig, parse_nbytes
+from kvstore.errors import ConfigError
+from kvstore.trace import Request, read_trace, replay
+from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.look import info_dict
+from kvstored.cli.plot import Line, chart
+from kvstored.cli.remote import print_json, remote
+from kvstored.cli.show import duration, table
+
+if TYPE_CHECKING:
+    from kvstore.simulate import Report, Setup
+    from kvstored_client import Client
+
+_TRACE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_RAM_STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
+"""The plot's points, as multiples of --ram."""
+
+
+@click.command()
+@click.argument("keys", type=KEY, nargs=-1, required=True)
+@remote
+def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...]) -> None:  # noqa: FBT001 - `remote` calls it
+    """Where each key is held, or why it is gone: expired, evicted, corrupt, deleted, never put."""
+    found = client.explain(*keys)
+    if as_json:
+        for of in found:
+            entry = None if of.entry is None else info_dict(of.entry)
+            print_json({"key": show_key(of.key), "state": of.state, "tier": of.tier, "gone_s": of.gone_s,
+                        "hits": of.hits, "entry": entry})  # fmt: skip
+        return
+    rows = []
+    for of in found:
+        info = of.entry
+        left = "-" if info is None else "pinned" if info.ttl_left_s is None else duration(info.ttl_left_s)
+        age = duration(info.age_s) if info is not None else f"{duration(of.gone_s)} ago" if of.tier else "-"
+        encoding = "-" if info is None else info.encoding
+        rows.append((show_key(of.key), of.state, of.tier or "-", encoding, age, left, str(of.hits)))
+    click.echo("\n".join(table(("KEY", "STATE", "TIER", "ENCODING", "AGE", "TTL", "HITS"), rows, left=4)))
+
+
+@click.command(name="replay")
+@click.argument("trace", type=_TRACE)
+@click.option("--requests", type=click.IntRange(min=1), help="Only so many of the trace.")
+@click.option("--block-nbytes", default=32768, type=click.IntRange(min=4), help="Bytes of float32 a block.")
+@click.option("--speed", default=0.0, type=click.FloatRange(min=0), help="Times the trace's own; 0: no waiting.")
+@remote
+def replay_command(
+    client: "Client",
+    as_json: bool,  # noqa: FBT001
+    trace: Path,
+    requests: int | None,
+    block_nbytes: int,
+    speed: float,
+) -> None:
+    """Do to a running daemon what a serving engine with this TRACE (Mooncake JSONL, .xz too) would do."""
+    asked = read_trace(trace, requests)
+    value = {"kv": np.random.default_rng(0).standard_normal(max(1, block_nbytes // 4), dtype=np.float32)}
+    started = time.monotonic()
+
+    def before(request: Request) -> None:
+        if speed:
+            time.sleep(max(0.0, started + request.at_s / speed - time.monotonic()))
+
+    done = None
+    with click.progressbar(length=len(asked), label="replaying", hidden=as_json) as bar:
+        for done in replay(client, asked, lambda _: value, before=before):  # noqa: B007 - the last one is the result
+            bar.update(1)
+    if done is None:
+        raise ConfigError(f"{trace} holds no request")
+    result = {**asdict(done), "hit_ratio": done.hits / max(1, done.blocks), "seconds": time.monotonic() - started}
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{done.hits:,} of {done.blocks:,} blocks hit ({result['hit_ratio']:.2%}), {done.puts:,} put")
+
+
+@click.command(name="simulate")
+@click.argument("trace", type=_TRACE)
+@click.option("--ram", required=True, help='Memory for hot and warm together, such as "64GiB".')
+@click.option("--disk", default="0", help="The cold tier. 0: none.")
+@click.option("--hot", "hot_fraction", default=0.1, type=click.FloatRange(0, 1), help="Share of RAM as put, rest NF4.")
+@click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
+@click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--policy", default="lru", type=click.Choice(POLICIES))
+@click.option("--admission", default="all", type=click.Choice(ADMISSIONS), help="What may be written to disk.")
+@click.option("--requests", type=click.IntRange(min=1), help="Only so many of the trace.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG of hit ratio against RAM.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: int | None, **how: Any) -> None:  # noqa: FBT001
+    """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors."""
+    from kvstore.simulate import Setup, layout_of, optimum
+
+    store = StoreConfig(policy=how["policy"], cold=ColdConfig(admission=how["admission"]))
+    setup = Setup(
+        parse_nbytes(how["ram"]), parse_nbytes(how["disk"]), how["hot_fraction"], layout_of(how["layout"]),
+        how["dtype"], store=store,
+    )  # fmt: skip
+    asked = read_trace(trace, requests)
+    report = _run(asked, setup, "simulating", quiet=as_json)
+    best = optimum(asked, setup.ram_nbytes // setup.value_nbytes) / max(1, report.blocks)
+    if plot is not None:
+        plot.write_text(chart(_lines(asked, setup, quiet=as_json), "RAM, GiB", "block hits"), encoding="utf-8")
+    if as_json:
+        print_json({**asdict(report), "hit_ratio": report.hit_ratio, "writes_per_put": report.writes_per_put,
+                    "nbytes_written_a_day": report.nbytes_written_a_day, "optimum_as_put": best})  # fmt: skip
+        return
+    _print(report, best)
+
+
+def _run(asked: Sequence[Request], setup: "Setup", label: str, *, quiet: bool) -> "Report":
+    from kvstore.simulate import Simulation
+
+    simulation = Simulation(setup)
+    with click.progressbar(asked, label=label, hidden=quiet) as bar:
+        for request in bar:
+            simulation.request(request)
+    return simulation.report()
+
+
+def _print(report: "Report", best: float) -> None:
+    share = {name: f"{hits / max(1, report.blocks):.2%}" for name, hits in report.by_tier.items()}
+    rows = [
+        ("blocks hit", f"{report.hits:,} of {report.blocks:,} ({report.hit_ratio:.2%})"),
+        *((f"  in {name}", text) for name, text in share.items()),
+        *((f"  as {name}", f"{hits / max(1, report.blocks):.2%}") for name, hits in sorted(report.by_encoding.items())),
+        ("optimum of RAM as put", f"{best:.2%}"),
+        ("encodings per put", f"{report.encodes / max(1, report.puts):.2f}"),
+        ("disk writes per put", f"{report.writes_per_put:.3f}"),
+        ("disk bytes a day", f"{report.nbytes_written_a_day / 1e12:.2f} TB"),
+        ("evictions", f"{report.evictions:,}"),
+    ]
+    click.echo("\n".join(table(("WHAT", "VALUE"), rows, left=1)))
+
+
+def _lines(asked: Sequence[Request], setup: "Setup", *, quiet: bool) -> Iterator[Line]:
+    """Hit ratio against RAM: all as put in float32 and bfloat16, mixes with NF4, and the optimum's ceiling."""
+    from kvstore.simulate import optimum
+
+    steps = [max(1, int(setup.ram_nbytes * step)) for step in _RAM_STEPS]
+    blocks = max(1, sum(len(request.blocks) for request in asked))
+    for dtype, hot, name in (
+        ("float32", 1.0, "float32"), ("bfloat16", 1.0, "bfloat16"), ("float32", 0.5, "hot 50 : NF4 50"),
+        ("float32", 0.1, "hot 10 : NF4 90"),
+    ):  # fmt: skip
+        setups = [replace(setup, ram_nbytes=ram, disk_nbytes=0, dtype=dtype, hot_fraction=hot) for ram in steps]
+        points = [(one.ram_nbytes / 2**30, _run(asked, one, name, quiet=quiet).hit_ratio) for one in setups]
+        yield Line(name, points)
+    float32 = replace(setup, dtype="float32").value_nbytes
+    yield Line("optimum, float32", [(ram / 2**30, optimum(asked, ram // float32) / blocks) for ram in steps])
+
+
+COMMANDS = (explain, replay_command, simulate_command)

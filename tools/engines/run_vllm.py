@@ -1,0 +1,107 @@
+"""vLLM itself with KvstoredConnector: five engine processes must give the same tokens.
+
+base: no connector. store: the first with it. load: a new process finds the blocks. lose: blocks are gone between lookup
+and load. down: the daemon is dead. Prints a table, with --json a line each. Exit code 1: tokens differ, or nothing was
+loaded. Run by `make engines`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+CASES = ("base", "store", "load", "lose", "down")
+
+
+def connector(case: str, address: str) -> dict[str, Any] | None:
+    """The engine's kv_transfer_config."""
+    if case == "base":
+        return None
+    module, name = "kvstored_client.integrations.vllm", "KvstoredConnector"
+    if case == "lose":
+        module, name = "tools.engines.vllm_lossy", "LossyConnector"
+    return {
+        "kv_connector": name, "kv_connector_module_path": module, "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"address": address, "lookup_timeout_s": 1.0, "fetch_timeout_s": 10.0},
+    }  # fmt: skip
+
+
+def run_case(python: str, case: str, model: Path, ids: list[int], address: str) -> dict[str, Any]:
+    """One engine process. Exits with its log where it fails."""
+    env = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client"))), "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    command = [
+        python, str(ROOT / "tools/engines/vllm_case.py"), str(model), json.dumps(ids),
+        json.dumps(connector(case, address)),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False, cwd=ROOT)
+    line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"{case}: the engine gave no result\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+    found: dict[str, Any] = json.loads(line[7:])
+    found["recovered"] = "Recovered from KV load failure" in done.stdout + done.stderr
+    return found
+
+
+def main() -> int:
+    """Run all cases."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--engine-python", required=True)
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    from examples.model import convert, gguf_file
+
+    gguf = gguf_file()
+    if gguf is None:
+        raise SystemExit("the model is not installed; run: make demo")
+    home, _ = convert(gguf)
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(home, local_files_only=True)
+    ids = tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: options.tokens]
+    with tempfile.TemporaryDirectory(prefix="kvv-") as top:
+        address = f"unix:{top}/k.sock"
+        serve = [sys.executable, "-m", "kvstored", "serve", "--address", address, "--data-dir", f"{top}/data"]
+        path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))
+        daemon = subprocess.Popen(serve, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT)
+        while not Path(top, "k.sock").exists() and daemon.poll() is None:
+            time.sleep(0.1)
+        found = {}
+        try:
+            for case in CASES:
+                if case == "down":
+                    daemon.kill()
+                    daemon.wait()
+                found[case] = run_case(options.engine_python, case, home, ids, address)
+                show(case, found[case], as_json=options.json)
+        finally:
+            daemon.kill()
+            daemon.wait()
+    same = all(result["tokens"] == found["base"]["tokens"] for result in found.values())
+    loaded = found["load"]["cached"] > 0
+    print(f"same tokens: {same}; loaded from the store: {found['load']['cached']} of {len(ids)}", file=sys.stderr)
+    return 0 if same and loaded else 1
+
+
+def show(case: str, result: dict[str, Any], *, as_json: bool) -> None:
+    """One case."""
+    if as_json:
+        params = {"case": case, "cached": result["cached"], "recovered": result["recovered"]}
+        print(json.dumps({"name": "vllm.ttft", "params": params, "value": result["ttft_s"], "unit": "s", "ratios": {}}))
+    else:
+        told = f"{case:6} first token {result['ttft_s']:6.2f} s, cached {result['cached']:5}"
+        print(f"{told}, recovered {result['recovered']}, tokens {result['tokens']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
