@@ -11,7 +11,6 @@ Thread-safe. A forked child gets a connection of its own.
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,6 @@ from kvstore.stats import Stats
 from kvstored_client import local
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import default_address, lease_path, socket_path
-from kvstored_client.credentials import read_token
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
@@ -81,9 +79,8 @@ class Client:
         self._on_error = on_error
         self._transport = Transport(address or default_address(), timeout_s, _log_change)
         path = socket_path(self._transport.target)
-        # The lease socket knows users, not tokens: a token may stand for a tenant, whose keys are others.
-        wanted = shared_memory and path is not None and read_token(os.environ) is None
-        self._near = Near(lease_path(path), timeout_s) if wanted and path is not None else None
+        # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
+        self._near = Near(lease_path(path), timeout_s) if shared_memory and path is not None else None
         if self._near is not None:
             self._transport.on_fork = self._near.start_afresh
         self._failures_lock = threading.Lock()

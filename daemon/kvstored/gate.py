@@ -78,6 +78,10 @@ class Access:
             "a token is needed here: set KVSTORED_TOKEN_FILE to a file that holds one (`kvstored token` makes them)",
         )
 
+    def of_user(self, uid: int) -> Identity | None:
+        """The caller behind a process of this user, where the kernel vouches for it. None: ask for a token instead."""
+        return LOCAL if self.tokens is None else self.tokens.by_uid.get(uid)
+
     @staticmethod
     def check(identity: Identity, method: str) -> None:
         """Raise Refusal unless the caller may use the method."""

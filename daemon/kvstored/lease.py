@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +21,15 @@ from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
 from kvstore.arena import Arena, Place, Segment
-from kvstore.errors import InvalidEntry, KvstoreError
+from kvstore.errors import InvalidEntry, KvstoreError, PermissionDenied
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.gate import Access, Refusal
 from kvstored.metrics import Meter
+from kvstored.scope import Scopes
+from kvstored.tokens import LOCAL, Identity
 from kvstored.verbs import Verbs
 from kvstored.wire import Incoming, Reading, hit_header, put_ready
 from kvstored_client._pb import cache_pb2 as pb
@@ -56,6 +59,8 @@ class Shared:
     verbs: Verbs
     lease_max_s: float
     meter: Meter | None = None
+    scopes: Scopes | None = None
+    identify: Callable[[int], Identity | None] = lambda _uid: LOCAL
     gauges: dict[str, int] = field(default_factory=lambda: {"leases": 0, "lease_connections": 0, "leases_aged": 0})
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -72,6 +77,12 @@ class Connection:
         self._sock = sock
         self._shared = shared
         _, self.uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        identity = shared.identify(self.uid)
+        if identity is None:
+            raise PermissionError(f"user {self.uid} has no entry in the tokens file")
+        self._identity = identity
+        self._store = shared.store if shared.scopes is None else shared.scopes.of(identity)
+        self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, list[Any]]] = {}
         self._lock = threading.Lock()
         self._next = 1
@@ -166,13 +177,19 @@ class Connection:
             return _refusal("KvstoreError", "internal error, see the daemon's log")
 
     def _dispatch(self, call: pb.LeaseCall) -> pb.LeaseReply | None:
+        verb = _verb(call)
+        if verb != "ingest":
+            try:
+                Access.check(self._identity, f"Cache/{verb.capitalize()}")
+            except Refusal as refusal:
+                raise PermissionDenied(str(refusal)) from None
         if call.HasField("get"):
             return self._get(call.get)
         if call.HasField("put"):
             return pb.LeaseReply(put=self._put(call.put))
         for name in SMALL_VERBS:
             if call.HasField(name):
-                return pb.LeaseReply(**{name: getattr(self._shared.verbs, name)(getattr(call, name))})
+                return pb.LeaseReply(**{name: getattr(self._verbs, name)(getattr(call, name))})
         if call.ingest_nbytes:
             return self._open_ingest(call.ingest_nbytes)
         return None if call.release else _refusal("InvalidEntry", "an empty call")
@@ -183,7 +200,7 @@ class Connection:
         held: list[Any] = []
         # What must be decoded is decoded into this user's own segments: that is where it will be read.
         room = partial(shared.arena.empty, owner=self.uid)
-        reading = Reading(shared.store, shared.budget, check_keys(asked.keys), leading=asked.leading, room=room)
+        reading = Reading(self._store, shared.budget, check_keys(asked.keys), leading=asked.leading, room=room)
         try:
             while lot := reading.next_lot():
                 for index, hit in lot:
@@ -252,7 +269,7 @@ class Connection:
                 taken += entry.nbytes
                 self._ingested(entry, item.places)
                 ready.append(entry)
-            return pb.PutReply(stored=put_ready(shared.store, ready), boot_epoch=shared.verbs.epoch)
+            return pb.PutReply(stored=put_ready(self._store, ready), boot_epoch=shared.verbs.epoch)
         finally:
             shared.budget.give_back(taken)
 
@@ -336,7 +353,11 @@ class LeaseServer:
                 # For sending only: a stopped client must not hold this thread, an idle one may stay.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SEND_TIMEOUT_S), 0))
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
-                connection = Connection(sock, self._shared)
+                try:
+                    connection = Connection(sock, self._shared)
+                except PermissionError:
+                    sock.close()  # the client uses the stream, where it can show a token
+                    continue
                 self._connections.add(connection)
                 thread = threading.Thread(target=self._run, args=(connection,), name="kvstored-lease", daemon=True)
                 self._threads = [t for t in self._threads if t.is_alive()]

@@ -121,7 +121,11 @@ class Scopes:
 
     def current(self) -> Any:
         """The store of the call under way: the whole one, or its tenant's part."""
-        tenant = CALLER.get().tenant
+        return self.of(CALLER.get())
+
+    def of(self, identity: Identity) -> Any:
+        """The store as this caller may see it."""
+        tenant = identity.tenant
         if tenant is None:
             return self._store
         found = self._by_tenant.get(tenant)  # as many as the tokens file has tenants

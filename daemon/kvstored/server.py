@@ -175,12 +175,20 @@ class Daemon:
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
         ingest = Budget(settings.in_flight_nbytes)
+        scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
         self._shared = Shared(
-            store, self._arena, budget, ingest, Verbs(store, epoch), settings.lease_max_s, self.watch.meter
+            store,
+            self._arena,
+            budget,
+            ingest,
+            Verbs(store, epoch),
+            settings.lease_max_s,
+            self.watch.meter,
+            scopes,
+            self._access.of_user,
         )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
-        scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
         room = self._arena.empty
         cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
         admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)
@@ -237,8 +245,9 @@ class Daemon:
 
     def _start_leases(self, path: Path | None) -> None:
         # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
-        # And it knows no tokens: a tenant's calls would reach the whole key space through it.
-        wanted = not self._settings.tokens and self._shared.store.config.hot.device == "cpu"
+        # And it knows no tokens, only users: with a tokens file it is for those who are named there.
+        tokens = self._access.tokens
+        wanted = (tokens is None or tokens.by_uid) and self._shared.store.config.hot.device == "cpu"
         if path is not None and wanted:
             self._leases.append(LeaseServer(lease_path(path), self._shared))
             self._leases[-1].start()

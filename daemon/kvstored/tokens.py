@@ -10,6 +10,7 @@ entry it resembles.
     sha256 = "9f86d0..."                rights = ["read"]
     tenant = "team-a"
     rights = ["read", "write"]
+    uid = 1001                          # his processes may use shared memory, as this caller
 
 An entry with a tenant sees that tenant's keys and no others; one without sees all keys as they are.
 """
@@ -53,6 +54,8 @@ class Tokens:
 
     by_digest: Mapping[str, Identity] = field(default_factory=dict)
     by_common_name: Mapping[str, Identity] = field(default_factory=dict)
+    by_uid: Mapping[int, Identity] = field(default_factory=dict)
+    """For the lease socket, where the kernel says whose process has connected."""
 
     def of_token(self, token: str) -> Identity | None:
         """The owner of a token. Takes as long for a wrong one as for a right one."""
@@ -86,6 +89,7 @@ def read_tokens(path: str | Path) -> Tokens:
         raise ConfigError(f"{path}: unknown table {unknown[0]!r:.40}; known: token, certificate")
     by_digest: dict[str, Identity] = {}
     by_common_name: dict[str, Identity] = {}
+    by_uid: dict[int, Identity] = {}
     for number, entry in enumerate(_entries(table, "token", path), start=1):
         where = f"{path}: token {number}"
         known = str(entry.pop("sha256", ""))
@@ -93,13 +97,18 @@ def read_tokens(path: str | Path) -> Tokens:
             raise ConfigError(f"{where}: sha256 must be 64 hexadecimal digits; `kvstored token` prints them")
         if known in by_digest:
             raise ConfigError(f"{where}: the same sha256 as {by_digest[known].name}")
+        uid = entry.pop("uid", None)
         by_digest[known] = _identity(entry, where)
+        if uid is not None:
+            if isinstance(uid, bool) or not isinstance(uid, int) or not 0 <= uid < 1 << 32 or uid in by_uid:
+                raise ConfigError(f"{where}: uid must be a user's number, each in one entry only, got {uid!r:.40}")
+            by_uid[uid] = by_digest[known]
     for number, entry in enumerate(_entries(table, "certificate", path), start=1):
         identity = _identity(entry, f"{path}: certificate {number}")
         by_common_name[identity.name] = identity
     if len(by_digest) > TOKENS_MAX:
         raise ConfigError(f"{path}: at most {TOKENS_MAX} tokens, got {len(by_digest)}")
-    return Tokens(by_digest, by_common_name)
+    return Tokens(by_digest, by_common_name, by_uid)
 
 
 def _entries(table: Mapping[str, Any], name: str, path: str | Path) -> list[dict[str, Any]]:
@@ -112,7 +121,7 @@ def _entries(table: Mapping[str, Any], name: str, path: str | Path) -> list[dict
 def _identity(entry: dict[str, Any], where: str) -> Identity:
     name, rights, tenant = entry.pop("name", ""), entry.pop("rights", []), entry.pop("tenant", None)
     if entry:
-        raise ConfigError(f"{where}: unknown key {min(entry)!r:.40}; known: name, sha256, rights, tenant")
+        raise ConfigError(f"{where}: unknown key {min(entry)!r:.40}; known: name, sha256, rights, tenant, uid")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: name must be 1 to 64 letters, digits or . _ @ -, got {name!r:.80}")
     if not isinstance(rights, list) or not rights or not set(map(str, rights)) <= set(RIGHTS):

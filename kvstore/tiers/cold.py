@@ -172,6 +172,7 @@ class Cold:
             "cold_pending_nbytes": float(self.pending_nbytes),
             "cold_disk_nbytes": float(self.disk_nbytes()),
             "cold_refusals": float(self.admission.refusals),
+            "cold_write_left_nbytes": self.admission.left_nbytes,
             "cold_quarantined": float(self._directory.quarantined is not None),
         }
 

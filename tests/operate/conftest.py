@@ -25,8 +25,10 @@ def running_daemon(server: str = "", store: str = "", address: str = "") -> Iter
             f"{STEADY}\n{server}\n[store]\n{store}\n".replace("{dir}", top)
         )
         found = DaemonProcess(directory, where, config)
-        yield found
-        found.kill()
+        try:
+            yield found
+        finally:
+            found.kill()
 
 
 def http_get(port: int, path: str, **headers: str) -> tuple[int, str, dict[str, str]]:

@@ -293,3 +293,45 @@ def test_anybody_may_not_be_let_in_by_mistake(tmp_path):
         load_settings(environ={"KVSTORED_SERVER__TLS_KEY": "k"})
     with pytest.raises(ConfigError, match=r"needs server\.tokens"):
         load_settings(environ={"KVSTORED_SERVER__TOKEN_ON_UNIX": "true"})
+
+
+@pytest.mark.parametrize("entry_of", ["mine", "somebody else's"])
+def test_shared_memory_is_for_users_the_tokens_file_names(tmp_path, monkeypatch, entry_of):
+    """The kernel says whose process is on the lease socket; gRPC's sockets cannot, there it is the token."""
+    uid = os.geteuid() if entry_of == "mine" else 424242
+    with running_daemon('tokens = "{dir}/tokens.toml"\ntoken_on_unix = true') as daemon:
+        people = {name: PEOPLE[name] for name in ("writer-a", "admin")}
+        path = daemon.directory / "tokens.toml"
+        write_tokens(path, people)
+        path.write_text(path.read_text().replace('name = "writer-a"\n', f'name = "writer-a"\nuid = {uid}\n'))
+        monkeypatch.setenv("KVSTORED_TOKEN_FILE", str(tmp_path / "t"))
+        (tmp_path / "t").write_text(OWN["admin"])
+        daemon.start(wait=False)
+        wait_for(daemon.socket_path.exists, 30)
+        with Client(daemon.address, on_error="raise", framework="numpy", timeout_s=20) as admin:
+            assert admin.stats().values["uptime_s"] >= 0
+            (tmp_path / "t").write_text(OWN["writer-a"])
+            with Client(daemon.address, on_error="raise", framework="numpy", timeout_s=20) as client:
+                assert client.put(b"k", TENSORS)
+                assert np.array_equal(client.get(b"k").tensors["x"], TENSORS["x"])
+                assert (admin.stats().values["lease_connections"] > 0) == (entry_of == "mine")
+            keys = [info.key for info in admin.entries()]
+        assert len(keys) == 1
+        assert keys[0].endswith(b"k")
+        assert len(keys[0]) == 1 + 16  # behind the tenant's prefix, whichever way it came
+
+
+def test_a_users_rights_hold_on_the_lease_socket_too(tmp_path, monkeypatch):
+    with running_daemon('tokens = "{dir}/tokens.toml"\ntoken_on_unix = true') as daemon:
+        path = daemon.directory / "tokens.toml"
+        write_tokens(path, {"reader": PEOPLE["reader"]})
+        path.write_text(path.read_text().replace('name = "reader"\n', f'name = "reader"\nuid = {os.geteuid()}\n'))
+        (tmp_path / "t").write_text(OWN["reader"])
+        monkeypatch.setenv("KVSTORED_TOKEN_FILE", str(tmp_path / "t"))
+        daemon.start(wait=False)
+        wait_for(daemon.socket_path.exists, 30)
+        with Client(daemon.address, on_error="raise", framework="numpy", timeout_s=20) as client:
+            assert client.get(b"k") is None
+            for call in (lambda: client.put(b"k", TENSORS), lambda: client.delete(b"k")):
+                with pytest.raises(PermissionDenied, match="reader has the rights read"):
+                    call()
