@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, DaemonProcess
 
+pytestmark = pytest.mark.slow
 ENGINES = ["drop-in", "lmcache", "sglang", "vllm"]
 
 
