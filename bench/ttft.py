@@ -83,9 +83,10 @@ def place(client: Client, worker: PrefixCache, ids: torch.Tensor, tier: str) -> 
     worker.generate(ids, max_new_tokens=1, do_sample=False)
     if not worker.flush(60):
         raise SystemExit("the puts did not end")
-    keys = [entry.key for entry in client.entries()]
-    for _ in range({"hot": 0, "warm": 1, "cold": 1}[tier]):  # an exact entry skips NF4 on its way down
-        client.demote(*keys)
+    # An exact entry skips NF4 on its way down: one step for either.
+    while tier != "hot" and (keys := [entry.key for entry in client.entries() if entry.tiers[0] == "hot"]):
+        if not client.demote(keys[0]):
+            raise SystemExit("an entry would not leave hot")
     tiers = {entry.tiers[0] for entry in client.entries()}
     if tiers != {tier}:
         raise SystemExit(f"entries meant for {tier} are in {', '.join(sorted(tiers)) or 'no tier'}")
