@@ -69,9 +69,10 @@ class MemoryTier:
         return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(key, nbytes)
 
     def has_room(self, nbytes: int, key: Key) -> bool:
-        """Whether an entry of this size can be put now."""
-        fits = self._used_nbytes + nbytes <= self.capacity_nbytes
-        return fits and self._order.within_quota(key, nbytes)
+        """Whether an entry of this size can be put now, in place of the one of the same key if there is one."""
+        replaced = self._entries.get(key)
+        more = nbytes if replaced is None else nbytes - replaced.nbytes
+        return self._used_nbytes + more <= self.capacity_nbytes and self._order.within_quota(key, more)
 
     def displace(self, nbytes: int, key: Key) -> Entry | None:
         """Make room for `nbytes` under `key`: None when they fit, else the entry taken out.
