@@ -166,6 +166,17 @@ struct Avx2 {
         for (int i = 0; i < 4; ++i) _mm256_stream_ps(out + 8 * i, v[i]);
     }
 
+    template <int kHalf>
+    static void halved(__m256* a, __m256* b, __m256* c) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kHalf; ++r) {
+            a[r] = _mm256_add_ps(a[r], a[r + kHalf]);
+            b[r] = _mm256_add_ps(b[r], b[r + kHalf]);
+            c[r] = _mm256_add_ps(c[r], c[r + kHalf]);
+        }
+        if constexpr (kHalf > 1) halved<kHalf / 2>(a, b, c);
+    }
+
     // Codes of a block, and the sums x.x, x.L and L.L over its levels L, halves added to halves.
     template <int kSize>
     static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {
@@ -184,12 +195,7 @@ struct Avx2 {
                 size[4 * i + r] = _mm256_mul_ps(level[r], level[r]);
             }
         }
-        for (int half = kRegisters / 2; half; half /= 2)
-            for (int r = 0; r < half; ++r) {
-                energy[r] = _mm256_add_ps(energy[r], energy[r + half]);
-                cross[r] = _mm256_add_ps(cross[r], cross[r + half]);
-                size[r] = _mm256_add_ps(size[r], size[r + half]);
-            }
+        halved<kRegisters / 2>(energy, cross, size);
         return {tree8(energy[0]), tree8(cross[0]), tree8(size[0])};
     }
     static void rotate_small(float* x, int n, int size) {
@@ -218,18 +224,28 @@ struct Avx2 {
         if (size == 16) return rotate_runs<2>(x, n);
         return rotate_runs<1>(x, n);
     }
+    // Stages of distance kStage registers and up. By recursion: as a loop over distances the compiler keeps v in memory.
+    template <int kRegisters, int kStage>
+    static void butterflies(__m256* v) {
+        if constexpr (kStage < kRegisters) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kRegisters; ++r)
+                if (!(r & kStage)) {
+                    const __m256 a = v[r], b = v[r + kStage];
+                    v[r] = _mm256_add_ps(a, b);
+                    v[r + kStage] = _mm256_sub_ps(a, b);
+                }
+            butterflies<kRegisters, 2 * kStage>(v);
+        }
+    }
     template <int kRegisters>
     static void rotate_runs(float* x, int n) {
         for (int i = 0; i < n; i += 8 * kRegisters) {
             __m256 v[kRegisters];
+#pragma GCC unroll 16
             for (int r = 0; r < kRegisters; ++r) v[r] = rotate8(_mm256_loadu_ps(x + i + 8 * r));
-            for (int h = 1; h < kRegisters; h *= 2)
-                for (int r = 0; r < kRegisters; ++r)
-                    if (!(r & h)) {
-                        const __m256 a = v[r], b = v[r + h];
-                        v[r] = _mm256_add_ps(a, b);
-                        v[r + h] = _mm256_sub_ps(a, b);
-                    }
+            butterflies<kRegisters, 1>(v);
+#pragma GCC unroll 16
             for (int r = 0; r < kRegisters; ++r) _mm256_storeu_ps(x + i + 8 * r, v[r]);
         }
     }

@@ -50,13 +50,89 @@ struct Avx512 : Avx2 {
         const __mmask16 above = _mm512_cmp_ps_mask(z, threshold, _CMP_GT_OQ);
         return _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
     }
-    static void codes32(const float* x, float inverse, uint8_t* out) {
-        const __m512 by = _mm512_set1_ps(inverse);
-        const __m128i a = _mm512_cvtepi32_epi8(codes16(_mm512_mul_ps(_mm512_loadu_ps(x), by)));
-        const __m128i b = _mm512_cvtepi32_epi8(codes16(_mm512_mul_ps(_mm512_loadu_ps(x + 16), by)));
+    static void store_packed(__m512i first, __m512i second, uint8_t* out) {
+        const __m128i a = _mm512_cvtepi32_epi8(first), b = _mm512_cvtepi32_epi8(second);
         const __m128i weights = _mm_set1_epi16(0x0110);
         const __m128i packed = _mm_packus_epi16(_mm_maddubs_epi16(a, weights), _mm_maddubs_epi16(b, weights));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+    }
+    static void codes32(const float* x, float inverse, uint8_t* out) {
+        const __m512 by = _mm512_set1_ps(inverse);
+        store_packed(codes16(_mm512_mul_ps(_mm512_loadu_ps(x), by)), codes16(_mm512_mul_ps(_mm512_loadu_ps(x + 16), by)),
+                     out);
+    }
+
+    // Codes of a block, and the sums x.x, x.L and L.L over its levels L, halves added to halves.
+    template <int kSize>
+    static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {
+        constexpr int kRegisters = kSize / 16;
+        __m512 energy[kRegisters], cross[kRegisters], size[kRegisters];
+        const __m512 by = _mm512_set1_ps(inverse), table = _mm512_loadu_ps(kvk::kCodeBits);
+        for (int i = 0; i < kRegisters; i += 2) {
+            __m512i code[2];
+            for (int r = 0; r < 2; ++r) {
+                const __m512 v = _mm512_loadu_ps(x + 16 * (i + r));
+                code[r] = codes16(_mm512_mul_ps(v, by));
+                const __m512 level = _mm512_permutexvar_ps(code[r], table);
+                energy[i + r] = _mm512_mul_ps(v, v);
+                cross[i + r] = _mm512_mul_ps(v, level);
+                size[i + r] = _mm512_mul_ps(level, level);
+            }
+            store_packed(code[0], code[1], codes + 8 * i);
+        }
+        return {tree<kRegisters>(energy), tree<kRegisters>(cross), tree<kRegisters>(size)};
+    }
+    template <int kRegisters>
+    static float tree(__m512* v) {
+        if constexpr (kRegisters == 4) {
+            v[0] = _mm512_add_ps(v[0], v[2]);
+            v[1] = _mm512_add_ps(v[1], v[3]);
+        }
+        const __m512 sum = _mm512_add_ps(v[0], v[1]);
+        return tree8(_mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)));
+    }
+
+    // Stages 1, 2, 4 and 8 inside a register: the partner plus the value, negated where it is the second.
+    static __m512 rotate16(__m512 v) {
+        const __m512 n1 = signs(0xaaaa), n2 = signs(0xcccc), n4 = signs(0xf0f0), n8 = signs(0xff00);
+        v = _mm512_add_ps(_mm512_permute_ps(v, 0xb1), _mm512_xor_ps(v, n1));
+        v = _mm512_add_ps(_mm512_permute_ps(v, 0x4e), _mm512_xor_ps(v, n2));
+        v = _mm512_add_ps(_mm512_shuffle_f32x4(v, v, 0xb1), _mm512_xor_ps(v, n4));
+        return _mm512_add_ps(_mm512_shuffle_f32x4(v, v, 0x4e), _mm512_xor_ps(v, n8));
+    }
+    static __m512 signs(__mmask16 negative) {
+        return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(negative, static_cast<int>(0x80000000u)));
+    }
+    template <int kRegisters>
+    static void rotate_wide(float* x, int n) {
+        for (int i = 0; i < n; i += 16 * kRegisters) {
+            __m512 v[kRegisters];
+#pragma GCC unroll 8
+            for (int r = 0; r < kRegisters; ++r) v[r] = rotate16(_mm512_loadu_ps(x + i + 16 * r));
+            butterflies_wide<kRegisters, 1>(v);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRegisters; ++r) _mm512_storeu_ps(x + i + 16 * r, v[r]);
+        }
+    }
+    template <int kRegisters, int kStage>
+    static void butterflies_wide(__m512* v) {
+        if constexpr (kStage < kRegisters) {
+#pragma GCC unroll 8
+            for (int r = 0; r < kRegisters; ++r)
+                if (!(r & kStage)) {
+                    const __m512 a = v[r], b = v[r + kStage];
+                    v[r] = _mm512_add_ps(a, b);
+                    v[r + kStage] = _mm512_sub_ps(a, b);
+                }
+            butterflies_wide<kRegisters, 2 * kStage>(v);
+        }
+    }
+    static void rotate(float* x, int n, int size) {
+        if (size == 64) return rotate_wide<4>(x, n);
+        if (size == 128) return rotate_wide<8>(x, n);
+        if (size == 32) return rotate_wide<2>(x, n);
+        if (size == 16) return rotate_wide<1>(x, n);
+        return Avx2::rotate(x, n, size);
     }
 
     static void levels32(const uint8_t* codes, float scale, float* out) {
