@@ -23,7 +23,8 @@ from kvstore.disk.segments import Place
 from kvstore.entry import Key
 from kvstore.index import Meta
 
-MAP_MIN_NBYTES = 64 << 20
+MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
+"""A map is address space only, but a quarter of a petabyte of it no process has; a full map is grown when it is full."""
 READERS_MAX = 126
 _DB = b"rows"
 _FIELDS = struct.Struct("<QddddQIIQQIB")
@@ -132,7 +133,7 @@ class Rows:
         path.mkdir(mode=0o700, exist_ok=True)
         self._lock = threading.Lock()
         self._path = path
-        self._open(max(MAP_MIN_NBYTES, map_nbytes))
+        self._open(min(max(MAP_MIN_NBYTES, map_nbytes), MAP_START_NBYTES))
         self.check_readers()
 
     def _open(self, map_nbytes: int) -> None:
