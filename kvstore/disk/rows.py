@@ -24,7 +24,7 @@ from kvstore.entry import Key
 from kvstore.index import Meta
 
 MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
-"""A map is address space only, but a quarter of a petabyte of it no process has; a full map is grown when it is full."""
+"""A map is address space only, but no process has petabytes of it; a map that is full grows."""
 READERS_MAX = 126
 _DB = b"rows"
 _FIELDS = struct.Struct("<QddddQIIQQIB")
