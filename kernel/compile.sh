@@ -23,4 +23,6 @@ x86_64*)
     ;;
 esac
 # shellcheck disable=SC2086
-$cxx $flags -shared -pthread "$work"/*.o -o "$out"
+$cxx $flags -shared -pthread "$work"/*.o -o "$out.new"
+# Never written in place: a running process may have the old one mapped.
+mv "$out.new" "$out"

@@ -103,30 +103,11 @@ int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes, const 
     return KVK_OK;
 }
 
-int kvk_nf4_scales(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes, float* nested) {
-    if (b < 0) return KVK_BAD_ARGUMENT;
-    for (int64_t group = 0; group * kvk::kScaleGroup < b; ++group) {
-        const int64_t first = group * kvk::kScaleGroup;
-        const int n = static_cast<int>(b - first < kvk::kScaleGroup ? b - first : kvk::kScaleGroup);
-        float centred[kvk::kScaleGroup];
-        int position[kvk::kScaleGroup];
-        float most = 0.0f;
-        for (int i = 0; i < n; ++i) {
-            centred[i] = absmax[first + i] - offset;
-            const float magnitude = centred[i] < 0.0f ? -centred[i] : centred[i];
-            most = magnitude > most ? magnitude : most;
-        }
-        nested[group] = most;
-        const float inverse = 1.0f / most;
-        for (int i = 0; i < n; ++i) {
-            const float scaled = centred[i] * inverse;
-            // NaN, of a group of equal scales, fails the first comparison and takes code 0.
-            const float z = scaled > -1.0f ? (scaled < 1.0f ? scaled : 1.0f) : -1.0f;
-            const double exact = static_cast<double>((z + 1.0f) * 0.5f) * 65535.0 + 0.5;
-            position[i] = static_cast<int>(static_cast<float>(exact));
-        }
-        for (int i = 0; i < n; ++i) codes[first + i] = lut[position[i] < 65535 ? position[i] : 65535];
-    }
+int kvk_nf4_scales(int isa, const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
+                   float* nested) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || b < 0) return KVK_BAD_ARGUMENT;
+    ops->nf4_scales(absmax, b, offset, lut, codes, nested);
     return KVK_OK;
 }
 

@@ -18,7 +18,7 @@ namespace kvk {
 
 const Ops KVK_TABLE = {
     Nf4<Isa>::encode, Nf4<Isa>::encode_tail, Nf4<Isa>::decode, Nf4<Isa>::decode_tail,
-    Kv<Isa>::means,   Kv<Isa>::encode,       Kv<Isa>::decode,
+    Nf4<Isa>::scales, Kv<Isa>::means,        Kv<Isa>::encode,  Kv<Isa>::decode,
 };
 
 }  // namespace kvk

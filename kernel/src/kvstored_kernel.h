@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 1
+#define KVK_ABI 2
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
@@ -30,7 +30,7 @@ KVK_API int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes
 
 // Double quantization of b scales about their mean `offset`, in groups of 256. lut: 65,536 codes, of -1 + 2k/65535.
 // codes: b bytes. nested: ceil(b/256) floats.
-KVK_API int kvk_nf4_scales(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
+KVK_API int kvk_nf4_scales(int isa, const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
                            float* nested);
 
 // The shape of rows inside a larger tensor: outer slabs of tokens * inner * d values, a slab starting

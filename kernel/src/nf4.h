@@ -96,6 +96,30 @@ struct Nf4 {
                 static_cast<uint16_t*>(out)[i] = dtype == KVK_F16 ? float_to_f16(v[i]) : float_to_bf16(v[i]);
         }
     }
+
+    // Double quantization: a group's scales about the mean, as a place among 65,536 in [-1, 1], as its code.
+    static void scales(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
+                       float* nested) {
+        constexpr int kNested = 256;
+        for (int64_t first = 0; first < b; first += kNested) {
+            const int n = static_cast<int>(b - first < kNested ? b - first : kNested);
+            alignas(64) float centred[kNested] = {};
+            int32_t position[kNested];
+            for (int i = 0; i < n; ++i) centred[i] = absmax[first + i] - offset;
+            const float most = from_bits(Isa::absmax_bits(centred, kNested));
+            nested[first / kNested] = most;
+            const float inverse = 1.0f / most;
+            for (int i = 0; i < kNested; ++i) {
+                const float scaled = centred[i] * inverse;
+                // NaN, of a group of equal scales, fails the first comparison and takes code 0.
+                const float low = scaled > -1.0f ? scaled : -1.0f;
+                const float z = low < 1.0f ? low : 1.0f;
+                const double exact = static_cast<double>((z + 1.0f) * 0.5f) * 65535.0 + 0.5;
+                position[i] = static_cast<int32_t>(static_cast<float>(exact));
+            }
+            for (int i = 0; i < n; ++i) codes[first + i] = lut[position[i] < 65535 ? position[i] : 65535];
+        }
+    }
 };
 
 }  // namespace

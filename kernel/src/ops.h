@@ -10,6 +10,8 @@ struct Ops {
     void (*nf4_decode)(int dtype, const uint8_t* codes, const float* absmax, int64_t begin, int64_t end, bool stream,
                        void* out);
     void (*nf4_decode_tail)(int dtype, const uint8_t* codes, float absmax, int n, void* out);
+    void (*nf4_scales)(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
+                       float* nested);
     // Groups of tokens [begin, end) of outer * groups.
     void (*kv_means)(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
                      float* scales, float* means);

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-ABI = 1
+ABI = 2
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another costs about 30 us, as much as 1 MiB."""
 
@@ -46,7 +46,7 @@ def _opened() -> ctypes.CDLL | None:
     rows = ctypes.POINTER(Rows)
     library.kvk_nf4_encode.argtypes = (i, i, i, p, n, p, p)
     library.kvk_nf4_decode.argtypes = (i, i, i, p, p, n, p)
-    library.kvk_nf4_scales.argtypes = (p, n, ctypes.c_float, p, p, p)
+    library.kvk_nf4_scales.argtypes = (i, p, n, ctypes.c_float, p, p, p)
     library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
@@ -95,7 +95,7 @@ class CpuKernel:
         codes = torch.empty(b, dtype=torch.uint8)
         nested = torch.empty((b + 255) // 256, dtype=torch.float32)
         where = (lut.data_ptr(), codes.data_ptr(), nested.data_ptr())
-        _checked(self.library.kvk_nf4_scales(absmax.data_ptr(), b, offset, *where))
+        _checked(self.library.kvk_nf4_scales(self.isa, absmax.data_ptr(), b, offset, *where))
         return codes, nested, offset
 
     def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
