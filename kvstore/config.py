@@ -22,6 +22,7 @@ GIB = 1 << 30
 POLICIES = ("lru", "arc", "s3fifo")
 """Which key leaves a memory tier next; `policies` holds one of each."""
 ADMISSIONS = ("all", "reused", "ghost")
+CODECS = ("auto", "nf4-kv", "nf4", "int8")
 """What may be written to disk: everything, or only what was hit at least once."""
 
 _UNITS = {"": 1, "B": 1}
@@ -53,9 +54,16 @@ class HotConfig:
 
 @dataclass(frozen=True)
 class WarmConfig:
-    """The warm tier: NF4 in memory. 0 bytes: no warm tier."""
+    """The warm tier: encoded tensors in memory. 0 bytes: no warm tier.
+
+    codec: how entries that need not stay exact are encoded when they leave hot: "auto" is nf4-kv for keys and values
+    and nf4 for the rest. max_relative_error: with "auto", the cheapest of nf4-kv, int8 and raw whose error on the real
+    tensor stays within it; 0: no bound.
+    """
 
     capacity_nbytes: int = 2 * GIB
+    codec: str = "auto"
+    max_relative_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,8 @@ class StoreConfig:
                     check_range(f"quotas.{name}.{tier}_nbytes", nbytes, 0, 1 << 50)
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         check_choice("policy", self.policy, POLICIES)
+        check_choice("warm.codec", self.warm.codec, CODECS)
+        check_range("warm.max_relative_error", self.warm.max_relative_error, 0, 0.99)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
 

@@ -21,7 +21,7 @@ import torch
 
 from kvstore import arrays, pins
 from kvstore.clock import Clock, SystemClock
-from kvstore.codecs import codec_named
+from kvstore.codecs import codec_for
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry, Key
@@ -60,7 +60,9 @@ class Store:
         # "cuda" alone is not equal to the "cuda:0" that its tensors report.
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
-        self._forms = TensorForms(codec_named("nf4"), self._device, r, room)
+        self._forms = TensorForms(
+            codec_for(config.warm.codec, config.warm.max_relative_error or None), self._device, r, room
+        )
         self._mover = Mover(r, self._forms)
         self._intake = Intake(r, self._mover, config, self._device)
         self._closed = False

@@ -63,6 +63,19 @@ def codec_named(name: str) -> Codec:
         raise CodecError(f"unknown encoding {name!r}; this version knows {known}") from None
 
 
+def codec_for(choice: str, max_relative_error: float | None = None) -> Codec:
+    """The codec a setting asks for: "auto" (nf4-kv for keys and values, nf4 for the rest), or an encoding's name.
+
+    max_relative_error: with "auto", the cheapest of nf4-kv, int8 and raw that keeps this bound on the real tensor.
+    """
+    from kvstore.codecs.adaptive import Adaptive
+    from kvstore.codecs.by_role import ByRole
+
+    if choice != "auto":
+        return codec_named(choice)
+    return ByRole() if max_relative_error is None else Adaptive(max_relative_error)
+
+
 def encodable(x: torch.Tensor) -> bool:
     """Whether a lossy codec may try this tensor: a KV dtype and at least one block.
 

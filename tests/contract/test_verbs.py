@@ -203,7 +203,7 @@ def test_a_demoted_auto_entry_is_nf4_and_says_so(harness: Harness) -> None:
     assert harness.cache.demote(b"key") == 1
     hit = harness.cache.get(b"key")
     assert hit is not None
-    assert (hit.tier, hit.encoding, hit.lossy) == ("warm", "nf4", True)
+    assert (hit.tier, hit.encoding, hit.lossy) == ("warm", "nf4-kv", True)
     assert torch.equal(hit.tensors["position"], torch.arange(64))
     error = (hit.tensors["k"] - x).pow(2).mean().sqrt() / x.pow(2).mean().sqrt()
     assert 0.01 < error < 0.12

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.arrays import as_bytes
 from kvstore.clock import ManualClock
 from kvstore.codecs import decode_entry, encode_entry
-from kvstore.codecs.nf4 import NF4
+from kvstore.codecs.by_role import ByRole
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.entry import Key
 from kvstore.errors import OverQuota
@@ -100,7 +100,7 @@ class VerbsAgainstADictionary(RuleBasedStateMachine):
             if self.store.inspect(key) is None:
                 self.model.pop(key, None)
             return
-        nf4 = decode_entry(encode_entry(raw_entry(Key(key), {n: t.clone() for n, t in tensors.items()}), NF4()))
+        nf4 = decode_entry(encode_entry(raw_entry(Key(key), {n: t.clone() for n, t in tensors.items()}), ByRole()))
         self.model[key] = Expected(tensors, nf4, ttl_s, self.clock.now() + ttl_s, exact, sliding)
 
     @rule(key=KEYS)

@@ -460,3 +460,36 @@ def test_a_drain_keeps_what_admission_would_refuse(tmp_path: Path) -> None:
         store.put(b"never hit", {"k": chunk(0)}, fidelity="exact")
     with Store.open(config, clock=clock, background=False) as store:
         assert store.get(b"never hit") is not None
+
+
+def test_keys_and_values_are_nf4_kv_and_other_tensors_nf4() -> None:
+    with open_store() as store:
+        store.put(b"kv", {"k": chunk(0), "v": chunk(1)})
+        store.put(b"state", {"ssm": chunk(2)})
+        assert store.demote(b"kv", b"state") == 2
+        assert [store.get(key).encoding for key in (b"kv", b"state")] == ["nf4-kv", "nf4"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("bound", "encoding"), [(0.2, "nf4-kv"), (0.02, "int8"), (0.0001, "raw")])
+def test_a_bound_on_the_error_picks_the_cheapest_encoding_that_keeps_it(
+    tmp_path: Path, bound: float, encoding: str
+) -> None:
+    config = StoreConfig(warm=WarmConfig(max_relative_error=bound), cold=ColdConfig(path=str(tmp_path)))
+    with Store.open(config, clock=ManualClock(), background=False) as store:
+        store.put(b"k", {"k": chunk(0)})
+        store.demote(b"k")
+        hit = store.get(b"k")
+        assert hit is not None
+        assert hit.encoding == encoding
+        assert (hit.tensors["k"] - chunk(0)).norm() <= bound * chunk(0).norm()
+
+
+@pytest.mark.parametrize("codec", ["nf4", "nf4-kv", "int8"])
+def test_a_codec_can_be_chosen(codec: str) -> None:
+    config = StoreConfig(warm=WarmConfig(codec=codec))
+    with Store.open(config, clock=ManualClock(), background=False) as store:
+        store.put(b"k", {"k": chunk(0)})
+        store.demote(b"k")
+        hit = store.get(b"k")
+        assert hit is not None
+        assert (hit.tier, hit.encoding, hit.lossy) == ("warm", codec, True)

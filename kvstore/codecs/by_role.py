@@ -1,0 +1,38 @@
+"""The codec a tensor deserves: nf4-kv for keys and values, nf4 for anything else that may be lossy.
+
+A rule, not an encoding: what it writes carries the name of the codec it chose. Pure, any thread.
+"""
+
+import torch
+
+from kvstore.codecs.hints import NO_HINTS, Hints, role_of
+from kvstore.codecs.nf4 import NF4
+from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.entry import EncodedTensor
+from kvstore.errors import CodecError
+
+_ROWS_MIN_DIM = 2
+"""Keys and values have tokens to tell apart; a flat tensor, whatever its name, has none."""
+
+
+class ByRole:
+    """nf4-kv for tensors whose name says key or value ("k", "v", "layers.3.key", ...), else nf4."""
+
+    name = "auto"
+    lossy = True
+
+    def __init__(self) -> None:
+        self._kv, self._plain = NF4KV(), NF4()
+
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Encode one tensor by the codec that its name and shape ask for. Raises CodecError as that codec does."""
+        if role_of(name, hints) == "plain" or x.dim() < _ROWS_MIN_DIM:
+            return self._plain.encode(name, x, hints)
+        return self._kv.encode(name, x, hints)
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Never used for a stored tensor, which names the codec that wrote it; decodes by that name."""
+        for codec in (self._kv, self._plain):
+            if codec.name == encoded.encoding:
+                return codec.decode(encoded, out)
+        raise CodecError(f"auto never writes {encoded.encoding!r}")
