@@ -35,7 +35,8 @@ _OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Also how long a connection may take to be made: at 100 ms a busy machine is taken for a dead one.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     # A connection of its own: channels of one process otherwise share one, and a fork would inherit it.
     ("grpc.use_local_subchannel_pool", 1),

@@ -199,6 +199,7 @@ class Writer:
             self.counters.commits += 1
             self.counters.records_written += len(put)
             self.counters.bytes_written += sum(place.nbytes for place in places)
+            self.healthy = True  # before anybody who waited for this batch looks
             self._pending.settle({key: cost_of(row.place.nbytes) for key, row in put.items()})
             self._changed.notify_all()
         for key in refused:
