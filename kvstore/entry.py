@@ -92,7 +92,7 @@ class Entry:
 
     @property
     def encoding(self) -> str:
-        """The one encoding that is not raw ("nf4"), or "raw". A lossy codec is never mixed with another."""
+        """The first tensor's encoding that is not raw ("nf4-kv"), or "raw": tensors of one entry may differ in it."""
         known: str | None = getattr(self.tensors, "encoding", None)
         if known is not None:
             return known

@@ -3,8 +3,7 @@
 Nothing here decides anything: entries are sizes (`SizedTensors`), forms reckon them (`SizedForms`), the disk is a tier
 in memory (`SizedCold`). So a terabyte is asked on a laptop, and what is measured is what the daemon runs.
 Also the ceiling: the offline optimum for prefix chains (`optimum`), which knows the future.
-What bounds its speed is Python: a block reference costs 1 us when it hits and about 10 us when it is put, since a put
-goes through every check and counter of the store. docs/prefixes.md has the figures.
+What bounds its speed is Python: a put goes through every check and counter of the store. docs/prefixes.md has figures.
 """
 
 import heapq
