@@ -51,4 +51,4 @@ echo "kvstored: installing into $venv (a few minutes the first time: torch and t
 torch=$(grep -E '^torch==' constraints.txt)
 pip install --constraint constraints.txt "$torch" hatchling
 # Without isolation the build uses the pinned hatchling and downloads nothing a second time.
-pip install --constraint constraints.txt --no-build-isolation --editable '.[daemon,transformers,demo,dev]'
+pip install --constraint constraints.txt --no-build-isolation --editable '.[daemon,transformers,demo,bench,dev]'
