@@ -3,6 +3,8 @@
 A rule, not an encoding: what it writes carries the name of the codec it chose. Pure, any thread.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of
@@ -11,8 +13,16 @@ from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.entry import EncodedTensor
 from kvstore.errors import CodecError
 
-_ROWS_MIN_DIM = 2
-"""Keys and values have tokens to tell apart; a flat tensor, whatever its name, has none."""
+_TOKENS_MIN = 16
+"""Below it the four tokens that nf4-kv keeps in 16 bits are a quarter of the tensor, and its density is gone."""
+
+
+def token_axis_of(shape: Sequence[int]) -> int:
+    """Where the tokens probably are: (..., tokens, heads, dim) or (..., heads, tokens, dim), whichever is longer.
+
+    A guess costs density or quality when it is wrong, never correctness: decoding goes by what was written down.
+    """
+    return -3 if len(shape) > 2 and shape[-3] >= shape[-2] else -2
 
 
 class ByRole:
@@ -26,9 +36,12 @@ class ByRole:
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor by the codec that its name and shape ask for. Raises CodecError as that codec does."""
-        if role_of(name, hints) == "plain" or x.dim() < _ROWS_MIN_DIM:
+        if role_of(name, hints) == "plain" or x.dim() < 2:
             return self._plain.encode(name, x, hints)
-        return self._kv.encode(name, x, hints)
+        told = hints if hints is not NO_HINTS else Hints(token_axis=token_axis_of(x.shape))
+        if x.shape[told.token_axis] < _TOKENS_MIN:
+            return self._plain.encode(name, x, hints)
+        return self._kv.encode(name, x, told)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Never used for a stored tensor, which names the codec that wrote it; decodes by that name."""

@@ -493,3 +493,16 @@ def test_a_codec_can_be_chosen(codec: str) -> None:
         hit = store.get(b"k")
         assert hit is not None
         assert (hit.tier, hit.encoding, hit.lossy) == ("warm", codec, True)
+
+
+@pytest.mark.parametrize("shape", [(2, 256, 3, 64), (1, 4, 512, 64), (4, 256, 64), (512, 64), (30, 8, 3, 64)])
+def test_every_layout_of_keys_is_a_seventh_below_hot(shape: tuple[int, ...]) -> None:
+    with open_store(hot=8 * MIB) as store:
+        x = torch.randn(shape)
+        store.put(b"k", {"k": x})
+        store.demote(b"k")
+        info, hit = store.inspect(b"k"), store.get(b"k")
+        assert info is not None
+        assert hit is not None
+        assert info.tier_nbytes[0] <= 4 * x.numel() / 6.8 + 2048
+        assert (hit.tensors["k"] - x).norm() < 0.12 * x.norm()
