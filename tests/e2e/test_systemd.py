@@ -32,6 +32,9 @@ def why_not() -> str | None:
     missing = [tool for tool in ("unshare", "nsenter", "pivot_root", "ip", "systemctl") if shutil.which(tool) is None]
     if missing or not SYSTEMD.exists():
         return f"not installed: {', '.join(missing) or SYSTEMD} (Debian: systemd util-linux iproute2)"
+    hidden = [str(path) for path in (ROOT, sys.prefix) if str(path).startswith(("/tmp/", "/var/tmp/"))]  # noqa: S108
+    if hidden:
+        return f"the unit has a /tmp of its own (PrivateTmp), which hides {hidden[0]}"
     with tempfile.TemporaryDirectory() as top:
         mounts = (
             f"mount -t tmpfs box {top} && cd {top} && mkdir u w r c && "
