@@ -166,7 +166,7 @@ def report(found: dict[str, Any]) -> str:
         rows.append((
             f"restore from {'+'.join(row['tiers'])}",
             row["fidelity"],
-            "+".join(row["encodings"]) + (" (was nf4)" if row["lossy"] and row["encodings"] == ["raw"] else ""),
+            "+".join(row["encodings"]) + (", lossy" if row["lossy"] and row["encodings"] == ["raw"] else ""),
             f"{restore['best_s']:.3f}",
             f"{restore['median_s']:.3f}",
             f"{took['median_s'] / restore['median_s']:.1f}x",
