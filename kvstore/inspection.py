@@ -5,6 +5,7 @@ it was at some moment of the call.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 from kvstore.entry import Key, TensorSpec
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
@@ -85,16 +86,11 @@ def snapshot(r: Residency) -> Stats:
         for tier in (r.hot, r.warm, r.cold):
             if tier is None:
                 continue
-            c = r.counters.tiers[tier.name]
             tiers[tier.name] = TierStats(
                 entries=len(tier),
                 used_nbytes=tier.used_nbytes,
                 capacity_nbytes=tier.capacity_nbytes,
-                hits=c.hits,
-                puts=c.puts,
-                evictions=c.evictions,
-                demotions=c.demotions,
-                promotions=c.promotions,
+                **asdict(r.counters.tiers[tier.name]),
             )
         gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit)}
         if r.cold is not None:

@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -93,8 +92,3 @@ class Copier:
         other = self._pool.submit(np.copyto, target[half:], source[half:])
         np.copyto(target[:half], source[:half])
         other.result()
-
-
-def address_of(data: Any) -> int:
-    """Where a flat array of bytes begins."""
-    return int(data.ctypes.data)
