@@ -85,8 +85,20 @@ class DaemonProcess:
         return client
 
     def signal(self, number: int) -> None:
+        """Send it; a stop has happened when this returns (the kernel stops the threads one by one)."""
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            deadline = time.monotonic() + START_S
+            while not self._is_stopped():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+
+    def _is_stopped(self) -> bool:
+        states = [
+            task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{self.pid}/task").glob("*/stat")
+        ]
+        return all(state == "T" for state in states)
 
     def stop(self, timeout_s: float = 20) -> int:
         """SIGTERM, and wait. Returns the exit code."""
