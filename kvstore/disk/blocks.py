@@ -68,7 +68,11 @@ class Blocks:
         touching[first:last] += 1
 
     def remove(self, offset: int, nbytes: int) -> tuple[int, int]:
-        """A record leaves. Returns the offset and length of the blocks that are free now: (0, 0) for none."""
+        """A record leaves. Returns the offset and length of what to punch: the place, and all blocks free now.
+
+        The place whole, though its first and last block may stay: a hole reads as zeros, so that a row which a damaged
+        index brings back finds no record there.
+        """
         self.live_nbytes -= place_nbytes(nbytes)
         first, last = _span(offset, nbytes)
         if nbytes >= SHARED_BELOW_NBYTES:
@@ -79,7 +83,11 @@ class Blocks:
         # Only the first and the last block can be shared, so those that are free lie in one run.
         free = np.flatnonzero(touching[first:last] == 0)
         self.count -= free.size
-        return ((first + int(free[0])) * BLOCK_NBYTES, free.size * BLOCK_NBYTES) if free.size else (0, 0)
+        start, stop = offset, offset + place_nbytes(nbytes)
+        if free.size:
+            start = min(start, (first + int(free[0])) * BLOCK_NBYTES)
+            stop = max(stop, (first + int(free[-1]) + 1) * BLOCK_NBYTES)
+        return start, stop - start
 
     def recover(self, rows: PlaceTable) -> list[tuple[int, int]]:
         """Count the (offset, nbytes) of all records at once. Returns the runs of blocks between them, as above."""

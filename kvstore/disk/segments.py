@@ -134,7 +134,7 @@ class Segments:
                 if blocks.live_nbytes <= 0 and place.segment != self._active:
                     del self._blocks[place.segment]
                     self._unlink(place.segment)
-                elif nbytes:
+                else:
                     self._punch(place.segment, offset, nbytes)
             except OSError as error:
                 # Space is lost until the next start finds it (`recover`); no value is.

@@ -37,8 +37,11 @@ def test_exactly_the_blocks_that_nothing_touches_are_given_back(seed: int) -> No
     held = touched(live)
     rng.shuffle(live)
     while live:
-        offset, nbytes = blocks.remove(*live.pop())
-        given = set(range(offset // BLOCK_NBYTES, (offset + nbytes) // BLOCK_NBYTES))
+        leaving = live.pop()
+        offset, nbytes = blocks.remove(*leaving)
+        assert offset <= leaving[0] < leaving[0] + leaving[1] <= offset + nbytes
+        assert not any(offset < start + n and start < offset + nbytes for start, n in live)
+        given = set(range(-(-offset // BLOCK_NBYTES), (offset + nbytes) // BLOCK_NBYTES))
         assert given == held - touched(live)
         held -= given
         assert blocks.count == len(held)

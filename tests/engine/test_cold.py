@@ -17,9 +17,10 @@ import torch
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig
 from kvstore.disk import SystemDisk
+from kvstore.disk.reading import read_entry
 from kvstore.disk.writer import ROW_NBYTES
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
-from kvstore.errors import ConfigError, OverQuota, TierUnavailable
+from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.tiers.cold import Cold
 
@@ -469,6 +470,19 @@ def test_small_records_share_blocks_and_give_them_back(holder: Holder) -> None:
     holder.forget(key(1990))
     assert holder.cold._segments.disk_nbytes() <= 12 * 4300 + 2 * 4096
     assert [filled(holder.cold.get(key(n))) for n in range(1991, 2000)] == [n % 256 for n in range(1991, 2000)]
+
+
+def test_a_row_that_comes_back_finds_no_record(holder: Holder) -> None:
+    """Found by a swapped page of the index: a deleted record was still whole in a block that it shared."""
+    for n in range(3):
+        holder.put(key(n), n, nbytes=500)
+    holder.cold.flush()
+    row = holder.cold._rows.get(key(1))
+    assert row is not None
+    holder.forget(key(1))
+    with pytest.raises(RecordCorrupt):
+        read_entry(holder.cold._segments, key(1), row)
+    assert [filled(holder.cold.get(key(n))) for n in (0, 2)] == [0, 2]
 
 
 def test_a_directory_of_the_first_format_is_read_and_goes_on(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
