@@ -134,7 +134,7 @@ class Reader:
                 c.hit_nbytes -= meta.value_nbytes
                 c.misses["corrupt" if key not in self._r.index else "lost"] += 1
                 return None
-            c.hits_by_encoding[entry.encoding] += 1
+            c.hits_in[tier, entry.encoding] += 1
         return Found(key, tier, entry, now - meta.created_at)
 
 

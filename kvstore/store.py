@@ -276,7 +276,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        return snapshot(self._r)
+        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -375,7 +375,8 @@ class Store:
             # Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone.
             log.warning("entry cannot be decoded key=%s error=%s", found[0].hex(), error)
             with self._r.lock:
-                self._r.counters.tiers[found[1]].hits -= 1
+                self._r.counters.tiers[found.tier].hits -= 1
+                self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
                 self._r.counters.misses["corrupt"] += 1
             self._forget([found[0]], "corrupt")
             return None
