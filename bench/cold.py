@@ -1,6 +1,6 @@
 """Cold tier: spill and read against the same disk raw, space after churn, restart and memory at many entries.
 
-Run: .venv/bin/python bench/cold.py [--json] [--path DIR] [--entries 1000,100000,1000000] [--quick]
+Run: .venv/bin/python bench/cold.py [--json] [--path DIR] [--entries 1000,100000,1000000] [--quick] [--part PART]
 Ratios are against the raw file of the same run: the same bytes written in the same groups with fdatasync, and read into
 the same kind of memory. The page cache is dropped for the cold figures, which needs root; else they are left out.
 """
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from kvstore.clock import SystemClock
-from kvstore.config import ColdConfig
+from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place
@@ -33,11 +34,15 @@ from kvstore.disk.writer import ROWS_PER_COMMIT
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.index import Meta
 from kvstore.record import pack
+from kvstore.store import Store
 from kvstore.tiers.cold import Cold
 
 MIB = 1 << 20
 GROUP_NBYTES = 32 * MIB
 CAPACITY_NBYTES = 1 << 40
+PARTS = ["values", "churn", "restart"]
+CHAIN = 16
+"""Chunks of a prefix: the deepest used first, so with the lowest number."""
 META = Meta(1e9, 4e9, 3e9, 0)
 """Does not expire during a bench."""
 
@@ -198,24 +203,24 @@ def churn(report: Report, parent: Path, capacity_nbytes: int, times: int) -> Non
 
 
 CHILD = """
-import gc, sys, time, os
+import gc, os, random, sys, time
 from pathlib import Path
 sys.path[:0] = {path!r}
-from cold import open_cold
+from cold import store_at
 def rss(what):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(what)) * 1024
 import torch, kvstore.tiers.cold
 gc.collect()
 before, before_file = rss("RssAnon"), rss("RssFile")
 start, cpu = time.perf_counter(), time.process_time()
-cold = open_cold(Path(sys.argv[1]), {capacity})
-metas = dict(cold.recovered())
+store = store_at(Path(sys.argv[1]))
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 gc.collect()
 after, after_file = rss("RssAnon"), rss("RssFile")
+cold = store._r.cold
 keys = list(cold.keys())
-import random
 picks = random.Random(2).sample(keys, min(2000, len(keys)))
+found = len(keys)
 del keys
 times = []
 for key in picks:
@@ -223,26 +228,47 @@ for key in picks:
     assert cold.get(key) is not None
     times.append(time.perf_counter() - t)
 times.sort()
-print(seconds, cpu, after - before, after_file - before_file, times[len(times) // 2], len(metas))
+print(seconds, cpu, after - before, after_file - before_file, times[len(times) // 2], found)
 sys.stdout.flush()
 if sys.argv[2] == "kill":
     os.kill(os.getpid(), 9)
-cold.close()
+store.close()
 """
 
 
+def store_at(path: Path) -> Store:
+    """A whole store on a filled directory."""
+    cold = ColdConfig(path=str(path), capacity_nbytes=CAPACITY_NBYTES)
+    return Store.open(StoreConfig(hot=HotConfig(MIB), warm=WarmConfig(MIB), cold=cold), background=False)
+
+
+def records_alike(count: int) -> Iterator[tuple[Key, bytes, int]]:
+    """Key, record and head size: packed once, then only what depends on the key exchanged (docs/record-format.md)."""
+    first = Key(bytes(32))
+    small = EncodedTensor(TensorSpec("float32", (4000,)), "nf4", {"": torch.zeros(2000, dtype=torch.uint8)})
+    record = pack(Entry(first, {"k": small}), META)
+    before, after = record.head[32:].split(first.hex().encode())
+    data = record.to_bytes()[len(record.head) :]
+    for n in range(count):
+        key = Key(hashlib.sha256(str(n).encode()).digest())
+        checked = xxhash.xxh3_128_digest(key) + before + key.hex().encode() + after
+        digest = xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
+        yield key, record.head[:8] + digest + checked + data, len(record.head)
+
+
 def fill(path: Path, count: int) -> None:
-    """Entries of a block each, their files made by hand: through the tier it would take longer and tell nothing."""
+    """Small entries, their files made by hand: through the tier it would take longer and tell nothing."""
     open_cold(path, CAPACITY_NBYTES).close()
-    small = entry_of(0, 2000, torch.zeros(2000, dtype=torch.uint8))
     rows = Rows(path / "index", 1 << 34)
     batch: dict[Key, Row] = {}
+    parent = None
     with (path / "segments" / "00000001.seg").open("wb") as file:
-        for n in range(count):
-            key = Key(hashlib.sha256(str(n).encode()).digest())
-            record = pack(replace(small, key=key), META)
-            batch[key] = Row(Place(1, file.tell(), record.nbytes), len(record.head), n + 1, META)
-            file.write(record.to_bytes().ljust(place_nbytes(record.nbytes), b"\0"))
+        for n, (key, record, head_nbytes) in enumerate(records_alike(count), start=1):
+            parent = parent if n % CHAIN else None
+            meta = replace(META, parent=parent, created_at=META.created_at + n // CHAIN, encoding="nf4-kv")
+            batch[key] = Row(Place(1, file.tell(), len(record)), head_nbytes, count - n, meta)
+            parent = key
+            file.write(record.ljust(place_nbytes(len(record)), b"\0"))
             if len(batch) == ROWS_PER_COMMIT:
                 rows.write(batch, [])
                 batch = {}
@@ -251,10 +277,10 @@ def fill(path: Path, count: int) -> None:
 
 
 def restart(report: Report, parent: Path, count: int) -> None:
-    """Seconds to open after a clean end and after kill -9, bytes of RAM an entry, p50 of a get."""
+    """Seconds to open a store after a clean end and after kill -9, bytes of RAM an entry, p50 of a get."""
     with directory(parent) as path:
         fill(path / "cold", count)
-        code = CHILD.format(path=sys.path, capacity=CAPACITY_NBYTES)
+        code = CHILD.format(path=sys.path)
         for end in ("clean", "kill"):
             # The first child opens what a clean end left and ends as it is told; the second finds that.
             subprocess.run(
@@ -280,14 +306,17 @@ def main() -> None:
     parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--entries", default="1000,100000,1000000")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this, or these")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(as_json=options.json)
+    parts = options.part or PARTS
     sizes = [4 * MIB] if options.quick else [256 << 10, MIB, 4 * MIB, 16 * MIB]
-    for nbytes in sizes:
+    for nbytes in sizes if "values" in parts else []:
         spill_and_read(report, options.path, nbytes, 768 * MIB, rounds=3 if options.quick else 5)
-    churn(report, options.path, 400 * MIB, 10)
-    for count in map(int, options.entries.split(",")):
+    if "churn" in parts:
+        churn(report, options.path, 400 * MIB, 10)
+    for count in map(int, options.entries.split(",")) if "restart" in parts else []:
         restart(report, options.path, count)
 
 

@@ -5,7 +5,7 @@ Holds no torch: a light client imports it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 Fidelity = Literal["auto", "exact"]
 FIDELITIES: tuple[Fidelity, ...] = ("auto", "exact")
@@ -94,3 +94,12 @@ class Explanation:
     gone_s: float = 0.0
     hits: int = 0
     entry: EntryInfo | None = None
+
+
+class Verified(NamedTuple):
+    """How far a check of the records on disk is. corrupt: found damaged meanwhile, and dropped."""
+
+    checked: int
+    total: int
+    nbytes: int
+    corrupt: int

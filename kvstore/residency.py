@@ -137,14 +137,15 @@ class Residency:
         self.deadlines.watch(key, meta)
         return ticket
 
-    def install_recovered(self, key: Key, meta: Meta) -> None:
-        """A key that a restart found on disk."""
-        self.index[key] = meta
-        self.chains.link(key)
-        self.deadlines.watch(key, meta)
+    def recover(self, found: Iterable[tuple[Key, Meta]]) -> None:
+        """Take over the keys that a restart found on disk. Before anything else is held.
 
-    def forget_orphans(self) -> None:
-        """Forget chunks whose parent did not come back with them: a crash lost the parent, or its end came first."""
+        Chunks whose parent did not come back with them are forgotten: a crash lost it, or its end came first.
+        """
+        for key, meta in found:
+            self.index[key] = meta
+            self.chains.link(key)
+            self.deadlines.watch(key, meta)
         for key in self.chains.orphans():
             self.forget(key, "orphaned")
 

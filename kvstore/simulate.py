@@ -19,6 +19,7 @@ from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
 from kvstore.disk.admission import Admission
 from kvstore.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry, Key
 from kvstore.errors import ConfigError
+from kvstore.hit import Verified
 from kvstore.index import Meta
 from kvstore.intake import Intake
 from kvstore.maintainer import Maintainer
@@ -210,6 +211,10 @@ class SizedCold:
 
     def maintain(self) -> None:
         """Nothing to do."""
+
+    def verify(self) -> Iterator[Verified]:
+        """Nothing to check."""
+        return iter(())
 
     def gauges(self) -> dict[str, float]:
         """None."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -253,6 +253,15 @@ class Client:
         return int(
             self._counted(lambda: self._transport.unary(ADMIN + "Drain", pb.DrainRequest(), pb.DrainReply)).written
         )
+
+    def verify(self) -> Iterator[Verified]:
+        """Have every record on disk read and checked; how far it is, a few times a second. Damaged ones are dropped.
+
+        The last one is the result. Raises if the daemon cannot answer.
+        """
+        for message in self._transport.stream_in(ADMIN + "Verify", pb.VerifyRequest()):
+            reply = pb.VerifyReply.FromString(message)
+            yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
 
     def report(self, *, prefill_saved_s: float) -> None:
         """Tell the daemon's metrics how much prefill time was saved since the last report. Never raises for trouble."""

@@ -8,10 +8,11 @@ Runs on the event loop; whatever may block runs on the worker threads. Errors of
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from functools import partial, wraps
 from itertools import islice
+from time import monotonic
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -20,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.forms import Room
+from kvstore.hit import Verified
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
 from kvstored.budget import Budget
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
 LIST_GROUP = 256
+VERIFY_REPORT_S = 0.2
+"""Between two reports of a check: a bar that moves, and far less than a client's patience."""
 REPORT_MAX_S = 86400
 """More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
 
@@ -295,6 +299,14 @@ class AdminService(_Service):
         pb.DrainRequest.FromString(request)
         return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
 
+    @answering
+    async def verify(self, request: bytes, context: Context) -> None:
+        """Check every record on disk."""
+        pb.VerifyRequest.FromString(request)
+        steps = self._store.verify()
+        while (found := await self._run(_last_within, steps, VERIFY_REPORT_S)) is not None:
+            await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto."""
         unary = grpc.unary_unary_rpc_method_handler
@@ -309,5 +321,17 @@ class AdminService(_Service):
                 "Demote": unary(self.demote),
                 "Promote": unary(self.promote),
                 "Drain": unary(self.drain),
+                "Verify": grpc.unary_stream_rpc_method_handler(self.verify),
             },
         )
+
+
+def _last_within(steps: Iterator[Verified], seconds: float) -> Verified | None:
+    """Go on for so long; where that led. None: there was no step left."""
+    until = monotonic() + seconds
+    last: Verified | None = None
+    for step in steps:
+        last = step
+        if monotonic() >= until:
+            break
+    return last

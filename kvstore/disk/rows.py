@@ -36,9 +36,9 @@ _COLUMNS = np.dtype(
     ]
 )  # fmt: skip
 """The same fields for numpy."""
-_SEGMENT, _SEGMENT_AT = struct.Struct("<I"), _COLUMNS.fields["segment"][1]
+_SEGMENT, _SEGMENT_AT = struct.Struct("<I"), struct.calcsize("<QddddQI")
 _PINNED_UNTIL = struct.Struct("<d")
-_SUM = struct.Struct("<I")
+_SUM, _SUM_MASK = struct.Struct("<I"), 0xFFFFFFFF
 SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
 """Flags. Do not renumber."""
 SCAN_CHUNK = 50_000
@@ -51,7 +51,7 @@ class Found:
     keys: list[Key]
     fields: np.ndarray[Any, np.dtype[np.void]]
     encodings: list[str]
-    pinned_until: list[float]
+    pinned_until: np.ndarray[Any, np.dtype[np.float64]]
     parents: list[Key | None]
     damaged: list[Key]
 
@@ -110,21 +110,35 @@ def _checksum(key: bytes, body: bytes) -> int:
 
 def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     size, tail = _FIELDS.size, -_SUM.size
-    least = size + 1 + _PINNED_UNTIL.size - tail
-    good = [
-        len(data) >= least and int.from_bytes(data[tail:], "little") == _checksum(key, data[:tail])
-        for key, data in zip(keys, datas, strict=True)
-    ]
+    digest = xxhash.xxh3_64_intdigest
+    found = np.array([digest(data[:tail] + key) & _SUM_MASK for key, data in zip(keys, datas, strict=True)], np.uint32)
+    said = np.frombuffer(b"".join([data[tail:].rjust(_SUM.size, b"\0") for data in datas]), "<u4")
+    lengths = np.fromiter(map(len, datas), np.int64, len(datas))
+    good = (found == said) & (lengths >= size + 1 + _PINNED_UNTIL.size - tail)
     damaged: list[Key] = []
-    if not all(good):
-        damaged = [key for key, ok in zip(keys, good, strict=True) if not ok]
-        keys, datas = list(compress(keys, good)), list(compress(datas, good))
+    if not good.all():
+        damaged = list(compress(keys, (~good).tolist()))
+        keys, datas, lengths = list(compress(keys, good.tolist())), list(compress(datas, good.tolist())), lengths[good]
     fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
+    encodings, starts = _encodings(datas)
+    until = np.frombuffer(b"".join([d[s : s + 8] for d, s in zip(datas, starts, strict=True)]), "<f8")
+    no_parent = _PINNED_UNTIL.size - tail
+    parents = [
+        Key(d[s + 8 : tail]) if n > s + no_parent else None
+        for d, s, n in zip(datas, starts, lengths.tolist(), strict=True)
+    ]
+    return Found(keys, fields, encodings, until, parents, damaged)
+
+
+def _encodings(datas: list[bytes]) -> tuple[list[str], list[int]]:
+    """Each row's encoding, equal ones the same object, and where the fields behind it begin."""
+    size = _FIELDS.size
+    ends = [data.index(0, size) for data in datas]
     names: dict[bytes, str] = {}
-    rests = [d[size:tail].partition(b"\0") for d in datas]
-    encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in rests]
-    more = [_more(rest) for _, _, rest in rests]
-    return Found(keys, fields, encodings, [until for until, _ in more], [parent for _, parent in more], damaged)
+    found = [data[size:end] for data, end in zip(datas, ends, strict=True)]
+    for name in set(found):
+        names[name] = name.decode()
+    return [names[name] for name in found], [end + 1 for end in ends]
 
 
 class Rows:

@@ -3,10 +3,11 @@
 A read does all the work: it checks, and drops, counts and names what is corrupt.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 from kvstore.entry import Entry, Key
+from kvstore.hit import Verified
 
 SCRUB_NBYTES = 64 << 20
 """Checked in one turn, once a minute: 90 GiB a day for a few hundredths of a second of disk time each minute."""
@@ -28,6 +29,15 @@ class Readable(Protocol):
         ...
 
 
+class Checkable(Readable, Protocol):
+    """What is verified."""
+
+    @property
+    def corrupt_total(self) -> int:
+        """Records found damaged since the tier was opened."""
+        ...
+
+
 class Scrubber:
     """Goes round and round, a little each turn."""
 
@@ -45,15 +55,14 @@ class Scrubber:
             self._tier.get(key)
 
 
-def verify(tier: Readable, progress: Callable[[int, int], None] = lambda *_: None) -> int:
-    """Check every record while serving; how many keys were found damaged and are now dropped.
-
-    progress: called with (records checked, records in all).
-    """
+def verify(tier: Checkable) -> Iterator[Verified]:
+    """Check every record while serving; after each, how far it is. Damaged ones are dropped as they are found."""
     keys = list(tier.keys())
-    bad = 0
+    corrupt, nbytes = tier.corrupt_total, 0
+    yield Verified(0, len(keys), 0, 0)
     for done, key in enumerate(keys, start=1):
-        held = tier.nbytes_of(key) > 0
-        bad += held and tier.get(key) is None
-        progress(done, len(keys))
-    return bad
+        held = tier.nbytes_of(key)
+        # Not "None means damaged": it may as well have been evicted or have expired since it was listed.
+        tier.get(key)
+        nbytes += held
+        yield Verified(done, len(keys), nbytes, tier.corrupt_total - corrupt)

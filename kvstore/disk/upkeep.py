@@ -54,7 +54,10 @@ def fsck(path: Path, clock: Clock, progress: Progress = lambda *_: None) -> Chec
     with opened(path, clock) as (cold, _):
         damaged_rows = cold.stats().counters.corrupt_total
         entries = len(cold)
-        corrupt = verify(cold, progress)
+        corrupt = 0
+        for found in verify(cold):
+            corrupt = found.corrupt
+            progress(found.checked, found.total)
         return Checked(entries, damaged_rows + corrupt, cold.stats().quarantined)
 
 

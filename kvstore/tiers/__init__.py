@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
 from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.hit import Verified
 
 TierName = Literal["hot", "warm", "cold"]
 
@@ -96,6 +97,10 @@ class LastTier(Tier, Protocol):
 
     def flush_meta(self) -> None:
         """Write down order and deadlines."""
+        ...
+
+    def verify(self) -> Iterator[Verified]:
+        """Read and check every value, dropping what is damaged; how far it is after each."""
         ...
 
     def maintain(self) -> None:

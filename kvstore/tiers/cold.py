@@ -27,11 +27,12 @@ from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
+from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
 from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
+from kvstore.hit import Verified
 from kvstore.index import Meta
 from kvstore.policies.lru import LRU
 from kvstore.tiers import TierName
@@ -131,11 +132,11 @@ class Cold:
     def _recover(self) -> None:
         """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
         found = recover(self._rows, self._clock.now())
+        self._lru = LRU(found.keys)
         for key, meta, nbytes in zip(found.keys, found.metas, found.nbytes, strict=True):
             if meta.pinned:
                 self._pinned[key] = cost_of(nbytes)
-            else:
-                self._lru.track(key)
+                self._lru.forget(key)
         self._pending.used_nbytes = sum(found.nbytes) + len(found.nbytes) * ROW_NBYTES
         self._seq = found.last_seq
         self._recovered = found
@@ -143,6 +144,8 @@ class Cold:
         if found.gone:
             self._rows.write({}, found.gone)
             self._rows.sync()
+        # Every page of the index is mapped now, 280 bytes a key; opened anew it has those that are asked for.
+        self._rows.reopen()
         self._segments.recover(found.places)
 
     def recovered(self) -> Iterator[tuple[Key, Meta]]:
@@ -164,6 +167,15 @@ class Cold:
     def healthy(self) -> bool:
         """Whether the last write succeeded. While not, entries stay in memory and writing is tried again."""
         return self._writer.healthy
+
+    @property
+    def corrupt_total(self) -> int:
+        """Records found damaged since the tier was opened."""
+        return self._writer.counters.corrupt_total
+
+    def verify(self) -> Iterator[Verified]:
+        """Check every record while serving."""
+        return verify(self)
 
     def gauges(self) -> dict[str, float]:
         """Numbers by name for the store's stats."""

@@ -10,7 +10,6 @@ import torch
 
 from kvstore.clock import ManualClock
 from kvstore.disk.admission import Admission
-from kvstore.disk.scrub import verify
 from kvstore.disk.upkeep import compact, export, fsck, import_files
 from kvstore.errors import ConfigError
 from kvstore.index import Meta
@@ -99,10 +98,20 @@ def test_verify_reports_and_drops(holder: Holder) -> None:
         holder.put(key(n), 0x50 + n)
     holder.cold.flush()
     flip(segment_files(holder.path)[0], b"\x51" * 500)
-    told: list[tuple[int, int]] = []
-    assert verify(holder.cold, lambda *args: told.append(args)) == 1
-    assert told == [(1, 3), (2, 3), (3, 3)]
-    assert verify(holder.cold) == 0
+    told = list(holder.cold.verify())
+    assert [(found.checked, found.total) for found in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert told[-1].corrupt == 1
+    assert [found.corrupt for found in holder.cold.verify()] == [0, 0, 0]
+
+
+def test_what_leaves_while_it_is_verified_is_not_called_damaged(holder: Holder) -> None:
+    for n in range(3):
+        holder.put(key(n), n)
+    holder.cold.flush()
+    steps = holder.cold.verify()
+    next(steps)
+    holder.forget(key(1))
+    assert list(steps)[-1].corrupt == 0
 
 
 def test_fsck_compact_export_and_import(holder: Holder, tmp_path: Path) -> None:

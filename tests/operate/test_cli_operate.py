@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -193,6 +194,34 @@ def test_completion_scripts_are_what_their_shells_parse(shell):
     assert "_KVSTORED_COMPLETE" in done.output
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=done.output, text=True, check=True)
+
+
+def test_verify_reads_every_record_while_the_daemon_serves_and_drops_what_is_damaged():
+    with running_daemon(store="[store.cold]\ncapacity_nbytes = '64MiB'") as daemon:
+        daemon.start()
+        client = daemon.client(framework="numpy")
+        for i in range(4):
+            client.put(b"key:%d" % i, {"x": np.full(5000, 0x50 + i, np.uint8)}, fidelity="exact")
+        client.drain()
+
+        def verify(code):
+            words = [sys.executable, "-m", "kvstored", "verify", "--json", "--address", daemon.address]
+            done = subprocess.run([*words, "--timeout-s", "60"], check=False, capture_output=True, text=True)
+            assert done.returncode == code, done.stderr
+            return json.loads(done.stdout)
+
+        found = verify(0)
+        assert (found["checked"], found["total"], found["corrupt"]) == (4, 4, 0)
+        assert found["nbytes"] > 4 * 5000
+        (segment,) = (daemon.directory / "data/cold/segments").iterdir()
+        data = segment.read_bytes()
+        with segment.open("r+b") as file:  # in place: the daemon has it open
+            file.seek(data.index(b"\x52" * 5000) + 77)
+            file.write(b"!")
+        assert verify(4)["corrupt"] == 1
+        assert verify(0)["total"] == 3
+        client.evict(b"key:0")  # a verb in between, and memory answers as before
+        assert client.get(b"key:1") is not None
 
 
 def test_the_manual_is_current():

@@ -441,6 +441,22 @@ class DrainReply(_message.Message):
     written: int
     def __init__(self, written: _Optional[int] = ...) -> None: ...
 
+class VerifyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifyReply(_message.Message):
+    __slots__ = ("checked", "total", "nbytes", "corrupt")
+    CHECKED_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    checked: int
+    total: int
+    nbytes: int
+    corrupt: int
+    def __init__(self, checked: _Optional[int] = ..., total: _Optional[int] = ..., nbytes: _Optional[int] = ..., corrupt: _Optional[int] = ...) -> None: ...
+
 class LeaseCall(_message.Message):
     __slots__ = ("release", "get", "put", "match", "touch", "delete", "pin", "ingest_nbytes")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
