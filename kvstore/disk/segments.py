@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _ZEROS = bytes(BLOCK_NBYTES)
 _SUFFIX = ".seg"
+WRITE_NBYTES = 4 << 20
+"""Records are handed to the disk in pieces of this size, which it writes while the next are made."""
 OPEN_MAX = 64
 """Descriptors kept for reading: the segments of a tier, give or take."""
 
@@ -69,6 +71,7 @@ class Segments:
         self._active: int | None = None
         self._fd = -1
         self._tail = 0
+        self._synced = True
         self._can_punch = True
         self._readable: dict[int, _Opened] = {}
         self._opened_lock = threading.Lock()
@@ -93,8 +96,11 @@ class Segments:
             if number in found:
                 self._trim(number, blocks, gaps, end)
 
-    def append(self, records: Sequence[Sequence[Buffer]]) -> list[Place]:
-        """Write records and wait until they are on the disk. Raises OSError: none of them is written then."""
+    def append(self, records: Iterable[Sequence[Buffer]]) -> list[Place]:
+        """Write records and wait until they are on the disk. Raises OSError: none of them is written then.
+
+        They may be made while this runs: what is there is written meanwhile.
+        """
         places: list[Place] = []
         batch: list[Buffer] = []
         at = self._tail
@@ -103,13 +109,18 @@ class Segments:
                 nbytes = sum(len(part) for part in record)
                 if self._active is None or at >= self._segment_nbytes:
                     self._write(batch)
+                    self._sync()
                     self._start()
                     batch, at = [], 0
+                elif at - self._tail >= WRITE_NBYTES:
+                    self._write(batch)
+                    batch = []
                 before, after = -at % align_of(nbytes), place_nbytes(nbytes) - nbytes
                 places.append(self._place(at + before, nbytes))
                 batch += [_ZEROS[:before], *record, _ZEROS[:after]]
                 at += before + nbytes + after
             self._write(batch)
+            self._sync()
         except OSError:
             # After a failed fdatasync nobody knows which pages are on the disk: never add to this file again.
             self._drop_active()
@@ -197,7 +208,7 @@ class Segments:
         if self._active is None:
             return
         number, fd = self._active, self._fd
-        self._active, self._fd = None, -1
+        self._active, self._fd, self._synced = None, -1, True
         self._disk.close(fd)
         if self._blocks[number].live_nbytes <= 0:
             del self._blocks[number]
@@ -206,8 +217,13 @@ class Segments:
     def _write(self, buffers: Sequence[Buffer]) -> None:
         if buffers:
             self._disk.write(self._fd, buffers, self._tail)
-            self._disk.sync(self._fd)
             self._tail += sum(len(b) for b in buffers)
+            self._synced = False
+
+    def _sync(self) -> None:
+        if not self._synced:
+            self._disk.sync(self._fd)
+            self._synced = True
 
     def _punch(self, number: int, offset: int, nbytes: int) -> None:
         if not self._can_punch:

@@ -8,7 +8,7 @@ they give room. `meta_of` and `on_drop` are called without the tier's lock.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import lmdb
@@ -191,12 +191,14 @@ class Writer:
         wanted = sum(operation.cost for operation in batch.values())
         if wanted:
             self._callbacks.make_room(wanted)
-        packed, refused = self._pack(batch)
-        places = self._segments.append([buffers for _, buffers, _ in packed.values()])
+        packed: dict[Key, tuple[Meta, int]] = {}
+        refused: list[Key] = []
+        # Packed while what is packed already is written: the checksum costs a tenth of the disk's time.
+        places = self._segments.append(self._pack(batch, packed, refused))
         with self._changed:
             put = {
                 key: Row(place, head_nbytes, self.dirty.pop(key, _seq(batch[key])), meta)
-                for (key, (meta, _, head_nbytes)), place in zip(packed.items(), places, strict=True)
+                for (key, (meta, head_nbytes)), place in zip(packed.items(), places, strict=True)
             }
         remove = [key for key in batch if key not in put]
         try:
@@ -226,10 +228,13 @@ class Writer:
         self.counters.records_moved += step.records
         self._free(step.freed, durable=False)
 
-    def _pack(self, batch: dict[Key, Operation]) -> tuple[dict[Key, tuple[Meta, list[Buffer], int]], list[Key]]:
-        """What is to be written by key, and keys whose entry can never be. A put the store has forgotten is neither."""
-        packed: dict[Key, tuple[Meta, list[Buffer], int]] = {}
-        refused: list[Key] = []
+    def _pack(
+        self, batch: dict[Key, Operation], packed: dict[Key, tuple[Meta, int]], refused: list[Key]
+    ) -> Iterator[list[Buffer]]:
+        """The records to write; notes their Metas and head sizes, and keys whose entry can never be written.
+
+        A put the store has forgotten is neither.
+        """
         for key, operation in batch.items():
             meta = self._callbacks.meta_of(key) if isinstance(operation, Put) else None
             if meta is None or isinstance(operation, Delete):
@@ -240,8 +245,8 @@ class Writer:
                 log.warning("cold key=%s event=unwritable error=%s", key.hex(), error)
                 refused.append(key)
                 continue
-            packed[key] = (meta, [record.head, *(part.data for part in record.data)], len(record.head))
-        return packed, refused
+            packed[key] = (meta, len(record.head))
+            yield [record.head, *(part.data for part in record.data)]
 
     def _free(self, freed: list[Place], *, durable: bool) -> None:
         """Free what the transaction before this one let go of: this commit's sync has made that one durable."""
