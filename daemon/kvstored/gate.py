@@ -7,7 +7,7 @@ nothing about what is held. A verb that changes what others see leaves a line in
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from kvstored.metrics import Meter
 from kvstored.scope import CALLER
+from kvstored.spans import Spans
 from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored_client._pb import cache_pb2 as pb
 
@@ -97,9 +98,10 @@ class Access:
 class Gate(grpc.aio.ServerInterceptor):
     """Around every method of kvstored's services."""
 
-    def __init__(self, access: Access, meter: Meter) -> None:
+    def __init__(self, access: Access, meter: Meter, spans: Spans) -> None:
         self._access = access
         self._meter = meter
+        self._spans = spans
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
@@ -128,6 +130,7 @@ class Gate(grpc.aio.ServerInterceptor):
             code = "UNKNOWN"
             identity = None
             self._meter.begin(method)
+            span = self._spans.begin(method, context.invocation_metadata() or ())
             try:
                 identity = self._access.identify(context)
                 self._access.check(identity, method)
@@ -149,6 +152,8 @@ class Gate(grpc.aio.ServerInterceptor):
             finally:
                 self._meter.leave(method)
                 self._meter.end(method, code, time.perf_counter() - began)
+                if span is not None:
+                    self._spans.end(span, code, about(identity, _keys(request)))
                 _audit(method, identity, context, request, code)
 
         return gated
@@ -158,18 +163,32 @@ def _name(code: Any) -> str:
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
 
 
+def about(identity: Identity | None, keys: Sequence[bytes]) -> dict[str, str | int]:
+    """What a span says of a call: who, and about how many keys; never which."""
+    said: dict[str, str | int] = {"keys": len(keys)}
+    if identity is not None:
+        said["caller"] = identity.name
+        if identity.tenant is not None:
+            said["tenant"] = identity.tenant
+    return said
+
+
+def _keys(request: Any) -> list[bytes]:
+    if not isinstance(request, bytes):
+        return []
+    try:
+        # Every request that names keys has them in field 1, as this one.
+        return list(pb.EvictRequest.FromString(request).keys)
+    except DecodeError:
+        return []
+
+
 def _audit(method: str, identity: Identity | None, context: Any, request: Any, code: str) -> None:
     refused = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
     changes = RIGHT_OF.get(method, "admin") == "admin" and method not in _LOOKING
     if not (refused or changes):
         return
-    keys: list[bytes] = []
-    if isinstance(request, bytes) and not refused:
-        try:
-            # Every admin request that changes something has its keys in field 1, as this one.
-            keys = list(pb.EvictRequest.FromString(request).keys)
-        except DecodeError:
-            keys = []
+    keys = [] if refused else _keys(request)
     audit.info(
         "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s",
         method, identity.name if identity else "nobody", context.peer(), len(keys),

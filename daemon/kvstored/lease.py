@@ -26,9 +26,10 @@ from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.gate import Access, Refusal
+from kvstored.gate import Access, Refusal, about
 from kvstored.metrics import Meter
 from kvstored.scope import Scopes
+from kvstored.spans import Spans
 from kvstored.tokens import LOCAL, Identity
 from kvstored.verbs import Verbs
 from kvstored.wire import Incoming, Reading, hit_header, put_ready
@@ -60,7 +61,10 @@ class Shared:
     lease_max_s: float
     meter: Meter | None = None
     scopes: Scopes | None = None
+    spans: Spans = field(default_factory=Spans)
     identify: Callable[[int], Identity | None] = lambda _uid: LOCAL
+    reads: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(8))
+    """Gets at once, as many as the stream's: one from disk is in memory before its bytes can be counted."""
     gauges: dict[str, int] = field(default_factory=lambda: {"leases": 0, "lease_connections": 0, "leases_aged": 0})
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -156,10 +160,13 @@ class Connection:
         except DecodeError as error:
             return _refusal("InvalidEntry", str(error))
         self._drop(list(call.release))
+        span = self._shared.spans.begin(f"Lease/{_verb(call)}")
         reply = self._answer(call)
+        code = reply.error.kind if reply is not None and reply.HasField("error") else "OK"
         if reply is not None and self._shared.meter is not None:
-            code = reply.error.kind if reply.HasField("error") else "OK"
             self._shared.meter.end(f"Lease/{_verb(call)}", code, time.perf_counter() - began)
+        if span is not None and reply is not None:  # nothing but releases is no call
+            self._shared.spans.end(span, code, about(self._identity, _keys(call)))
         return reply
 
     def _answer(self, call: pb.LeaseCall) -> pb.LeaseReply | None:
@@ -202,7 +209,7 @@ class Connection:
         room = partial(shared.arena.empty, owner=self.uid)
         reading = Reading(self._store, shared.budget, check_keys(asked.keys), leading=asked.leading, room=room)
         try:
-            while lot := reading.next_lot():
+            while lot := self._next_lot(reading):
                 for index, hit in lot:
                     if hit is not None:
                         tensors, place = self._placed(hit)
@@ -223,6 +230,10 @@ class Connection:
                 self._leases[reply.lease] = (time.monotonic() + shared.lease_max_s, held)
             shared.count("leases", 1)
         return reply
+
+    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | None]]:
+        with self._shared.reads:
+            return reading.next_lot()
 
     def _placed(self, hit: Hit) -> tuple[Mapping[str, Any], Place]:
         """The hit's tensors where this client may read them: as they are, or copied to a segment of his user's."""
@@ -297,6 +308,13 @@ class Connection:
 
 def _verb(call: pb.LeaseCall) -> str:
     return next((name for name in ("get", "put", *SMALL_VERBS) if call.HasField(name)), "ingest")
+
+
+def _keys(call: pb.LeaseCall) -> list[bytes]:
+    if call.HasField("put"):
+        return [entry.header.key for entry in call.put.entries]
+    verb = _verb(call)
+    return [] if verb == "ingest" else list(getattr(call, verb).keys)
 
 
 def _refusal(kind: str, message: str) -> pb.LeaseReply:

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from kvstored.scope import Scopes, read_secret
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
+from kvstored.spans import Spans, open_spans
 from kvstored.tls import Certificates
 from kvstored.tokens import Tokens, read_tokens
 from kvstored.verbs import Verbs
@@ -160,14 +162,17 @@ async def _pulse(store: Store) -> None:
 class Daemon:
     """The gRPC server around an open store."""
 
-    def __init__(self, store: Store, settings: ServerSettings, arena: Arena | None = None) -> None:
+    def __init__(
+        self, store: Store, settings: ServerSettings, arena: Arena | None = None, spans: Spans | None = None
+    ) -> None:
+        self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self.watch = Watch(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         self._server = grpc.aio.server(
-            interceptors=[Gate(self._access, self.watch.meter)],
+            interceptors=[Gate(self._access, self.watch.meter, self._spans)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=settings.calls_max,
         )
@@ -185,7 +190,9 @@ class Daemon:
             settings.lease_max_s,
             self.watch.meter,
             scopes,
+            self._spans,
             self._access.of_user,
+            threading.Semaphore(settings.threads),
         )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (
@@ -242,6 +249,7 @@ class Daemon:
         for leases in self._leases:
             await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
