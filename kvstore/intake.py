@@ -79,7 +79,7 @@ class Intake:
         lost: list[Key] = []
         try:
             for (entry, meta), above in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
-                meta.parent = above
+                meta.parent, meta.root = above, above is None
                 self._take(entry, meta, pin=pin)
         finally:
             lost = self._settle(keys)

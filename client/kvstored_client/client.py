@@ -145,7 +145,8 @@ class Client:
         options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
         parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
-            Outgoing(key, tensors, options, before) for (key, tensors), before in zip(entries, parents, strict=False)
+            Outgoing(key, tensors, options, before, root=chain)
+            for (key, tensors), before in zip(entries, parents, strict=False)
         ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 

@@ -65,6 +65,7 @@ class Incoming:
             priority_name(header.priority),
         )
         self.parent = check_key(header.parent) if header.parent else None
+        self.root = header.root and self.parent is None
         self.tensors: dict[str, torch.Tensor] = {}
         self._scatter = Scatter(())
         self._sum = xxhash.xxh3_64()
@@ -272,7 +273,7 @@ def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
             fidelity=how.fidelity,
             priority=how.priority,
             own=True,
-            chain=run[-1].parent is not None,
+            chain=run[0].root or run[-1].parent is not None,
             parent=run[0].parent,
         )
     return stored
@@ -284,7 +285,7 @@ def _runs(entries: Sequence[Incoming]) -> Iterator[list[Incoming]]:
     for entry in entries:
         if run:
             continues = entry.parent == run[-1].key and (len(run) == 1 or run[-1].parent is not None)
-            unchained = entry.parent is None and run[-1].parent is None
+            unchained = entry.parent is None and run[-1].parent is None and not (entry.root or run[-1].root)
             if entry.options != run[0].options or not (continues or unchained):
                 yield run
                 run = []

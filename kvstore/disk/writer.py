@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import lmdb
 
 from kvstore.disk import Buffer
+from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.pending import Delete, Operation, Pending, Put
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.segments import Place, Segments, blocks_nbytes
+from kvstore.disk.segments import Place, Segments
 from kvstore.entry import Key
 from kvstore.errors import KvstoreError
 from kvstore.index import Meta
@@ -36,7 +37,7 @@ ROW_NBYTES = 256
 
 def cost_of(record_nbytes: int) -> int:
     """Bytes counted against the tier's budget for a record."""
-    return blocks_nbytes(record_nbytes) + ROW_NBYTES
+    return place_nbytes(record_nbytes) + ROW_NBYTES
 
 
 @dataclass(slots=True)
@@ -193,7 +194,7 @@ class Writer:
             with self._changed:
                 self.dirty.update({key: row.seq for key, row in put.items() if key not in self.dirty})
             raise
-        self._callbacks.wrote(sum(blocks_nbytes(place.nbytes) for place in places))
+        self._callbacks.wrote(sum(place_nbytes(place.nbytes) for place in places))
         self._free(freed, durable=any(operation.durable for operation in batch.values()))
         with self._changed:
             self.counters.commits += 1

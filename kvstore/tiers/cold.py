@@ -21,13 +21,14 @@ from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.admission import Admission
+from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
-from kvstore.disk.segments import Segments, blocks_nbytes
+from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
@@ -283,7 +284,9 @@ class Cold:
         """
         with self._changed:
             self._wait_for_buffer(nbytes)
-            evicted = self._evict(lambda: self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes)
+            # What lies idle in shared blocks counts against the budget too, or the files would outgrow it.
+            wanted = cost_of(nbytes) + self._segments.slack_nbytes
+            evicted = self._evict(lambda: self.used_nbytes + wanted > self.capacity_nbytes)
             full = self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes
         for key in evicted:
             self._on_drop(key, "evicted")
@@ -454,7 +457,7 @@ class Cold:
                 if row is None:
                     continue
                 victims.append(key)
-                missing -= blocks_nbytes(row.place.nbytes)
+                missing -= place_nbytes(row.place.nbytes)
                 self._pending.used_nbytes -= cost_of(row.place.nbytes)
                 if missing <= 0:
                     break

@@ -97,7 +97,7 @@ class PutFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[PutHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ...) -> None: ...
 
 class PutHeader(_message.Message):
-    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority")
+    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority", "root", "namespace")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,8 @@ class PutHeader(_message.Message):
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -116,7 +118,9 @@ class PutHeader(_message.Message):
     fidelity: Fidelity
     parent: bytes
     priority: Priority
-    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    root: bool
+    namespace: str
+    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., root: bool = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class EntryEnd(_message.Message):
     __slots__ = ("xxh3",)
