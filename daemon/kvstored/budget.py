@@ -28,7 +28,7 @@ class Budget:
         if nbytes > self.limit_nbytes:
             raise EntryTooLarge(
                 f"an entry of {nbytes} bytes is over the limit of {self.limit_nbytes} bytes in flight "
-                "(server.in_flight_nbytes)"
+                "(server.in_flight_nbytes): put it in parts, or raise that"
             )
         with self._lock:
             total = self.used_nbytes + nbytes

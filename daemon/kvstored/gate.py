@@ -65,7 +65,10 @@ class Access:
             kind, _, token = str(given[0]).partition(" ")
             found = tokens.of_token(token.strip()) if kind.lower() == "bearer" and len(given) == 1 else None
             if found is None:
-                raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this token is not in the daemon's tokens file")
+                raise Refusal(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "this token is not in the daemon's tokens file: use another, or have its entry added and reloaded",
+                )
             return found
         names = context.auth_context().get("x509_common_name", ())
         for name in names:

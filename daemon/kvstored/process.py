@@ -41,7 +41,10 @@ class DirectoryLock:
         except BlockingIOError:
             holder = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
-            raise ConfigError(f"another kvstored (process {holder}) already uses {what}") from None
+            raise ConfigError(
+                f"another kvstored (process {holder}) already uses {what}: stop that one, or give this one its own "
+                "server.data_dir and server.address"
+            ) from None
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"{os.getpid()}\n".encode())
 

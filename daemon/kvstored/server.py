@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -213,8 +214,11 @@ class Daemon:
             with _socket_mode(socket_path(target)):
                 try:
                     port = self._bind(target, tls=tls)
-                except RuntimeError as error:
-                    raise ConfigError(f"cannot listen on {target}: {error}") from None
+                except RuntimeError:
+                    # gRPC's own words are to set a debug variable.
+                    raise ConfigError(
+                        f"cannot listen on {target}: {why_not_bound(target)}; choose another server.address"
+                    ) from None
                 self._start_leases(socket_path(target))
             kind = "tls" if tls else "tcp"
             shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
@@ -273,6 +277,23 @@ def arena_limit_nbytes(hot: HotConfig) -> int:
 
 def _tokens(settings: ServerSettings) -> Tokens | None:
     return read_tokens(settings.tokens) if settings.tokens else None
+
+
+def why_not_bound(target: str) -> str:
+    """The system's reason why an address, as gRPC spells it, cannot be bound."""
+    path = socket_path(target)
+    host, _, port = target.rpartition(":")
+    try:
+        if path is not None:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(str(path))
+            path.unlink()
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "refused without a reason"
 
 
 @contextmanager

@@ -293,7 +293,7 @@ class Cold:
         if full:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
-                f"{self.capacity_nbytes} bytes are pinned"
+                f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
 
     def _wait_for_buffer(self, nbytes: int) -> None:
@@ -355,7 +355,7 @@ class Cold:
                 if pinned_nbytes > self._pin_max_nbytes:
                     raise OverQuota(
                         f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
-                        f"the limit is {self._pin_max_nbytes}"
+                        f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
                     )
                 self._lru.forget(key)
                 self._pinned[key] = cost

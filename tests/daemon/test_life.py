@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstored_client.address import parse_address
-from tests.conftest import START_S, wait_until
+from tests.conftest import START_S, free_port, wait_until
 
 MIB = 1 << 20
 
@@ -89,7 +89,16 @@ def test_a_taken_tcp_port_is_refused(daemon_factory):
     )
     second.start(wait=False)
     assert second.process.wait(START_S) != 0
-    assert f"cannot listen on 127.0.0.1:{port}" in second.log
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in second.log
+
+
+def test_a_taken_metrics_port_is_refused(daemon_factory):
+    port = free_port()
+    daemon_factory(server=f'metrics_address = "127.0.0.1:{port}"')
+    second = daemon_factory(server=f'metrics_address = "127.0.0.1:{port}"', start=False)
+    second.start(wait=False)
+    assert second.process.wait(START_S) == 2
+    assert f"cannot serve metrics on 127.0.0.1:{port}: Address already in use; choose another" in second.log
 
 
 def test_a_socket_left_by_a_killed_daemon_does_not_stop_the_next(daemon):

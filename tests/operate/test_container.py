@@ -31,7 +31,7 @@ def test_every_file_it_copies_is_in_the_tree_and_is_sent():
 
 
 def test_what_the_build_reads_is_sent():
-    """`pip install '/src[daemon]'` with the tree's own build file: its packages, and what hatchling includes by force."""
+    """The tree's own build file is run: its packages, and what it includes by force."""
     text = (ROOT / "pyproject.toml").read_text()
     wheel = re.search(r'packages = \["kvstore", "daemon/kvstored", "client/kvstored_client"\]', text)
     forced = re.findall(r'^"([a-z/.]+)" = "kvstored/', text, re.MULTILINE)
