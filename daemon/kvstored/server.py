@@ -27,7 +27,7 @@ from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.gate import Access, Gate
+from kvstored.gate import Access, Gate, Records
 from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
 from kvstored.scope import Scopes, read_secret
@@ -183,14 +183,14 @@ class Daemon:
             ingest,
             Verbs(store, epoch),
             settings.lease_max_s,
-            self.watch.meter,
+            Records(self.watch.meter),
             scopes,
             self._access.of_user,
         )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (
             self._arena.gauges,
-            lambda: dict(self._shared.gauges),
+            self._shared.gauges,
             # The executor's own queue: it has no other word for how much waits.
             lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
         )
