@@ -74,6 +74,8 @@ _STORE = (
     Family("kvstored_cold_commits_total", "counter", "Transactions committed.", value="cold_commits"),
     Family("kvstored_cold_records_written_total", "counter", "Records written.", value="cold_records_written"),
     Family("kvstored_cold_written_bytes_total", "counter", "Bytes of records written.", value="cold_bytes_written"),
+    Family("kvstored_cold_records_moved_total", "counter", "Small records gathered out of sparse segments.",
+           value="cold_records_moved"),
     Family("kvstored_cold_write_errors_total", "counter", "Writes the disk refused.", value="cold_write_errors"),
     Family("kvstored_cold_read_errors_total", "counter", "Reads the disk refused: misses.",
            value="cold_read_errors"),
