@@ -34,7 +34,7 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
 from kvstore.prefix import Namespace
-from kvstore.reader import Found, Reader, leading_first
+from kvstore.reader import Found, Reader, Resident, leading_first
 from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
@@ -182,6 +182,15 @@ class Store:
         """
         found = self._read(check_keys(keys), leading=leading)
         yield self._hits(found, leading=leading, copy=False, room=room)
+
+    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+        """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
+
+        None, counted as nothing: at least one is elsewhere or missing. Only read the tensors; they live as long as they
+        are referred to.
+        """
+        self._check_open()
+        return self._reader.resident([Key(key) for key in keys])
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""

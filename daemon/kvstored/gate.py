@@ -7,7 +7,7 @@ nothing about what is held. A verb that changes what others see leaves a line in
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from kvstored.metrics import Meter
 from kvstored.scope import CALLER
-from kvstored.spans import Spans
+from kvstored.spans import Metadata, Spans
 from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored_client._pb import cache_pb2 as pb
 
@@ -32,6 +32,7 @@ RIGHT_OF = {
     "Cache/Pin": "write",
 }
 """What a method needs; any other one, known or not, needs admin."""
+_REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
 _LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
 """Admin verbs that change nothing, so not worth a line each time a screen refreshes."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -98,13 +99,43 @@ class Access:
             )
 
 
+class Records:
+    """What is written down of a call when it ends, whatever the door: its time, a refusal, a line for the audit."""
+
+    def __init__(self, meter: Meter, spans: Spans) -> None:
+        self._meter = meter
+        self._spans = spans
+        self.traced = spans.wanted
+
+    def ended(
+        self,
+        method: str,
+        code: str,
+        began: float,
+        identity: Identity | None,
+        peer: str,
+        request: bytes = b"",
+        metadata: Metadata = (),
+    ) -> None:
+        """A call ended. began: time.perf_counter() at its start. request: for the keys of an admin verb."""
+        seconds = time.perf_counter() - began
+        self._meter.end(method, code, seconds)
+        if self._spans.wanted:
+            self._spans.record(method, code, seconds, metadata, _about(identity, request))
+        refused = code in _REFUSED
+        if refused:
+            self._meter.refuse(code)
+        if refused or (method.startswith("Admin/") and method not in _LOOKING):
+            _audit(method, identity, peer, b"" if refused else request, code)
+
+
 class Gate(grpc.aio.ServerInterceptor):
     """Around every method of kvstored's services."""
 
-    def __init__(self, access: Access, meter: Meter, spans: Spans) -> None:
+    def __init__(self, access: Access, meter: Meter, records: Records) -> None:
         self._access = access
         self._meter = meter
-        self._spans = spans
+        self._records = records
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
@@ -133,7 +164,6 @@ class Gate(grpc.aio.ServerInterceptor):
             code = "UNKNOWN"
             identity = None
             self._meter.begin(method)
-            span = self._spans.begin(method, context.invocation_metadata() or ())
             try:
                 identity = self._access.identify(context)
                 self._access.check(identity, method)
@@ -141,7 +171,6 @@ class Gate(grpc.aio.ServerInterceptor):
                 reply = await inner(request, context)
             except Refusal as refusal:
                 code = refusal.code.name
-                self._meter.refuse(code)
                 await context.abort(refusal.code, str(refusal), (("kvstored-error", "PermissionDenied"),))
             except asyncio.CancelledError:
                 code = "CANCELLED"
@@ -154,10 +183,9 @@ class Gate(grpc.aio.ServerInterceptor):
                 return reply
             finally:
                 self._meter.leave(method)
-                self._meter.end(method, code, time.perf_counter() - began)
-                if span is not None:
-                    self._spans.end(span, code, about(identity, _keys(request)))
-                _audit(method, identity, context, request, code)
+                asked = request if isinstance(request, bytes) else b""
+                sent = (context.invocation_metadata() or ()) if self._records.traced else ()
+                self._records.ended(method, code, began, identity, str(context.peer()), asked, sent)
 
         return gated
 
@@ -166,9 +194,9 @@ def _name(code: Any) -> str:
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
 
 
-def about(identity: Identity | None, keys: Sequence[bytes]) -> dict[str, str | int]:
+def _about(identity: Identity | None, request: bytes) -> dict[str, str | int]:
     """What a span says of a call: who, and about how many keys; never which."""
-    said: dict[str, str | int] = {"keys": len(keys)}
+    said: dict[str, str | int] = {"keys": len(_keys(request))} if request else {}
     if identity is not None:
         said["caller"] = identity.name
         if identity.tenant is not None:
@@ -176,9 +204,7 @@ def about(identity: Identity | None, keys: Sequence[bytes]) -> dict[str, str | i
     return said
 
 
-def _keys(request: Any) -> list[bytes]:
-    if not isinstance(request, bytes):
-        return []
+def _keys(request: bytes) -> list[bytes]:
     try:
         # Every request that names keys has them in field 1, as this one.
         return list(pb.EvictRequest.FromString(request).keys)
@@ -186,14 +212,10 @@ def _keys(request: Any) -> list[bytes]:
         return []
 
 
-def _audit(method: str, identity: Identity | None, context: Any, request: Any, code: str) -> None:
-    refused = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
-    changes = RIGHT_OF.get(method, "admin") == "admin" and method not in _LOOKING
-    if not (refused or changes):
-        return
-    keys = [] if refused else _keys(request)
+def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str) -> None:
+    keys = _keys(request)
     audit.info(
         "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s",
-        method, identity.name if identity else "nobody", context.peer(), len(keys),
+        method, identity.name if identity else "nobody", peer, len(keys),
         keys[0].hex()[:64] if keys else "-", code,
     )  # fmt: skip

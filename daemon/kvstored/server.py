@@ -29,7 +29,7 @@ from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.gate import Access, Gate
+from kvstored.gate import Access, Gate, Records
 from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
 from kvstored.scope import Scopes, read_secret
@@ -172,8 +172,9 @@ class Daemon:
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self.watch = Watch(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
+        records = Records(self.watch.meter, self._spans)
         self._server = grpc.aio.server(
-            interceptors=[Gate(self._access, self.watch.meter, self._spans)],
+            interceptors=[Gate(self._access, self.watch.meter, records)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=settings.calls_max,
         )
@@ -189,16 +190,15 @@ class Daemon:
             ingest,
             Verbs(store, epoch),
             settings.lease_max_s,
-            self.watch.meter,
+            records,
             scopes,
-            self._spans,
             self._access.of_user,
             threading.Semaphore(settings.threads),
         )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (
             self._arena.gauges,
-            lambda: dict(self._shared.gauges),
+            self._shared.gauges,
             # The executor's own queue: it has no other word for how much waits.
             lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
         )

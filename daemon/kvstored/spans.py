@@ -6,34 +6,25 @@ called and how many keys it was about, never a key, a tenant's data or a token.
 Thread rule: any thread; the exporter has a thread of its own, and what it cannot send it drops.
 """
 
+import time
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from kvstore.errors import ConfigError
 
 SERVICE = "kvstored"
-
-
-class Span(Protocol):
-    """A call under way."""
-
-    def set_attribute(self, key: str, value: str | int) -> None:
-        """Say something of it."""
-        ...
-
-    def end(self) -> None:
-        """It is over."""
-        ...
+Metadata = Iterable[tuple[str, Any]]
 
 
 class Spans:
-    """Begins and ends spans, or does nothing. provider: OpenTelemetry's TracerProvider; None: off."""
+    """Makes a span of a call that has ended, or does nothing. provider: OpenTelemetry's TracerProvider; None: off."""
 
     def __init__(self, provider: Any = None) -> None:
         self._provider = provider
-        self._tracer = None if provider is None else provider.get_tracer(SERVICE)
+        self.wanted = provider is not None
         if provider is not None:
+            self._tracer = provider.get_tracer(SERVICE)
             self._server = import_module("opentelemetry.trace").SpanKind.SERVER
             status = import_module("opentelemetry.trace.status")
             self._error = status.Status(status.StatusCode.ERROR)
@@ -42,31 +33,29 @@ class Spans:
                 "opentelemetry.trace.propagation.tracecontext"
             ).TraceContextTextMapPropagator()
 
-    def begin(self, method: str, metadata: Iterable[tuple[str, Any]] = ()) -> Span | None:
-        """A call begins. method: as "Cache/Get"; metadata: what came with it. None: traces are off."""
-        if self._tracer is None:
-            return None
+    def record(self, method: str, code: str, seconds: float, metadata: Metadata, said: Mapping[str, str | int]) -> None:
+        """A call has ended just now. method: as "Cache/Get"; metadata: what came with it; said: attributes."""
+        if not self.wanted:
+            return
         sent = {name: str(value) for name, value in metadata if name in ("traceparent", "tracestate")}
         service, _, name = method.partition("/")
-        attributes = {"rpc.system": "grpc", "rpc.service": f"kvstored.v1.{service}", "rpc.method": name}
-        span: Span = self._tracer.start_span(
+        now = time.time_ns()
+        span = self._tracer.start_span(
             f"kvstored.v1.{method}",
             context=self._parents.extract(sent) if sent else None,
             kind=self._server,
-            attributes=attributes,
+            start_time=now - int(seconds * 1e9),
+            attributes={
+                "rpc.system": "grpc",
+                "rpc.service": f"kvstored.v1.{service}",
+                "rpc.method": name,
+                "rpc.grpc.status": code,
+                **{f"kvstored.{name}": value for name, value in said.items()},
+            },
         )
-        return span
-
-    def end(self, span: Span | None, code: str, said: Mapping[str, str | int]) -> None:
-        """It ended with a status; said: attributes known by now."""
-        if span is None:
-            return
-        span.set_attribute("rpc.grpc.status", code)
-        for name, value in said.items():
-            span.set_attribute(f"kvstored.{name}", value)
         if code != "OK":
-            span.set_status(self._error)  # type: ignore[attr-defined]
-        span.end()
+            span.set_status(self._error)
+        span.end(now)
 
     def close(self) -> None:
         """Send what waits, for a few seconds at most. Blocks."""

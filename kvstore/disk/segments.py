@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,9 +140,9 @@ class Segments:
                 # Space is lost until the next start finds it (`recover`); no value is.
                 log.warning("cold segment=%s event=free_failed error=%s", place.segment, error)
 
-    def sparsest(self, share: float) -> int | None:
+    def sparsest(self, share: float, ignored: Container[int] = ()) -> int | None:
         """The closed segment that would give back most if its records moved, if over `share` of its blocks is slack."""
-        closed = ((n, blocks) for n, blocks in self._blocks.items() if n != self._active and blocks.count)
+        closed = ((n, blocks) for n, blocks in self._blocks.items() if n != self._active and n not in ignored)
         worth = [(b.slack_nbytes, n) for n, b in closed if b.slack_nbytes > share * b.count * BLOCK_NBYTES]
         return max(worth)[1] if worth else None
 

@@ -94,7 +94,7 @@ class Cold:
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote)
+        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather)
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
@@ -470,6 +470,14 @@ class Cold:
         for key in victims:
             self._on_drop(key, "evicted")
         return missing <= 0
+
+    def _may_gather(self, nbytes: int) -> bool:
+        """Whether so many bytes may be written only to save room: not above the write budget, not on a full disk."""
+        try:
+            free, total = self._disk.room(self._directory.path)
+        except OSError:
+            return False
+        return not self.admission.exhausted and free - nbytes > total * self._free_min_fraction
 
     def close(self) -> None:
         """Write what is pending, order and deadlines, and let the directory go. A failing disk is only logged."""

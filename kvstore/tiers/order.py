@@ -7,7 +7,7 @@ loses its parent to an eviction, whatever the policy. Under LRU, touched deepest
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from math import inf
 
@@ -81,11 +81,17 @@ class Order:
         self._used[owner] += nbytes
         order.track(key, soon=soon)
 
-    def touch(self, key: Key) -> None:
-        """Count as use."""
-        order = self._orders.get(self._owner_of(key))
-        if order is not None:
-            order.touch(key)
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Count as use, in the order given."""
+        if len(self._orders) == 1:
+            touch = self._orders[NOBODY].touch
+            for key in keys:
+                touch(key)
+            return
+        for key in keys:
+            order = self._orders.get(self._owner_of(key))
+            if order is not None:
+                order.touch(key)
 
     def forget(self, key: Key, nbytes: int) -> None:
         """Let go of a key held with so many bytes, and of any memory of it."""

