@@ -10,6 +10,7 @@ Leaves out: the head of a record and its row in the index, which name the entry'
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -24,6 +25,8 @@ import torch
 
 from kvstore.errors import ConfigError, RecordCorrupt
 
+log = logging.getLogger(__name__)
+
 EVERYTHING = "*"
 """The name whose key seals what no other name does."""
 ID_NBYTES = 8
@@ -35,6 +38,10 @@ PIECE_NBYTES = 64 << 20
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class UnknownSeal(RecordCorrupt):
+    """Nothing is wrong with the record: the key it was sealed under is not among those given."""
 
 
 class Key:
@@ -79,7 +86,7 @@ class Key:
 
 
 class Seals:
-    """The keys of a store. Immutable, any thread."""
+    """The keys of a store. Any thread."""
 
     def __init__(self, files: Mapping[str, str]) -> None:
         """files: by namespace, tenant, TENANT/NAMESPACE or "*", a file of keys. Raises ConfigError."""
@@ -88,6 +95,7 @@ class Seals:
         keys = {name: read_keys(path) for name, path in files.items()}
         self._sealing = {name: found[0] for name, found in keys.items()}
         self._opening = {key.id: key for found in keys.values() for key in found}
+        self._missing: set[bytes] = set()
 
     def sealing(self, names: Sequence[str]) -> Key | None:
         """The key for an entry that goes by these names, the most particular first; None: it stays clear."""
@@ -95,11 +103,16 @@ class Seals:
         return next(found, None)
 
     def open(self, sealed: Bytes, bound: bytes) -> Bytes:
-        """What was sealed under any of these keys. Raises RecordCorrupt."""
+        """What was sealed under any of these keys. Raises UnknownSeal, and RecordCorrupt for what does not open."""
+        if sealed.size < HEAD_NBYTES + TAG_NBYTES:
+            raise RecordCorrupt(f"sealed data of {sealed.size} bytes")
         name = sealed[:ID_NBYTES].tobytes()
         key = self._opening.get(name)
-        if key is None or sealed.size < HEAD_NBYTES + TAG_NBYTES:
-            raise RecordCorrupt(f"sealed under key {name.hex()}, which is in no file of store.cold.key_files")
+        if key is None:
+            if name not in self._missing:
+                self._missing.add(name)
+                log.warning("records are sealed under a key of no file in store.cold.key_files id=%s", name.hex())
+            raise UnknownSeal(f"sealed under key {name.hex()}, which is in no file of store.cold.key_files")
         return key.open(sealed, bound)
 
 
