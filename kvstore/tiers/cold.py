@@ -71,6 +71,7 @@ class Cold:
         config: ColdConfig,
         clock: Clock,
         disk: Disk,
+        seals: Seals,
         *,
         meta_of: Callable[[Key], Meta | None],
         on_drop: Callable[[Key, str], None],
@@ -84,7 +85,7 @@ class Cold:
         self._clock = clock
         self._disk = disk
         self._meta_of = meta_of
-        self._seals = Seals(config.key_files)
+        self._seals = seals
         self._on_drop = on_drop
         self._changed = threading.Condition()
         self._pending = Pending()
@@ -119,10 +120,11 @@ class Cold:
         meta_of: the store's Meta of a key, asked when a record or a row is written; None: the store forgot the key and
         nothing is written. on_drop: told when an entry leaves by itself. Raises ConfigError.
         """
+        seals = Seals(config.key_files)
         directory = take(path)
         try:
             cold = cls(
-                directory, config, clock, disk or SystemDisk(),
+                directory, config, clock, disk or SystemDisk(), seals,
                 meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction,
             )  # fmt: skip
             with no_garbage_collection():
