@@ -18,7 +18,7 @@ from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import Bytes
 from kvstored_client.mapping import Copier, Window
-from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_specs
+from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_receipt, read_specs
 from kvstored_client.near import Connection, Near, UseStream
 from kvstored_client.receive import check_out, is_direct
 from kvstored_client.send import Outgoing
@@ -126,7 +126,8 @@ def _generation(block: Bytes) -> int:
 
 def _hit(item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
     head = item.header
-    return Hit(key, tensors, TIER_NAMES.get(head.tier, "unknown"), head.encoding, head.lossy, head.age_s)
+    tier = TIER_NAMES.get(head.tier, "unknown")
+    return Hit(key, tensors, tier, head.encoding, head.lossy, head.age_s, read_receipt(head))
 
 
 @contextmanager
