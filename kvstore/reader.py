@@ -90,7 +90,7 @@ class Reader:
             c.gets += len(keys)
             c.tiers["hot"].hits += len(keys)
             c.hit_nbytes += nbytes
-            c.hits_by_encoding["raw"] += len(keys)  # hot holds nothing else
+            c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
             r.touch(keys[::-1])
         return Resident(entries, metas, now)  # type: ignore[arg-type]  # no None among them
 
