@@ -34,6 +34,8 @@ from kvstore.entry import Described, Entry, Key
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.policies.lru import LRU
+from kvstore.sealing import Key as SealKey
+from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Cold:
         self._clock = clock
         self._disk = disk
         self._meta_of = meta_of
+        self._seals = Seals(config.key_files)
         self._on_drop = on_drop
         self._changed = threading.Condition()
         self._pending = Pending()
@@ -94,7 +97,9 @@ class Cold:
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather)
+        callbacks = Callbacks(
+            meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather, self._seal_of
+        )
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
@@ -232,9 +237,12 @@ class Cold:
 
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
-            return read_entry(self._segments, key, row)
+            return read_entry(self._segments, key, row, self._seals)
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
+
+    def _seal_of(self, _meta: Meta) -> SealKey | None:
+        return self._seals.sealing(())
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
@@ -246,7 +254,7 @@ class Cold:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            if isinstance(error, UnknownSeal) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
                 self._writer.counters.read_errors += 1
                 return None
             if key not in self._lru and key not in self._pinned:
@@ -293,7 +301,7 @@ class Cold:
         if full:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
-                f"{self.capacity_nbytes} bytes are pinned"
+                f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
 
     def _wait_for_buffer(self, nbytes: int) -> None:
@@ -355,7 +363,7 @@ class Cold:
                 if pinned_nbytes > self._pin_max_nbytes:
                     raise OverQuota(
                         f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
-                        f"the limit is {self._pin_max_nbytes}"
+                        f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
                     )
                 self._lru.forget(key)
                 self._pinned[key] = cost
