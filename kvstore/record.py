@@ -23,7 +23,7 @@ import xxhash
 from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
 from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec, error_in
 from kvstore.errors import EntryTooLarge, RecordCorrupt
 from kvstore.index import Meta
 from kvstore.safetensors_header import HEADER_MAX_NBYTES, RANK_MAX, Slot, parse_header, write_header
@@ -229,10 +229,11 @@ def from_safetensors(file: bytes) -> Entry:
     return Entry(key, {row.name: row.tensor(slots, data) for row in rows}, lossy=lossy)
 
 
-def specs_of(head: Head, head_bytes: bytes) -> dict[str, tuple[TensorSpec, str]]:
-    """Spec and encoding of each tensor, from a checked head alone. Raises RecordCorrupt."""
+def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
+    """What a checked head alone says of each tensor. Raises RecordCorrupt."""
     _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
-    return {row.name: (row.spec, row.encoding) for row in _tensor_rows(facts)}
+    rows = _tensor_rows(facts)
+    return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
 
 
 def _key_hash(key: bytes) -> bytes:

@@ -23,7 +23,14 @@ from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
-from kvstored_client.messages import TIERS, fidelity_name, priority_name, read_specs, tensor_specs
+from kvstored_client.messages import (
+    TIERS,
+    fidelity_name,
+    priority_name,
+    read_specs,
+    relative_errors,
+    tensor_specs,
+)
 from kvstored_client.send import cut_frames
 
 HEADER_MAX_NBYTES = 64 << 10
@@ -266,7 +273,7 @@ class Reading:
 def resident_hit(entry: Entry, age_s: float) -> Hit:
     """A held entry as a hit: the very tensors."""
     tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
-    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s)
+    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s, entry.receipt)
 
 
 def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
@@ -287,6 +294,7 @@ def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
         lossy=hit.lossy,
         age_s=hit.age_s,
         boot_epoch=boot_epoch,
+        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
     )
 
 

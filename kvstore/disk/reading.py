@@ -10,7 +10,7 @@ import xxhash
 from kvstore.disk import Bytes
 from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 from kvstore.errors import RecordCorrupt
 from kvstore.record import Head, assemble, parse_head, specs_of
 from kvstore.sealing import NO_SEALS, Seals
@@ -41,13 +41,13 @@ def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None
         raise RecordCorrupt("record ends early")
 
 
-def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, TensorSpec]:
-    """The tensors' types and shapes, from the record's head alone. Raises RecordCorrupt or OSError."""
+def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
+    """The tensors' types, shapes and receipts, from the record's head alone. Raises RecordCorrupt or OSError."""
     head_bytes = np.empty(row.head_nbytes, np.uint8)
     segments.read(row.place, [head_bytes])
     head = parse_head(head_bytes.tobytes(), key)
     _check_sizes(head, row)
-    return {name: spec for name, (spec, _) in specs_of(head, head_bytes.tobytes()).items()}
+    return specs_of(head, head_bytes.tobytes())
 
 
 def _check_sizes(head: Head, row: Row) -> None:

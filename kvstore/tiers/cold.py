@@ -30,7 +30,7 @@ from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
 from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.policies.lru import LRU
@@ -212,13 +212,13 @@ class Cold:
         found = self._find(key)
         return self._read(key, found) if isinstance(found, Row) else found
 
-    def specs_of(self, key: Key) -> dict[str, TensorSpec] | None:
-        """The tensors' types and shapes; their values are neither read nor decoded. None as for `get`."""
+    def specs_of(self, key: Key) -> dict[str, Described] | None:
+        """The tensors' types, shapes and receipts; their values are neither read nor decoded. None as for `get`."""
         found = self._find(key)
         if found is None:
             return None
         if isinstance(found, Entry):
-            return {name: tensor.spec for name, tensor in found.tensors.items()}
+            return {name: tensor.described for name, tensor in found.tensors.items()}
         try:
             return read_specs(self._segments, key, found)
         except (RecordCorrupt, OSError) as error:
