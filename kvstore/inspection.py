@@ -79,8 +79,8 @@ def explain(r: Residency, keys: Sequence[bytes]) -> list[Explanation]:
     return found
 
 
-def snapshot(r: Residency) -> Stats:
-    """Counters since start and gauges of now."""
+def snapshot(r: Residency, others: Mapping[str, float]) -> Stats:
+    """Counters since start and gauges of now; others: gauges that the residency does not know."""
     with r.lock:
         tiers: dict[str, TierStats] = {}
         for tier in (r.hot, r.warm, r.cold):
@@ -92,7 +92,7 @@ def snapshot(r: Residency) -> Stats:
                 capacity_nbytes=tier.capacity_nbytes,
                 **asdict(r.counters.tiers[tier.name]),
             )
-        gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit)}
+        gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit), **others}
         if r.cold is not None:
             gauges.update(r.cold.gauges())
         gauges.update(accounts_of(r.tenants, r.tenants.names()))

@@ -45,7 +45,8 @@ class Counters:
     refused_chunks: int = 0
     maintainer_errors: int = 0
     misses: Counter[str] = field(default_factory=Counter)
-    hits_by_encoding: Counter[str] = field(default_factory=Counter)
+    hits_in: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By the tier that answered and the encoding it held."""
     tiers: dict[str, TierCounters] = field(default_factory=dict)
 
 
@@ -132,6 +133,6 @@ def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, floa
         "evictions": sum(tier.evictions for tier in counters.tiers.values()),
     }
     values.update({f"misses_{cause}": counters.misses[cause] for cause in MISS_CAUSES})
-    values.update({f"hits_{name}": count for name, count in sorted(counters.hits_by_encoding.items())})
+    values.update({f"hits_{tier}_{encoding}": count for (tier, encoding), count in sorted(counters.hits_in.items())})
     values.update(gauges)
     return values

@@ -34,7 +34,7 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
 from kvstore.prefix import Namespace
-from kvstore.reader import Found, Reader, leading_first
+from kvstore.reader import Found, Reader, Resident, leading_first
 from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
@@ -195,6 +195,15 @@ class Store:
         found = self._read(check_keys(keys), leading=leading)
         yield self._hits(found, leading=leading, copy=False, room=room)
 
+    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+        """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
+
+        None, counted as nothing: at least one is elsewhere or missing. Only read the tensors; they live as long as they
+        are referred to.
+        """
+        self._check_open()
+        return self._reader.resident([Key(key) for key in keys])
+
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
         return Match(tuple(self._reader.leading(check_keys(keys))))
@@ -289,7 +298,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        return snapshot(self._r)
+        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -391,7 +400,8 @@ class Store:
             # Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone.
             log.warning("entry cannot be decoded key=%s error=%s", found[0].hex(), error)
             with self._r.lock:
-                self._r.counters.tiers[found[1]].hits -= 1
+                self._r.counters.tiers[found.tier].hits -= 1
+                self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
                 self._r.counters.misses["corrupt"] += 1
             self._forget([found[0]], "corrupt")
             return None

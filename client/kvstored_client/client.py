@@ -13,7 +13,8 @@ Thread-safe. A forked child gets a connection of its own.
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -37,7 +38,7 @@ from kvstored_client.messages import (
     tier_number,
 )
 from kvstored_client.near import Near, Silent, UseStream
-from kvstored_client.receive import Receiver
+from kvstored_client.receive import Out, Receiver
 from kvstored_client.send import Outgoing, PutOptions
 from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
 
@@ -159,8 +160,7 @@ class Client:
         out: tensors to fill, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
         After a miss their contents are undefined.
         """
-        hits = self._receive([check_key(key)], leading=False, out=out)
-        return hits[0] if hits else None
+        return self._receive([check_key(key)], leading=False, out=None if out is None else [out])[0]
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
@@ -206,22 +206,19 @@ class Client:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
         return self._pin(keys, pinned=False)
 
-    @contextmanager
-    def lease(self, key: bytes) -> Iterator[Hit | None]:
+    def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
         """The value without a copy, read-only, for the length of a block; None on a miss.
 
         On the daemon's host the tensors lie in its memory: writing to one ends this process (numpy arrays refuse it),
         and one that is still referred to after the block raises LeaseKept. From afar it is a copy, as by `get`.
         """
-        with self.lease_many([key]) as hits:
-            yield hits[0] if hits else None
+        return _OneLease(partial(self._lease, [check_key(key)], leading=False))
 
-    @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[list[Hit | None]]:
-        """Like `get_many` without copies: see `lease`."""
-        checked = check_keys(keys)
-        with ExitStack() as stack:
-            yield _leading(self._data(lambda: self._leased(stack, checked, leading=leading), []), leading=leading)
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False
+    ) -> AbstractContextManager[Sequence[Hit | None]]:
+        """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
+        return _Leases(partial(self._lease, check_keys(keys), leading=leading))
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.
@@ -329,25 +326,26 @@ class Client:
             data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
         return int(self._noted(pb.PutReply.FromString(data)).stored)
 
-    def _receive(self, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None) -> list[Hit | None]:
-        receiver = Receiver(keys, arrays.resolve_framework(self._framework), out)
+    def _receive(self, keys: list[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
+        """Hits by position. out: for each key tensors to fill, or None."""
+        hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(lambda: self._read(receiver, keys, leading=leading, out=out), None)
-        return receiver.hits
+            self._data(lambda: self._read(hits, keys, leading=leading, out=out), None)
+        return hits
 
-    def _read(
-        self, receiver: Receiver, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None
-    ) -> None:
+    def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
         framework = arrays.resolve_framework(self._framework)
         try:
-            hits, stale, epoch = self._nearby(lambda near: local.get(near, keys, framework, leading=leading, out=out))
+            hits[:], stale, epoch = self._nearby(
+                lambda near: local.get(near, keys, framework, leading=leading, out=out)
+            )
         except UseStream:
-            self._read_stream(receiver, keys, leading=leading)
+            self._read_stream(Receiver(keys, framework, out, hits), keys, leading=leading)
             return
         self._transport.saw_epoch(epoch)
-        receiver.hits[:] = hits
-        with self._failures_lock:
-            self.failures += stale
+        if stale:
+            with self._failures_lock:
+                self.failures += stale
 
     def _read_stream(self, receiver: Receiver, keys: list[bytes], *, leading: bool) -> None:
         request = pb.GetRequest(keys=keys, leading=leading)
@@ -360,14 +358,17 @@ class Client:
         if receiver.corrupt:
             raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
-    def _leased(self, stack: ExitStack, keys: list[bytes], *, leading: bool) -> list[Hit | None]:
+    def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(lambda: self._leased(keys, leading=leading), nullcontext([]))
+
+    def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
         try:
-            return self._nearby(lambda near: stack.enter_context(local.lease(near, keys, framework, leading=leading)))
+            return self._nearby(lambda near: local.lease(near, keys, framework, leading=leading))
         except UseStream:
             receiver = Receiver(keys, framework)
             self._read_stream(receiver, keys, leading=leading)
-            return receiver.hits
+            return nullcontext(_leading(receiver.hits, leading=leading))
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
@@ -424,6 +425,28 @@ class Client:
                 raise
             logger.debug("answered as a miss: %s", error)
             return otherwise
+
+
+class _Leases:
+    """A lease that begins with its block."""
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[Sequence[Hit | None]]]) -> None:
+        self._begin = begin
+
+    def __enter__(self) -> Sequence[Hit | None]:
+        self._block = self._begin()
+        return self._block.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._block.__exit__(*error)
+
+
+class _OneLease(_Leases):
+    """The same of one key."""
+
+    def __enter__(self) -> Hit | None:  # type: ignore[override]  # one hit for many
+        hits = super().__enter__()
+        return hits[0] if hits else None
 
 
 def _leading(hits: list[Hit | None], *, leading: bool) -> list[Hit | None]:

@@ -5,16 +5,15 @@ a connection closes it; the call then goes over the stream, unless the daemon wa
 """
 
 import array
-import contextlib
 import os
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 from kvstore import errors
 from kvstore.errors import KvstoreError
@@ -29,6 +28,7 @@ RETRY_S = 1.0
 INGEST_MAX_NBYTES = 256 << 20
 """Shared memory of one connection for puts. A larger batch goes in several commits, a larger entry over the stream."""
 _FDS_MAX = 64
+_ANCILLARY_NBYTES = socket.CMSG_SPACE(4 * _FDS_MAX)
 
 
 class UseStream(Exception):
@@ -68,7 +68,7 @@ class Connection:
         self.ingest: list[Room] = []
         self.closed = False
         self._timeout_s = 0.0
-        self._buffer = bytearray(PACKET_MAX_NBYTES)
+        self._buffers = [memoryview(bytearray(PACKET_MAX_NBYTES))]
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
@@ -78,6 +78,12 @@ class Connection:
             self._sock.close()
             raise
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
     def call(self, call: pb.LeaseCall, timeout_s: float) -> pb.LeaseReply:
         """Ask and wait. Raises UseStream, Silent, or the daemon's own error. The caller holds `lock`."""
         data = call.SerializeToString()
@@ -86,7 +92,7 @@ class Connection:
         try:
             self._set_timeout(timeout_s)
             self._sock.send(data)
-            nbytes, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], socket.CMSG_SPACE(4 * _FDS_MAX))
+            nbytes, ancillary, _, _ = self._sock.recvmsg_into(self._buffers, _ANCILLARY_NBYTES)
         except BlockingIOError:
             self.close()
             raise Silent(f"no answer within {timeout_s} s") from None
@@ -96,8 +102,9 @@ class Connection:
         if not nbytes:
             self.close()
             raise UseStream("the daemon hung up")
-        reply = pb.LeaseReply.FromString(bytes(memoryview(self._buffer)[:nbytes]))
-        self._map(reply, ancillary)
+        reply = pb.LeaseReply.FromString(bytes(self._buffers[0][:nbytes]))
+        if ancillary:
+            self._map(reply, ancillary)
         if reply.HasField("error"):
             kind = getattr(errors, reply.error.kind, None)
             if isinstance(kind, type) and issubclass(kind, KvstoreError):
@@ -157,11 +164,15 @@ class Connection:
 
 
 class Segments:
-    """The daemon's segments, mapped once for all connections of one daemon's life."""
+    """The daemon's segments, mapped once for all connections of one daemon's life.
+
+    blocks: what is known of blocks, by segment, start and generation.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mappings: dict[int, Mapping] = {}
+        self.blocks: dict[tuple[int, int, int], Any] = {}
 
     def add(self, number: int, fd: int, nbytes: int) -> None:
         """Map a segment, unless another connection was handed it before."""
@@ -199,19 +210,16 @@ class Near:
         self._closed = False
         self.copier = Copier()
 
-    @contextlib.contextmanager
-    def connection(self, wanted: Connection | None = None) -> Iterator[Connection]:
-        """A connection for one call: the wanted one, an idle one, a new one, or one to wait for.
+    def connection(self, wanted: Connection | None = None) -> Connection:
+        """A connection, locked for one call: the wanted one, an idle one, a new one, or one to wait for.
 
-        Raises UseStream when there is none, Silent when none became free in time.
+        Leaving it as a context unlocks it. Raises UseStream when there is none, Silent when none became free in time.
         """
         chosen = self._locked(wanted)
-        try:
-            if chosen.closed:
-                raise UseStream("the connection ended")
-            yield chosen
-        finally:
+        if chosen.closed:
             chosen.lock.release()
+            raise UseStream("the connection ended")
+        return chosen
 
     def _locked(self, wanted: Connection | None) -> Connection:
         if wanted is None:

@@ -3,7 +3,7 @@
 One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,17 @@ from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
 from kvstored_client.messages import TIER_NAMES, read_specs
 
 Tensors = Mapping[str, Any]
+Out = Sequence[Tensors | None] | None
+"""For each key the tensors to fill, or None for fresh ones."""
 
 
 class Receiver:
     """Collects the hits of one Get. hits: by position; corrupt: entries dropped for a wrong checksum."""
 
-    def __init__(self, keys: list[bytes], framework: str, out: Tensors | None = None) -> None:
-        self.hits: list[Hit | None] = [None] * len(keys)
+    def __init__(
+        self, keys: list[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
+    ) -> None:
+        self.hits: list[Hit | None] = [None] * len(keys) if hits is None else hits
         self.corrupt = 0
         self.boot_epoch = 0
         self._keys = keys
@@ -53,7 +57,8 @@ class Receiver:
                 raise BadFrame("a header inside an entry")
             header = pb.GetHeader.FromString(bytes(frame.header))
             self.boot_epoch = header.boot_epoch
-            self._entry = _Incoming(header, self._framework, self._out)
+            out = None if self._out is None else self._out[header.index]
+            self._entry = _Incoming(header, self._framework, out)
         if frame.chunk or frame.end is not None:
             if self._entry is None:
                 raise BadFrame("bytes before a header")

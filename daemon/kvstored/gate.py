@@ -31,6 +31,7 @@ RIGHT_OF = {
     "Cache/Pin": "write",
 }
 """What a method needs; any other one, known or not, needs admin."""
+_REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
 _LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
 """Admin verbs that change nothing, so not worth a line each time a screen refreshes."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -94,12 +95,31 @@ class Access:
             )
 
 
+class Records:
+    """What is written down of a call when it ends, whatever the door: its time, a refusal, a line for the audit."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def ended(
+        self, method: str, code: str, began: float, identity: Identity | None, peer: str, request: bytes = b""
+    ) -> None:
+        """A call ended. began: time.perf_counter() at its start. request: for the keys of an admin verb."""
+        self._meter.end(method, code, time.perf_counter() - began)
+        refused = code in _REFUSED
+        if refused:
+            self._meter.refuse(code)
+        if refused or (method.startswith("Admin/") and method not in _LOOKING):
+            _audit(method, identity, peer, b"" if refused else request, code)
+
+
 class Gate(grpc.aio.ServerInterceptor):
     """Around every method of kvstored's services."""
 
     def __init__(self, access: Access, meter: Meter) -> None:
         self._access = access
         self._meter = meter
+        self._records = Records(meter)
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
@@ -135,7 +155,6 @@ class Gate(grpc.aio.ServerInterceptor):
                 reply = await inner(request, context)
             except Refusal as refusal:
                 code = refusal.code.name
-                self._meter.refuse(code)
                 await context.abort(refusal.code, str(refusal), (("kvstored-error", "PermissionDenied"),))
             except asyncio.CancelledError:
                 code = "CANCELLED"
@@ -148,8 +167,8 @@ class Gate(grpc.aio.ServerInterceptor):
                 return reply
             finally:
                 self._meter.leave(method)
-                self._meter.end(method, code, time.perf_counter() - began)
-                _audit(method, identity, context, request, code)
+                asked = request if isinstance(request, bytes) else b""
+                self._records.ended(method, code, began, identity, str(context.peer()), asked)
 
         return gated
 
@@ -158,20 +177,14 @@ def _name(code: Any) -> str:
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
 
 
-def _audit(method: str, identity: Identity | None, context: Any, request: Any, code: str) -> None:
-    refused = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
-    changes = RIGHT_OF.get(method, "admin") == "admin" and method not in _LOOKING
-    if not (refused or changes):
-        return
-    keys: list[bytes] = []
-    if isinstance(request, bytes) and not refused:
-        try:
-            # Every admin request that changes something has its keys in field 1, as this one.
-            keys = list(pb.EvictRequest.FromString(request).keys)
-        except DecodeError:
-            keys = []
+def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str) -> None:
+    try:
+        # Every admin request that changes something has its keys in field 1, as this one.
+        keys = list(pb.EvictRequest.FromString(request).keys)
+    except DecodeError:
+        keys = []
     audit.info(
         "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s",
-        method, identity.name if identity else "nobody", context.peer(), len(keys),
+        method, identity.name if identity else "nobody", peer, len(keys),
         keys[0].hex()[:64] if keys else "-", code,
     )  # fmt: skip

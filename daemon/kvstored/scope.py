@@ -19,6 +19,7 @@ from typing import Any
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
+from kvstore.reader import Resident
 from kvstore.store import Store
 from kvstored.tokens import LOCAL, Identity
 
@@ -79,6 +80,10 @@ class ScopedStore:
         """As Store.lease_many; hits carry the keys asked for."""
         with self._store.lease_many(self._all(keys), **how) as hits:
             yield (None if hit is None else replace(hit, key=key) for key, hit in zip(keys, hits, strict=False))
+
+    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+        """As Store.resident; the entries carry the keys they stand under."""
+        return self._store.resident(self._all(keys))
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """As Store.match."""

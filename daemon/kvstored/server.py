@@ -27,7 +27,7 @@ from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.gate import Access, Gate
+from kvstored.gate import Access, Gate, Records
 from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
 from kvstored.scope import Scopes, read_secret, tenant_prefixes
@@ -58,13 +58,13 @@ _OPTIONS = (
     # On by default: a second daemon would bind the same TCP port without an error.
     ("grpc.so_reuseport", 0),
     # Keepalive alone noticed a stopped peer after 61 s, with the ping timeout after 3 (its default is 60 s).
-    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_time_ms", 3_000),
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # Clients ping every 5 s; a lower bound above that would answer them with too_many_pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 2_500),
+    # Clients ping every 3 s; a lower bound above that would answer them with too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_500),
 )
 
 
@@ -184,12 +184,17 @@ class Daemon:
             ingest,
             Verbs(store, epoch),
             settings.lease_max_s,
-            self.watch.meter,
+            Records(self.watch.meter),
             scopes,
             self._access.of_user,
         )
         self._leases: list[LeaseServer] = []
-        self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
+        self.watch.sources += (
+            self._arena.gauges,
+            self._shared.gauges,
+            # The executor's own queue: it has no other word for how much waits.
+            lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
+        )
         room = self._arena.empty
         cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
         admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)

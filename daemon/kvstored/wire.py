@@ -13,10 +13,12 @@ import torch
 import xxhash
 
 from kvstore import arrays
+from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_namespace
+from kvstore.reader import Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
@@ -239,6 +241,18 @@ class Reading:
     def _end_group(self) -> None:
         self._hits = None
         self._lease.close()
+
+
+def resident_hit(entry: Entry, age_s: float) -> Hit:
+    """A held entry as a hit: the very tensors."""
+    tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
+    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s)
+
+
+def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
+    """All of them, by position."""
+    pairs = zip(resident.entries, resident.metas, strict=True)
+    return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
 
 
 def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:

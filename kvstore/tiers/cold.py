@@ -21,13 +21,14 @@ from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.admission import Admission
+from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
-from kvstore.disk.segments import Segments, blocks_nbytes
+from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
@@ -97,7 +98,7 @@ class Cold:
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote)
+        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather)
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
@@ -297,13 +298,16 @@ class Cold:
         """
         with self._changed:
             self._wait_for_buffer(nbytes)
-            owner, cost = self._order.owner_of(key), cost_of(nbytes)
+            # What lies idle in shared blocks counts against the budget too, or the files would outgrow it.
+            owner, cost, slack = self._order.owner_of(key), cost_of(nbytes), self._segments.slack_nbytes
 
-            def too_full() -> bool:
-                return self.used_nbytes + cost > self.capacity_nbytes or not self._order.within_quota(owner, cost)
+            def fits(besides: int) -> bool:
+                return self.used_nbytes + cost + besides <= self.capacity_nbytes and self._order.within_quota(
+                    owner, cost
+                )
 
-            evicted = self._evict(too_full, owner, cost) if self._order.admits(owner, cost) else []
-            full = too_full()
+            evicted = self._evict(lambda: not fits(slack), owner, cost) if self._order.admits(owner, cost) else []
+            full = not fits(0)
         for victim in evicted:
             self._on_drop(victim, "evicted")
         if full:
@@ -357,11 +361,11 @@ class Cold:
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
         with self._changed:
-            for key in keys:
-                if key in self._order or key in self._pinned:
-                    self._order.touch(key)
-                    self._seq += 1
-                    self._writer.dirty[key] = self._seq
+            held = [key for key in keys if key in self._order or key in self._pinned]
+            self._order.touch(held)
+            for key in held:
+                self._seq += 1
+                self._writer.dirty[key] = self._seq
 
     def pin(self, key: Key) -> None:
         """Keep a key out of eviction. Not here: nothing happens. Raises OverQuota over the tier's share for pins."""
@@ -502,7 +506,7 @@ class Cold:
                 if row is None:
                     continue
                 victims.append(key)
-                missing -= blocks_nbytes(row.place.nbytes)
+                missing -= place_nbytes(row.place.nbytes)
                 self._pending.let_go(self._order.owner_of(key), cost_of(row.place.nbytes))
                 if missing <= 0:
                     break
@@ -515,6 +519,14 @@ class Cold:
         for key in victims:
             self._on_drop(key, "evicted")
         return missing <= 0
+
+    def _may_gather(self, nbytes: int) -> bool:
+        """Whether so many bytes may be written only to save room: not above the write budget, not on a full disk."""
+        try:
+            free, total = self._disk.room(self._directory.path)
+        except OSError:
+            return False
+        return not self.admission.exhausted and free - nbytes > total * self._free_min_fraction
 
     def close(self) -> None:
         """Write what is pending, order and deadlines, and let the directory go. A failing disk is only logged."""

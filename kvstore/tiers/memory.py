@@ -65,6 +65,10 @@ class MemoryTier:
         """The entry, without counting as use."""
         return self._entries.get(key)
 
+    def held(self, keys: Iterable[Key]) -> list[Entry | None]:
+        """The entries under keys, None where there is none, without counting as use."""
+        return list(map(self._entries.get, keys))
+
     def admits(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size could be held if everything unpinned left, within its owner's quotas."""
         return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(owner, nbytes)
@@ -110,10 +114,7 @@ class MemoryTier:
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given."""
-        entries = self._entries
-        for key in keys:
-            if key in entries:
-                self._order.touch(key)
+        self._order.touch(filter(self._entries.__contains__, keys))
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""

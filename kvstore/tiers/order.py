@@ -8,7 +8,7 @@ deepest first, the victim is that leaf already.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import inf
 
@@ -107,9 +107,15 @@ class Order:
         self._used[owner.lane] += nbytes
         owner.nbytes[self._at] += nbytes
 
-    def touch(self, key: Key) -> None:
-        """Count as use."""
-        self._lane_of(key).touch(key)
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Count as use, in the order given."""
+        if self._alone:
+            touch = self._first.touch
+            for key in keys:
+                touch(key)
+            return
+        for key in keys:
+            self._lane_of(key).touch(key)
 
     def forget(self, key: Key, nbytes: int = 0) -> None:
         """Let go of a key held with so many bytes, and of any memory of it."""

@@ -40,7 +40,8 @@ def client(daemon):
 @pytest.fixture
 def run(daemon):
     def invoke(*words, code=0):
-        done = CliRunner().invoke(cli, [*map(str, words), "--address", daemon.address], catch_exceptions=False)
+        where = ("--address", daemon.address, "--timeout-s", "60")
+        done = CliRunner().invoke(cli, [*map(str, words), *where], catch_exceptions=False)
         assert done.exit_code == code, done.output
         return done.output
 

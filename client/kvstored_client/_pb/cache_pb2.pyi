@@ -157,7 +157,7 @@ class GetFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ..., miss: _Optional[_Union[GetMiss, _Mapping]] = ...) -> None: ...
 
 class GetHeader(_message.Message):
-    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch")
+    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,7 @@ class GetHeader(_message.Message):
     LOSSY_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PUT_AT_FIELD_NUMBER: _ClassVar[int]
     index: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -174,7 +175,8 @@ class GetHeader(_message.Message):
     lossy: bool
     age_s: float
     boot_epoch: int
-    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+    put_at: float
+    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ...) -> None: ...
 
 class GetMiss(_message.Message):
     __slots__ = ("index", "boot_epoch")
@@ -484,11 +486,13 @@ class TensorPlace(_message.Message):
     def __init__(self, segment: _Optional[int] = ..., start: _Optional[int] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("error", "segments", "lease", "leased", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s")
+    __slots__ = ("error", "segments", "lease", "leased", "complete", "now", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     LEASED_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
     PUT_FIELD_NUMBER: _ClassVar[int]
     MATCH_FIELD_NUMBER: _ClassVar[int]
     TOUCH_FIELD_NUMBER: _ClassVar[int]
@@ -500,6 +504,8 @@ class LeaseReply(_message.Message):
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     lease: int
     leased: _containers.RepeatedCompositeFieldContainer[Leased]
+    complete: bool
+    now: float
     put: PutReply
     match: MatchReply
     touch: TouchReply
@@ -507,7 +513,7 @@ class LeaseReply(_message.Message):
     pin: PinReply
     boot_epoch: int
     lease_max_s: float
-    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[_Union[Leased, _Mapping]]] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[_Union[Leased, _Mapping]]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ...) -> None: ...
 
 class LeaseError(_message.Message):
     __slots__ = ("kind", "message")

@@ -9,7 +9,7 @@ import torch
 
 from kvstore.store import Store
 from tests.e2e.adapters.conftest import PAGE, Handle, Pages
-from tests.e2e.faults import FAULTS, Faulty
+from tests.e2e.faults import FAULTS, SLOW_S, Faulty
 
 Make = Callable[..., Handle]
 PATIENT = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0}
@@ -61,15 +61,14 @@ def test_a_fault_is_a_miss_within_the_deadlines(make: Make, store: Store, fault:
     handle = make(Faulty(store, fault), fetch_timeout_s=0.2)
     start = time.monotonic()
     handle.held(names)
-    took = time.monotonic() - start
-    assert took < 3 * max(handle.guard.lookup_timeout_s, 0.2) + 0.5
+    assert time.monotonic() - start < SLOW_S / 2
     start = time.monotonic()
     found = handle.restore(names)
-    assert time.monotonic() - start < 3 * 0.2 + 0.5
+    assert time.monotonic() - start < SLOW_S / 2
     assert found == [None] * 3
     start = time.monotonic()
     handle.keep({"other": given["page 0"]})
-    assert time.monotonic() - start < 4 * 0.2 + 0.5
+    assert time.monotonic() - start < SLOW_S / 2
 
 
 def test_a_put_given_up_does_not_keep_what_the_engine_wrote_afterwards(make: Make, store: Store) -> None:
