@@ -10,7 +10,7 @@ from dataclasses import asdict
 from kvstore.entry import Described, Key
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.residency import Residency
-from kvstore.stats import Stats, TierStats, values_of
+from kvstore.stats import Stats, TierStats, accounts_of, values_of
 from kvstore.tiers import TierName
 
 
@@ -96,6 +96,7 @@ def snapshot(r: Residency, others: Mapping[str, float]) -> Stats:
         gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit), **others}
         if r.cold is not None:
             gauges.update(r.cold.gauges())
+        gauges.update(accounts_of(r.tenants, r.tenants.names()))
         return Stats(values_of(r.counters, gauges), tiers)
 
 

@@ -102,7 +102,7 @@ class Client:
         """How often the daemon was found restarted."""
         return self._transport.restarts
 
-    def put(
+    def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         key: bytes,
         tensors: Mapping[str, Any],
@@ -113,19 +113,21 @@ class Client:
         fidelity: Fidelity = "auto",
         priority: Priority = "normal",
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
         ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
         expiry. fidelity: "exact" for bit-for-bit in every tier. priority: "low" leaves before others unless it is hit.
-        parent: the key of the chunk that this one continues; it will not outlive it.
+        parent: the key of the chunk that this one continues; it will not outlive it. namespace: the name under which
+        it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         batch = [Outgoing(check_key(key), tensors, options, parent)]
         return bool(self._data(lambda: self._send(batch), 0))
 
-    def put_many(
+    def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
         *,
@@ -136,14 +138,15 @@ class Client:
         priority: Priority = "normal",
         chain: bool = False,
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> int:
         """Put entries, root first, in one call. Returns how many were stored.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues.
+        outlives the one it continues. namespace: as for `put`.
         """
         keys = check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)

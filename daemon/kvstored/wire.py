@@ -17,7 +17,7 @@ from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit, Priority
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_namespace
 from kvstore.reader import Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
@@ -50,6 +50,7 @@ class Options:
     pin: bool
     fidelity: Fidelity
     priority: Priority
+    namespace: str
 
 
 class Incoming:
@@ -72,6 +73,7 @@ class Incoming:
             header.pin,
             fidelity_name(header.fidelity),
             priority_name(header.priority),
+            check_namespace(header.namespace),
         )
         self.parent = check_key(header.parent) if header.parent else None
         self.root = header.root and self.parent is None
@@ -316,6 +318,7 @@ def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
             pin=how.pin,
             fidelity=how.fidelity,
             priority=how.priority,
+            namespace=how.namespace,
             own=True,
             chain=run[0].root or run[-1].parent is not None,
             parent=run[0].parent,
