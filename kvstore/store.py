@@ -291,10 +291,19 @@ class Store:
         return explain(self._r, check_keys(keys))
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key; tensors are described only where they are in memory."""
-        return entries(self._r, tier=tier, key_prefix=key_prefix, limit=limit)
+        """Entries in order of key; tensors are described only where they are in memory. Filters narrow each other.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
+        return entries(self._r, tier=tier, key_prefix=key_prefix, tenant=tenant, namespace=namespace, limit=limit)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""

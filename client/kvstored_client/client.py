@@ -272,12 +272,23 @@ class Client:
         return [read_explanation(message) for message in reply.explanations]
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key. Raises if the daemon cannot answer."""
+        """Entries in order of key. Filters narrow each other. Raises if the daemon cannot answer.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
         if limit is not None and limit <= 0:
             return
-        request = pb.ListRequest(tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0)
+        request = pb.ListRequest(
+            tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0, tenant=tenant, namespace=namespace
+        )
         for message in self._transport.stream_in(ADMIN + "List", request):
             yield from map(read_entry_info, pb.ListReply.FromString(message).entries)
 

@@ -253,7 +253,8 @@ class Cold:
 
     def _seal_of(self, meta: Meta) -> SealKey | None:
         owner = meta.owner
-        return self._seals.sealing((owner.name, owner.namespace, owner.tenant))
+        model = owner.namespace.rpartition("@")[0]
+        return self._seals.sealing((owner.name, owner.namespace, model, owner.tenant))
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
