@@ -15,7 +15,7 @@ from kvstore.stats import Stats, TierStats, accounts_of, values_of
 from kvstore.tiers import TierName
 
 
-def entries(  # noqa: PLR0913 - filters, keyword-only
+def entries(
     r: Residency,
     *,
     tier: str | None = None,

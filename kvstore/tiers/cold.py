@@ -67,7 +67,7 @@ class Cold:
 
     name: TierName = "cold"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - `open` alone calls it
         self,
         directory: Directory,
         config: ColdConfig,

@@ -107,7 +107,7 @@ def test_an_operator_lists_and_evicts_by_tenant(guarded, client_of, monkeypatch)
     a, b, admin = client_of("writer-a"), client_of("writer-b"), client_of("admin")
     assert a.put(b"listed", TENSORS, namespace="model")
     assert b.put(b"listed", TENSORS, namespace="model")
-    mine = [info for info in admin.entries(tenant="team-a", namespace="model")]
+    mine = list(admin.entries(tenant="team-a", namespace="model"))
     assert [(info.tenant, info.namespace, info.key[-6:]) for info in mine] == [("team-a", "model", b"listed")]
     assert {info.tenant for info in admin.entries(namespace="model")} == {"team-a", "team-b"}
     values = admin.stats().values
