@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.config import StoreConfig
+from kvstore.entry import Key
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
-from kvstore.reader import Resident
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.tokens import LOCAL, Identity
 
@@ -78,10 +79,10 @@ class ScopedStore:
         return self._store.put_many(own, parent=None if parent is None else self.own(parent), **how)
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:
+    def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | Found | None]]:
         """As Store.lease_many; hits carry the keys asked for."""
         with self._store.lease_many(self._all(keys), **how) as hits:
-            yield (None if hit is None else replace(hit, key=key) for key, hit in zip(keys, hits, strict=False))
+            yield (_under(key, hit) for key, hit in zip(keys, hits, strict=False))
 
     def resident(self, keys: Sequence[bytes]) -> Resident | None:
         """As Store.resident; the entries carry the keys they stand under."""
@@ -138,6 +139,12 @@ class Scopes:
             found = self._by_tenant[tenant] = ScopedStore(self._store, self._secret, tenant)
             self._store.register_tenant(tenant, found.prefixes)
         return found
+
+
+def _under(key: bytes, hit: Hit | Found | None) -> Hit | Found | None:
+    if isinstance(hit, Found):
+        return hit._replace(key=Key(key))
+    return None if hit is None else replace(hit, key=key)
 
 
 def _derive(secret: bytes, tenant: str, use: str) -> bytes:

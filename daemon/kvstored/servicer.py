@@ -150,7 +150,7 @@ class CacheService(_Service):
     async def get(self, request: bytes, context: Context) -> None:
         """Leases out of the store, a lot at a time, cut into frames."""
         asked = pb.GetRequest.FromString(request)
-        reading = Reading(self._store, self._budget, check_keys(asked.keys), leading=asked.leading)
+        reading = Reading(self._store, self._budget, asked)
         try:
             while lot := await self._run(reading.next_lot):
                 for index, hit in lot:
