@@ -6,17 +6,21 @@ so the same mover, tiers and policies can be asked what they would do with a ter
 
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
 from kvstore.codecs import Codec, decode_entry, encode_entry
+from kvstore.codecs.by_role import token_axis_of
+from kvstore.codecs.hints import Hints
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.packed import packed
 from kvstore.residency import Residency
 
 _RAM = torch.device("cpu")
+_EXACT: Mapping[str, object] = MappingProxyType({})
 
 
 Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
@@ -26,8 +30,11 @@ Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
 class Forms(Protocol):
     """Pure but for counting. Any thread, without the residency lock."""
 
-    def encode(self, entry: Entry) -> Entry:
-        """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch."""
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
+        """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch.
+
+        prefix_start: whether a prompt begins with it; None: nobody said.
+        """
         ...
 
     def exact(self, entry: Entry) -> Entry:
@@ -44,13 +51,29 @@ def specs_of(entry: Entry) -> dict[str, TensorInfo]:
     return {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
 
 
-def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
-    """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
-    encoded = {
-        name: EncodedTensor(TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x})
+def chunk_hints(entry: Entry, *, prefix_start: bool) -> dict[str, Hints]:
+    """What a codec is told about a chunk: where in its prompt it lies. Where its tokens lie is told by the shape."""
+    return {
+        name: Hints(token_axis=token_axis_of(t.spec.shape), prefix_start=prefix_start)
+        for name, t in entry.tensors.items()
+    }
+
+
+def raw_entry(
+    key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False, receipt: Mapping[str, float] | None = None
+) -> Entry:
+    """An entry of tensors as they are. The caller hands them over: nobody else may write to them.
+
+    receipt: of the encoded form that they were decoded from.
+    """
+    errors = {name: {"relative_error": error} for name, error in (receipt or {}).items() if error}
+    raw = {
+        name: EncodedTensor(
+            TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x}, errors.get(name, _EXACT)
+        )
         for name, x in tensors.items()
     }
-    return Entry(key, encoded, lossy=lossy)
+    return Entry(key, raw, lossy=lossy)
 
 
 class TensorForms:
@@ -62,14 +85,17 @@ class TensorForms:
         self._device = device
         self._r = residency
 
-    def encode(self, entry: Entry) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
         """Encoded where the codec may, in RAM."""
         start = time.perf_counter()
-        encoded = encode_entry(entry, self._codec)
+        hints = None if prefix_start is None else chunk_hints(entry, prefix_start=prefix_start)
+        encoded = encode_entry(entry, self._codec, hints)
         if encoded is not entry:
             with self._r.lock:
                 self._r.counters.encodes += 1
                 self._r.counters.encode_s += time.perf_counter() - start
+                for tensor in encoded.tensors.values():
+                    self._r.counters.errors[tensor.encoding].observe(tensor.relative_error)
         return packed(encoded.to(_RAM))
 
     def exact(self, entry: Entry) -> Entry:
@@ -79,7 +105,7 @@ class TensorForms:
     def restore(self, entry: Entry) -> Entry:
         """Decoded on the hot device."""
         room = None if self._room is None else self._room(specs_of(entry))
-        return raw_entry(entry.key, self.decode(entry, room), lossy=entry.lossy)
+        return raw_entry(entry.key, self.decode(entry, room), lossy=entry.lossy, receipt=entry.receipt)
 
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of an entry on the hot device, in fresh memory or into `out`."""

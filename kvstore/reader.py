@@ -90,7 +90,7 @@ class Reader:
             c.gets += len(keys)
             c.tiers["hot"].hits += len(keys)
             c.hit_nbytes += nbytes
-            c.hits_by_encoding["raw"] += len(keys)  # hot holds nothing else
+            c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
             r.touch(keys[::-1])
         return Resident(entries, metas, now)  # type: ignore[arg-type]  # no None among them
 
@@ -172,7 +172,7 @@ class Reader:
                 c.hit_nbytes -= meta.value_nbytes
                 c.misses["corrupt" if key not in self._r.index else "lost"] += 1
                 return None
-            c.hits_by_encoding[entry.encoding] += 1
+            c.hits_in[tier, entry.encoding] += 1
         return Found(key, tier, entry, now - meta.created_at)
 
 

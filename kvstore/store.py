@@ -173,18 +173,18 @@ class Store:
         yield None if found is None else self._hit(found, copy=False)
 
     @contextmanager
-    def lease_many(
-        self,
-        keys: Sequence[bytes],
-        *,
-        leading: bool = False,
-        room: Room | None = None,
-        accept: Collection[str] = (),
-    ) -> Iterator[Iterator[Hit | Found | None]]:
-        """Like `get_many` without copies, one hit after the other: only one is decoded at a time.
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
+        """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
+        found = self._read(check_keys(keys), leading=leading)
+        yield self._hits(found, leading=leading, copy=False)
 
-        room: where what must be decoded is made, by default ordinary memory. accept: encodings that are left as they
-        are; such an entry is given out as the `Found` it is.
+    @contextmanager
+    def lease_as_held(
+        self, keys: Sequence[bytes], accept: Collection[str], *, leading: bool = False, room: Room | None = None
+    ) -> Iterator[Iterator[Hit | Found | None]]:
+        """As `lease_many`; an entry in one of the encodings `accept` is not decoded but given out as the `Found` it is.
+
+        room: where what must be decoded is made, by default ordinary memory.
         """
         found = self._read(check_keys(keys), leading=leading)
         yield self._hits(found, leading=leading, copy=False, room=room, accept=accept)
@@ -291,7 +291,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        return snapshot(self._r)
+        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -398,7 +398,8 @@ class Store:
             # Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone.
             log.warning("entry cannot be decoded key=%s error=%s", found[0].hex(), error)
             with self._r.lock:
-                self._r.counters.tiers[found[1]].hits -= 1
+                self._r.counters.tiers[found.tier].hits -= 1
+                self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
                 self._r.counters.misses["corrupt"] += 1
             self._forget([found[0]], "corrupt")
             return None
@@ -413,7 +414,7 @@ class Store:
             tensors = self._forms.decode(entry, None if room is None else room(specs_of(entry)))
         if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
             tensors = {name: _to_numpy(x) for name, x in tensors.items()}
-        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s)
+        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
 
     def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: arrays.describe(name, x) for name, x in out.items()}

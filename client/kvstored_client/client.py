@@ -153,7 +153,8 @@ class Client:
         options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
         parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
-            Outgoing(key, tensors, options, before) for (key, tensors), before in zip(entries, parents, strict=False)
+            Outgoing(key, tensors, options, before, root=chain)
+            for (key, tensors), before in zip(entries, parents, strict=False)
         ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 
@@ -213,7 +214,8 @@ class Client:
         """The value without a copy, read-only, for the length of a block; None on a miss.
 
         On the daemon's host the tensors lie in its memory: writing to one ends this process (numpy arrays refuse it),
-        and one that is still referred to after the block raises LeaseKept. From afar it is a copy, as by `get`.
+        and one that is still referred to after the block raises LeaseKept. A block that takes longer than
+        `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         """
         return _OneLease(partial(self._lease, [check_key(key)], leading=False))
 
@@ -439,9 +441,9 @@ class _Leases:
         return self._block.__enter__()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._block.__exit__(kind, error, trace)
+        self._block.__exit__(kind, error, traceback)
 
 
 class _OneLease(_Leases):

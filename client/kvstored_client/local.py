@@ -12,14 +12,14 @@ from typing import Any, cast, overload
 import numpy as np
 
 from kvstore import arrays
-from kvstore.errors import CodecError, KvstoreError
+from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed
 from kvstored_client.frames import Bytes
 from kvstored_client.mapping import Copier, Window
-from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_specs
+from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_receipt, read_specs
 from kvstored_client.near import Connection, Near, UseStream
 from kvstored_client.receive import Out, Target
 from kvstored_client.send import Outgoing
@@ -75,10 +75,12 @@ class Lease:
         self._number = number
         self._framework = framework
         self._windows: list[weakref.ref[Window]] = []
+        self._viewed: list[tuple[Block, int]] = []
 
     def view(self, item: pb.Leased) -> dict[str, Any]:
         """Tensors over a leased block. Raises UseStream for one that cannot be."""
         block = _block(self._connection, item)
+        self._viewed.append((block, item.generation))
         segment = self._connection.segments.get(item.segment)
         window = Window(segment, item.start, block.bytes.size, self._outlived)
         self._windows.append(weakref.ref(window))
@@ -94,6 +96,10 @@ class Lease:
 
     def _outlived(self) -> None:
         """Nothing to do: a window refers to this method, and with it to the lease, for as long as it is."""
+
+    def is_lost(self) -> bool:
+        """Whether a block was used again while it was read: the lease had reached its maximum age."""
+        return any(block.generation() != generation for block, generation in self._viewed)
 
     def is_kept(self) -> bool:
         """Whether a tensor is still referred to."""
@@ -248,7 +254,7 @@ def _nothing() -> None:
 def _hit(reply: pb.LeaseReply, item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
     head = item.header
     age_s = reply.now - head.put_at if head.put_at else head.age_s
-    return Hit(key, tensors, TIER_NAMES.get(head.tier, "unknown"), head.encoding, head.lossy, age_s)
+    return Hit(key, tensors, TIER_NAMES.get(head.tier, "unknown"), head.encoding, head.lossy, age_s, read_receipt(head))
 
 
 class LeasedBlock:
@@ -264,7 +270,13 @@ class LeasedBlock:
     def __exit__(self, kind: object, *_: object) -> None:
         self._hits.end()
         lease, self._lease = self._lease, None
-        if kind is None and lease is not None and lease.is_kept():
+        if kind is not None or lease is None:
+            return
+        if lease.is_lost():
+            raise RecordCorrupt(
+                "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
+            )
+        if lease.is_kept():
             raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
 
 

@@ -43,7 +43,13 @@ class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile."""
 
     def __init__(
-        self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None
+        self,
+        key: bytes,
+        tensors: Mapping[str, Any],
+        options: PutOptions,
+        parent: bytes | None = None,
+        *,
+        root: bool = False,
     ) -> None:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
@@ -61,6 +67,7 @@ class Outgoing:
             fidelity=fidelity_number(options.fidelity),
             parent=b"" if parent is None else check_key(parent),
             priority=priority_number(options.priority),
+            root=root and parent is None,
         )
 
     def single_frame(self) -> bytes | None:

@@ -29,7 +29,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
     # Without the ping timeout keepalive noticed a stopped peer after 61 s, with it after 3 (its default is 60 s).
-    ("grpc.keepalive_time_ms", 5_000),
+    # Both together under ten seconds, in which a peer has to be noticed, with a few to spare on a busy machine.
+    ("grpc.keepalive_time_ms", 3_000),
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -13,10 +13,10 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge as PromGauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.stats import Stats
+from kvstore.stats import ERRORS, Stats, errors_of
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -36,7 +36,6 @@ _TIER = (
     Family("kvstored_tier_entries", "gauge", "Entries held in the tier.", "tier", "entries"),
     Family("kvstored_tier_used_bytes", "gauge", "Bytes counted against the tier's budget.", "tier", "used_nbytes"),
     Family("kvstored_tier_capacity_bytes", "gauge", "The tier's budget now.", "tier", "capacity_nbytes"),
-    Family("kvstored_hits_total", "counter", "Gets answered, by the tier that answered.", "tier", "hits"),
     Family("kvstored_tier_puts_total", "counter", "Entries put into the tier by a caller.", "tier", "puts"),
     Family("kvstored_evictions_total", "counter", "Entries that left the store for capacity.", "tier", "evictions"),
     Family("kvstored_demotions_total", "counter", "Entries moved down, by the tier they left.", "tier", "demotions"),
@@ -46,7 +45,8 @@ _TIER = (
 _STORE = (
     Family("kvstored_gets_total", "counter", "Keys asked for.", value="gets"),
     Family("kvstored_misses_total", "counter", "Gets not answered, by cause.", "cause", "misses_{}"),
-    Family("kvstored_hits_by_encoding_total", "counter", "Gets answered, by encoding held.", "encoding", "hits_{}"),
+    Family("kvstored_hits_total", "counter", "Gets answered, by the tier that answered and the encoding it held.",
+           "tier,encoding", "hits_{}"),
     Family("kvstored_hit_bytes_total", "counter", "Decoded bytes of entries found.", value="hit_nbytes"),
     Family("kvstored_puts_total", "counter", "Entries put.", value="puts"),
     Family("kvstored_put_bytes_total", "counter", "Decoded bytes of entries put.", value="put_nbytes"),
@@ -56,6 +56,8 @@ _STORE = (
     Family("kvstored_encode_seconds_total", "counter", "Time spent encoding.", value="encode_s"),
     Family("kvstored_decodes_total", "counter", "Entries decoded for a get or a promotion.", value="decodes"),
     Family("kvstored_decode_seconds_total", "counter", "Time spent decoding.", value="decode_s"),
+    Family("kvstored_promotions_waiting", "gauge", "Promotions asked for and not made yet.",
+           value="promotions_waiting"),
     Family("kvstored_promotions_dropped_total", "counter", "Promotions not tried: 256 waited.",
            value="promotions_dropped"),
     Family("kvstored_maintainer_errors_total", "counter", "Duties of the background thread that failed.",
@@ -72,6 +74,8 @@ _STORE = (
     Family("kvstored_cold_commits_total", "counter", "Transactions committed.", value="cold_commits"),
     Family("kvstored_cold_records_written_total", "counter", "Records written.", value="cold_records_written"),
     Family("kvstored_cold_written_bytes_total", "counter", "Bytes of records written.", value="cold_bytes_written"),
+    Family("kvstored_cold_records_moved_total", "counter", "Small records gathered out of sparse segments.",
+           value="cold_records_moved"),
     Family("kvstored_cold_write_errors_total", "counter", "Writes the disk refused.", value="cold_write_errors"),
     Family("kvstored_cold_read_errors_total", "counter", "Reads the disk refused: misses.",
            value="cold_read_errors"),
@@ -88,11 +92,15 @@ _STORE = (
            value="refused_chunks"),
 )  # fmt: skip
 
+_ERRORS = Family("kvstored_relative_error", "histogram",
+                 "|x - decoded| / |x| of each tensor encoded, measured then: the receipt.", "encoding")  # fmt: skip
+
 _DAEMON = (
     Family("kvstored_in_flight_bytes", "gauge", "Decoded bytes being received or sent.", value="in_flight_nbytes"),
     Family("kvstored_in_flight_limit_bytes", "gauge", "server.in_flight_nbytes.", value="in_flight_limit_nbytes"),
     Family("kvstored_in_flight_refused_total", "counter", "Calls refused because of that limit.",
            value="in_flight_refused"),
+    Family("kvstored_calls_waiting", "gauge", "Calls that wait for one of server.threads.", value="calls_waiting"),
     Family("kvstored_uptime_seconds", "gauge", "Since start.", value="uptime_s"),
     Family("kvstored_arena_bytes", "gauge", "Shared memory mapped for clients of this host.", value="arena_nbytes"),
     Family("kvstored_arena_used_bytes", "gauge", "Of it, in use by entries and leases.", value="arena_used_nbytes"),
@@ -118,7 +126,7 @@ _MEASURED = (
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
 )  # fmt: skip
 
-FAMILIES = (*_TIER, *_STORE, *_DAEMON, *_MEASURED)
+FAMILIES = (*_TIER, *_STORE, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "evictions"})
 """Sums over labels, and a quotient: the query's work, not an exporter's."""
@@ -193,7 +201,8 @@ class StoreCollector(Collector):
         stats = self._snapshot()
         for family in _TIER:
             yield _family(family, {name: getattr(tier, family.value) for name, tier in stats.tiers.items()})
-        left = {name: value for name, value in stats.values.items() if name not in DERIVED}
+        yield _relative_errors(stats)
+        left = {n: value for n, value in stats.values.items() if n not in DERIVED and not n.startswith(ERRORS)}
         for family in (*_STORE, *_DAEMON):
             yield _family(family, _take(left, family.value))
         other = next(family for family in _MEASURED if family.name == "kvstored_other")
@@ -208,11 +217,19 @@ def _take(left: dict[str, float], pattern: str) -> dict[str, float]:
     return {name.removeprefix(prefix): left.pop(name) for name in sorted(left) if name.startswith(prefix)}
 
 
+def _relative_errors(stats: Stats) -> Metric:
+    found = HistogramMetricFamily(_ERRORS.name, _ERRORS.help, labels=[_ERRORS.label])
+    for encoding, errors in errors_of(stats.values).items():
+        buckets = [("+Inf" if bound == "inf" else bound, float(seen)) for bound, seen in errors.buckets()]
+        found.add_metric([encoding], buckets, errors.total)
+    return found
+
+
 def _family(family: Family, values: dict[str, float]) -> Metric:
     make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-    found: CounterMetricFamily | GaugeMetricFamily = make(
-        family.name, family.help, labels=[family.label] if family.label else []
-    )
+    names = family.label.split(",") if family.label else []
+    found: CounterMetricFamily | GaugeMetricFamily = make(family.name, family.help, labels=names)
     for label, value in values.items():
-        found.add_metric([label] if family.label else [], value)
+        # Two labels in one name: the first is a tier, which has no underscore.
+        found.add_metric(label.split("_", len(names) - 1) if names else [], value)
     return found

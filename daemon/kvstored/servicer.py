@@ -28,7 +28,7 @@ from kvstored.budget import Budget
 from kvstored.metrics import Meter
 from kvstored.scope import Scopes
 from kvstored.verbs import Verbs
-from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits
+from kvstored.wire import PutStream, Reading, hit_frames, payload, put_ready, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
 from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
@@ -158,14 +158,23 @@ class CacheService(_Service):
         # What hot holds is found in microseconds: less than the way to another thread and back.
         resident = self._store.resident(keys) if len(keys) <= RESIDENT_MAX else None
         if resident is not None:
-            await self._write_lot(context, resident_hits(resident))
+            await self._write_resident(context, resident_hits(resident))
             return
-        reading = Reading(self._store, self._budget, asked)
+        reading = Reading(self._store, self._budget, asked, frames_nbytes=self._budget.call_nbytes)
         try:
             while lot := await self._run(reading.next_lot):
                 await self._write_lot(context, lot)
         finally:
             reading.close()
+
+    async def _write_resident(self, context: Context, hits: Sequence[tuple[int, Hit | Found | None]]) -> None:
+        size = sum(x.nbytes for _, hit in hits if hit is not None for x in payload(hit))
+        nbytes = min(size, self._budget.call_nbytes)  # the entries are counted by their tier, their frames are not
+        self._budget.take(nbytes)
+        try:
+            await self._write_lot(context, hits)
+        finally:
+            self._budget.give_back(nbytes)
 
     async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | Found | None]]) -> None:
         for index, hit in lot:

@@ -24,7 +24,14 @@ from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
-from kvstored_client.messages import TIERS, fidelity_name, priority_name, read_specs, tensor_specs
+from kvstored_client.messages import (
+    TIERS,
+    fidelity_name,
+    priority_name,
+    read_specs,
+    relative_errors,
+    tensor_specs,
+)
 from kvstored_client.send import cut_frames
 
 HEADER_MAX_NBYTES = 64 << 10
@@ -68,6 +75,7 @@ class Incoming:
             priority_name(header.priority),
         )
         self.parent = check_key(header.parent) if header.parent else None
+        self.root = header.root and self.parent is None
         self.tensors: dict[str, torch.Tensor] = {}
         self._scatter = Scatter(())
         self._sum = xxhash.xxh3_64()
@@ -107,7 +115,9 @@ class PutStream:
         self._budget = budget
         self._room = room
         self._open: Incoming | None = None
-        self._taken_nbytes = 0
+        # Until the first header says what comes: 256 calls with a frame each had a gigabyte in no account.
+        budget.take(budget.call_nbytes)
+        self._taken_nbytes = self._unknown_nbytes = budget.call_nbytes
         self._keys = 0
         self.ready: list[Incoming] = []
         self.ready_nbytes = 0
@@ -137,6 +147,9 @@ class PutStream:
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
         entry = Incoming(header, self._limit_nbytes)
+        self._budget.give_back(self._unknown_nbytes)
+        self._taken_nbytes -= self._unknown_nbytes
+        self._unknown_nbytes = 0
         self._budget.take(entry.nbytes)
         self._taken_nbytes += entry.nbytes
         self._open = entry
@@ -166,11 +179,24 @@ class PutStream:
 
 
 class Reading:
-    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread."""
+    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread.
 
-    def __init__(self, store: Store, budget: Budget, asked: pb.GetRequest, *, room: Room | None = None) -> None:
+    room: where what is decoded is made. frames_nbytes: what the caller makes of a lot beside, at most.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        budget: Budget,
+        asked: pb.GetRequest,
+        *,
+        room: Room | None = None,
+        frames_nbytes: int = 0,
+    ) -> None:
         """Of a request with checked keys. room: where what must be decoded is made."""
         self._room = room
+        self._frames_nbytes = frames_nbytes
+        self._counted_nbytes = 0
         self._accept = frozenset(asked.accept)
         self._store = store
         self._budget = budget
@@ -203,6 +229,8 @@ class Reading:
                     self._count(size)
             elif self._leading:
                 self._at = self._stop = len(self._keys)
+        # Entries in hot are counted there already, their frames are not.
+        self._count(max(0, min(nbytes, self._frames_nbytes) - self._counted_nbytes))
         return lot
 
     def close(self) -> None:
@@ -212,8 +240,10 @@ class Reading:
             self._store.touch(self._keys[: self._at])
 
     def _count(self, nbytes: int) -> None:
-        self._budget.take(nbytes)
-        self._lease.callback(self._budget.give_back, nbytes)
+        if nbytes:
+            self._budget.take(nbytes)
+            self._counted_nbytes += nbytes
+            self._lease.callback(self._budget.give_back, nbytes)
 
     def _begin_group(self) -> None:
         if len(self._keys) == 1:
@@ -221,7 +251,7 @@ class Reading:
         else:
             self._count(self._measure_group())
         group = self._keys[self._at : self._stop]
-        hits = self._store.lease_many(group, leading=self._leading, room=self._room, accept=self._accept)
+        hits = self._store.lease_as_held(group, self._accept, leading=self._leading, room=self._room)
         self._hits = self._lease.enter_context(hits)
         self._groups += 1
 
@@ -238,13 +268,14 @@ class Reading:
 
     def _end_group(self) -> None:
         self._hits = None
+        self._counted_nbytes = 0
         self._lease.close()
 
 
 def resident_hit(entry: Entry, age_s: float) -> Hit:
     """A held entry as a hit: the very tensors."""
     tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
-    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s)
+    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s, entry.receipt)
 
 
 def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
@@ -274,6 +305,7 @@ def hit_header(index: int, hit: Hit | Found, boot_epoch: int = 0) -> pb.GetHeade
         lossy=hit.lossy,
         age_s=hit.age_s,
         boot_epoch=boot_epoch,
+        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
     )
 
 
@@ -288,6 +320,7 @@ def _packed_header(index: int, found: Found, boot_epoch: int) -> pb.GetHeader:
         lossy=entry.lossy,
         age_s=found.age_s,
         boot_epoch=boot_epoch,
+        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
         packed=[
             pb.PackedTensor(
                 encoding=held.encoding,
@@ -318,7 +351,7 @@ def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
             fidelity=how.fidelity,
             priority=how.priority,
             own=True,
-            chain=run[-1].parent is not None,
+            chain=run[0].root or run[-1].parent is not None,
             parent=run[0].parent,
         )
     return stored
@@ -330,7 +363,7 @@ def _runs(entries: Sequence[Incoming]) -> Iterator[list[Incoming]]:
     for entry in entries:
         if run:
             continues = entry.parent == run[-1].key and (len(run) == 1 or run[-1].parent is not None)
-            unchained = entry.parent is None and run[-1].parent is None
+            unchained = entry.parent is None and run[-1].parent is None and not (entry.root or run[-1].root)
             if entry.options != run[0].options or not (continues or unchained):
                 yield run
                 run = []

@@ -13,8 +13,8 @@ from itertools import compress
 
 import numpy as np
 
+from kvstore.disk.blocks import PlaceTable, places_nbytes
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
-from kvstore.disk.segments import BLOCK_NBYTES, PlaceTable
 from kvstore.entry import Key
 from kvstore.index import Meta
 
@@ -108,7 +108,7 @@ def _sort(found: Recovered, seqs: np.ndarray[tuple[int], np.dtype[np.int64]], pl
     found.keys = [found.keys[i] for i in order]
     found.metas = [found.metas[i] for i in order]
     found.places = places
-    found.nbytes = (-(-places[order, 2] // BLOCK_NBYTES) * BLOCK_NBYTES).tolist()
+    found.nbytes = places_nbytes(places[order, 2]).tolist()
     found.last_seq = int(seqs.max(initial=0))
 
 

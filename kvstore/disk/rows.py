@@ -36,6 +36,7 @@ _COLUMNS = np.dtype(
     ]
 )  # fmt: skip
 """The same fields for numpy."""
+_SEGMENT, _SEGMENT_AT = struct.Struct("<I"), _COLUMNS.fields["segment"][1]  # type: ignore[index]  # it has fields
 _PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
 SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
@@ -163,6 +164,18 @@ class Rows:
             while chunk := list(islice(rows, SCAN_CHUNK)):
                 keys, datas = zip(*chunk, strict=True)
                 yield _columns(list(keys), list(datas))
+
+    def of_segment(self, number: int) -> list[Key]:
+        """Keys whose rows name a segment, by a look at each row there is: a second for a million.
+
+        By the writer's thread: the transaction keeps no page of a later one from being used again.
+        """
+        with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
+            return [
+                Key(key)
+                for key, data in cursor
+                if len(data) > _FIELDS.size and _SEGMENT.unpack_from(data, _SEGMENT_AT)[0] == number
+            ]
 
     def write(self, put: Mapping[Key, Row], remove: Iterable[Key]) -> list[Place]:
         """Change rows in one transaction; the places that no row names after it. Raises lmdb.Error.

@@ -21,18 +21,21 @@ from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.admission import Admission
+from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
-from kvstore.disk.segments import Segments, blocks_nbytes
+from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.policies.lru import LRU
+from kvstore.sealing import Key as SealKey
+from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ class Cold:
         self._clock = clock
         self._disk = disk
         self._meta_of = meta_of
+        self._seals = Seals(config.key_files)
         self._on_drop = on_drop
         self._changed = threading.Condition()
         self._pending = Pending()
@@ -93,7 +97,9 @@ class Cold:
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote)
+        callbacks = Callbacks(
+            meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather, self._seal_of
+        )
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
@@ -204,13 +210,13 @@ class Cold:
         found = self._find(key)
         return self._read(key, found) if isinstance(found, Row) else found
 
-    def specs_of(self, key: Key) -> dict[str, TensorSpec] | None:
-        """The tensors' types and shapes; their values are neither read nor decoded. None as for `get`."""
+    def specs_of(self, key: Key) -> dict[str, Described] | None:
+        """The tensors' types, shapes and receipts; their values are neither read nor decoded. None as for `get`."""
         found = self._find(key)
         if found is None:
             return None
         if isinstance(found, Entry):
-            return {name: tensor.spec for name, tensor in found.tensors.items()}
+            return {name: tensor.described for name, tensor in found.tensors.items()}
         try:
             return read_specs(self._segments, key, found)
         except (RecordCorrupt, OSError) as error:
@@ -231,9 +237,12 @@ class Cold:
 
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
-            return read_entry(self._segments, key, row)
+            return read_entry(self._segments, key, row, self._seals)
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
+
+    def _seal_of(self, _meta: Meta) -> SealKey | None:
+        return self._seals.sealing(())
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
@@ -245,7 +254,7 @@ class Cold:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            if isinstance(error, UnknownSeal) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
                 self._writer.counters.read_errors += 1
                 return None
             if key not in self._lru and key not in self._pinned:
@@ -283,14 +292,16 @@ class Cold:
         """
         with self._changed:
             self._wait_for_buffer(nbytes)
-            evicted = self._evict(lambda: self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes)
+            # What lies idle in shared blocks counts against the budget too, or the files would outgrow it.
+            wanted = cost_of(nbytes) + self._segments.slack_nbytes
+            evicted = self._evict(lambda: self.used_nbytes + wanted > self.capacity_nbytes)
             full = self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes
         for key in evicted:
             self._on_drop(key, "evicted")
         if full:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
-                f"{self.capacity_nbytes} bytes are pinned"
+                f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
 
     def _wait_for_buffer(self, nbytes: int) -> None:
@@ -352,7 +363,7 @@ class Cold:
                 if pinned_nbytes > self._pin_max_nbytes:
                     raise OverQuota(
                         f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
-                        f"the limit is {self._pin_max_nbytes}"
+                        f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
                     )
                 self._lru.forget(key)
                 self._pinned[key] = cost
@@ -454,7 +465,7 @@ class Cold:
                 if row is None:
                     continue
                 victims.append(key)
-                missing -= blocks_nbytes(row.place.nbytes)
+                missing -= place_nbytes(row.place.nbytes)
                 self._pending.used_nbytes -= cost_of(row.place.nbytes)
                 if missing <= 0:
                     break
@@ -467,6 +478,14 @@ class Cold:
         for key in victims:
             self._on_drop(key, "evicted")
         return missing <= 0
+
+    def _may_gather(self, nbytes: int) -> bool:
+        """Whether so many bytes may be written only to save room: not above the write budget, not on a full disk."""
+        try:
+            free, total = self._disk.room(self._directory.path)
+        except OSError:
+            return False
+        return not self.admission.exhausted and free - nbytes > total * self._free_min_fraction
 
     def close(self) -> None:
         """Write what is pending, order and deadlines, and let the directory go. A failing disk is only logged."""

@@ -181,7 +181,7 @@ def test_a_key_deleted_or_replaced_during_demotion_is_not_brought_back(
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
 
-        def meanwhile(entry: Entry, codec: Any) -> Entry:
+        def meanwhile(entry: Entry, codec: Any, hints: Any) -> Entry:
             hit = store.get(b"k")  # an entry on its way can be read
             assert hit is not None
             assert torch.equal(hit.tensors["k"], chunk(0))
@@ -423,7 +423,7 @@ def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.Mo
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
 
-        def fail(entry: Entry, codec: Any) -> Entry:
+        def fail(entry: Entry, codec: Any, hints: Any) -> Entry:
             raise MemoryError
 
         monkeypatch.setattr(kvstore.forms, "encode_entry", fail)

@@ -97,7 +97,7 @@ class PutFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[PutHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ...) -> None: ...
 
 class PutHeader(_message.Message):
-    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority")
+    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority", "root", "namespace")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,8 @@ class PutHeader(_message.Message):
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -116,7 +118,9 @@ class PutHeader(_message.Message):
     fidelity: Fidelity
     parent: bytes
     priority: Priority
-    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    root: bool
+    namespace: str
+    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., root: bool = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class EntryEnd(_message.Message):
     __slots__ = ("xxh3",)
@@ -155,7 +159,7 @@ class GetFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ..., miss: _Optional[_Union[GetMiss, _Mapping]] = ...) -> None: ...
 
 class GetHeader(_message.Message):
-    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at", "packed")
+    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at", "relative_errors", "packed")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +169,7 @@ class GetHeader(_message.Message):
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PUT_AT_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
     index: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
@@ -175,8 +180,9 @@ class GetHeader(_message.Message):
     age_s: float
     boot_epoch: int
     put_at: float
+    relative_errors: _containers.RepeatedScalarFieldContainer[float]
     packed: _containers.RepeatedCompositeFieldContainer[PackedTensor]
-    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ..., packed: _Optional[_Iterable[_Union[PackedTensor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ..., relative_errors: _Optional[_Iterable[float]] = ..., packed: _Optional[_Iterable[_Union[PackedTensor, _Mapping]]] = ...) -> None: ...
 
 class PackedTensor(_message.Message):
     __slots__ = ("encoding", "parts", "attrs")
@@ -358,7 +364,7 @@ class InspectReply(_message.Message):
     def __init__(self, entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
 
 class EntryInfo(_message.Message):
-    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits")
+    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +377,7 @@ class EntryInfo(_message.Message):
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     TTL_LEFT_S_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tiers: _containers.RepeatedScalarFieldContainer[Tier]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
@@ -383,7 +390,8 @@ class EntryInfo(_message.Message):
     age_s: float
     ttl_left_s: float
     hits: int
-    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ...) -> None: ...
+    relative_errors: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("keys",)
