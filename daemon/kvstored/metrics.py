@@ -13,10 +13,10 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge as PromGauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.stats import Stats
+from kvstore.stats import ERRORS, Stats, errors_of
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -90,7 +90,17 @@ _STORE = (
     Family("kvstored_orphaned_total", "counter", "Chunks dropped because their parent was gone.", value="orphaned"),
     Family("kvstored_refused_chunks_total", "counter", "Chunks not stored because their parent is not held.",
            value="refused_chunks"),
+    Family("kvstored_tenant_bytes", "gauge", "Bytes a tenant holds, in all tiers.", "tenant", "tenant_nbytes_{}"),
+    Family("kvstored_tenant_entries", "gauge", "Entries a tenant holds.", "tenant", "tenant_entries_{}"),
+    Family("kvstored_tenant_hits_total", "counter", "Gets of a tenant answered.", "tenant", "tenant_hits_{}"),
+    Family("kvstored_namespace_bytes", "gauge", "Bytes held of the 16 namespaces with the most hits.", "namespace",
+           "namespace_nbytes_{}"),
+    Family("kvstored_namespace_entries", "gauge", "Entries held of them.", "namespace", "namespace_entries_{}"),
+    Family("kvstored_namespace_hits_total", "counter", "Gets of them answered.", "namespace", "namespace_hits_{}"),
 )  # fmt: skip
+
+_ERRORS = Family("kvstored_relative_error", "histogram",
+                 "|x - decoded| / |x| of each tensor encoded, measured then: the receipt.", "encoding")  # fmt: skip
 
 _DAEMON = (
     Family("kvstored_in_flight_bytes", "gauge", "Decoded bytes being received or sent.", value="in_flight_nbytes"),
@@ -109,6 +119,8 @@ _DAEMON = (
     Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
+    Family("kvstored_heap_trims_total", "counter", "Times much freed memory was given back to the kernel.",
+           value="heap_trims"),
     Family("kvstored_heartbeat_age_seconds", "gauge", "Since the background thread last turned.",
            value="heartbeat_age_s"),
 )  # fmt: skip
@@ -123,7 +135,7 @@ _MEASURED = (
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
 )  # fmt: skip
 
-FAMILIES = (*_TIER, *_STORE, *_DAEMON, *_MEASURED)
+FAMILIES = (*_TIER, *_STORE, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "evictions"})
 """Sums over labels, and a quotient: the query's work, not an exporter's."""
@@ -145,6 +157,7 @@ class Meter:
         self._seconds = Histogram(
             *text("kvstored_rpc_seconds"), ("method", "code"), buckets=_SECONDS, registry=self.registry
         )
+        self._series: dict[tuple[str, str], Histogram] = {}
         self._running = PromGauge(*text("kvstored_rpc_running"), ("method",), registry=self.registry)
         self._refused = PromCounter(*text("kvstored_rpc_refused_total"), ("code",), registry=self.registry)
         self._saved = PromCounter(*text("kvstored_prefill_saved_seconds_total"), registry=self.registry)
@@ -156,7 +169,10 @@ class Meter:
 
     def end(self, method: str, code: str, seconds: float) -> None:
         """A call that may have begun elsewhere ended: the lease socket's are not counted as running."""
-        self._seconds.labels(method, code).observe(seconds)
+        found = self._series.get((method, code))
+        if found is None:  # `labels` takes as long as the smallest call's whole lookup
+            found = self._series[method, code] = self._seconds.labels(method, code)
+        found.observe(seconds)
 
     def leave(self, method: str) -> None:
         """A call that `begin` counted is over."""
@@ -194,7 +210,8 @@ class StoreCollector(Collector):
         stats = self._snapshot()
         for family in _TIER:
             yield _family(family, {name: getattr(tier, family.value) for name, tier in stats.tiers.items()})
-        left = {name: value for name, value in stats.values.items() if name not in DERIVED}
+        yield _relative_errors(stats)
+        left = {n: value for n, value in stats.values.items() if n not in DERIVED and not n.startswith(ERRORS)}
         for family in (*_STORE, *_DAEMON):
             yield _family(family, _take(left, family.value))
         other = next(family for family in _MEASURED if family.name == "kvstored_other")
@@ -207,6 +224,14 @@ def _take(left: dict[str, float], pattern: str) -> dict[str, float]:
         return {"": left.pop(pattern)} if pattern in left else {}
     prefix = pattern.removesuffix("{}")
     return {name.removeprefix(prefix): left.pop(name) for name in sorted(left) if name.startswith(prefix)}
+
+
+def _relative_errors(stats: Stats) -> Metric:
+    found = HistogramMetricFamily(_ERRORS.name, _ERRORS.help, labels=[_ERRORS.label])
+    for encoding, errors in errors_of(stats.values).items():
+        buckets = [("+Inf" if bound == "inf" else bound, float(seen)) for bound, seen in errors.buckets()]
+        found.add_metric([encoding], buckets, errors.total)
+    return found
 
 
 def _family(family: Family, values: dict[str, float]) -> Metric:

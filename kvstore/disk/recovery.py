@@ -9,15 +9,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import chain, compress, repeat
+from math import inf
 from typing import Any
 
 import numpy as np
 
+from kvstore.chains import Links, links_of
 from kvstore.disk.blocks import PlaceTable, places_nbytes
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
 from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.owner import labelled
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ class Recovered:
     """What the rows say. In the order of use, the least recently used first: keys, metas, and bytes of places.
 
     places: rows of (segment, offset, nbytes). gone: keys of expired and of damaged rows, to be removed.
+    orphans: keys whose parent is not among them.
     """
 
     keys: list[Key] = field(default_factory=list)
@@ -39,6 +43,7 @@ class Recovered:
     last_seq: int = 0
     gone: list[Key] = field(default_factory=list)
     damaged: int = 0
+    orphans: list[Key] = field(default_factory=list)
 
 
 def recover(rows: Rows, now: float) -> Recovered:
@@ -48,19 +53,23 @@ def recover(rows: Rows, now: float) -> Recovered:
     if not chunks:
         return found
     fields = np.concatenate([chunk.fields for chunk in chunks])
-    keys, encodings, parents = (
-        list(chain.from_iterable(getattr(chunk, name) for chunk in chunks)) for name in ("keys", "encodings", "parents")
-    )
     until = np.concatenate([chunk.pinned_until for chunk in chunks])
-    chunks.clear()
     order = np.argsort(fields["seq"], kind="stable")
-    fields, until, at = fields[order], until[order], order.tolist()
-    found.keys = [keys[i] for i in at]
-    # A parent is a key too: the same object, not another of 80 bytes.
-    own = dict(zip(keys, keys, strict=True))
-    parents = [None if (parent := parents[i]) is None else own.get(parent, parent) for i in at]
-    found.metas = _metas(Found(found.keys, fields, [encodings[i] for i in at], until, parents, []), now)
-    found.places = np.stack([fields[name].astype(np.int64) for name in ("segment", "offset", "nbytes")], axis=1)
+    at = order.tolist()
+
+    def sorted_column(name: str) -> list[Any]:
+        column = list(chain.from_iterable(getattr(chunk, name) for chunk in chunks))
+        return [column[i] for i in at]
+
+    found.keys = sorted_column("keys")
+    links = links_of(found.keys, sorted_column("parents"))
+    found.orphans = links.orphans
+    table = Found(
+        found.keys, fields[order], sorted_column("encodings"), until[order], [], sorted_column("namespaces"), []
+    )
+    chunks.clear()
+    found.metas = _metas(table, links, now)
+    found.places = np.stack([table.fields[name].astype(np.int64) for name in ("segment", "offset", "nbytes")], axis=1)
     found.nbytes = places_nbytes(found.places[:, 2]).tolist()
     found.last_seq = int(fields["seq"].max(initial=0))
     return found
@@ -77,8 +86,9 @@ def _living(chunk: Found, now: float, found: Recovered) -> Found:
         return chunk
     mask = live.tolist()
     found.gone += compress(chunk.keys, (~live).tolist())
-    keys, encodings, parents = (list(compress(c, mask)) for c in (chunk.keys, chunk.encodings, chunk.parents))
-    return Found(keys, chunk.fields[live], encodings, chunk.pinned_until[live], parents, [])
+    keys, parents = list(compress(chunk.keys, mask)), list(compress(chunk.parents, mask))
+    encodings, names = (list(compress(column, mask)) for column in (chunk.encodings, chunk.namespaces))
+    return Found(keys, chunk.fields[live], encodings, chunk.pinned_until[live], parents, names, [])
 
 
 def _expires_at(chunk: Found, now: float) -> Floats:
@@ -86,7 +96,7 @@ def _expires_at(chunk: Found, now: float) -> Floats:
     return clamped
 
 
-def _metas(rows: Found, now: float) -> list[Meta]:
+def _metas(rows: Found, links: Links, now: float) -> list[Meta]:
     """One Meta a row. Equal numbers become one object: a hundred bytes less for each of a million keys."""
     f = rows.fields
     flags = [(f["flags"] & flag > 0).tolist() for flag in (SLIDING, PINNED, EXACT, LOSSY)]
@@ -102,7 +112,14 @@ def _metas(rows: Found, now: float) -> list[Meta]:
             f["hits"].tolist(),
             _shared(np.minimum(f["last_hit_at"], now)),
             _shared(rows.pinned_until),
-            rows.parents,
+            links.parents,
+            repeat(False),
+            links.first_children,
+            links.previous,
+            links.nexts,
+            repeat(inf),
+            repeat(False),
+            map(labelled, rows.namespaces),
         )
     )
 

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import xxhash
 from kvstore.disk.segments import Place
 from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.owner import labelled
 
 MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
 """A map is address space only, but no process has petabytes of it; a map that is full grows."""
@@ -39,8 +41,8 @@ _COLUMNS = np.dtype(
 _SEGMENT, _SEGMENT_AT = struct.Struct("<I"), struct.calcsize("<QddddQI")
 _PINNED_UNTIL = struct.Struct("<d")
 _SUM, _SUM_MASK = struct.Struct("<I"), 0xFFFFFFFF
-SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
-"""Flags. Do not renumber."""
+SLIDING, PINNED, EXACT, LOSSY, NAMED = 1, 2, 4, 8, 16
+"""Flags. Do not renumber. NAMED: the name of a namespace comes before the parent's key."""
 SCAN_CHUNK = 50_000
 
 
@@ -53,6 +55,7 @@ class Found:
     encodings: list[str]
     pinned_until: np.ndarray[Any, np.dtype[np.float64]]
     parents: list[Key | None]
+    namespaces: list[str]
     damaged: list[Key]
 
 
@@ -67,17 +70,20 @@ class Row:
 
 
 def pack_row(key: Key, row: Row) -> bytes:
-    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the parent's key, a checksum.
+    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the namespace's name if it has
+    one (a byte of length before it), the parent's key, a checksum.
 
     The checksum is the low 32 bits of xxh3_64 over key and all of it.
     """
     m = row.meta
-    flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy
+    name = m.owner.namespace.encode()
+    flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy | NAMED * bool(name)
     fields = _FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
     )  # fmt: skip
-    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until) + (m.parent or b"")
+    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until)
+    body += (bytes([len(name)]) + name if name else b"") + (m.parent or b"")
     return body + _SUM.pack(_checksum(key, body))
 
 
@@ -92,16 +98,21 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
     if len(rest) < _PINNED_UNTIL.size:
         return None
+    pinned_until, parent, namespace = _more(rest, flags)
     meta = Meta(
         created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
-        bool(flags & LOSSY), encoding.decode(), hits, hit_at, *_more(rest),
+        bool(flags & LOSSY), encoding.decode(), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
 
-def _more(rest: bytes) -> tuple[float, Key | None]:
-    """When a pin lapses, and the parent."""
-    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[_PINNED_UNTIL.size :]) or None
+def _more(rest: bytes, flags: int) -> tuple[float, Key | None, str]:
+    """When a pin lapses, the parent, and the namespace's name."""
+    at, name = _PINNED_UNTIL.size, ""
+    if flags & NAMED and len(rest) > at:
+        end = at + 1 + rest[at]
+        name, at = rest[at + 1 : end].decode("utf-8", "replace"), end
+    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[at:]) or None, name
 
 
 def _checksum(key: bytes, body: bytes) -> int:
@@ -122,12 +133,24 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
     encodings, starts = _encodings(datas)
     until = np.frombuffer(b"".join([d[s : s + 8] for d, s in zip(datas, starts, strict=True)]), "<f8")
-    no_parent = _PINNED_UNTIL.size - tail
-    parents = [
-        Key(d[s + 8 : tail]) if n > s + no_parent else None
-        for d, s, n in zip(datas, starts, lengths.tolist(), strict=True)
-    ]
-    return Found(keys, fields, encodings, until, parents, damaged)
+    starts = [s + _PINNED_UNTIL.size for s in starts]
+    names = [""] * len(datas)
+    for i in np.flatnonzero(fields["flags"] & NAMED).tolist():
+        names[i], starts[i] = _namespace(datas[i], starts[i])
+    ends = (lengths + tail).tolist()
+    parents = [Key(d[s:e]) if e > s else None for d, s, e in zip(datas, starts, ends, strict=True)]
+    return Found(keys, fields, encodings, until, parents, names, damaged)
+
+
+@lru_cache(maxsize=4096)
+def _name(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _namespace(data: bytes, at: int) -> tuple[str, int]:
+    """A namespace's name at a place, its length in the byte before it, and where it ends."""
+    end = at + 1 + data[at]
+    return _name(data[at + 1 : end]), end
 
 
 def _encodings(datas: list[bytes]) -> tuple[list[str], list[int]]:

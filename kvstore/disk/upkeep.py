@@ -43,7 +43,8 @@ def opened(path: Path, clock: Clock) -> Iterator[tuple[Cold, dict[Key, Meta]]]:
     config = ColdConfig(capacity_nbytes=1 << 50, free_min_fraction=0.0)
     cold = Cold.open(path, config, clock, meta_of=metas.get, on_drop=lambda *_: None)
     try:
-        metas.update(cold.recovered())
+        found = cold.recovered()
+        metas.update(zip(found.keys, found.metas, strict=True))
         yield cold, metas
     finally:
         cold.close()

@@ -5,18 +5,18 @@ leaf-first LRU would: an ancestor is always more recent than its descendants. So
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from kvstore.entry import Key
 
 
 class LRU:
-    """Least recently used first. All operations O(1). keys: to begin with."""
+    """Least recently used first. All operations O(1)."""
 
     __slots__ = ("_order",)
 
-    def __init__(self, keys: Iterable[Key] = ()) -> None:
-        self._order: OrderedDict[Key, None] = OrderedDict.fromkeys(keys)
+    def __init__(self) -> None:
+        self._order: OrderedDict[Key, None] = OrderedDict()
 
     def track(self, key: Key, *, soon: bool = False) -> None:
         """Keep a key, as the most recently used; `soon`: as the least, if it is new."""

@@ -5,11 +5,11 @@ Memory tiers are not thread-safe: the store holds its lock around each call. The
 because its reads and writes take milliseconds and must not hold up the others.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 from kvstore.hit import Verified
 
 TierName = Literal["hot", "warm", "cold"]
@@ -67,8 +67,23 @@ class LastTier(Tier, Protocol):
 
     admission: Admission
 
-    def displace(self, nbytes: int) -> None:
-        """Make room by evicting. Raises OverQuota when only pins are left, TierUnavailable when the disk fails."""
+    def displace(self, nbytes: int, key: Key) -> None:
+        """Make room for an entry of a key, in the tier and in its owner's quotas, by evicting.
+
+        Raises OverQuota when only pins are left, TierUnavailable when the disk fails.
+        """
+        ...
+
+    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+        ...
+
+    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+        """Order again what `let_go` returned, under the owner each key has now."""
+        ...
+
+    def tenants(self) -> dict[str, int]:
+        """Bytes held by tenant."""
         ...
 
     def queue_removal(self, key: Key) -> int | None:
@@ -83,8 +98,8 @@ class LastTier(Tier, Protocol):
         """Bytes counted for a key; 0 when it is not here."""
         ...
 
-    def specs_of(self, key: Key) -> Mapping[str, TensorSpec] | None:
-        """The tensors' types and shapes."""
+    def specs_of(self, key: Key) -> Mapping[str, Described] | None:
+        """The tensors' types, shapes and receipts."""
         ...
 
     def gauges(self) -> Mapping[str, float]:
