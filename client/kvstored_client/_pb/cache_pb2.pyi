@@ -137,12 +137,14 @@ class PutReply(_message.Message):
     def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "leading")
+    __slots__ = ("keys", "leading", "accept")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEADING_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     leading: bool
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ...) -> None: ...
+    accept: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetFrame(_message.Message):
     __slots__ = ("header", "chunk", "end", "miss")
@@ -157,7 +159,7 @@ class GetFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ..., miss: _Optional[_Union[GetMiss, _Mapping]] = ...) -> None: ...
 
 class GetHeader(_message.Message):
-    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at", "relative_errors")
+    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at", "relative_errors", "packed")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class GetHeader(_message.Message):
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PUT_AT_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     index: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -178,7 +181,18 @@ class GetHeader(_message.Message):
     boot_epoch: int
     put_at: float
     relative_errors: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ..., relative_errors: _Optional[_Iterable[float]] = ...) -> None: ...
+    packed: _containers.RepeatedCompositeFieldContainer[PackedTensor]
+    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ..., relative_errors: _Optional[_Iterable[float]] = ..., packed: _Optional[_Iterable[_Union[PackedTensor, _Mapping]]] = ...) -> None: ...
+
+class PackedTensor(_message.Message):
+    __slots__ = ("encoding", "parts", "attrs")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    ATTRS_FIELD_NUMBER: _ClassVar[int]
+    encoding: str
+    parts: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    attrs: str
+    def __init__(self, encoding: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., attrs: _Optional[str] = ...) -> None: ...
 
 class GetMiss(_message.Message):
     __slots__ = ("index", "boot_epoch")
