@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
 from kvstore.arena import Arena, Place, Segment
+from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
@@ -354,7 +356,7 @@ class Connection:
                 target.reshape(-1).view(torch.uint8).copy_(source)
 
     def _source(self, spec: TensorInfo, place: pb.TensorPlace) -> torch.Tensor | None:
-        nbytes = arrays.check_specs({"x": spec})
+        nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
         if not nbytes:
             return None
         segment = self._ingest.get(place.segment)
