@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from kvstore.entry import Key
+from kvstore.owner import NOBODY, Owner
 
 
 @dataclass(slots=True)
@@ -18,7 +19,7 @@ class Meta:
     there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by
     itself. soon: of low priority, leaves before others unless it is hit. parent: the chunk before this one in its
     chain; root: put as the first chunk of one; first_child, previous and next belong to `chains`, watched_at to
-    `deadlines`.
+    `deadlines`; owner: whose it is.
     """
 
     created_at: float
@@ -40,6 +41,7 @@ class Meta:
     next: Key | None = None
     watched_at: float = inf
     root: bool = False
+    owner: Owner = NOBODY
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""

@@ -12,7 +12,14 @@ from typing import Any, Protocol
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.hit import Fidelity, Held, Hit, Match, Priority
-from kvstore.keys import CHUNK_TOKENS, KEYS_PER_CALL_MAX, Identity, chunk_keys, tail_keys
+from kvstore.keys import (
+    CHUNK_TOKENS,
+    KEYS_PER_CALL_MAX,
+    NAMESPACE_MAX_NBYTES,
+    Identity,
+    chunk_keys,
+    tail_keys,
+)
 
 TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
@@ -31,8 +38,12 @@ class Cache(Protocol):
         priority: Priority = "normal",
         chain: bool = False,
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> int:
-        """Put entries, root first; `chain`: each continues the one before it. Returns how many were stored."""
+        """Put entries, root first; `chain`: each continues the one before it. Returns how many were stored.
+
+        namespace: what they are counted under.
+        """
         ...
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
@@ -70,14 +81,21 @@ class Cache(Protocol):
         ...
 
 
+def namespace_name(model: str, digest: bytes) -> str:
+    """What an operator sees, and sets quotas by: the model, "@", and four bytes of the identity's digest."""
+    shown = "".join(c for c in model if c.isprintable()).encode()[-(NAMESPACE_MAX_NBYTES - 9) :]
+    return f"{shown.decode(errors='ignore')}@{digest[:4].hex()}"
+
+
 class Namespace:
-    """Prefixes of one model (one `Identity`) in a cache."""
+    """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
 
     def __init__(self, cache: Cache, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self._cache = cache
         self.identity = identity
         self.chunk_tokens = chunk_tokens
         self.digest = identity.digest()
+        self.name = namespace_name(identity.model, self.digest)
         chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now rather than at the first put
 
     def keys(self, token_ids: Sequence[int]) -> list[bytes]:
@@ -121,8 +139,9 @@ class Namespace:
         fidelity: Fidelity = "exact" if self.identity.fidelity == "exact" else "auto"
         parent = keys[held - 1] if held else None
         return self._cache.put_many(
-            entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity, priority=priority, chain=True, parent=parent
-        )
+            entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity, priority=priority, chain=True, parent=parent,
+            namespace=self.name,
+        )  # fmt: skip
 
     def get_prefix(self, token_ids: Sequence[int], *, out: tuple[Any, Any] | None = None) -> tuple[int, Any, Any]:
         """The longest cached prefix: (n, k, v), with k and v of n tokens; (0, None, None) on a miss.

@@ -83,6 +83,7 @@ class Reader:
             for meta in metas:
                 nbytes += meta.value_nbytes
                 meta.hits += 1
+                meta.owner.hits += 1
                 meta.last_hit_at = now
                 if meta.sliding:
                     meta.expires_at = now + meta.ttl_s
@@ -155,6 +156,7 @@ class Reader:
         r.counters.hit_nbytes += meta.value_nbytes
         recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
         meta.hits += 1
+        meta.owner.hits += 1
         meta.last_hit_at = now
         meta.refresh(now)
         return place.tier != "hot" and (self._promote_after == 1 or (self._promote_after == 2 and bool(recent)))

@@ -172,6 +172,8 @@ class SizedCold:
         self._on_drop = on_drop
         self.keys, self.get, self.touch = tier.keys, tier.get, tier.touch
         self.pin, self.unpin, self.close = tier.pin, tier.unpin, tier.close
+        self.let_go, self.take_back, self.tenants = tier.let_go, tier.take_back, tier.tenants
+        self._owner_of = order.owner_of
 
     @property
     def used_nbytes(self) -> int:
@@ -189,9 +191,9 @@ class SizedCold:
         self._tier.put(entry)
         self.admission.wrote(entry.nbytes)
 
-    def displace(self, nbytes: int) -> None:
+    def displace(self, nbytes: int, key: Key) -> None:
         """Evict until an entry fits."""
-        while (victim := self._tier.displace(nbytes, _NEWCOMER)) is not None:
+        while (victim := self._tier.displace(nbytes, key, self._owner_of(key))) is not None:
             self.admission.left(victim.key)
             self._on_drop(victim.key, "evicted")
 
@@ -222,9 +224,6 @@ class SizedCold:
 
     def specs_of(self, key: Key) -> None:
         """No tensors, no specs."""
-
-
-_NEWCOMER = Key(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +270,8 @@ class Simulation:
         self._r = r = residency_of(config, self._clock)
         if setup.disk_nbytes:
             admission = Admission(config.cold.admission, config.cold.write_nbytes_per_day, self._clock)
-            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), admission, r.dropped_from_cold)
+            order = Order(chains=r.chains, owner_of=r.owner_of, tier="cold")
+            r.cold = SizedCold(setup.disk_nbytes, order, admission, r.dropped_from_cold)
         self._forms = SizedForms(setup, r)
         mover = Mover(r, self._forms)
         self._intake = Intake(r, mover, config, torch.device("cpu"))

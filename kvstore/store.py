@@ -54,12 +54,15 @@ class Store:
         framework: str = "auto",
         background: bool = True,
         room: Room | None = None,
+        tenants: Mapping[str, Sequence[bytes]] | None = None,
     ) -> None:
         self.config = config
         self._framework = framework
         # "cuda" alone is not equal to the "cuda:0" that its tensors report.
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
+        for name, prefixes in (tenants or {}).items():
+            r.register_tenant(name, prefixes)
         self._forms = TensorForms(
             codec_for(config.warm.codec, config.warm.max_relative_error or None), self._device, r, room
         )
@@ -82,13 +85,15 @@ class Store:
         framework: str = "auto",
         background: bool = True,
         room: Room | None = None,
+        tenants: Mapping[str, Sequence[bytes]] | None = None,
     ) -> Self:
         """Open a store.
 
         source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
         their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
         background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
-        hot are made (see `arena`), by default ordinary memory.
+        hot are made (see `arena`), by default ordinary memory. tenants: those known from the start, as for
+        `register_tenant`, which costs more once the store holds something.
         Raises ConfigError, or TierUnavailable when another process has the directory.
         """
         if isinstance(source, StoreConfig):
@@ -99,7 +104,8 @@ class Store:
             config = from_mapping(StoreConfig, read_toml(source))
         else:
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
-        return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room)
+        return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
+                   tenants=tenants)  # fmt: skip
 
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -113,6 +119,7 @@ class Store:
         own: bool = False,
         priority: Priority = "normal",
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
@@ -120,10 +127,14 @@ class Store:
         expiry. fidelity: "exact" for bit-for-bit in every tier, "auto" lets it become NF4 when it leaves hot.
         own: the torch tensors are handed over, no copy is made. priority: "low" leaves before others unless it is hit.
         parent: the key of the chunk that this one continues; it will not outlive it. False: the parent is not held.
+        namespace: the name under which it is counted, and limited by `namespaces` in the configuration; with a parent
+        it is the parent's.
         Raises InvalidEntry, EntryTooLarge, OverQuota.
         """
         self._check_open()
-        return self._intake.put(key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority), parent)
+        return self._intake.put(
+            key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace), parent
+        )
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -137,6 +148,7 @@ class Store:
         priority: Priority = "normal",
         chain: bool = False,
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> int:
         """Put entries, root first: the deepest is put first, so that the root ends most recently used.
 
@@ -145,7 +157,7 @@ class Store:
         """
         self._check_open()
         check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority)
+        options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace)
         if chain:
             return self._intake.put_chain(entries, options, parent)
         return sum(self._intake.put(key, tensors, options) for key, tensors in reversed(entries))
@@ -277,17 +289,27 @@ class Store:
     def tenants(self) -> dict[str, dict[str, int]]:
         """Bytes held by tier and tenant; "" is everybody outside the tenants."""
         with self._r.lock:
-            return {tier.name: tier.owners() for tier in (self._r.hot, self._r.warm)}
+            tiers = (self._r.hot, self._r.warm, self._r.cold)
+            return {tier.name: tier.tenants() for tier in tiers if tier is not None}
 
     def explain(self, *keys: bytes) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
         return explain(self._r, check_keys(keys))
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key; tensors are described only where they are in memory."""
-        return entries(self._r, tier=tier, key_prefix=key_prefix, limit=limit)
+        """Entries in order of key; tensors are described only where they are in memory. Filters narrow each other.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
+        return entries(self._r, tier=tier, key_prefix=key_prefix, tenant=tenant, namespace=namespace, limit=limit)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
@@ -344,6 +366,7 @@ class Store:
 
     def _open_cold(self, path: Path) -> None:
         from kvstore.tiers.cold import Cold
+        from kvstore.tiers.order import Order
 
         r = self._r
         cold = Cold.open(
@@ -352,6 +375,8 @@ class Store:
             r.clock,
             meta_of=r.index.get,
             on_drop=r.dropped_from_cold,
+            order=Order(owner_of=r.owner_of, tier="cold"),
+            owner_of=r.recovered_owner,
         )
         r.cold = cold
         with r.lock:

@@ -109,7 +109,7 @@ class Client:
         """How often the daemon was found restarted."""
         return self._transport.restarts
 
-    def put(
+    def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         key: bytes,
         tensors: Mapping[str, Any],
@@ -120,19 +120,21 @@ class Client:
         fidelity: Fidelity = "auto",
         priority: Priority = "normal",
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
         ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
         expiry. fidelity: "exact" for bit-for-bit in every tier. priority: "low" leaves before others unless it is hit.
-        parent: the key of the chunk that this one continues; it will not outlive it.
+        parent: the key of the chunk that this one continues; it will not outlive it. namespace: the name under which
+        it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         batch = [Outgoing(check_key(key), tensors, options, parent)]
         return bool(self._data(lambda: self._send(batch), 0))
 
-    def put_many(
+    def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
         *,
@@ -143,14 +145,15 @@ class Client:
         priority: Priority = "normal",
         chain: bool = False,
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> int:
         """Put entries, root first, in one call. Returns how many were stored.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues.
+        outlives the one it continues. namespace: as for `put`.
         """
         keys = check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
@@ -277,12 +280,23 @@ class Client:
         return [read_explanation(message) for message in reply.explanations]
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key. Raises if the daemon cannot answer."""
+        """Entries in order of key. Filters narrow each other. Raises if the daemon cannot answer.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
         if limit is not None and limit <= 0:
             return
-        request = pb.ListRequest(tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0)
+        request = pb.ListRequest(
+            tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0, tenant=tenant, namespace=namespace
+        )
         for message in self._transport.stream_in(ADMIN + "List", request):
             yield from map(read_entry_info, pb.ListReply.FromString(message).entries)
 

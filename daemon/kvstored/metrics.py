@@ -90,6 +90,13 @@ _STORE = (
     Family("kvstored_orphaned_total", "counter", "Chunks dropped because their parent was gone.", value="orphaned"),
     Family("kvstored_refused_chunks_total", "counter", "Chunks not stored because their parent is not held.",
            value="refused_chunks"),
+    Family("kvstored_tenant_bytes", "gauge", "Bytes a tenant holds, in all tiers.", "tenant", "tenant_nbytes_{}"),
+    Family("kvstored_tenant_entries", "gauge", "Entries a tenant holds.", "tenant", "tenant_entries_{}"),
+    Family("kvstored_tenant_hits_total", "counter", "Gets of a tenant answered.", "tenant", "tenant_hits_{}"),
+    Family("kvstored_namespace_bytes", "gauge", "Bytes held of the 16 namespaces with the most hits.", "namespace",
+           "namespace_nbytes_{}"),
+    Family("kvstored_namespace_entries", "gauge", "Entries held of them.", "namespace", "namespace_entries_{}"),
+    Family("kvstored_namespace_hits_total", "counter", "Gets of them answered.", "namespace", "namespace_hits_{}"),
 )  # fmt: skip
 
 _ERRORS = Family("kvstored_relative_error", "histogram",
@@ -112,6 +119,8 @@ _DAEMON = (
     Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
+    Family("kvstored_heap_trims_total", "counter", "Times much freed memory was given back to the kernel.",
+           value="heap_trims"),
     Family("kvstored_heartbeat_age_seconds", "gauge", "Since the background thread last turned.",
            value="heartbeat_age_s"),
 )  # fmt: skip

@@ -53,9 +53,7 @@ class ScopedStore:
 
     def __init__(self, store: Store, secret: bytes, tenant: str) -> None:
         self._store = store
-        self._prefix = _derive(secret, tenant, "key")
-        self._long_prefix = _derive(secret, tenant, "long key")
-        self.prefixes = (self._prefix, self._long_prefix)
+        self.prefixes = self._prefix, self._long_prefix = tenant_prefixes(secret, tenant)
 
     @property
     def config(self) -> StoreConfig:
@@ -141,6 +139,11 @@ class Scopes:
             found = self._by_tenant[tenant] = ScopedStore(self._store, self._secret, tenant)
             self._store.register_tenant(tenant, found.prefixes)
         return found
+
+
+def tenant_prefixes(secret: bytes, tenant: str) -> tuple[bytes, bytes]:
+    """What stands before a tenant's keys: the usual ones, and those too long to be put behind it as they are."""
+    return _derive(secret, tenant, "key"), _derive(secret, tenant, "long key")
 
 
 def _under(key: bytes, hit: Hit | Found | None) -> Hit | Found | None:

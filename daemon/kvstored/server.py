@@ -32,7 +32,7 @@ from kvstored.budget import Budget
 from kvstored.gate import Access, Gate, Records
 from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
-from kvstored.scope import Scopes, read_secret
+from kvstored.scope import Scopes, read_secret, tenant_prefixes
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
@@ -58,6 +58,9 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
     ("grpc.max_concurrent_streams", 128),
+    # A window grown to the line's speed holds megabytes for each of hundreds of streams, in nobody's account; a message
+    # that is being read widens it as far as it needs.
+    ("grpc.http2.bdp_probe", 0),
     # On by default: a second daemon would bind the same TCP port without an error.
     ("grpc.so_reuseport", 0),
     # Keepalive alone noticed a stopped peer after 61 s, with the ping timeout after 3 (its default is 60 s).
@@ -96,7 +99,8 @@ async def _serve(settings: Settings) -> int:
     # Opening verifies and rebuilds what a power cut left: seconds for a large index. Minutes are allowed, not 90 s.
     notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
     arena = Arena(arena_limit_nbytes(settings.store.hot))
-    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty))
+    tenants = _tenants(settings.server)
+    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty, tenants=tenants))
     try:
         daemon = Daemon(store, settings.server, arena)
         await daemon.start()
@@ -273,6 +277,15 @@ class Daemon:
 def arena_limit_nbytes(hot: HotConfig) -> int:
     """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between."""
     return hot.capacity_nbytes + max(hot.capacity_nbytes // 8, 64 << 20)
+
+
+def _tenants(settings: ServerSettings) -> dict[str, tuple[bytes, bytes]]:
+    """The tenants that may call, with their prefixes: a store that knows them finds their records at its start."""
+    tokens = _tokens(settings)
+    if tokens is None or not tokens.tenants:
+        return {}
+    secret = read_secret(Path(settings.data_dir) / "tenants.secret")
+    return {tenant: tenant_prefixes(secret, tenant) for tenant in sorted(tokens.tenants)}
 
 
 def _tokens(settings: ServerSettings) -> Tokens | None:

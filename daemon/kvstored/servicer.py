@@ -274,7 +274,11 @@ class AdminService(_Service):
         if asked.tier and asked.tier not in TIER_NAMES:
             raise InvalidEntry(f"unknown tier {asked.tier}")
         found = self._store.entries(
-            tier=TIER_NAMES.get(asked.tier), key_prefix=asked.key_prefix, limit=asked.limit or None
+            tier=TIER_NAMES.get(asked.tier),
+            key_prefix=asked.key_prefix,
+            tenant=asked.tenant,
+            namespace=asked.namespace,
+            limit=asked.limit or None,
         )
         while group := await self._run(lambda: [*islice(found, LIST_GROUP)]):
             await context.write(pb.ListReply(entries=map(entry_info_message, group)).SerializeToString())

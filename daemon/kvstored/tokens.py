@@ -57,6 +57,12 @@ class Tokens:
     by_uid: Mapping[int, Identity] = field(default_factory=dict)
     """For the lease socket, where the kernel says whose process has connected."""
 
+    @property
+    def tenants(self) -> set[str]:
+        """Every tenant that somebody may call for."""
+        known = (*self.by_digest.values(), *self.by_common_name.values(), *self.by_uid.values())
+        return {identity.tenant for identity in known if identity.tenant is not None}
+
     def of_token(self, token: str) -> Identity | None:
         """The owner of a token. Takes as long for a wrong one as for a right one."""
         given = digest(token)

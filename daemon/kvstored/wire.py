@@ -18,7 +18,7 @@ from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room, specs_of
 from kvstore.hit import Fidelity, Hit, Priority
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_keys
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_keys, check_namespace
 from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
@@ -51,6 +51,7 @@ class Options:
     pin: bool
     fidelity: Fidelity
     priority: Priority
+    namespace: str
 
 
 class Incoming:
@@ -73,6 +74,7 @@ class Incoming:
             header.pin,
             fidelity_name(header.fidelity),
             priority_name(header.priority),
+            check_namespace(header.namespace),
         )
         self.parent = check_key(header.parent) if header.parent else None
         self.root = header.root and self.parent is None
@@ -356,6 +358,7 @@ def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
             pin=how.pin,
             fidelity=how.fidelity,
             priority=how.priority,
+            namespace=how.namespace,
             own=True,
             chain=run[0].root or run[-1].parent is not None,
             parent=run[0].parent,

@@ -336,14 +336,18 @@ class TierStats(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., entries: _Optional[int] = ..., used_nbytes: _Optional[int] = ..., capacity_nbytes: _Optional[int] = ..., hits: _Optional[int] = ..., puts: _Optional[int] = ..., evictions: _Optional[int] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
-    __slots__ = ("tier", "key_prefix", "limit")
+    __slots__ = ("tier", "key_prefix", "limit", "tenant", "namespace")
     TIER_FIELD_NUMBER: _ClassVar[int]
     KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     key_prefix: bytes
     limit: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., key_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+    tenant: str
+    namespace: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., key_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ..., tenant: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("entries",)
@@ -364,7 +368,7 @@ class InspectReply(_message.Message):
     def __init__(self, entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
 
 class EntryInfo(_message.Message):
-    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors")
+    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors", "tenant", "namespace")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -378,6 +382,8 @@ class EntryInfo(_message.Message):
     TTL_LEFT_S_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tiers: _containers.RepeatedScalarFieldContainer[Tier]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
@@ -391,7 +397,9 @@ class EntryInfo(_message.Message):
     ttl_left_s: float
     hits: int
     relative_errors: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ...) -> None: ...
+    tenant: str
+    namespace: str
+    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ..., tenant: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("keys",)
