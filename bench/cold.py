@@ -26,8 +26,9 @@ import torch
 
 from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig
+from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.segments import BLOCK_NBYTES, Place
+from kvstore.disk.segments import Place
 from kvstore.disk.writer import ROWS_PER_COMMIT
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.index import Meta
@@ -240,8 +241,8 @@ def fill(path: Path, count: int) -> None:
         for n in range(count):
             key = Key(hashlib.sha256(str(n).encode()).digest())
             record = pack(replace(small, key=key), META)
-            file.write(record.to_bytes().ljust(BLOCK_NBYTES, b"\0"))
-            batch[key] = Row(Place(1, n * BLOCK_NBYTES, record.nbytes), len(record.head), n + 1, META)
+            batch[key] = Row(Place(1, file.tell(), record.nbytes), len(record.head), n + 1, META)
+            file.write(record.to_bytes().ljust(place_nbytes(record.nbytes), b"\0"))
             if len(batch) == ROWS_PER_COMMIT:
                 rows.write(batch, [])
                 batch = {}

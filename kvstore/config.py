@@ -74,7 +74,8 @@ class ColdConfig:
     recency, which move with every get, are written down. admission: what may be written, "all"; "reused": only
     what was hit at least once, about a tenth of the writes for two thirds of the hits; "ghost": also what left lately
     and was put again. write_nbytes_per_day: once so much was written, only what was hit is; 0 for no budget.
-    free_min_fraction: of the file system, kept free: the tier shrinks before the disk is full.
+    free_min_fraction: of the file system, kept free: the tier shrinks before the disk is full. key_files: records are
+    encrypted; by namespace, tenant, TENANT/NAMESPACE or "*", the file that holds the key.
     """
 
     path: str | None = None
@@ -84,14 +85,16 @@ class ColdConfig:
     admission: str = "all"
     write_nbytes_per_day: int = 0
     free_min_fraction: float = 0.02
+    key_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class QuotaConfig:
-    """How much of the memory tiers one tenant may hold. None: no limit of its own, only fair eviction."""
+    """How much of each tier one tenant, or one namespace, may hold. None: no limit of its own, only fair eviction."""
 
     hot_nbytes: int | None = None
     warm_nbytes: int | None = None
+    cold_nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class StoreConfig:
     promote_window_s that copies an entry to hot: 1, 2 or 0 for never. entry_max_nbytes: decoded bytes of one entry.
     pin_max_fraction: how much of a tier pinned entries may take. sweep_interval_s: how often expired entries are
     collected (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru", "arc"
-    or "s3fifo". quotas: by tenant.
+    or "s3fifo". quotas: by tenant. namespaces: quotas by namespace, in each tenant: by the name its caller gave it, or
+    by what stands before an "@" in it (the model, for the prefix layer's).
     """
 
     hot: HotConfig = field(default_factory=HotConfig)
@@ -117,6 +121,7 @@ class StoreConfig:
     sweep_interval_s: float = 1.0
     policy: str = "lru"
     quotas: Mapping[str, QuotaConfig] = field(default_factory=dict)
+    namespaces: Mapping[str, QuotaConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_range("hot.capacity_nbytes", self.hot.capacity_nbytes, 1, 1 << 50)
@@ -133,10 +138,11 @@ class StoreConfig:
         check_range("entry_max_nbytes", self.entry_max_nbytes, 1, 4 * GIB)
         check_range("pin_max_fraction", self.pin_max_fraction, 0, 1)
         check_range("sweep_interval_s", self.sweep_interval_s, 0.001, 3600)
-        for name, quota in self.quotas.items():
-            for tier, nbytes in (("hot", quota.hot_nbytes), ("warm", quota.warm_nbytes)):
-                if nbytes is not None:
-                    check_range(f"quotas.{name}.{tier}_nbytes", nbytes, 0, 1 << 50)
+        for table, quotas in (("quotas", self.quotas), ("namespaces", self.namespaces)):
+            for name, quota in quotas.items():
+                for limit, nbytes in vars(quota).items():
+                    if nbytes is not None:
+                        check_range(f"{table}.{name}.{limit}", nbytes, 0, 1 << 50)
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         check_choice("policy", self.policy, POLICIES)
         check_choice("warm.codec", self.warm.codec, CODECS)

@@ -7,7 +7,7 @@ Leaves out: when it expires and how often it was used (`index.Meta`), and how it
 (`record`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
 from types import MappingProxyType
@@ -97,12 +97,14 @@ class Entry:
 
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
     nbytes: bytes counted against a tier's budget, metadata included.
+    card: what a server says of this very object each time it is asked for, kept so that it is worked out once.
     """
 
     key: Key
     tensors: Mapping[str, EncodedTensor]
     lossy: bool = False
     nbytes: int = field(init=False)
+    card: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
@@ -110,6 +112,11 @@ class Entry:
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
+        object.__setattr__(self, "card", None)
+
+    def keep_card(self, card: object) -> None:
+        """Keep a card: worked out from what never changes, so whoever is second keeps an equal one."""
+        object.__setattr__(self, "card", card)
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device: itself where they are there already."""
@@ -129,6 +136,11 @@ class Entry:
         if known is not None:
             return known
         return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
+
+    def is_encoded_in(self, names: Collection[str]) -> bool:
+        """Whether it is encoded, and every tensor that is in one of these encodings."""
+        found = {t.encoding for t in self.tensors.values()} - {"raw"}
+        return bool(found) and found.issubset(names)
 
     @property
     def receipt(self) -> dict[str, float]:

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 
 from kvstore.codecs import Codec, decode_entry, encode_entry
+from kvstore.codecs.by_role import token_axis_of
+from kvstore.codecs.hints import Hints
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.packed import packed
@@ -28,8 +30,11 @@ Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
 class Forms(Protocol):
     """Pure but for counting. Any thread, without the residency lock."""
 
-    def encode(self, entry: Entry) -> Entry:
-        """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch."""
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
+        """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch.
+
+        prefix_start: whether a prompt begins with it; None: nobody said.
+        """
         ...
 
     def exact(self, entry: Entry) -> Entry:
@@ -44,6 +49,14 @@ class Forms(Protocol):
 def specs_of(entry: Entry) -> dict[str, TensorInfo]:
     """Types and shapes of an entry's tensors once decoded."""
     return {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+
+
+def chunk_hints(entry: Entry, *, prefix_start: bool) -> dict[str, Hints]:
+    """What a codec is told about a chunk: where in its prompt it lies. Where its tokens lie is told by the shape."""
+    return {
+        name: Hints(token_axis=token_axis_of(t.spec.shape), prefix_start=prefix_start)
+        for name, t in entry.tensors.items()
+    }
 
 
 def raw_entry(
@@ -72,10 +85,11 @@ class TensorForms:
         self._device = device
         self._r = residency
 
-    def encode(self, entry: Entry) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
         """Encoded where the codec may, in RAM."""
         start = time.perf_counter()
-        encoded = encode_entry(entry, self._codec)
+        hints = None if prefix_start is None else chunk_hints(entry, prefix_start=prefix_start)
+        encoded = encode_entry(entry, self._codec, hints)
         if encoded is not entry:
             with self._r.lock:
                 self._r.counters.encodes += 1

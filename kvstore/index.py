@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from kvstore.entry import Key
+from kvstore.owner import NOBODY, Owner
 
 
 @dataclass(slots=True)
@@ -17,7 +18,8 @@ class Meta:
     exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
     there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by
     itself. soon: of low priority, leaves before others unless it is hit. parent: the chunk before this one in its
-    chain; first_child, previous and next belong to `chains`, watched_at to `deadlines`.
+    chain; root: put as the first chunk of one; first_child, previous and next belong to `chains`, watched_at to
+    `deadlines`; owner: whose it is.
     """
 
     created_at: float
@@ -38,6 +40,8 @@ class Meta:
     previous: Key | None = None
     next: Key | None = None
     watched_at: float = inf
+    root: bool = False
+    owner: Owner = NOBODY
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""
@@ -47,6 +51,11 @@ class Meta:
     def deadline(self) -> float:
         """When it expires, or its pin lapses: the time at which something happens to it."""
         return self.pinned_until if self.pinned else self.expires_at
+
+    @property
+    def prefix_start(self) -> bool | None:
+        """Whether a prompt begins here; None: it was put as no part of a chain, so it may."""
+        return False if self.parent is not None else True if self.root else None
 
     def refresh(self, now: float, ttl_s: float | None = None) -> None:
         """Move a sliding deadline to now + ttl_s (its own when None)."""

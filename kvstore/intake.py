@@ -18,7 +18,7 @@ from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.forms import raw_entry
 from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
 from kvstore.index import Meta
-from kvstore.keys import check_key
+from kvstore.keys import check_key, check_namespace
 from kvstore.mover import Mover
 from kvstore.residency import Residency
 
@@ -33,6 +33,7 @@ class PutOptions:
     fidelity: Fidelity = "auto"
     own: bool = False
     priority: Priority = "normal"
+    namespace: str = ""
 
 
 class Intake:
@@ -51,7 +52,12 @@ class Intake:
             if before is not None and self._r.live(before) is None:
                 self._r.counters.refused_chunks += 1
                 return False
-        self._put(key, tensors, options, before)
+        entry, meta = self._admissible(key, tensors, options)
+        meta.parent = before
+        with self._r.lock:
+            above = None if before is None else self._r.index.get(before)
+            meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
+        self._take(entry, meta, pin=options.pin)
         return not self._settle([Key(key)])
 
     def put_chain(
@@ -65,10 +71,17 @@ class Intake:
             return 0
         keys = [Key(key) for key, _ in entries]
         made = (self._admissible(key, tensors, options) for key, tensors in reversed(entries))
-        return self.take_chain(keys, made, None if parent is None else Key(check_key(parent)), pin=options.pin)
+        before = None if parent is None else Key(check_key(parent))
+        return self.take_chain(keys, made, before, pin=options.pin, namespace=options.namespace)
 
     def take_chain(
-        self, keys: Sequence[Key], deepest_first: Iterable[tuple[Entry, Meta]], parent: Key | None, *, pin: bool = False
+        self,
+        keys: Sequence[Key],
+        deepest_first: Iterable[tuple[Entry, Meta]],
+        parent: Key | None,
+        *,
+        pin: bool = False,
+        namespace: str = "",
     ) -> int:
         """Like `put_chain`, of entries made already, or while they are taken: only one need be in memory at a time."""
         r = self._r
@@ -76,10 +89,13 @@ class Intake:
             if parent is not None and r.live(parent) is None:
                 r.counters.refused_chunks += len(keys)
                 return 0
+            # A chain is one namespace's, whatever its later chunks are put under.
+            owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
         lost: list[Key] = []
         try:
-            for (entry, meta), above in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
-                meta.parent = above
+            for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
+                meta.parent, meta.root = before, before is None
+                meta.owner = owner
                 self._take(entry, meta, pin=pin)
         finally:
             lost = self._settle(keys)
@@ -87,11 +103,6 @@ class Intake:
             if parent is not None:
                 r.touch([parent, *r.chains.ancestors(parent)])
         return len(keys) - len(lost)
-
-    def _put(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: Key | None) -> None:
-        entry, meta = self._admissible(key, tensors, options)
-        meta.parent = parent
-        self._take(entry, meta, pin=options.pin)
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
         r = self._r
@@ -129,6 +140,7 @@ class Intake:
             raise InvalidEntry(f"fidelity must be one of {', '.join(FIDELITIES)}, got {options.fidelity!r}")
         if options.priority not in PRIORITIES:
             raise InvalidEntry(f"priority must be one of {', '.join(PRIORITIES)}, got {options.priority!r}")
+        check_namespace(options.namespace)
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         exact = options.fidelity == "exact"
@@ -137,7 +149,7 @@ class Intake:
         r = self._r
         largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
         if nbytes > largest and (exact or nbytes > 9 * largest):
-            raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}")
+            raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts")
         now = r.clock.now()
         meta = Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
         held = {name: self._owned(x, own=options.own) for name, x in tensors.items()}

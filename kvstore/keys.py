@@ -18,6 +18,7 @@ from kvstore.hit import FIDELITIES
 KEY_MAX_NBYTES = 256
 """LMDB keys end at 511 bytes; half of that leaves room for what a later version may put before them."""
 KEYS_PER_CALL_MAX = 4096
+NAMESPACE_MAX_NBYTES = 96
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_MAX = 512
 """Above 512 tokens a chunk loses 3 to 13 points of hit ratio on chat traffic (Mooncake trace)."""
@@ -45,6 +46,15 @@ def check_keys(keys: Iterable[object]) -> list[bytes]:
     if len(checked) > KEYS_PER_CALL_MAX:
         raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {len(checked)}")
     return checked
+
+
+def check_namespace(name: str) -> str:
+    """The name of a namespace. Raises InvalidEntry."""
+    if type(name) is not str or len(name.encode("utf-8", "replace")) > NAMESPACE_MAX_NBYTES or not name.isprintable():
+        raise InvalidEntry(
+            f"a namespace's name is at most {NAMESPACE_MAX_NBYTES} bytes of printable text, got {name!r:.120}"
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,11 @@ class Maintainer:
         if fresh:
             self._wake.set()
 
+    @property
+    def waiting(self) -> int:
+        """Promotions asked for and not made yet."""
+        return len(self._promotions)
+
     def run_once(self) -> None:
         """One turn of all duties."""
         now = self._r.clock.now()

@@ -46,7 +46,7 @@ class Mover:
             return True
 
         with r.lock:
-            fits = r.hot.has_room(entry.nbytes, entry.key)
+            fits = r.hot.has_room(entry.nbytes, entry.key, meta.owner)
             if fits:
                 install()
                 r.hot.put(entry, soon=meta.soon)
@@ -58,8 +58,8 @@ class Mover:
     def _admit_by_moving(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
         r = self._r
         with self._moving:
-            if r.hot.admits(entry.nbytes, entry.key):
-                self._place(r.hot, entry, install, soon=meta.soon)
+            if r.hot.admits(entry.nbytes, entry.key, meta.owner):
+                self._place(r.hot, entry, install, meta, soon=meta.soon)
                 return
             with r.lock:
                 install()
@@ -79,8 +79,9 @@ class Mover:
         """
         r = self._r
         with r.lock:
-            place = r.lookup(key) if r.live(key) is not None else None
-            if place is None or place[0] == "hot" or (flight := r.flights.start(key)) is None:
+            meta = r.live(key)
+            place = r.lookup(key) if meta is not None else None
+            if meta is None or place is None or place[0] == "hot" or (flight := r.flights.start(key)) is None:
                 return False
         try:
             entry = place[1] if place[1] is not None else self._read_cold(key)
@@ -93,7 +94,7 @@ class Mover:
                 return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
 
             with self._moving:
-                if not r.hot.admits(copy.nbytes, key) or not self._place(r.hot, copy, wanted):
+                if not r.hot.admits(copy.nbytes, key, meta.owner) or not self._place(r.hot, copy, wanted, meta):
                     return False
             with r.lock:
                 r.counters.tiers["hot"].promotions += 1
@@ -149,12 +150,14 @@ class Mover:
     def _read_cold(self, key: Key) -> Entry | None:
         return self._r.cold.get(key) if self._r.cold is not None else None
 
-    def _place(self, tier: MemoryTier, entry: Entry, wanted: Callable[[], bool], *, soon: bool = False) -> bool:
+    def _place(
+        self, tier: MemoryTier, entry: Entry, wanted: Callable[[], bool], meta: Meta, *, soon: bool = False
+    ) -> bool:
         """Make room, one displaced entry at a time, and put. `wanted` is asked under the lock just before the put."""
         r = self._r
         while True:
             with r.lock:
-                victim = tier.displace(entry.nbytes, entry.key)
+                victim = tier.displace(entry.nbytes, entry.key, meta.owner)
                 if victim is None:
                     # Asking may take out an older value of the key, so only now: until here that value is still served.
                     if not wanted():
@@ -190,7 +193,7 @@ class Mover:
             self._forget_in_transit(item)
             return
         below = self._form_below(entry, meta)
-        if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key):
+        if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key, meta.owner):
 
             def wanted() -> bool:
                 if r.transit.get(entry.key) != item:
@@ -198,7 +201,7 @@ class Mover:
                 self._arrived(entry.key, left, below)
                 return True
 
-            self._place(r.warm, below, wanted)
+            self._place(r.warm, below, wanted, meta)
             return
         self._sink_to_cold(item, below)
 
@@ -233,7 +236,7 @@ class Mover:
         The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.
         """
         try:
-            cold.displace(entry.nbytes)
+            cold.displace(entry.nbytes, entry.key)
         except (OverQuota, TierUnavailable) as error:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False
@@ -283,7 +286,7 @@ class Mover:
     def _form_below(self, entry: Entry, meta: Meta) -> Entry:
         """What an entry looks like under hot: encoded unless it must stay exact or is encoded already."""
         keep = meta.exact or entry.encoding != "raw"
-        return self._forms.exact(entry) if keep else self._forms.encode(entry)
+        return self._forms.exact(entry) if keep else self._forms.encode(entry, prefix_start=meta.prefix_start)
 
     def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
         r = self._r

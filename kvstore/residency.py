@@ -21,6 +21,7 @@ from kvstore.deadlines import Deadlines
 from kvstore.entry import Entry, Key
 from kvstore.index import Meta
 from kvstore.inflight import InFlight
+from kvstore.owner import NOBODY, Owner
 from kvstore.policies import policy_named
 from kvstore.stats import Counters, MissCause, TierCounters
 from kvstore.tenants import Tenants
@@ -115,10 +116,22 @@ class Residency:
     def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
         """Keys that begin so are this tenant's from now on, those already held included."""
         own = tuple(prefixes)
-        held = [(tier, tier.let_go(lambda key: key.startswith(own))) for tier in (self.hot, self.warm)]
-        self.tenants.register(name, prefixes)
-        for tier, keys in held:
+        if not self.tenants.register(name, prefixes) or not any(key.startswith(own) for key in self.index):
+            return
+        tiers = [tier for tier in (self.hot, self.warm, self.cold) if tier is not None]
+        held = [tier.let_go(lambda key: key.startswith(own)) for tier in tiers]
+        for key, meta in self.index.items():
+            if key.startswith(own):
+                meta.owner.entries -= 1
+                meta.owner = self.tenants.owner(key, meta.owner.namespace)
+                meta.owner.entries += 1
+        for tier, keys in zip(tiers, held, strict=True):
             tier.take_back(keys)
+
+    def owner_of(self, key: Key) -> Owner:
+        """Whose a held key is. Any thread, without the lock."""
+        meta = self.index.get(key)
+        return NOBODY if meta is None else meta.owner
 
     def install(self, key: Key, meta: Meta) -> int | None:
         """Give a key a Meta, new or in place of an older value, which leaves all tiers; its chain stays whole.
@@ -128,10 +141,12 @@ class Residency:
         old = self.index.get(key)
         ticket = self._take_out(key)
         self.index[key] = meta
+        meta.owner.entries += 1
         if old is None:
             self.chains.link(key)
             self.tombstones.discard(key)
         else:
+            old.owner.entries -= 1
             meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
             self.chains.replace(key, old)
         self.deadlines.watch(key, meta)
@@ -139,9 +154,15 @@ class Residency:
 
     def install_recovered(self, key: Key, meta: Meta) -> None:
         """A key that a restart found on disk."""
+        meta.owner = self.recovered_owner(key, meta)
+        meta.owner.entries += 1
         self.index[key] = meta
         self.chains.link(key)
         self.deadlines.watch(key, meta)
+
+    def recovered_owner(self, key: Key, meta: Meta) -> Owner:
+        """Whose a key is that was found on disk: by its prefix, and by the namespace its row names."""
+        return self.tenants.owner(key, meta.owner.namespace)
 
     def forget_orphans(self) -> None:
         """Forget chunks whose parent did not come back with them: a crash lost the parent, or its end came first."""
@@ -157,7 +178,8 @@ class Residency:
         ticket: int | None = None
         leaving = [key]
         for at in leaving:  # grows while it is walked
-            meta = self.index.pop(at, None)
+            # Out of the tiers first: their orders ask the index whose a key is.
+            meta = self.index.get(at)
             if meta is not None:
                 tiers = self.tiers_of(at)
                 self.tombstones.add(
@@ -167,7 +189,9 @@ class Residency:
                     ),
                 )
                 leaving += self.chains.unlink(at, meta)
+                meta.owner.entries -= 1
             taken = self._take_out(at)
+            self.index.pop(at, None)
             ticket = taken if taken is not None else ticket  # tickets rise: the last one stands for all
         self.counters.orphaned += len(leaving) - 1
         return ticket
@@ -227,13 +251,15 @@ _CAUSES: dict[str, GoneCause] = {"evicted": "evicted", "corrupt": "corrupt"}
 def residency_of(config: StoreConfig, clock: Clock) -> Residency:
     """The memory tiers of a configuration, empty."""
     chains = Chains()
-    tenants = Tenants(config.quotas)
+    index = chains.index
+
+    def owner_of(key: Key) -> Owner:
+        meta = index.get(key)
+        return NOBODY if meta is None else meta.owner
 
     def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
-        order = Order(
-            policy_named(config.policy), chains=chains, owner_of=tenants.owner_of, quotas=tenants.quotas(name)
-        )
+        order = Order(policy_named(config.policy), chains=chains, owner_of=owner_of, tier=name)
         return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
 
     hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    return Residency(clock, chains, hot=hot, warm=warm, tenants=tenants)
+    return Residency(clock, chains, hot=hot, warm=warm, tenants=Tenants(config.quotas, config.namespaces))

@@ -7,6 +7,7 @@ What bounds its speed is Python: a put goes through every check and counter of t
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -141,8 +142,9 @@ class SizedForms:
         """A block as put."""
         return Entry(key, self._raw)
 
-    def encode(self, entry: Entry) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
         """In NF4."""
+        del prefix_start
         self._r.counters.encodes += 1
         return Entry(entry.key, self._nf4, lossy=True)
 
@@ -170,6 +172,8 @@ class SizedCold:
         self._on_drop = on_drop
         self.keys, self.get, self.touch = tier.keys, tier.get, tier.touch
         self.pin, self.unpin, self.close = tier.pin, tier.unpin, tier.close
+        self.let_go, self.take_back, self.tenants = tier.let_go, tier.take_back, tier.tenants
+        self._owner_of = order.owner_of
 
     @property
     def used_nbytes(self) -> int:
@@ -187,9 +191,9 @@ class SizedCold:
         self._tier.put(entry)
         self.admission.wrote(entry.nbytes)
 
-    def displace(self, nbytes: int) -> None:
+    def displace(self, nbytes: int, key: Key) -> None:
         """Evict until an entry fits."""
-        while (victim := self._tier.displace(nbytes, _NEWCOMER)) is not None:
+        while (victim := self._tier.displace(nbytes, key, self._owner_of(key))) is not None:
             self.admission.left(victim.key)
             self._on_drop(victim.key, "evicted")
 
@@ -220,9 +224,6 @@ class SizedCold:
 
     def specs_of(self, key: Key) -> None:
         """No tensors, no specs."""
-
-
-_NEWCOMER = Key(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +270,8 @@ class Simulation:
         self._r = r = residency_of(config, self._clock)
         if setup.disk_nbytes:
             admission = Admission(config.cold.admission, config.cold.write_nbytes_per_day, self._clock)
-            r.cold = SizedCold(setup.disk_nbytes, Order(chains=r.chains), admission, r.dropped_from_cold)
+            order = Order(chains=r.chains, owner_of=r.owner_of, tier="cold")
+            r.cold = SizedCold(setup.disk_nbytes, order, admission, r.dropped_from_cold)
         self._forms = SizedForms(setup, r)
         mover = Mover(r, self._forms)
         self._intake = Intake(r, mover, config, torch.device("cpu"))
@@ -287,9 +289,9 @@ class Simulation:
         self._maintainer.run_once()
         keys = [self._key(block) for block in request.blocks]
         places = [place for place in self._reader.find(keys, leading=True) if place is not None]
-        counted = self._r.counters.hits_by_encoding
+        counted = self._r.counters.hits_in
         for place in places:
-            counted[place.meta.encoding if place.tier != "hot" else "raw"] += 1
+            counted[place.tier, place.meta.encoding if place.tier != "hot" else "raw"] += 1
         rest = keys[len(places) :]
         if rest:
             parent = keys[len(places) - 1] if places else None
@@ -314,13 +316,16 @@ class Simulation:
         c = self._r.counters
         below = self._forms.encode(self._forms.raw(Key(b""))).nbytes - ENTRY_OVERHEAD_NBYTES
         writes = c.tiers["cold"].puts
+        by_encoding: Counter[str] = Counter()
+        for (_, encoding), hits in c.hits_in.items():
+            by_encoding[encoding] += hits
         return Report(
             requests=self._requests,
             blocks=self._blocks,
             hits=self._hits,
             puts=self._puts,
             by_tier={name: tier.hits for name, tier in c.tiers.items()},
-            by_encoding=dict(c.hits_by_encoding),
+            by_encoding=dict(by_encoding),
             encodes=c.encodes - 1,
             promotions=c.tiers["hot"].promotions,
             evictions=sum(tier.evictions for tier in c.tiers.values()),

@@ -10,7 +10,7 @@ Leaves out: prefixes (`prefix`), the network (the daemon and its client offer th
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
 from kvstore.prefix import Namespace
-from kvstore.reader import Found, Reader, leading_first
+from kvstore.reader import Found, Reader, Resident, leading_first
 from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
@@ -54,12 +54,15 @@ class Store:
         framework: str = "auto",
         background: bool = True,
         room: Room | None = None,
+        tenants: Mapping[str, Sequence[bytes]] | None = None,
     ) -> None:
         self.config = config
         self._framework = framework
         # "cuda" alone is not equal to the "cuda:0" that its tensors report.
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
+        for name, prefixes in (tenants or {}).items():
+            r.register_tenant(name, prefixes)
         self._forms = TensorForms(
             codec_for(config.warm.codec, config.warm.max_relative_error or None), self._device, r, room
         )
@@ -82,13 +85,15 @@ class Store:
         framework: str = "auto",
         background: bool = True,
         room: Room | None = None,
+        tenants: Mapping[str, Sequence[bytes]] | None = None,
     ) -> Self:
         """Open a store.
 
         source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
         their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
         background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
-        hot are made (see `arena`), by default ordinary memory.
+        hot are made (see `arena`), by default ordinary memory. tenants: those known from the start, as for
+        `register_tenant`, which costs more once the store holds something.
         Raises ConfigError, or TierUnavailable when another process has the directory.
         """
         if isinstance(source, StoreConfig):
@@ -99,7 +104,8 @@ class Store:
             config = from_mapping(StoreConfig, read_toml(source))
         else:
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
-        return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room)
+        return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
+                   tenants=tenants)  # fmt: skip
 
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -113,6 +119,7 @@ class Store:
         own: bool = False,
         priority: Priority = "normal",
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
@@ -120,10 +127,14 @@ class Store:
         expiry. fidelity: "exact" for bit-for-bit in every tier, "auto" lets it become NF4 when it leaves hot.
         own: the torch tensors are handed over, no copy is made. priority: "low" leaves before others unless it is hit.
         parent: the key of the chunk that this one continues; it will not outlive it. False: the parent is not held.
+        namespace: the name under which it is counted, and limited by `namespaces` in the configuration; with a parent
+        it is the parent's.
         Raises InvalidEntry, EntryTooLarge, OverQuota.
         """
         self._check_open()
-        return self._intake.put(key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority), parent)
+        return self._intake.put(
+            key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace), parent
+        )
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -137,6 +148,7 @@ class Store:
         priority: Priority = "normal",
         chain: bool = False,
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> int:
         """Put entries, root first: the deepest is put first, so that the root ends most recently used.
 
@@ -145,7 +157,7 @@ class Store:
         """
         self._check_open()
         check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority)
+        options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace)
         if chain:
             return self._intake.put_chain(entries, options, parent)
         return sum(self._intake.put(key, tensors, options) for key, tensors in reversed(entries))
@@ -173,15 +185,30 @@ class Store:
         yield None if found is None else self._hit(found, copy=False)
 
     @contextmanager
-    def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, room: Room | None = None
-    ) -> Iterator[Iterator[Hit | None]]:
-        """Like `get_many` without copies, one hit after the other: only one is decoded at a time.
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
+        """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
+        found = self._read(check_keys(keys), leading=leading)
+        yield self._hits(found, leading=leading, copy=False)
+
+    @contextmanager
+    def lease_as_held(
+        self, keys: Sequence[bytes], accept: Collection[str], *, leading: bool = False, room: Room | None = None
+    ) -> Iterator[Iterator[Hit | Found | None]]:
+        """As `lease_many`; an entry in one of the encodings `accept` is not decoded but given out as the `Found` it is.
 
         room: where what must be decoded is made, by default ordinary memory.
         """
         found = self._read(check_keys(keys), leading=leading)
-        yield self._hits(found, leading=leading, copy=False, room=room)
+        yield self._hits(found, leading=leading, copy=False, room=room, accept=accept)
+
+    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+        """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
+
+        None, counted as nothing: at least one is elsewhere or missing. Only read the tensors; they live as long as they
+        are referred to.
+        """
+        self._check_open()
+        return self._reader.resident([Key(key) for key in keys])
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
@@ -262,21 +289,31 @@ class Store:
     def tenants(self) -> dict[str, dict[str, int]]:
         """Bytes held by tier and tenant; "" is everybody outside the tenants."""
         with self._r.lock:
-            return {tier.name: tier.owners() for tier in (self._r.hot, self._r.warm)}
+            tiers = (self._r.hot, self._r.warm, self._r.cold)
+            return {tier.name: tier.tenants() for tier in tiers if tier is not None}
 
     def explain(self, *keys: bytes) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
         return explain(self._r, check_keys(keys))
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key; tensors are described only where they are in memory."""
-        return entries(self._r, tier=tier, key_prefix=key_prefix, limit=limit)
+        """Entries in order of key; tensors are described only where they are in memory. Filters narrow each other.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
+        return entries(self._r, tier=tier, key_prefix=key_prefix, tenant=tenant, namespace=namespace, limit=limit)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        return snapshot(self._r)
+        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -329,6 +366,7 @@ class Store:
 
     def _open_cold(self, path: Path) -> None:
         from kvstore.tiers.cold import Cold
+        from kvstore.tiers.order import Order
 
         r = self._r
         cold = Cold.open(
@@ -337,6 +375,8 @@ class Store:
             r.clock,
             meta_of=r.index.get,
             on_drop=r.dropped_from_cold,
+            order=Order(owner_of=r.owner_of, tier="cold"),
+            owner_of=r.recovered_owner,
         )
         r.cold = cold
         with r.lock:
@@ -353,10 +393,18 @@ class Store:
         return self._reader.read(keys, leading=leading)
 
     def _hits(
-        self, found: list[Found | None], *, leading: bool, copy: bool = True, room: Room | None = None
-    ) -> Iterator[Hit | None]:
+        self,
+        found: list[Found | None],
+        *,
+        leading: bool,
+        copy: bool = True,
+        room: Room | None = None,
+        accept: Collection[str] = (),
+    ) -> Iterator[Any]:
         for place in found:
-            hit = None if place is None else self._hit(place, copy=copy, room=room)
+            hit: Hit | Found | None = place
+            if place is not None and not (accept and place.entry.is_encoded_in(accept)):
+                hit = self._hit(place, copy=copy, room=room)
             if hit is None and leading:
                 return
             yield hit
@@ -375,7 +423,8 @@ class Store:
             # Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone.
             log.warning("entry cannot be decoded key=%s error=%s", found[0].hex(), error)
             with self._r.lock:
-                self._r.counters.tiers[found[1]].hits -= 1
+                self._r.counters.tiers[found.tier].hits -= 1
+                self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
                 self._r.counters.misses["corrupt"] += 1
             self._forget([found[0]], "corrupt")
             return None

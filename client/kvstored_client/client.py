@@ -13,7 +13,8 @@ Thread-safe. A forked child gets a connection of its own.
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -28,6 +29,7 @@ from kvstore.stats import Stats
 from kvstored_client import local
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import default_address, lease_path, socket_path
+from kvstored_client.decoding import DECODES, Decode, accepted
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
@@ -37,7 +39,7 @@ from kvstored_client.messages import (
     tier_number,
 )
 from kvstored_client.near import Near, Silent, UseStream
-from kvstored_client.receive import Receiver
+from kvstored_client.receive import Out, Receiver
 from kvstored_client.send import Outgoing, PutOptions
 from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
 
@@ -58,6 +60,8 @@ class Client:
     timeout_s: how long a call may be silent; calls that move bytes get more time in proportion.
     framework: what `get` returns, "torch", "numpy", or "auto": torch where the process has imported it.
     shared_memory: pass tensors through memory shared with the daemon where both are on one host.
+    decode: who decodes what the daemon holds encoded: "client", so that an eighth of the bytes travels (with torch), or
+    "daemon"; "auto": the client where torch is imported and the compiled kernel is installed. The bits are the same.
     failures: calls that ended in trouble and were answered as a miss, or raised.
     """
 
@@ -69,12 +73,16 @@ class Client:
         framework: arrays.Framework = "auto",
         on_error: OnError = "miss",
         shared_memory: bool = True,
+        decode: Decode = "auto",
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be over 0, got {timeout_s!r}")
         if on_error not in ("miss", "raise"):
             raise ValueError(f"on_error is miss or raise, got {on_error!r}")
+        if decode not in DECODES:
+            raise ValueError(f"decode is one of {', '.join(DECODES)}, got {decode!r}")
         arrays.resolve_framework(framework)
+        self._decode = decode
         self._framework = framework
         self._on_error = on_error
         self._transport = Transport(address or default_address(), timeout_s, _log_change)
@@ -101,7 +109,7 @@ class Client:
         """How often the daemon was found restarted."""
         return self._transport.restarts
 
-    def put(
+    def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         key: bytes,
         tensors: Mapping[str, Any],
@@ -112,19 +120,21 @@ class Client:
         fidelity: Fidelity = "auto",
         priority: Priority = "normal",
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> bool:
         """Keep a copy of named tensors under a key, replacing what was there. True: stored.
 
         ttl_s: seconds to live, by default the store's; sliding: a get moves the deadline. pin: keep from eviction and
         expiry. fidelity: "exact" for bit-for-bit in every tier. priority: "low" leaves before others unless it is hit.
-        parent: the key of the chunk that this one continues; it will not outlive it.
+        parent: the key of the chunk that this one continues; it will not outlive it. namespace: the name under which
+        it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         batch = [Outgoing(check_key(key), tensors, options, parent)]
         return bool(self._data(lambda: self._send(batch), 0))
 
-    def put_many(
+    def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
         *,
@@ -135,17 +145,19 @@ class Client:
         priority: Priority = "normal",
         chain: bool = False,
         parent: bytes | None = None,
+        namespace: str = "",
     ) -> int:
         """Put entries, root first, in one call. Returns how many were stored.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues.
+        outlives the one it continues. namespace: as for `put`.
         """
         keys = check_keys(key for key, _ in entries)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority)
+        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
-            Outgoing(key, tensors, options, before) for (key, tensors), before in zip(entries, parents, strict=False)
+            Outgoing(key, tensors, options, before, root=chain)
+            for (key, tensors), before in zip(entries, parents, strict=False)
         ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 
@@ -155,8 +167,7 @@ class Client:
         out: tensors to fill, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
         After a miss their contents are undefined.
         """
-        hits = self._receive([check_key(key)], leading=False, out=out)
-        return hits[0] if hits else None
+        return self._receive([check_key(key)], leading=False, out=None if out is None else [out])[0]
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
@@ -202,22 +213,20 @@ class Client:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
         return self._pin(keys, pinned=False)
 
-    @contextmanager
-    def lease(self, key: bytes) -> Iterator[Hit | None]:
+    def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
         """The value without a copy, read-only, for the length of a block; None on a miss.
 
         On the daemon's host the tensors lie in its memory: writing to one ends this process (numpy arrays refuse it),
-        and one that is still referred to after the block raises LeaseKept. From afar it is a copy, as by `get`.
+        and one that is still referred to after the block raises LeaseKept. A block that takes longer than
+        `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         """
-        with self.lease_many([key]) as hits:
-            yield hits[0] if hits else None
+        return _OneLease(partial(self._lease, [check_key(key)], leading=False))
 
-    @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[list[Hit | None]]:
-        """Like `get_many` without copies: see `lease`."""
-        checked = check_keys(keys)
-        with ExitStack() as stack:
-            yield _leading(self._data(lambda: self._leased(stack, checked, leading=leading), []), leading=leading)
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False
+    ) -> AbstractContextManager[Sequence[Hit | None]]:
+        """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
+        return _Leases(partial(self._lease, check_keys(keys), leading=leading))
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.
@@ -271,12 +280,23 @@ class Client:
         return [read_explanation(message) for message in reply.explanations]
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key. Raises if the daemon cannot answer."""
+        """Entries in order of key. Filters narrow each other. Raises if the daemon cannot answer.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
         if limit is not None and limit <= 0:
             return
-        request = pb.ListRequest(tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0)
+        request = pb.ListRequest(
+            tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0, tenant=tenant, namespace=namespace
+        )
         for message in self._transport.stream_in(ADMIN + "List", request):
             yield from map(read_entry_info, pb.ListReply.FromString(message).entries)
 
@@ -325,28 +345,27 @@ class Client:
             data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
         return int(self._noted(pb.PutReply.FromString(data)).stored)
 
-    def _receive(self, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None) -> list[Hit | None]:
-        receiver = Receiver(keys, arrays.resolve_framework(self._framework), out)
+    def _receive(self, keys: list[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
+        """Hits by position. out: for each key tensors to fill, or None."""
+        hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(lambda: self._read(receiver, keys, leading=leading, out=out), None)
-        return receiver.hits
+            self._data(lambda: self._read(hits, keys, leading=leading, out=out), None)
+        return hits
 
-    def _read(
-        self, receiver: Receiver, keys: list[bytes], *, leading: bool, out: Mapping[str, Any] | None = None
-    ) -> None:
+    def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
         framework = arrays.resolve_framework(self._framework)
+        request = pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode))
         try:
-            hits, stale, epoch = self._nearby(lambda near: local.get(near, keys, framework, leading=leading, out=out))
+            hits[:], stale, epoch = self._nearby(lambda near: local.get(near, request, framework, out))
         except UseStream:
-            self._read_stream(receiver, keys, leading=leading)
+            self._read_stream(Receiver(keys, framework, out, hits), request)
             return
         self._transport.saw_epoch(epoch)
-        receiver.hits[:] = hits
-        with self._failures_lock:
-            self.failures += stale
+        if stale:
+            with self._failures_lock:
+                self.failures += stale
 
-    def _read_stream(self, receiver: Receiver, keys: list[bytes], *, leading: bool) -> None:
-        request = pb.GetRequest(keys=keys, leading=leading)
+    def _read_stream(self, receiver: Receiver, request: pb.GetRequest) -> None:
         try:
             receiver.read(self._transport.stream_in(CACHE + "Get", request))
         except BadFrame as error:
@@ -356,14 +375,17 @@ class Client:
         if receiver.corrupt:
             raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
-    def _leased(self, stack: ExitStack, keys: list[bytes], *, leading: bool) -> list[Hit | None]:
+    def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(lambda: self._leased(keys, leading=leading), nullcontext([]))
+
+    def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
         try:
-            return self._nearby(lambda near: stack.enter_context(local.lease(near, keys, framework, leading=leading)))
+            return self._nearby(lambda near: local.lease(near, keys, framework, leading=leading))
         except UseStream:
             receiver = Receiver(keys, framework)
-            self._read_stream(receiver, keys, leading=leading)
-            return receiver.hits
+            self._read_stream(receiver, pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode)))
+            return nullcontext(_leading(receiver.hits, leading=leading))
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
@@ -420,6 +442,30 @@ class Client:
                 raise
             logger.debug("answered as a miss: %s", error)
             return otherwise
+
+
+class _Leases:
+    """A lease that begins with its block."""
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[Sequence[Hit | None]]]) -> None:
+        self._begin = begin
+
+    def __enter__(self) -> Sequence[Hit | None]:
+        self._block = self._begin()
+        return self._block.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._block.__exit__(kind, error, traceback)
+
+
+class _OneLease(_Leases):
+    """The same of one key."""
+
+    def __enter__(self) -> Hit | None:  # type: ignore[override]  # one hit for many
+        hits = super().__enter__()
+        return hits[0] if hits else None
 
 
 def _leading(hits: list[Hit | None], *, leading: bool) -> list[Hit | None]:

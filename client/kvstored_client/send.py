@@ -10,7 +10,7 @@ import xxhash
 from kvstore import arrays
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity, Priority
-from kvstore.keys import check_key
+from kvstore.keys import check_key, check_namespace
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import CHUNK_NBYTES, Gather, build_frame
 from kvstored_client.messages import fidelity_number, priority_number, tensor_specs
@@ -25,6 +25,7 @@ class PutOptions:
     pin: bool = False
     fidelity: Fidelity = "auto"
     priority: Priority = "normal"
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         ttl = self.ttl_s
@@ -32,6 +33,7 @@ class PutOptions:
             raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
         fidelity_number(self.fidelity)
         priority_number(self.priority)
+        check_namespace(self.namespace)
 
     @property
     def wire_ttl_s(self) -> float:
@@ -43,7 +45,13 @@ class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile."""
 
     def __init__(
-        self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None
+        self,
+        key: bytes,
+        tensors: Mapping[str, Any],
+        options: PutOptions,
+        parent: bytes | None = None,
+        *,
+        root: bool = False,
     ) -> None:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
@@ -61,6 +69,8 @@ class Outgoing:
             fidelity=fidelity_number(options.fidelity),
             parent=b"" if parent is None else check_key(parent),
             priority=priority_number(options.priority),
+            root=root and parent is None,
+            namespace=options.namespace,
         )
 
     def single_frame(self) -> bytes | None:

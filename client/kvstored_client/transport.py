@@ -29,7 +29,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
     # Without the ping timeout keepalive noticed a stopped peer after 61 s, with it after 3 (its default is 60 s).
-    ("grpc.keepalive_time_ms", 5_000),
+    # Both together under ten seconds, in which a peer has to be noticed, with a few to spare on a busy machine.
+    ("grpc.keepalive_time_ms", 3_000),
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -40,6 +41,8 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
     # A connection of its own: channels of one process otherwise share one, and a fork would inherit it.
     ("grpc.use_local_subchannel_pool", 1),
+    # A stream's frames are taken by the thread that asked, not by one made for each stream.
+    ("SingleThreadedUnaryStream", 1),
     # The daemon is on this host or named by an operator: a proxy from the environment is never meant.
     ("grpc.enable_http_proxy", 0),
 )

@@ -9,29 +9,31 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
 from kvstore.arena import Arena, Place, Segment
-from kvstore.errors import InvalidEntry, KvstoreError, PermissionDenied
+from kvstore.entry import Entry
+from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.gate import Access, Refusal
-from kvstored.metrics import Meter
+from kvstored.gate import Access, Records, Refusal
 from kvstored.scope import Scopes
-from kvstored.tokens import LOCAL, Identity
+from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
-from kvstored.wire import Incoming, Reading, hit_header, put_ready
+from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hit, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -39,13 +41,33 @@ logger = logging.getLogger(__name__)
 PACKET_MAX_NBYTES = 256 << 10
 CONNECTIONS_MAX = 256
 INGEST_MIN_NBYTES = 16 << 20
-SMALL_VERBS: tuple[Literal["match", "touch", "delete", "pin"], ...] = ("match", "touch", "delete", "pin")
+VERBS = {
+    "get": "Cache/Get",
+    "put": "Cache/Put",
+    "match": "Cache/Match",
+    "touch": "Cache/Touch",
+    "delete": "Cache/Delete",
+    "pin": "Cache/Pin",
+}
+"""Fields of a LeaseCall, and the method each of them is: rights are the method's."""
+_LEASE = "Lease/"
 SEND_TIMEOUT_S = 5.0
 JANITOR_INTERVAL_S = 0.5
 
 
 class UseStream(Exception):
     """This call cannot be served here: the client asks again over gRPC."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Card:
+    """An entry that lies in a segment, and what is said of it: a LeaseReply with this one block."""
+
+    segment: Segment
+    said: bytes
+
+
+_CARD, _SEGMENT, _SAID = attrgetter("card"), attrgetter("segment"), attrgetter("said")
 
 
 @dataclass
@@ -58,16 +80,22 @@ class Shared:
     ingest: Budget
     verbs: Verbs
     lease_max_s: float
-    meter: Meter | None = None
-    scopes: Scopes | None = None
-    identify: Callable[[int], Identity | None] = lambda _uid: LOCAL
-    gauges: dict[str, int] = field(default_factory=lambda: {"leases": 0, "lease_connections": 0, "leases_aged": 0})
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    records: Records
+    scopes: Scopes
+    identify: Callable[[int], Identity | None]
+    reads: threading.Semaphore
+    """For gets that are not answered out of hot: one from disk is in memory before its bytes can be counted."""
+    connections: set["Connection"] = field(default_factory=set)
+    aged: int = 0
 
-    def count(self, name: str, change: int) -> None:
-        """Move a gauge."""
-        with self.lock:
-            self.gauges[name] += change
+    def gauges(self) -> dict[str, float]:
+        """For the statistics."""
+        connections = self.connections.copy()
+        return {
+            "leases": sum(connection.leases for connection in connections),
+            "lease_connections": len(connections),
+            "leases_aged": self.aged,
+        }
 
 
 class Connection:
@@ -81,24 +109,27 @@ class Connection:
         if identity is None:
             raise PermissionError(f"user {self.uid} has no entry in the tokens file")
         self._identity = identity
-        self._store = shared.store if shared.scopes is None else shared.scopes.of(identity)
+        self._peer = f"lease:{self.uid}"
+        self._store = shared.scopes.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
-        self._leases: dict[int, tuple[float, list[Any]]] = {}
+        self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._lock = threading.Lock()
         self._next = 1
         self._handed: set[int] = set()
         self._ingest: dict[int, Segment] = {}
         self._fds: list[int] = []
 
+    @property
+    def leases(self) -> int:
+        """Leases held now."""
+        return len(self._leases)
+
     def run(self) -> None:
         """Answer calls until the client is gone."""
-        self._shared.count("lease_connections", 1)
+        packet = memoryview(bytearray(PACKET_MAX_NBYTES))
         try:
-            while True:
-                packet = self._sock.recv(PACKET_MAX_NBYTES)
-                if not packet:
-                    return
-                reply = self._reply(packet)
+            while nbytes := self._sock.recv_into(packet):
+                reply = self.answer(bytes(packet[:nbytes]))
                 if reply is not None:
                     self._send(reply)
         except OSError as error:
@@ -116,7 +147,6 @@ class Connection:
             segment.close()
             self._shared.ingest.give_back(segment.nbytes)
         self._ingest.clear()
-        self._shared.count("lease_connections", -1)
 
     def hang_up(self) -> None:
         """End the connection from outside its thread; a call under way still gets its answer."""
@@ -128,113 +158,153 @@ class Connection:
         with self._lock:
             old = [number for number, (until, _) in self._leases.items() if until <= now]
         if old:
-            self._shared.count("leases_aged", len(old))
+            self._shared.aged += len(old)  # one thread watches ages
             self._drop(old)
 
-    def _drop(self, numbers: list[int]) -> None:
+    def _drop(self, numbers: Sequence[int]) -> None:
         with self._lock:
-            gone = [self._leases.pop(number, None) for number in numbers]
-        self._shared.count("leases", -sum(lease is not None for lease in gone))
+            for number in numbers:
+                self._leases.pop(number, None)
 
-    def _send(self, reply: pb.LeaseReply) -> None:
-        data = reply.SerializeToString()
-        fds, self._fds = self._fds, []
-        if len(data) > PACKET_MAX_NBYTES:
-            self._drop([reply.lease])
-            data = _refusal(
-                "UseStream", f"a reply of {len(data)} bytes is over {PACKET_MAX_NBYTES}"
-            ).SerializeToString()
-        if fds:
+    def _send(self, data: bytes) -> None:
+        if self._fds:
+            fds, self._fds = self._fds, []
             socket.send_fds(self._sock, [data], fds)
         else:
             self._sock.send(data)
 
-    def _reply(self, packet: bytes) -> pb.LeaseReply | None:
+    def answer(self, packet: bytes) -> bytes | None:
+        """The reply to one packet; None for one that only releases leases."""
         began = time.perf_counter()
         try:
             call = pb.LeaseCall.FromString(packet)
         except DecodeError as error:
             return _refusal("InvalidEntry", str(error))
-        self._drop(list(call.release))
-        reply = self._answer(call)
-        if reply is not None and self._shared.meter is not None:
-            code = reply.error.kind if reply.HasField("error") else "OK"
-            self._shared.meter.end(f"Lease/{_verb(call)}", code, time.perf_counter() - began)
-        return reply
-
-    def _answer(self, call: pb.LeaseCall) -> pb.LeaseReply | None:
+        if call.release:
+            self._drop(call.release)
+            if not call.ingest_nbytes and not any(map(call.HasField, VERBS)):
+                return None
+        verb = next(filter(call.HasField, VERBS), "ingest")
+        code, reply = "OK", b""
         try:
-            return self._dispatch(call)
+            reply = self._allowed(verb, call)
+        except Refusal as refusal:
+            code, reply = refusal.code.name, _refusal("PermissionDenied", str(refusal))
         except UseStream as error:
-            return _refusal("UseStream", str(error))
+            code, reply = "UNIMPLEMENTED", _refusal("UseStream", str(error))
         except KvstoreError as error:
             kinds = (kind.__name__ for kind in type(error).__mro__)
-            return _refusal(next(kind for kind in kinds if hasattr(errors, kind)), str(error))
+            name = next(kind for kind in kinds if hasattr(errors, kind))
+            code, reply = error.grpc_code, _refusal(name, str(error))
         except OSError:
             raise
         except Exception:
             logger.exception("lease call failed")
-            return _refusal("KvstoreError", "internal error, see the daemon's log")
-
-    def _dispatch(self, call: pb.LeaseCall) -> pb.LeaseReply | None:
-        verb = _verb(call)
-        if verb != "ingest":
-            try:
-                Access.check(self._identity, f"Cache/{verb.capitalize()}")
-            except Refusal as refusal:
-                raise PermissionDenied(str(refusal)) from None
-        if call.HasField("get"):
-            return self._get(call.get)
-        if call.HasField("put"):
-            return pb.LeaseReply(put=self._put(call.put))
-        for name in SMALL_VERBS:
-            if call.HasField(name):
-                return pb.LeaseReply(**{name: getattr(self._verbs, name)(getattr(call, name))})
-        if call.ingest_nbytes:
-            return self._open_ingest(call.ingest_nbytes)
-        return None if call.release else _refusal("InvalidEntry", "an empty call")
-
-    def _get(self, asked: pb.GetRequest) -> pb.LeaseReply:
-        shared = self._shared
-        reply = pb.LeaseReply(boot_epoch=shared.verbs.epoch, lease_max_s=shared.lease_max_s)
-        held: list[Any] = []
-        # What must be decoded is decoded into this user's own segments: that is where it will be read.
-        room = partial(shared.arena.empty, owner=self.uid)
-        reading = Reading(self._store, shared.budget, check_keys(asked.keys), leading=asked.leading, room=room)
-        try:
-            while lot := reading.next_lot():
-                for index, hit in lot:
-                    if hit is not None:
-                        tensors, place = self._placed(hit)
-                        held.append(tensors)
-                        self._hand(reply, place.segment)
-                        reply.leased.add(
-                            header=hit_header(index, hit),
-                            segment=place.segment.number,
-                            start=place.start,
-                            generation=place.generation,
-                        )
+            code, reply = "INTERNAL", _refusal("KvstoreError", "internal error, see the daemon's log")
         finally:
-            reading.close()
+            self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
+        if len(reply) > PACKET_MAX_NBYTES:
+            self._leases.pop(self._next - 1, None)
+            return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
+        return reply
+
+    def _allowed(self, verb: str, call: pb.LeaseCall) -> bytes:
+        if verb == "ingest":
+            if not call.ingest_nbytes:
+                raise InvalidEntry("an empty call")
+            return self._open_ingest(call.ingest_nbytes)
+        Access.check(self._identity, VERBS[verb])
+        asked = getattr(call, verb)
+        if verb == "get":
+            return self._get(asked)
+        if verb == "put":
+            return pb.LeaseReply(put=self._put(asked)).SerializeToString()
+        return pb.LeaseReply(**{verb: getattr(self._verbs, verb)(asked)}).SerializeToString()
+
+    def _get(self, asked: pb.GetRequest) -> bytes:
+        keys = check_keys(asked.keys)
+        resident: Resident | None = self._store.resident(keys)
+        if resident is not None:
+            cards = self._cards(resident)
+            if cards is not None:
+                reply = pb.LeaseReply(complete=True, now=resident.now)
+                for segment in set(map(_SEGMENT, cards)):
+                    self._hand(reply, segment)
+                self._hold(reply, resident.entries)
+                return reply.SerializeToString() + b"".join(map(_SAID, cards))
+        return self._read(asked, resident)
+
+    def _cards(self, resident: Resident) -> list[Card] | None:
+        """What is said of each entry; None where one does not lie in a segment of this user's."""
+        cards: list[Card] = list(map(_CARD, resident.entries))
+        if None in cards:
+            for i, (entry, meta) in enumerate(zip(resident.entries, resident.metas, strict=True)):
+                if cards[i] is None:
+                    card = self._new_card(entry, meta.created_at)
+                    if card is None:
+                        return None
+                    entry.keep_card(card)
+                    cards[i] = card
+        return cards if all(segment.owner == self.uid for segment in set(map(_SEGMENT, cards))) else None
+
+    def _new_card(self, entry: Entry, put_at: float) -> Card | None:
+        hit = resident_hit(entry, 0.0)
+        place = self._shared.arena.place_of(hit.tensors, self.uid)
+        if place is None:
+            return None
+        leased = _leased(0, hit, place)
+        leased.header.put_at = put_at
+        return Card(place.segment, pb.LeaseReply(leased=[leased]).SerializeToString())
+
+    def _hold(self, reply: pb.LeaseReply, held: Sequence[Any]) -> None:
+        shared = self._shared
+        reply.boot_epoch = shared.verbs.epoch
+        reply.lease_max_s = shared.lease_max_s
         if held:
             with self._lock:
                 reply.lease = self._next
                 self._next += 1
                 self._leases[reply.lease] = (time.monotonic() + shared.lease_max_s, held)
-            shared.count("leases", 1)
-        return reply
 
-    def _placed(self, hit: Hit) -> tuple[Mapping[str, Any], Place]:
-        """The hit's tensors where this client may read them: as they are, or copied to a segment of his user's."""
+    def _read(self, asked: pb.GetRequest, resident: Resident | None) -> bytes:
+        """A get that has to find, decode or copy something first; of entries found already, to copy."""
+        shared = self._shared
+        reply = pb.LeaseReply()
+        held: list[Any] = []
+        # What must be decoded is decoded into this user's own segments: that is where it will be read.
+        room = partial(shared.arena.empty, owner=self.uid)
+        reading = Reading(self._store, shared.budget, asked, room=room)
+        try:
+            lot = self._next_lot(reading) if resident is None else resident_hits(resident)
+            while lot:
+                for index, hit in lot:
+                    if hit is not None:
+                        tensors, place = self._placed(hit)
+                        held.append(tensors)
+                        self._hand(reply, place.segment)
+                        reply.leased.append(_leased(index, hit, place))
+                lot = self._next_lot(reading) if resident is None else []
+        finally:
+            reading.close()
+        self._hold(reply, held)
+        return reply.SerializeToString()
+
+    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Found | None]]:
+        with self._shared.reads:
+            return reading.next_lot()
+
+    def _placed(self, hit: Hit | Found) -> tuple[Mapping[str, Any], Place]:
+        """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
         arena = self._shared.arena
-        place = arena.place_of(hit.tensors, self.uid)
+        sources = dict(hit.tensors) if isinstance(hit, Hit) else {str(i): part for i, part in enumerate(payload(hit))}
+        place = arena.place_of(sources, self.uid)
         if place is not None:
-            return hit.tensors, place
-        room = arena.empty({name: arrays.describe(name, x) for name, x in hit.tensors.items()}, self.uid)
+            return sources, place
+        room = arena.empty({name: arrays.describe(name, x) for name, x in sources.items()}, self.uid)
         place = None if room is None else arena.place_of(room, self.uid)
         if room is None or place is None:
             raise UseStream("no room in shared memory, or nothing to share")
-        for name, x in hit.tensors.items():
+        for name, x in sources.items():
             room[name].copy_(x)
         return room, place
 
@@ -245,7 +315,7 @@ class Connection:
         reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
         self._fds.append(segment.fd)
 
-    def _open_ingest(self, nbytes: int) -> pb.LeaseReply:
+    def _open_ingest(self, nbytes: int) -> bytes:
         size = -(-max(nbytes, INGEST_MIN_NBYTES) // (1 << 20)) * (1 << 20)
         try:
             self._shared.ingest.take(size)
@@ -256,7 +326,7 @@ class Connection:
         self._ingest[segment.number] = segment
         reply = pb.LeaseReply()
         self._hand(reply, segment, writable=True)
-        return reply
+        return reply.SerializeToString()
 
     def _put(self, asked: pb.LeasePut) -> pb.PutReply:
         shared = self._shared
@@ -295,12 +365,17 @@ class Connection:
         return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
 
 
-def _verb(call: pb.LeaseCall) -> str:
-    return next((name for name in ("get", "put", *SMALL_VERBS) if call.HasField(name)), "ingest")
+def _leased(index: int, hit: Hit | Found, place: Place) -> pb.Leased:
+    return pb.Leased(
+        header=hit_header(index, hit),
+        segment=place.segment.number,
+        start=place.start,
+        generation=place.generation,
+    )
 
 
-def _refusal(kind: str, message: str) -> pb.LeaseReply:
-    return pb.LeaseReply(error=pb.LeaseError(kind=kind, message=message))
+def _refusal(kind: str, message: str) -> bytes:
+    return pb.LeaseReply(error=pb.LeaseError(kind=kind, message=message)).SerializeToString()
 
 
 class LeaseServer:
@@ -309,7 +384,7 @@ class LeaseServer:
     def __init__(self, path: Path, shared: Shared) -> None:
         self._path = path
         self._shared = shared
-        self._connections: set[Connection] = set()
+        self._connections = shared.connections
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopping = threading.Event()

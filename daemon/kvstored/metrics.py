@@ -36,7 +36,6 @@ _TIER = (
     Family("kvstored_tier_entries", "gauge", "Entries held in the tier.", "tier", "entries"),
     Family("kvstored_tier_used_bytes", "gauge", "Bytes counted against the tier's budget.", "tier", "used_nbytes"),
     Family("kvstored_tier_capacity_bytes", "gauge", "The tier's budget now.", "tier", "capacity_nbytes"),
-    Family("kvstored_hits_total", "counter", "Gets answered, by the tier that answered.", "tier", "hits"),
     Family("kvstored_tier_puts_total", "counter", "Entries put into the tier by a caller.", "tier", "puts"),
     Family("kvstored_evictions_total", "counter", "Entries that left the store for capacity.", "tier", "evictions"),
     Family("kvstored_demotions_total", "counter", "Entries moved down, by the tier they left.", "tier", "demotions"),
@@ -46,7 +45,8 @@ _TIER = (
 _STORE = (
     Family("kvstored_gets_total", "counter", "Keys asked for.", value="gets"),
     Family("kvstored_misses_total", "counter", "Gets not answered, by cause.", "cause", "misses_{}"),
-    Family("kvstored_hits_by_encoding_total", "counter", "Gets answered, by encoding held.", "encoding", "hits_{}"),
+    Family("kvstored_hits_total", "counter", "Gets answered, by the tier that answered and the encoding it held.",
+           "tier,encoding", "hits_{}"),
     Family("kvstored_hit_bytes_total", "counter", "Decoded bytes of entries found.", value="hit_nbytes"),
     Family("kvstored_puts_total", "counter", "Entries put.", value="puts"),
     Family("kvstored_put_bytes_total", "counter", "Decoded bytes of entries put.", value="put_nbytes"),
@@ -56,6 +56,8 @@ _STORE = (
     Family("kvstored_encode_seconds_total", "counter", "Time spent encoding.", value="encode_s"),
     Family("kvstored_decodes_total", "counter", "Entries decoded for a get or a promotion.", value="decodes"),
     Family("kvstored_decode_seconds_total", "counter", "Time spent decoding.", value="decode_s"),
+    Family("kvstored_promotions_waiting", "gauge", "Promotions asked for and not made yet.",
+           value="promotions_waiting"),
     Family("kvstored_promotions_dropped_total", "counter", "Promotions not tried: 256 waited.",
            value="promotions_dropped"),
     Family("kvstored_maintainer_errors_total", "counter", "Duties of the background thread that failed.",
@@ -72,6 +74,8 @@ _STORE = (
     Family("kvstored_cold_commits_total", "counter", "Transactions committed.", value="cold_commits"),
     Family("kvstored_cold_records_written_total", "counter", "Records written.", value="cold_records_written"),
     Family("kvstored_cold_written_bytes_total", "counter", "Bytes of records written.", value="cold_bytes_written"),
+    Family("kvstored_cold_records_moved_total", "counter", "Small records gathered out of sparse segments.",
+           value="cold_records_moved"),
     Family("kvstored_cold_write_errors_total", "counter", "Writes the disk refused.", value="cold_write_errors"),
     Family("kvstored_cold_read_errors_total", "counter", "Reads the disk refused: misses.",
            value="cold_read_errors"),
@@ -86,6 +90,13 @@ _STORE = (
     Family("kvstored_orphaned_total", "counter", "Chunks dropped because their parent was gone.", value="orphaned"),
     Family("kvstored_refused_chunks_total", "counter", "Chunks not stored because their parent is not held.",
            value="refused_chunks"),
+    Family("kvstored_tenant_bytes", "gauge", "Bytes a tenant holds, in all tiers.", "tenant", "tenant_nbytes_{}"),
+    Family("kvstored_tenant_entries", "gauge", "Entries a tenant holds.", "tenant", "tenant_entries_{}"),
+    Family("kvstored_tenant_hits_total", "counter", "Gets of a tenant answered.", "tenant", "tenant_hits_{}"),
+    Family("kvstored_namespace_bytes", "gauge", "Bytes held of the 16 namespaces with the most hits.", "namespace",
+           "namespace_nbytes_{}"),
+    Family("kvstored_namespace_entries", "gauge", "Entries held of them.", "namespace", "namespace_entries_{}"),
+    Family("kvstored_namespace_hits_total", "counter", "Gets of them answered.", "namespace", "namespace_hits_{}"),
 )  # fmt: skip
 
 _ERRORS = Family("kvstored_relative_error", "histogram",
@@ -96,6 +107,7 @@ _DAEMON = (
     Family("kvstored_in_flight_limit_bytes", "gauge", "server.in_flight_nbytes.", value="in_flight_limit_nbytes"),
     Family("kvstored_in_flight_refused_total", "counter", "Calls refused because of that limit.",
            value="in_flight_refused"),
+    Family("kvstored_calls_waiting", "gauge", "Calls that wait for one of server.threads.", value="calls_waiting"),
     Family("kvstored_uptime_seconds", "gauge", "Since start.", value="uptime_s"),
     Family("kvstored_arena_bytes", "gauge", "Shared memory mapped for clients of this host.", value="arena_nbytes"),
     Family("kvstored_arena_used_bytes", "gauge", "Of it, in use by entries and leases.", value="arena_used_nbytes"),
@@ -107,6 +119,8 @@ _DAEMON = (
     Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
+    Family("kvstored_heap_trims_total", "counter", "Times much freed memory was given back to the kernel.",
+           value="heap_trims"),
     Family("kvstored_heartbeat_age_seconds", "gauge", "Since the background thread last turned.",
            value="heartbeat_age_s"),
 )  # fmt: skip
@@ -143,6 +157,7 @@ class Meter:
         self._seconds = Histogram(
             *text("kvstored_rpc_seconds"), ("method", "code"), buckets=_SECONDS, registry=self.registry
         )
+        self._series: dict[tuple[str, str], Histogram] = {}
         self._running = PromGauge(*text("kvstored_rpc_running"), ("method",), registry=self.registry)
         self._refused = PromCounter(*text("kvstored_rpc_refused_total"), ("code",), registry=self.registry)
         self._saved = PromCounter(*text("kvstored_prefill_saved_seconds_total"), registry=self.registry)
@@ -154,7 +169,10 @@ class Meter:
 
     def end(self, method: str, code: str, seconds: float) -> None:
         """A call that may have begun elsewhere ended: the lease socket's are not counted as running."""
-        self._seconds.labels(method, code).observe(seconds)
+        found = self._series.get((method, code))
+        if found is None:  # `labels` takes as long as the smallest call's whole lookup
+            found = self._series[method, code] = self._seconds.labels(method, code)
+        found.observe(seconds)
 
     def leave(self, method: str) -> None:
         """A call that `begin` counted is over."""
@@ -218,9 +236,9 @@ def _relative_errors(stats: Stats) -> Metric:
 
 def _family(family: Family, values: dict[str, float]) -> Metric:
     make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-    found: CounterMetricFamily | GaugeMetricFamily = make(
-        family.name, family.help, labels=[family.label] if family.label else []
-    )
+    names = family.label.split(",") if family.label else []
+    found: CounterMetricFamily | GaugeMetricFamily = make(family.name, family.help, labels=names)
     for label, value in values.items():
-        found.add_metric([label] if family.label else [], value)
+        # Two labels in one name: the first is a tier, which has no underscore.
+        found.add_metric(label.split("_", len(names) - 1) if names else [], value)
     return found

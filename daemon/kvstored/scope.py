@@ -10,15 +10,17 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvstore.config import StoreConfig
+from kvstore.entry import Key
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.tokens import LOCAL, Identity
 
@@ -51,9 +53,7 @@ class ScopedStore:
 
     def __init__(self, store: Store, secret: bytes, tenant: str) -> None:
         self._store = store
-        self._prefix = _derive(secret, tenant, "key")
-        self._long_prefix = _derive(secret, tenant, "long key")
-        self.prefixes = (self._prefix, self._long_prefix)
+        self.prefixes = self._prefix, self._long_prefix = tenant_prefixes(secret, tenant)
 
     @property
     def config(self) -> StoreConfig:
@@ -77,10 +77,16 @@ class ScopedStore:
         return self._store.put_many(own, parent=None if parent is None else self.own(parent), **how)
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:
-        """As Store.lease_many; hits carry the keys asked for."""
-        with self._store.lease_many(self._all(keys), **how) as hits:
-            yield (None if hit is None else replace(hit, key=key) for key, hit in zip(keys, hits, strict=False))
+    def lease_as_held(
+        self, keys: Sequence[bytes], accept: Collection[str], **how: Any
+    ) -> Iterator[Iterator[Hit | Found | None]]:
+        """As Store.lease_as_held; hits carry the keys asked for."""
+        with self._store.lease_as_held(self._all(keys), accept, **how) as hits:
+            yield (_under(key, hit) for key, hit in zip(keys, hits, strict=False))
+
+    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+        """As Store.resident; the entries carry the keys they stand under."""
+        return self._store.resident(self._all(keys))
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """As Store.match."""
@@ -108,7 +114,7 @@ class ScopedStore:
 
     def __getattr__(self, verb: str) -> Any:
         # A verb added to the store later is out of a tenant's reach until it is mapped here: fails closed.
-        raise PermissionDenied(f"a tenant's token cannot use {verb}")
+        raise PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
 
 
 class Scopes:
@@ -133,6 +139,17 @@ class Scopes:
             found = self._by_tenant[tenant] = ScopedStore(self._store, self._secret, tenant)
             self._store.register_tenant(tenant, found.prefixes)
         return found
+
+
+def tenant_prefixes(secret: bytes, tenant: str) -> tuple[bytes, bytes]:
+    """What stands before a tenant's keys: the usual ones, and those too long to be put behind it as they are."""
+    return _derive(secret, tenant, "key"), _derive(secret, tenant, "long key")
+
+
+def _under(key: bytes, hit: Hit | Found | None) -> Hit | Found | None:
+    if isinstance(hit, Found):
+        return hit._replace(key=Key(key))
+    return None if hit is None else replace(hit, key=key)
 
 
 def _derive(secret: bytes, tenant: str, use: str) -> bytes:

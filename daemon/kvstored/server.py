@@ -11,6 +11,8 @@ import logging
 import os
 import secrets
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +29,14 @@ from kvstore.config import HotConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.gate import Access, Gate
+from kvstored.gate import Access, Gate, Records
 from kvstored.lease import LeaseServer, Shared
 from kvstored.process import DirectoryLock, tune
-from kvstored.scope import Scopes, read_secret
+from kvstored.scope import Scopes, read_secret, tenant_prefixes
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
+from kvstored.spans import Spans, open_spans
 from kvstored.tls import Certificates
 from kvstored.tokens import Tokens, read_tokens
 from kvstored.verbs import Verbs
@@ -55,16 +58,19 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
     ("grpc.max_concurrent_streams", 128),
+    # A window grown to the line's speed holds megabytes for each of hundreds of streams, in nobody's account; a message
+    # that is being read widens it as far as it needs.
+    ("grpc.http2.bdp_probe", 0),
     # On by default: a second daemon would bind the same TCP port without an error.
     ("grpc.so_reuseport", 0),
     # Keepalive alone noticed a stopped peer after 61 s, with the ping timeout after 3 (its default is 60 s).
-    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_time_ms", 3_000),
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # Clients ping every 5 s; a lower bound above that would answer them with too_many_pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 2_500),
+    # Clients ping every 3 s; a lower bound above that would answer them with too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_500),
 )
 
 
@@ -93,7 +99,8 @@ async def _serve(settings: Settings) -> int:
     # Opening verifies and rebuilds what a power cut left: seconds for a large index. Minutes are allowed, not 90 s.
     notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
     arena = Arena(arena_limit_nbytes(settings.store.hot))
-    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty))
+    tenants = _tenants(settings.server)
+    store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty, tenants=tenants))
     try:
         daemon = Daemon(store, settings.server, arena)
         await daemon.start()
@@ -160,14 +167,18 @@ async def _pulse(store: Store) -> None:
 class Daemon:
     """The gRPC server around an open store."""
 
-    def __init__(self, store: Store, settings: ServerSettings, arena: Arena | None = None) -> None:
+    def __init__(
+        self, store: Store, settings: ServerSettings, arena: Arena | None = None, spans: Spans | None = None
+    ) -> None:
+        self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self.watch = Watch(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
+        records = Records(self.watch.meter, self._spans)
         self._server = grpc.aio.server(
-            interceptors=[Gate(self._access, self.watch.meter)],
+            interceptors=[Gate(self._access, self.watch.meter, records)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=settings.calls_max,
         )
@@ -183,12 +194,18 @@ class Daemon:
             ingest,
             Verbs(store, epoch),
             settings.lease_max_s,
-            self.watch.meter,
+            records,
             scopes,
             self._access.of_user,
+            threading.Semaphore(settings.threads),
         )
         self._leases: list[LeaseServer] = []
-        self.watch.sources += (self._arena.gauges, lambda: dict(self._shared.gauges))
+        self.watch.sources += (
+            self._arena.gauges,
+            self._shared.gauges,
+            # The executor's own queue: it has no other word for how much waits.
+            lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
+        )
         room = self._arena.empty
         cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
         admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)
@@ -201,8 +218,11 @@ class Daemon:
             with _socket_mode(socket_path(target)):
                 try:
                     port = self._bind(target, tls=tls)
-                except RuntimeError as error:
-                    raise ConfigError(f"cannot listen on {target}: {error}") from None
+                except RuntimeError:
+                    # gRPC's own words are to set a debug variable.
+                    raise ConfigError(
+                        f"cannot listen on {target}: {why_not_bound(target)}; choose another server.address"
+                    ) from None
                 self._start_leases(socket_path(target))
             kind = "tls" if tls else "tcp"
             shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
@@ -237,6 +257,7 @@ class Daemon:
         for leases in self._leases:
             await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
@@ -258,8 +279,34 @@ def arena_limit_nbytes(hot: HotConfig) -> int:
     return hot.capacity_nbytes + max(hot.capacity_nbytes // 8, 64 << 20)
 
 
+def _tenants(settings: ServerSettings) -> dict[str, tuple[bytes, bytes]]:
+    """The tenants that may call, with their prefixes: a store that knows them finds their records at its start."""
+    tokens = _tokens(settings)
+    if tokens is None or not tokens.tenants:
+        return {}
+    secret = read_secret(Path(settings.data_dir) / "tenants.secret")
+    return {tenant: tenant_prefixes(secret, tenant) for tenant in sorted(tokens.tenants)}
+
+
 def _tokens(settings: ServerSettings) -> Tokens | None:
     return read_tokens(settings.tokens) if settings.tokens else None
+
+
+def why_not_bound(target: str) -> str:
+    """The system's reason why an address, as gRPC spells it, cannot be bound."""
+    path = socket_path(target)
+    host, _, port = target.rpartition(":")
+    try:
+        if path is not None:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(str(path))
+            path.unlink()
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "refused without a reason"
 
 
 @contextmanager

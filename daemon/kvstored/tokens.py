@@ -57,6 +57,12 @@ class Tokens:
     by_uid: Mapping[int, Identity] = field(default_factory=dict)
     """For the lease socket, where the kernel says whose process has connected."""
 
+    @property
+    def tenants(self) -> set[str]:
+        """Every tenant that somebody may call for."""
+        known = (*self.by_digest.values(), *self.by_common_name.values(), *self.by_uid.values())
+        return {identity.tenant for identity in known if identity.tenant is not None}
+
     def of_token(self, token: str) -> Identity | None:
         """The owner of a token. Takes as long for a wrong one as for a right one."""
         given = digest(token)
@@ -96,7 +102,9 @@ def read_tokens(path: str | Path) -> Tokens:
         if not _DIGEST.fullmatch(known):
             raise ConfigError(f"{where}: sha256 must be 64 hexadecimal digits; `kvstored token` prints them")
         if known in by_digest:
-            raise ConfigError(f"{where}: the same sha256 as {by_digest[known].name}")
+            raise ConfigError(
+                f"{where}: the same sha256 as {by_digest[known].name}: each caller has a token of its own"
+            )
         uid = entry.pop("uid", None)
         by_digest[known] = _identity(entry, where)
         if uid is not None:

@@ -4,6 +4,7 @@
 time. Neither knows gRPC, so another door can use the same two. Each belongs to one call.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -13,10 +14,12 @@ import torch
 import xxhash
 
 from kvstore import arrays
+from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.forms import Room
+from kvstore.forms import Room, specs_of
 from kvstore.hit import Fidelity, Hit, Priority
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_keys, check_namespace
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
@@ -48,6 +51,7 @@ class Options:
     pin: bool
     fidelity: Fidelity
     priority: Priority
+    namespace: str
 
 
 class Incoming:
@@ -70,8 +74,10 @@ class Incoming:
             header.pin,
             fidelity_name(header.fidelity),
             priority_name(header.priority),
+            check_namespace(header.namespace),
         )
         self.parent = check_key(header.parent) if header.parent else None
+        self.root = header.root and self.parent is None
         self.tensors: dict[str, torch.Tensor] = {}
         self._scatter = Scatter(())
         self._sum = xxhash.xxh3_64()
@@ -111,7 +117,9 @@ class PutStream:
         self._budget = budget
         self._room = room
         self._open: Incoming | None = None
-        self._taken_nbytes = 0
+        # Until the first header says what comes: 256 calls with a frame each had a gigabyte in no account.
+        budget.take(budget.call_nbytes)
+        self._taken_nbytes = self._unknown_nbytes = budget.call_nbytes
         self._keys = 0
         self.ready: list[Incoming] = []
         self.ready_nbytes = 0
@@ -141,6 +149,9 @@ class PutStream:
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
         entry = Incoming(header, self._limit_nbytes)
+        self._budget.give_back(self._unknown_nbytes)
+        self._taken_nbytes -= self._unknown_nbytes
+        self._unknown_nbytes = 0
         self._budget.take(entry.nbytes)
         self._taken_nbytes += entry.nbytes
         self._open = entry
@@ -170,23 +181,36 @@ class PutStream:
 
 
 class Reading:
-    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread."""
+    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread.
+
+    room: where what is decoded is made. frames_nbytes: what the caller makes of a lot beside, at most.
+    """
 
     def __init__(
-        self, store: Store, budget: Budget, keys: list[bytes], *, leading: bool, room: Room | None = None
+        self,
+        store: Store,
+        budget: Budget,
+        asked: pb.GetRequest,
+        *,
+        room: Room | None = None,
+        frames_nbytes: int = 0,
     ) -> None:
+        """Of a request with checked keys. room: where what must be decoded is made."""
         self._room = room
+        self._frames_nbytes = frames_nbytes
+        self._counted_nbytes = 0
+        self._accept = frozenset(asked.accept)
         self._store = store
         self._budget = budget
-        self._keys = keys
-        self._leading = leading
+        self._keys = check_keys(asked.keys)
+        self._leading = asked.leading
         self._at = 0
         self._groups = 0
         self._stop = 0
         self._lease = ExitStack()
-        self._hits: Iterator[Hit | None] | None = None
+        self._hits: Iterator[Hit | Found | None] | None = None
 
-    def next_lot(self) -> list[tuple[int, Hit | None]]:
+    def next_lot(self) -> list[tuple[int, Hit | Found | None]]:
         """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
         if self._hits is None or self._at >= self._stop:
             self._end_group()
@@ -194,19 +218,21 @@ class Reading:
                 return []
             self._begin_group()
         assert self._hits is not None
-        lot: list[tuple[int, Hit | None]] = []
+        lot: list[tuple[int, Hit | Found | None]] = []
         nbytes = 0
         while self._at < self._stop and nbytes < LOT_NBYTES:
             hit = next(self._hits, None)
             lot.append((self._at, hit))
             self._at += 1
             if hit is not None:
-                size = sum(x.nbytes for x in hit.tensors.values())
+                size = sum(x.nbytes for x in payload(hit))
                 nbytes += size
                 if len(self._keys) == 1 and hit.tier != "hot":
                     self._count(size)
             elif self._leading:
                 self._at = self._stop = len(self._keys)
+        # Entries in hot are counted there already, their frames are not.
+        self._count(max(0, min(nbytes, self._frames_nbytes) - self._counted_nbytes))
         return lot
 
     def close(self) -> None:
@@ -216,8 +242,10 @@ class Reading:
             self._store.touch(self._keys[: self._at])
 
     def _count(self, nbytes: int) -> None:
-        self._budget.take(nbytes)
-        self._lease.callback(self._budget.give_back, nbytes)
+        if nbytes:
+            self._budget.take(nbytes)
+            self._counted_nbytes += nbytes
+            self._lease.callback(self._budget.give_back, nbytes)
 
     def _begin_group(self) -> None:
         if len(self._keys) == 1:
@@ -225,7 +253,7 @@ class Reading:
         else:
             self._count(self._measure_group())
         group = self._keys[self._at : self._stop]
-        hits = self._store.lease_many(group, leading=self._leading, room=self._room)
+        hits = self._store.lease_as_held(group, self._accept, leading=self._leading, room=self._room)
         self._hits = self._lease.enter_context(hits)
         self._groups += 1
 
@@ -242,11 +270,33 @@ class Reading:
 
     def _end_group(self) -> None:
         self._hits = None
+        self._counted_nbytes = 0
         self._lease.close()
 
 
-def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
+def resident_hit(entry: Entry, age_s: float) -> Hit:
+    """A held entry as a hit: the very tensors."""
+    tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
+    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s, entry.receipt)
+
+
+def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
+    """All of them, by position."""
+    pairs = zip(resident.entries, resident.metas, strict=True)
+    return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
+
+
+def payload(hit: Hit | Found) -> list[torch.Tensor]:
+    """The tensors whose bytes follow the header: the hit's own, or the parts of one that stays encoded."""
+    if isinstance(hit, Hit):
+        return list(hit.tensors.values())
+    return [part for held in hit.entry.tensors.values() for part in held.parts.values()]
+
+
+def hit_header(index: int, hit: Hit | Found, boot_epoch: int = 0) -> pb.GetHeader:
     """What is said of a hit before its bytes."""
+    if isinstance(hit, Found):
+        return _packed_header(index, hit, boot_epoch)
     specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
     return pb.GetHeader(
         index=index,
@@ -261,10 +311,33 @@ def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
     )
 
 
-def hit_frames(index: int, hit: Hit, boot_epoch: int) -> Iterator[bytes]:
+def _packed_header(index: int, found: Found, boot_epoch: int) -> pb.GetHeader:
+    entry = found.entry
+    return pb.GetHeader(
+        index=index,
+        tensors=tensor_specs(specs_of(entry)),
+        nbytes=entry.value_nbytes,
+        tier=TIERS[found.tier],
+        encoding=entry.encoding,
+        lossy=entry.lossy,
+        age_s=found.age_s,
+        boot_epoch=boot_epoch,
+        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
+        packed=[
+            pb.PackedTensor(
+                encoding=held.encoding,
+                parts=tensor_specs({suffix: arrays.describe(suffix, part) for suffix, part in held.parts.items()}),
+                attrs=json.dumps(dict(held.attrs), allow_nan=False) if held.attrs else "",
+            )
+            for held in entry.tensors.values()
+        ],
+    )
+
+
+def hit_frames(index: int, hit: Hit | Found, boot_epoch: int) -> Iterator[bytes]:
     """The frames that answer one key of a Get."""
     header = hit_header(index, hit, boot_epoch).SerializeToString()
-    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
+    return cut_frames(header, Gather([arrays.as_bytes(x) for x in payload(hit)]))
 
 
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
@@ -279,8 +352,9 @@ def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
             pin=how.pin,
             fidelity=how.fidelity,
             priority=how.priority,
+            namespace=how.namespace,
             own=True,
-            chain=run[-1].parent is not None,
+            chain=run[0].root or run[-1].parent is not None,
             parent=run[0].parent,
         )
     return stored
@@ -292,7 +366,7 @@ def _runs(entries: Sequence[Incoming]) -> Iterator[list[Incoming]]:
     for entry in entries:
         if run:
             continues = entry.parent == run[-1].key and (len(run) == 1 or run[-1].parent is not None)
-            unchained = entry.parent is None and run[-1].parent is None
+            unchained = entry.parent is None and run[-1].parent is None and not (entry.root or run[-1].root)
             if entry.options != run[0].options or not (continues or unchained):
                 yield run
                 run = []

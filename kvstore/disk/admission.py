@@ -35,7 +35,7 @@ class Admission:
         """Whether an entry may be written now. Asking changes nothing."""
         if meta.pinned or meta.hits > 0:
             return True
-        if self._nbytes_per_day and self.left_nbytes <= 0:
+        if self.exhausted:
             return False
         return self._rule == "all" or (self._rule == "ghost" and key in self._ghosts)
 
@@ -56,6 +56,11 @@ class Admission:
         """So many bytes went to the disk; the bucket may go below zero by one batch."""
         self._left_nbytes = self.left_nbytes - nbytes
         self._filled_at = self._clock.now()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is a budget and nothing of it is left."""
+        return self._nbytes_per_day > 0 and self.left_nbytes <= 0
 
     @property
     def left_nbytes(self) -> float:

@@ -27,7 +27,8 @@ from kvstore.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
+"""2: records under 64 KiB share blocks. A version that knows only 1 would punch their neighbours, so it must refuse."""
 VERIFY_TIMEOUT_S = 60.0
 QUARANTINES_MAX = 3
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -93,7 +94,10 @@ def _lock(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
-        raise ConfigError(f"cold.path {path} is in use by another process (its LOCK file is held)") from None
+        raise ConfigError(
+            f"cold.path {path} is in use by another process (its LOCK file is held): stop that one, or "
+            "give this one another directory"
+        ) from None
     return fd
 
 
@@ -104,9 +108,9 @@ def _check(directory: Directory, verify_timeout_s: float) -> None:
         (directory.path / "DROP").unlink()
         return
     state = _read_state(directory.path)
-    if state is not None and state.get("format") != FORMAT:
+    if state is not None and state.get("format") not in READABLE:
         raise ConfigError(
-            f"cold.path {directory.path} has format {state.get('format')}, this version knows {FORMAT}: "
+            f"cold.path {directory.path} has format {state.get('format')}, this version knows 1 to {FORMAT}: "
             "use the version that wrote it, or put an empty file DROP there to start empty"
         )
     if not (directory.index / "data.mdb").exists():

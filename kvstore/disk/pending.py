@@ -7,9 +7,11 @@ Not thread-safe: the tier's lock covers it. Knows no disk and no time.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstore.entry import Entry, Key
+from kvstore.owner import NOBODY, Owner
 
 
 @dataclass(slots=True)
@@ -22,6 +24,7 @@ class Put:
     frees: int = 0
     ticket: int = 0
     durable: bool = False
+    owner: Owner = NOBODY
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class Delete:
     ticket: int = 0
     durable: bool = False
     cost: int = 0
+    owner: Owner = NOBODY
 
 
 Operation = Put | Delete
@@ -40,7 +44,9 @@ Operation = Put | Delete
 class Pending:
     """Operations by key, oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Callable[[Owner, int], None] = lambda _owner, _nbytes: None) -> None:
+        """count: told of every change of `used_nbytes`, and whose it is."""
+        self._count = count
         self.queued: OrderedDict[Key, Operation] = OrderedDict()
         self.inflight: dict[Key, Operation] = {}
         self.used_nbytes = 0
@@ -59,12 +65,13 @@ class Pending:
         if replaced is not None:
             operation.frees = replaced.frees
             operation.durable |= replaced.durable
-            self.used_nbytes += operation.cost - replaced.cost
+            self._use(replaced.owner, -replaced.cost)
+            self._use(operation.owner, operation.cost)
             self._uncount(replaced)
         else:
             running = self.inflight.get(key)
             operation.frees = committed_cost if running is None else running.cost
-            self.used_nbytes += operation.cost - operation.frees
+            self._use(operation.owner, operation.cost - operation.frees)
         if isinstance(operation, Put):
             self.buffered_nbytes += operation.entry.nbytes
         self.queued[key] = operation
@@ -76,7 +83,7 @@ class Pending:
         if not isinstance(operation, Put) or operation.frees or key in self.inflight:
             return False
         del self.queued[key]
-        self.used_nbytes -= operation.cost
+        self._use(operation.owner, -operation.cost)
         self._uncount(operation)
         return True
 
@@ -102,7 +109,7 @@ class Pending:
             if newer is not None:
                 newer.frees += error
             else:
-                self.used_nbytes += error
+                self._use(operation.owner, error)
             self._uncount(operation)
         self.inflight = {}
 
@@ -131,6 +138,18 @@ class Pending:
     def has_deletes(self) -> bool:
         """Whether a queued operation is a delete."""
         return any(isinstance(operation, Delete) for operation in self.queued.values())
+
+    def recovered(self, owner: Owner, nbytes: int) -> None:
+        """A record is on the disk since before this process."""
+        self._use(owner, nbytes)
+
+    def let_go(self, owner: Owner, nbytes: int) -> None:
+        """A record leaves the disk without an operation of its own."""
+        self._use(owner, -nbytes)
+
+    def _use(self, owner: Owner, nbytes: int) -> None:
+        self.used_nbytes += nbytes
+        self._count(owner, nbytes)
 
     def _uncount(self, operation: Operation) -> None:
         if isinstance(operation, Put):

@@ -13,12 +13,13 @@ from kvstore.disk.segments import Segments
 from kvstore.entry import Described, Entry, Key
 from kvstore.errors import RecordCorrupt
 from kvstore.record import Head, assemble, parse_head, specs_of
+from kvstore.sealing import NO_SEALS, Seals
 
 PIECE_NBYTES = 1 << 20
 """Read and hashed at once while it is in the cache; and while one piece is hashed the kernel reads the next ahead."""
 
 
-def read_entry(segments: Segments, key: Key, row: Row) -> Entry:
+def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
     """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError."""
     head_bytes = np.empty(row.head_nbytes, np.uint8)
     # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
@@ -32,7 +33,7 @@ def read_entry(segments: Segments, key: Key, row: Row) -> Entry:
         digest.update(stored[at : at + PIECE_NBYTES].data)
     head = parse_head(head_bytes.tobytes(), key)
     _check_sizes(head, row)
-    return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest())
+    return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest(), seals)
 
 
 def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None:

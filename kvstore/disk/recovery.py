@@ -13,10 +13,11 @@ from itertools import compress
 
 import numpy as np
 
+from kvstore.disk.blocks import PlaceTable, places_nbytes
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
-from kvstore.disk.segments import BLOCK_NBYTES, PlaceTable
 from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.owner import labelled
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _metas(chunk: Found, live: np.ndarray[tuple[int], np.dtype[np.bool_]], now: 
     f = chunk.fields[live]
     encodings = compress(chunk.encodings, live.tolist())
     flags = [(f["flags"] & flag > 0).tolist() for flag in (SLIDING, PINNED, EXACT, LOSSY)]
-    return list(
+    metas = list(
         map(
             Meta,
             np.minimum(f["created_at"], now).tolist(),
@@ -95,6 +96,9 @@ def _metas(chunk: Found, live: np.ndarray[tuple[int], np.dtype[np.bool_]], now: 
             compress(chunk.parents, live.tolist()),
         )
     )
+    for meta, namespace in zip(metas, compress(chunk.namespaces, live.tolist()), strict=True):
+        meta.owner = labelled(namespace)
+    return metas
 
 
 def _shared(values: list[float]) -> list[float]:
@@ -108,7 +112,7 @@ def _sort(found: Recovered, seqs: np.ndarray[tuple[int], np.dtype[np.int64]], pl
     found.keys = [found.keys[i] for i in order]
     found.metas = [found.metas[i] for i in order]
     found.places = places
-    found.nbytes = (-(-places[order, 2] // BLOCK_NBYTES) * BLOCK_NBYTES).tolist()
+    found.nbytes = places_nbytes(places[order, 2]).tolist()
     found.last_seq = int(seqs.max(initial=0))
 
 

@@ -22,6 +22,7 @@ import xxhash
 from kvstore.disk.segments import Place
 from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.owner import labelled
 
 MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
 """A map is address space only, but no process has petabytes of it; a map that is full grows."""
@@ -36,10 +37,11 @@ _COLUMNS = np.dtype(
     ]
 )  # fmt: skip
 """The same fields for numpy."""
+_SEGMENT, _SEGMENT_AT = struct.Struct("<I"), _COLUMNS.fields["segment"][1]  # type: ignore[index]  # it has fields
 _PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
-SLIDING, PINNED, EXACT, LOSSY = 1, 2, 4, 8
-"""Flags. Do not renumber."""
+SLIDING, PINNED, EXACT, LOSSY, NAMED = 1, 2, 4, 8, 16
+"""Flags. Do not renumber. NAMED: the name of a namespace comes before the parent's key."""
 SCAN_CHUNK = 50_000
 
 
@@ -52,6 +54,7 @@ class Found:
     encodings: list[str]
     pinned_until: list[float]
     parents: list[Key | None]
+    namespaces: list[str]
     damaged: list[Key]
 
 
@@ -66,17 +69,20 @@ class Row:
 
 
 def pack_row(key: Key, row: Row) -> bytes:
-    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the parent's key, a checksum.
+    """A row's bytes: fixed fields, the encoding's name and a zero, when a pin lapses, the namespace's name if it has
+    one (a byte of length before it), the parent's key, a checksum.
 
     The checksum is the low 32 bits of xxh3_64 over key and all of it.
     """
     m = row.meta
-    flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy
+    name = m.owner.namespace.encode()
+    flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy | NAMED * bool(name)
     fields = _FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
     )  # fmt: skip
-    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until) + (m.parent or b"")
+    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until)
+    body += (bytes([len(name)]) + name if name else b"") + (m.parent or b"")
     return body + _SUM.pack(_checksum(key, body))
 
 
@@ -91,16 +97,21 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
     if len(rest) < _PINNED_UNTIL.size:
         return None
+    pinned_until, parent, namespace = _more(rest, flags)
     meta = Meta(
         created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
-        bool(flags & LOSSY), encoding.decode(), hits, hit_at, *_more(rest),
+        bool(flags & LOSSY), encoding.decode(), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
 
-def _more(rest: bytes) -> tuple[float, Key | None]:
-    """When a pin lapses, and the parent."""
-    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[_PINNED_UNTIL.size :]) or None
+def _more(rest: bytes, flags: int) -> tuple[float, Key | None, str]:
+    """When a pin lapses, the parent, and the namespace's name."""
+    at, name = _PINNED_UNTIL.size, ""
+    if flags & NAMED and len(rest) > at:
+        end = at + 1 + rest[at]
+        name, at = rest[at + 1 : end].decode("utf-8", "replace"), end
+    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[at:]) or None, name
 
 
 def _checksum(key: bytes, body: bytes) -> int:
@@ -122,8 +133,9 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     names: dict[bytes, str] = {}
     rests = [d[size:tail].partition(b"\0") for d in datas]
     encodings = [names.get(name) or names.setdefault(name, name.decode()) for name, _, _ in rests]
-    more = [_more(rest) for _, _, rest in rests]
-    return Found(keys, fields, encodings, [until for until, _ in more], [parent for _, parent in more], damaged)
+    more = [_more(rest, flags) for (_, _, rest), flags in zip(rests, fields["flags"].tolist(), strict=True)]
+    untils, parents, namespaces = map(list, zip(*more, strict=True)) if more else ([], [], [])
+    return Found(keys, fields, encodings, untils, parents, namespaces, damaged)
 
 
 class Rows:
@@ -163,6 +175,18 @@ class Rows:
             while chunk := list(islice(rows, SCAN_CHUNK)):
                 keys, datas = zip(*chunk, strict=True)
                 yield _columns(list(keys), list(datas))
+
+    def of_segment(self, number: int) -> list[Key]:
+        """Keys whose rows name a segment, by a look at each row there is: a second for a million.
+
+        By the writer's thread: the transaction keeps no page of a later one from being used again.
+        """
+        with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
+            return [
+                Key(key)
+                for key, data in cursor
+                if len(data) > _FIELDS.size and _SEGMENT.unpack_from(data, _SEGMENT_AT)[0] == number
+            ]
 
     def write(self, put: Mapping[Key, Row], remove: Iterable[Key]) -> list[Place]:
         """Change rows in one transaction; the places that no row names after it. Raises lmdb.Error.

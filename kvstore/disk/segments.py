@@ -1,9 +1,10 @@
 """Values on disk: records one behind the other in segment files.
 
 Invariants: a byte once written is never written again, and a segment's number is never used twice while a row may name
-it, so a stale place reads as zeros or as nothing, never as another record. Records begin at whole blocks; the
-blocks of one that left go back to the file system at once (a hole), and a segment with nothing left is unlinked. So
-no room is lost to fragmentation and nothing is moved: the file system, which is good at it, places the blocks.
+it, so a stale place reads as zeros or as nothing, never as another record. The blocks of a record that left go back to
+the file system at once (a hole), and a segment with nothing left is unlinked: large records are never moved, the file
+system, which is good at it, places the blocks. Small records share blocks (`blocks`); what holes cannot give back of
+theirs is `slack_nbytes`, and `sparsest` says whose move would give it back.
 LMDB as the place for values was measured and left (docs/decisions/0001-values-in-segment-files.md).
 Thread rule: one writer; `read` may be called by any thread.
 """
@@ -12,19 +13,17 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.disk import Buffer, Bytes, Disk
+from kvstore.disk.blocks import BLOCK_NBYTES, Blocks, PlaceTable, align_of, place_nbytes, round_up
 
 log = logging.getLogger(__name__)
 
-BLOCK_NBYTES = 4096
-PlaceTable = np.ndarray[Any, np.dtype[np.int64]]
-"""Places as rows of (segment, offset, nbytes): a million of them as tuples would take 200 MiB and a second."""
 _ZEROS = bytes(BLOCK_NBYTES)
 _SUFFIX = ".seg"
 OPEN_MAX = 64
@@ -37,11 +36,6 @@ class Place(NamedTuple):
     segment: int
     offset: int
     nbytes: int
-
-
-def blocks_nbytes(nbytes: int) -> int:
-    """Bytes of the blocks that hold `nbytes`."""
-    return -(-nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
 
 
 class _Opened:
@@ -60,13 +54,17 @@ class _Opened:
 
 
 class Segments:
-    """The segment files of one directory. segment_nbytes: a segment is closed once it is that long."""
+    """The segment files of one directory. segment_nbytes: a segment is closed once it is that long.
+
+    slack_nbytes: of blocks that the file system cannot take back, since something small is still in them.
+    """
 
     def __init__(self, path: Path, disk: Disk, segment_nbytes: int) -> None:
         self.path = path
         self._disk = disk
         self._segment_nbytes = segment_nbytes
-        self._live: dict[int, int] = {}
+        self._blocks: dict[int, Blocks] = {}
+        self.slack_nbytes = 0
         self._next = 1
         self._active: int | None = None
         self._fd = -1
@@ -81,31 +79,36 @@ class Segments:
         places: of all rows. A crash between a commit and the punch that belongs to it leaves such bytes.
         """
         table = places[np.lexsort((places[:, 1], places[:, 0]))]
-        table[:, 2] = -(-table[:, 2] // BLOCK_NBYTES) * BLOCK_NBYTES
         numbers, starts = np.unique(table[:, 0], return_index=True)
         extents = dict(zip(map(int, numbers), np.split(table[:, 1:], starts[1:]), strict=False))
         found = self._found()
         for number in found - extents.keys():
             self._disk.unlink(self._file(number))
-        self._live = {number: int(rows[:, 1].sum()) for number, rows in extents.items()}
         self._next = max([*found, *extents, 0]) + 1
-        for number in found & extents.keys():
-            self._trim(number, extents[number])
+        for number, rows in extents.items():
+            blocks = self._blocks[number] = Blocks()
+            gaps = blocks.recover(rows)
+            self.slack_nbytes += blocks.slack_nbytes
+            end = round_up(int((rows[:, 0] + rows[:, 1]).max()), BLOCK_NBYTES)
+            if number in found:
+                self._trim(number, blocks, gaps, end)
 
     def append(self, records: Sequence[Sequence[Buffer]]) -> list[Place]:
         """Write records and wait until they are on the disk. Raises OSError: none of them is written then."""
         places: list[Place] = []
         batch: list[Buffer] = []
+        at = self._tail
         try:
             for record in records:
                 nbytes = sum(len(part) for part in record)
-                pending = sum(len(part) for part in batch)
-                if self._active is None or (self._tail + pending >= self._segment_nbytes):
+                if self._active is None or at >= self._segment_nbytes:
                     self._write(batch)
-                    batch, pending = [], 0
                     self._start()
-                places.append(self._place(self._tail + pending, nbytes))
-                batch += [*record, _ZEROS[: blocks_nbytes(nbytes) - nbytes]]
+                    batch, at = [], 0
+                before, after = -at % align_of(nbytes), place_nbytes(nbytes) - nbytes
+                places.append(self._place(at + before, nbytes))
+                batch += [_ZEROS[:before], *record, _ZEROS[:after]]
+                at += before + nbytes + after
             self._write(batch)
         except OSError:
             # After a failed fdatasync nobody knows which pages are on the disk: never add to this file again.
@@ -121,17 +124,27 @@ class Segments:
     def free(self, places: Iterable[Place]) -> None:
         """Give the blocks of records that no row names any more back to the file system."""
         for place in places:
-            left = self._live.get(place.segment, 0) - blocks_nbytes(place.nbytes)
-            self._live[place.segment] = left
+            blocks = self._blocks.get(place.segment)
+            if blocks is None:
+                continue
+            self.slack_nbytes -= blocks.slack_nbytes
+            offset, nbytes = blocks.remove(place.offset, place.nbytes)
+            self.slack_nbytes += blocks.slack_nbytes
             try:
-                if left <= 0 and place.segment != self._active:
-                    self._live.pop(place.segment)
+                if blocks.live_nbytes <= 0 and place.segment != self._active:
+                    del self._blocks[place.segment]
                     self._unlink(place.segment)
                 else:
-                    self._punch(place.segment, place.offset, blocks_nbytes(place.nbytes))
+                    self._punch(place.segment, offset, nbytes)
             except OSError as error:
                 # Space is lost until the next start finds it (`recover`); no value is.
                 log.warning("cold segment=%s event=free_failed error=%s", place.segment, error)
+
+    def sparsest(self, share: float, ignored: Container[int] = ()) -> int | None:
+        """The closed segment that would give back most if its records moved, if over `share` of its blocks is slack."""
+        closed = ((n, blocks) for n, blocks in self._blocks.items() if n != self._active and n not in ignored)
+        worth = [(b.slack_nbytes, n) for n, b in closed if b.slack_nbytes > share * b.count * BLOCK_NBYTES]
+        return max(worth)[1] if worth else None
 
     def disk_nbytes(self) -> int:
         """Bytes the file system has given to the segments."""
@@ -165,7 +178,10 @@ class Segments:
     def _place(self, offset: int, nbytes: int) -> Place:
         """A place in the active segment, counted as live from now on: else a full segment would look empty."""
         assert self._active is not None
-        self._live[self._active] = self._live.get(self._active, 0) + blocks_nbytes(nbytes)
+        blocks = self._blocks[self._active]
+        self.slack_nbytes -= blocks.slack_nbytes
+        blocks.add(offset, nbytes)
+        self.slack_nbytes += blocks.slack_nbytes
         return Place(self._active, offset, nbytes)
 
     def _start(self) -> None:
@@ -174,6 +190,7 @@ class Segments:
         self._next += 1
         fd = self._disk.open(self._file(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._active, self._fd, self._tail = number, fd, 0
+        self._blocks[number] = Blocks()
         self._disk.sync_directory(self.path)
 
     def _drop_active(self) -> None:
@@ -182,8 +199,8 @@ class Segments:
         number, fd = self._active, self._fd
         self._active, self._fd = None, -1
         self._disk.close(fd)
-        if self._live.get(number, 0) <= 0:
-            self._live.pop(number, None)
+        if self._blocks[number].live_nbytes <= 0:
+            del self._blocks[number]
             self._unlink(number)
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
@@ -206,15 +223,14 @@ class Segments:
         finally:
             self._disk.close(fd)
 
-    def _trim(self, number: int, rows: PlaceTable) -> None:
-        """Punch everything outside the sorted (offset, nbytes) of a segment, if it holds more than they need."""
+    def _trim(self, number: int, blocks: Blocks, gaps: list[tuple[int, int]], end: int) -> None:
+        """Punch the blocks that no row needs, if the segment holds more than those that rows do."""
         path = self._file(number)
-        if _allocated(path) <= int(rows[:, 1].sum()) + BLOCK_NBYTES:
+        if _allocated(path) <= (blocks.count + 1) * BLOCK_NBYTES:
             return
-        ends = np.concatenate(([0], rows[:, 0] + rows[:, 1]))
-        starts = np.concatenate((rows[:, 0], [max(path.stat().st_size, int(ends[-1]))]))
-        for gap in np.flatnonzero(starts > ends):
-            self._punch(number, int(ends[gap]), int(starts[gap] - ends[gap]))
+        for offset, nbytes in [*gaps, (end, path.stat().st_size - end)]:
+            if nbytes > 0:
+                self._punch(number, offset, nbytes)
 
 
 def _allocated(path: Path) -> int:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import lmdb
 
 from kvstore.disk import Buffer
+from kvstore.disk.blocks import place_nbytes
+from kvstore.disk.gathering import Gatherer
 from kvstore.disk.pending import Delete, Operation, Pending, Put
 from kvstore.disk.rows import Row, Rows
-from kvstore.disk.segments import Place, Segments, blocks_nbytes
+from kvstore.disk.segments import Place, Segments
 from kvstore.entry import Key
 from kvstore.errors import KvstoreError
 from kvstore.index import Meta
 from kvstore.record import pack
+from kvstore.sealing import Key as SealKey
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +33,15 @@ BATCH_MAX = 1024
 ROWS_PER_COMMIT = 10_000
 """Rows of use and deadlines a transaction: 30 ms, for which a waiting delete can wait."""
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 5.0
+BEHIND = 0.25
+"""Idle share of the bytes held above which gathering no longer waits until there is nothing to write."""
 ROW_NBYTES = 256
 """Counted for a row: 100 bytes, the key and its parent's, LMDB's pages two thirds full."""
 
 
 def cost_of(record_nbytes: int) -> int:
     """Bytes counted against the tier's budget for a record."""
-    return blocks_nbytes(record_nbytes) + ROW_NBYTES
+    return place_nbytes(record_nbytes) + ROW_NBYTES
 
 
 @dataclass(slots=True)
@@ -50,6 +55,7 @@ class Counters:
     read_errors: int = 0
     corrupt_total: int = 0
     evictions: int = 0
+    records_moved: int = 0
 
 
 @dataclass(slots=True)
@@ -57,13 +63,16 @@ class Callbacks:
     """How the writer reaches the store and the tier.
 
     make_room: evict until the file system has so many bytes above its floor; False: there was nothing to evict.
-    dropped: forget a key that could not be written. wrote: bytes that went to the disk.
+    dropped: forget a key that could not be written. wrote: bytes that went to the disk. may_gather: whether the disk
+    can take so many bytes beside what is put. seal_of: the key to encrypt an entry's record with, if any.
     """
 
     meta_of: Callable[[Key], Meta | None]
     dropped: Callable[[Key, str], None]
     make_room: Callable[[int], bool]
     wrote: Callable[[int], None]
+    may_gather: Callable[[int], bool]
+    seal_of: Callable[[Meta], SealKey | None]
 
 
 class Writer:
@@ -77,6 +86,7 @@ class Writer:
         self._pending = pending
         self._changed = changed
         self._callbacks = callbacks
+        self._gatherer = Gatherer(rows, segments, callbacks.may_gather)
         self.counters = Counters()
         self.healthy = True
         self.dirty: dict[Key, int] = {}
@@ -130,6 +140,8 @@ class Writer:
             try:
                 if batch:
                     self._commit(batch)
+                    if self._segments.slack_nbytes > BEHIND * self._pending.used_nbytes:
+                        self._gather()
                 elif due > self._rows_done:
                     self._write_dirty_rows()
                     with self._changed:
@@ -138,8 +150,10 @@ class Writer:
                 elif self.room_due:
                     self.room_due = False
                     self._callbacks.make_room(0)
-                else:
+                elif self._freed:
                     self._free_durably()
+                else:
+                    self._gather()
                 self._failures = 0
                 self.healthy = True
             except (OSError, lmdb.Error) as error:
@@ -148,7 +162,8 @@ class Writer:
     def _has_work(self) -> bool:
         return bool(
             self._closing or self._pending.queued or self._rows_due > self._rows_done or self._freed or self.room_due
-        )
+            or self._gatherer.due(self._pending.used_nbytes)
+        )  # fmt: skip
 
     def _fail(self, error: Exception) -> None:
         """Queue the batch again and pause, longer each time."""
@@ -193,7 +208,7 @@ class Writer:
             with self._changed:
                 self.dirty.update({key: row.seq for key, row in put.items() if key not in self.dirty})
             raise
-        self._callbacks.wrote(sum(blocks_nbytes(place.nbytes) for place in places))
+        self._callbacks.wrote(sum(place_nbytes(place.nbytes) for place in places))
         self._free(freed, durable=any(operation.durable for operation in batch.values()))
         with self._changed:
             self.counters.commits += 1
@@ -205,6 +220,14 @@ class Writer:
         for key in refused:
             self._callbacks.dropped(key, "write_failed")
 
+    def _gather(self) -> None:
+        if not self._gatherer.due(self._pending.used_nbytes):
+            return
+        step = self._gatherer.step()
+        self._callbacks.wrote(step.nbytes)
+        self.counters.records_moved += step.records
+        self._free(step.freed, durable=False)
+
     def _pack(self, batch: dict[Key, Operation]) -> tuple[dict[Key, tuple[Meta, list[Buffer], int]], list[Key]]:
         """What is to be written by key, and keys whose entry can never be. A put the store has forgotten is neither."""
         packed: dict[Key, tuple[Meta, list[Buffer], int]] = {}
@@ -214,7 +237,7 @@ class Writer:
             if meta is None or isinstance(operation, Delete):
                 continue
             try:
-                record = pack(operation.entry, meta)
+                record = pack(operation.entry, meta, seal=self._callbacks.seal_of(meta))
             except (KvstoreError, ValueError, TypeError) as error:
                 log.warning("cold key=%s event=unwritable error=%s", key.hex(), error)
                 refused.append(key)

@@ -5,7 +5,7 @@ Memory tiers are not thread-safe: the store holds its lock around each call. The
 because its reads and writes take milliseconds and must not hold up the others.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
@@ -66,8 +66,23 @@ class LastTier(Tier, Protocol):
 
     admission: Admission
 
-    def displace(self, nbytes: int) -> None:
-        """Make room by evicting. Raises OverQuota when only pins are left, TierUnavailable when the disk fails."""
+    def displace(self, nbytes: int, key: Key) -> None:
+        """Make room for an entry of a key, in the tier and in its owner's quotas, by evicting.
+
+        Raises OverQuota when only pins are left, TierUnavailable when the disk fails.
+        """
+        ...
+
+    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+        ...
+
+    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+        """Order again what `let_go` returned, under the owner each key has now."""
+        ...
+
+    def tenants(self) -> dict[str, int]:
+        """Bytes held by tenant."""
         ...
 
     def queue_removal(self, key: Key) -> int | None:

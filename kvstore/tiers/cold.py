@@ -21,22 +21,27 @@ from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.admission import Admission
+from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, no_garbage_collection, recover
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
-from kvstore.disk.segments import Segments, blocks_nbytes
+from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Described, Entry, Key
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
-from kvstore.policies.lru import LRU
+from kvstore.owner import NOBODY, Owner
+from kvstore.sealing import Key as SealKey
+from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
+from kvstore.tiers.order import Order
 
 log = logging.getLogger(__name__)
 
+_NO_KEY = Key(b"")
 WAIT_S = 30.0
 """How long a durable call waits for the writer before it gives up: ten times the slowest commit seen."""
 SEGMENTS_PER_TIER = 64
@@ -62,16 +67,18 @@ class Cold:
 
     name: TierName = "cold"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - `open` alone calls it
         self,
         directory: Directory,
         config: ColdConfig,
         clock: Clock,
         disk: Disk,
+        seals: Seals,
         *,
         meta_of: Callable[[Key], Meta | None],
         on_drop: Callable[[Key, str], None],
         pin_max_fraction: float,
+        order: Order | None = None,
     ) -> None:
         self.capacity_nbytes = config.capacity_nbytes
         self._directory = directory
@@ -81,10 +88,12 @@ class Cold:
         self._clock = clock
         self._disk = disk
         self._meta_of = meta_of
+        self._seals = seals
         self._on_drop = on_drop
         self._changed = threading.Condition()
-        self._pending = Pending()
-        self._lru = LRU()
+        # Sizes are the pending operations' to count: they alone know what is estimated and what is on disk.
+        self._order = Order(tier="cold") if order is None else order
+        self._pending = Pending(self._order.count)
         self._pinned: dict[Key, int] = {}
         self._pin_max_nbytes = int(config.capacity_nbytes * pin_max_fraction)
         self._seq = 0
@@ -93,11 +102,13 @@ class Cold:
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote)
+        callbacks = Callbacks(
+            meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather, self._seal_of
+        )
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - the store passes what the tier must ask it
         cls,
         path: Path,
         config: ColdConfig,
@@ -107,35 +118,40 @@ class Cold:
         on_drop: Callable[[Key, str], None],
         pin_max_fraction: float = 0.5,
         disk: Disk | None = None,
+        order: Order | None = None,
+        owner_of: Callable[[Key, Meta], Owner] = lambda _key, _meta: NOBODY,
     ) -> "Cold":
         """Take a directory into use, as `disk.opening` says; then ask `recovered` for what it holds.
 
         meta_of: the store's Meta of a key, asked when a record or a row is written; None: the store forgot the key and
-        nothing is written. on_drop: told when an entry leaves by itself. Raises ConfigError.
+        nothing is written. on_drop: told when an entry leaves by itself. order: who leaves next, without chains.
+        owner_of: whose a recovered key is. Raises ConfigError.
         """
+        seals = Seals(config.key_files)
         directory = take(path)
         try:
             cold = cls(
-                directory, config, clock, disk or SystemDisk(),
-                meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction,
+                directory, config, clock, disk or SystemDisk(), seals,
+                meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction, order=order,
             )  # fmt: skip
             with no_garbage_collection():
-                cold._recover()
+                cold._recover(owner_of)
         except (OSError, lmdb.Error) as error:
             directory.release()
             raise ConfigError(f"cold.path {path} cannot be used: {error}") from None
         cold._writer.start()
         return cold
 
-    def _recover(self) -> None:
+    def _recover(self, owner_of: Callable[[Key, Meta], Owner]) -> None:
         """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
         found = recover(self._rows, self._clock.now())
         for key, meta, nbytes in zip(found.keys, found.metas, found.nbytes, strict=True):
+            owner = owner_of(key, meta)
+            self._pending.recovered(owner, nbytes + ROW_NBYTES)
             if meta.pinned:
                 self._pinned[key] = cost_of(nbytes)
             else:
-                self._lru.track(key)
-        self._pending.used_nbytes = sum(found.nbytes) + len(found.nbytes) * ROW_NBYTES
+                self._order.track(key, owner=owner)
         self._seq = found.last_seq
         self._recovered = found
         self._writer.counters.corrupt_total += found.damaged
@@ -188,16 +204,16 @@ class Cold:
         return self._segments.disk_nbytes() + self._rows.disk_nbytes()
 
     def __len__(self) -> int:
-        return len(self._lru) + len(self._pinned)
+        return len(self._order) + len(self._pinned)
 
     def __contains__(self, key: object) -> bool:
         with self._changed:
-            return key in self._pinned or key in self._lru
+            return key in self._pinned or key in self._order
 
     def keys(self) -> Iterator[Key]:
         """Keys as of now: the pinned ones, then least recently used first."""
         with self._changed:
-            return iter([*self._pinned, *self._lru])
+            return iter([*self._pinned, *self._order])
 
     def get(self, key: Key) -> Entry | None:
         """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""
@@ -220,7 +236,7 @@ class Cold:
     def _find(self, key: Key) -> Entry | Row | None:
         with self._changed:
             operation = self._pending.find(key)
-            if isinstance(operation, Delete) or not (key in self._lru or key in self._pinned):
+            if isinstance(operation, Delete) or not (key in self._order or key in self._pinned):
                 return None
             if isinstance(operation, Put):
                 return operation.entry
@@ -231,9 +247,14 @@ class Cold:
 
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
-            return read_entry(self._segments, key, row)
+            return read_entry(self._segments, key, row, self._seals)
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
+
+    def _seal_of(self, meta: Meta) -> SealKey | None:
+        owner = meta.owner
+        model = owner.namespace.rpartition("@")[0]
+        return self._seals.sealing((owner.name, owner.namespace, model, owner.tenant))
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
@@ -245,15 +266,16 @@ class Cold:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            if isinstance(error, UnknownSeal) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
                 self._writer.counters.read_errors += 1
                 return None
-            if key not in self._lru and key not in self._pinned:
+            if key not in self._order and key not in self._pinned:
                 return None
             if not moved:
                 self._writer.counters.corrupt_total += 1
                 self._forget(key)
-                self._pending.add(key, Delete(), cost_of(now.place.nbytes) if now else 0)
+                owner = self._order.owner_of(key)
+                self._pending.add(key, Delete(owner=owner), cost_of(now.place.nbytes) if now else 0)
                 self._changed.notify_all()
         if moved:
             return self.get(key)
@@ -264,33 +286,47 @@ class Cold:
     def nbytes_of(self, key: Key) -> int:
         """Bytes counted for a key against the budget; 0 when it is not here."""
         with self._changed:
-            operation = self._pending.find(key)
-            row = self._rows.get(key) if operation is None else None
+            return self._cost(key)
+
+    def _cost(self, key: Key) -> int:
+        operation = self._pending.find(key)
         if operation is not None:
             return operation.cost
+        row = self._rows.get(key)
         return cost_of(row.place.nbytes) if row is not None else 0
 
     def admits(self, nbytes: int) -> bool:
         """Whether an entry of this size could be held if everything unpinned left."""
         return cost_of(nbytes) <= self.capacity_nbytes - sum(self._pinned.values())
 
-    def displace(self, nbytes: int) -> None:
+    def displace(self, nbytes: int, key: Key = _NO_KEY) -> None:
         """Make room for an entry of `nbytes`: in the write buffer by waiting, in the budget by evicting.
 
+        key: whose it is to be; its owner's quotas are kept too.
+
         There is no tier below, so nothing is ever handed back: each evicted key goes to on_drop(key, "evicted").
-        Call it without a lock that `on_drop` takes. Raises OverQuota when pinned entries leave no room, and
+        Call it without a lock that `on_drop` takes. Raises OverQuota when pinned entries or a quota leave no room, and
         TierUnavailable when the buffer is full and the disk refuses writes.
         """
         with self._changed:
             self._wait_for_buffer(nbytes)
-            evicted = self._evict(lambda: self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes)
-            full = self.used_nbytes + cost_of(nbytes) > self.capacity_nbytes
-        for key in evicted:
-            self._on_drop(key, "evicted")
+            # What lies idle in shared blocks counts against the budget too, or the files would outgrow it.
+            owner, cost, slack = self._order.owner_of(key), cost_of(nbytes), self._segments.slack_nbytes
+
+            def fits(besides: int) -> bool:
+                return self.used_nbytes + cost + besides <= self.capacity_nbytes and self._order.within_quota(
+                    owner, cost
+                )
+
+            evicted = self._evict(lambda: not fits(slack), owner, cost) if self._order.admits(owner, cost) else []
+            full = not fits(0)
+        for victim in evicted:
+            self._on_drop(victim, "evicted")
         if full:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
-                f"{self.capacity_nbytes} bytes are pinned"
+                f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small; "
+                "unpin something or enlarge the tier"
             )
 
     def _wait_for_buffer(self, nbytes: int) -> None:
@@ -304,9 +340,9 @@ class Cold:
         if not fits():
             raise TierUnavailable(f"cold cannot be written now; {self.pending_nbytes} bytes of entries are waiting")
 
-    def _evict(self, too_full: Callable[[], bool]) -> list[Key]:
+    def _evict(self, too_full: Callable[[], bool], owner: Owner, nbytes: int) -> list[Key]:
         evicted: list[Key] = []
-        while too_full() and (victim := self._lru.victim()) is not None:
+        while too_full() and (victim := self._order.victim(owner, nbytes)) is not None:
             self._delete(victim, durable=False)
             self._writer.counters.evictions += 1
             self.admission.left(victim)
@@ -322,14 +358,15 @@ class Cold:
         with self._changed:
             self._seq += 1
             row = self._rows.get(entry.key)
-            put = Put(entry, self._seq, cost_of(entry.nbytes), durable=durable)
+            owner = self._order.owner_of(entry.key)
+            put = Put(entry, self._seq, cost_of(entry.nbytes), durable=durable, owner=owner)
             self._writer.dirty.pop(entry.key, None)
             ticket = self._pending.add(entry.key, put, cost_of(row.place.nbytes) if row else 0)
             self._forget(entry.key)
             if meta is not None and meta.pinned:
                 self._pinned[entry.key] = put.cost
             else:
-                self._lru.track(entry.key)
+                self._order.track(entry.key, owner=owner)
             self._changed.notify_all()
             if durable:
                 self._wait_for(ticket, WAIT_S)
@@ -337,24 +374,24 @@ class Cold:
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
         with self._changed:
-            for key in keys:
-                if key in self._lru or key in self._pinned:
-                    self._lru.touch(key)
-                    self._seq += 1
-                    self._writer.dirty[key] = self._seq
+            held = [key for key in keys if key in self._order or key in self._pinned]
+            self._order.touch(held)
+            for key in held:
+                self._seq += 1
+                self._writer.dirty[key] = self._seq
 
     def pin(self, key: Key) -> None:
         """Keep a key out of eviction. Not here: nothing happens. Raises OverQuota over the tier's share for pins."""
         cost = self.nbytes_of(key)
         with self._changed:
-            if key in self._lru:
+            if key in self._order:
                 pinned_nbytes = sum(self._pinned.values()) + cost
                 if pinned_nbytes > self._pin_max_nbytes:
                     raise OverQuota(
                         f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
-                        f"the limit is {self._pin_max_nbytes}"
+                        f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
                     )
-                self._lru.forget(key)
+                self._order.forget(key)
                 self._pinned[key] = cost
         self.touch([key])
 
@@ -362,13 +399,13 @@ class Cold:
         """Let a key be evicted again, as the most recently used."""
         with self._changed:
             if self._pinned.pop(key, None) is not None:
-                self._lru.track(key)
+                self._order.track(key)
         self.touch([key])
 
     def remove(self, key: Key) -> bool:
         """Forget a key. True: it was here. The record goes a little later, so that a crash could bring it back."""
         with self._changed:
-            here = key in self._lru or key in self._pinned
+            here = key in self._order or key in self._pinned
             self._delete(key, durable=True)
         return here
 
@@ -399,13 +436,41 @@ class Cold:
             return None
         if isinstance(waiting, Delete) and not durable:
             return waiting.ticket
-        ticket = self._pending.add(key, Delete(durable=durable), cost_of(row.place.nbytes) if row else 0)
+        delete = Delete(durable=durable, owner=self._order.owner_of(key))
+        ticket = self._pending.add(key, delete, cost_of(row.place.nbytes) if row else 0)
         self._changed.notify_all()
         return ticket
 
     def _forget(self, key: Key) -> None:
-        self._lru.forget(key)
+        self._order.forget(key)
         self._pinned.pop(key, None)
+
+    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+        with self._changed:
+            found = [key for key in self._order if concerns(key)]
+            pinned = [key for key in self._pinned if concerns(key)]
+            for key in (*found, *pinned):
+                self._order.count(self._order.owner_of(key), -self._cost(key))
+                self._order.forget(key)
+            return [*((key, False) for key in found), *((key, True) for key in pinned)]
+
+    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+        """Order again what `let_go` returned, under the owner each key has now."""
+        with self._changed:
+            for key, pinned in keys:
+                owner = self._order.owner_of(key)
+                self._order.count(owner, self._cost(key))
+                operation = self._pending.find(key)
+                if operation is not None:
+                    operation.owner = owner
+                if not pinned:
+                    self._order.track(key, owner=owner)
+
+    def tenants(self) -> dict[str, int]:
+        """Bytes held by tenant."""
+        with self._changed:
+            return self._order.used()
 
     def flush(self, timeout_s: float = WAIT_S) -> None:
         """Return once everything pending now is committed. Raises TierUnavailable after `timeout_s` seconds."""
@@ -449,13 +514,13 @@ class Cold:
             return True
         victims: list[Key] = []
         with self._changed:
-            for key in self._lru:
+            for key in self._order:
                 row = self._rows.get(key) if self._pending.find(key) is None else None
                 if row is None:
                     continue
                 victims.append(key)
-                missing -= blocks_nbytes(row.place.nbytes)
-                self._pending.used_nbytes -= cost_of(row.place.nbytes)
+                missing -= place_nbytes(row.place.nbytes)
+                self._pending.let_go(self._order.owner_of(key), cost_of(row.place.nbytes))
                 if missing <= 0:
                     break
             for key in victims:
@@ -467,6 +532,14 @@ class Cold:
         for key in victims:
             self._on_drop(key, "evicted")
         return missing <= 0
+
+    def _may_gather(self, nbytes: int) -> bool:
+        """Whether so many bytes may be written only to save room: not above the write budget, not on a full disk."""
+        try:
+            free, total = self._disk.room(self._directory.path)
+        except OSError:
+            return False
+        return not self.admission.exhausted and free - nbytes > total * self._free_min_fraction
 
     def close(self) -> None:
         """Write what is pending, order and deadlines, and let the directory go. A failing disk is only logged."""

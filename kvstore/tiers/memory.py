@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota
+from kvstore.owner import NOBODY, Owner
 from kvstore.tiers import TierName
-from kvstore.tiers.order import Order, Owner
+from kvstore.tiers.order import Order
 
 
 class MemoryTier:
@@ -41,8 +42,8 @@ class MemoryTier:
         """Keys, least recently used first; pinned ones last."""
         return iter(self._order)
 
-    def owners(self) -> dict[Owner, int]:
-        """Bytes held by owner."""
+    def tenants(self) -> dict[str, int]:
+        """Bytes held by tenant."""
         return self._order.used()
 
     def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
@@ -64,28 +65,32 @@ class MemoryTier:
         """The entry, without counting as use."""
         return self._entries.get(key)
 
-    def admits(self, nbytes: int, key: Key) -> bool:
-        """Whether an entry of this size could be held if everything unpinned left, within its owner's quota."""
-        return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(key, nbytes)
+    def held(self, keys: Iterable[Key]) -> list[Entry | None]:
+        """The entries under keys, None where there is none, without counting as use."""
+        return list(map(self._entries.get, keys))
 
-    def has_room(self, nbytes: int, key: Key) -> bool:
+    def admits(self, nbytes: int, key: Key, owner: Owner) -> bool:
+        """Whether an entry of this size could be held if everything unpinned left, within its owner's quotas."""
+        return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(owner, nbytes)
+
+    def has_room(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size can be put now, in place of the one of the same key if there is one."""
         replaced = self._entries.get(key)
         more = nbytes if replaced is None else nbytes - replaced.nbytes
-        return self._used_nbytes + more <= self.capacity_nbytes and self._order.within_quota(key, more)
+        return self._used_nbytes + more <= self.capacity_nbytes and self._order.within_quota(owner, more)
 
-    def displace(self, nbytes: int, key: Key) -> Entry | None:
-        """Make room for `nbytes` under `key`: None when they fit, else the entry taken out.
+    def displace(self, nbytes: int, key: Key, owner: Owner = NOBODY) -> Entry | None:
+        """Make room for `nbytes` of an owner under `key`: None when they fit, else the entry taken out.
 
         Raises OverQuota when only pins are left to take out.
         """
-        if self.has_room(nbytes, key):
+        if self.has_room(nbytes, key, owner):
             return None
-        victim = self._order.victim(key, nbytes)
+        victim = self._order.victim(owner, nbytes)
         if victim is None:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
-                f"{self.capacity_nbytes} bytes are pinned"
+                f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
         entry = self._entries.pop(victim)
         self._used_nbytes -= entry.nbytes
@@ -109,10 +114,7 @@ class MemoryTier:
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given."""
-        entries = self._entries
-        for key in keys:
-            if key in entries:
-                self._order.touch(key)
+        self._order.touch(filter(self._entries.__contains__, keys))
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""
@@ -132,7 +134,7 @@ class MemoryTier:
         if nbytes > self._pin_max_nbytes:
             raise OverQuota(
                 f"pinning {entry.nbytes} bytes would make {nbytes} pinned bytes in the {self.name} tier, "
-                f"the limit is {self._pin_max_nbytes}"
+                f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
             )
         self._order.pin(key, entry.nbytes)
 

@@ -1,28 +1,26 @@
 """Which key leaves a tier next: first whose, then which.
 
-Each owner (a tenant; see `tenants`) has an order of its own under the tier's policy. Who is over the quota gives up its
-own keys; otherwise who holds the most bytes does. So a tenant that floods the store evicts itself first. Within an
-owner the policy names a victim, and the deepest of its descendants that the tier holds leaves in its place: no chunk
-loses its parent to an eviction, whatever the policy. Under LRU, touched deepest first, the victim is that leaf already.
+Each lane (a tenant, or one of its namespaces that has a quota; see `owner`) has an order of its own under the tier's
+policy. Who is over a quota gives up its own keys; otherwise the tenant that holds the most bytes does. So a tenant that
+floods the store evicts itself first. Within a lane the policy names a victim, and the deepest of its descendants that
+the tier holds leaves in its place: no chunk loses its parent to an eviction, whatever the policy. Under LRU, touched
+deepest first, the victim is that leaf already.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import inf
 
 from kvstore.chains import Chains
 from kvstore.entry import Key
+from kvstore.owner import NO_LIMITS, NOBODY, TIERS, Owner
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU
 
-Owner = str
-NOBODY: Owner = ""
-"""The owner of keys outside every tenant: the embedded store's own."""
-
 
 def nobody(key: Key) -> Owner:
-    """The owner of every key where there are no tenants."""
+    """The owner of every key where nobody keeps accounts."""
     del key
     return NOBODY
 
@@ -30,8 +28,7 @@ def nobody(key: Key) -> Owner:
 class Order:
     """Keys of one tier, pinned ones apart.
 
-    owner_of: whose a key is. quotas: bytes an owner may hold here; who is not in it has no limit of its own.
-    chains: which key continues which; None: none does.
+    owner_of: whose a key is, for every key held. chains: which key continues which; None: none does.
     """
 
     def __init__(
@@ -40,14 +37,17 @@ class Order:
         *,
         chains: Chains | None = None,
         owner_of: Callable[[Key], Owner] = nobody,
-        quotas: Mapping[Owner, int] | None = None,
+        tier: str = "hot",
     ) -> None:
         self._policy = policy
         self._chains = chains
-        self._owner_of = owner_of
-        self._quotas = quotas or {}
-        self._orders: dict[Owner, Policy] = {NOBODY: policy()}
-        self._used: dict[Owner, int] = {NOBODY: 0}
+        self.owner_of = owner_of
+        self._at = TIERS.index(tier)
+        self._first = policy()
+        self._lanes: dict[str, Policy] = {"": self._first}
+        self._used: dict[str, int] = {"": 0}
+        self._tenant_of: dict[str, str] = {"": ""}
+        self._alone = True  # one lane, as in most stores: nobody need be asked whose a key is
         self._pinned: dict[Key, int] = {}
         self._pinned_nbytes = 0
 
@@ -56,82 +56,125 @@ class Order:
         """Bytes of pinned keys."""
         return self._pinned_nbytes
 
-    def used(self) -> dict[Owner, int]:
-        """Bytes by owner, of those who hold any, pinned ones included."""
-        return {owner: nbytes for owner, nbytes in self._used.items() if nbytes}
+    def used(self) -> dict[str, int]:
+        """Bytes by tenant, of those who hold any, pinned ones included."""
+        return {tenant: nbytes for tenant in set(self._tenant_of.values()) if (nbytes := self._used_by(tenant))}
 
-    def within_quota(self, key: Key, nbytes: int) -> bool:
-        """Whether the owner of a key may hold `nbytes` more now."""
-        return self._left(self._owner_of(key)) >= nbytes if self._quotas else True
+    def _used_by(self, tenant: str) -> int:
+        return sum(nbytes for lane, nbytes in self._used.items() if self._tenant_of[lane] == tenant)
 
-    def admits(self, key: Key, nbytes: int) -> bool:
-        """Whether the owner of a key may ever hold this many bytes under it."""
-        return nbytes <= self._quotas.get(self._owner_of(key), nbytes) if self._quotas else True
+    def within_quota(self, owner: Owner, nbytes: int) -> bool:
+        """Whether an owner may hold `nbytes` more now."""
+        if owner.limits is NO_LIMITS and owner.tenant_limits is NO_LIMITS:
+            return True
+        return self._left_of_own(owner) >= nbytes and self._left_of_tenant(owner) >= nbytes
 
-    def _left(self, owner: Owner) -> float:
-        return self._quotas.get(owner, inf) - self._used.get(owner, 0)
+    def admits(self, owner: Owner, nbytes: int) -> bool:
+        """Whether an owner may ever hold an entry of so many bytes."""
+        return nbytes <= owner.limits[self._at] and nbytes <= owner.tenant_limits[self._at]
 
-    def track(self, key: Key, nbytes: int, *, soon: bool = False) -> None:
+    def _left_of_own(self, owner: Owner) -> float:
+        return owner.limits[self._at] - self._used.get(owner.lane, 0)
+
+    def _left_of_tenant(self, owner: Owner) -> float:
+        limit = owner.tenant_limits[self._at]
+        return limit if limit == inf else limit - self._used_by(owner.tenant)
+
+    def count(self, owner: Owner, nbytes: int) -> None:
+        """An owner holds so many bytes more, or fewer."""
+        if owner.lane not in self._lanes:
+            self._open_lane(owner)
+        self._used[owner.lane] += nbytes
+        owner.nbytes[self._at] += nbytes
+
+    def _open_lane(self, owner: Owner) -> Policy:
+        self._used[owner.lane] = 0
+        self._tenant_of[owner.lane] = owner.tenant
+        self._alone = False
+        lane = self._lanes[owner.lane] = self._policy()
+        return lane
+
+    def _lane_of(self, key: Key) -> Policy:
+        if self._alone:
+            return self._first
+        return self._lanes.get(self.owner_of(key).lane, self._first)
+
+    def track(self, key: Key, nbytes: int = 0, *, soon: bool = False, owner: Owner | None = None) -> None:
         """Count a new key as held, as the most recently used; `soon`: as the next to leave, unless it is used."""
-        owner = self._owner_of(key)
-        order = self._orders.get(owner)
-        if order is None:
-            order = self._orders[owner] = self._policy()
-            self._used[owner] = 0
-        self._used[owner] += nbytes
-        order.track(key, soon=soon)
+        owner = self.owner_of(key) if owner is None else owner
+        lane = self._lanes.get(owner.lane)
+        (self._open_lane(owner) if lane is None else lane).track(key, soon=soon)
+        self._used[owner.lane] += nbytes
+        owner.nbytes[self._at] += nbytes
 
-    def touch(self, key: Key) -> None:
-        """Count as use."""
-        order = self._orders.get(self._owner_of(key))
-        if order is not None:
-            order.touch(key)
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Count as use, in the order given."""
+        if self._alone:
+            touch = self._first.touch
+            for key in keys:
+                touch(key)
+            return
+        for key in keys:
+            self._lane_of(key).touch(key)
 
-    def forget(self, key: Key, nbytes: int) -> None:
+    def forget(self, key: Key, nbytes: int = 0) -> None:
         """Let go of a key held with so many bytes, and of any memory of it."""
         self._let_go(key, nbytes).forget(key)
 
-    def evict(self, key: Key, nbytes: int) -> None:
+    def evict(self, key: Key, nbytes: int = 0) -> None:
         """Let go of a key because its place is needed."""
         self._let_go(key, nbytes).evict(key)
 
     def _let_go(self, key: Key, nbytes: int) -> Policy:
-        owner = self._owner_of(key)
-        self._used[owner] -= nbytes
-        self._pinned_nbytes -= self._pinned.pop(key, 0)
-        return self._orders[owner]
+        owner = self.owner_of(key)
+        self._used[owner.lane] = self._used.get(owner.lane, 0) - nbytes
+        owner.nbytes[self._at] -= nbytes
+        if self._pinned:
+            self._pinned_nbytes -= self._pinned.pop(key, 0)
+        return self._lanes.get(owner.lane, self._first)
 
-    def victim(self, incoming: Key, nbytes: int) -> Key | None:
-        """The key to evict next for `nbytes` under `incoming`; None when everything that could go is pinned."""
-        for owner in self._owners_in_turn(incoming, nbytes):
-            order = self._orders[owner]
+    def victim(self, owner: Owner, nbytes: int) -> Key | None:
+        """The key to evict next for `nbytes` of an owner; None when everything that could go is pinned."""
+        for lane in self._lanes_in_turn(owner, nbytes):
+            order = self._lanes[lane]
             key = order.victim()
             if key is not None:
                 return key if self._chains is None else self._chains.leaf(key, order)
         return None
 
-    def _owners_in_turn(self, incoming: Key, nbytes: int) -> list[Owner]:
-        if len(self._orders) == 1:
-            return [NOBODY]
-        owner = self._owner_of(incoming)
-        if self._left(owner) < nbytes:
-            return [owner]
+    def _lanes_in_turn(self, owner: Owner, nbytes: int) -> list[str]:
+        if self._alone and owner.lane == "":
+            return [""]
+        if self._left_of_own(owner) < nbytes:
+            return [owner.lane] if owner.lane in self._lanes else []
         # With what comes in counted: among equals it is the newcomer's owner who gives way.
-        return sorted(self._orders, key=lambda each: -self._used[each] - (nbytes if each == owner else 0))
+        tenants = dict.fromkeys(self._tenant_of.values(), 0)
+        for lane, used in self._used.items():
+            tenants[self._tenant_of[lane]] += used
+        tenants[owner.tenant] = tenants.get(owner.tenant, 0) + nbytes
+        own_only = self._left_of_tenant(owner) < nbytes
+        lanes = [lane for lane in self._lanes if not own_only or self._tenant_of[lane] == owner.tenant]
+        return sorted(
+            lanes,
+            key=lambda lane: (
+                -tenants[self._tenant_of[lane]],
+                -self._used[lane] - (nbytes if lane == owner.lane else 0),
+            ),
+        )
 
     def pin(self, key: Key, nbytes: int) -> None:
         """Keep a key held from being a victim. A pinned key: nothing happens."""
         if key not in self._pinned:
             self._pinned[key] = nbytes
             self._pinned_nbytes += nbytes
-            self._orders[self._owner_of(key)].forget(key)
+            self._lane_of(key).forget(key)
 
     def unpin(self, key: Key) -> None:
         """Let a key be a victim again, as the most recently used."""
         nbytes = self._pinned.pop(key, None)
         if nbytes is not None:
             self._pinned_nbytes -= nbytes
-            self._orders[self._owner_of(key)].track(key)
+            self._lane_of(key).track(key)
 
     def pinned_beside(self, key: Key) -> int:
         """Bytes of pinned keys other than this one, which would be replaced."""
@@ -142,11 +185,11 @@ class Order:
         return key in self._pinned
 
     def __contains__(self, key: object) -> bool:
-        return key in self._pinned or any(key in order for order in self._orders.values())
+        return key in self._pinned or any(key in lane for lane in self._lanes.values())
 
     def __iter__(self) -> Iterator[Key]:
         """Keys, those likely to leave sooner first, pinned ones last."""
-        return chain(*self._orders.values(), self._pinned)
+        return chain(*self._lanes.values(), self._pinned)
 
     def __len__(self) -> int:
-        return len(self._pinned) + sum(map(len, self._orders.values()))
+        return len(self._pinned) + sum(map(len, self._lanes.values()))

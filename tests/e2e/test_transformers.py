@@ -179,9 +179,8 @@ def test_a_faulty_cache_costs_no_token_and_no_deadline(
     cache = PrefixCache(smollm[0], guard, revision="r")
     start = time.monotonic()
     cache.restore(prompt)
-    took = time.monotonic() - start
-    # Two lookups (whole chunks, then tails), 50 ms each; a fetch that was promised has its own deadline.
-    assert took < (2 * guard.lookup_timeout_s + 0.5 if fault != "lying" else SLOW_S)
+    # Two lookups (whole chunks, then tails), 50 ms each, and a fetch where one was promised.
+    assert time.monotonic() - start < SLOW_S / 2
     assert torch.equal(cache.generate(prompt, **NEW), expected)
 
 
@@ -218,7 +217,7 @@ def test_a_stopped_daemon_holds_nobody_up(
     try:
         start = time.monotonic()
         assert cache.restore(prompt).restored == 0
-        assert time.monotonic() - start < 2 * guard.lookup_timeout_s + 0.5
+        assert time.monotonic() - start < SLOW_S / 2  # the client's own deadline is longer
         assert torch.equal(cache.generate(prompt, **NEW), expected)
     finally:
         daemon.signal(signal.SIGCONT)

@@ -35,7 +35,7 @@ def http_get(port: int, path: str, **headers: str) -> tuple[int, str, dict[str, 
     """(status, body, headers) of a page of the metrics port."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
             return reply.status, reply.read().decode(), dict(reply.headers)
     except urllib.error.HTTPError as error:
         with error:

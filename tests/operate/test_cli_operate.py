@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from kvstore.stats import Stats, TierStats
 from kvstored.cli import cli
 from kvstored.cli.manual import manual
-from kvstored.cli.top import rates, screen
+from kvstored.cli.top import accounts, rates, screen
 from kvstored.tokens import digest, read_tokens
 from tests.conftest import ROOT
 
@@ -40,7 +40,8 @@ def client(daemon):
 @pytest.fixture
 def run(daemon):
     def invoke(*words, code=0):
-        done = CliRunner().invoke(cli, [*map(str, words), "--address", daemon.address], catch_exceptions=False)
+        where = ("--address", daemon.address, "--timeout-s", "60")
+        done = CliRunner().invoke(cli, [*map(str, words), *where], catch_exceptions=False)
         assert done.exit_code == code, done.output
         return done.output
 
@@ -61,6 +62,21 @@ def test_ls_filters_narrow_each_other(client, run):
     client.demote(b"large:1")
     assert listed(run, "--encoding", "nf4") == listed(run, "--tier", "warm") == {"large:1"}
     assert len(listed(run, "--larger-than", "1B", "--limit", 2)) == 2
+
+
+def test_namespaces_and_tenants_are_filters_too(client, run):
+    x = {"x": np.zeros(10, np.uint8)}
+    for key, namespace in ((b"n1", "llama@0a"), (b"n2", "llama@0b"), (b"n3", "llama2")):
+        client.put(key, x, namespace=namespace)
+    assert listed(run, "--namespace", "llama") == {"n1", "n2"}
+    assert listed(run, "--namespace", "llama@0a") == {"n1"}
+    assert listed(run, "--namespace", "lla") == set()
+    assert listed(run, "--namespace", "llama", "--tenant", "nobody") == set()
+    assert "would evict 2 entries" in run("evict", "--namespace", "llama", "--dry-run")
+    assert json.loads(run("evict", "--namespace", "llama", "--json"))["evicted"] == 2
+    assert listed(run, "--namespace", "llama2") == {"n3"}
+    assert re.search(r"namespace: +llama2\n", run("inspect", "n3"))
+    assert "llama2" in run("top", "--count", 1)
 
 
 def test_evict_by_filter_counts_and_a_dry_run_changes_nothing(client, run):
@@ -110,6 +126,18 @@ def test_rates_begin_anew_after_a_restart():
     assert rates(stats(100, 10), stats(150, 20), 10)["gets"] == 5
     assert rates(None, stats(100, 10), 0)["gets"] == 10
     assert rates(stats(1000, 100), stats(20, 4), 10)["gets"] == 5
+
+
+def test_top_shows_the_namespaces_that_are_hit_now_before_those_that_were():
+    def stats(new, old, uptime_s):
+        counted = {"namespace_hits_new": new, "namespace_hits_old": old, "namespace_nbytes_new": 3 << 20}
+        return Stats({**counted, "namespace_entries_new": 7, "tenant_hits_t": 5, "uptime_s": uptime_s}, {})
+
+    before, now = stats(0, 1000, 10), stats(50, 1000, 20)
+    assert [(one.name, one.hits_per_s) for one in accounts("namespace", before, now, 10)] == [("new", 5), ("old", 0)]
+    text = "\n".join(screen(before, now, 10))
+    assert re.search(r"HOTTEST NAMESPACES +HITS/S +HITS +ENTRIES +BYTES\nnew +5\.0 +50 +7 +3\.0 MiB\nold +0\.0", text)
+    assert re.search(r"TENANTS .*\nt +0\.0 +5 ", text)
 
 
 def test_a_failing_disk_and_an_empty_tier_are_seen_in_top():

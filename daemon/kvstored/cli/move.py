@@ -69,7 +69,7 @@ def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | 
     with waiting("putting", nbytes):
         stored = client.put(key, tensors, ttl_s=ttl_s, pin=pin, fidelity=fidelity)
     if not stored:
-        raise Refused(f"the daemon did not store {show_key(key)}")
+        raise Refused(f"the daemon did not store {show_key(key)}: `kvstored explain {show_key(key)}` may know why")
     if as_json:
         print_json({"key": show_key(key), "stored": True, "nbytes": nbytes, "tensors": _tensors(tensors)})
     else:
