@@ -74,7 +74,8 @@ class ColdConfig:
     recency, which move with every get, are written down. admission: what may be written, "all"; "reused": only
     what was hit at least once, about a tenth of the writes for two thirds of the hits; "ghost": also what left lately
     and was put again. write_nbytes_per_day: once so much was written, only what was hit is; 0 for no budget.
-    free_min_fraction: of the file system, kept free: the tier shrinks before the disk is full.
+    free_min_fraction: of the file system, kept free: the tier shrinks before the disk is full. key_files: records are
+    encrypted; by namespace, tenant, TENANT/NAMESPACE or "*", the file that holds the key.
     """
 
     path: str | None = None
@@ -84,6 +85,7 @@ class ColdConfig:
     admission: str = "all"
     write_nbytes_per_day: int = 0
     free_min_fraction: float = 0.02
+    key_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

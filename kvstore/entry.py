@@ -9,7 +9,7 @@ Leaves out: when it expires and how often it was used (`index.Meta`), and how it
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from types import MappingProxyType
 from typing import NewType
 
@@ -58,6 +58,38 @@ class EncodedTensor:
         """Bytes counted against a budget: the parts, and what holding them costs."""
         return sum(part.numel() * part.element_size() + TENSOR_OVERHEAD_NBYTES for part in self.parts.values())
 
+    @property
+    def relative_error(self) -> float:
+        """|x - decoded| / |x| as measured when the tensor was encoded; see `error_in`."""
+        return error_in(self.encoding, self.attrs)
+
+    @property
+    def described(self) -> "Described":
+        """The tensor without its parts."""
+        return Described(self.spec, self.encoding, self.relative_error)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What is said of a tensor without its parts: `EncodedTensor`'s words."""
+
+    spec: TensorSpec
+    encoding: str
+    relative_error: float
+
+
+def error_in(encoding: str, attrs: Mapping[str, object]) -> float:
+    """The receipt in a tensor's attributes: 0 for what was never encoded, infinity where nobody measured.
+
+    A raw tensor has one when it is the decoded copy of an encoded form. Infinity and not None or NaN, so that no
+    comparison with a bound ever takes the unknown for good.
+    """
+    measured = attrs.get("relative_error", 0.0 if encoding == "raw" else inf)
+    # Records are read from disks: an attribute is believed only where it can be an error at all.
+    if isinstance(measured, bool) or not isinstance(measured, int | float) or not measured >= 0:  # NaN included
+        return inf
+    return float(measured)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
@@ -104,6 +136,12 @@ class Entry:
         if known is not None:
             return known
         return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
+
+    @property
+    def receipt(self) -> dict[str, float]:
+        """The relative error of each tensor by name, measured when it was encoded: 0 where it is as it was put."""
+        known: dict[str, float] | None = getattr(self.tensors, "receipt", None)
+        return {name: t.relative_error for name, t in self.tensors.items()} if known is None else known
 
     @property
     def value_nbytes(self) -> int:

@@ -6,6 +6,7 @@ so the same mover, tiers and policies can be asked what they would do with a ter
 
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from kvstore.packed import packed
 from kvstore.residency import Residency
 
 _RAM = torch.device("cpu")
+_EXACT: Mapping[str, object] = MappingProxyType({})
 
 
 Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
@@ -57,13 +59,21 @@ def chunk_hints(entry: Entry, *, prefix_start: bool) -> dict[str, Hints]:
     }
 
 
-def raw_entry(key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False) -> Entry:
-    """An entry of tensors as they are. The caller hands them over: nobody else may write to them."""
-    encoded = {
-        name: EncodedTensor(TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x})
+def raw_entry(
+    key: Key, tensors: dict[str, torch.Tensor], *, lossy: bool = False, receipt: Mapping[str, float] | None = None
+) -> Entry:
+    """An entry of tensors as they are. The caller hands them over: nobody else may write to them.
+
+    receipt: of the encoded form that they were decoded from.
+    """
+    errors = {name: {"relative_error": error} for name, error in (receipt or {}).items() if error}
+    raw = {
+        name: EncodedTensor(
+            TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x}, errors.get(name, _EXACT)
+        )
         for name, x in tensors.items()
     }
-    return Entry(key, encoded, lossy=lossy)
+    return Entry(key, raw, lossy=lossy)
 
 
 class TensorForms:
@@ -84,6 +94,8 @@ class TensorForms:
             with self._r.lock:
                 self._r.counters.encodes += 1
                 self._r.counters.encode_s += time.perf_counter() - start
+                for tensor in encoded.tensors.values():
+                    self._r.counters.errors[tensor.encoding].observe(tensor.relative_error)
         return packed(encoded.to(_RAM))
 
     def exact(self, entry: Entry) -> Entry:
@@ -93,7 +105,7 @@ class TensorForms:
     def restore(self, entry: Entry) -> Entry:
         """Decoded on the hot device."""
         room = None if self._room is None else self._room(specs_of(entry))
-        return raw_entry(entry.key, self.decode(entry, room), lossy=entry.lossy)
+        return raw_entry(entry.key, self.decode(entry, room), lossy=entry.lossy, receipt=entry.receipt)
 
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of an entry on the hot device, in fresh memory or into `out`."""

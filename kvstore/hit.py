@@ -4,7 +4,7 @@ Holds no torch: a light client imports it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 Fidelity = Literal["auto", "exact"]
@@ -18,7 +18,9 @@ class Hit:
     """A value found.
 
     tensors: by name, torch tensors or numpy arrays (see `arrays`). tier: which tier answered. encoding: how it
-    was held there. lossy: whether it ever went through a lossy codec. age_s: seconds since it was put.
+    was held there. lossy: whether it ever went through a lossy codec. age_s: seconds since it was put. receipt: for
+    each tensor the relative error |x - decoded| / |x| that was measured when it was encoded: 0.0 where it is bit for
+    bit as put, infinity where an older version encoded it and nobody measured.
     """
 
     key: bytes
@@ -27,6 +29,12 @@ class Hit:
     encoding: str
     lossy: bool
     age_s: float
+    receipt: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest of the receipt: 0.0 where every tensor is as it was put."""
+        return max(self.receipt.values(), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +71,7 @@ class EntryInfo:
 
     tiers: where it is held, uppermost first; tier_nbytes: bytes counted against each budget, in that order.
     encoding: in the uppermost tier. value_nbytes: bytes of the tensors once decoded.
-    ttl_left_s: seconds until it expires; None while pinned.
+    ttl_left_s: seconds until it expires; None while pinned. receipt: of the tensors described, as in a `Hit`.
     """
 
     key: bytes
@@ -78,6 +86,7 @@ class EntryInfo:
     age_s: float
     ttl_left_s: float | None
     hits: int
+    receipt: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

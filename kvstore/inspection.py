@@ -7,7 +7,7 @@ it was at some moment of the call.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from kvstore.entry import Key, TensorSpec
+from kvstore.entry import Described, Key
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.residency import Residency
 from kvstore.stats import Stats, TierStats, accounts_of, values_of
@@ -41,16 +41,16 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         tiers = r.tiers_of(key)
         sizes = tuple(_nbytes_in(r, name, key) for name in tiers)
     entry = place[1] if place is not None else None
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, Described]
     if entry is not None:
-        specs = {name: t.spec for name, t in entry.tensors.items()}
+        specs = {name: t.described for name, t in entry.tensors.items()}
     else:
         specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
     return EntryInfo(
         key=key,
         tiers=tuple(tiers),
         tier_nbytes=sizes,
-        tensors={name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs.items()},
+        tensors={name: TensorInfo(of.spec.dtype, of.spec.shape) for name, of in specs.items()},
         encoding=entry.encoding if entry is not None else meta.encoding,
         lossy=entry.lossy if entry is not None else meta.lossy,
         fidelity="exact" if meta.exact else "auto",
@@ -59,6 +59,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         age_s=now - meta.created_at,
         ttl_left_s=None if meta.pinned else meta.expires_at - now,
         hits=meta.hits,
+        receipt={name: of.relative_error for name, of in specs.items()},
     )
 
 
@@ -66,7 +67,7 @@ def explain(r: Residency, keys: Sequence[bytes]) -> list[Explanation]:
     """For each key where it is held, or why it is gone. Does not count as use."""
     found: list[Explanation] = []
     for key in map(Key, keys):
-        info = entry_info(r, key, with_tensors=False)
+        info = entry_info(r, key, with_tensors=True)
         with r.lock:
             stone = r.tombstones.get(key)
             now = r.clock.now()

@@ -149,7 +149,7 @@ class Intake:
         r = self._r
         largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
         if nbytes > largest and (exact or nbytes > 9 * largest):
-            raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}")
+            raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts")
         now = r.clock.now()
         meta = Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
         held = {name: self._owned(x, own=options.own) for name, x in tensors.items()}

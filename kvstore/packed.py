@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entry import EncodedTensor, Entry, TensorSpec, error_in
 
 PACK_MAX_NBYTES = 256 << 10
 """Above this the overhead is under 1%, and copying once more would cost more than it saves."""
@@ -64,6 +64,12 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         """The one encoding that is not raw, or "raw"."""
         return next((name for name in self._layout.encodings if name != "raw"), "raw")
 
+    @property
+    def receipt(self) -> dict[str, float]:
+        """`Entry.receipt`, without making the tensors."""
+        layout = self._layout
+        return {name: error_in(layout.encodings[at], self._attrs_of(at)) for at, name in enumerate(layout.names)}
+
     def __getitem__(self, name: str) -> EncodedTensor:
         layout = self._layout
         try:
@@ -71,11 +77,12 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         except ValueError:
             raise KeyError(name) from None
         parts = {part.suffix: self._view(part) for part in layout.parts if part.tensor == at}
-        first = sum(map(len, layout.attrs[:at]))
-        values = self._attrs[first : first + len(layout.attrs[at])]
-        return EncodedTensor(
-            layout.specs[at], layout.encodings[at], parts, dict(zip(layout.attrs[at], values, strict=True))
-        )
+        return EncodedTensor(layout.specs[at], layout.encodings[at], parts, self._attrs_of(at))
+
+    def _attrs_of(self, at: int) -> dict[str, object]:
+        names = self._layout.attrs
+        first = sum(map(len, names[:at]))
+        return dict(zip(names[at], self._attrs[first : first + len(names[at])], strict=True))
 
     def _view(self, part: Part) -> torch.Tensor:
         if part.start == part.stop:

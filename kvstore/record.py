@@ -23,10 +23,12 @@ import xxhash
 from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
 from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec, error_in
 from kvstore.errors import EntryTooLarge, RecordCorrupt
 from kvstore.index import Meta
 from kvstore.safetensors_header import HEADER_MAX_NBYTES, RANK_MAX, Slot, parse_header, write_header
+from kvstore.sealing import NO_SEALS, Seals
+from kvstore.sealing import Key as SealKey
 
 MAGIC = b"KVSR"
 VERSION = 1
@@ -39,7 +41,9 @@ PARTS_MAX = 8
 """Parts of one encoded tensor; NF4 has 3."""
 
 # Flags. Do not renumber.
-_SLIDING, _PINNED, _EXACT, _LOSSY = 1, 2, 4, 8
+_SLIDING, _PINNED, _EXACT, _LOSSY, _SEALED = 1, 2, 4, 8, 16
+_BOUND = slice(_CHECKED_FROM, 80)
+"""Of the fixed header, what sealed data is bound to: all that is known before it is sealed."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -95,32 +99,45 @@ class Record:
         return b"".join((self.head, *(part.data for part in self.data)))
 
 
-def pack(entry: Entry, meta: Meta, *, compression: Compression | None = None) -> Record:
+def pack(entry: Entry, meta: Meta, *, compression: Compression | None = None, seal: SealKey | None = None) -> Record:
     """The record of an entry. compression: the way to store the data section; None: what a sample says pays.
 
+    seal: a key to encrypt the data section with. The head stays clear.
     Raises EntryTooLarge when names and attributes pass the limit of the header.
     """
     slots, metadata, chunks = _lay_out(entry)
     data_nbytes = sum(chunk.size for chunk in chunks)
     used, stored = compress(chunks, _widest(entry), compression)
     header = write_header(slots, metadata)
+    flags = _flags(meta, entry) | _SEALED * (seal is not None)
+
+    def fixed(stored_nbytes: int, data_xxh3: int) -> bytes:
+        return _FIXED.pack(
+            MAGIC, VERSION, FIXED_NBYTES, 0, _key_hash(entry.key), meta.created_at, meta.expires_at, meta.ttl_s,
+            entry.value_nbytes, len(header), used, flags, len(entry.key), data_nbytes, stored_nbytes, data_xxh3,
+        )  # fmt: skip
+
+    if seal is not None:
+        stored = seal.seal(stored, entry.key + fixed(0, 0)[_BOUND] + header)
     digest = xxhash.xxh3_64()
     for chunk in stored:
         digest.update(chunk.data)
-    flags = _flags(meta, entry)
-    checked = _FIXED.pack(
-        MAGIC, VERSION, FIXED_NBYTES, 0, _key_hash(entry.key), meta.created_at, meta.expires_at, meta.ttl_s,
-        entry.value_nbytes, len(header), used, flags, len(entry.key), data_nbytes,
-        sum(chunk.size for chunk in stored), digest.intdigest(),
-    )[_CHECKED_FROM:] + header  # fmt: skip
+    checked = fixed(sum(chunk.size for chunk in stored), digest.intdigest())[_CHECKED_FROM:] + header
     prefix = _PREFIX.pack(MAGIC, VERSION, FIXED_NBYTES, xxhash.xxh3_64_intdigest(checked))
     return Record(prefix + checked, tuple(stored), used)
 
 
-def unpack(record: bytes | bytearray | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES) -> Entry:
+def unpack(
+    record: bytes | bytearray | memoryview,
+    key: Key,
+    *,
+    limit_nbytes: int = ENTRY_MAX_NBYTES,
+    seals: Seals = NO_SEALS,
+) -> Entry:
     """The entry of a contiguous record, sharing no memory with it. Raises RecordCorrupt.
 
-    limit_nbytes: a record that says it decodes to more is refused before anything is allocated.
+    limit_nbytes: a record that says it decodes to more is refused before anything is allocated. seals: keys for sealed
+    ones.
     """
     view = memoryview(record).cast("B")
     head = parse_head(view[:HEAD_MAX_NBYTES], key, limit_nbytes=limit_nbytes)
@@ -129,7 +146,8 @@ def unpack(record: bytes | bytearray | memoryview, key: Key, *, limit_nbytes: in
     stored = torch.empty(head.stored_nbytes, dtype=torch.uint8).numpy()
     if head.stored_nbytes:
         np.copyto(stored, np.frombuffer(view[head.nbytes :], np.uint8))
-    return assemble(head, bytes(view[: head.nbytes]), stored, key, xxhash.xxh3_64_intdigest(stored.data))
+    digest = xxhash.xxh3_64_intdigest(stored.data)
+    return assemble(head, bytes(view[: head.nbytes]), stored, key, digest, seals)
 
 
 def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES) -> Head:
@@ -147,6 +165,8 @@ def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_
         raise RecordCorrupt("checksum of the header does not match")
     if key_hash != _key_hash(key) or key_nbytes != len(key):
         raise RecordCorrupt("record belongs to another key")
+    if flags >= 2 * _SEALED:
+        raise RecordCorrupt(f"flags {flags} of a later version")
     largest = max(data_nbytes, stored_nbytes, value_nbytes)
     # Twice: an encoding's side data may pass the size of a small value.
     if largest > 2 * limit_nbytes or compression > max(Compression):
@@ -157,7 +177,7 @@ def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_
     )  # fmt: skip
 
 
-def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: int) -> Entry:
+def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: int, seals: Seals = NO_SEALS) -> Entry:
     """The entry of a checked head and its data section; takes `stored` over when it is not compressed.
 
     head_bytes: the record's first `head.nbytes` bytes. stored: `head.stored_nbytes` bytes that nothing else uses,
@@ -167,9 +187,11 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
         raise RecordCorrupt("checksum of the data does not match")
     slots, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
     rows = _tensor_rows(facts)
+    if head.flags & _SEALED:
+        stored = seals.open(stored, key + head_bytes[_BOUND] + head_bytes[FIXED_NBYTES:])
     if head.compression is Compression.NONE:
-        if head.stored_nbytes != head.data_nbytes:
-            raise RecordCorrupt(f"{head.stored_nbytes} bytes stored, {head.data_nbytes} described")
+        if stored.size != head.data_nbytes:
+            raise RecordCorrupt(f"{stored.size} bytes stored, {head.data_nbytes} described")
         data = torch.from_numpy(stored)
     else:
         data = torch.empty(head.data_nbytes, dtype=torch.uint8)
@@ -207,10 +229,11 @@ def from_safetensors(file: bytes) -> Entry:
     return Entry(key, {row.name: row.tensor(slots, data) for row in rows}, lossy=lossy)
 
 
-def specs_of(head: Head, head_bytes: bytes) -> dict[str, tuple[TensorSpec, str]]:
-    """Spec and encoding of each tensor, from a checked head alone. Raises RecordCorrupt."""
+def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
+    """What a checked head alone says of each tensor. Raises RecordCorrupt."""
     _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
-    return {row.name: (row.spec, row.encoding) for row in _tensor_rows(facts)}
+    rows = _tensor_rows(facts)
+    return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
 
 
 def _key_hash(key: bytes) -> bytes:

@@ -3,9 +3,12 @@
 Counters only grow; gauges are read at the moment of the snapshot. All under the store's lock.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
+from math import inf
 from typing import Literal
 
 from kvstore.owner import Owner
@@ -13,6 +16,59 @@ from kvstore.owner import Owner
 MissCause = Literal["absent", "expired", "corrupt", "lost"]
 """absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read."""
 MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "corrupt", "lost")
+
+
+ERROR_BOUNDS = (0.0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
+"""Upper bounds of the relative errors counted: int8 makes 0.003 to 0.01, nf4-kv and nf4 0.02 to 0.15."""
+
+
+ERRORS = "relative_error_"
+_LE, _SUM = "_le_", "_sum"
+
+
+@dataclass(slots=True)
+class Errors:
+    """How often tensors of one encoding had which relative error when they were encoded: a histogram.
+
+    counts: one for each bound, of errors up to it and above the one before, and one for what lies above all of them.
+    Among a store's numbers it is `relative_error_ENCODING_le_BOUND`, each with what lies below counted in,
+    `..._le_inf` and `..._sum`.
+    """
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(ERROR_BOUNDS) + 1))
+    total: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """Tensors counted."""
+        return sum(self.counts)
+
+    def observe(self, error: float) -> None:
+        """Count one tensor."""
+        self.counts[bisect_left(ERROR_BOUNDS, error)] += 1
+        self.total += error
+
+    def values(self, encoding: str) -> Iterator[tuple[str, float]]:
+        """Names and numbers."""
+        for bound, seen in self.buckets():
+            yield f"{ERRORS}{encoding}{_LE}{bound}", seen
+        yield f"{ERRORS}{encoding}{_SUM}", self.total
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """Each bound as text, "inf" the last, and the tensors up to it."""
+        return zip((*map(str, ERROR_BOUNDS), "inf"), accumulate(self.counts), strict=True)
+
+
+def errors_of(values: Mapping[str, float]) -> dict[str, Errors]:
+    """The histograms among a store's numbers, by encoding. Bounds of another version are left out."""
+    found: dict[str, Errors] = {}
+    for name in values:
+        if name.startswith(ERRORS) and name.endswith(_SUM):
+            encoding = name.removeprefix(ERRORS).removesuffix(_SUM)
+            seen = [int(values.get(f"{ERRORS}{encoding}{_LE}{bound}", 0)) for bound in (*ERROR_BOUNDS, inf)]
+            counts = [b - a for a, b in pairwise([0, *seen])]
+            found[encoding] = Errors(counts, values[name])
+    return found
 
 
 @dataclass(slots=True)
@@ -28,7 +84,10 @@ class TierCounters:
 
 @dataclass(slots=True)
 class Counters:
-    """What the store did since start; sizes in bytes of decoded tensors, times in seconds."""
+    """What the store did since start; sizes in bytes of decoded tensors, times in seconds.
+
+    errors: by encoding, of each tensor encoded on its way down ("raw": one that had to stay as it is).
+    """
 
     gets: int = 0
     puts: int = 0
@@ -47,6 +106,7 @@ class Counters:
     misses: Counter[str] = field(default_factory=Counter)
     hits_in: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By the tier that answered and the encoding it held."""
+    errors: defaultdict[str, Errors] = field(default_factory=lambda: defaultdict(Errors))
     tiers: dict[str, TierCounters] = field(default_factory=dict)
 
 
@@ -134,5 +194,7 @@ def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, floa
     }
     values.update({f"misses_{cause}": counters.misses[cause] for cause in MISS_CAUSES})
     values.update({f"hits_{tier}_{encoding}": count for (tier, encoding), count in sorted(counters.hits_in.items())})
+    for encoding, errors in sorted(counters.errors.items()):
+        values.update(errors.values(encoding))
     values.update(gauges)
     return values

@@ -416,7 +416,7 @@ class Store:
             tensors = self._forms.decode(entry, None if room is None else room(specs_of(entry)))
         if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
             tensors = {name: _to_numpy(x) for name, x in tensors.items()}
-        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s)
+        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
 
     def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: arrays.describe(name, x) for name, x in out.items()}

@@ -1,6 +1,7 @@
 """Real daemons for tests: a process each, on a unix socket in a directory of its own, gone when the test is."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class DaemonProcess:
         pytest.fail(f"the daemon did not come up within {START_S} s:\n{self.log}")
 
     def client(self, **options: object) -> Client:
-        options = {"on_error": "raise", "timeout_s": 10, **options}
+        options = {"on_error": "raise", "timeout_s": 30, **options}
         client = Client(self.address.split(",")[0], **options)  # type: ignore[arg-type]
         self.clients.append(client)
         return client
@@ -100,7 +101,7 @@ class DaemonProcess:
         ]
         return all(state == "T" for state in states)
 
-    def stop(self, timeout_s: float = 20) -> int:
+    def stop(self, timeout_s: float = START_S) -> int:
         """SIGTERM, and wait. Returns the exit code."""
         self.signal(signal.SIGTERM)
         assert self.process is not None
@@ -112,7 +113,7 @@ class DaemonProcess:
             client.close()
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(START_S)
 
     def rss_nbytes(self) -> int:
         """Resident bytes now."""
@@ -181,7 +182,20 @@ def shared_daemon(_shared: DaemonProcess) -> DaemonProcess:
 
 
 def free_port() -> int:
-    """A TCP port on the loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on the loopback that was free a moment ago.
+
+    From below the range that the kernel gives to outgoing connections: one of those could take it meanwhile.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def wait_until(condition: Callable[[], object], sentence: str = "did not happen", timeout_s: float = START_S) -> None:
+    """Return once the condition holds. The bound is for what never happens: it says nothing about how long it takes."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{sentence} within {timeout_s} s"
+        time.sleep(0.01)

@@ -19,7 +19,7 @@ class RawClient:
         call = self.channel.unary_unary(
             f"/kvstored.v1.{path}", request_serializer=type(request).SerializeToString, response_deserializer=reply
         )
-        return call(request, timeout=20)
+        return call(request, timeout=120)
 
     def put(self, frames: Iterable[pb.PutFrame]) -> pb.PutReply:
         call = self.channel.stream_unary(
@@ -27,9 +27,9 @@ class RawClient:
             request_serializer=pb.PutFrame.SerializeToString,
             response_deserializer=pb.PutReply.FromString,
         )
-        return call(iter(frames), timeout=20)
+        return call(iter(frames), timeout=120)
 
-    def get(self, request: pb.GetRequest, timeout: float = 20) -> Iterator[pb.GetFrame]:
+    def get(self, request: pb.GetRequest, timeout: float = 120) -> Iterator[pb.GetFrame]:
         call = self.channel.unary_stream(
             "/kvstored.v1.Cache/Get",
             request_serializer=pb.GetRequest.SerializeToString,

@@ -437,8 +437,10 @@ class _Leases:
         self._block = self._begin()
         return self._block.__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        self._block.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._block.__exit__(kind, error, traceback)
 
 
 class _OneLease(_Leases):

@@ -18,7 +18,7 @@ from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import Bytes
 from kvstored_client.mapping import Copier, Window
-from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_specs
+from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_receipt, read_specs
 from kvstored_client.near import Connection, Near, UseStream
 from kvstored_client.receive import Out, check_out, is_direct
 from kvstored_client.send import Outgoing
@@ -241,7 +241,7 @@ def _block(connection: Connection, item: pb.Leased) -> Block:
 def _hit(reply: pb.LeaseReply, item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
     head = item.header
     age_s = reply.now - head.put_at if head.put_at else head.age_s
-    return Hit(key, tensors, TIER_NAMES.get(head.tier, "unknown"), head.encoding, head.lossy, age_s)
+    return Hit(key, tensors, TIER_NAMES.get(head.tier, "unknown"), head.encoding, head.lossy, age_s, read_receipt(head))
 
 
 class LeasedBlock:

@@ -1,6 +1,7 @@
 """Messages of the proto to and from the plain objects of `kvstore`: the part both ends need. No I/O, no state."""
 
 from collections.abc import Iterable, Mapping
+from math import inf
 
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
@@ -44,6 +45,21 @@ def read_specs(messages: Iterable[pb.TensorSpec]) -> dict[str, TensorInfo]:
             raise InvalidEntry(f"tensor {spec.name!r:.80} is given twice")
         specs[spec.name] = TensorInfo(dtype.name, tuple(spec.shape))
     return specs
+
+
+def relative_errors(receipt: Mapping[str, float], *, lossy: bool) -> list[float]:
+    """A receipt as it is sent, in the order of the tensors: nothing where nothing is lossy."""
+    return list(receipt.values()) if lossy else []
+
+
+def read_receipt(message: pb.GetHeader | pb.EntryInfo) -> dict[str, float]:
+    """Relative errors by tensor. What is missing, or no error, of a lossy entry counts as never measured: infinity."""
+    names, errors = [spec.name for spec in message.tensors], message.relative_errors
+    if not message.lossy:
+        return dict.fromkeys(names, 0.0)
+    if len(errors) != len(names):
+        return dict.fromkeys(names, inf)
+    return {name: error if error >= 0 else inf for name, error in zip(names, errors, strict=True)}
 
 
 def fidelity_number(fidelity: str) -> pb.Fidelity:
@@ -110,6 +126,7 @@ def entry_info_message(info: EntryInfo) -> pb.EntryInfo:
         age_s=info.age_s,
         ttl_left_s=-1.0 if info.ttl_left_s is None else info.ttl_left_s,
         hits=info.hits,
+        relative_errors=relative_errors(info.receipt, lossy=info.lossy),
     )
 
 
@@ -128,6 +145,7 @@ def read_entry_info(message: pb.EntryInfo) -> EntryInfo:
         age_s=message.age_s,
         ttl_left_s=None if message.pinned else message.ttl_left_s,
         hits=message.hits,
+        receipt=read_receipt(message),
     )
 
 

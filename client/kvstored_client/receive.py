@@ -15,7 +15,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
-from kvstored_client.messages import TIER_NAMES, read_specs
+from kvstored_client.messages import TIER_NAMES, read_receipt, read_specs
 
 Tensors = Mapping[str, Any]
 Out = Sequence[Tensors | None] | None
@@ -118,7 +118,7 @@ class _Incoming:
     def hit(self, key: bytes) -> Hit:
         head = self.header
         tier = TIER_NAMES.get(head.tier, "unknown")
-        return Hit(key, self.tensors, tier, head.encoding, head.lossy, head.age_s)
+        return Hit(key, self.tensors, tier, head.encoding, head.lossy, head.age_s, read_receipt(head))
 
 
 class OutMismatch(InvalidEntry):

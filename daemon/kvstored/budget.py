@@ -14,11 +14,20 @@ class Busy(OverQuota):
     retry_after_ms = RETRY_AFTER_MS
 
 
+CALL_NBYTES = 4 << 20
+"""What a streamed call has in frames: one of 2 MiB in gRPC's memory and once more in ours."""
+
+
 class Budget:
-    """Bytes in flight. Over the limit a call is refused at once rather than queued: the caller has a GPU waiting."""
+    """Bytes in flight. Over the limit a call is refused at once rather than queued: the caller has a GPU waiting.
+
+    call_nbytes: what a call over the stream counts for as long as nothing better is known of it.
+    """
 
     def __init__(self, limit_nbytes: int) -> None:
         self.limit_nbytes = limit_nbytes
+        # A small budget must not be all frames: entries of its own size are to pass.
+        self.call_nbytes = min(CALL_NBYTES, limit_nbytes // 64)
         self.used_nbytes = 0
         self.refused = 0
         self._lock = threading.Lock()
@@ -28,7 +37,7 @@ class Budget:
         if nbytes > self.limit_nbytes:
             raise EntryTooLarge(
                 f"an entry of {nbytes} bytes is over the limit of {self.limit_nbytes} bytes in flight "
-                "(server.in_flight_nbytes)"
+                "(server.in_flight_nbytes): put it in parts, or raise that"
             )
         with self._lock:
             total = self.used_nbytes + nbytes

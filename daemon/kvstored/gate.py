@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from kvstored.metrics import Meter
 from kvstored.scope import CALLER
+from kvstored.spans import Metadata, Spans
 from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored_client._pb import cache_pb2 as pb
 
@@ -65,7 +66,10 @@ class Access:
             kind, _, token = str(given[0]).partition(" ")
             found = tokens.of_token(token.strip()) if kind.lower() == "bearer" and len(given) == 1 else None
             if found is None:
-                raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this token is not in the daemon's tokens file")
+                raise Refusal(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "this token is not in the daemon's tokens file: use another, or have its entry added and reloaded",
+                )
             return found
         names = context.auth_context().get("x509_common_name", ())
         for name in names:
@@ -98,14 +102,26 @@ class Access:
 class Records:
     """What is written down of a call when it ends, whatever the door: its time, a refusal, a line for the audit."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, spans: Spans) -> None:
         self._meter = meter
+        self._spans = spans
+        self.traced = spans.wanted
 
     def ended(
-        self, method: str, code: str, began: float, identity: Identity | None, peer: str, request: bytes = b""
+        self,
+        method: str,
+        code: str,
+        began: float,
+        identity: Identity | None,
+        peer: str,
+        request: bytes = b"",
+        metadata: Metadata = (),
     ) -> None:
         """A call ended. began: time.perf_counter() at its start. request: for the keys of an admin verb."""
-        self._meter.end(method, code, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._meter.end(method, code, seconds)
+        if self._spans.wanted:
+            self._spans.record(method, code, seconds, metadata, _about(identity, request))
         refused = code in _REFUSED
         if refused:
             self._meter.refuse(code)
@@ -116,10 +132,10 @@ class Records:
 class Gate(grpc.aio.ServerInterceptor):
     """Around every method of kvstored's services."""
 
-    def __init__(self, access: Access, meter: Meter) -> None:
+    def __init__(self, access: Access, meter: Meter, records: Records) -> None:
         self._access = access
         self._meter = meter
-        self._records = Records(meter)
+        self._records = records
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
@@ -168,7 +184,8 @@ class Gate(grpc.aio.ServerInterceptor):
             finally:
                 self._meter.leave(method)
                 asked = request if isinstance(request, bytes) else b""
-                self._records.ended(method, code, began, identity, str(context.peer()), asked)
+                sent = (context.invocation_metadata() or ()) if self._records.traced else ()
+                self._records.ended(method, code, began, identity, str(context.peer()), asked, sent)
 
         return gated
 
@@ -177,12 +194,26 @@ def _name(code: Any) -> str:
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
 
 
-def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str) -> None:
+def _about(identity: Identity | None, request: bytes) -> dict[str, str | int]:
+    """What a span says of a call: who, and about how many keys; never which."""
+    said: dict[str, str | int] = {"keys": len(_keys(request))} if request else {}
+    if identity is not None:
+        said["caller"] = identity.name
+        if identity.tenant is not None:
+            said["tenant"] = identity.tenant
+    return said
+
+
+def _keys(request: bytes) -> list[bytes]:
     try:
-        # Every admin request that changes something has its keys in field 1, as this one.
-        keys = list(pb.EvictRequest.FromString(request).keys)
+        # Every request that names keys has them in field 1, as this one.
+        return list(pb.EvictRequest.FromString(request).keys)
     except DecodeError:
-        keys = []
+        return []
+
+
+def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str) -> None:
+    keys = _keys(request)
     audit.info(
         "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s",
         method, identity.name if identity else "nobody", peer, len(keys),

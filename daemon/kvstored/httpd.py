@@ -54,7 +54,10 @@ class MetricsPort:
         try:
             self._server = _Server((host, port), handler)
         except OSError as error:
-            raise ConfigError(f"cannot serve metrics on {address}: {error.strerror}") from None
+            raise ConfigError(
+                f"cannot serve metrics on {address}: {error.strerror}; choose another server.metrics_address, or leave "
+                "it empty for none"
+            ) from None
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="kvstored-metrics", daemon=True)
         self._thread.start()

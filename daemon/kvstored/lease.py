@@ -83,6 +83,8 @@ class Shared:
     records: Records
     scopes: Scopes
     identify: Callable[[int], Identity | None]
+    reads: threading.Semaphore
+    """For gets that are not answered out of hot: one from disk is in memory before its bytes can be counted."""
     connections: set["Connection"] = field(default_factory=set)
     aged: int = 0
 
@@ -273,7 +275,7 @@ class Connection:
         room = partial(shared.arena.empty, owner=self.uid)
         reading = Reading(self._store, shared.budget, keys, leading=leading, room=room)
         try:
-            lot = reading.next_lot() if resident is None else resident_hits(resident)
+            lot = self._next_lot(reading) if resident is None else resident_hits(resident)
             while lot:
                 for index, hit in lot:
                     if hit is not None:
@@ -281,11 +283,15 @@ class Connection:
                         held.append(tensors)
                         self._hand(reply, place.segment)
                         reply.leased.append(_leased(index, hit, place))
-                lot = reading.next_lot() if resident is None else []
+                lot = self._next_lot(reading) if resident is None else []
         finally:
             reading.close()
         self._hold(reply, held)
         return reply.SerializeToString()
+
+    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | None]]:
+        with self._shared.reads:
+            return reading.next_lot()
 
     def _placed(self, hit: Hit) -> tuple[Mapping[str, Any], Place]:
         """The hit's tensors where this client may read them: as they are, or copied to a segment of his user's."""

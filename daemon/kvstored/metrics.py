@@ -13,10 +13,10 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge as PromGauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.stats import Stats
+from kvstore.stats import ERRORS, Stats, errors_of
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -99,6 +99,9 @@ _STORE = (
     Family("kvstored_namespace_hits_total", "counter", "Gets of them answered.", "namespace", "namespace_hits_{}"),
 )  # fmt: skip
 
+_ERRORS = Family("kvstored_relative_error", "histogram",
+                 "|x - decoded| / |x| of each tensor encoded, measured then: the receipt.", "encoding")  # fmt: skip
+
 _DAEMON = (
     Family("kvstored_in_flight_bytes", "gauge", "Decoded bytes being received or sent.", value="in_flight_nbytes"),
     Family("kvstored_in_flight_limit_bytes", "gauge", "server.in_flight_nbytes.", value="in_flight_limit_nbytes"),
@@ -130,7 +133,7 @@ _MEASURED = (
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
 )  # fmt: skip
 
-FAMILIES = (*_TIER, *_STORE, *_DAEMON, *_MEASURED)
+FAMILIES = (*_TIER, *_STORE, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "evictions"})
 """Sums over labels, and a quotient: the query's work, not an exporter's."""
@@ -205,7 +208,8 @@ class StoreCollector(Collector):
         stats = self._snapshot()
         for family in _TIER:
             yield _family(family, {name: getattr(tier, family.value) for name, tier in stats.tiers.items()})
-        left = {name: value for name, value in stats.values.items() if name not in DERIVED}
+        yield _relative_errors(stats)
+        left = {n: value for n, value in stats.values.items() if n not in DERIVED and not n.startswith(ERRORS)}
         for family in (*_STORE, *_DAEMON):
             yield _family(family, _take(left, family.value))
         other = next(family for family in _MEASURED if family.name == "kvstored_other")
@@ -218,6 +222,14 @@ def _take(left: dict[str, float], pattern: str) -> dict[str, float]:
         return {"": left.pop(pattern)} if pattern in left else {}
     prefix = pattern.removesuffix("{}")
     return {name.removeprefix(prefix): left.pop(name) for name in sorted(left) if name.startswith(prefix)}
+
+
+def _relative_errors(stats: Stats) -> Metric:
+    found = HistogramMetricFamily(_ERRORS.name, _ERRORS.help, labels=[_ERRORS.label])
+    for encoding, errors in errors_of(stats.values).items():
+        buckets = [("+Inf" if bound == "inf" else bound, float(seen)) for bound, seen in errors.buckets()]
+        found.add_metric([encoding], buckets, errors.total)
+    return found
 
 
 def _family(family: Family, values: dict[str, float]) -> Metric:

@@ -111,7 +111,7 @@ class ScopedStore:
 
     def __getattr__(self, verb: str) -> Any:
         # A verb added to the store later is out of a tenant's reach until it is mapped here: fails closed.
-        raise PermissionDenied(f"a tenant's token cannot use {verb}")
+        raise PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
 
 
 class Scopes:

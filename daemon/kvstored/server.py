@@ -11,6 +11,8 @@ import logging
 import os
 import secrets
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,7 @@ from kvstored.scope import Scopes, read_secret, tenant_prefixes
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
+from kvstored.spans import Spans, open_spans
 from kvstored.tls import Certificates
 from kvstored.tokens import Tokens, read_tokens
 from kvstored.verbs import Verbs
@@ -161,14 +164,18 @@ async def _pulse(store: Store) -> None:
 class Daemon:
     """The gRPC server around an open store."""
 
-    def __init__(self, store: Store, settings: ServerSettings, arena: Arena | None = None) -> None:
+    def __init__(
+        self, store: Store, settings: ServerSettings, arena: Arena | None = None, spans: Spans | None = None
+    ) -> None:
+        self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self.watch = Watch(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
+        records = Records(self.watch.meter, self._spans)
         self._server = grpc.aio.server(
-            interceptors=[Gate(self._access, self.watch.meter)],
+            interceptors=[Gate(self._access, self.watch.meter, records)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=settings.calls_max,
         )
@@ -184,9 +191,10 @@ class Daemon:
             ingest,
             Verbs(store, epoch),
             settings.lease_max_s,
-            Records(self.watch.meter),
+            records,
             scopes,
             self._access.of_user,
+            threading.Semaphore(settings.threads),
         )
         self._leases: list[LeaseServer] = []
         self.watch.sources += (
@@ -207,8 +215,11 @@ class Daemon:
             with _socket_mode(socket_path(target)):
                 try:
                     port = self._bind(target, tls=tls)
-                except RuntimeError as error:
-                    raise ConfigError(f"cannot listen on {target}: {error}") from None
+                except RuntimeError:
+                    # gRPC's own words are to set a debug variable.
+                    raise ConfigError(
+                        f"cannot listen on {target}: {why_not_bound(target)}; choose another server.address"
+                    ) from None
                 self._start_leases(socket_path(target))
             kind = "tls" if tls else "tcp"
             shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
@@ -243,6 +254,7 @@ class Daemon:
         for leases in self._leases:
             await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
@@ -275,6 +287,23 @@ def _tenants(settings: ServerSettings) -> dict[str, tuple[bytes, bytes]]:
 
 def _tokens(settings: ServerSettings) -> Tokens | None:
     return read_tokens(settings.tokens) if settings.tokens else None
+
+
+def why_not_bound(target: str) -> str:
+    """The system's reason why an address, as gRPC spells it, cannot be bound."""
+    path = socket_path(target)
+    host, _, port = target.rpartition(":")
+    try:
+        if path is not None:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(str(path))
+            path.unlink()
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "refused without a reason"
 
 
 @contextmanager

@@ -150,7 +150,10 @@ class CacheService(_Service):
     async def get(self, request: bytes, context: Context) -> None:
         """Leases out of the store, a lot at a time, cut into frames."""
         asked = pb.GetRequest.FromString(request)
-        reading = Reading(self._store, self._budget, check_keys(asked.keys), leading=asked.leading)
+        keys = check_keys(asked.keys)
+        reading = Reading(
+            self._store, self._budget, keys, leading=asked.leading, frames_nbytes=self._budget.call_nbytes
+        )
         try:
             while lot := await self._run(reading.next_lot):
                 for index, hit in lot:

@@ -27,7 +27,8 @@ class ServerSettings:
     tier lives. tls_certificate, tls_key: PEM files for tls: addresses, read again when they change. tls_client_ca:
     only clients with a certificate of this authority may connect. tokens: the file of those who may call, see
     `tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
-    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. log_format: "text",
+    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. traces_endpoint: where
+    OpenTelemetry traces of calls go (OTLP over HTTP); empty: there are none. log_format: "text",
     "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
     before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received
     or decoded for sending. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
@@ -44,6 +45,7 @@ class ServerSettings:
     token_on_unix: bool = False
     insecure_tcp: bool = False
     metrics_address: str = ""
+    traces_endpoint: str = ""
     log_format: str = "auto"
     log_level: str = "info"
     pressure_percent: float = 10.0
@@ -66,6 +68,11 @@ class ServerSettings:
         _check_choice("server.log_level", self.log_level, LEVELS)
         if self.metrics_address:
             check_metrics_address(self.metrics_address)
+        if self.traces_endpoint and not self.traces_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                "server.traces_endpoint must be a URL such as http://127.0.0.1:4318/v1/traces, "
+                f"got {self.traces_endpoint!r:.80}"
+            )
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("server.tls_certificate and server.tls_key belong together: set both or neither")
         if self.token_on_unix and not self.tokens:

@@ -34,7 +34,9 @@ class Certificates:
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}") from None
             if b"-----BEGIN " not in texts[-1]:
-                raise ConfigError(f"{path} is not PEM: it has no -----BEGIN line")
+                raise ConfigError(
+                    f"{path} is not PEM: it has no -----BEGIN line; convert it with `openssl x509` or `openssl pkey`"
+                )
         ca = texts[2] if self._client_ca else None
         return grpc.ssl_server_certificate_configuration([(texts[1], texts[0])], ca)
 

@@ -102,7 +102,9 @@ def read_tokens(path: str | Path) -> Tokens:
         if not _DIGEST.fullmatch(known):
             raise ConfigError(f"{where}: sha256 must be 64 hexadecimal digits; `kvstored token` prints them")
         if known in by_digest:
-            raise ConfigError(f"{where}: the same sha256 as {by_digest[known].name}")
+            raise ConfigError(
+                f"{where}: the same sha256 as {by_digest[known].name}: each caller has a token of its own"
+            )
         uid = entry.pop("uid", None)
         by_digest[known] = _identity(entry, where)
         if uid is not None:

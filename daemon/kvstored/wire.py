@@ -23,7 +23,14 @@ from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
-from kvstored_client.messages import TIERS, fidelity_name, priority_name, read_specs, tensor_specs
+from kvstored_client.messages import (
+    TIERS,
+    fidelity_name,
+    priority_name,
+    read_specs,
+    relative_errors,
+    tensor_specs,
+)
 from kvstored_client.send import cut_frames
 
 HEADER_MAX_NBYTES = 64 << 10
@@ -109,7 +116,9 @@ class PutStream:
         self._budget = budget
         self._room = room
         self._open: Incoming | None = None
-        self._taken_nbytes = 0
+        # Until the first header says what comes: 256 calls with a frame each had a gigabyte in no account.
+        budget.take(budget.call_nbytes)
+        self._taken_nbytes = self._unknown_nbytes = budget.call_nbytes
         self._keys = 0
         self.ready: list[Incoming] = []
         self.ready_nbytes = 0
@@ -139,6 +148,9 @@ class PutStream:
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
         entry = Incoming(header, self._limit_nbytes)
+        self._budget.give_back(self._unknown_nbytes)
+        self._taken_nbytes -= self._unknown_nbytes
+        self._unknown_nbytes = 0
         self._budget.take(entry.nbytes)
         self._taken_nbytes += entry.nbytes
         self._open = entry
@@ -168,12 +180,24 @@ class PutStream:
 
 
 class Reading:
-    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread."""
+    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread.
+
+    room: where what is decoded is made. frames_nbytes: what the caller makes of a lot beside, at most.
+    """
 
     def __init__(
-        self, store: Store, budget: Budget, keys: list[bytes], *, leading: bool, room: Room | None = None
+        self,
+        store: Store,
+        budget: Budget,
+        keys: list[bytes],
+        *,
+        leading: bool,
+        room: Room | None = None,
+        frames_nbytes: int = 0,
     ) -> None:
         self._room = room
+        self._frames_nbytes = frames_nbytes
+        self._counted_nbytes = 0
         self._store = store
         self._budget = budget
         self._keys = keys
@@ -205,6 +229,8 @@ class Reading:
                     self._count(size)
             elif self._leading:
                 self._at = self._stop = len(self._keys)
+        # Entries in hot are counted there already, their frames are not.
+        self._count(max(0, min(nbytes, self._frames_nbytes) - self._counted_nbytes))
         return lot
 
     def close(self) -> None:
@@ -214,8 +240,10 @@ class Reading:
             self._store.touch(self._keys[: self._at])
 
     def _count(self, nbytes: int) -> None:
-        self._budget.take(nbytes)
-        self._lease.callback(self._budget.give_back, nbytes)
+        if nbytes:
+            self._budget.take(nbytes)
+            self._counted_nbytes += nbytes
+            self._lease.callback(self._budget.give_back, nbytes)
 
     def _begin_group(self) -> None:
         if len(self._keys) == 1:
@@ -240,13 +268,14 @@ class Reading:
 
     def _end_group(self) -> None:
         self._hits = None
+        self._counted_nbytes = 0
         self._lease.close()
 
 
 def resident_hit(entry: Entry, age_s: float) -> Hit:
     """A held entry as a hit: the very tensors."""
     tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
-    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s)
+    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s, entry.receipt)
 
 
 def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
@@ -267,6 +296,7 @@ def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
         lossy=hit.lossy,
         age_s=hit.age_s,
         boot_epoch=boot_epoch,
+        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
     )
 
 

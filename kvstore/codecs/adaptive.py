@@ -11,6 +11,7 @@ import torch
 from kvstore.codecs import Codec
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
+from kvstore.codecs.nf4 import relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.raw import Raw
 from kvstore.entry import EncodedTensor
@@ -50,18 +51,3 @@ class Adaptive:
         if encoded.encoding not in by_name:
             raise CodecError(f"adaptive never writes {encoded.encoding!r}")
         return by_name[encoded.encoding].decode(encoded, out)
-
-
-def relative_error(x: torch.Tensor, decoded: torch.Tensor) -> float:
-    """|x - decoded| / |x|, Euclidean, in float32; 0 where both are zero."""
-    norm = float(torch.linalg.vector_norm(x, dtype=torch.float32))
-    error = float(torch.linalg.vector_norm(x.to(torch.float32) - decoded.to(torch.float32)))
-    return error / norm if norm else (0.0 if error == 0.0 else float("inf"))
-
-
-def receipt(encoded: EncodedTensor) -> float | None:
-    """The relative error measured when the tensor was encoded: 0 for raw, None where nobody measured (nf4)."""
-    if encoded.encoding == "raw":
-        return 0.0
-    measured = encoded.attrs.get("relative_error")
-    return float(measured) if isinstance(measured, int | float) else None

@@ -64,9 +64,9 @@ class NF4:
             "nested_blocksize": blocks.NESTED_BLOCK,
             "nested_offset": scales.offset,
         }
-        return EncodedTensor(
-            spec, self.name, {"": codes, "absmax": scales.codes, "nested_absmax": scales.nested}, attrs
-        )
+        parts = {"": codes, "absmax": scales.codes, "nested_absmax": scales.nested}
+        error = relative_error(x, self.decode(EncodedTensor(spec, self.name, parts, attrs)))
+        return EncodedTensor(spec, self.name, parts, {**attrs, "relative_error": error})
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
@@ -123,6 +123,13 @@ def require_part(encoded: EncodedTensor, suffix: str, dtype: torch.dtype, numel:
         found = "nothing" if part is None else f"{part.dtype} {tuple(part.shape)}"
         raise CodecError(f"{encoded.encoding} part {suffix!r}: {found}, expected {dtype} ({numel},)")
     return part.view(-1)
+
+
+def relative_error(x: torch.Tensor, decoded: torch.Tensor) -> float:
+    """|x - decoded| / |x|, Euclidean, in float32; 0 where both are zero."""
+    norm = float(torch.linalg.vector_norm(x, dtype=torch.float32))
+    error = float(torch.linalg.vector_norm(x.to(torch.float32) - decoded.to(torch.float32)))
+    return error / norm if norm else (0.0 if error == 0.0 else float("inf"))
 
 
 def prepared_out(spec: TensorSpec, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:

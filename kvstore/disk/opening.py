@@ -94,7 +94,10 @@ def _lock(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
-        raise ConfigError(f"cold.path {path} is in use by another process (its LOCK file is held)") from None
+        raise ConfigError(
+            f"cold.path {path} is in use by another process (its LOCK file is held): stop that one, or "
+            "give this one another directory"
+        ) from None
     return fd
 
 

@@ -10,15 +10,16 @@ import xxhash
 from kvstore.disk import Bytes
 from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 from kvstore.errors import RecordCorrupt
 from kvstore.record import Head, assemble, parse_head, specs_of
+from kvstore.sealing import NO_SEALS, Seals
 
 PIECE_NBYTES = 1 << 20
 """Read and hashed at once while it is in the cache; and while one piece is hashed the kernel reads the next ahead."""
 
 
-def read_entry(segments: Segments, key: Key, row: Row) -> Entry:
+def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
     """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError."""
     head_bytes = np.empty(row.head_nbytes, np.uint8)
     # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
@@ -32,7 +33,7 @@ def read_entry(segments: Segments, key: Key, row: Row) -> Entry:
         digest.update(stored[at : at + PIECE_NBYTES].data)
     head = parse_head(head_bytes.tobytes(), key)
     _check_sizes(head, row)
-    return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest())
+    return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest(), seals)
 
 
 def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None:
@@ -40,13 +41,13 @@ def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None
         raise RecordCorrupt("record ends early")
 
 
-def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, TensorSpec]:
-    """The tensors' types and shapes, from the record's head alone. Raises RecordCorrupt or OSError."""
+def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
+    """The tensors' types, shapes and receipts, from the record's head alone. Raises RecordCorrupt or OSError."""
     head_bytes = np.empty(row.head_nbytes, np.uint8)
     segments.read(row.place, [head_bytes])
     head = parse_head(head_bytes.tobytes(), key)
     _check_sizes(head, row)
-    return {name: spec for name, (spec, _) in specs_of(head, head_bytes.tobytes()).items()}
+    return specs_of(head, head_bytes.tobytes())
 
 
 def _check_sizes(head: Head, row: Row) -> None:

@@ -37,7 +37,7 @@ _COLUMNS = np.dtype(
     ]
 )  # fmt: skip
 """The same fields for numpy."""
-_SEGMENT, _SEGMENT_AT = struct.Struct("<I"), _COLUMNS.fields["segment"][1]
+_SEGMENT, _SEGMENT_AT = struct.Struct("<I"), _COLUMNS.fields["segment"][1]  # type: ignore[index]  # it has fields
 _PINNED_UNTIL = struct.Struct("<d")
 _SUM = struct.Struct("<I")
 SLIDING, PINNED, EXACT, LOSSY, NAMED = 1, 2, 4, 8, 16

@@ -23,6 +23,7 @@ from kvstore.entry import Key
 from kvstore.errors import KvstoreError
 from kvstore.index import Meta
 from kvstore.record import pack
+from kvstore.sealing import Key as SealKey
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Callbacks:
 
     make_room: evict until the file system has so many bytes above its floor; False: there was nothing to evict.
     dropped: forget a key that could not be written. wrote: bytes that went to the disk. may_gather: whether the disk
-    can take so many bytes beside what is put.
+    can take so many bytes beside what is put. seal_of: the key to encrypt an entry's record with, if any.
     """
 
     meta_of: Callable[[Key], Meta | None]
@@ -71,6 +72,7 @@ class Callbacks:
     make_room: Callable[[int], bool]
     wrote: Callable[[int], None]
     may_gather: Callable[[int], bool]
+    seal_of: Callable[[Meta], SealKey | None]
 
 
 class Writer:
@@ -235,7 +237,7 @@ class Writer:
             if meta is None or isinstance(operation, Delete):
                 continue
             try:
-                record = pack(operation.entry, meta)
+                record = pack(operation.entry, meta, seal=self._callbacks.seal_of(meta))
             except (KvstoreError, ValueError, TypeError) as error:
                 log.warning("cold key=%s event=unwritable error=%s", key.hex(), error)
                 refused.append(key)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 
 TierName = Literal["hot", "warm", "cold"]
 
@@ -97,8 +97,8 @@ class LastTier(Tier, Protocol):
         """Bytes counted for a key; 0 when it is not here."""
         ...
 
-    def specs_of(self, key: Key) -> Mapping[str, TensorSpec] | None:
-        """The tensors' types and shapes."""
+    def specs_of(self, key: Key) -> Mapping[str, Described] | None:
+        """The tensors' types, shapes and receipts."""
         ...
 
     def gauges(self) -> Mapping[str, float]:

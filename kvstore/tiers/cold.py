@@ -30,10 +30,12 @@ from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber
 from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
-from kvstore.entry import Entry, Key, TensorSpec
+from kvstore.entry import Described, Entry, Key
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.owner import NOBODY, Owner
+from kvstore.sealing import Key as SealKey
+from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order
 
@@ -85,6 +87,7 @@ class Cold:
         self._clock = clock
         self._disk = disk
         self._meta_of = meta_of
+        self._seals = Seals(config.key_files)
         self._on_drop = on_drop
         self._changed = threading.Condition()
         # Sizes are the pending operations' to count: they alone know what is estimated and what is on disk.
@@ -98,7 +101,9 @@ class Cold:
         self._rows = Rows(directory.index, config.capacity_nbytes // 4)
         segment_nbytes = min(max(config.capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
-        callbacks = Callbacks(meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather)
+        callbacks = Callbacks(
+            meta_of, self._drop, self._make_room, self.admission.wrote, self._may_gather, self._seal_of
+        )
         self._writer = Writer(self._rows, self._segments, self._pending, self._changed, callbacks)
 
     @classmethod
@@ -213,13 +218,13 @@ class Cold:
         found = self._find(key)
         return self._read(key, found) if isinstance(found, Row) else found
 
-    def specs_of(self, key: Key) -> dict[str, TensorSpec] | None:
-        """The tensors' types and shapes; their values are neither read nor decoded. None as for `get`."""
+    def specs_of(self, key: Key) -> dict[str, Described] | None:
+        """The tensors' types, shapes and receipts; their values are neither read nor decoded. None as for `get`."""
         found = self._find(key)
         if found is None:
             return None
         if isinstance(found, Entry):
-            return {name: tensor.spec for name, tensor in found.tensors.items()}
+            return {name: tensor.described for name, tensor in found.tensors.items()}
         try:
             return read_specs(self._segments, key, found)
         except (RecordCorrupt, OSError) as error:
@@ -240,9 +245,12 @@ class Cold:
 
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
-            return read_entry(self._segments, key, row)
+            return read_entry(self._segments, key, row, self._seals)
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
+
+    def _seal_of(self, _meta: Meta) -> SealKey | None:
+        return self._seals.sealing(())
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
@@ -254,7 +262,7 @@ class Cold:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            if isinstance(error, UnknownSeal) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
                 self._writer.counters.read_errors += 1
                 return None
             if key not in self._order and key not in self._pinned:
@@ -313,7 +321,8 @@ class Cold:
         if full:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
-                f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small"
+                f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small; "
+                "unpin something or enlarge the tier or the quota"
             )
 
     def _wait_for_buffer(self, nbytes: int) -> None:
@@ -376,7 +385,7 @@ class Cold:
                 if pinned_nbytes > self._pin_max_nbytes:
                     raise OverQuota(
                         f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
-                        f"the limit is {self._pin_max_nbytes}"
+                        f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
                     )
                 self._order.forget(key)
                 self._pinned[key] = cost

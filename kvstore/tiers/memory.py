@@ -90,7 +90,7 @@ class MemoryTier:
         if victim is None:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
-                f"{self.capacity_nbytes} bytes are pinned"
+                f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
         entry = self._entries.pop(victim)
         self._used_nbytes -= entry.nbytes
@@ -134,7 +134,7 @@ class MemoryTier:
         if nbytes > self._pin_max_nbytes:
             raise OverQuota(
                 f"pinning {entry.nbytes} bytes would make {nbytes} pinned bytes in the {self.name} tier, "
-                f"the limit is {self._pin_max_nbytes}"
+                f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
             )
         self._order.pin(key, entry.nbytes)
 

@@ -12,8 +12,11 @@ import pytest
 
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota, TierUnavailable
 from kvstored_client import Client
+from tests.conftest import wait_until
 
 X = {"x": np.arange(1000, dtype=np.float32)}
+WITHIN_S = 15.0
+"""A call with a deadline of half a second, on a machine that is busy with other things. Without one it would hang."""
 
 
 def every_verb(client):
@@ -36,10 +39,10 @@ MISSES = [None, False, 0, [None, None], [], 0, [None, None], 0, 0, 0, 0]
 
 
 def test_an_absent_daemon_is_a_miss_at_once(tmp_path):
-    with Client(f"unix:{tmp_path}/none.sock", timeout_s=2) as client:
+    with Client(f"unix:{tmp_path}/none.sock", timeout_s=120) as client:
         started = time.monotonic()
         assert every_verb(client) == MISSES
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 60, "no verb waited for its deadline"
         assert client.failures == len(MISSES)
 
 
@@ -65,7 +68,7 @@ def test_a_daemon_that_accepts_and_says_nothing_is_a_miss_within_the_deadline(tm
             for ask, miss in ((lambda: client.get(b"k"), None), (lambda: client.put(b"k", X), False)):
                 started = time.monotonic()
                 assert ask() == miss
-                assert time.monotonic() - started < 1.5
+                assert time.monotonic() - started < WITHIN_S
 
 
 def test_a_stopped_daemon_is_a_miss_within_the_deadline_and_is_found_again(daemon):
@@ -75,29 +78,24 @@ def test_a_stopped_daemon_is_a_miss_within_the_deadline_and_is_found_again(daemo
     for _ in range(3):
         started = time.monotonic()
         assert client.get(b"k") is None
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < WITHIN_S
     started = time.monotonic()
     for _ in range(100):
         client.get(b"k")
-    assert time.monotonic() - started < 2, "an open breaker costs no waiting, its probes aside"
+    assert time.monotonic() - started < 25, "an open breaker costs no waiting, its probes aside: not 100 deadlines"
     daemon.signal(signal.SIGCONT)
-    deadline = time.monotonic() + 10
-    while client.get(b"k") is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: client.get(b"k") is not None)
 
 
 def test_the_log_has_one_line_for_each_change_of_state(daemon, caplog):
     caplog.set_level(logging.INFO, logger="kvstored_client")
-    client = daemon.client(on_error="miss", timeout_s=1)
+    client = daemon.client(on_error="miss", timeout_s=30)
     client.put(b"k", X)
     daemon.stop()
     for _ in range(50):
         client.get(b"k")
     daemon.start()
-    deadline = time.monotonic() + 10
-    while not client.match([b"k"]) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: client.match([b"k"]))
     said = [record.getMessage().split(":")[0] for record in caplog.records]
     assert said == ["cache down, answering misses until it is back", "cache up"]
     assert client.restarts == 1
@@ -177,7 +175,7 @@ def test_a_forked_child_has_a_connection_of_its_own(shared_daemon):
             os._exit(0)  # a clear error is as good
         except BaseException:  # noqa: BLE001 - nothing may escape into the parent's test run
             os._exit(4)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     done, status = 0, -1
     while not done and time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)

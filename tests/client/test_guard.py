@@ -62,22 +62,21 @@ def test_no_verb_outlasts_its_deadline_and_after_three_the_cache_is_left_alone()
     guard._breaker = Breaker(clock=lambda: 0.0)  # its pause must not end because the machine pauses
     start = time.monotonic()
     assert verbs(guard) == MISSES
-    # Three calls are waited for; the breaker answers the others.
-    assert time.monotonic() - start < 0.05 + 3 * 0.1 + 0.5
+    # Without a deadline they would wait for what comes after: the bound is for a busy machine.
+    assert time.monotonic() - start < 20
     calls = cache.calls
-    start = time.monotonic()
+    # Three calls are waited for; the breaker answers the others, and this one, without asking.
     assert guard.match([b"a"]) == 0
-    assert time.monotonic() - start < 0.04
     assert cache.calls == calls
     release.set()
 
 
 def test_a_late_answer_is_not_given_to_a_later_call() -> None:
-    answers = iter([0.0, 0.3, 0.0])
-    guard = Guard(Scripted(lambda: time.sleep(next(answers))), lookup_timeout_s=0.1)
-    time.sleep(0.01)
-    assert guard.call(lambda: time.sleep(0.3) or "late", 0.05, "miss") == "miss"
-    assert guard.call(lambda: "second", 5.0, "miss") == "second"
+    release = threading.Event()
+    guard = Guard(Scripted(lambda: None), lookup_timeout_s=0.1)
+    assert guard.call(lambda: release.wait(60) and "late", 0.05, "miss") == "miss"
+    release.set()
+    assert guard.call(lambda: "second", 60.0, "miss") == "second"
 
 
 def test_a_put_is_done_later_and_flush_waits_for_it() -> None:

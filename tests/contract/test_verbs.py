@@ -8,6 +8,7 @@ import torch
 from kvstore import errors
 from kvstore.arrays import as_bytes
 from kvstore.dtypes import BY_NAME
+from kvstore.stats import errors_of
 
 from .conftest import Harness
 
@@ -207,6 +208,54 @@ def test_a_demoted_auto_entry_is_nf4_and_says_so(harness: Harness) -> None:
     assert torch.equal(hit.tensors["position"], torch.arange(64))
     error = (hit.tensors["k"] - x).pow(2).mean().sqrt() / x.pow(2).mean().sqrt()
     assert 0.01 < error < 0.12
+
+
+def test_every_hit_carries_the_error_measured_at_encoding(harness: Harness) -> None:
+    """The receipt: of each tensor, in every tier, and the same after a trip up and down."""
+    tensors = {"k": torch.randn(2, 64, 2, 64), "v": torch.randn(2, 64, 2, 64), "w": torch.randn(4096)}
+    harness.cache.put(b"key", {**tensors, "ids": torch.arange(64)})
+    exact = harness.cache.get(b"key")
+    assert exact is not None
+    assert exact.receipt == dict.fromkeys(("k", "v", "w", "ids"), 0.0)
+    assert exact.relative_error == 0.0
+    harness.cache.demote(b"key")
+    first = harness.cache.get(b"key")
+    assert first is not None
+    assert first.receipt["ids"] == 0.0
+    for name, x in tensors.items():
+        error = float((first.tensors[name] - x).norm() / x.norm())
+        assert first.receipt[name] == pytest.approx(error, rel=0.01)
+    assert first.relative_error == max(first.receipt.values())
+    harness.cache.promote(b"key")
+    hot = harness.cache.get(b"key")
+    assert hot is not None and hot.tier == "hot"
+    assert hot.receipt == first.receipt
+    with harness.cache.lease(b"key") as leased:
+        assert leased is not None and leased.receipt == first.receipt
+    harness.cache.demote(b"key")
+    assert harness.cache.get_many([b"key"])[0].receipt == first.receipt
+    info = harness.cache.inspect(b"key")
+    assert info is not None and info.receipt == first.receipt
+    explained = harness.cache.explain(b"key")[0]
+    assert explained.entry is not None and explained.entry.receipt == first.receipt
+    counted = errors_of(harness.cache.stats().values)
+    assert {name: errors.count for name, errors in counted.items()} == {"nf4-kv": 2, "nf4": 1, "raw": 1}
+    assert counted["nf4"].total == pytest.approx(first.receipt["w"])
+
+
+def test_the_receipt_is_read_back_from_disk(harness: Harness) -> None:
+    """Also without reading the value: `inspect` takes it from the record's head."""
+    harness.cache.put(b"key", {"k": torch.randn(2, 64, 2, 64)})
+    harness.cache.demote(b"key")
+    warm = harness.cache.get(b"key")
+    assert warm is not None
+    if not harness.cache.demote(b"key"):
+        return  # no disk here
+    info = harness.cache.inspect(b"key")
+    assert info is not None and info.tiers == ("cold",)
+    assert info.receipt == warm.receipt
+    cold = harness.cache.get(b"key")
+    assert cold is not None and (cold.tier, cold.receipt) == ("cold", warm.receipt)
 
 
 def test_trips_between_tiers_lose_nothing_after_the_first_encoding(harness: Harness) -> None:

@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 
 import grpc
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
+from tests.conftest import wait_until
 from tests.raw import RawClient, entry_frames, header, spec
 
 MIB = 1 << 20
@@ -92,10 +92,12 @@ def test_entries_announced_but_never_sent_cost_no_memory(daemon_factory):
 
     def silent():
         yield header(b"k", 900 * MIB, spec("x", 900 * MIB))
-        time.sleep(2.5)
+        over.wait(120)
 
+    over = threading.Event()
     with pytest.raises(grpc.RpcError) as caught:
         raw.put(silent())
+    over.set()
     assert caught.value.code() == INVALID
     assert "no frame for 1.0 s (server.silence_s); received 0 of 943718400" in caught.value.details()
     assert daemon.rss_nbytes() - before < 64 * MIB
@@ -104,7 +106,7 @@ def test_entries_announced_but_never_sent_cost_no_memory(daemon_factory):
 
 
 def test_bytes_in_flight_over_the_budget_are_refused_at_once_with_a_time_to_retry(daemon_factory):
-    daemon = daemon_factory(server='in_flight_nbytes = "8MiB"\nsilence_s = 2.0')
+    daemon = daemon_factory(server='in_flight_nbytes = "8MiB"\nsilence_s = 120.0')
     raw = RawClient(parse_address(daemon.address))
     with pytest.raises(grpc.RpcError) as never:
         raw.put([header(b"k", 9 * MIB, spec("x", 9 * MIB))])
@@ -116,7 +118,7 @@ def test_bytes_in_flight_over_the_budget_are_refused_at_once_with_a_time_to_retr
     def slow():
         yield header(b"slow", 6 * MIB, spec("x", 6 * MIB))
         begun.set()
-        go_on.wait(10)
+        go_on.wait(120)
         for _ in range(6):
             yield pb.PutFrame(chunk=bytes(MIB))
         yield END
@@ -124,18 +126,19 @@ def test_bytes_in_flight_over_the_budget_are_refused_at_once_with_a_time_to_retr
     call = raw.channel.stream_unary(
         "/kvstored.v1.Cache/Put", pb.PutFrame.SerializeToString, pb.PutReply.FromString
     ).future(slow())
-    assert begun.wait(5)
-    time.sleep(0.3)
-    started = time.monotonic()
+    assert begun.wait(120)
+    with daemon.client() as watching:
+        wait_until(lambda: watching.stats().values["in_flight_nbytes"] >= 6 * MIB)
     with pytest.raises(grpc.RpcError) as busy:
         raw.put(entry_frames(b"k", bytes(6 * MIB)))
-    assert time.monotonic() - started < 1
+    # At once, not when there is room: the other one still waits for this.
+    assert not call.done()
     assert busy.value.code() == EXHAUSTED
     metadata = dict(busy.value.trailing_metadata())
     assert int(metadata["retry-after-ms"]) > 0
     assert metadata["kvstored-error"] == "OverQuota"
     go_on.set()
-    assert call.result(10).stored == 1
+    assert call.result(120).stored == 1
     assert raw.put(entry_frames(b"k", bytes(6 * MIB))).stored == 1
     raw.close()
 
@@ -171,17 +174,20 @@ def test_a_unary_message_over_4_mib_and_headers_over_16_kib_are_refused(daemon, 
 
 
 def test_calls_over_the_limit_are_refused_at_once(daemon_factory):
-    daemon = daemon_factory(server="calls_max = 2\nsilence_s = 3.0")
+    daemon = daemon_factory(server="calls_max = 2\nsilence_s = 120.0")
     raw = RawClient(parse_address(daemon.address))
     release = threading.Event()
 
     def waiting():
         yield header(b"k", 1, spec("x", 1))
-        release.wait(10)
+        release.wait(120)
 
     put = raw.channel.stream_unary("/kvstored.v1.Cache/Put", pb.PutFrame.SerializeToString, pb.PutReply.FromString)
-    calls = [put.future(waiting()) for _ in range(2)]
-    time.sleep(0.5)
+    calls = [put.future(waiting())]
+    with daemon.client() as watching:
+        wait_until(lambda: watching.stats().values["in_flight_nbytes"] > 0)
+    # One connection: what is sent first arrives first, so the second put has the second place.
+    calls.append(put.future(waiting()))
     with pytest.raises(grpc.RpcError) as caught:
         raw.match(b"k")
     assert caught.value.code() == EXHAUSTED
@@ -197,11 +203,17 @@ def test_a_reader_that_stops_reading_is_cut_off_and_costs_little(daemon_factory)
         client.put(b"big", {"x": np.ones(200 * MIB, dtype=np.uint8)})
     raw = RawClient(parse_address(daemon.address))
     before = daemon.rss_nbytes()
-    stream = raw.get(pb.GetRequest(keys=[b"big"]))
+    stream = raw.get(pb.GetRequest(keys=[b"big"]), timeout=120)
     next(stream)
-    time.sleep(0.7)
-    assert daemon.rss_nbytes() - before < 16 * MIB
-    time.sleep(1.5)
+    highest = [0]
+
+    def cut_off():
+        highest[0] = max(highest[0], daemon.rss_nbytes())
+        return watching.stats().values["in_flight_nbytes"] == 0
+
+    with daemon.client() as watching:
+        wait_until(cut_off)
+    assert highest[0] - before < 24 * MIB
     with pytest.raises(grpc.RpcError) as caught:
         list(stream)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED

@@ -110,6 +110,22 @@ def test_inspect_shows_what_put_was_told(run, file):
     assert 0 < json.loads(run("inspect", "told", "--json").stdout)["ttl_left_s"] <= 100
 
 
+def test_get_inspect_explain_and_stats_show_the_receipt(run, tmp_path):
+    """The error measured when the entry was encoded, of each tensor."""
+    save_file({"w": np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32)}, tmp_path / "w.safetensors")
+    run("put", "receipt", tmp_path / "w.safetensors")
+    assert json.loads(run("inspect", "receipt", "--json").stdout)["receipt"] == {"w": 0.0}
+    run("demote", "receipt")
+    got = json.loads(run("get", "receipt", "-o", tmp_path / "o.safetensors", "--json").stdout)["receipt"]
+    assert 0.05 < got["w"] < 0.15
+    assert json.loads(run("inspect", "receipt", "--json").stdout)["receipt"] == got
+    assert json.loads(run("explain", "receipt", "--json").stdout)["entry"]["receipt"] == got
+    assert f"float32 [64, 64], relative error {got['w']:.3g}" in run("inspect", "receipt").stdout
+    assert f"relative error {got['w']:.3g}" in run("get", "receipt", "-o", tmp_path / "o.safetensors").stdout
+    assert f"{got['w']:.3g}" in run("explain", "receipt").stdout
+    assert "MEAN RELATIVE ERROR" in run("stats").stdout
+
+
 def test_ls_lists_by_prefix_tier_and_limit(run, file):
     for i in range(3):
         run("put", f"listed-{i}", file)

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +15,13 @@ import torch
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.local import LeaseKept
-from tests.conftest import environment
+from tests.conftest import environment, wait_until
 
 MIB = 1 << 20
 
 
 def values(client):
     return client.stats().values
-
-
-def wait_for(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -72,7 +64,7 @@ def test_a_view_is_the_daemons_own_memory_and_ends_with_the_block(client, monkey
     assert view.numel() == 0
     with pytest.raises(LeaseKept, match="has ended"):
         _ = hit.tensors["x"]
-    wait_for(lambda: values(client)["leases"] == 0, 2)
+    wait_until(lambda: values(client)["leases"] == 0)
 
 
 def test_a_view_that_is_kept_beyond_its_block_is_refused_and_the_memory_stays_leased(client):
@@ -84,7 +76,7 @@ def test_a_view_that_is_kept_beyond_its_block_is_refused_and_the_memory_stays_le
     assert values(client)["leases"] == 1
     kept.clear()
     gc.collect()
-    wait_for(lambda: values(client)["leases"] == 0, 2)
+    wait_until(lambda: values(client)["leases"] == 0)
 
 
 def test_numpy_views_are_read_only(shared_daemon):
@@ -181,7 +173,7 @@ hits = [block.__enter__() for block in blocks]
 x = cache.empty((1 << 20,), "float32")
 assert all(hit is not None for hit in hits)
 print("holding", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -199,12 +191,11 @@ def test_a_killed_client_leaves_nothing_behind(daemon):
     process = hold(daemon)
     assert values(client)["leases"] == 100
     process.kill()
-    started = time.monotonic()
-    wait_for(lambda: values(client)["leases"] == 0, 2)
-    assert time.monotonic() - started < 0.5  # 0.1 s on an idle machine
+    # Half of what their age would take: it is the socket's end that frees them (0.1 s on an idle machine).
+    wait_until(lambda: values(client)["leases"] == 0, timeout_s=30)
     process.wait()
     process.stdout.close()
-    wait_for(lambda: values(client)["lease_connections"] == before["lease_connections"], 2)
+    wait_until(lambda: values(client)["lease_connections"] == before["lease_connections"])
 
 
 def test_a_stopped_client_loses_its_leases_at_their_maximum_age(daemon_factory):
@@ -213,8 +204,8 @@ def test_a_stopped_client_loses_its_leases_at_their_maximum_age(daemon_factory):
     client.put_many([(b"held%d" % i, {"x": np.full(1000, i)}) for i in range(100)])
     process = hold(daemon)
     process.send_signal(signal.SIGSTOP)
-    assert values(client)["leases"] == 100
-    wait_for(lambda: values(client)["leases"] == 0, 4)
+    # Counted one by one, not seen at once: on a busy machine the first has aged before the last was taken.
+    wait_until(lambda: values(client)["leases"] == 0)
     assert values(client)["leases_aged"] == 100
     process.kill()
     process.wait()
@@ -230,7 +221,7 @@ def test_a_read_that_outlives_its_lease_is_a_miss_and_never_other_bytes(daemon_f
 
     def slowly(target, source):
         other.delete(b"slow")
-        time.sleep(1.2)
+        wait_until(lambda: values(other)["leases"] == 0)
         for i in range(20):
             other.put(b"new%d" % i, {"x": np.zeros(MIB, dtype=np.uint8)})
         copy(target, source)
@@ -287,7 +278,7 @@ def test_without_the_lease_socket_the_stream_gives_the_same_results(daemon):
 )
 def test_bad_calls_are_answered_and_the_connection_goes_on(shared_daemon, call):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect(str(shared_daemon.socket_path) + ".lease")
         sock.send(call.SerializeToString())
         assert pb.LeaseReply.FromString(sock.recv(1 << 18)).HasField("error")

@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 import kvstore
+from kvstore import errors
 from kvstore.config import StoreConfig
 from kvstored.cli import cli, exits
 from kvstored.settings import Settings
@@ -55,6 +56,15 @@ def test_every_verb_and_each_of_its_options_is_documented():
 def test_every_exit_code_is_documented():
     codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", OPERATIONS, re.MULTILINE)} == codes | {70}
+
+
+def test_every_error_is_documented_with_what_to_do():
+    named = [kind.__name__ for kind in vars(errors).values() if isinstance(kind, type)]
+    rows = re.findall(
+        r"^\| (.+?) \| [^|]*\| (.+?) \|$", OPERATIONS.split("## Errors")[1].split("\n## ")[0], re.MULTILINE
+    )
+    assert all(todo for _, todo in rows)
+    assert [name for name in named if not any(what.startswith(name) for what, _ in rows)] == []
 
 
 def test_every_counter_is_documented(daemon):

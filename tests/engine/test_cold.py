@@ -19,7 +19,7 @@ from kvstore.config import ColdConfig
 from kvstore.disk import SystemDisk
 from kvstore.disk.reading import read_entry
 from kvstore.disk.writer import ROW_NBYTES
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
 from kvstore.tiers.cold import Cold
@@ -98,7 +98,7 @@ def test_a_value_is_readable_before_and_after_it_is_written(holder: Holder) -> N
     assert filled(holder.cold.get(key(1))) == 7
     assert key(1) in holder.cold
     assert holder.cold.get(key(2)) is None
-    assert holder.cold.specs_of(key(1)) == {"x": TensorSpec("uint8", (1000,))}
+    assert holder.cold.specs_of(key(1)) == {"x": Described(TensorSpec("uint8", (1000,)), "raw", 0.0)}
 
 
 def test_everything_is_found_again_after_a_restart(holder: Holder) -> None:

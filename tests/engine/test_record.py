@@ -2,6 +2,7 @@
 
 import json
 import random
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec
 from kvstore.errors import EntryTooLarge, RecordCorrupt
 from kvstore.index import Meta
 from kvstore.record import FIXED_NBYTES, pack, parse_head, specs_of, unpack
@@ -109,10 +110,20 @@ def test_specs_are_read_without_the_data() -> None:
     record = pack(entry, META)
     head = parse_head(record.head, KEY)
     assert specs_of(head, record.head) == {
-        "k": (TensorSpec("float32", (10, 10)), "nf4"),
-        "v": (TensorSpec("float32", (5, 3)), "raw"),
+        "k": Described(TensorSpec("float32", (10, 10)), "nf4", inf),
+        "v": Described(TensorSpec("float32", (5, 3)), "raw", 0.0),
     }
     assert (head.lossy, head.expires_at, head.ttl_s) == (True, 4600.0, 3600.0)
+
+
+@pytest.mark.parametrize("lie", ["0.1", True, -0.1, None, [0.1]], ids=str)
+def test_a_receipt_that_is_no_error_counts_as_never_measured(lie: object) -> None:
+    """Records come from disks and files: what is not a number of at least 0 promises nothing."""
+    k = quantized()
+    lying = EncodedTensor(k.spec, k.encoding, k.parts, {**k.attrs, "relative_error": lie})
+    told = EncodedTensor(k.spec, k.encoding, k.parts, {**k.attrs, "relative_error": 0.25})
+    entry = Entry(KEY, {"k": lying, "v": told}, lossy=True)
+    assert unpack(pack(entry, META).to_bytes(), KEY).receipt == {"k": inf, "v": 0.25}
 
 
 def test_256_tensors_with_the_longest_names_fit() -> None:

@@ -21,13 +21,15 @@ import pytest
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
-from tests.conftest import environment
+from tests.conftest import environment, wait_until
 from tests.raw import RawClient, header, spec
 
 from .conftest import running_daemon
 
 MIB = 1 << 20
 NOTICED_S = 10.0
+STARVED_S = 20.0
+"""Others are answered within milliseconds; a machine that is busy with other things may take seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +65,12 @@ def steady(daemon):
     stop.set()
     thread.join()
     assert failed == []
-    assert slowest[0] < 5
-    deadline = time.monotonic() + 20
-    while True:
-        rss, threads, fds = anonymous_nbytes(daemon.pid), process.num_threads(), process.num_fds()
-        if threads <= before[1] + 8 and fds <= before[2] + 8:
-            break
-        assert time.monotonic() < deadline, (before, rss, threads, fds)
-        time.sleep(0.2)
-    assert rss < before[0] + 48 * MIB
+    assert slowest[0] < STARVED_S
+    wait_until(
+        lambda: process.num_threads() <= before[1] + 8 and process.num_fds() <= before[2] + 8,
+        f"threads and descriptors came down from {process.num_threads()}, {process.num_fds()} to {before[1:]}",
+    )
+    assert anonymous_nbytes(daemon.pid) < before[0] + 48 * MIB
 
 
 def anonymous_nbytes(pid):
@@ -82,7 +81,7 @@ def anonymous_nbytes(pid):
 
 def connect(daemon):
     peer = socket.socket(socket.AF_UNIX)
-    peer.settimeout(20)
+    peer.settimeout(120)
     peer.connect(str(daemon.socket_path))
     return peer
 
@@ -162,53 +161,79 @@ def test_a_slow_reader_costs_a_lot_of_time_and_little_memory(daemon, steady):
         client.put(key, {"x": np.zeros(8 * MIB, np.uint8)}, fidelity="exact")
     anonymous = anonymous_nbytes(daemon.pid)
     raw = RawClient(parse_address(daemon.address))
-    calls = [raw.get(pb.GetRequest(keys=keys), timeout=30) for _ in range(4)]
+    calls = [raw.get(pb.GetRequest(keys=keys), timeout=120) for _ in range(4)]
     for call in calls:
         next(call)
-    time.sleep(4)
-    assert anonymous_nbytes(daemon.pid) < anonymous + 4 * 16 * MIB
+    highest = [0]
+
+    def all_cut_off():
+        highest[0] = max(highest[0], anonymous_nbytes(daemon.pid))
+        return client.stats().values["in_flight_nbytes"] == 0
+
+    wait_until(all_cut_off, "the slow readers were not cut off")
+    assert highest[0] < anonymous + 4 * 16 * MIB
     for call in calls:
         with pytest.raises(grpc.RpcError, match="took no frame for 2"):
             list(call)
     raw.close()
-    assert client.stats().values["in_flight_nbytes"] == 0
     client.evict(*keys)
 
 
 def test_an_open_stream_without_a_word_is_ended_and_its_bytes_are_given_back(daemon, steady):
+    over = threading.Event()
+
     def silent():
         yield header(b"k", 32 * MIB, spec("x", 32 * MIB))
-        time.sleep(6)
+        over.wait(120)
 
     raw = RawClient(parse_address(daemon.address))
     with pytest.raises(Exception, match="no frame for 2"):
         raw.put(silent())
+    over.set()
     raw.close()
-    assert daemon.client().stats().values["in_flight_nbytes"] == 0
+    client = daemon.client()
+    wait_until(lambda: client.stats().values["in_flight_nbytes"] == 0)
 
 
 def test_a_peer_that_stopped_is_noticed_by_the_daemon_within_ten_seconds(daemon):
     """A connection that speaks HTTP/2, then answers no ping: what a stopped or vanished client looks like."""
-    peer, _ = greeted(daemon)
-    with peer:
-        began = time.monotonic()
-        while peer.recv(65536):
-            pass
-        assert time.monotonic() - began < NOTICED_S
+
+    def noticed_after():
+        peer, _ = greeted(daemon)
+        with peer:
+            began = time.monotonic()
+            while peer.recv(65536):
+                pass
+            return time.monotonic() - began
+
+    assert soonest(noticed_after) < NOTICED_S
+
+
+def soonest(measure):
+    """The least of up to three: what a busy machine adds differs each time, a missing timeout would not."""
+    times = []
+    while not times or (times[-1] >= NOTICED_S and len(times) < 3):
+        times.append(measure())
+    return min(times)
 
 
 def test_a_daemon_that_stopped_is_noticed_by_its_clients_within_ten_seconds():
     with running_daemon() as daemon:
         daemon.start()
-        client = Client(daemon.address, timeout_s=60, on_error="raise", framework="numpy")
-        client.put(b"k", {"x": np.zeros(10, np.uint8)})
-        daemon.signal(signal.SIGSTOP)
-        began = time.monotonic()
-        with pytest.raises(Exception):  # noqa: B017, PT011 - whichever, but soon
-            client.stats()
-        assert time.monotonic() - began < NOTICED_S
-        daemon.signal(signal.SIGCONT)
-        client.close()
+
+        def noticed_after():
+            with Client(daemon.address, timeout_s=60, on_error="raise", framework="numpy") as client:
+                client.put(b"k", {"x": np.zeros(10, np.uint8)})
+                daemon.signal(signal.SIGSTOP)
+                began = time.monotonic()
+                try:
+                    with pytest.raises(Exception):  # noqa: B017, PT011 - whichever, but soon
+                        client.stats()
+                    return time.monotonic() - began
+                finally:
+                    daemon.signal(signal.SIGCONT)
+
+        assert soonest(noticed_after) < NOTICED_S
 
 
 _HOLDER = """
@@ -217,7 +242,7 @@ import numpy as np
 from kvstored_client import Client
 client = Client(sys.argv[1], framework="numpy", on_error="raise", timeout_s=20)
 def slow():
-    for i in range(100):
+    for i in range(10_000):
         assert client.get(b"held") is not None
         print("ready", flush=True)
         time.sleep(0.05)
@@ -236,13 +261,13 @@ def test_clients_killed_in_the_middle_leave_nothing_behind(daemon, steady):
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        values = daemon.client().stats().values
-        if values["in_flight_nbytes"] == 0 and values.get("leases", 0) == 0:
-            return
-        time.sleep(0.1)
-    pytest.fail(str(values))
+    client = daemon.client()
+
+    def nothing_is_held():
+        values = client.stats().values
+        return values["in_flight_nbytes"] == 0 and values["leases"] == 0
+
+    wait_until(nothing_is_held)
 
 
 def test_the_log_has_no_traceback_after_all_that(daemon):

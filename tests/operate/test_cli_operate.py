@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from kvstore.stats import Stats, TierStats
 from kvstored.cli import cli
 from kvstored.cli.manual import manual
-from kvstored.cli.top import rates, screen
+from kvstored.cli.top import accounts, rates, screen
 from kvstored.tokens import digest, read_tokens
 from tests.conftest import ROOT
 
@@ -111,6 +111,18 @@ def test_rates_begin_anew_after_a_restart():
     assert rates(stats(100, 10), stats(150, 20), 10)["gets"] == 5
     assert rates(None, stats(100, 10), 0)["gets"] == 10
     assert rates(stats(1000, 100), stats(20, 4), 10)["gets"] == 5
+
+
+def test_top_shows_the_namespaces_that_are_hit_now_before_those_that_were():
+    def stats(new, old, uptime_s):
+        counted = {"namespace_hits_new": new, "namespace_hits_old": old, "namespace_nbytes_new": 3 << 20}
+        return Stats({**counted, "namespace_entries_new": 7, "tenant_hits_t": 5, "uptime_s": uptime_s}, {})
+
+    before, now = stats(0, 1000, 10), stats(50, 1000, 20)
+    assert [(one.name, one.hits_per_s) for one in accounts("namespace", before, now, 10)] == [("new", 5), ("old", 0)]
+    text = "\n".join(screen(before, now, 10))
+    assert re.search(r"HOTTEST NAMESPACES +HITS/S +HITS +ENTRIES +BYTES\nnew +5\.0 +50 +7 +3\.0 MiB\nold +0\.0", text)
+    assert re.search(r"TENANTS .*\nt +0\.0 +5 ", text)
 
 
 def test_a_failing_disk_and_an_empty_tier_are_seen_in_top():

@@ -80,7 +80,9 @@ def test_an_hour_of_history_is_a_line_with_gaps_where_nothing_was_asked(tmp_path
     status = {
         "version": "1.2.3 <b>",
         "values": {"hit_ratio": 0.5, "gets": 10, "entries": 10, "hit_nbytes": 1, "put_nbytes": 1, "in_flight_nbytes": 0,
-                   "uptime_s": 90_000, "cold_healthy": 0, "tenant_nbytes_team-a": 5 << 20, "tenant_nbytes_b": 9 << 20},
+                   "uptime_s": 90_000, "cold_healthy": 0, "tenant_nbytes_team-a": 5 << 20, "tenant_nbytes_b": 9 << 20,
+                   "tenant_hits_b": 77, "namespace_nbytes_b/llama": 1 << 20, "namespace_hits_b/llama": 3,
+                   "namespace_entries_b/llama": 21, "namespace_nbytes_<i>": 2 << 20, "namespace_hits_<i>": 4},
         "tiers": {"hot": {**tier, "promotions": 0, "evictions": 0}},
         "history": history,
         "calls": [],
@@ -96,6 +98,8 @@ def test_an_hour_of_history_is_a_line_with_gaps_where_nothing_was_asked(tmp_path
     assert path.count("M") == 2  # before the gap and after it
     assert path.count("L") > 500
     assert dom.index("<td>b</td>") < dom.index("<td>team-a</td>")  # the larger first
+    assert "<td>b</td><td>77</td><td>0</td><td>9.0 MiB</td>" in dom
+    assert dom.index("<td>&lt;i&gt;</td>") < dom.index("<td>b/llama</td><td>3</td><td>21</td><td>1.0 MiB</td>")
     assert "1.2.3 &lt;b&gt;" in dom
     assert "the disk fails: serving from memory" in dom
 

@@ -26,6 +26,7 @@ def check(file: Path | None) -> None:
     """Read FILE and the environment as `serve` would, tokens and certificates too. Exit code 2: something is wrong."""
     with errors_as_exit_codes("the configured address"):
         from kvstored.settings import load_settings
+        from kvstored.spans import open_spans
         from kvstored.tokens import read_tokens
 
         server = load_settings(file).server
@@ -35,6 +36,7 @@ def check(file: Path | None) -> None:
             entries = len(found.by_digest) + len(found.by_common_name)
         for path in filter(None, (server.tls_certificate, server.tls_key, server.tls_client_ca)):
             Path(path).read_bytes()  # an OSError names the file
+        open_spans(server.traces_endpoint, "").close()
     click.echo(f"{file or 'defaults and environment'}: good" + (f", {entries} callers" if entries else ""))
 
 

@@ -24,7 +24,10 @@ def _cold(data_dir: Path) -> Path:
     inner = data_dir / "cold"
     found = next((path for path in (inner, data_dir) if (path / "STATE").exists()), None)
     if found is None:
-        raise BadUsage(f"{data_dir} holds no cold tier: there is no STATE file in it or in {inner}")
+        raise BadUsage(
+            f"{data_dir} holds no cold tier: there is no STATE file in it or in {inner}; name the daemon's "
+            "server.data_dir (`kvstored config show`)"
+        )
     return found
 
 

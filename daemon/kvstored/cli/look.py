@@ -3,16 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
+from math import inf
 from typing import TYPE_CHECKING
 
 import click
 
 from kvstore.hit import EntryInfo
+from kvstore.stats import ERRORS, errors_of
 from kvstored.cli.choose import Filters, filtered
 from kvstored.cli.exits import NotHeld
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import duration, quantity, size, table
+from kvstored.cli.show import accuracy, duration, quantity, receipt_dict, size, table
 from kvstored.cli.top import repeat
 
 if TYPE_CHECKING:
@@ -52,8 +54,13 @@ def _print_stats(client: "Client", *, as_json: bool) -> None:
     ]
     click.echo("\n".join(table(head, rows)))
     click.echo()
-    lines = table(("COUNTER", "VALUE"), [(name, quantity(name, v)) for name, v in sorted(found.values.items())])
-    click.echo("\n".join(lines))
+    errors = errors_of(found.values)
+    if errors:
+        means = [(name, f"{e.count:,}", f"{e.total / e.count:.3g}") for name, e in errors.items() if e.count]
+        click.echo("\n".join(table(("ENCODED AS", "TENSORS", "MEAN RELATIVE ERROR"), means)))
+        click.echo()
+    counted = sorted((name, v) for name, v in found.values.items() if not name.startswith(ERRORS))
+    click.echo("\n".join(table(("COUNTER", "VALUE"), [(name, quantity(name, v)) for name, v in counted])))
 
 
 @click.command()
@@ -98,13 +105,18 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
         "hits": str(info.hits),
     }
     for name, tensor in info.tensors.items():
-        facts[f"tensor {name}"] = f"{tensor.dtype} {list(tensor.shape)}"
+        facts[f"tensor {name}"] = f"{tensor.dtype} {list(tensor.shape)}, {accuracy(info.receipt.get(name, inf))}"
     click.echo("\n".join(f"{name + ':':14} {value}" for name, value in facts.items()))
 
 
 def info_dict(info: EntryInfo) -> dict[str, object]:
     """An entry for JSON: the key as the command line takes it, and in hexadecimal."""
-    return {**asdict(info), "key": show_key(info.key), "key_hex": info.key.hex()}
+    return {
+        **asdict(info),
+        "key": show_key(info.key),
+        "key_hex": info.key.hex(),
+        "receipt": receipt_dict(info.receipt),
+    }
 
 
 def _pages(entries: Iterator[EntryInfo]) -> Iterator[list[EntryInfo]]:

@@ -12,7 +12,7 @@ from kvstore.hit import Fidelity
 from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import duration, size
+from kvstored.cli.show import accuracy, duration, receipt_dict, size
 from kvstored.cli.tensorfile import read_tensors, write_tensors
 from kvstored.cli.waiting import waiting
 
@@ -43,9 +43,10 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
         print_json({
             "key": show_key(key), "output": str(output), "tier": hit.tier, "encoding": hit.encoding,
             "lossy": hit.lossy, "age_s": hit.age_s, "nbytes": nbytes, "tensors": _tensors(hit.tensors),
+            "receipt": receipt_dict(hit.receipt),
         })  # fmt: skip
         return
-    lossy = "lossy" if hit.lossy else "bit for bit as put"
+    lossy = accuracy(hit.relative_error)
     click.echo(f"{output}: {len(hit.tensors)} tensors, {size(nbytes)}, from {hit.tier} ({hit.encoding}, {lossy}), "
                f"{duration(hit.age_s)} old")  # fmt: skip
 
@@ -68,7 +69,7 @@ def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | 
     with waiting("putting", nbytes):
         stored = client.put(key, tensors, ttl_s=ttl_s, pin=pin, fidelity=fidelity)
     if not stored:
-        raise Refused(f"the daemon did not store {show_key(key)}")
+        raise Refused(f"the daemon did not store {show_key(key)}: `kvstored explain {show_key(key)}` may know why")
     if as_json:
         print_json({"key": show_key(key), "stored": True, "nbytes": nbytes, "tensors": _tensors(tensors)})
     else:

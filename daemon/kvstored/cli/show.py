@@ -1,6 +1,7 @@
 """What people read: aligned tables, sizes, durations. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 
 _SIZE_STEP = 1024
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
@@ -37,6 +38,18 @@ def quantity(name: str, value: float) -> str:
     if name.endswith("_ratio"):
         return f"{value:.1%}"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"
+
+
+def accuracy(error: float) -> str:
+    """A receipt in words: 0.08123 -> "relative error 0.0812", 0 -> "bit for bit as put"."""
+    if not error:
+        return "bit for bit as put"
+    return f"relative error {error:.3g}" if isfinite(error) else "lossy, error never measured"
+
+
+def receipt_dict(receipt: Mapping[str, float]) -> dict[str, float | None]:
+    """A receipt for JSON, which knows no infinity: null where nobody measured."""
+    return {name: error if isfinite(error) else None for name, error in receipt.items()}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:

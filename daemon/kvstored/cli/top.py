@@ -3,7 +3,8 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -25,7 +26,7 @@ _CLEAR = "\033[H\033[J"
 @click.option("--count", type=click.IntRange(min=1), help="So many looks, then end.")
 @remote
 def top(client: "Client", as_json: bool, interval_s: float, count: int | None) -> None:  # noqa: FBT001
-    """A live view: tiers, hit ratio, rates, bytes, the slowest calls. Ctrl-C ends it.
+    """A live view: tiers, hit ratio, rates, bytes, the hottest namespaces, tenants, the slowest calls. Ctrl-C ends it.
 
     Rates are those of the last interval. Where standard output is no terminal each look is printed below the last.
     """
@@ -36,7 +37,9 @@ def top(client: "Client", as_json: bool, interval_s: float, count: int | None) -
         nonlocal before, looked_at
         now, at = client.stats(), time.monotonic()
         if as_json:
-            print_json({"tiers": now.as_dict()["tiers"], "rates": rates(before, now, at - looked_at)})
+            span_s = at - looked_at
+            found = {kind: [asdict(one) for one in accounts(kind, before, now, span_s)] for kind in KINDS}
+            print_json({"tiers": now.as_dict()["tiers"], "rates": rates(before, now, span_s), **found})
         else:
             lines = screen(before, now, at - looked_at)
             height: int = shutil.get_terminal_size().lines - 1
@@ -69,7 +72,7 @@ def repeat(look: Callable[[], None], interval_s: float, count: int | None) -> No
 _COUNTED = ("gets", "hits", "puts", "hit_nbytes", "put_nbytes", "evictions", "expirations", "deletes")
 
 
-def rates(before: Stats | None, now: Stats, span_s: float) -> dict[str, float]:
+def rates(before: Stats | None, now: Stats, span_s: float, counted: Sequence[str] = _COUNTED) -> dict[str, float]:
     """By counter, a second; since start where there is no look before, or the daemon has restarted since."""
     if before is None or before.values.get("uptime_s", 0) > now.values.get("uptime_s", 0):
         span_s = now.values.get("uptime_s", 0.0)
@@ -77,7 +80,7 @@ def rates(before: Stats | None, now: Stats, span_s: float) -> dict[str, float]:
     else:
         old = dict(before.values)
     span_s = max(span_s, 1e-6)
-    return {name: (now.values.get(name, 0.0) - old.get(name, 0.0)) / span_s for name in _COUNTED}
+    return {name: (now.values.get(name, 0.0) - old.get(name, 0.0)) / span_s for name in counted}
 
 
 def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
@@ -110,7 +113,42 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
     causes = [(name.removeprefix("misses_"), n) for name, n in sorted(v.items()) if name.startswith("misses_") and n]
     if causes:
         lines.append("misses: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in causes))
+    for kind, head in KINDS.items():
+        found = accounts(kind, before, now, span_s)[:_ROWS]
+        rows = [(a.name, f"{a.hits_per_s:,.1f}", f"{a.hits:,}", f"{a.entries:,}", size(a.nbytes)) for a in found]
+        if rows:
+            lines += ["", *table((head, "HITS/S", "HITS", "ENTRIES", "BYTES"), rows)]
     return lines + _calls(v)
+
+
+KINDS = {"namespace": "HOTTEST NAMESPACES", "tenant": "TENANTS"}
+_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a namespace or a tenant holds now, and its hits since start and a second of late."""
+
+    name: str
+    hits_per_s: float
+    hits: int
+    entries: int
+    nbytes: int
+
+
+def accounts(kind: str, before: Stats | None, now: Stats, span_s: float) -> list[Account]:
+    """All of a kind that the daemon tells of, those with the most hits of late first."""
+    v = now.values
+    names = [name.removeprefix(f"{kind}_hits_") for name in v if name.startswith(f"{kind}_hits_")]
+    per_s = rates(before, now, span_s, tuple(f"{kind}_hits_{name}" for name in names))
+    found = [
+        Account(
+            name, per_s[f"{kind}_hits_{name}"], int(v[f"{kind}_hits_{name}"]),
+            int(v.get(f"{kind}_entries_{name}", 0)), int(v.get(f"{kind}_nbytes_{name}", 0)),
+        )
+        for name in names
+    ]  # fmt: skip
+    return sorted(found, key=lambda one: (-one.hits_per_s, -one.hits, one.name))
 
 
 def _calls(values: Mapping[str, float]) -> list[str]:

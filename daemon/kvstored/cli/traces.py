@@ -45,8 +45,9 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...]) -> None:  
         left = "-" if info is None else "pinned" if info.ttl_left_s is None else duration(info.ttl_left_s)
         age = duration(info.age_s) if info is not None else f"{duration(of.gone_s)} ago" if of.tier else "-"
         encoding = "-" if info is None else info.encoding
-        rows.append((show_key(of.key), of.state, of.tier or "-", encoding, age, left, str(of.hits)))
-    click.echo("\n".join(table(("KEY", "STATE", "TIER", "ENCODING", "AGE", "TTL", "HITS"), rows, left=4)))
+        error = "-" if info is None else f"{max(info.receipt.values(), default=0.0):.3g}"
+        rows.append((show_key(of.key), of.state, of.tier or "-", encoding, error, age, left, str(of.hits)))
+    click.echo("\n".join(table(("KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "HITS"), rows, left=4)))
 
 
 @click.command(name="replay")

@@ -96,11 +96,13 @@ function ratio(history) {
   svg.replaceChildren(...lines, make("path", { d: path }));
 }
 
-function tenants(values) {
-  const prefix = "tenant_nbytes_";
-  const found = Object.entries(values).filter(([name]) => name.startsWith(prefix));
-  found.sort((a, b) => b[1] - a[1]);
-  fill(byId("tenants"), found.slice(0, 10).map(([name, n]) => [name.slice(prefix.length), size(n)]), "no tenants");
+function accounts(kind, values, by) {
+  const prefix = kind + "_nbytes_";
+  const found = Object.keys(values).filter((name) => name.startsWith(prefix)).map((name) => name.slice(prefix.length));
+  const of = (what, name) => values[`${kind}_${what}_${name}`] || 0;
+  found.sort((a, b) => of(by, b) - of(by, a));
+  fill(byId(kind + "s"), found.slice(0, 10).map((name) =>
+    [name, count(of("hits", name)), count(of("entries", name)), size(of("nbytes", name))]), `no ${kind}s`);
 }
 
 async function refresh() {
@@ -112,7 +114,8 @@ async function refresh() {
     numbers(now.values);
     tiers(now.tiers);
     ratio(now.history);
-    tenants(now.values);
+    accounts("tenant", now.values, "nbytes");
+    accounts("namespace", now.values, "hits");
     fill(byId("calls"), now.calls.slice(0, 8).map((c) => [c.method, duration(c.mean_s), count(c.count)]), "no calls yet");
     const sick = now.values.cold_healthy === 0;
     state.textContent = sick ? "the disk fails: serving from memory" : "serving";

@@ -1,0 +1,170 @@
+"""Data sections encrypted at rest: AES-256-GCM under keys from files, by namespace. Needs `cryptography` where used.
+
+    sealed = key id (8 bytes) | salt (24 bytes) | pieces of 64 MiB, each ciphertext and 16 bytes of tag
+
+Each record has a key of its own, HMAC-SHA256 of the file's key over the salt, so that nonces may simply count its
+pieces: no number of records wears a key out. What is authenticated beside the data binds it to its entry's key and to
+the record's head. Invariant: what does not open is a RecordCorrupt, which is a miss; nothing is ever half opened.
+Leaves out: the head of a record and its row in the index, which name the entry's key, shapes and namespace, are clear.
+"""
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvstore.errors import ConfigError, RecordCorrupt
+
+log = logging.getLogger(__name__)
+
+EVERYTHING = "*"
+"""The name whose key seals what no other name does."""
+ID_NBYTES = 8
+SALT_NBYTES = 24
+HEAD_NBYTES = ID_NBYTES + SALT_NBYTES
+TAG_NBYTES = 16
+PIECE_NBYTES = 64 << 20
+"""AES-GCM takes at most 2 GiB at once; less is in memory twice for as long as it is encrypted."""
+_KEY = re.compile(r"[0-9a-fA-F]{64}")
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class UnknownSeal(RecordCorrupt):
+    """Nothing is wrong with the record: the key it was sealed under is not among those given."""
+
+
+class Key:
+    """One key of a file."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self.id = hashlib.sha256(b"kvstored key id v1\0" + secret).digest()[:ID_NBYTES]
+
+    def seal(self, data: Sequence[Bytes], bound: bytes) -> list[Bytes]:
+        """The sealed form of a data section in buffers. bound: what it has to stand beside to be opened again."""
+        salt = secrets.token_bytes(SALT_NBYTES)
+        cipher = self._cipher(salt)
+        sealed = [np.frombuffer(self.id + salt, np.uint8)]
+        for number, piece in enumerate(_pieces(data)):
+            text = cipher.encrypt(_nonce(number), piece, _numbered(bound, number))
+            sealed.append(np.frombuffer(text, np.uint8))
+        return sealed
+
+    def open(self, sealed: Bytes, bound: bytes) -> Bytes:
+        """What was sealed, in memory of its own, aligned for every dtype. Raises RecordCorrupt."""
+        from cryptography.exceptions import InvalidTag
+
+        salt, body = sealed[ID_NBYTES:HEAD_NBYTES].tobytes(), sealed[HEAD_NBYTES:]
+        cipher = self._cipher(salt)
+        step = PIECE_NBYTES + TAG_NBYTES
+        count = max(1, -(-body.size // step))
+        data = torch.empty(max(0, body.size - count * TAG_NBYTES), dtype=torch.uint8).numpy()
+        try:
+            for number in range(count):
+                piece = body[number * step : (number + 1) * step]
+                text = cipher.decrypt(_nonce(number), piece.data, _numbered(bound, number))
+                np.copyto(data[number * PIECE_NBYTES :][: len(text)], np.frombuffer(text, np.uint8))
+        except InvalidTag:
+            raise RecordCorrupt("the data is not what was sealed under this key") from None
+        return data
+
+    def _cipher(self, salt: bytes) -> Any:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        return AESGCM(hmac.new(self._secret, b"kvstored record v1\0" + salt, hashlib.sha256).digest())
+
+
+class Seals:
+    """The keys of a store. Any thread."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        """files: by namespace, tenant, TENANT/NAMESPACE or "*", a file of keys. Raises ConfigError."""
+        if files:
+            _check_installed()
+        keys = {name: read_keys(path) for name, path in files.items()}
+        self._sealing = {name: found[0] for name, found in keys.items()}
+        self._opening = {key.id: key for found in keys.values() for key in found}
+        self._missing: set[bytes] = set()
+
+    def sealing(self, names: Sequence[str]) -> Key | None:
+        """The key for an entry that goes by these names, the most particular first; None: it stays clear."""
+        found = (self._sealing[name] for name in (*names, EVERYTHING) if name and name in self._sealing)
+        return next(found, None)
+
+    def open(self, sealed: Bytes, bound: bytes) -> Bytes:
+        """What was sealed under any of these keys. Raises UnknownSeal, and RecordCorrupt for what does not open."""
+        if sealed.size < HEAD_NBYTES + TAG_NBYTES:
+            raise RecordCorrupt(f"sealed data of {sealed.size} bytes")
+        name = sealed[:ID_NBYTES].tobytes()
+        key = self._opening.get(name)
+        if key is None:
+            if name not in self._missing:
+                self._missing.add(name)
+                log.warning("records are sealed under a key of no file in store.cold.key_files id=%s", name.hex())
+            raise UnknownSeal(f"sealed under key {name.hex()}, which is in no file of store.cold.key_files")
+        return key.open(sealed, bound)
+
+
+NO_SEALS = Seals({})
+
+
+def read_keys(path: str | Path) -> list[Key]:
+    """The keys of a file, 64 hexadecimal digits a line: the first seals, all open. Raises ConfigError."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - a Path or text
+        lines = Path(path).read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"store.cold.key_files: cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    if stat.S_IMODE(mode) & stat.S_IROTH:
+        raise ConfigError(f"store.cold.key_files: everybody on this host can read {path}: chmod o-r")
+    if not lines or not all(map(_KEY.fullmatch, lines)):
+        raise ConfigError(
+            f"store.cold.key_files: {path} must hold 64 hexadecimal digits a line, the newest key first; "
+            "`openssl rand -hex 32` makes one"
+        )
+    return [Key(bytes.fromhex(line)) for line in lines]
+
+
+@cache
+def _check_installed() -> None:
+    try:
+        import cryptography  # noqa: F401
+    except ImportError:
+        raise ConfigError("store.cold.key_files needs cryptography: pip install 'kvstored[sealed]'") from None
+
+
+def _pieces(data: Sequence[Bytes]) -> Iterator[Bytes]:
+    """The buffers as contiguous pieces of PIECE_NBYTES, the last one shorter; of nothing, one that is empty."""
+    left = list(data)
+    total = sum(part.size for part in left)
+    for start in range(0, max(total, 1), PIECE_NBYTES):
+        piece = np.empty(min(PIECE_NBYTES, total - start), np.uint8)
+        at = 0
+        while at < piece.size:
+            part = left[0][: piece.size - at]
+            piece[at : at + part.size] = part
+            at += part.size
+            left[0] = left[0][part.size :]
+            if not left[0].size:
+                left.pop(0)
+        yield piece
+
+
+def _nonce(number: int) -> bytes:
+    return number.to_bytes(12, "big")
+
+
+def _numbered(bound: bytes, number: int) -> bytes:
+    # How many there are is bound by the size of the data in the record's head.
+    return number.to_bytes(4, "big") + bound
