@@ -117,9 +117,8 @@ def _check(directory: Directory, verify_timeout_s: float) -> None:
         _empty(directory)
         return
     clean = state is not None and state.get("clean") is True
-    if clean and index_is_whole(directory.index / "data.mdb"):
-        return
-    problem = verify(directory.index, verify_timeout_s)
+    whole = index_is_whole(directory.index / "data.mdb")
+    problem = verify(directory.index, verify_timeout_s, quick=clean and whole)
     if problem is not None:
         quarantine(directory, problem)
 
@@ -151,9 +150,12 @@ def _last_page(page: bytes) -> tuple[int, int, int]:
     return (last, transaction, page_nbytes) if (magic, version) == (_LMDB_MAGIC, 1) else (0, 0, 4096)
 
 
-def verify(index: Path, timeout_s: float) -> str | None:
-    """What is wrong with an index, by a check in a child process; None: nothing."""
-    command = [sys.executable, "-P", verify_child.__file__, str(index)]
+def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
+    """What is wrong with an index, by a check in a child process; None: nothing.
+
+    quick: only whether the engine gets through it: damage to a file that was closed in order ends the child, not us.
+    """
+    command = [sys.executable, "-P", verify_child.__file__, str(index), "quick" if quick else "whole"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, text=True, check=False)  # noqa: S603 - our own file
     except subprocess.TimeoutExpired:

@@ -1,5 +1,6 @@
 """No orphans: whatever happens, a chunk is held nowhere unless the chunk it continues is held somewhere."""
 
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,10 +11,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore.chains import Chains, links_of
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.entry import Key
 from kvstore.errors import OverQuota
+from kvstore.index import Meta
 from kvstore.store import Store
 
 MIB = 1 << 20
@@ -30,7 +33,7 @@ def value(key: bytes, rows: int = 8) -> dict[str, torch.Tensor]:
     return {"k": torch.full((rows, 64), float(len(key)))}
 
 
-class Chains(RuleBasedStateMachine):
+class Trees(RuleBasedStateMachine):
     """A tree of chunks in tiers that overflow all the time."""
 
     policy = "lru"
@@ -136,21 +139,21 @@ class Chains(RuleBasedStateMachine):
         assert all(r.index[child].parent == key for key in r.index for child in r.chains.children(key))
 
 
-class WithARC(Chains):
+class WithARC(Trees):
     policy = "arc"
     cold = False
 
 
-class WithS3FIFO(Chains):
+class WithS3FIFO(Trees):
     policy = "s3fifo"
 
 
-class Reused(Chains):
+class Reused(Trees):
     admission = "reused"
 
 
 _SETTINGS = settings(max_examples=8, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
-TestLRU = Chains.TestCase
+TestLRU = Trees.TestCase
 TestLRU.settings = _SETTINGS
 TestARC = WithARC.TestCase
 TestARC.settings = _SETTINGS
@@ -249,3 +252,32 @@ def test_an_entry_of_low_priority_leaves_first_unless_it_was_hit() -> None:
         tier.capacity_nbytes = 0
         order = [gone.key for _ in range(3) if (gone := tier.displace(1, Key(b"x"))) is not None]
         assert order == [b"low", b"old", b"hit"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_links_made_at_once_are_those_made_one_by_one(seed: int) -> None:
+    rng = random.Random(seed)
+    keys = [Key(b"%d" % n) for n in range(60)]
+    rng.shuffle(keys)
+    parents: list[Key | None] = [
+        rng.choice([None, keys[rng.randrange(i + 1, 60)]]) if i < 59 else None for i in range(60)
+    ]
+    one_by_one = Chains()
+    for key, parent in zip(keys, parents, strict=True):
+        one_by_one.index[key] = Meta(0, 1, 1, 1, parent=parent)
+        one_by_one.link(key)
+    links = links_of(keys, parents)
+    columns = (links.parents, links.first_children, links.previous, links.nexts)
+    for key, *at_once in zip(keys, *columns, strict=True):
+        meta = one_by_one.index[key]
+        assert at_once == [meta.parent, meta.first_child, meta.previous, meta.next]
+    assert links.orphans == []
+
+
+def test_orphans_and_rings_found_at_a_start_have_no_parent() -> None:
+    a, b, c, d, lost = (Key(name) for name in (b"a", b"b", b"c", b"d", b"lost"))
+    links = links_of([a, b, c, d], [b, a, a, lost])
+    assert links.parents == [None, None, None, None]
+    assert links.first_children == [None, None, None, None]
+    assert links.orphans == [d]
+    assert links_of([], []).parents == []
