@@ -33,7 +33,8 @@ class Recovered:
     """What the rows say. In the order of use, the least recently used first: keys, metas, and bytes of places.
 
     places: rows of (segment, offset, nbytes). gone: keys of expired and of damaged rows, to be removed.
-    orphans: keys whose parent is not among them.
+    orphans: keys whose parent is not among them. clamped: those whose deadline moved, with their seq; to be written
+    down, or each restart after a step of the clock would move them again.
     """
 
     keys: list[Key] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Recovered:
     gone: list[Key] = field(default_factory=list)
     damaged: int = 0
     orphans: list[Key] = field(default_factory=list)
+    clamped: dict[Key, int] = field(default_factory=dict)
 
 
 def recover(rows: Rows, now: float) -> Recovered:
@@ -72,6 +74,9 @@ def recover(rows: Rows, now: float) -> Recovered:
     found.places = np.stack([table.fields[name].astype(np.int64) for name in ("segment", "offset", "nbytes")], axis=1)
     found.nbytes = places_nbytes(found.places[:, 2]).tolist()
     found.last_seq = int(fields["seq"].max(initial=0))
+    late = np.flatnonzero(table.fields["expires_at"] > now + table.fields["ttl_s"])
+    seqs = table.fields["seq"][late].tolist()
+    found.clamped = {found.keys[i]: seq for i, seq in zip(late.tolist(), seqs, strict=True)}
     return found
 
 

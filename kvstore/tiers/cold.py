@@ -158,6 +158,7 @@ class Cold:
         for owner, nbytes in used.items():
             self._pending.recovered(owner, nbytes)
         self._seq = found.last_seq
+        self._writer.dirty.update(found.clamped)
         self._recovered = found
         self._writer.counters.corrupt_total += found.damaged
         if found.gone:
