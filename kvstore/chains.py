@@ -167,7 +167,8 @@ def links_of(keys: list[Key], parents: Sequence[Key | None]) -> Links:
     following[younger], previous[older] = older, younger
     names = np.empty(none + 1, object)
     names[:none] = keys
-    return Links(*(names[column].tolist() for column in (at[:none], *columns)), orphans)
+    above, below, before, behind = (names[column].tolist() for column in (at[:none], first, previous, following))
+    return Links(above, below, before, behind, orphans)
 
 
 def _in_rings(at: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -177,4 +178,5 @@ def _in_rings(at: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dty
         far = far[far]
         if (far == at.size - 1).all():
             break
-    return far != at.size - 1
+    endless: np.ndarray[Any, np.dtype[np.bool_]] = far != at.size - 1
+    return endless

@@ -1,8 +1,8 @@
 """Whether and how the data section of a record is compressed: zstd where a sample shows that it pays.
 
-Level 1 only: levels above cost two to four times the time for a point of ratio on tensors, and negative levels gain
-nothing (docs/decisions). Floats are grouped by byte first (all lowest bytes, then the next, ...): exponents repeat,
-mantissas do not. Decompression is bounded before it starts: python-zstandard ignores `max_output_size` when a frame
+Level 1 without long distance: higher levels cost two to ten times the time and save less or no more, negative ones save
+nothing (docs/decisions/0004-zstd.md). Floats are grouped by byte first (all lowest bytes, then the next, ...): exponents
+repeat, mantissas do not. Decompression is bounded before it starts: python-zstandard ignores `max_output_size` when a frame
 states its size, so the size is read and compared first. Pure, any thread.
 """
 
@@ -54,7 +54,7 @@ def compress(
     if how is Compression.NONE:
         return how, chunks
     data = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-    frame = _compressor().compress(_shuffle(data, _SHUFFLE[how]).data)
+    frame = _compressor().compress(group_bytes(data, _SHUFFLE[how]).data)
     return how, [np.frombuffer(frame, np.uint8)]
 
 
@@ -69,7 +69,7 @@ def decompress_into(out: Bytes, stored: Bytes, how: Compression) -> None:
         raise RecordCorrupt(f"zstd: {error}") from None
     if len(raw) != out.size:
         raise RecordCorrupt(f"zstd frame gave {len(raw)} bytes, the record says {out.size}")
-    _unshuffle_into(out, np.frombuffer(raw, np.uint8), _SHUFFLE[how])
+    ungroup_bytes(out, np.frombuffer(raw, np.uint8), _SHUFFLE[how])
 
 
 def _choose(chunks: Sequence[Bytes], itemsize: int) -> Compression:
@@ -79,7 +79,7 @@ def _choose(chunks: Sequence[Bytes], itemsize: int) -> Compression:
         return Compression.NONE
     how = {2: Compression.ZSTD_SHUFFLE_2, 4: Compression.ZSTD_SHUFFLE_4}.get(itemsize, Compression.ZSTD)
     sample = _sample(longest)
-    saved = 1 - len(_compressor().compress(_shuffle(sample, _SHUFFLE[how]).data)) / sample.size
+    saved = 1 - len(_compressor().compress(group_bytes(sample, _SHUFFLE[how]).data)) / sample.size
     return how if saved >= GAIN_MIN else Compression.NONE
 
 
@@ -90,7 +90,7 @@ def _sample(data: Bytes) -> Bytes:
     return np.concatenate([data[i * step : i * step + SAMPLE_NBYTES] for i in range(SAMPLES)])
 
 
-def _shuffle(data: Bytes, width: int) -> Bytes:
+def group_bytes(data: Bytes, width: int) -> Bytes:
     """Bytes grouped by their place in an element; a rest that is no whole element stays at the end."""
     if width == 1:
         return data
@@ -99,7 +99,8 @@ def _shuffle(data: Bytes, width: int) -> Bytes:
     return planes if whole == data.size else np.concatenate([planes, data[whole:]])
 
 
-def _unshuffle_into(out: Bytes, data: Bytes, width: int) -> None:
+def ungroup_bytes(out: Bytes, data: Bytes, width: int) -> None:
+    """Fill `out` with what `group_bytes` grouped."""
     whole = data.size // width * width
     if width == 1:
         np.copyto(out, data)

@@ -102,7 +102,7 @@ def verify(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` 
         for found in client.verify():
             bar.length = max(found.total, 1)
             bar.update(found.checked - bar.pos)
-        bar.update(bar.length - bar.pos)
+        bar.update(max(found.total, 1) - bar.pos)
     if as_json:
         print_json({"verb": "verify", **found._asdict()})
     else:
