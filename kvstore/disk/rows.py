@@ -184,7 +184,7 @@ class Rows:
     def reopen(self) -> None:
         """Open the file anew: once a meta page could not be written LMDB refuses everything until then."""
         with self._lock:
-            map_nbytes = int(self._env.info()["map_size"])
+            map_nbytes = self.map_nbytes
             self._env.close()
             self._open(map_nbytes)
 
@@ -223,7 +223,7 @@ class Rows:
             try:
                 return self._write(put, list(remove))
             except lmdb.MapFullError:
-                self.grow(2 * int(self._env.info()["map_size"]))
+                self.grow(2 * self.map_nbytes)
 
     def _write(self, put: Mapping[Key, Row], remove: list[Key]) -> list[Place]:
         freed: list[Place] = []
@@ -246,6 +246,11 @@ class Rows:
         """Enlarge the map while serving. By the writer's thread, between transactions."""
         with self._lock:
             self._env.set_mapsize(map_nbytes)
+
+    @property
+    def map_nbytes(self) -> int:
+        """Address space of the map."""
+        return int(self._env.info()["map_size"])
 
     def check_readers(self) -> int:
         """Free the slots of readers that died; how many. A dead reader's slot keeps freed pages from being used."""

@@ -548,6 +548,35 @@ def test_a_directory_of_the_first_format_is_read_and_goes_on(holder: Holder, mon
     assert [filled(holder.reopen().get(key(n))) for n in range(0, 80, 2)] == list(range(0, 80, 2))
 
 
+def test_the_index_map_grows_while_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.disk.rows.MAP_MIN_NBYTES", 128 << 10)
+    holder = Holder(tmp_path, capacity_nbytes=4 * MIB, free_min_fraction=0.0)
+    holder.cold._rows.grow(128 << 10)
+    holder.put(key(0), 7, nbytes=100)
+    holder.cold.flush()
+    wrong: list[object] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            if filled(holder.cold.get(key(0))) != 7:
+                wrong.append("a miss, or another value")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for n in range(1, 2500):
+        holder.put(key(n), n % 256, nbytes=100)
+        holder.cold.touch([key(0)])
+    holder.cold.flush()
+    stop.set()
+    reader.join()
+    assert wrong == []
+    assert holder.cold._rows.map_nbytes > 256 << 10
+    assert len(holder.cold) == 2500
+    assert filled(holder.reopen().get(key(2499))) == 2499 % 256
+    holder.cold.close()
+
+
 def test_values_survive_while_segments_come_and_go(holder: Holder) -> None:
     for n in range(200):
         holder.put(key(n), n, nbytes=MIB)
