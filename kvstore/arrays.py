@@ -147,6 +147,24 @@ def cut(x: Any, axis: int, start: int, stop: int) -> Any:
     return x[(slice(None),) * axis + (slice(start, stop),)]
 
 
+def copy_into(target: Any, source: Any) -> None:
+    """target[...] = source, both of one shape and type; each may be a torch tensor or a numpy array, strided or not."""
+    if is_torch(target):
+        target.copy_(source if is_torch(source) else from_bytes(describe("", target), as_bytes(source), "torch"))
+    elif is_torch(source):
+        np.copyto(target, from_bytes(describe("", source), as_bytes(source), "numpy"))
+    else:
+        np.copyto(target, source)
+
+
+def joined(parts: list[Any], axis: int) -> Any:
+    """A copy of the arrays, one behind the other along an axis."""
+    whole = join(parts, axis)
+    if whole is parts[0]:
+        return whole.clone() if is_torch(whole) else whole.copy()
+    return whole
+
+
 def join(parts: list[Any], axis: int) -> Any:
     """The arrays one behind the other along an axis: the single array itself, or a copy."""
     if len(parts) == 1:

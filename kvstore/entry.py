@@ -7,7 +7,7 @@ Leaves out: when it expires and how often it was used (`index.Meta`), and how it
 (`record`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
 from types import MappingProxyType
@@ -136,6 +136,11 @@ class Entry:
         if known is not None:
             return known
         return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
+
+    def is_encoded_in(self, names: Collection[str]) -> bool:
+        """Whether it is encoded, and every tensor that is in one of these encodings."""
+        found = {t.encoding for t in self.tensors.values()} - {"raw"}
+        return bool(found) and found.issubset(names)
 
     @property
     def receipt(self) -> dict[str, float]:

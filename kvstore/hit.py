@@ -72,6 +72,7 @@ class EntryInfo:
     tiers: where it is held, uppermost first; tier_nbytes: bytes counted against each budget, in that order.
     encoding: in the uppermost tier. value_nbytes: bytes of the tensors once decoded.
     ttl_left_s: seconds until it expires; None while pinned. receipt: of the tensors described, as in a `Hit`.
+    tenant, namespace: whose it is, and the name it was put under; "" for none.
     """
 
     key: bytes
@@ -87,6 +88,8 @@ class EntryInfo:
     ttl_left_s: float | None
     hits: int
     receipt: Mapping[str, float] = field(default_factory=dict)
+    tenant: str = ""
+    namespace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,33 @@ from dataclasses import asdict
 
 from kvstore.entry import Described, Key
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
+from kvstore.owner import Owner
 from kvstore.residency import Residency
 from kvstore.stats import Stats, TierStats, accounts_of, values_of
 from kvstore.tiers import TierName
 
 
 def entries(
-    r: Residency, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+    r: Residency,
+    *,
+    tier: str | None = None,
+    key_prefix: bytes = b"",
+    tenant: str = "",
+    namespace: str = "",
+    limit: int | None = None,
 ) -> Iterator[EntryInfo]:
     """Entries in order of key; tensors are described only where they are in memory."""
+
+    def fits(owner: Owner) -> bool:
+        return (not tenant or owner.tenant == tenant) and (
+            not namespace or owner.namespace == namespace or owner.namespace.startswith(f"{namespace}@")
+        )
+
     with r.lock:
-        keys = sorted(key for key in r.index if key.startswith(key_prefix))
+        keys = [key for key in r.index if key.startswith(key_prefix)]
+        if tenant or namespace:
+            keys = [key for key in keys if fits(r.index[key].owner)]
+    keys.sort()
     found = 0
     for key in keys:
         if limit is not None and found >= limit:
@@ -60,6 +76,8 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         ttl_left_s=None if meta.pinned else meta.expires_at - now,
         hits=meta.hits,
         receipt={name: of.relative_error for name, of in specs.items()},
+        tenant=meta.owner.tenant,
+        namespace=meta.owner.namespace,
     )
 
 

@@ -63,8 +63,11 @@ class Mover:
                 return
             with r.lock:
                 install()
-                r.transit[entry.key] = ("hot", entry)
-            self._sink("hot", entry)
+                stays = not self._left_at_once("hot", entry)
+                if stays:
+                    r.transit[entry.key] = ("hot", entry)
+            if stays:
+                self._sink("hot", entry)
         with r.lock:
             if entry.key not in r.index:
                 raise OverQuota(
@@ -127,6 +130,8 @@ class Mover:
             if meta is None or entry is None or meta.pinned or not self._has_below(tier, key, meta):
                 return False
             tier.remove(key)
+            if self._left_at_once(tier.name, entry):
+                return True
             r.transit[key] = (tier.name, entry)
         self._sink(tier.name, entry)
         return True
@@ -158,6 +163,8 @@ class Mover:
         while True:
             with r.lock:
                 victim = tier.displace(entry.nbytes, entry.key, meta.owner)
+                while victim is not None and self._left_at_once(tier.name, victim):
+                    victim = tier.displace(entry.nbytes, entry.key, meta.owner)
                 if victim is None:
                     # Asking may take out an older value of the key, so only now: until here that value is still served.
                     if not wanted():
@@ -166,6 +173,20 @@ class Mover:
                     return True
                 r.transit[victim.key] = (tier.name, victim)
             self._sink(tier.name, victim)
+
+    def _left_at_once(self, left: TierName, entry: Entry) -> bool:
+        """What became of an entry that left a tier, under the lock; False: it must sink, which takes time."""
+        r, key = self._r, entry.key
+        meta = r.index[key]
+        if meta.expired(r.clock.now()):
+            r.expire(key)
+        elif (left == "hot" and key in r.warm) or r.in_cold(key):
+            r.counters.tiers[left].demotions += 1  # a clean copy is below: nothing to encode, nothing to write
+        elif self._could_sink(left, key, meta):
+            return False
+        else:
+            self._evicted(left, key)
+        return True
 
     def _sink(self, left: TierName, entry: Entry) -> None:
         """Bring an entry in transit, which left the tier `left`, to the first tier below that takes it."""
@@ -183,15 +204,6 @@ class Mover:
             meta = r.index.get(entry.key)
             if meta is None or r.transit.get(entry.key) != item:
                 return
-            if meta.expired(r.clock.now()):
-                r.expire(entry.key)
-                return
-            if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
-                self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
-                return
-        if not self._could_sink(left, entry.key, meta):
-            self._forget_in_transit(item)
-            return
         below = self._form_below(entry, meta)
         if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key, meta.owner):
 
@@ -224,11 +236,15 @@ class Mover:
         with r.lock:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
-                r.counters.tiers[left].evictions += 1
-                if r.cold is not None:
-                    r.cold.admission.refused(entry.key)
-                r.lost_clean_copy(entry.key)
-                r.forget_if_gone(entry.key, "evicted", left)
+                self._evicted(left, entry.key)
+
+    def _evicted(self, left: TierName, key: Key) -> None:
+        r = self._r
+        r.counters.tiers[left].evictions += 1
+        if r.cold is not None:
+            r.cold.admission.refused(key)
+        r.lost_clean_copy(key)
+        r.forget_if_gone(key, "evicted", left)
 
     def _cold_has_room(self, cold: LastTier, entry: Entry) -> bool:
         """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
@@ -253,16 +269,15 @@ class Mover:
         meta = self._r.index.get(key)
         return meta is not None and self._r.cold is not None and self._r.cold.admission.deserves(key, meta)
 
-    def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
-        """An entry left transit for the tier below, as `below` where it changed."""
+    def _arrived(self, key: Key, left: TierName, below: Entry) -> None:
+        """An entry left transit for the tier below, as `below`."""
         r = self._r
         del r.transit[key]
         r.counters.tiers[left].demotions += 1
-        if below is not None:
-            meta = r.index[key]
-            meta.lossy, meta.encoding = below.lossy, below.encoding
-            if below.lossy and left == "hot":
-                r.counters.tiers["warm"].puts += 1
+        meta = r.index[key]
+        meta.lossy, meta.encoding = below.lossy, below.encoding
+        if below.lossy and left == "hot":
+            r.counters.tiers["warm"].puts += 1
 
     def _copy_to_cold(self, tier: MemoryTier, key: Key) -> bool:
         r = self._r

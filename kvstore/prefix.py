@@ -5,11 +5,12 @@ verbs (an embedded `Store` or a client), so prefixes mean the same thing on both
 Invariant: a chunk is only put when its parents are held or put in the same call, so a chain has no holes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from kvstore import arrays
-from kvstore.errors import InvalidEntry
+from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.hit import Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import (
     CHUNK_TOKENS,
@@ -47,6 +48,12 @@ class Cache(Protocol):
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
         """Get entries; `leading`: a chain, root first, up to the first miss."""
+        ...
+
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False
+    ) -> AbstractContextManager[Iterable[Hit | None]]:
+        """As `get_many` without copies, for the length of a block; RecordCorrupt at its end if the lease ended first."""
         ...
 
     def match(self, keys: Sequence[bytes]) -> Match:
@@ -136,29 +143,60 @@ class Namespace:
             namespace=self.name,
         )  # fmt: skip
 
-    def get_prefix(self, token_ids: Sequence[int]) -> tuple[int, Any, Any]:
+    def get_prefix(self, token_ids: Sequence[int], *, out: tuple[Any, Any] | None = None) -> tuple[int, Any, Any]:
         """The longest cached prefix: (n, k, v), with k and v of n tokens; (0, None, None) on a miss.
 
+        out: k and v to copy into, (layers, at least len(token_ids), kv_heads, head_dim); what is returned are their
+        first n tokens, and what lies behind is undefined. Raises InvalidEntry if they are not of that shape and type.
         Counts as use of every chunk of it, deepest first, and refreshes their deadlines.
         """
-        n, hits = self.get_prefix_hits(token_ids)
-        if not hits:
+        if out is not None:
+            self._check_out(out, len(token_ids))
+        keys = self._longest(token_ids)
+        if not keys:
             return 0, None, None
-        k = arrays.join([hit.tensors["k"] for hit in hits], TOKEN_AXIS)
-        v = arrays.join([hit.tensors["v"] for hit in hits], TOKEN_AXIS)
-        return n, k, v
+        try:
+            with self._cache.lease_many(keys, leading=True) as hits:
+                return self._joined(hits) if out is None else self._filled(hits, *out)
+        except RecordCorrupt:  # the lease ended before the copy: what was copied may be another chunk's
+            return 0, None, None
+
+    def _joined(self, hits: Iterable[Hit | None]) -> tuple[int, Any, Any]:
+        """A copy of the chunks, one behind the other. In a function of its own: no view may outlive the lease."""
+        whole = [hit.tensors for hit, _ in self._whole(hits)]
+        if not whole:
+            return 0, None, None
+        k, v = (arrays.joined([tensors[name] for tensors in whole], TOKEN_AXIS) for name in ("k", "v"))
+        return int(k.shape[TOKEN_AXIS]), k, v
+
+    def _filled(self, hits: Iterable[Hit | None], k: Any, v: Any) -> tuple[int, Any, Any]:
+        """The chunks copied to where they belong: one copy, right out of the cache's memory."""
+        n = 0
+        for hit, tokens in self._whole(hits):
+            for name, x in (("k", k), ("v", v)):
+                arrays.copy_into(arrays.cut(x, TOKEN_AXIS, n, n + tokens), hit.tensors[name])
+            n += tokens
+        return (n, arrays.cut(k, TOKEN_AXIS, 0, n), arrays.cut(v, TOKEN_AXIS, 0, n)) if n else (0, None, None)
+
+    def _whole(self, hits: Iterable[Hit | None]) -> Iterator[tuple[Hit, int]]:
+        """Hits with their tokens, up to the first that is missing or is not this namespace's."""
+        for hit in hits:
+            tokens = self._tokens_of(hit) if hit is not None else None
+            if hit is None or tokens is None:
+                return
+            yield hit, tokens
+
+    def _check_out(self, out: tuple[Any, Any], tokens: int) -> None:
+        for name, x in zip(("k", "v"), out, strict=True):
+            info = arrays.describe(name, x)
+            room = info.shape[TOKEN_AXIS] if len(info.shape) > TOKEN_AXIS else 0
+            self._check(name, x, max(room, tokens))
 
     def get_prefix_hits(self, token_ids: Sequence[int]) -> tuple[int, list[Hit]]:
         """Like `get_prefix`, as the hits of its chunks, root first: for tier, encoding and age of each."""
         keys = self._longest(token_ids)
-        hits = [hit for hit in self._cache.get_many(keys, leading=True) if hit is not None] if keys else []
-        n = 0
-        for i, hit in enumerate(hits):
-            tokens = self._tokens_of(hit)
-            if tokens is None:
-                return n, hits[:i]
-            n += tokens
-        return n, hits
+        whole = list(self._whole(self._cache.get_many(keys, leading=True) if keys else []))
+        return sum(tokens for _, tokens in whole), [hit for hit, _ in whole]
 
     def match_prefix(self, token_ids: Sequence[int]) -> Match:
         """Where the chunks of the longest cached prefix are held. Does not count as use."""

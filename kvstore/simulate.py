@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import cast
 
 import torch
 
@@ -29,7 +30,7 @@ from kvstore.residency import Residency, residency_of
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
-from kvstore.trace import BLOCK_TOKENS, Request, block_key
+from kvstore.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key
 
 DAY_S = 86_400.0
 DTYPE_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -111,10 +112,11 @@ class Setup:
 class SizedTensors(Mapping[str, EncodedTensor]):
     """In place of an entry's tensors: what they would be counted as."""
 
-    __slots__ = ("encoding", "nbytes")
+    __slots__ = ("encoding", "entry_nbytes", "nbytes")
 
     def __init__(self, nbytes: int, encoding: str) -> None:
         self.nbytes = nbytes
+        self.entry_nbytes = nbytes + ENTRY_OVERHEAD_NBYTES + TRACE_KEY_NBYTES
         self.encoding = encoding
 
     def __getitem__(self, name: str) -> EncodedTensor:
@@ -125,6 +127,19 @@ class SizedTensors(Mapping[str, EncodedTensor]):
 
     def __len__(self) -> int:
         return 0
+
+
+class SizedEntry:
+    """In place of an `Entry`: its size and its key. A frozen dataclass takes four times as long to make."""
+
+    __slots__ = ("card", "encoding", "key", "lossy", "nbytes", "tensors")
+
+    def __init__(self, key: Key, tensors: SizedTensors, *, lossy: bool) -> None:
+        self.key = key
+        self.tensors = tensors
+        self.lossy = lossy
+        self.nbytes = tensors.entry_nbytes
+        self.encoding = tensors.encoding
 
 
 class SizedForms:
@@ -140,13 +155,13 @@ class SizedForms:
 
     def raw(self, key: Key) -> Entry:
         """A block as put."""
-        return Entry(key, self._raw)
+        return cast("Entry", SizedEntry(key, self._raw, lossy=False))
 
     def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
         """In NF4."""
         del prefix_start
         self._r.counters.encodes += 1
-        return Entry(entry.key, self._nf4, lossy=True)
+        return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
 
     def exact(self, entry: Entry) -> Entry:
         """As it is."""
@@ -155,7 +170,7 @@ class SizedForms:
     def restore(self, entry: Entry) -> Entry:
         """Decoded."""
         self._r.counters.decodes += 1
-        return Entry(entry.key, self._raw, lossy=entry.lossy)
+        return cast("Entry", SizedEntry(entry.key, self._raw, lossy=entry.lossy))
 
 
 class SizedCold:

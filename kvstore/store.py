@@ -10,7 +10,7 @@ Leaves out: prefixes (`prefix`), the network (the daemon and its client offer th
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -185,15 +185,21 @@ class Store:
         yield None if found is None else self._hit(found, copy=False)
 
     @contextmanager
-    def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, room: Room | None = None
-    ) -> Iterator[Iterator[Hit | None]]:
-        """Like `get_many` without copies, one hit after the other: only one is decoded at a time.
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
+        """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
+        found = self._read(check_keys(keys), leading=leading)
+        yield self._hits(found, leading=leading, copy=False)
+
+    @contextmanager
+    def lease_as_held(
+        self, keys: Sequence[bytes], accept: Collection[str], *, leading: bool = False, room: Room | None = None
+    ) -> Iterator[Iterator[Hit | Found | None]]:
+        """As `lease_many`; an entry in one of the encodings `accept` is not decoded but given out as the `Found` it is.
 
         room: where what must be decoded is made, by default ordinary memory.
         """
         found = self._read(check_keys(keys), leading=leading)
-        yield self._hits(found, leading=leading, copy=False, room=room)
+        yield self._hits(found, leading=leading, copy=False, room=room, accept=accept)
 
     def resident(self, keys: Sequence[bytes]) -> Resident | None:
         """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
@@ -291,10 +297,19 @@ class Store:
         return explain(self._r, check_keys(keys))
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key; tensors are described only where they are in memory."""
-        return entries(self._r, tier=tier, key_prefix=key_prefix, limit=limit)
+        """Entries in order of key; tensors are described only where they are in memory. Filters narrow each other.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
+        return entries(self._r, tier=tier, key_prefix=key_prefix, tenant=tenant, namespace=namespace, limit=limit)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
@@ -378,10 +393,18 @@ class Store:
         return self._reader.read(keys, leading=leading)
 
     def _hits(
-        self, found: list[Found | None], *, leading: bool, copy: bool = True, room: Room | None = None
-    ) -> Iterator[Hit | None]:
+        self,
+        found: list[Found | None],
+        *,
+        leading: bool,
+        copy: bool = True,
+        room: Room | None = None,
+        accept: Collection[str] = (),
+    ) -> Iterator[Any]:
         for place in found:
-            hit = None if place is None else self._hit(place, copy=copy, room=room)
+            hit: Hit | Found | None = place
+            if place is not None and not (accept and place.entry.is_encoded_in(accept)):
+                hit = self._hit(place, copy=copy, room=room)
             if hit is None and leading:
                 return
             yield hit

@@ -29,6 +29,7 @@ from kvstore.stats import Stats
 from kvstored_client import local
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import default_address, lease_path, socket_path
+from kvstored_client.decoding import DECODES, Decode, accepted
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
@@ -59,6 +60,8 @@ class Client:
     timeout_s: how long a call may be silent; calls that move bytes get more time in proportion.
     framework: what `get` returns, "torch", "numpy", or "auto": torch where the process has imported it.
     shared_memory: pass tensors through memory shared with the daemon where both are on one host.
+    decode: who decodes what the daemon holds encoded: "client", so that an eighth of the bytes travels (with torch), or
+    "daemon"; "auto": the client where torch is imported and the compiled kernel is installed. The bits are the same.
     failures: calls that ended in trouble and were answered as a miss, or raised.
     """
 
@@ -70,12 +73,16 @@ class Client:
         framework: arrays.Framework = "auto",
         on_error: OnError = "miss",
         shared_memory: bool = True,
+        decode: Decode = "auto",
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be over 0, got {timeout_s!r}")
         if on_error not in ("miss", "raise"):
             raise ValueError(f"on_error is miss or raise, got {on_error!r}")
+        if decode not in DECODES:
+            raise ValueError(f"decode is one of {', '.join(DECODES)}, got {decode!r}")
         arrays.resolve_framework(framework)
+        self._decode = decode
         self._framework = framework
         self._on_error = on_error
         self._transport = Transport(address or default_address(), timeout_s, _log_change)
@@ -210,7 +217,8 @@ class Client:
         """The value without a copy, read-only, for the length of a block; None on a miss.
 
         On the daemon's host the tensors lie in its memory: writing to one ends this process (numpy arrays refuse it),
-        and one that is still referred to after the block raises LeaseKept. From afar it is a copy, as by `get`.
+        and one that is still referred to after the block raises LeaseKept. A block that takes longer than
+        `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         """
         return _OneLease(partial(self._lease, [check_key(key)], leading=False))
 
@@ -272,12 +280,23 @@ class Client:
         return [read_explanation(message) for message in reply.explanations]
 
     def entries(
-        self, *, tier: str | None = None, key_prefix: bytes = b"", limit: int | None = None
+        self,
+        *,
+        tier: str | None = None,
+        key_prefix: bytes = b"",
+        tenant: str = "",
+        namespace: str = "",
+        limit: int | None = None,
     ) -> Iterator[EntryInfo]:
-        """Entries in order of key. Raises if the daemon cannot answer."""
+        """Entries in order of key. Filters narrow each other. Raises if the daemon cannot answer.
+
+        namespace: the name they were put under, its versions (NAME@...) included.
+        """
         if limit is not None and limit <= 0:
             return
-        request = pb.ListRequest(tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0)
+        request = pb.ListRequest(
+            tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0, tenant=tenant, namespace=namespace
+        )
         for message in self._transport.stream_in(ADMIN + "List", request):
             yield from map(read_entry_info, pb.ListReply.FromString(message).entries)
 
@@ -335,20 +354,18 @@ class Client:
 
     def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
         framework = arrays.resolve_framework(self._framework)
+        request = pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode))
         try:
-            hits[:], stale, epoch = self._nearby(
-                lambda near: local.get(near, keys, framework, leading=leading, out=out)
-            )
+            hits[:], stale, epoch = self._nearby(lambda near: local.get(near, request, framework, out))
         except UseStream:
-            self._read_stream(Receiver(keys, framework, out, hits), keys, leading=leading)
+            self._read_stream(Receiver(keys, framework, out, hits), request)
             return
         self._transport.saw_epoch(epoch)
         if stale:
             with self._failures_lock:
                 self.failures += stale
 
-    def _read_stream(self, receiver: Receiver, keys: list[bytes], *, leading: bool) -> None:
-        request = pb.GetRequest(keys=keys, leading=leading)
+    def _read_stream(self, receiver: Receiver, request: pb.GetRequest) -> None:
         try:
             receiver.read(self._transport.stream_in(CACHE + "Get", request))
         except BadFrame as error:
@@ -367,7 +384,7 @@ class Client:
             return self._nearby(lambda near: local.lease(near, keys, framework, leading=leading))
         except UseStream:
             receiver = Receiver(keys, framework)
-            self._read_stream(receiver, keys, leading=leading)
+            self._read_stream(receiver, pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode)))
             return nullcontext(_leading(receiver.hits, leading=leading))
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:

@@ -12,15 +12,16 @@ from typing import Any, cast, overload
 import numpy as np
 
 from kvstore import arrays
-from kvstore.errors import KvstoreError
+from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.decoding import Packed
 from kvstored_client.frames import Bytes
 from kvstored_client.mapping import Copier, Window
 from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_receipt, read_specs
 from kvstored_client.near import Connection, Near, UseStream
-from kvstored_client.receive import Out, check_out, is_direct
+from kvstored_client.receive import Out, Target
 from kvstored_client.send import Outgoing
 
 KEYS_PER_PACKET = 512
@@ -74,10 +75,12 @@ class Lease:
         self._number = number
         self._framework = framework
         self._windows: list[weakref.ref[Window]] = []
+        self._viewed: list[tuple[Block, int]] = []
 
     def view(self, item: pb.Leased) -> dict[str, Any]:
         """Tensors over a leased block. Raises UseStream for one that cannot be."""
         block = _block(self._connection, item)
+        self._viewed.append((block, item.generation))
         segment = self._connection.segments.get(item.segment)
         window = Window(segment, item.start, block.bytes.size, self._outlived)
         self._windows.append(weakref.ref(window))
@@ -93,6 +96,10 @@ class Lease:
 
     def _outlived(self) -> None:
         """Nothing to do: a window refers to this method, and with it to the lease, for as long as it is."""
+
+    def is_lost(self) -> bool:
+        """Whether a block was used again while it was read: the lease had reached its maximum age."""
+        return any(block.generation() != generation for block, generation in self._viewed)
 
     def is_kept(self) -> bool:
         """Whether a tensor is still referred to."""
@@ -147,19 +154,21 @@ class LeasedHits(Sequence[Hit | None]):
             cast("LeasedTensors", hit.tensors).end()
 
 
-def get(
-    near: Near, keys: list[bytes], framework: str, *, leading: bool, out: Out = None
-) -> tuple[list[Hit | None], int, int]:
+def get(near: Near, asked: pb.GetRequest, framework: str, out: Out = None) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
     out: for each key tensors to fill, or None.
     """
+    keys = list(asked.keys)
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
     with near.connection() as connection:
         for start in range(0, len(keys), KEYS_PER_PACKET):
             part = keys[start : start + KEYS_PER_PACKET]
-            reply = connection.call(pb.LeaseCall(get=pb.GetRequest(keys=part, leading=leading)), near.timeout_s)
+            request = asked
+            if len(part) < len(keys):
+                request = pb.GetRequest(keys=part, leading=asked.leading, accept=asked.accept)
+            reply = connection.call(pb.LeaseCall(get=request), near.timeout_s)
             epoch = reply.boot_epoch
             try:
                 for at, item in enumerate(reply.leased):
@@ -172,7 +181,7 @@ def get(
                         hits[index] = _hit(reply, item, keys[index], tensors)
             finally:
                 connection.release(reply.lease)
-            if leading and len(reply.leased) < len(part):
+            if asked.leading and len(reply.leased) < len(part):
                 break
     return hits, stale, epoch
 
@@ -180,38 +189,34 @@ def get(
 def _copied(
     copier: Copier, connection: Connection, item: pb.Leased, framework: str, out: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The tensors of a block, copied; None if the block was used again meanwhile."""
+    """The tensors of a block, copied or decoded; None if the block was used again meanwhile."""
     block = _block(connection, item)
-    if out is not None:
-        check_out(block.specs, out)
-    tensors: dict[str, Any] = {}
-    for name, (spec, at, nbytes) in block.tensors.items():
-        source = block.bytes[at : at + nbytes]
-        if out is not None and is_direct(out[name]):
-            copier.copy(arrays.as_bytes(out[name]), source)
-            tensors[name] = out[name]
-            continue
-        fresh = np.empty(nbytes, dtype=np.uint8)
-        copier.copy(fresh, source)
-        tensors[name] = arrays.from_bytes(spec, fresh, framework if out is None else "torch")
-        if out is not None:
-            out[name].copy_(tensors[name])
-            tensors[name] = out[name]
+    target = Target(block.specs, framework, out)
+    if block.packed is not None:
+        parts = [block.bytes[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
+        try:
+            block.packed.decode(parts, target.bytes)
+        except CodecError:
+            return None
+    else:
+        for name, (_, at, nbytes) in block.tensors.items():
+            copier.copy(target.bytes[name], block.bytes[at : at + nbytes])
+    target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
-    return tensors if block.generation() == item.generation else None
+    return target.tensors if block.generation() == item.generation else None
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """An entry's bytes in a segment. tensors: (spec, start, nbytes) by name."""
+    """An entry's bytes in a segment.
+
+    specs: of its tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of packed's parts.
+    """
 
     bytes: Bytes
+    specs: Mapping[str, TensorInfo]
     tensors: Mapping[str, tuple[TensorInfo, int, int]]
-
-    @property
-    def specs(self) -> dict[str, TensorInfo]:
-        """Types and shapes."""
-        return {name: spec for name, (spec, _, _) in self.tensors.items()}
+    packed: Packed | None
 
     def generation(self) -> int:
         """The number that stands there now."""
@@ -226,16 +231,24 @@ def _block(connection: Connection, item: pb.Leased) -> Block:
     if block is None:
         specs = read_specs(item.header.tensors)
         arrays.check_specs(specs)
-        places, nbytes = layout(specs)
+        packed = Packed(item.header, specs) if item.header.packed else None
+        lying = specs if packed is None else packed.parts
+        places, nbytes = layout(lying)
         segment = connection.segments.get(item.segment)
         if item.start + nbytes > segment.nbytes:
             raise UseStream(f"a block that ends at {item.start + nbytes} in a segment of {segment.nbytes}")
-        tensors = {name: (spec, *places[name]) for name, spec in specs.items()}
-        block = Block(segment.array[item.start : item.start + nbytes], tensors)
+        tensors = {name: (spec, *places[name]) for name, spec in lying.items()}
+        # Decoding goes through torch, which warns of an array that it may not write to.
+        window = Window(segment, item.start, nbytes, _nothing)
+        block = Block(window.array(writable=packed is not None), specs, tensors, packed)
         if len(known) >= BLOCKS_MAX:
             known.clear()
         known[key] = block
     return block
+
+
+def _nothing() -> None:
+    pass
 
 
 def _hit(reply: pb.LeaseReply, item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
@@ -257,7 +270,13 @@ class LeasedBlock:
     def __exit__(self, kind: object, *_: object) -> None:
         self._hits.end()
         lease, self._lease = self._lease, None
-        if kind is None and lease is not None and lease.is_kept():
+        if kind is not None or lease is None:
+            return
+        if lease.is_lost():
+            raise RecordCorrupt(
+                "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
+            )
+        if lease.is_kept():
             raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
 
 

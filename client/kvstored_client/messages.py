@@ -127,6 +127,8 @@ def entry_info_message(info: EntryInfo) -> pb.EntryInfo:
         ttl_left_s=-1.0 if info.ttl_left_s is None else info.ttl_left_s,
         hits=info.hits,
         relative_errors=relative_errors(info.receipt, lossy=info.lossy),
+        tenant=info.tenant,
+        namespace=info.namespace,
     )
 
 
@@ -146,6 +148,8 @@ def read_entry_info(message: pb.EntryInfo) -> EntryInfo:
         ttl_left_s=None if message.pinned else message.ttl_left_s,
         hits=message.hits,
         receipt=read_receipt(message),
+        tenant=message.tenant,
+        namespace=message.namespace,
     )
 
 

@@ -4,6 +4,7 @@ One Receiver serves one call and one thread. It trusts no size in a reply before
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import xxhash
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
-from kvstore.errors import InvalidEntry
+from kvstore.dtypes import BY_NAME
+from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.decoding import Packed
 from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
 from kvstored_client.messages import TIER_NAMES, read_receipt, read_specs
 
@@ -80,25 +83,13 @@ class _Incoming:
         nbytes = arrays.check_specs(specs)
         if nbytes != header.nbytes:
             raise BadFrame(f"specs of {nbytes} bytes under a header of {header.nbytes}")
-        if out is not None:
-            check_out(specs, out)
         self.header = header
-        self._aside: dict[str, Any] = {}
-        targets: list[Bytes] = []
-        tensors: dict[str, Any] = {}
-        for name, spec in specs.items():
-            given = None if out is None else out[name]
-            if given is not None and is_direct(given):
-                targets.append(arrays.as_bytes(given))
-                tensors[name] = given
-                continue
-            targets.append(np.empty(arrays.check_specs({name: spec}), dtype=np.uint8))
-            fresh = arrays.from_bytes(spec, targets[-1], framework if given is None else "torch")
-            tensors[name] = fresh if given is None else given
-            if given is not None:
-                self._aside[name] = fresh
-        self.tensors: Tensors = tensors
-        self._scatter = Scatter(targets)
+        self._packed = Packed(header, specs) if header.packed else None
+        self._target = Target(specs, framework, out)
+        self._parts: list[Bytes] = []
+        if self._packed is not None:
+            self._parts = [np.empty(arrays.check_specs({"x": part}), np.uint8) for part in self._packed.parts.values()]
+        self._scatter = Scatter(self._parts or list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
@@ -111,14 +102,47 @@ class _Incoming:
             raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
         if xxh3 and self._sum.intdigest() != xxh3:
             return False
-        for name, fresh in self._aside.items():
-            self.tensors[name].copy_(fresh)
+        if self._packed is not None:
+            try:
+                self._packed.decode(self._parts, self._target.bytes)
+            except CodecError:
+                return False
+        self._target.finish()
         return True
 
     def hit(self, key: bytes) -> Hit:
         head = self.header
         tier = TIER_NAMES.get(head.tier, "unknown")
-        return Hit(key, self.tensors, tier, head.encoding, head.lossy, head.age_s, read_receipt(head))
+        return Hit(key, self._target.tensors, tier, head.encoding, head.lossy, head.age_s, read_receipt(head))
+
+
+class Target:
+    """Where an entry's tensors go. bytes: what to fill, by name; tensors: what the caller gets after `finish`."""
+
+    def __init__(self, specs: Mapping[str, TensorInfo], framework: str, out: Tensors | None) -> None:
+        """out: the caller's own tensors, or None for fresh ones. Raises OutMismatch."""
+        if out is not None:
+            check_out(specs, out)
+        self._aside: dict[str, Any] = {}
+        self.bytes: dict[str, Bytes] = {}
+        self.tensors: dict[str, Any] = {}
+        for name, spec in specs.items():
+            given = None if out is None else out[name]
+            if given is not None and is_direct(given):
+                self.bytes[name] = arrays.as_bytes(given)
+                self.tensors[name] = given
+                continue
+            nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
+            self.bytes[name] = np.empty(nbytes, dtype=np.uint8)
+            fresh = arrays.from_bytes(spec, self.bytes[name], framework if given is None else "torch")
+            self.tensors[name] = fresh if given is None else given
+            if given is not None:
+                self._aside[name] = fresh
+
+    def finish(self) -> None:
+        """All bytes are filled: those tensors that could not be filled directly get them now."""
+        for name, fresh in self._aside.items():
+            self.tensors[name].copy_(fresh)
 
 
 class OutMismatch(InvalidEntry):

@@ -41,6 +41,8 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
     # A connection of its own: channels of one process otherwise share one, and a fork would inherit it.
     ("grpc.use_local_subchannel_pool", 1),
+    # A stream's frames are taken by the thread that asked, not by one made for each stream.
+    ("SingleThreadedUnaryStream", 1),
     # The daemon is on this host or named by an operator: a proxy from the environment is never meant.
     ("grpc.enable_http_proxy", 0),
 )

@@ -26,14 +26,14 @@ from kvstore.entry import Entry
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
-from kvstore.reader import Resident
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.gate import Access, Records, Refusal
 from kvstored.scope import Scopes
 from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
-from kvstored.wire import Incoming, Reading, hit_header, put_ready, resident_hit, resident_hits
+from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hit, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class Connection:
                     self._hand(reply, segment)
                 self._hold(reply, resident.entries)
                 return reply.SerializeToString() + b"".join(map(_SAID, cards))
-        return self._read(keys, leading=asked.leading, resident=resident)
+        return self._read(asked, resident)
 
     def _cards(self, resident: Resident) -> list[Card] | None:
         """What is said of each entry; None where one does not lie in a segment of this user's."""
@@ -266,14 +266,14 @@ class Connection:
                 self._next += 1
                 self._leases[reply.lease] = (time.monotonic() + shared.lease_max_s, held)
 
-    def _read(self, keys: list[bytes], *, leading: bool, resident: Resident | None) -> bytes:
+    def _read(self, asked: pb.GetRequest, resident: Resident | None) -> bytes:
         """A get that has to find, decode or copy something first; of entries found already, to copy."""
         shared = self._shared
         reply = pb.LeaseReply()
         held: list[Any] = []
         # What must be decoded is decoded into this user's own segments: that is where it will be read.
         room = partial(shared.arena.empty, owner=self.uid)
-        reading = Reading(self._store, shared.budget, keys, leading=leading, room=room)
+        reading = Reading(self._store, shared.budget, asked, room=room)
         try:
             lot = self._next_lot(reading) if resident is None else resident_hits(resident)
             while lot:
@@ -289,21 +289,22 @@ class Connection:
         self._hold(reply, held)
         return reply.SerializeToString()
 
-    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | None]]:
+    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Found | None]]:
         with self._shared.reads:
             return reading.next_lot()
 
-    def _placed(self, hit: Hit) -> tuple[Mapping[str, Any], Place]:
-        """The hit's tensors where this client may read them: as they are, or copied to a segment of his user's."""
+    def _placed(self, hit: Hit | Found) -> tuple[Mapping[str, Any], Place]:
+        """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
         arena = self._shared.arena
-        place = arena.place_of(hit.tensors, self.uid)
+        sources = dict(hit.tensors) if isinstance(hit, Hit) else {str(i): part for i, part in enumerate(payload(hit))}
+        place = arena.place_of(sources, self.uid)
         if place is not None:
-            return hit.tensors, place
-        room = arena.empty({name: arrays.describe(name, x) for name, x in hit.tensors.items()}, self.uid)
+            return sources, place
+        room = arena.empty({name: arrays.describe(name, x) for name, x in sources.items()}, self.uid)
         place = None if room is None else arena.place_of(room, self.uid)
         if room is None or place is None:
             raise UseStream("no room in shared memory, or nothing to share")
-        for name, x in hit.tensors.items():
+        for name, x in sources.items():
             room[name].copy_(x)
         return room, place
 
@@ -364,7 +365,7 @@ class Connection:
         return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
 
 
-def _leased(index: int, hit: Hit, place: Place) -> pb.Leased:
+def _leased(index: int, hit: Hit | Found, place: Place) -> pb.Leased:
     return pb.Leased(
         header=hit_header(index, hit),
         segment=place.segment.number,

@@ -10,16 +10,17 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvstore.config import StoreConfig
+from kvstore.entry import Key
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
-from kvstore.reader import Resident
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.tokens import LOCAL, Identity
 
@@ -76,10 +77,12 @@ class ScopedStore:
         return self._store.put_many(own, parent=None if parent is None else self.own(parent), **how)
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], **how: Any) -> Iterator[Iterator[Hit | None]]:
-        """As Store.lease_many; hits carry the keys asked for."""
-        with self._store.lease_many(self._all(keys), **how) as hits:
-            yield (None if hit is None else replace(hit, key=key) for key, hit in zip(keys, hits, strict=False))
+    def lease_as_held(
+        self, keys: Sequence[bytes], accept: Collection[str], **how: Any
+    ) -> Iterator[Iterator[Hit | Found | None]]:
+        """As Store.lease_as_held; hits carry the keys asked for."""
+        with self._store.lease_as_held(self._all(keys), accept, **how) as hits:
+            yield (_under(key, hit) for key, hit in zip(keys, hits, strict=False))
 
     def resident(self, keys: Sequence[bytes]) -> Resident | None:
         """As Store.resident; the entries carry the keys they stand under."""
@@ -141,6 +144,12 @@ class Scopes:
 def tenant_prefixes(secret: bytes, tenant: str) -> tuple[bytes, bytes]:
     """What stands before a tenant's keys: the usual ones, and those too long to be put behind it as they are."""
     return _derive(secret, tenant, "key"), _derive(secret, tenant, "long key")
+
+
+def _under(key: bytes, hit: Hit | Found | None) -> Hit | Found | None:
+    if isinstance(hit, Found):
+        return hit._replace(key=Key(key))
+    return None if hit is None else replace(hit, key=key)
 
 
 def _derive(secret: bytes, tenant: str, use: str) -> bytes:

@@ -58,6 +58,9 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
     ("grpc.max_concurrent_streams", 128),
+    # A window grown to the line's speed holds megabytes for each of hundreds of streams, in nobody's account; a message
+    # that is being read widens it as far as it needs.
+    ("grpc.http2.bdp_probe", 0),
     # On by default: a second daemon would bind the same TCP port without an error.
     ("grpc.so_reuseport", 0),
     # Keepalive alone noticed a stopped peer after 61 s, with the ping timeout after 3 (its default is 60 s).

@@ -16,6 +16,7 @@ from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from kvstore.stats import Stats
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.heap import Heap
 from kvstored.history import INTERVAL_S, History
 from kvstored.httpd import MetricsPort
 from kvstored.metrics import Meter, StoreCollector
@@ -42,6 +43,7 @@ class Watch:
         self.sources: list[Callable[[], Mapping[str, float]]] = []
         self.history = History(time.monotonic)
         self._valve = PressureValve(store, settings.pressure_percent) if settings.pressure_percent else None
+        self._heap = Heap(settings.in_flight_nbytes // 2)
         registry = self.meter.registry
         registry.register(StoreCollector(self.snapshot))
         # Memory, descriptors, CPU and start time of the process; the interpreter's own.
@@ -72,6 +74,7 @@ class Watch:
             "in_flight_refused": self.budget.refused,
             "uptime_s": time.monotonic() - self._started_at,
             "pressure_shrinks": self._valve.shrinks if self._valve is not None else 0,
+            "heap_trims": self._heap.trims,
             "heartbeat_age_s": max(0.0, self._store.heartbeat_age_s()),
         }
         for source in self.sources:
@@ -107,6 +110,7 @@ class Watch:
                     self.history.take(self._store.stats())
                 if self._valve is not None:
                     self._valve.turn()
+                self._heap.turn()
             except Exception:  # the boundary of the thread: a failed look must not end the next one
                 log.exception("watch turn failed")
             if self._stopping.wait(PRESSURE_INTERVAL_S):

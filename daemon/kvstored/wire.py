@@ -4,6 +4,7 @@
 time. Neither knows gRPC, so another door can use the same two. Each belongs to one call.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -15,10 +16,10 @@ import xxhash
 from kvstore import arrays
 from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.forms import Room
+from kvstore.forms import Room, specs_of
 from kvstore.hit import Fidelity, Hit, Priority
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_namespace
-from kvstore.reader import Resident
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_keys, check_namespace
+from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored_client._pb import cache_pb2 as pb
@@ -189,26 +190,27 @@ class Reading:
         self,
         store: Store,
         budget: Budget,
-        keys: list[bytes],
+        asked: pb.GetRequest,
         *,
-        leading: bool,
         room: Room | None = None,
         frames_nbytes: int = 0,
     ) -> None:
+        """Of a request with checked keys. room: where what must be decoded is made."""
         self._room = room
         self._frames_nbytes = frames_nbytes
         self._counted_nbytes = 0
+        self._accept = frozenset(asked.accept)
         self._store = store
         self._budget = budget
-        self._keys = keys
-        self._leading = leading
+        self._keys = check_keys(asked.keys)
+        self._leading = asked.leading
         self._at = 0
         self._groups = 0
         self._stop = 0
         self._lease = ExitStack()
-        self._hits: Iterator[Hit | None] | None = None
+        self._hits: Iterator[Hit | Found | None] | None = None
 
-    def next_lot(self) -> list[tuple[int, Hit | None]]:
+    def next_lot(self) -> list[tuple[int, Hit | Found | None]]:
         """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
         if self._hits is None or self._at >= self._stop:
             self._end_group()
@@ -216,14 +218,14 @@ class Reading:
                 return []
             self._begin_group()
         assert self._hits is not None
-        lot: list[tuple[int, Hit | None]] = []
+        lot: list[tuple[int, Hit | Found | None]] = []
         nbytes = 0
         while self._at < self._stop and nbytes < LOT_NBYTES:
             hit = next(self._hits, None)
             lot.append((self._at, hit))
             self._at += 1
             if hit is not None:
-                size = sum(x.nbytes for x in hit.tensors.values())
+                size = sum(x.nbytes for x in payload(hit))
                 nbytes += size
                 if len(self._keys) == 1 and hit.tier != "hot":
                     self._count(size)
@@ -251,7 +253,7 @@ class Reading:
         else:
             self._count(self._measure_group())
         group = self._keys[self._at : self._stop]
-        hits = self._store.lease_many(group, leading=self._leading, room=self._room)
+        hits = self._store.lease_as_held(group, self._accept, leading=self._leading, room=self._room)
         self._hits = self._lease.enter_context(hits)
         self._groups += 1
 
@@ -284,8 +286,17 @@ def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
     return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
 
 
-def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
+def payload(hit: Hit | Found) -> list[torch.Tensor]:
+    """The tensors whose bytes follow the header: the hit's own, or the parts of one that stays encoded."""
+    if isinstance(hit, Hit):
+        return list(hit.tensors.values())
+    return [part for held in hit.entry.tensors.values() for part in held.parts.values()]
+
+
+def hit_header(index: int, hit: Hit | Found, boot_epoch: int = 0) -> pb.GetHeader:
     """What is said of a hit before its bytes."""
+    if isinstance(hit, Found):
+        return _packed_header(index, hit, boot_epoch)
     specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
     return pb.GetHeader(
         index=index,
@@ -300,10 +311,33 @@ def hit_header(index: int, hit: Hit, boot_epoch: int = 0) -> pb.GetHeader:
     )
 
 
-def hit_frames(index: int, hit: Hit, boot_epoch: int) -> Iterator[bytes]:
+def _packed_header(index: int, found: Found, boot_epoch: int) -> pb.GetHeader:
+    entry = found.entry
+    return pb.GetHeader(
+        index=index,
+        tensors=tensor_specs(specs_of(entry)),
+        nbytes=entry.value_nbytes,
+        tier=TIERS[found.tier],
+        encoding=entry.encoding,
+        lossy=entry.lossy,
+        age_s=found.age_s,
+        boot_epoch=boot_epoch,
+        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
+        packed=[
+            pb.PackedTensor(
+                encoding=held.encoding,
+                parts=tensor_specs({suffix: arrays.describe(suffix, part) for suffix, part in held.parts.items()}),
+                attrs=json.dumps(dict(held.attrs), allow_nan=False) if held.attrs else "",
+            )
+            for held in entry.tensors.values()
+        ],
+    )
+
+
+def hit_frames(index: int, hit: Hit | Found, boot_epoch: int) -> Iterator[bytes]:
     """The frames that answer one key of a Get."""
     header = hit_header(index, hit, boot_epoch).SerializeToString()
-    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
+    return cut_frames(header, Gather([arrays.as_bytes(x) for x in payload(hit)]))
 
 
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:

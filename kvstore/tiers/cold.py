@@ -67,12 +67,13 @@ class Cold:
 
     name: TierName = "cold"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - `open` alone calls it
         self,
         directory: Directory,
         config: ColdConfig,
         clock: Clock,
         disk: Disk,
+        seals: Seals,
         *,
         meta_of: Callable[[Key], Meta | None],
         on_drop: Callable[[Key, str], None],
@@ -87,7 +88,7 @@ class Cold:
         self._clock = clock
         self._disk = disk
         self._meta_of = meta_of
-        self._seals = Seals(config.key_files)
+        self._seals = seals
         self._on_drop = on_drop
         self._changed = threading.Condition()
         # Sizes are the pending operations' to count: they alone know what is estimated and what is on disk.
@@ -126,10 +127,11 @@ class Cold:
         nothing is written. on_drop: told when an entry leaves by itself. order: who leaves next, without chains.
         owner_of: whose a recovered key is. Raises ConfigError.
         """
+        seals = Seals(config.key_files)
         directory = take(path)
         try:
             cold = cls(
-                directory, config, clock, disk or SystemDisk(),
+                directory, config, clock, disk or SystemDisk(), seals,
                 meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction, order=order,
             )  # fmt: skip
             with no_garbage_collection():
@@ -249,8 +251,10 @@ class Cold:
         except (RecordCorrupt, OSError) as error:
             return self._distrust(key, row, error)
 
-    def _seal_of(self, _meta: Meta) -> SealKey | None:
-        return self._seals.sealing(())
+    def _seal_of(self, meta: Meta) -> SealKey | None:
+        owner = meta.owner
+        model = owner.namespace.rpartition("@")[0]
+        return self._seals.sealing((owner.name, owner.namespace, model, owner.tenant))
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""

@@ -191,3 +191,39 @@ def test_keys_are_frozen() -> None:
 
 
 GOLDEN = ["0724b1ca4c268422", "826163a3931cda3e"]
+
+
+def test_a_prefix_is_copied_to_where_the_caller_wants_it(harness: Harness) -> None:
+    ns = namespace(harness)
+    k, v = kv(40)
+    ns.put_prefix(range(40), k, v)
+    out = torch.full((2, 50, 3, 8), 9.0), torch.full((2, 50, 3, 8), 9.0)
+    n, got_k, got_v = ns.get_prefix([*range(40), 100, 101], out=out)
+    assert n == 40
+    assert got_k.data_ptr() == out[0].data_ptr()
+    assert torch.equal(out[0][:, :40], k)
+    assert torch.equal(got_v, v)
+    assert (out[1][:, 40:] == 9).all()
+    arrays = np.zeros((2, 42, 3, 8), np.float32), np.zeros((2, 42, 3, 8), np.float32)
+    assert ns.get_prefix(range(42), out=arrays)[0] == 40
+    assert np.array_equal(arrays[0][:, :40], k.numpy())
+    assert ns.get_prefix([7, 7, 7], out=out) == (0, None, None)
+
+
+def test_out_that_cannot_take_the_prefix_is_refused(harness: Harness) -> None:
+    ns = namespace(harness)
+    k, v = kv(40)
+    ns.put_prefix(range(40), k, v)
+    good = torch.zeros(2, 40, 3, 8)
+    for bad in (torch.zeros(2, 39, 3, 8), good.double(), torch.zeros(40)):
+        with pytest.raises(InvalidEntry):
+            ns.get_prefix(range(40), out=(good, bad))
+
+
+def test_what_get_prefix_returns_is_the_callers_own(harness: Harness) -> None:
+    ns = namespace(harness)
+    k, v = kv(16)
+    ns.put_prefix(range(16), k, v)
+    _, got, _ = ns.get_prefix(range(16))
+    got.zero_()
+    assert torch.equal(ns.get_prefix(range(16))[1], k)

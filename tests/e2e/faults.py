@@ -1,6 +1,6 @@
 """Caches that misbehave, each in one way, around a good one."""
 
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +13,18 @@ SLOW_S = 20.0
 
 
 class Faulty:
-    """The verbs of a cache, with one fault. `calls` counts how often it was asked."""
+    """The verbs of a cache, with one fault. `calls` counts how often it was asked.
+
+    A slow one answers after `slow_s` seconds or once `gate` is set, and releases `answered`, whatever the fault.
+    """
 
     def __init__(self, inner: Any, fault: str, *, slow_s: float = SLOW_S) -> None:
         self._inner = inner
         self._fault = fault
         self._slow_s = slow_s
         self.calls = 0
+        self.gate = threading.Event()
+        self.answered = threading.Semaphore(0)
         self.before_get: Callable[[], None] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
@@ -27,7 +32,10 @@ class Faulty:
 
         def call(*args: Any, **options: Any) -> Any:
             self.calls += 1
-            return self._answer(name, lambda: verb(*args, **options), args)
+            try:
+                return self._answer(name, lambda: verb(*args, **options), args)
+            finally:
+                self.answered.release()
 
         return call
 
@@ -39,7 +47,7 @@ class Faulty:
         if self._fault == "raising":
             raise RuntimeError("a bug")
         if self._fault == "slow":
-            time.sleep(self._slow_s)
+            self.gate.wait(self._slow_s)
         if self._fault == "lying" and name in ("get", "get_many"):
             # It said yes and has it no more: evicted in between.
             call()

@@ -9,12 +9,14 @@ import xxhash
 
 from kvstore import sealing
 from kvstore.compression import Compression
+from kvstore.config import ColdConfig, StoreConfig
 from kvstore.entry import Entry, Key
 from kvstore.errors import ConfigError, RecordCorrupt
 from kvstore.forms import raw_entry
 from kvstore.index import Meta
 from kvstore.record import FIXED_NBYTES, pack, unpack
 from kvstore.sealing import HEAD_NBYTES, TAG_NBYTES, Seals, read_keys
+from kvstore.store import Store
 
 META = Meta(1.0, 2.0, 1.0, 0)
 KEY = Key(b"a key")
@@ -136,3 +138,35 @@ def test_a_key_that_everybody_can_read_or_that_is_not_there_is_refused(tmp_path:
         read_keys(path)
     with pytest.raises(ConfigError, match="No such file"):
         read_keys(tmp_path / "none")
+
+
+def test_a_store_keeps_its_secrets_from_the_disk_and_forgets_without_the_key_but_not_for_good(tmp_path: Path) -> None:
+    keys = {"*": key_file(tmp_path / "k", "11" * 32)}
+    words = b"nobody who steals the disk may read this. " * 100
+    x = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+
+    def opened(key_files: dict[str, str]) -> Store:
+        cold = ColdConfig(path=str(tmp_path / "cold"), key_files=key_files)
+        return Store.open(StoreConfig(cold=cold), background=False, framework="torch")
+
+    with opened(keys) as store:
+        store.put(b"secret", {"x": x}, fidelity="exact")
+    on_disk = b"".join(path.read_bytes() for path in (tmp_path / "cold").rglob("*") if path.is_file())
+    assert b"steals the disk" not in on_disk
+    for key_files in (keys, {}, keys):
+        with opened(key_files) as store:
+            hit = store.get(b"secret")
+            if key_files:
+                assert hit is not None and torch.equal(hit.tensors["x"], x)
+            else:
+                assert hit is None
+                values = store.stats().values
+                assert (values["cold_read_errors"], values["cold_corrupt_total"], values["misses_lost"]) == (1, 0, 1)
+
+
+def test_a_store_whose_key_file_is_missing_does_not_open(tmp_path: Path) -> None:
+    config = StoreConfig(cold=ColdConfig(path=str(tmp_path / "cold"), key_files={"*": str(tmp_path / "none")}))
+    with pytest.raises(ConfigError, match=r"store\.cold\.key_files: cannot read"):
+        Store.open(config)
+    with Store.open(tmp_path / "cold"):  # the directory was let go of
+        pass

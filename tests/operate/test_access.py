@@ -103,6 +103,21 @@ def test_another_tenants_key_is_simply_absent(client_of):
     assert b.get(key).tensors["x"].size == 3
 
 
+def test_an_operator_lists_and_evicts_by_tenant(guarded, client_of, monkeypatch):
+    a, b, admin = client_of("writer-a"), client_of("writer-b"), client_of("admin")
+    assert a.put(b"listed", TENSORS, namespace="model")
+    assert b.put(b"listed", TENSORS, namespace="model")
+    mine = list(admin.entries(tenant="team-a", namespace="model"))
+    assert [(info.tenant, info.namespace, info.key[-6:]) for info in mine] == [("team-a", "model", b"listed")]
+    assert {info.tenant for info in admin.entries(namespace="model")} == {"team-a", "team-b"}
+    values = admin.stats().values
+    assert values["tenant_entries_team-a"] >= 1
+    assert values["namespace_entries_team-a/model"] == 1
+    assert admin.evict(*[info.key for info in mine]) == 1
+    assert a.get(b"listed") is None
+    assert b.get(b"listed") is not None
+
+
 def test_keys_as_long_as_any_are_kept_apart_too(client_of):
     a, b = client_of("writer-a"), client_of("writer-b")
     long = bytes(range(256))

@@ -64,6 +64,21 @@ def test_ls_filters_narrow_each_other(client, run):
     assert len(listed(run, "--larger-than", "1B", "--limit", 2)) == 2
 
 
+def test_namespaces_and_tenants_are_filters_too(client, run):
+    x = {"x": np.zeros(10, np.uint8)}
+    for key, namespace in ((b"n1", "llama@0a"), (b"n2", "llama@0b"), (b"n3", "llama2")):
+        client.put(key, x, namespace=namespace)
+    assert listed(run, "--namespace", "llama") == {"n1", "n2"}
+    assert listed(run, "--namespace", "llama@0a") == {"n1"}
+    assert listed(run, "--namespace", "lla") == set()
+    assert listed(run, "--namespace", "llama", "--tenant", "nobody") == set()
+    assert "would evict 2 entries" in run("evict", "--namespace", "llama", "--dry-run")
+    assert json.loads(run("evict", "--namespace", "llama", "--json"))["evicted"] == 2
+    assert listed(run, "--namespace", "llama2") == {"n3"}
+    assert re.search(r"namespace: +llama2\n", run("inspect", "n3"))
+    assert "llama2" in run("top", "--count", 1)
+
+
 def test_evict_by_filter_counts_and_a_dry_run_changes_nothing(client, run):
     before = listed(run)
     assert "would evict 3 entries" in run("evict", "--prefix", "small", "--dry-run")

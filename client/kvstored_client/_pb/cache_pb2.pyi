@@ -137,12 +137,14 @@ class PutReply(_message.Message):
     def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "leading")
+    __slots__ = ("keys", "leading", "accept")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEADING_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     leading: bool
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ...) -> None: ...
+    accept: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetFrame(_message.Message):
     __slots__ = ("header", "chunk", "end", "miss")
@@ -157,7 +159,7 @@ class GetFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[GetHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ..., miss: _Optional[_Union[GetMiss, _Mapping]] = ...) -> None: ...
 
 class GetHeader(_message.Message):
-    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at", "relative_errors")
+    __slots__ = ("index", "tensors", "nbytes", "tier", "encoding", "lossy", "age_s", "boot_epoch", "put_at", "relative_errors", "packed")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class GetHeader(_message.Message):
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PUT_AT_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     index: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -178,7 +181,18 @@ class GetHeader(_message.Message):
     boot_epoch: int
     put_at: float
     relative_errors: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ..., relative_errors: _Optional[_Iterable[float]] = ...) -> None: ...
+    packed: _containers.RepeatedCompositeFieldContainer[PackedTensor]
+    def __init__(self, index: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., age_s: _Optional[float] = ..., boot_epoch: _Optional[int] = ..., put_at: _Optional[float] = ..., relative_errors: _Optional[_Iterable[float]] = ..., packed: _Optional[_Iterable[_Union[PackedTensor, _Mapping]]] = ...) -> None: ...
+
+class PackedTensor(_message.Message):
+    __slots__ = ("encoding", "parts", "attrs")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    ATTRS_FIELD_NUMBER: _ClassVar[int]
+    encoding: str
+    parts: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    attrs: str
+    def __init__(self, encoding: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., attrs: _Optional[str] = ...) -> None: ...
 
 class GetMiss(_message.Message):
     __slots__ = ("index", "boot_epoch")
@@ -322,14 +336,18 @@ class TierStats(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., entries: _Optional[int] = ..., used_nbytes: _Optional[int] = ..., capacity_nbytes: _Optional[int] = ..., hits: _Optional[int] = ..., puts: _Optional[int] = ..., evictions: _Optional[int] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
-    __slots__ = ("tier", "key_prefix", "limit")
+    __slots__ = ("tier", "key_prefix", "limit", "tenant", "namespace")
     TIER_FIELD_NUMBER: _ClassVar[int]
     KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     key_prefix: bytes
     limit: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., key_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+    tenant: str
+    namespace: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., key_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ..., tenant: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("entries",)
@@ -350,7 +368,7 @@ class InspectReply(_message.Message):
     def __init__(self, entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
 
 class EntryInfo(_message.Message):
-    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors")
+    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors", "tenant", "namespace")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -364,6 +382,8 @@ class EntryInfo(_message.Message):
     TTL_LEFT_S_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tiers: _containers.RepeatedScalarFieldContainer[Tier]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
@@ -377,7 +397,9 @@ class EntryInfo(_message.Message):
     ttl_left_s: float
     hits: int
     relative_errors: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ...) -> None: ...
+    tenant: str
+    namespace: str
+    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ..., tenant: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("keys",)

@@ -34,6 +34,8 @@ class Filters:
 
     tier: str | None = None
     prefix: bytes = b""
+    namespace: str = ""
+    tenant: str = ""
     encoding: str | None = None
     older_than_s: float | None = None
     larger_than: int | None = None
@@ -45,9 +47,10 @@ class Filters:
 
     def entries(self, client: "Client", limit: int | None = None) -> Iterator[EntryInfo]:
         """The entries that fit, in order of key."""
-        # The daemon knows tier and prefix; the rest is decided here, so a limit can only be counted here.
+        # The daemon knows these four; the rest is decided here, so a limit can only be counted here.
         found = 0
-        for info in client.entries(tier=self.tier, key_prefix=self.prefix):
+        chosen = client.entries(tier=self.tier, key_prefix=self.prefix, tenant=self.tenant, namespace=self.namespace)
+        for info in chosen:
             if limit is not None and found >= limit:
                 return
             if self._fits(info):
@@ -67,6 +70,8 @@ def filtered(function: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries held there.")
     @click.option("--prefix", type=KEY, default=b"", help="Only keys that begin so.")
+    @click.option("--namespace", default="", help="Only entries put under this name, its versions NAME@... included.")
+    @click.option("--tenant", default="", help="Only entries of this tenant.")
     @click.option("--encoding", help="Only entries held in this encoding: raw, nf4, ...")
     @click.option("--older-than-s", type=click.FloatRange(min=0), help="Only entries put longer ago.")
     @click.option("--larger-than", type=_Size(), metavar="SIZE", help="Only entries of more decoded bytes: 512MiB.")
@@ -75,11 +80,15 @@ def filtered(function: Callable[..., None]) -> Callable[..., None]:
         *arguments: Any,
         tier: str | None,
         prefix: bytes,
+        namespace: str,
+        tenant: str,
         encoding: str | None,
         older_than_s: float | None,
         larger_than: int | None,
         **others: Any,
     ) -> None:
-        function(*arguments, filters=Filters(tier, prefix, encoding, older_than_s, larger_than), **others)
+        function(
+            *arguments, filters=Filters(tier, prefix, namespace, tenant, encoding, older_than_s, larger_than), **others
+        )
 
     return command

@@ -104,6 +104,7 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
         "expires in": _ttl(info),
         "hits": str(info.hits),
     }
+    facts |= {name: of for name, of in (("tenant", info.tenant), ("namespace", info.namespace)) if of}
     for name, tensor in info.tensors.items():
         facts[f"tensor {name}"] = f"{tensor.dtype} {list(tensor.shape)}, {accuracy(info.receipt.get(name, inf))}"
     click.echo("\n".join(f"{name + ':':14} {value}" for name, value in facts.items()))

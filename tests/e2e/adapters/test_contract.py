@@ -1,5 +1,6 @@
 """What every adapter promises its engine: exact bytes, a miss for what is gone, no exception, no missed deadline."""
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from kvstore.store import Store
+from tests.conftest import DaemonProcess
 from tests.e2e.adapters.conftest import PAGE, Handle, Pages
-from tests.e2e.faults import FAULTS, SLOW_S, Faulty
+from tests.e2e.faults import FAULTS, Faulty
 
 Make = Callable[..., Handle]
 PATIENT = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0}
@@ -54,26 +56,53 @@ def test_keeping_twice_changes_nothing(make: Make, store: Store) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_a_miss_within_the_deadlines(make: Make, store: Store, fault: str) -> None:
+def test_a_fault_is_a_miss_and_waits_for_nobody(make: Make, store: Store, fault: str) -> None:
+    """A slow cache takes half a minute for each answer: a call that waited for one would take as long."""
     given = pages()
     names = list(given)
     assert make(store, **PATIENT).keep(given)
-    handle = make(Faulty(store, fault), fetch_timeout_s=0.2)
+    faulty = Faulty(store, fault, slow_s=30)
+    handle = make(faulty, fetch_timeout_s=0.2)
     start = time.monotonic()
     handle.held(names)
-    assert time.monotonic() - start < SLOW_S / 2
-    start = time.monotonic()
-    found = handle.restore(names)
-    assert time.monotonic() - start < SLOW_S / 2
-    assert found == [None] * 3
-    start = time.monotonic()
+    assert handle.restore(names) == [None] * 3
     handle.keep({"other": given["page 0"]})
-    assert time.monotonic() - start < SLOW_S / 2
+    assert time.monotonic() - start < 15
+    faulty.gate.set()
+
+
+def test_the_deadline_of_a_lookup_is_50_ms_where_nothing_else_is_said(make: Make, store: Store) -> None:
+    handle = make(store)
+    assert (handle.guard.lookup_timeout_s, handle.guard.fetch_timeout_s) == (0.05, 2.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_daemon_killed_or_stopped_after_the_lookup_is_a_miss(
+    make: Make, daemon: DaemonProcess, number: signal.Signals
+) -> None:
+    given = pages()
+    names = list(given)
+    assert make(daemon.client(on_error="miss"), **PATIENT).keep(given)
+    handle = make(daemon.client(on_error="miss"), lookup_timeout_s=20.0, fetch_timeout_s=0.2)
+    assert handle.held(names) == [True] * 3
+    daemon.signal(number)
+    if number == signal.SIGKILL:
+        assert daemon.process is not None
+        daemon.process.wait(20)
+    handle.guard.lookup_timeout_s = 0.05
+    try:
+        assert handle.restore(names) == [None] * 3
+        assert not any(handle.held(["another", *names]))
+        handle.keep({"other": given["page 0"]})
+    finally:
+        if number == signal.SIGSTOP:
+            daemon.signal(signal.SIGCONT)
 
 
 def test_a_put_given_up_does_not_keep_what_the_engine_wrote_afterwards(make: Make, store: Store) -> None:
     given = pages(1)
-    handle = make(Faulty(store, "slow", slow_s=0.6), fetch_timeout_s=0.1)
+    slow = Faulty(store, "slow", slow_s=60)
+    handle = make(slow, fetch_timeout_s=0.1)
     handle.keep(given)
     reused: Any = getattr(handle, "memory", None)
     if isinstance(reused, bytearray):
@@ -81,6 +110,8 @@ def test_a_put_given_up_does_not_keep_what_the_engine_wrote_afterwards(make: Mak
     pool = getattr(handle, "pool", None)
     if pool is not None:
         pool.memory.zero_()
-    time.sleep(0.8)  # the slow cache's own time
+    slow.gate.set()
+    for _ in range(slow.calls):
+        assert slow.answered.acquire(timeout=60)
     (found,) = make(store, **PATIENT).restore(list(given))
     assert found is None or torch.equal(found, given["page 0"])

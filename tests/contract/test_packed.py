@@ -1,0 +1,177 @@
+"""Entries that travel encoded: decoded by the client they are, bit for bit, what the daemon would have sent."""
+
+import numpy as np
+import pytest
+import torch
+
+from kvstored_client import Client
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.decoding import ENCODINGS, Packed, accepted
+from kvstored_client.messages import read_specs
+
+DOORS = ("shared memory", "stream")
+
+
+@pytest.fixture(params=DOORS)
+def clients(request: pytest.FixtureRequest, shared_daemon) -> tuple[Client, Client]:
+    """One that decodes and one that lets the daemon decode, through the same door."""
+    near = request.param == "shared memory"
+    here, there = (
+        shared_daemon.client(shared_memory=near, decode=decode, framework="torch") for decode in ("client", "daemon")
+    )
+    return here, there
+
+
+def values(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "k": torch.randn(2, 96, 2, 64, generator=generator).to(dtype),
+        "v": torch.randn(2, 96, 2, 64, generator=generator).to(dtype),
+        "state": torch.randn(1000, generator=generator).to(dtype),
+        "ids": torch.arange(7),
+        "empty": torch.empty(0, 3, dtype=dtype),
+    }
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def sink(client: Client, key: bytes) -> None:
+    """Put the same values, and down to warm with them."""
+    client.put(key, {"k": values(torch.float32)["k"]})
+    assert client.demote(key) == 1
+
+
+def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From here on: the bytes of each entry that this process decodes."""
+    calls: list[int] = []
+    decode = Packed.decode
+
+    def counting(self: Packed, parts, targets) -> None:
+        calls.append(self.nbytes)
+        decode(self, parts, targets)
+
+    monkeypatch.setattr(Packed, "decode", counting)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_client_and_daemon_decode_the_same_bits(clients, monkeypatch, dtype):
+    here, there = clients
+    tensors = values(dtype)
+    here.put(b"packed", tensors)
+    assert here.demote(b"packed") == 1
+    calls = packed_calls(monkeypatch)
+    theirs = there.get(b"packed")
+    assert calls == []
+    ours = here.get(b"packed")
+    assert len(calls) == 1
+    assert calls[0] < sum(x.nbytes for x in tensors.values()) / 1.8
+    assert (ours.tier, ours.encoding, ours.lossy) == (theirs.tier, theirs.encoding, theirs.lossy)
+    assert ours.encoding in ENCODINGS
+    assert list(ours.tensors) == list(theirs.tensors)
+    for name, x in theirs.tensors.items():
+        assert ours.tensors[name].shape == x.shape
+        assert torch.equal(bits(ours.tensors[name]), bits(x))
+    here.delete(b"packed")
+
+
+def test_out_is_filled_whether_or_not_it_is_dense(clients, monkeypatch):
+    here, there = clients
+    sink(here, b"packed out")
+    due = there.get(b"packed out").tensors["k"]
+    calls = packed_calls(monkeypatch)
+    dense, strided = torch.zeros(due.shape), torch.zeros(*due.shape[:-1], 128)[..., ::2]
+    array = np.zeros(tuple(due.shape), dtype=np.float32)
+    for out in (dense, strided, array):
+        sink(here, b"packed out")  # put anew: a second hit of the same would be promoted
+        assert here.get(b"packed out", out={"k": out}).tensors["k"] is out
+        assert np.array_equal(np.asarray(out), due.numpy())
+    assert len(calls) == 3
+    here.delete(b"packed out")
+
+
+def test_what_is_raw_or_exact_travels_as_it_is(clients, monkeypatch):
+    here, _ = clients
+    calls = packed_calls(monkeypatch)
+    x = torch.randn(100, 64)
+    here.put(b"hot", {"k": x})
+    here.put(b"exact", {"k": x}, fidelity="exact")
+    here.demote(b"exact")
+    assert torch.equal(here.get(b"hot").tensors["k"], x)
+    assert torch.equal(here.get(b"exact").tensors["k"], x)
+    assert calls == []
+    here.delete(b"hot", b"exact")
+
+
+def test_a_batch_mixes_packed_raw_and_missing(clients):
+    here, there = clients
+    for i in range(6):
+        here.put(b"mix%d" % i, {"k": torch.full((64, 64), float(i)) + torch.randn(64, 64)})
+    here.demote(b"mix1", b"mix4")
+    keys = [b"mix%d" % i for i in range(7)]
+    for mine, theirs in zip(here.get_many(keys), there.get_many(keys), strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine.tensors["k"], theirs.tensors["k"])
+    here.delete(*keys)
+
+
+def test_a_view_is_decoded_by_the_daemon(clients, monkeypatch):
+    here, there = clients
+    sink(here, b"packed view")
+    due = there.get(b"packed view").tensors["k"]
+    with here.lease(b"packed view") as hit:
+        assert torch.equal(hit.tensors["k"], due)
+    here.delete(b"packed view")
+
+
+def test_nothing_is_accepted_without_the_kernel(monkeypatch):
+    monkeypatch.setattr("kvstored_client.decoding._has_kernel", lambda: False)
+    assert accepted("auto") == ()
+    assert accepted("client") == ENCODINGS
+    monkeypatch.setattr("kvstored_client.decoding._has_kernel", lambda: True)
+    assert accepted("auto") == ENCODINGS
+    assert accepted("daemon") == ()
+    with pytest.raises(ValueError, match="decode is one of"):
+        Client("unix:/nowhere", decode="perhaps")  # type: ignore[arg-type]
+
+
+def header(**changes) -> pb.GetHeader:
+    spec = {"name": "k", "dtype": pb.DTYPE_FLOAT32, "shape": [64]}
+    codes = pb.TensorSpec(name="", dtype=pb.DTYPE_UINT8, shape=[32])
+    packed = {"encoding": "nf4", "parts": [codes], "attrs": "{}", **changes}
+    return pb.GetHeader(tensors=[pb.TensorSpec(**spec)], nbytes=256, packed=[pb.PackedTensor(**packed)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoding": "gzip"},
+        {"parts": []},
+        {"parts": [pb.TensorSpec(name=str(i), dtype=pb.DTYPE_UINT8, shape=[1]) for i in range(17)]},
+        {"parts": [pb.TensorSpec(name="", dtype=pb.DTYPE_UINT8, shape=[1 << 40])]},
+        {"parts": [pb.TensorSpec(name="", dtype=pb.DTYPE_UINT8, shape=[1 << 20])]},
+        {"attrs": "[]"},
+        {"attrs": "{" * 100},
+        {"attrs": '"' + "x" * 5000 + '"'},
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_before_anything_is_allocated(changes):
+    from kvstore.errors import InvalidEntry, KvstoreError
+
+    good = header()
+    assert Packed(good, read_specs(good.tensors)).nbytes == 32
+    bad = header(**changes)
+    with pytest.raises(KvstoreError) as refused:
+        Packed(bad, read_specs(bad.tensors))
+    assert isinstance(refused.value, InvalidEntry) or "at most" in str(refused.value)
+
+
+def test_parts_that_do_not_fit_are_a_miss_not_a_crash():
+    from kvstore.errors import CodecError
+
+    message = header()
+    packed = Packed(message, read_specs(message.tensors))
+    with pytest.raises(CodecError):
+        packed.decode([np.zeros(32, np.uint8)], {"k": np.zeros(256, np.uint8)})
