@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from kvstore.balance import DENSITY
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota, TierUnavailable
 from kvstore.forms import Forms
@@ -20,6 +21,8 @@ from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
 
 log = logging.getLogger(__name__)
+
+_NO_KEY = Key(b"")
 
 
 class Mover:
@@ -106,6 +109,26 @@ class Mover:
             with r.lock:
                 r.flights.finish(flight)
 
+    def trim(self, tier: MemoryTier) -> int:
+        """Sink what a memory tier holds over its budget, least recently used first. Returns how many left it."""
+        r = self._r
+        moved = 0
+        with self._moving:
+            while True:
+                with r.lock:
+                    try:
+                        victim = tier.displace(0, _NO_KEY)
+                    except OverQuota:
+                        return moved  # the rest is pinned
+                    if victim is None:
+                        return moved
+                    moved += 1
+                    stays = not self._left_at_once(tier.name, victim)
+                    if stays:
+                        r.transit[victim.key] = (tier.name, victim)
+                if stays:
+                    self._sink(tier.name, victim)
+
     def demote(self, key: Key) -> int:
         """Move a key one tier down, after the chunks that continue it in its tier. Returns how many moved.
 
@@ -185,7 +208,7 @@ class Mover:
         elif self._could_sink(left, key, meta):
             return False
         else:
-            self._evicted(left, key)
+            self._evicted(left, entry)
         return True
 
     def _sink(self, left: TierName, entry: Entry) -> None:
@@ -210,7 +233,7 @@ class Mover:
             def wanted() -> bool:
                 if r.transit.get(entry.key) != item:
                     return False
-                self._arrived(entry.key, left, below)
+                self._arrived(entry.key, left, below, "warm")
                 return True
 
             self._place(r.warm, below, wanted, meta)
@@ -223,9 +246,8 @@ class Mover:
         if r.cold is not None and self._deserves_cold(entry.key) and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
-                    self._arrived(entry.key, left, below)
+                    self._arrived(entry.key, left, below, "cold")
                     r.cold.put(below)
-                    r.counters.tiers["cold"].puts += 1
             return
         self._forget_in_transit(item)
 
@@ -236,10 +258,12 @@ class Mover:
         with r.lock:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
-                self._evicted(left, entry.key)
+                self._evicted(left, entry)
 
-    def _evicted(self, left: TierName, key: Key) -> None:
-        r = self._r
+    def _evicted(self, left: TierName, entry: Entry) -> None:
+        r, key = self._r, entry.key
+        if r.balance is not None:
+            r.balance.left(key, entry.nbytes if left == "warm" else entry.nbytes // DENSITY)
         r.counters.tiers[left].evictions += 1
         if r.cold is not None:
             r.cold.admission.refused(key)
@@ -269,15 +293,14 @@ class Mover:
         meta = self._r.index.get(key)
         return meta is not None and self._r.cold is not None and self._r.cold.admission.deserves(key, meta)
 
-    def _arrived(self, key: Key, left: TierName, below: Entry) -> None:
+    def _arrived(self, key: Key, left: TierName, below: Entry, to: TierName) -> None:
         """An entry left transit for the tier below, as `below`."""
         r = self._r
         del r.transit[key]
         r.counters.tiers[left].demotions += 1
         meta = r.index[key]
         meta.lossy, meta.encoding = below.lossy, below.encoding
-        if below.lossy and left == "hot":
-            r.counters.tiers["warm"].puts += 1
+        r.counters.tiers[to].puts += 1
 
     def _copy_to_cold(self, tier: MemoryTier, key: Key) -> bool:
         r = self._r

@@ -80,6 +80,9 @@ class Reader:
                 if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                     return None  # `read` forgets and counts it
             nbytes = 0
+            if r.balance is not None:
+                for meta in metas:
+                    r.balance.hit("hot", now - meta.used_at)
             for meta in metas:
                 nbytes += meta.value_nbytes
                 meta.hits += 1
@@ -134,6 +137,8 @@ class Reader:
                 entry = hot.get(key) if meta is not None and now < meta.deadline else None
                 if meta is not None and entry is not None:
                     place: Place | None = Place(key, "hot", entry, meta)
+                    if r.balance is not None:
+                        r.balance.hit("hot", now - meta.used_at)
                     self._count_use(meta, now)
                     hits_in_hot += 1
                 else:
@@ -176,6 +181,8 @@ class Reader:
     def _count_hit(self, place: Place, now: float) -> bool:
         """Count; True: the key should be promoted."""
         r, meta = self._r, place.meta
+        if r.balance is not None and place.tier != "cold":
+            r.balance.hit(place.tier, now - meta.used_at)
         r.counters.tiers[place.tier].hits += 1
         recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
         self._count_use(meta, now)

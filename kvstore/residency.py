@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from math import inf
 
+from kvstore.balance import Balance
 from kvstore.chains import Chains
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
@@ -47,6 +48,7 @@ class Residency:
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()
         self.deadlines = Deadlines(self.index)
+        self.balance: Balance | None = None
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
 
@@ -146,6 +148,8 @@ class Residency:
         if old is None:
             self.chains.link(key)
             self.tombstones.discard(key)
+            if self.balance is not None:
+                self.balance.put(key)
         else:
             old.owner.entries -= 1
             meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
@@ -270,4 +274,7 @@ def residency_of(config: StoreConfig, clock: Clock) -> Residency:
         return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
 
     hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    return Residency(clock, chains, hot=hot, warm=warm, tenants=Tenants(config.quotas, config.namespaces))
+    made = Residency(clock, chains, hot=hot, warm=warm, tenants=Tenants(config.quotas, config.namespaces))
+    if config.split == "auto":
+        made.balance = Balance(hot, warm)
+    return made

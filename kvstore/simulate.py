@@ -75,7 +75,9 @@ def layout_of(text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4."""
+    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4; where
+    `store.split` is "auto", the share to begin with.
+    """
 
     ram_nbytes: int
     disk_nbytes: int = 0
@@ -243,7 +245,7 @@ class SizedCold:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What would have happened. by_tier, by_encoding: hits. seconds: of the trace."""
+    """What would have happened. by_tier, by_encoding: hits. seconds: of the trace. hot_fraction: of RAM, at the end."""
 
     requests: int
     blocks: int
@@ -257,6 +259,7 @@ class Report:
     disk_writes: int
     disk_nbytes_written: int
     seconds: float
+    hot_fraction: float
 
     @property
     def hit_ratio(self) -> float:
@@ -347,6 +350,7 @@ class Simulation:
             disk_writes=writes,
             disk_nbytes_written=writes * (below + RECORD_NBYTES),
             seconds=self._at_s,
+            hot_fraction=self._r.hot.capacity_nbytes / self._setup.ram_nbytes,
         )
 
 

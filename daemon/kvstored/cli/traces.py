@@ -90,7 +90,7 @@ def replay_command(
 @click.argument("trace", type=_TRACE)
 @click.option("--ram", required=True, help='Memory for hot and warm together, such as "64GiB".')
 @click.option("--disk", default="0", help="The cold tier. 0: none.")
-@click.option("--hot", "hot_fraction", default=0.1, type=click.FloatRange(0, 1), help="Share of RAM as put, rest NF4.")
+@click.option("--hot", default="0.1", help='Share of RAM as put, the rest NF4; "auto": learned, beginning at 0.1.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--policy", default="lru", type=click.Choice(POLICIES))
@@ -102,9 +102,10 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
     """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors."""
     from kvstore.simulate import Setup, layout_of, optimum
 
-    store = StoreConfig(policy=how["policy"], cold=ColdConfig(admission=how["admission"]))
+    split, share = ("auto", 0.1) if how["hot"] == "auto" else ("fixed", _share(how["hot"]))
+    store = StoreConfig(policy=how["policy"], split=split, cold=ColdConfig(admission=how["admission"]))
     setup = Setup(
-        parse_nbytes(how["ram"]), parse_nbytes(how["disk"]), how["hot_fraction"], layout_of(how["layout"]),
+        parse_nbytes(how["ram"]), parse_nbytes(how["disk"]), share, layout_of(how["layout"]),
         how["dtype"], store=store,
     )  # fmt: skip
     asked = read_trace(trace, requests)
@@ -117,6 +118,13 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
                     "nbytes_written_a_day": report.nbytes_written_a_day, "optimum_as_put": best})  # fmt: skip
         return
     _print(report, best)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f'--hot is a share from 0 to 1, or "auto", got {text!r:.40}') from None
 
 
 def _run(asked: Sequence[Request], setup: "Setup", label: str, *, quiet: bool) -> "Report":
@@ -135,6 +143,7 @@ def _print(report: "Report", best: float) -> None:
         ("blocks hit", f"{report.hits:,} of {report.blocks:,} ({report.hit_ratio:.2%})"),
         *((f"  in {name}", text) for name, text in share.items()),
         *((f"  as {name}", f"{hits / max(1, report.blocks):.2%}") for name, hits in sorted(report.by_encoding.items())),
+        ("RAM as put, at the end", f"{report.hot_fraction:.1%}"),
         ("optimum of RAM as put", f"{best:.2%}"),
         ("encodings per put", f"{report.encodes / max(1, report.puts):.2f}"),
         ("disk writes per put", f"{report.writes_per_put:.3f}"),
@@ -154,7 +163,8 @@ def _lines(asked: Sequence[Request], setup: "Setup", *, quiet: bool) -> Iterator
         ("float32", 1.0, "float32"), ("bfloat16", 1.0, "bfloat16"), ("float32", 0.5, "hot 50 : NF4 50"),
         ("float32", 0.1, "hot 10 : NF4 90"),
     ):  # fmt: skip
-        setups = [replace(setup, ram_nbytes=ram, disk_nbytes=0, dtype=dtype, hot_fraction=hot) for ram in steps]
+        fixed = replace(setup, disk_nbytes=0, dtype=dtype, hot_fraction=hot, store=replace(setup.store, split="fixed"))
+        setups = [replace(fixed, ram_nbytes=ram) for ram in steps]
         points = [(one.ram_nbytes / 2**30, _run(asked, one, name, quiet=quiet).hit_ratio) for one in setups]
         yield Line(name, points)
     float32 = replace(setup, dtype="float32").value_nbytes
