@@ -296,6 +296,8 @@ class Simulation:
         self._maintainer = Maintainer(r, mover, config)
         self._reader = Reader(r, config, self._maintainer.request_promotions)
         self._ttl_s = config.ttl_s
+        self._value_nbytes = setup.value_nbytes
+        self._now = self._start_s
         self._keys: dict[int, Key] = {}
         self._requests = self._blocks = self._hits = self._puts = 0
         self._at_s = 0.0
@@ -304,6 +306,7 @@ class Simulation:
         """One prompt: the longest resident prefix is used, the rest is put. Returns the blocks hit."""
         self._at_s = max(self._at_s, request.at_s)
         self._clock.advance(max(0.0, self._start_s + self._at_s - self._clock.now()))
+        self._now = self._clock.now()
         self._maintainer.run_once()
         keys = [self._key(block) for block in request.blocks]
         places = [place for place in self._reader.find(keys, leading=True) if place is not None]
@@ -326,8 +329,8 @@ class Simulation:
         return key
 
     def _made(self, key: Key) -> tuple[Entry, Meta]:
-        now = self._clock.now()
-        return self._forms.raw(key), Meta(now, now + self._ttl_s, self._ttl_s, self._setup.value_nbytes)
+        now, ttl_s = self._now, self._ttl_s
+        return self._forms.raw(key), Meta(now, now + ttl_s, ttl_s, self._value_nbytes)
 
     def report(self) -> Report:
         """What happened so far."""
