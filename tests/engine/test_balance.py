@@ -30,11 +30,11 @@ def test_where_memory_is_short_warm_takes_it_from_a_hot_that_was_set_too_large()
 
 
 def test_where_everything_fits_hot_takes_what_warm_does_not_need() -> None:
-    """40 prompts again and again, more than hot holds at first and less than the memory holds."""
-    requests = [Request(3.0 * turn, tuple(range(1000 * (turn % 40), 1000 * (turn % 40) + 8))) for turn in range(4000)]
+    """20 prompts again and again, more than hot holds at first and far less than the memory holds."""
+    requests = [Request(2.0 * turn, tuple(range(1000 * (turn % 20), 1000 * (turn % 20) + 8))) for turn in range(1500)]
     fixed, learned = run(requests, 400, 0.1, "fixed"), run(requests, 400, 0.1, "auto")
     assert fixed.hits == learned.hits
-    assert learned.hot_fraction > 0.5
+    assert learned.hot_fraction > 0.4
     assert learned.by_tier["hot"] > 2 * max(1, fixed.by_tier["hot"])
 
 
@@ -53,6 +53,6 @@ def test_the_two_tiers_together_never_take_more_than_their_budgets() -> None:
             assert tiers["hot"].capacity_nbytes + tiers["warm"].capacity_nbytes == 400_000
             assert all(tier.used_nbytes <= tier.capacity_nbytes for tier in (tiers["hot"], tiers["warm"]))
         assert store.hot_budget_nbytes == tiers["hot"].capacity_nbytes < 300_000
-        store.set_hot_capacity(50_000)  # as memory pressure does: the border waits until it is over
+        store.set_hot_capacity(5_000)  # as memory pressure does: the border waits until it is over
         store.maintain()
-        assert store.hot_capacity_nbytes == 50_000 < store.hot_budget_nbytes
+        assert store.hot_capacity_nbytes == 5_000 < store.hot_budget_nbytes
