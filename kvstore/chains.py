@@ -33,9 +33,12 @@ class Chains:
     def link(self, key: Key) -> None:
         """A key has come into the index: tie it to its parent, and to the children that were waiting for it."""
         meta = self.index[key]
-        if key in self._awaited:
-            meta.first_child = self._awaited.pop(key)
-        if meta.parent is not None and self._closes_a_ring(key, meta.parent):
+        if self._awaited:
+            meta.first_child = self._awaited.pop(key, None)
+        if meta.parent is None:
+            return
+        # Who is not here has nobody before it: the usual case, a chain being put deepest first.
+        if meta.parent in self.index and self._closes_a_ring(key, meta.parent):
             meta.parent = None
         self._tie(key, meta)
 
@@ -43,10 +46,14 @@ class Chains:
         parent = meta.parent
         if parent is None:
             return
-        meta.previous, meta.next = None, self._first_child(parent)
+        before = self.index.get(parent)
+        if before is None:
+            meta.next, self._awaited[parent] = self._awaited.get(parent), key
+        else:
+            meta.next, before.first_child = before.first_child, key
+        meta.previous = None
         if meta.next is not None:
             self.index[meta.next].previous = key
-        self._set_first_child(parent, key)
 
     def unlink(self, key: Key, meta: Meta) -> list[Key]:
         """A key leaves the index, `meta` is what it had there. Returns its children, which must leave too."""
@@ -106,11 +113,13 @@ class Chains:
 
     def leaf(self, key: Key, held: Container[Key]) -> Key:
         """The key itself, or a descendant in `held` that none in `held` continues: the one to evict in its place."""
-        while True:
+        meta = self.index.get(key)
+        while meta is not None and meta.first_child is not None:
             child = next((child for child in self.children(key) if child in held), None)
             if child is None:
-                return key
-            key = child
+                break
+            key, meta = child, self.index.get(child)
+        return key
 
     def orphans(self) -> list[Key]:
         """Chunks whose parent is missing."""

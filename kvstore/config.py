@@ -21,6 +21,7 @@ GIB = 1 << 30
 
 POLICIES = ("lru", "arc", "s3fifo")
 """Which key leaves a memory tier next; `policies` holds one of each."""
+SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
 CODECS = ("auto", "nf4-kv", "nf4", "int8")
 """What may be written to disk: everything, or only what was hit at least once."""
@@ -105,7 +106,8 @@ class StoreConfig:
     promote_window_s that copies an entry to hot: 1, 2 or 0 for never. entry_max_nbytes: decoded bytes of one entry.
     pin_max_fraction: how much of a tier pinned entries may take. sweep_interval_s: how often expired entries are
     collected (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru", "arc"
-    or "s3fifo". quotas: by tenant. namespaces: quotas by namespace, in each tenant: by the name its caller gave it, or
+    or "s3fifo". split: "fixed": hot and warm keep their budgets; "auto": they share them, and the border is
+    learned. quotas: by tenant. namespaces: quotas by namespace, in each tenant: by the name its caller gave it, or
     by what stands before an "@" in it (the model, for the prefix layer's).
     """
 
@@ -120,6 +122,7 @@ class StoreConfig:
     pin_max_fraction: float = 0.5
     sweep_interval_s: float = 1.0
     policy: str = "lru"
+    split: str = "fixed"
     quotas: Mapping[str, QuotaConfig] = field(default_factory=dict)
     namespaces: Mapping[str, QuotaConfig] = field(default_factory=dict)
 
@@ -145,6 +148,7 @@ class StoreConfig:
                         check_range(f"{table}.{name}.{limit}", nbytes, 0, 1 << 50)
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         check_choice("policy", self.policy, POLICIES)
+        check_choice("split", self.split, SPLITS)
         check_choice("warm.codec", self.warm.codec, CODECS)
         check_range("warm.max_relative_error", self.warm.max_relative_error, 0, 0.99)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):

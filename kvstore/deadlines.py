@@ -27,10 +27,11 @@ class Deadlines:
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only when its deadline moved to earlier, or after it surfaced in `due`."""
-        if meta.deadline >= meta.watched_at or meta.deadline == inf:
+        deadline = meta.deadline
+        if deadline >= meta.watched_at or deadline == inf:
             return
-        meta.watched_at = meta.deadline
-        number = floor(meta.deadline)
+        meta.watched_at = deadline
+        number = floor(deadline)
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = []

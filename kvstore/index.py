@@ -48,6 +48,11 @@ class Meta:
         return not self.pinned and now >= self.expires_at
 
     @property
+    def used_at(self) -> float:
+        """The last hit, or the put."""
+        return self.last_hit_at or self.created_at
+
+    @property
     def deadline(self) -> float:
         """When it expires, or its pin lapses: the time at which something happens to it."""
         return self.pinned_until if self.pinned else self.expires_at

@@ -106,11 +106,10 @@ class Intake:
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
         r = self._r
+        self._mover.admit(entry, meta)
         with r.lock:
             r.counters.puts += 1
             r.counters.put_nbytes += meta.value_nbytes
-        self._mover.admit(entry, meta)
-        with r.lock:
             if not (pin or pins.continued_by_a_pin(r, entry.key)):
                 return
             try:
@@ -127,11 +126,12 @@ class Intake:
         """Forget those whose parent did not arrive, or has left since; the keys that are gone with them."""
         r = self._r
         with r.lock:
+            index = r.index
             for key in keys:
-                meta = r.index.get(key)
-                if meta is not None and meta.parent is not None and meta.parent not in r.index:
+                meta = index.get(key)
+                if meta is not None and meta.parent is not None and meta.parent not in index:
                     r.forget(key, "orphaned")
-            return [key for key in keys if key not in r.index]
+            return [key for key in keys if key not in index]
 
     def _admissible(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
         checked = Key(check_key(key))

@@ -13,6 +13,7 @@ from kvstore.config import StoreConfig
 from kvstore.entry import Key
 from kvstore.mover import Mover
 from kvstore.residency import Residency
+from kvstore.resizing import rebalance
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class Maintainer:
         now = self._r.clock.now()
         self._duty("sweep", self._sweep)
         self._duty("promote", self._promote)
+        if self._r.balance is not None:
+            self._duty("balance", lambda: rebalance(self._r, self._mover))
         if self._r.cold is not None and now - self._flushed_at >= self._config.cold.flush_interval_s:
             self._flushed_at = now
             self._duty("flush_meta", self._r.cold.flush_meta)

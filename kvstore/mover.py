@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from kvstore.balance import DENSITY
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota, TierUnavailable
 from kvstore.forms import Forms
@@ -20,6 +21,8 @@ from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
 
 log = logging.getLogger(__name__)
+
+_NO_KEY = Key(b"")
 
 
 class Mover:
@@ -63,8 +66,11 @@ class Mover:
                 return
             with r.lock:
                 install()
-                r.transit[entry.key] = ("hot", entry)
-            self._sink("hot", entry)
+                stays = not self._left_at_once("hot", entry)
+                if stays:
+                    r.transit[entry.key] = ("hot", entry)
+            if stays:
+                self._sink("hot", entry)
         with r.lock:
             if entry.key not in r.index:
                 raise OverQuota(
@@ -103,6 +109,26 @@ class Mover:
             with r.lock:
                 r.flights.finish(flight)
 
+    def trim(self, tier: MemoryTier) -> int:
+        """Sink what a memory tier holds over its budget, least recently used first. Returns how many left it."""
+        r = self._r
+        moved = 0
+        with self._moving:
+            while True:
+                with r.lock:
+                    try:
+                        victim = tier.displace(0, _NO_KEY)
+                    except OverQuota:
+                        return moved  # the rest is pinned
+                    if victim is None:
+                        return moved
+                    moved += 1
+                    stays = not self._left_at_once(tier.name, victim)
+                    if stays:
+                        r.transit[victim.key] = (tier.name, victim)
+                if stays:
+                    self._sink(tier.name, victim)
+
     def demote(self, key: Key) -> int:
         """Move a key one tier down, after the chunks that continue it in its tier. Returns how many moved.
 
@@ -127,6 +153,8 @@ class Mover:
             if meta is None or entry is None or meta.pinned or not self._has_below(tier, key, meta):
                 return False
             tier.remove(key)
+            if self._left_at_once(tier.name, entry):
+                return True
             r.transit[key] = (tier.name, entry)
         self._sink(tier.name, entry)
         return True
@@ -158,6 +186,8 @@ class Mover:
         while True:
             with r.lock:
                 victim = tier.displace(entry.nbytes, entry.key, meta.owner)
+                while victim is not None and self._left_at_once(tier.name, victim):
+                    victim = tier.displace(entry.nbytes, entry.key, meta.owner)
                 if victim is None:
                     # Asking may take out an older value of the key, so only now: until here that value is still served.
                     if not wanted():
@@ -166,6 +196,20 @@ class Mover:
                     return True
                 r.transit[victim.key] = (tier.name, victim)
             self._sink(tier.name, victim)
+
+    def _left_at_once(self, left: TierName, entry: Entry) -> bool:
+        """What became of an entry that left a tier, under the lock; False: it must sink, which takes time."""
+        r, key = self._r, entry.key
+        meta = r.index[key]
+        if meta.expired(r.clock.now()):
+            r.expire(key)
+        elif (left == "hot" and key in r.warm) or r.in_cold(key):
+            r.counters.tiers[left].demotions += 1  # a clean copy is below: nothing to encode, nothing to write
+        elif self._could_sink(left, key, meta):
+            return False
+        else:
+            self._evicted(left, entry)
+        return True
 
     def _sink(self, left: TierName, entry: Entry) -> None:
         """Bring an entry in transit, which left the tier `left`, to the first tier below that takes it."""
@@ -183,22 +227,13 @@ class Mover:
             meta = r.index.get(entry.key)
             if meta is None or r.transit.get(entry.key) != item:
                 return
-            if meta.expired(r.clock.now()):
-                r.expire(entry.key)
-                return
-            if (left == "hot" and entry.key in r.warm) or r.in_cold(entry.key):
-                self._arrived(entry.key, left)  # a clean copy is below: nothing to encode, nothing to write
-                return
-        if not self._could_sink(left, entry.key, meta):
-            self._forget_in_transit(item)
-            return
         below = self._form_below(entry, meta)
         if left == "hot" and below.lossy and r.warm.admits(below.nbytes, entry.key, meta.owner):
 
             def wanted() -> bool:
                 if r.transit.get(entry.key) != item:
                     return False
-                self._arrived(entry.key, left, below)
+                self._arrived(entry.key, left, below, "warm")
                 return True
 
             self._place(r.warm, below, wanted, meta)
@@ -211,9 +246,8 @@ class Mover:
         if r.cold is not None and self._deserves_cold(entry.key) and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
-                    self._arrived(entry.key, left, below)
+                    self._arrived(entry.key, left, below, "cold")
                     r.cold.put(below)
-                    r.counters.tiers["cold"].puts += 1
             return
         self._forget_in_transit(item)
 
@@ -224,11 +258,17 @@ class Mover:
         with r.lock:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
-                r.counters.tiers[left].evictions += 1
-                if r.cold is not None:
-                    r.cold.admission.refused(entry.key)
-                r.lost_clean_copy(entry.key)
-                r.forget_if_gone(entry.key, "evicted", left)
+                self._evicted(left, entry)
+
+    def _evicted(self, left: TierName, entry: Entry) -> None:
+        r, key = self._r, entry.key
+        if r.balance is not None:
+            r.balance.left(key, entry.nbytes if left == "warm" else entry.nbytes // DENSITY)
+        r.counters.tiers[left].evictions += 1
+        if r.cold is not None:
+            r.cold.admission.refused(key)
+        r.lost_clean_copy(key)
+        r.forget_if_gone(key, "evicted", left)
 
     def _cold_has_room(self, cold: LastTier, entry: Entry) -> bool:
         """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
@@ -253,16 +293,14 @@ class Mover:
         meta = self._r.index.get(key)
         return meta is not None and self._r.cold is not None and self._r.cold.admission.deserves(key, meta)
 
-    def _arrived(self, key: Key, left: TierName, below: Entry | None = None) -> None:
-        """An entry left transit for the tier below, as `below` where it changed."""
+    def _arrived(self, key: Key, left: TierName, below: Entry, to: TierName) -> None:
+        """An entry left transit for the tier below, as `below`."""
         r = self._r
         del r.transit[key]
         r.counters.tiers[left].demotions += 1
-        if below is not None:
-            meta = r.index[key]
-            meta.lossy, meta.encoding = below.lossy, below.encoding
-            if below.lossy and left == "hot":
-                r.counters.tiers["warm"].puts += 1
+        meta = r.index[key]
+        meta.lossy, meta.encoding = below.lossy, below.encoding
+        r.counters.tiers[to].puts += 1
 
     def _copy_to_cold(self, tier: MemoryTier, key: Key) -> bool:
         r = self._r

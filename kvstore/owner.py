@@ -20,7 +20,7 @@ class Owner:
     """A tenant's namespace; "" for no tenant, and for no namespace.
 
     lane: the order its keys are evicted from. limits: its namespace's quota, tenant_limits: its tenant's.
-    nbytes: held, by tier.
+    nbytes: held, by tier. limited: whether any limit is set.
     """
 
     tenant: str = ""
@@ -31,6 +31,10 @@ class Owner:
     entries: int = 0
     hits: int = 0
     nbytes: list[int] = field(default_factory=lambda: [0, 0, 0])
+    limited: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limited = self.limits is not NO_LIMITS or self.tenant_limits is not NO_LIMITS
 
     @property
     def name(self) -> str:

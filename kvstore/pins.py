@@ -65,4 +65,11 @@ def unpin(r: Residency, keys: Sequence[bytes]) -> int:
 
 def continued_by_a_pin(r: Residency, key: Key) -> bool:
     """Whether a chunk that continues this one is pinned."""
-    return any(r.index[child].pinned for child in r.chains.children(key))
+    meta = r.index.get(key)
+    child = None if meta is None else meta.first_child
+    while child is not None:
+        meta = r.index[child]
+        if meta.pinned:
+            return True
+        child = meta.next
+    return False

@@ -80,6 +80,9 @@ class Reader:
                 if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                     return None  # `read` forgets and counts it
             nbytes = 0
+            if r.balance is not None:
+                for meta in metas:
+                    r.balance.hit("hot", now - meta.used_at)
             for meta in metas:
                 nbytes += meta.value_nbytes
                 meta.hits += 1
@@ -124,18 +127,36 @@ class Reader:
         """Places in the order of keys, counted as hits, misses and use; `leading`: up to the first miss."""
         r = self._r
         with r.lock:
-            now = r.clock.now()
+            now, index, hot = r.clock.now(), r.index, r.hot
             places: list[Place | None] = []
+            used: list[Key] = []
+            wanted: list[Key] = []
+            hits_in_hot = 0
             for key in map(Key, keys):
-                place = self._find(key)
-                if place is None and leading:
+                meta = index.get(key)
+                entry = hot.get(key) if meta is not None and now < meta.deadline else None
+                if meta is not None and entry is not None:
+                    place: Place | None = Place(key, "hot", entry, meta)
+                    if r.balance is not None:
+                        r.balance.hit("hot", now - meta.used_at)
+                    self._count_use(meta, now)
+                    hits_in_hot += 1
+                else:
+                    place = self._find(key)
+                    if place is not None and self._count_hit(place, now):
+                        wanted.append(key)
+                if place is not None:
+                    used.append(key)
+                elif leading:
                     break
                 places.append(place)
-            used = [place for place in places if place is not None]
-            wanted = [place.key for place in used if self._count_hit(place, now)]
+            r.counters.gets += hits_in_hot
+            r.counters.tiers["hot"].hits += hits_in_hot
             if wanted:
                 self._request_promotions(wanted)
-            r.touch(leading_first(place.key for place in used))
+            if used:
+                used.reverse()
+                r.touch(used)
         return places
 
     def _find(self, key: Key) -> Place | None:
@@ -149,16 +170,22 @@ class Reader:
             return None
         return Place(key, place[0], place[1], meta)
 
-    def _count_hit(self, place: Place, now: float) -> bool:
-        """Count; True: the key should be promoted."""
-        r, meta = self._r, place.meta
-        r.counters.tiers[place.tier].hits += 1
-        r.counters.hit_nbytes += meta.value_nbytes
-        recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
+    def _count_use(self, meta: Meta, now: float) -> None:
+        self._r.counters.hit_nbytes += meta.value_nbytes
         meta.hits += 1
         meta.owner.hits += 1
         meta.last_hit_at = now
-        meta.refresh(now)
+        if meta.sliding:
+            meta.expires_at = now + meta.ttl_s
+
+    def _count_hit(self, place: Place, now: float) -> bool:
+        """Count; True: the key should be promoted."""
+        r, meta = self._r, place.meta
+        if r.balance is not None and place.tier != "cold":
+            r.balance.hit(place.tier, now - meta.used_at)
+        r.counters.tiers[place.tier].hits += 1
+        recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
+        self._count_use(meta, now)
         return place.tier != "hot" and (self._promote_after == 1 or (self._promote_after == 2 and bool(recent)))
 
     def _fetch(self, place: Place, now: float) -> Found | None:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from math import inf
 
+from kvstore.balance import Balance
 from kvstore.chains import Chains
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
@@ -47,6 +48,7 @@ class Residency:
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()
         self.deadlines = Deadlines(self.index)
+        self.balance: Balance | None = None
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
 
@@ -139,12 +141,15 @@ class Residency:
         The caller puts the value somewhere before letting go of the lock. Returns a ticket as `forget` does.
         """
         old = self.index.get(key)
-        ticket = self._take_out(key)
+        # Who has no Meta is in no tier and on no way.
+        ticket = None if old is None else self._take_out(key)
         self.index[key] = meta
         meta.owner.entries += 1
         if old is None:
             self.chains.link(key)
             self.tombstones.discard(key)
+            if self.balance is not None:
+                self.balance.put(key)
         else:
             old.owner.entries -= 1
             meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
@@ -176,6 +181,7 @@ class Residency:
         """
         ticket: int | None = None
         leaving = [key]
+        now = self.clock.now()
         for at in leaving:  # grows while it is walked
             # Out of the tiers first: their orders ask the index whose a key is.
             meta = self.index.get(at)
@@ -183,9 +189,7 @@ class Residency:
                 tiers = self.tiers_of(at)
                 self.tombstones.add(
                     at,
-                    Tombstone(
-                        cause if at == key else "orphaned", tiers[-1] if tiers else "", self.clock.now(), meta.hits
-                    ),
+                    Tombstone(cause if at == key else "orphaned", tiers[-1] if tiers else "", now, meta.hits),
                 )
                 leaving += self.chains.unlink(at, meta)
                 meta.owner.entries -= 1
@@ -197,7 +201,8 @@ class Residency:
 
     def _take_out(self, key: Key) -> int | None:
         self.flights.call_off(key)
-        self.transit.pop(key, None)
+        if self.transit:
+            self.transit.pop(key, None)
         self.hot.remove(key)
         self.warm.remove(key)
         return self.cold.queue_removal(key) if self.cold is not None else None
@@ -219,19 +224,26 @@ class Residency:
 
     def forget_if_gone(self, key: Key, cause: GoneCause, left: TierName) -> bool:
         """Drop the Meta of a key that no tier holds any more, and what continues it. True: it is gone."""
-        if self.tiers_of(key) or key not in self.index:
+        meta = self.index.get(key)
+        if meta is None or key in self.hot or key in self.warm or key in self.transit or self.in_cold(key):
             return False
-        hits = self.index[key].hits
-        self.forget(key, cause)
-        self.tombstones.add(key, Tombstone(cause, left, self.clock.now(), hits))
+        if meta.first_child is not None or left == "cold":
+            self.forget(key, cause)
+        else:
+            # Nearly always a leaf, and in no tier: nothing to take out, nobody to take along.
+            self.chains.unlink(key, meta)
+            meta.owner.entries -= 1
+            self.flights.call_off(key)
+            del self.index[key]
+        self.tombstones.add(key, Tombstone(cause, left, self.clock.now(), meta.hits))
         return True
 
     def lost_clean_copy(self, key: Key) -> None:
         """The encoded form of a key has left its last tier: a lossy copy in hot goes with it."""
         entry = self.hot.get(key)
-        kept = key in self.warm or key in self.transit or self.in_cold(key)
-        if entry is not None and entry.lossy and not kept:
-            self.hot.remove(key)
+        if entry is None or not entry.lossy or key in self.warm or key in self.transit or self.in_cold(key):
+            return
+        self.hot.remove(key)
 
     def dropped_from_cold(self, key: Key, reason: str) -> None:
         """The cold tier let go of a key: "evicted" for capacity, "corrupt", or another word of its own."""
@@ -261,4 +273,7 @@ def residency_of(config: StoreConfig, clock: Clock) -> Residency:
         return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
 
     hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    return Residency(clock, chains, hot=hot, warm=warm, tenants=Tenants(config.quotas, config.namespaces))
+    made = Residency(clock, chains, hot=hot, warm=warm, tenants=Tenants(config.quotas, config.namespaces))
+    if config.split == "auto":
+        made.balance = Balance(hot, warm)
+    return made

@@ -8,6 +8,28 @@ from kvstore.mover import Mover
 from kvstore.residency import Residency
 
 
+def rebalance(r: Residency, mover: Mover) -> int:
+    """Move the border between hot and warm to where it is worth most. Returns how many entries sank for it.
+
+    While memory pressure holds hot below its budget the border stays.
+    """
+    with r.lock:
+        balance = r.balance
+        if balance is None or r.hot.capacity_nbytes < balance.hot_nbytes:
+            return 0
+        now = r.clock.now()
+        for tier in (r.hot, r.warm):
+            oldest = next(iter(tier.keys()), None)
+            meta = None if oldest is None else r.index.get(oldest)
+            balance.observe("hot" if tier is r.hot else "warm", 0.0 if meta is None else now - meta.used_at)
+        wanted = balance.decide()
+        if wanted == r.hot.capacity_nbytes:
+            return 0
+        shrunk = r.hot if wanted < r.hot.capacity_nbytes else r.warm
+        r.hot.capacity_nbytes, r.warm.capacity_nbytes = wanted, balance.total_nbytes - wanted
+    return mover.trim(shrunk)
+
+
 def set_hot_capacity(r: Residency, mover: Mover, nbytes: int) -> int:
     """Set the hot tier's budget in bytes. Returns how many entries sank."""
     with r.lock:

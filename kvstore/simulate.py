@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import cast
 
 import torch
 
@@ -30,7 +31,7 @@ from kvstore.residency import Residency, residency_of
 from kvstore.tiers import TierName
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
-from kvstore.trace import BLOCK_TOKENS, Request, block_key
+from kvstore.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key
 
 DAY_S = 86_400.0
 DTYPE_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -75,7 +76,9 @@ def layout_of(text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4."""
+    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4; where
+    `store.split` is "auto", the share to begin with.
+    """
 
     ram_nbytes: int
     disk_nbytes: int = 0
@@ -112,10 +115,11 @@ class Setup:
 class SizedTensors(Mapping[str, EncodedTensor]):
     """In place of an entry's tensors: what they would be counted as."""
 
-    __slots__ = ("encoding", "nbytes")
+    __slots__ = ("encoding", "entry_nbytes", "nbytes")
 
     def __init__(self, nbytes: int, encoding: str) -> None:
         self.nbytes = nbytes
+        self.entry_nbytes = nbytes + ENTRY_OVERHEAD_NBYTES + TRACE_KEY_NBYTES
         self.encoding = encoding
 
     def __getitem__(self, name: str) -> EncodedTensor:
@@ -126,6 +130,19 @@ class SizedTensors(Mapping[str, EncodedTensor]):
 
     def __len__(self) -> int:
         return 0
+
+
+class SizedEntry:
+    """In place of an `Entry`: its size and its key. A frozen dataclass takes four times as long to make."""
+
+    __slots__ = ("card", "encoding", "key", "lossy", "nbytes", "tensors")
+
+    def __init__(self, key: Key, tensors: SizedTensors, *, lossy: bool) -> None:
+        self.key = key
+        self.tensors = tensors
+        self.lossy = lossy
+        self.nbytes = tensors.entry_nbytes
+        self.encoding = tensors.encoding
 
 
 class SizedForms:
@@ -141,13 +158,13 @@ class SizedForms:
 
     def raw(self, key: Key) -> Entry:
         """A block as put."""
-        return Entry(key, self._raw)
+        return cast("Entry", SizedEntry(key, self._raw, lossy=False))
 
     def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
         """In NF4."""
         del prefix_start
         self._r.counters.encodes += 1
-        return Entry(entry.key, self._nf4, lossy=True)
+        return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
 
     def exact(self, entry: Entry) -> Entry:
         """As it is."""
@@ -156,7 +173,7 @@ class SizedForms:
     def restore(self, entry: Entry) -> Entry:
         """Decoded."""
         self._r.counters.decodes += 1
-        return Entry(entry.key, self._raw, lossy=entry.lossy)
+        return cast("Entry", SizedEntry(entry.key, self._raw, lossy=entry.lossy))
 
 
 class SizedCold:
@@ -233,7 +250,7 @@ class SizedCold:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What would have happened. by_tier, by_encoding: hits. seconds: of the trace."""
+    """What would have happened. by_tier, by_encoding: hits. seconds: of the trace. hot_fraction: of RAM, at the end."""
 
     requests: int
     blocks: int
@@ -247,6 +264,7 @@ class Report:
     disk_writes: int
     disk_nbytes_written: int
     seconds: float
+    hot_fraction: float
 
     @property
     def hit_ratio(self) -> float:
@@ -283,6 +301,8 @@ class Simulation:
         self._maintainer = Maintainer(r, mover, config)
         self._reader = Reader(r, config, self._maintainer.request_promotions)
         self._ttl_s = config.ttl_s
+        self._value_nbytes = setup.value_nbytes
+        self._now = self._start_s
         self._keys: dict[int, Key] = {}
         self._requests = self._blocks = self._hits = self._puts = 0
         self._at_s = 0.0
@@ -291,6 +311,7 @@ class Simulation:
         """One prompt: the longest resident prefix is used, the rest is put. Returns the blocks hit."""
         self._at_s = max(self._at_s, request.at_s)
         self._clock.advance(max(0.0, self._start_s + self._at_s - self._clock.now()))
+        self._now = self._clock.now()
         self._maintainer.run_once()
         keys = [self._key(block) for block in request.blocks]
         places = [place for place in self._reader.find(keys, leading=True) if place is not None]
@@ -313,8 +334,8 @@ class Simulation:
         return key
 
     def _made(self, key: Key) -> tuple[Entry, Meta]:
-        now = self._clock.now()
-        return self._forms.raw(key), Meta(now, now + self._ttl_s, self._ttl_s, self._setup.value_nbytes)
+        now, ttl_s = self._now, self._ttl_s
+        return self._forms.raw(key), Meta(now, now + ttl_s, ttl_s, self._value_nbytes)
 
     def report(self) -> Report:
         """What happened so far."""
@@ -337,6 +358,7 @@ class Simulation:
             disk_writes=writes,
             disk_nbytes_written=writes * (below + RECORD_NBYTES),
             seconds=self._at_s,
+            hot_fraction=self._r.hot.capacity_nbytes / self._setup.ram_nbytes,
         )
 
 

@@ -336,6 +336,12 @@ class Store:
         return iter([Verified(0, 0, 0, 0)]) if self._r.cold is None else self._r.cold.verify()
 
     @property
+    def hot_budget_nbytes(self) -> int:
+        """The hot tier's budget as configured or, with `split = "auto"`, as learned; pressure may hold it below."""
+        balance = self._r.balance
+        return self.config.hot.capacity_nbytes if balance is None else balance.hot_nbytes
+
+    @property
     def hot_capacity_nbytes(self) -> int:
         """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
         return self._r.hot.capacity_nbytes

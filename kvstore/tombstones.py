@@ -6,8 +6,7 @@ Not thread-safe: the store's lock covers each call.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kvstore.entry import Key
 
@@ -18,8 +17,7 @@ TOMBSTONES_MAX = 16_384
 """About 4 MB, 250 bytes each: the last minutes of a busy store, the last days of a quiet one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tombstone:
+class Tombstone(NamedTuple):
     """A key's end. tier: the lowest that held it, "" where none did. at: Unix seconds. hits: in its life."""
 
     cause: GoneCause
@@ -40,8 +38,8 @@ class Tombstones:
 
     def add(self, key: Key, stone: Tombstone) -> None:
         """A key is gone."""
+        self._stones.pop(key, None)
         self._stones[key] = stone
-        self._stones.move_to_end(key)
         if len(self._stones) > self._capacity:
             self._stones.popitem(last=False)
 

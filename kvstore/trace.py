@@ -15,6 +15,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import Hit
 from kvstore.keys import KEYS_PER_CALL_MAX
 
+TRACE_KEY_NBYTES = 32
 BLOCK_TOKENS = 512
 """Tokens of a block in Mooncake's traces."""
 

@@ -282,9 +282,12 @@ class Client:
         reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
         return read_entry_info(reply.entry) if reply.HasField("entry") else None
 
-    def explain(self, *keys: bytes) -> list[Explanation]:
-        """For each key where it is held, or why it is gone. Raises if the daemon cannot answer."""
-        request = pb.ExplainRequest(keys=check_keys(keys))
+    def explain(self, *keys: bytes, tenant: str = "") -> list[Explanation]:
+        """For each key where it is held, or why it is gone. Raises if the daemon cannot answer.
+
+        tenant: the keys are as this tenant names them.
+        """
+        request = pb.ExplainRequest(keys=check_keys(keys), tenant=tenant)
         reply = self._counted(lambda: self._transport.unary(ADMIN + "Explain", request, pb.ExplainReply))
         return [read_explanation(message) for message in reply.explanations]
 

@@ -94,17 +94,16 @@ class PressureValve:
         self._sensor = sensor or Sensor()
         self._now = now
         self._calm_since = now()
-        self._full_nbytes = store.config.hot.capacity_nbytes
         self.shrinks = 0
 
     def turn(self) -> None:
         """Look once, and act."""
         stall, ratio = self._sensor.stall_percent(), self._sensor.limit_ratio()
-        have = self._store.hot_capacity_nbytes
+        have, full_nbytes = self._store.hot_capacity_nbytes, self._store.hot_budget_nbytes
         now = self._now()
         if stall >= self._percent or ratio >= LIMIT_RATIO:
             self._calm_since = now
-            floor = int(self._full_nbytes * FLOOR)
+            floor = int(full_nbytes * FLOOR)
             wanted = max(floor, int(have * SHRINK_TO))
             if wanted < have:
                 moved = self._store.set_hot_capacity(wanted)
@@ -114,11 +113,11 @@ class PressureValve:
                     "pressure event=shrunk stall_percent=%.1f limit_ratio=%.2f hot_capacity_nbytes=%d demoted=%d",
                     stall, ratio, wanted, moved,
                 )  # fmt: skip
-        elif have < self._full_nbytes and now - self._calm_since >= CALM_S:
+        elif have < full_nbytes and now - self._calm_since >= CALM_S:
             self._calm_since = now
-            wanted = min(self._full_nbytes, have + int(self._full_nbytes * GROW_BY) + 1)
+            wanted = min(full_nbytes, have + int(full_nbytes * GROW_BY) + 1)
             self._store.set_hot_capacity(wanted)
-            if wanted == self._full_nbytes:
+            if wanted == full_nbytes:
                 log.info("pressure event=over hot_capacity_nbytes=%d", wanted)
 
 

@@ -125,6 +125,11 @@ class Scopes:
         self._secret = secret
         self._by_tenant: dict[str, ScopedStore] = {}
 
+    def keys_of(self, tenant: str, keys: Sequence[bytes]) -> list[bytes]:
+        """Where a tenant's keys stand: for an operator who asks after them."""
+        scope = ScopedStore(self._store, self._secret, tenant)
+        return [scope.own(key) for key in keys]
+
     def current(self) -> Any:
         """The store of the call under way: the whole one, or its tenant's part."""
         return self.of(CALLER.get())

@@ -25,7 +25,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvstore.arena import Arena
-from kvstore.config import HotConfig
+from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstored.budget import Budget
@@ -98,7 +98,7 @@ async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     # Opening verifies and rebuilds what a power cut left: seconds for a large index. Minutes are allowed, not 90 s.
     notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
-    arena = Arena(arena_limit_nbytes(settings.store.hot))
+    arena = Arena(arena_limit_nbytes(settings.store))
     tenants = _tenants(settings.server)
     store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty, tenants=tenants))
     try:
@@ -172,7 +172,7 @@ class Daemon:
     ) -> None:
         self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
-        self._arena = arena or Arena(arena_limit_nbytes(store.config.hot))
+        self._arena = arena or Arena(arena_limit_nbytes(store.config))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
         self.watch = Watch(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
@@ -274,9 +274,13 @@ class Daemon:
             self._leases[-1].start()
 
 
-def arena_limit_nbytes(hot: HotConfig) -> int:
-    """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between."""
-    return hot.capacity_nbytes + max(hot.capacity_nbytes // 8, 64 << 20)
+def arena_limit_nbytes(store: StoreConfig) -> int:
+    """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between.
+
+    Where the border between hot and warm moves, hot may come to have nearly all of both.
+    """
+    hot_nbytes = store.hot.capacity_nbytes + (store.warm.capacity_nbytes if store.split == "auto" else 0)
+    return hot_nbytes + max(hot_nbytes // 8, 64 << 20)
 
 
 def _tenants(settings: ServerSettings) -> dict[str, tuple[bytes, bytes]]:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial, wraps
 from itertools import islice
 from time import monotonic
@@ -310,8 +311,11 @@ class AdminService(_Service):
     @answering
     async def explain(self, request: bytes, _: Context) -> bytes:
         """Where keys are, or why they are gone."""
-        keys = check_keys(pb.ExplainRequest.FromString(request).keys)
-        explained = await self._run(self._store.explain, *keys)
+        asked = pb.ExplainRequest.FromString(request)
+        keys = check_keys(asked.keys)
+        own = self._scopes.keys_of(asked.tenant, keys) if asked.tenant else keys
+        found = await self._run(self._store.explain, *own)
+        explained = [replace(of, key=key) for of, key in zip(found, keys, strict=True)]
         return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()
 
     @answering

@@ -20,9 +20,12 @@ class LRU:
 
     def track(self, key: Key, *, soon: bool = False) -> None:
         """Keep a key, as the most recently used; `soon`: as the least, if it is new."""
-        soon = soon and key not in self._order
-        self._order[key] = None
-        self._order.move_to_end(key, last=not soon)
+        if key not in self._order:
+            self._order[key] = None  # at the end
+            if soon:
+                self._order.move_to_end(key, last=False)
+        else:
+            self._order.move_to_end(key)
 
     def touch(self, key: Key) -> None:
         """Make a known key the most recently used."""

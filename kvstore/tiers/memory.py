@@ -77,7 +77,9 @@ class MemoryTier:
         """Whether an entry of this size can be put now, in place of the one of the same key if there is one."""
         replaced = self._entries.get(key)
         more = nbytes if replaced is None else nbytes - replaced.nbytes
-        return self._used_nbytes + more <= self.capacity_nbytes and self._order.within_quota(owner, more)
+        return self._used_nbytes + more <= self.capacity_nbytes and (
+            not owner.limited or self._order.within_quota(owner, more)
+        )
 
     def displace(self, nbytes: int, key: Key, owner: Owner = NOBODY) -> Entry | None:
         """Make room for `nbytes` of an owner under `key`: None when they fit, else the entry taken out.
@@ -102,13 +104,15 @@ class MemoryTier:
 
         soon: as the next to leave, unless it is used.
         """
-        pinned = self._order.is_pinned(entry.key)
-        self.remove(entry.key)
-        if self._used_nbytes + entry.nbytes > self.capacity_nbytes:
-            raise OverQuota(f"the {self.name} tier has no room for {entry.nbytes} bytes: displace first")
-        self._entries[entry.key] = entry
-        self._used_nbytes += entry.nbytes
-        self._order.track(entry.key, entry.nbytes, soon=soon)
+        key, nbytes, pinned = entry.key, entry.nbytes, False
+        if key in self._entries:
+            pinned = self._order.is_pinned(key)
+            self.remove(key)
+        if self._used_nbytes + nbytes > self.capacity_nbytes:
+            raise OverQuota(f"the {self.name} tier has no room for {nbytes} bytes: displace first")
+        self._entries[key] = entry
+        self._used_nbytes += nbytes
+        self._order.track(key, nbytes, soon=soon)
         if pinned:
             self._order.pin(entry.key, entry.nbytes)
 

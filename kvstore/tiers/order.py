@@ -14,7 +14,7 @@ from math import inf
 
 from kvstore.chains import Chains
 from kvstore.entry import Key
-from kvstore.owner import NO_LIMITS, NOBODY, TIERS, Owner
+from kvstore.owner import NOBODY, TIERS, Owner
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU
 
@@ -65,8 +65,6 @@ class Order:
 
     def within_quota(self, owner: Owner, nbytes: int) -> bool:
         """Whether an owner may hold `nbytes` more now."""
-        if owner.limits is NO_LIMITS and owner.tenant_limits is NO_LIMITS:
-            return True
         return self._left_of_own(owner) >= nbytes and self._left_of_tenant(owner) >= nbytes
 
     def admits(self, owner: Owner, nbytes: int) -> bool:
@@ -102,9 +100,10 @@ class Order:
     def track(self, key: Key, nbytes: int = 0, *, soon: bool = False, owner: Owner | None = None) -> None:
         """Count a new key as held, as the most recently used; `soon`: as the next to leave, unless it is used."""
         owner = self.owner_of(key) if owner is None else owner
-        lane = self._lanes.get(owner.lane)
+        name = owner.lane
+        lane = self._lanes.get(name)
         (self._open_lane(owner) if lane is None else lane).track(key, soon=soon)
-        self._used[owner.lane] += nbytes
+        self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
     def touch(self, keys: Iterable[Key]) -> None:
@@ -135,6 +134,9 @@ class Order:
 
     def victim(self, owner: Owner, nbytes: int) -> Key | None:
         """The key to evict next for `nbytes` of an owner; None when everything that could go is pinned."""
+        if self._alone and not owner.limited:
+            key = self._first.victim()
+            return key if key is None or self._chains is None else self._chains.leaf(key, self._first)
         for lane in self._lanes_in_turn(owner, nbytes):
             order = self._lanes[lane]
             key = order.victim()
@@ -143,8 +145,6 @@ class Order:
         return None
 
     def _lanes_in_turn(self, owner: Owner, nbytes: int) -> list[str]:
-        if self._alone and owner.lane == "":
-            return [""]
         if self._left_of_own(owner) < nbytes:
             return [owner.lane] if owner.lane in self._lanes else []
         # With what comes in counted: among equals it is the newcomer's owner who gives way.

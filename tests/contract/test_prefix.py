@@ -82,6 +82,7 @@ def test_chunks_already_held_are_not_sent_again(harness: Harness) -> None:
     "change",
     [
         {"revision": "r2"},
+        {"dtype": "bfloat16"},
         {"model": "n"},
         {"layout": "hltd"},
         {"rope": {"theta": 1e6}},
@@ -227,3 +228,38 @@ def test_what_get_prefix_returns_is_the_callers_own(harness: Harness) -> None:
     _, got, _ = ns.get_prefix(range(16))
     got.zero_()
     assert torch.equal(ns.get_prefix(range(16))[1], k)
+
+
+def test_a_prompt_that_nobody_will_continue_adds_nothing_and_keeps_what_is_held(harness: Harness) -> None:
+    ns, (k, v) = namespace(harness), kv(48)
+    tokens = list(range(48))
+    ns.put_prefix(tokens[:16], k[:, :16], v[:, :16], ttl_s=10)
+    harness.clock.advance(7)
+    assert ns.put_prefix(tokens, k, v, no_store=True, ttl_s=10) == 0
+    harness.clock.advance(7)
+    assert ns.get_prefix(tokens)[0] == 16
+
+
+def test_a_pinned_prefix_outlives_its_deadline_until_the_pin_lapses(harness: Harness) -> None:
+    ns, (k, v) = namespace(harness), kv(32)
+    tokens = list(range(32))
+    ns.put_prefix(tokens, k, v, ttl_s=10)
+    assert ns.pin_prefix(tokens, ttl_s=100) == 2
+    harness.clock.advance(50)
+    assert ns.match_prefix(tokens) == 2
+    harness.clock.advance(51)
+    assert ns.get_prefix(tokens)[0] == 32  # the lapsed pin's deadline starts anew
+    harness.clock.advance(11)
+    assert ns.get_prefix(tokens)[0] == 0
+
+
+def test_letting_go_of_one_prompt_leaves_the_pin_of_another_on_what_they_share(harness: Harness) -> None:
+    ns, (k, v) = namespace(harness), kv(48)
+    first, second = list(range(32)), [*range(16), *range(100, 116)]
+    ns.put_prefix(first, k[:, :32], v[:, :32], ttl_s=10)
+    ns.put_prefix(second, k[:, :32], v[:, :32], ttl_s=10)
+    assert ns.pin_prefix(first) == ns.pin_prefix(second) == 2
+    assert ns.unpin_prefix(first) == 1
+    harness.clock.advance(11)
+    assert ns.get_prefix(first)[0] == 16
+    assert ns.get_prefix(second)[0] == 32

@@ -1,7 +1,8 @@
 """Verbs about prefixes: explain where keys are or went; replay a trace against a daemon; simulate one before buying."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ import numpy as np
 
 from kvstore.config import ADMISSIONS, POLICIES, ColdConfig, StoreConfig, parse_nbytes
 from kvstore.errors import ConfigError
+from kvstore.hit import Explanation
+from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
 from kvstore.trace import Request, read_trace, replay
+from kvstored.cli.exits import BadUsage
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.look import info_dict
 from kvstored.cli.plot import Line, chart
+from kvstored.cli.prompt import read_identity, read_token_ids
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, table
 
@@ -22,39 +27,85 @@ if TYPE_CHECKING:
     from kvstore.simulate import Report, Setup
     from kvstored_client import Client
 
-_TRACE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _RAM_STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 """The plot's points, as multiples of --ram."""
 
 
 @click.command()
-@click.argument("keys", type=KEY, nargs=-1, required=True)
+@click.argument("keys", type=KEY, nargs=-1)
+@click.option("--tokens", type=_FILE, help="Token ids, JSON or apart by blanks: every chunk of that prompt.")
+@click.option("--identity", help="With --tokens: the namespace's identity, JSON or a file of it.")
+@click.option("--chunk-tokens", default=CHUNK_TOKENS, type=click.IntRange(1, CHUNK_TOKENS_MAX), show_default=True)
+@click.option("--tenant", default="", help="The keys as this tenant names them.")
 @remote
-def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...]) -> None:  # noqa: FBT001 - `remote` calls it
-    """Where each key is held, or why it is gone: expired, evicted, corrupt, deleted, never put."""
-    found = client.explain(*keys)
+def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: str, **prompt: Any) -> None:  # noqa: FBT001
+    """Where each key is held, or why it is gone: expired, evicted, corrupt, deleted, never put.
+
+    KEYS, or the chunks of a prompt: --tokens FILE and the --identity that it was put under.
+    """
+    chunks = _chunks(keys, **prompt)
+    found = [
+        of
+        for start in range(0, len(chunks), _EXPLAINED)
+        for of in client.explain(*(key for key, _ in chunks[start : start + _EXPLAINED]), tenant=tenant)
+    ]
     if as_json:
-        for of in found:
+        for of, (_, tokens) in zip(found, chunks, strict=True):
             entry = None if of.entry is None else info_dict(of.entry)
-            print_json({"key": show_key(of.key), "state": of.state, "tier": of.tier, "gone_s": of.gone_s,
-                        "hits": of.hits, "entry": entry})  # fmt: skip
+            print_json({"key": show_key(of.key), "tokens": tokens, "state": of.state, "tier": of.tier,
+                        "gone_s": of.gone_s, "hits": of.hits, "entry": entry})  # fmt: skip
         return
-    rows = []
-    for of in found:
-        info = of.entry
-        left = "-" if info is None else "pinned" if info.ttl_left_s is None else duration(info.ttl_left_s)
-        age = duration(info.age_s) if info is not None else f"{duration(of.gone_s)} ago" if of.tier else "-"
-        encoding = "-" if info is None else info.encoding
-        error = "-" if info is None else f"{max(info.receipt.values(), default=0.0):.3g}"
-        rows.append((show_key(of.key), of.state, of.tier or "-", encoding, error, age, left, str(of.hits)))
-    click.echo("\n".join(table(("KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "HITS"), rows, left=4)))
+    rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
+    head = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "AGE", "TTL", "PINNED BY", "HITS")
+    click.echo("\n".join(table(head, rows, left=5)))
+
+
+_EXPLAINED = 1000
+"""Keys a call, a reply of which stays far below gRPC's 4 MiB."""
+
+
+def _chunks(
+    keys: tuple[bytes, ...], tokens: Path | None, identity: str | None, chunk_tokens: int
+) -> list[tuple[bytes, str]]:
+    """Keys to explain, each with the range of tokens it is of, "-" for a key given by name."""
+    if (tokens is None) == (not keys) or (tokens is None) != (identity is None):
+        raise BadUsage("give KEYS, or --tokens FILE together with --identity")
+    if tokens is None or identity is None:
+        return [(key, "-") for key in keys]
+    ids = read_token_ids(tokens)
+    of = chunk_keys(read_identity(identity).digest(), ids, chunk_tokens)
+    starts = range(0, len(ids), chunk_tokens)
+    return [(key, f"{at}-{min(at + chunk_tokens, len(ids))}") for key, at in zip(of, starts, strict=True)]
+
+
+def _explained(of: Explanation, tokens: str) -> tuple[str, ...]:
+    info = of.entry
+    key = show_key(of.key)
+    left = "-" if info is None or info.ttl_left_s is None else duration(info.ttl_left_s)
+    age = duration(info.age_s) if info is not None else f"{duration(of.gone_s)} ago" if of.tier else "-"
+    who = "-"
+    if info is not None and info.pinned:
+        who = "/".join(part for part in (info.tenant, info.namespace) if part) or "yes"
+    encoding = "-" if info is None else info.encoding
+    return (
+        tokens, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
+        age, left, who, str(of.hits),
+    )  # fmt: skip
+
+
+_KEY_SHOWN = 72
+"""A chunk's key in hexadecimal has 68 characters."""
 
 
 @click.command(name="replay")
-@click.argument("trace", type=_TRACE)
+@click.argument("trace", type=_FILE)
 @click.option("--requests", type=click.IntRange(min=1), help="Only so many of the trace.")
 @click.option("--block-nbytes", default=32768, type=click.IntRange(min=4), help="Bytes of float32 a block.")
 @click.option("--speed", default=0.0, type=click.FloatRange(min=0), help="Times the trace's own; 0: no waiting.")
+@click.option(
+    "--embedded", metavar="WHERE", help='No daemon: a store in this process, of a .toml, a directory or "memory".'
+)
 @remote
 def replay_command(
     client: "Client",
@@ -63,34 +114,64 @@ def replay_command(
     requests: int | None,
     block_nbytes: int,
     speed: float,
+    embedded: str | None,
 ) -> None:
-    """Do to a running daemon what a serving engine with this TRACE (Mooncake JSONL, .xz too) would do."""
+    """Do to a daemon what a serving engine with this TRACE (Mooncake JSONL, .xz too) would do.
+
+    With --embedded and no --speed the store lives by the trace's clock: what expires there expires here.
+    """
     asked = read_trace(trace, requests)
     value = {"kv": np.random.default_rng(0).standard_normal(max(1, block_nbytes // 4), dtype=np.float32)}
-    started = time.monotonic()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        cache, advance = (client, _no_clock) if embedded is None else stack.enter_context(_embedded(embedded, speed))
 
-    def before(request: Request) -> None:
-        if speed:
-            time.sleep(max(0.0, started + request.at_s / speed - time.monotonic()))
+        def before(request: Request) -> None:
+            advance(request.at_s)
+            if speed:
+                time.sleep(max(0.0, began + request.at_s / speed - time.monotonic()))
 
-    done = None
-    with click.progressbar(length=len(asked), label="replaying", hidden=as_json) as bar:
-        for done in replay(client, asked, lambda _: value, before=before):  # noqa: B007 - the last one is the result
-            bar.update(1)
+        done = None
+        with click.progressbar(length=len(asked), label="replaying", hidden=as_json) as bar:
+            for done in replay(cache, asked, lambda _: value, before=before):  # noqa: B007 - the last is the result
+                bar.update(1)
     if done is None:
         raise ConfigError(f"{trace} holds no request")
-    result = {**asdict(done), "hit_ratio": done.hits / max(1, done.blocks), "seconds": time.monotonic() - started}
+    result = {**asdict(done), "hit_ratio": done.hits / max(1, done.blocks), "seconds": time.monotonic() - began}
     if as_json:
         print_json(result)
     else:
         click.echo(f"{done.hits:,} of {done.blocks:,} blocks hit ({result['hit_ratio']:.2%}), {done.puts:,} put")
 
 
+def _no_clock(_at_s: float) -> None:
+    pass
+
+
+@contextmanager
+def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float], None]]]:
+    """A store of its own, and what moves its clock to a time of the trace."""
+    from kvstore.clock import ManualClock
+    from kvstore.store import Store
+
+    clock = None if speed else ManualClock()
+    start_s = clock.now() if clock is not None else 0.0
+    source = None if where == "memory" else where
+    with Store.open(source, clock=clock, framework="numpy", background=clock is None) as store:
+
+        def advance(at_s: float) -> None:
+            if clock is not None:
+                clock.advance(max(0.0, start_s + at_s - clock.now()))
+                store.maintain()
+
+        yield store, advance
+
+
 @click.command(name="simulate")
-@click.argument("trace", type=_TRACE)
+@click.argument("trace", type=_FILE)
 @click.option("--ram", required=True, help='Memory for hot and warm together, such as "64GiB".')
 @click.option("--disk", default="0", help="The cold tier. 0: none.")
-@click.option("--hot", "hot_fraction", default=0.1, type=click.FloatRange(0, 1), help="Share of RAM as put, rest NF4.")
+@click.option("--hot", default="0.1", help='Share of RAM as put, the rest NF4; "auto": learned, beginning at 0.1.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--policy", default="lru", type=click.Choice(POLICIES))
@@ -102,9 +183,10 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
     """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors."""
     from kvstore.simulate import Setup, layout_of, optimum
 
-    store = StoreConfig(policy=how["policy"], cold=ColdConfig(admission=how["admission"]))
+    split, share = ("auto", 0.1) if how["hot"] == "auto" else ("fixed", _share(how["hot"]))
+    store = StoreConfig(policy=how["policy"], split=split, cold=ColdConfig(admission=how["admission"]))
     setup = Setup(
-        parse_nbytes(how["ram"]), parse_nbytes(how["disk"]), how["hot_fraction"], layout_of(how["layout"]),
+        parse_nbytes(how["ram"]), parse_nbytes(how["disk"]), share, layout_of(how["layout"]),
         how["dtype"], store=store,
     )  # fmt: skip
     asked = read_trace(trace, requests)
@@ -117,6 +199,13 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
                     "nbytes_written_a_day": report.nbytes_written_a_day, "optimum_as_put": best})  # fmt: skip
         return
     _print(report, best)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f'--hot is a share from 0 to 1, or "auto", got {text!r:.40}') from None
 
 
 def _run(asked: Sequence[Request], setup: "Setup", label: str, *, quiet: bool) -> "Report":
@@ -135,6 +224,7 @@ def _print(report: "Report", best: float) -> None:
         ("blocks hit", f"{report.hits:,} of {report.blocks:,} ({report.hit_ratio:.2%})"),
         *((f"  in {name}", text) for name, text in share.items()),
         *((f"  as {name}", f"{hits / max(1, report.blocks):.2%}") for name, hits in sorted(report.by_encoding.items())),
+        ("RAM as put, at the end", f"{report.hot_fraction:.1%}"),
         ("optimum of RAM as put", f"{best:.2%}"),
         ("encodings per put", f"{report.encodes / max(1, report.puts):.2f}"),
         ("disk writes per put", f"{report.writes_per_put:.3f}"),
@@ -154,7 +244,8 @@ def _lines(asked: Sequence[Request], setup: "Setup", *, quiet: bool) -> Iterator
         ("float32", 1.0, "float32"), ("bfloat16", 1.0, "bfloat16"), ("float32", 0.5, "hot 50 : NF4 50"),
         ("float32", 0.1, "hot 10 : NF4 90"),
     ):  # fmt: skip
-        setups = [replace(setup, ram_nbytes=ram, disk_nbytes=0, dtype=dtype, hot_fraction=hot) for ram in steps]
+        fixed = replace(setup, disk_nbytes=0, dtype=dtype, hot_fraction=hot, store=replace(setup.store, split="fixed"))
+        setups = [replace(fixed, ram_nbytes=ram) for ram in steps]
         points = [(one.ram_nbytes / 2**30, _run(asked, one, name, quiet=quiet).hit_ratio) for one in setups]
         yield Line(name, points)
     float32 = replace(setup, dtype="float32").value_nbytes

@@ -1,0 +1,108 @@
+"""How much of the memory hot should have: `split = "auto"`, learned from hits by depth.
+
+Hot and warm share their two budgets, and the border between them moves in steps. A step of warm holds seven times the
+entries of a step of hot, but a hit in hot need not be decoded. What each number of steps more or less would have been
+worth is counted from what happens, by depth:
+
+    ghosts   keys that left memory, in order: asked for again, they are prefills that a larger warm would have saved
+    tails    hits in the deepest steps of a tier, which a smaller tier would have lost
+    top      hits in warm of what a larger hot would still hold
+
+The depth of a ghost is what left since it did. The depth of a hit is its idle time against that of the tier's oldest
+entry, so no entry carries a position.
+Not thread-safe: the store's lock covers each call.
+"""
+
+from collections import OrderedDict
+from itertools import accumulate
+from typing import Literal
+
+from kvstore.entry import Key
+from kvstore.tiers.memory import MemoryTier
+
+STEPS = 32
+"""Steps into which the memory is cut: the border settles within a few per cent of the best."""
+DECODE_COST = 0.05
+"""Of what a prefill costs: a chunk decodes at memory speed, and takes a model's whole forward pass to compute."""
+DENSITY = 7
+"""Entries of warm in the room of one in hot."""
+EVENTS_MIN = 64
+"""Events between two decisions: fewer say nothing."""
+MOVE_MAX = 2
+"""Steps a decision moves the border by: what it is moved for was counted with the border where it is."""
+GHOSTS_MAX = 65_536
+"""About 10 MB of keys."""
+
+
+class Balance:
+    """Counts, and says which way the border should move. hot_nbytes: hot's budget as it should be now."""
+
+    def __init__(self, hot: MemoryTier, warm: MemoryTier) -> None:
+        self._tiers = {"hot": hot, "warm": warm}
+        self.total_nbytes = hot.capacity_nbytes + warm.capacity_nbytes
+        self.step_nbytes = max(1, self.total_nbytes // STEPS)
+        self.hot_nbytes = hot.capacity_nbytes
+        self._ghosts: OrderedDict[Key, int] = OrderedDict()
+        self._left_nbytes = 0
+        self._oldest_s = {"hot": 0.0, "warm": 0.0}
+        self._avoidable, self._hot_tail, self._warm_tail, self._warm_top = ([0.0] * STEPS for _ in range(4))
+        self._events = 0
+
+    def left(self, key: Key, nbytes: int) -> None:
+        """An entry left memory. nbytes: as it would lie in warm."""
+        self._left_nbytes += nbytes
+        self._ghosts.pop(key, None)
+        self._ghosts[key] = self._left_nbytes
+        while len(self._ghosts) > GHOSTS_MAX or next(iter(self._ghosts.values())) < self._left_nbytes - self.hot_nbytes:
+            self._ghosts.popitem(last=False)
+
+    def put(self, key: Key) -> None:
+        """A key came in: had it left a moment ago, a larger warm would have held it."""
+        left_at = self._ghosts.pop(key, None) if self._ghosts else None
+        if left_at is not None:
+            self._count(self._avoidable, self._left_nbytes - left_at)
+
+    def hit(self, tier: Literal["hot", "warm"], idle_s: float) -> None:
+        """A hit in memory, so long after the last use."""
+        oldest_s, own = self._oldest_s[tier], self._tiers[tier]
+        depth = int(min(1.0, idle_s / oldest_s) * own.used_nbytes) if oldest_s > 0 else 0
+        from_below = max(0, own.capacity_nbytes - depth)
+        if tier == "hot":
+            self._count(self._hot_tail, from_below)
+        else:
+            self._count(self._warm_tail, from_below)
+            self._count(self._warm_top, depth * DENSITY)
+
+    def _count(self, by_step: list[float], nbytes: int) -> None:
+        step = nbytes // self.step_nbytes
+        if step < STEPS:
+            by_step[step] += 1
+            self._events += 1
+
+    def observe(self, tier: Literal["hot", "warm"], oldest_s: float) -> None:
+        """How long a tier's oldest entry has been idle now."""
+        self._oldest_s[tier] = oldest_s
+
+    def decide(self) -> int:
+        """Hot's budget as it should be, in bytes."""
+        if self._events < EVENTS_MIN:
+            return self.hot_nbytes
+        shrink = _best(self._avoidable, self._hot_tail, 1.0, DECODE_COST)
+        grow = _best(self._warm_top, self._warm_tail, DECODE_COST, 1.0)
+        steps = 0
+        # Only what is clearly worth it: each move costs a step's worth of encoding.
+        if max(shrink[0], grow[0]) > 1.0:
+            steps = -min(shrink[1], MOVE_MAX) if shrink[0] > grow[0] else min(grow[1], MOVE_MAX)
+        wanted = self.hot_nbytes + steps * self.step_nbytes
+        self.hot_nbytes = min(max(wanted, self.step_nbytes), self.total_nbytes - self.step_nbytes)
+        for by_step in (self._avoidable, self._hot_tail, self._warm_tail, self._warm_top):
+            by_step[:] = [count / 2 for count in by_step]
+        self._events = 0
+        return self.hot_nbytes
+
+
+def _best(gained: list[float], lost: list[float], gain: float, loss: float) -> tuple[float, int]:
+    """(worth, steps) of the move that is worth most."""
+    worths = accumulate(gain * a - loss * b for a, b in zip(gained, lost, strict=True))
+    worth, steps = max((worth, -steps) for steps, worth in enumerate(worths, start=1))
+    return worth, -steps
