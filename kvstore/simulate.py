@@ -142,9 +142,9 @@ class SizedForms:
         """A block as put."""
         return Entry(key, self._raw)
 
-    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None, namespace: str = "") -> Entry:
         """In NF4."""
-        del prefix_start
+        del prefix_start, namespace
         self._r.counters.encodes += 1
         return Entry(entry.key, self._nf4, lossy=True)
 

@@ -34,7 +34,7 @@ OUTLIER_ENERGY = 4.0
 _TOP_LIMIT = 0x7F800000 >> 17
 
 _JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
-"""Parts of a packed tensor that hold those of its keys and then those of its values: a record has room for 8."""
+"""Parts of a packed tensor that hold those of its keys and then those of its values: each part costs its overhead."""
 
 Part = Literal["key", "value", "plain"]
 _HALVES: tuple[tuple[Part, str], ...] = (("key", ""), ("value", "v."))
