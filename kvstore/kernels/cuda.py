@@ -64,12 +64,12 @@ def _decode(codes, absmax, levels, out, blocks, B: tl.constexpr):
 def quantize(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, thresholds: torch.Tensor) -> None:
     """Full blocks of 64. x: flat (64 b,); codes: uint8 (32 b,); absmax: float32 (b,); all on one CUDA device."""
     blocks = absmax.numel()
-    with torch.cuda.device_of(x):
+    with torch.cuda.device(x.get_device()):
         _encode[(triton.cdiv(blocks, _BLOCKS),)](x, codes, absmax, thresholds, blocks, B=_BLOCKS)
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
     """Full blocks of 64. codes: uint8 (32 b,); absmax: float32 (b,); out: flat (64 b,); all on one CUDA device."""
     blocks = absmax.numel()
-    with torch.cuda.device_of(out):
+    with torch.cuda.device(out.get_device()):
         _decode[(triton.cdiv(blocks, _BLOCKS),)](codes, absmax, levels, out, blocks, B=_BLOCKS)
