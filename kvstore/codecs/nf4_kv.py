@@ -162,7 +162,7 @@ def _norm(x: torch.Tensor) -> float:
     if x.dtype == torch.float32:
         return float(torch.linalg.vector_norm(x))
     # In pieces that stay in cache, as float32: torch takes the norm of 16-bit values one by one, six times as slowly.
-    pieces = x.reshape(-1).split(_NORM_NUMEL)
+    pieces = torch.split(x.reshape(-1), _NORM_NUMEL)
     return sqrt(sum(float(torch.linalg.vector_norm(piece.to(torch.float32))) ** 2 for piece in pieces))
 
 
