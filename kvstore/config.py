@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,8 +24,11 @@ POLICIES = ("lru", "arc", "s3fifo")
 """Which key leaves a memory tier next; `policies` holds one of each."""
 SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
-CODECS = ("auto", "nf4-kv", "nf4", "int8")
 """What may be written to disk: everything, or only what was hit at least once."""
+CODECS = ("auto", "nf4-kv", "nf4", "int8", "raw")
+LAYERS_MAX = 1024
+LAYER_RUNS_MAX = 8
+"""Runs of alike layers that one tensor is cut into."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -54,17 +58,40 @@ class HotConfig:
 
 
 @dataclass(frozen=True)
+class LayerCodec:
+    """How some layers are encoded: as in `CodecPolicy`."""
+
+    codec: str = "auto"
+    max_relative_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class CodecPolicy:
+    """How entries that need not stay exact are encoded when they leave hot.
+
+    codec: "auto" is nf4-kv for keys and values and nf4 for the rest. max_relative_error: with "auto", the cheapest of
+    nf4-kv, int8 and raw whose error on the real tensor stays within it; 0: no bound. layers: by "3" or "0-3", for the
+    keys and values of (layers, tokens, heads, dim) tensors and for names such as "layers.3.k"; the others as above.
+    """
+
+    codec: str = "auto"
+    max_relative_error: float = 0.0
+    layers: Mapping[str, LayerCodec] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class WarmConfig:
     """The warm tier: encoded tensors in memory. 0 bytes: no warm tier.
 
-    codec: how entries that need not stay exact are encoded when they leave hot: "auto" is nf4-kv for keys and values
-    and nf4 for the rest. max_relative_error: with "auto", the cheapest of nf4-kv, int8 and raw whose error on the real
-    tensor stays within it; 0: no bound.
+    codec, max_relative_error, layers: the store's `CodecPolicy`. namespaces: that of a namespace instead, by the name
+    its caller gave it or by what stands before an "@" in it.
     """
 
     capacity_nbytes: int = 2 * GIB
     codec: str = "auto"
     max_relative_error: float = 0.0
+    layers: Mapping[str, LayerCodec] = field(default_factory=dict)
+    namespaces: Mapping[str, CodecPolicy] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,10 +176,41 @@ class StoreConfig:
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         check_choice("policy", self.policy, POLICIES)
         check_choice("split", self.split, SPLITS)
-        check_choice("warm.codec", self.warm.codec, CODECS)
-        check_range("warm.max_relative_error", self.warm.max_relative_error, 0, 0.99)
+        check_codecs("warm", self.warm)
+        for name, policy in self.warm.namespaces.items():
+            check_codecs(f"warm.namespaces.{name}", policy)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
+
+
+def layer_range(text: str) -> range:
+    """The layers of "3" or "0-3". Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < LAYERS_MAX:
+        raise ConfigError(f'layers are "3" or "0-3", at most {LAYERS_MAX - 1}, got {text!r}')
+    return range(first, last + 1)
+
+
+def check_codecs(name: str, policy: CodecPolicy | WarmConfig) -> None:
+    """Raise ConfigError, naming the setting, unless a codec policy makes sense."""
+    by_layer = {
+        f"{name}.layers.{text}": (choice.codec, choice.max_relative_error) for text, choice in policy.layers.items()
+    }
+    for where, (codec, bound) in {name: (policy.codec, policy.max_relative_error), **by_layer}.items():
+        check_choice(f"{where}.codec", codec, CODECS)
+        check_range(f"{where}.max_relative_error", bound, 0, 0.99)
+    chosen: dict[int, tuple[str, float]] = {}
+    for text, choice in policy.layers.items():
+        for layer in layer_range(text):
+            if layer in chosen:
+                raise ConfigError(f"{name}.layers: layer {layer} is named twice")
+            chosen[layer] = choice.codec, choice.max_relative_error
+    rest = policy.codec, policy.max_relative_error
+    order = [chosen.get(layer, rest) for layer in range(max(chosen, default=-1) + 2)]
+    runs = 1 + sum(a != b for a, b in pairwise(order))
+    if runs > LAYER_RUNS_MAX:
+        raise ConfigError(f"{name}.layers makes {runs} runs of alike layers, at most {LAYER_RUNS_MAX}")
 
 
 def check_range(name: str, value: object, low: float, high: float) -> None:

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 
-from kvstore.codecs import Codec, decode_entry, encode_entry
+from kvstore.codecs import decode_entry, encode_entry
 from kvstore.codecs.by_role import token_axis_of
 from kvstore.codecs.hints import Hints
+from kvstore.codecs.policy import Policies
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.packed import packed
@@ -30,10 +31,10 @@ Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
 class Forms(Protocol):
     """Pure but for counting. Any thread, without the residency lock."""
 
-    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None, namespace: str = "") -> Entry:
         """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch.
 
-        prefix_start: whether a prompt begins with it; None: nobody said.
+        prefix_start: whether a prompt begins with it; None: nobody said. namespace: whose policy holds.
         """
         ...
 
@@ -77,19 +78,21 @@ def raw_entry(
 
 
 class TensorForms:
-    """Forms of real tensors, under one codec and one hot device."""
+    """Forms of real tensors, under the policies of one configuration and one hot device."""
 
-    def __init__(self, codec: Codec, device: torch.device, residency: Residency, room: Room | None = None) -> None:
+    def __init__(
+        self, policies: Policies, device: torch.device, residency: Residency, room: Room | None = None
+    ) -> None:
         self._room = room
-        self._codec = codec
+        self._policies = policies
         self._device = device
         self._r = residency
 
-    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None, namespace: str = "") -> Entry:
         """Encoded where the codec may, in RAM."""
         start = time.perf_counter()
         hints = None if prefix_start is None else chunk_hints(entry, prefix_start=prefix_start)
-        encoded = encode_entry(entry, self._codec, hints)
+        encoded = encode_entry(entry, self._policies.codec_of(namespace), hints)
         if encoded is not entry:
             with self._r.lock:
                 self._r.counters.encodes += 1

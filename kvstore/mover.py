@@ -324,7 +324,11 @@ class Mover:
     def _form_below(self, entry: Entry, meta: Meta) -> Entry:
         """What an entry looks like under hot: encoded unless it must stay exact or is encoded already."""
         keep = meta.exact or entry.encoding != "raw"
-        return self._forms.exact(entry) if keep else self._forms.encode(entry, prefix_start=meta.prefix_start)
+        return (
+            self._forms.exact(entry)
+            if keep
+            else self._forms.encode(entry, prefix_start=meta.prefix_start, namespace=meta.owner.namespace)
+        )
 
     def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
         r = self._r

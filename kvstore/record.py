@@ -37,8 +37,8 @@ FIXED_NBYTES = _FIXED.size
 _CHECKED_FROM = 16
 _PREFIX = struct.Struct("<4sHHQ")
 HEAD_MAX_NBYTES = FIXED_NBYTES + 8 + HEADER_MAX_NBYTES
-PARTS_MAX = 8
-"""Parts of one encoded tensor; NF4 has 3."""
+PARTS_MAX = 64
+"""Parts of one encoded tensor: nf4 has 3, nf4-kv up to 7, and `layers` those of 8 runs."""
 
 # Flags. Do not renumber.
 _SLIDING, _PINNED, _EXACT, _LOSSY, _SEALED = 1, 2, 4, 8, 16

@@ -160,9 +160,9 @@ class SizedForms:
         """A block as put."""
         return cast("Entry", SizedEntry(key, self._raw, lossy=False))
 
-    def encode(self, entry: Entry, *, prefix_start: bool | None = None) -> Entry:
+    def encode(self, entry: Entry, *, prefix_start: bool | None = None, namespace: str = "") -> Entry:
         """In NF4."""
-        del prefix_start
+        del prefix_start, namespace
         self._r.counters.encodes += 1
         return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
 

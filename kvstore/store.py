@@ -21,7 +21,7 @@ import torch
 
 from kvstore import arrays, pins
 from kvstore.clock import Clock, SystemClock
-from kvstore.codecs import codec_for
+from kvstore.codecs.policy import Policies
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entry import Entry, Key
@@ -63,9 +63,7 @@ class Store:
         self._r = r = residency_of(config, clock)
         for name, prefixes in (tenants or {}).items():
             r.register_tenant(name, prefixes)
-        self._forms = TensorForms(
-            codec_for(config.warm.codec, config.warm.max_relative_error or None), self._device, r, room
-        )
+        self._forms = TensorForms(Policies(config.warm), self._device, r, room)
         self._mover = Mover(r, self._forms)
         self._intake = Intake(r, self._mover, config, self._device)
         self._closed = False

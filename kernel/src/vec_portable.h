@@ -78,8 +78,8 @@ struct Portable {
             for (int i = 0; i < 64; ++i) {
                 const int code = i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
                 const float steps = nearbyintf(x[i] * inverse * kvk::kSteps);
-                // Bounds as those of 16 bits, so that NaN, whose block is refused, converts to something.
-                const int u = static_cast<int>(steps > -32768.0f ? (steps < 32767.0f ? steps : 32767.0f) : -32768.0f);
+                // Within bounds for NaN too, whose block is refused: it must convert to something, and its sums fit.
+                const int u = static_cast<int>(steps > -4096.0f ? (steps < 4096.0f ? steps : 4096.0f) : -4096.0f);
                 const int level = kvk::kLevelSteps[code], d = u - level;
                 error += d * d;
                 cross += d * level;

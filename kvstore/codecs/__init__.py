@@ -42,11 +42,12 @@ class Codec(Protocol):
 
 def _registry() -> dict[str, Codec]:
     from kvstore.codecs.int8 import Int8
+    from kvstore.codecs.layers import Layers
     from kvstore.codecs.nf4 import NF4
     from kvstore.codecs.nf4_kv import NF4KV
     from kvstore.codecs.raw import Raw
 
-    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), Int8())}
+    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), Int8(), Layers())}
 
 
 _CODECS: dict[str, Codec] = {}

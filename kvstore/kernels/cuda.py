@@ -3,8 +3,9 @@
 # ruff: noqa: ANN001, ANN202, N803
 """NF4 in Triton: the reference's bytes on CUDA. Never imported without a CUDA tensor in hand.
 
-Written against `codecs.blocks`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is. nf4-kv on
-CUDA is the torch reference itself, whose operations torch runs on the device.
+Written against `codecs.blocks`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is, and of
+tests/engine/test_triton.py, which runs these kernels in Triton's interpreter wherever Triton is. No GPU has run them
+yet. nf4-kv on CUDA is the torch reference itself, whose operations torch runs on the device.
 """
 
 import torch
@@ -41,26 +42,34 @@ def _encode(x, codes, absmax, thresholds, blocks, B: tl.constexpr):
 
 
 @triton.jit
+def _rounded(value, out):
+    """To nearest even in out's type. bfloat16 by hand: Triton's interpreter truncates it."""
+    if out.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value
+
+
+@triton.jit
 def _decode(codes, absmax, levels, out, blocks, B: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     pair = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = (block < blocks)[:, None]
     byte = tl.load(codes + pair, mask=inside, other=0).to(tl.int32)
     scale = tl.load(absmax + block, mask=block < blocks, other=0.0)[:, None]
-    # A store converts to out's type, rounding to nearest even.
-    tl.store(out + 2 * pair, tl.load(levels + (byte >> 4)) * scale, mask=inside)
-    tl.store(out + 2 * pair + 1, tl.load(levels + (byte & 15)) * scale, mask=inside)
+    tl.store(out + 2 * pair, _rounded(tl.load(levels + (byte >> 4)) * scale, out), mask=inside)
+    tl.store(out + 2 * pair + 1, _rounded(tl.load(levels + (byte & 15)) * scale, out), mask=inside)
 
 
 def quantize(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, thresholds: torch.Tensor) -> None:
     """Full blocks of 64. x: flat (64 b,); codes: uint8 (32 b,); absmax: float32 (b,); all on one CUDA device."""
     blocks = absmax.numel()
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(x.get_device()):
         _encode[(triton.cdiv(blocks, _BLOCKS),)](x, codes, absmax, thresholds, blocks, B=_BLOCKS)
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
     """Full blocks of 64. codes: uint8 (32 b,); absmax: float32 (b,); out: flat (64 b,); all on one CUDA device."""
     blocks = absmax.numel()
-    with torch.cuda.device(out.device):
+    with torch.cuda.device(out.get_device()):
         _decode[(triton.cdiv(blocks, _BLOCKS),)](codes, absmax, levels, out, blocks, B=_BLOCKS)

@@ -225,3 +225,37 @@ def test_a_spec_of_another_dtype_raises() -> None:
     """An NF4 record that claims to hold integers was not written by us."""
     with pytest.raises(CodecError):
         NF4().decode(replace(_valid(), spec=TensorSpec("int32", (1000,))))
+
+
+@pytest.mark.parametrize("path", ["kernel", "reference"])
+def test_any_bytes_and_attributes_decode_or_raise(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuzz: parts of random bytes and random lengths, attributes of any JSON, never more than a CodecError."""
+    if path == "reference":
+        monkeypatch.setattr(nf4, "cpu_kernel", lambda _x: None)
+    g = torch.Generator().manual_seed(5)
+
+    def number(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=g))
+
+    odd: list[object] = [64, 256, 0.5, -1, 1e308, float("nan"), float("inf"), None, True, "64", [], {}]
+    decoded = 0
+    for _ in range(300):
+        n = 1 + number(700)
+        b = (n + 63) // 64
+        lengths = {"": (n + 1) // 2, "absmax": b, "nested_absmax": 4 * ((b + 255) // 256)}
+        parts = {s: torch.randint(0, 256, (k,), generator=g, dtype=torch.uint8) for s, k in lengths.items()}
+        parts["nested_absmax"] = parts["nested_absmax"].view(torch.float32)
+        attrs: dict[str, object] = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.25}
+        spoiled = number(4)
+        if spoiled == 1:
+            attrs[list(attrs)[number(3)]] = odd[number(len(odd))]
+        elif spoiled == 2:
+            suffix = list(parts)[number(3)]
+            parts[suffix] = parts[suffix][: number(parts[suffix].numel() + 1)]
+        spec = TensorSpec(("float32", "float16", "bfloat16", "int8")[number(3 + (spoiled == 3))], (n,))
+        try:
+            assert NF4().decode(EncodedTensor(spec, "nf4", parts, attrs)).shape == (n,)
+            decoded += 1
+        except CodecError:
+            assert spoiled
+    assert decoded > 70

@@ -1,0 +1,112 @@
+"""layers: one tensor whose layers are encoded differently, each run of alike layers by a codec of its own.
+
+Written where a policy names codecs for some layers of (layers, tokens, heads, dim) tensors (`codecs.policy`); the first
+layers of a model often need more bits than the rest. Nothing is nested: a run's encoding is any but this one.
+Pure, any thread.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+
+from kvstore.codecs import Codec, codec_named
+from kvstore.codecs.hints import NO_HINTS, Hints
+from kvstore.codecs.nf4 import prepared_out
+from kvstore.codecs.raw import Raw
+from kvstore.config import LAYER_RUNS_MAX as RUNS_MAX
+from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.errors import CodecError
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Layers [start, stop) and how they are encoded."""
+
+    start: int
+    stop: int
+    encoding: str
+    attrs: Mapping[str, object]
+
+
+class Layers:
+    """Decodes what `encode_runs` wrote."""
+
+    name = "layers"
+    lossy = True
+
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Never called: only a policy knows which layers are which. Raises CodecError."""
+        del x, hints
+        raise CodecError(f"layers is written by a policy that names layers, not for {name!r} alone")
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out`; CodecError where runs, parts and spec do not agree."""
+        spec = encoded.spec
+        runs = _runs(encoded.attrs.get("runs"), spec)
+        if not encoded.parts:
+            raise CodecError("layers without parts")
+        out = prepared_out(spec, next(iter(encoded.parts.values())).device, out)
+        for at, run in enumerate(runs):
+            part = EncodedTensor(
+                TensorSpec(spec.dtype, (run.stop - run.start, *spec.shape[1:])),
+                run.encoding,
+                dict(_parts_of(encoded.parts, at)),
+                run.attrs,
+            )
+            if run.encoding == "raw" and "" not in part.parts:
+                raise CodecError(f"layers {run.start} to {run.stop}: nothing is there")
+            codec_named(run.encoding).decode(part, out[run.start : run.stop])
+        return out
+
+
+def encode_runs(name: str, x: torch.Tensor, hints: Hints, runs: Sequence[tuple[int, int, Codec]]) -> EncodedTensor:
+    """Encode runs of layers [start, stop), which cover x's first axis in order, each by its codec.
+
+    What a codec cannot hold stays raw. Raises CodecError where nothing was encoded.
+    """
+    attrs: list[list[object]] = []
+    parts: dict[str, torch.Tensor] = {}
+    missed = energy = 0.0
+    for at, (start, stop, codec) in enumerate(runs):
+        found = _encoded(codec, name, x[start:stop], hints)
+        norm = float(torch.linalg.vector_norm(x[start:stop], dtype=torch.float32))
+        missed, energy = missed + (norm * found.relative_error) ** 2, energy + norm**2
+        parts.update({f"{at}.{suffix}" if suffix else str(at): part for suffix, part in found.parts.items()})
+        attrs.append([start, stop, found.encoding, dict(found.attrs)])
+    if all(run[2] == "raw" for run in attrs):
+        raise CodecError(f"{name!r}: every layer stays as it is")
+    spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+    error = sqrt(missed / energy) if energy else 0.0
+    return EncodedTensor(spec, Layers.name, parts, {"runs": attrs, "relative_error": error})
+
+
+def _encoded(codec: Codec, name: str, x: torch.Tensor, hints: Hints) -> EncodedTensor:
+    try:
+        return codec.encode(name, x, hints)
+    except CodecError:
+        return Raw().encode(name, x)
+
+
+def _parts_of(parts: Mapping[str, torch.Tensor], at: int) -> list[tuple[str, torch.Tensor]]:
+    prefix = f"{at}."
+    found = [(suffix.removeprefix(prefix), part) for suffix, part in parts.items() if suffix.startswith(prefix)]
+    return [("", parts[str(at)]), *found] if str(at) in parts else found
+
+
+def _runs(value: object, spec: TensorSpec) -> list[Run]:
+    """The runs an attribute names. They cover every layer once, in order; CodecError otherwise."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= RUNS_MAX or not spec.shape:
+        raise CodecError(f"layers needs 1 to {RUNS_MAX} runs of a tensor with layers")
+    runs: list[Run] = []
+    for item in value:
+        match item:
+            case [int(start), int(stop), str(encoding), Mapping() as attrs] if encoding != Layers.name:
+                runs.append(Run(start, stop, encoding, attrs))
+            case _:
+                raise CodecError(f"layers: not a run: {item!r:.80}")
+    bounds = [0, *(run.stop for run in runs)]
+    if [run.start for run in runs] != bounds[:-1] or bounds[-1] != spec.shape[0] or sorted(set(bounds)) != bounds:
+        raise CodecError(f"layers: runs {bounds} do not cover {spec.shape[0]} layers")
+    return runs

@@ -1,0 +1,79 @@
+"""Which codec an entry below hot gets: by its namespace, and by layer.
+
+`Policies` is made once of a configuration. A namespace's own policy replaces the store's. Pure, any thread.
+"""
+
+import torch
+
+from kvstore.codecs import Codec, codec_for
+from kvstore.codecs.hints import NO_HINTS, Hints, role_of
+from kvstore.codecs.layers import encode_runs
+from kvstore.config import CodecPolicy, WarmConfig, layer_range
+from kvstore.entry import EncodedTensor
+from kvstore.errors import CodecError
+
+_RANK = 4
+"""(layers, tokens, heads, dim) and its like: with fewer axes there is no telling layers from tokens."""
+
+
+class ByLayer:
+    """Some layers by codecs of their own, the others by `rest`. What is one run of layers is no `layers` encoding."""
+
+    name = "by-layer"
+    lossy = True
+
+    def __init__(self, layers: dict[int, Codec], rest: Codec) -> None:
+        self._layers, self._rest = layers, rest
+
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Encode one tensor. Raises CodecError where nothing of it may be encoded, as the codecs do."""
+        if x.dim() < _RANK or role_of(name, hints) == "plain":
+            return self._of(_layer_in(name)).encode(name, x, hints)
+        runs: list[tuple[int, int, Codec]] = []
+        for layer in range(x.shape[0]):
+            codec = self._of(layer)
+            if runs and runs[-1][2] is codec:
+                runs[-1] = (runs[-1][0], layer + 1, codec)
+            else:
+                runs.append((layer, layer + 1, codec))
+        if len(runs) == 1:
+            return runs[0][2].encode(name, x, hints)
+        return encode_runs(name, x, hints, runs)
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Never used: a stored tensor names the codec that wrote it. Raises CodecError."""
+        del out
+        raise CodecError(f"by-layer is no encoding; decode by {encoded.encoding!r}")
+
+    def _of(self, layer: int | None) -> Codec:
+        return self._rest if layer is None else self._layers.get(layer, self._rest)
+
+
+class Policies:
+    """The codec of each namespace."""
+
+    def __init__(self, config: WarmConfig) -> None:
+        self._rest = _codec_of(config)
+        self._namespaces = {name: _codec_of(policy) for name, policy in config.namespaces.items()}
+
+    def codec_of(self, namespace: str) -> Codec:
+        """The codec of entries put under a namespace: its own by "MODEL@DIGEST" or by the model, else the store's."""
+        own = self._namespaces
+        return own.get(namespace) or own.get(namespace.rpartition("@")[0]) or self._rest
+
+
+def _codec_of(policy: CodecPolicy | WarmConfig) -> Codec:
+    rest = codec_for(policy.codec, policy.max_relative_error or None)
+    made: dict[tuple[str, float], Codec] = {(policy.codec, policy.max_relative_error): rest}
+    layers: dict[int, Codec] = {}
+    for text, choice in policy.layers.items():
+        how = (choice.codec, choice.max_relative_error)
+        codec = made.get(how) or codec_for(choice.codec, choice.max_relative_error or None)
+        made[how] = codec  # one object for one choice, so that neighbours make one run
+        layers.update(dict.fromkeys(layer_range(text), codec))
+    return ByLayer(layers, rest) if layers else rest
+
+
+def _layer_in(name: str) -> int | None:
+    """The layer that a name such as "layers.3.k" gives, for entries with a key a layer."""
+    return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)
