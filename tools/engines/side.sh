@@ -18,21 +18,30 @@ mkdir -p "$side"
 exec 9>"$side/.lock"
 flock 9
 
+unreachable=
 fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have changed
     local engine=$1 wanted="${*:2}"
     local folder=$side/$engine
     rm -f "$side/why-$engine"
     if [ "$(cat "$folder/.wheels" 2>/dev/null)" = "$wanted" ]; then return; fi
+    if [ -n "$unreachable" ]; then
+        cp "$unreachable" "$side/why-$engine"
+        return
+    fi
     echo "kvstored: fetching $engine for its tests" >&2
     rm -rf "$folder" "$folder.new"
-    if timeout 300 "$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --no-compile \
-        --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" "${@:2}" </dev/null >"$side/pip.log" 2>&1; then
+    local status=0
+    timeout 200 "$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --no-compile \
+        --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" "${@:2}" </dev/null >"$side/pip.log" 2>&1 || status=$?
+    if [ $status = 0 ]; then
         echo "$wanted" >"$folder.new/.wheels"
         mv "$folder.new" "$folder"
     else
         rm -rf "$folder.new"
-        echo "the wheels of $engine cannot be had: $(grep -v '^WARNING' "$side/pip.log" | tail -n 1)" >"$side/why-$engine"
+        echo "the wheels of $engine cannot be had: $(grep -v '^WARNING' "$side/pip.log" | tail -n 1) (exit code $status)" >"$side/why-$engine"
         cat "$side/why-$engine" >&2
+        # No answer in that time: the others would take as long.
+        if [ $status = 124 ]; then unreachable=$side/why-$engine; fi
     fi
 }
 
