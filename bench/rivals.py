@@ -39,6 +39,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environment() -> dict[str, str]:
+    """A process's environment in which these sources are imported."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "daemon", "client"))}
+
+
 @dataclass(frozen=True)
 class Servers:
     """What is running: addresses, None where it is not installed, and the daemon's process."""
@@ -58,11 +63,10 @@ def servers() -> Iterator[Servers]:
     with tempfile.TemporaryDirectory(prefix="kvb-") as top:
         port, redis_port = free_port(), free_port()
         unix, tcp = f"unix:{top}/k.sock", f"tcp:127.0.0.1:{port}"
-        path = os.pathsep.join(str(ROOT / part) for part in ("", "daemon", "client"))
         environ = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "KVSTORED_STORE__HOT__CAPACITY_NBYTES": "2GiB",
+            **environment(),
+            "KVSTORED_STORE__HOT__CAPACITY_NBYTES": "3GiB",
+            "KVSTORED_STORE__WARM__CAPACITY_NBYTES": "1GiB",
             "KVSTORED_STORE__PROMOTE_AFTER": "0",
             "KVSTORED_SERVER__INSECURE_TCP": "true",
         }

@@ -8,6 +8,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from rivals import MIB, Servers, Subject, memcached_subject, payloads, redis_subject, servers
+from limits import data_port, empty_call, empty_packet
+from rivals import MIB, Servers, Subject, environment, memcached_subject, payloads, redis_subject, servers
 
 from kvstored_client import Client
+from kvstored_client.decoding import Decode
 
 SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROTATION_NBYTES = 256 * MIB
 """Distinct payloads in rotation, so that no cache of the CPU holds them: 8 times its L3."""
 SECONDS_A_SIZE = 6.0
+PACKED_ROW = 2 * 4 * 2 * 64
+"""Floats a token: k and v, 4 layers, 2 heads of 64."""
+PACKED: tuple[tuple[str, str, Decode], ...] = (
+    ("nf4", "tcp", "client"),
+    ("nf4.by_daemon", "tcp", "daemon"),
+    ("nf4", "unix", "client"),
+    ("nf4.by_daemon", "unix", "daemon"),
+)
+NAMES = {
+    ("kvstored", "get.out", "tcp"): "get.tcp.raw",
+    ("kvstored", "nf4", "tcp"): "get.tcp.nf4",
+    ("kvstored", "nf4.by_daemon", "tcp"): "get.tcp.nf4.by_daemon",
+    ("kvstored", "nf4", "unix"): "get.nf4",
+    ("kvstored", "nf4.by_daemon", "unix"): "get.nf4.by_daemon",
+    ("port", "get.out", "tcp"): "get.tcp.port",
+}
+"""What a row is called; get.tcp.port is not kvstored but a plain TCP socket, as a data port would be."""
 
 
 def main() -> None:
@@ -40,12 +61,29 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with servers() as up:
+        show(floors(up))
         for nbytes in SIZES:
             show(measure(up, nbytes, args.seconds))
-        show(batch(up))
+        show(batches(up))
         show(many_clients(up, 16 * MIB, 2.0))
+        show(killed(up))
     if not args.json:
         print_table(rows)
+
+
+def floors(up: Servers) -> list[dict[str, Any]]:
+    """What an exchange costs here with nothing in it."""
+    redis = {path: redis_subject(up, path) for path in ("unix", "tcp")}
+    with empty_packet() as packet:
+        actions: dict[str, Callable[[int], object]] = {"packet": lambda _: packet()}
+        grpc_call = empty_call(up.kvstored_tcp)
+        actions["grpc"] = lambda _: grpc_call()
+        for path, subject in redis.items():
+            if subject is not None:
+                subject.put(b"one byte", np.zeros(1, np.uint8))
+                actions[f"redis.{path}"] = lambda _, s=subject: s.get(b"one byte")
+        times = take_turns(actions, 200, 2.0)
+    return [row("empty", {"exchange": name, "nbytes": 0, "clients": 1}, taken) for name, taken in times.items()]
 
 
 def measure(up: Servers, nbytes: int, seconds: float) -> list[dict[str, Any]]:
@@ -58,23 +96,29 @@ def measure(up: Servers, nbytes: int, seconds: float) -> list[dict[str, Any]]:
         x = [value.tobytes() for value in values] if system == "memcached" else values
         actions[system, "put", path] = lambda i, s=subject, x=x: s.put(keys[i], x[i])
         actions[system, "get", path] = lambda i, s=subject: s.get(keys[i])
-    near = client_of(up, "unix")
     out = {"x": np.zeros(nbytes // 4, dtype=np.float32)}
-    actions["kvstored", "get.out", "unix"] = lambda i: near.get(keys[i], out=out)
+    near, far = client_of(up, "unix"), client_of(up, "tcp")
+    actions["kvstored", "get.out", "unix"] = lambda i: found(near.get(keys[i], out=out))
+    actions["kvstored", "get.out", "tcp"] = lambda i: found(far.get(keys[i], out=out))
     actions["kvstored", "view", "unix"] = lambda i: view(near, keys[i])
     source, target = [torch.from_numpy(value) for value in values], torch.zeros(nbytes // 4)
     actions["memcpy", "copy", ""] = lambda i: target.copy_(source[i])
-    times = take_turns(actions, count, seconds)
+    for name, path, decode in PACKED:
+        actions["kvstored", name, path] = packed_get(up, path, decode, keys, values)
+    with data_port(values) as port:
+        actions["port", "get.out", "tcp"] = lambda i: port(i, out["x"])
+        times = take_turns(actions, count, seconds)
+        cpu = {name: cpu_of(up.kvstored_pid, actions[name], count, nbytes) for name in actions if name[0] == "kvstored"}
     rows = []
     for system, verb, path in actions:
-        if system != "kvstored":
+        if system not in ("kvstored", "port"):
             continue
         rival = "put" if verb == "put" else "get"
         # Over shared memory the fair Redis is the faster of its two sockets; over TCP it is TCP.
         redis = [times[key] for key in (("redis", rival, "tcp"), ("redis", rival, "unix")) if key in times]
         rows.append(
             row(
-                "get.tcp.raw" if (verb, path) == ("get", "tcp") else verb,
+                NAMES.get((system, verb, path), verb),
                 {"path": path, "nbytes": nbytes, "clients": 1},
                 times[system, verb, path],
                 redis=min(redis[: 1 if path == "tcp" else 2], key=np.median) if redis else None,
@@ -82,9 +126,41 @@ def measure(up: Servers, nbytes: int, seconds: float) -> list[dict[str, Any]]:
                 memcpy=times["memcpy", "copy", ""],
             )
         )
-    # Also under the plain name, as every path's get.
-    rows += [{**r, "name": "get"} for r in rows if r["name"] == "get.tcp.raw"]
+        if system == "kvstored":
+            rows[-1]["daemon_cpu_s_per_gb"] = round(cpu[system, verb, path], 4)
     return rows
+
+
+def found(hit: Any) -> Any:
+    """A hit that must be one."""
+    assert hit is not None
+    return hit
+
+
+def packed_get(
+    up: Servers, path: str, decode: Decode, keys: list[bytes], values: list[np.ndarray]
+) -> Callable[[int], object]:
+    """Gets into existing tensors of the same float32, held as nf4-kv in warm; decode: by whom."""
+    tokens = values[0].size // PACKED_ROW
+    client = Client(
+        up.kvstored_unix if path == "unix" else up.kvstored_tcp, framework="numpy", on_error="raise", decode=decode
+    )
+    own = [b"packed-" + key for key in keys]
+    for key, value in zip(own, values, strict=True):
+        k, v = value.reshape(2, 4, tokens, 2, 64)
+        client.put(key, {"k": k, "v": v})
+        client.demote(key)
+    out = {name: np.zeros((4, tokens, 2, 64), np.float32) for name in ("k", "v")}
+    return lambda i: found(client.get(own[i], out=out))
+
+
+def cpu_of(pid: int, action: Callable[[int], object], count: int, nbytes: int) -> float:
+    """CPU seconds of the daemon for each GB of float32 moved: half a second of nothing but this."""
+    before, start, calls = cpu_s(pid), time.perf_counter(), 0
+    while time.perf_counter() - start < 0.5 or calls < 2:
+        action(calls % count)
+        calls += 1
+    return (cpu_s(pid) - before) / (calls * nbytes / 1e9)
 
 
 def subjects(up: Servers) -> list[tuple[str, str, Subject]]:
@@ -102,9 +178,9 @@ def client_of(up: Servers, path: str) -> Client:
 
 
 def view(client: Client, key: bytes) -> None:
-    """A leased hit, looked at and let go."""
+    """A leased hit, its tensor taken and let go."""
     with client.lease(key) as hit:
-        assert hit is not None, key
+        assert found(hit).tensors["x"].size
 
 
 def kvstored_subject(up: Servers, path: str) -> Subject:
@@ -170,19 +246,62 @@ def pull(address: str, nbytes: int, seconds: float, barrier: Any, results: Any) 
         results.put(moved * nbytes / (time.perf_counter() - start) / 1e9)
 
 
-def batch(up: Servers) -> list[dict[str, Any]]:
-    """One view of 100 keys of 64 KiB beside one of one key."""
+def batches(up: Servers) -> list[dict[str, Any]]:
+    """Each verb with 100 keys of 64 KiB beside one key."""
     keys = [b"batch-%d" % i for i in range(100)]
+    x = np.zeros(1 << 14, dtype=np.float32)
     client = client_of(up, "unix")
-    client.put_many([(key, {"x": np.zeros(1 << 14, dtype=np.float32)}) for key in keys])
+    client.put_many([(key, {"x": x}) for key in keys])
 
     def views(n: int) -> None:
         with client.lease_many(keys[:n]) as hits:
             assert len(hits) == n
+            assert found(hits[n - 1])
 
-    times = take_turns({n: lambda _, n=n: views(n) for n in (1, 100)}, 50, 2.0)
+    verbs: dict[str, Callable[[int], object]] = {
+        "view": views,
+        "get": lambda n: client.get_many(keys[:n]),
+        "put": lambda n: client.put_many([(key, {"x": x}) for key in keys[:n]]),
+    }
+    times: dict[Any, np.ndarray] = {}
+    for verb, f in verbs.items():
+        times |= take_turns({(verb, n): lambda _, f=f, n=n: f(n) for n in (1, 100)}, 100, 1.0)
+    # The first look at entries that were just put: what is said of each has to be worked out.
+    fresh = {"put": verbs["put"], "view.fresh": views}
+    times |= take_turns({(verb, 100): lambda _, f=f: f(100) for verb, f in fresh.items()}, 50, 1.0)
+    times["view.fresh", 1] = times["view", 1]
     params = {"path": "unix", "nbytes": 100 << 16, "clients": 1, "keys": 100}
-    return [row("view", params, times[100], one_key=times[1])]
+    return [row(verb, params, times[verb, 100], one_key=times[verb, 1]) for verb in (*verbs, "view.fresh")]
+
+
+HOLDER = """
+import sys, time
+from kvstored_client import Client
+cache = Client(sys.argv[1], framework="numpy", on_error="raise")
+blocks = [cache.lease(b"batch-%d" % i) for i in range(100)]
+assert all(block.__enter__() is not None for block in blocks)
+print("holding", flush=True)
+time.sleep(60)
+"""
+
+
+def killed(up: Servers) -> list[dict[str, Any]]:
+    """How long after the SIGKILL of a client its 100 leases are gone, seen through the statistics (1 ms a look)."""
+    watcher = client_of(up, "unix")
+    times = []
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLDER, up.kvstored_unix], stdout=subprocess.PIPE, env=environment()
+        ) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"holding\n"
+            assert watcher.stats().values["leases"] >= 100
+            start = time.perf_counter()
+            holder.kill()
+            while watcher.stats().values["leases"]:
+                time.sleep(0)
+            times.append(time.perf_counter() - start)
+    return [row("killed", {"path": "unix", "nbytes": 0, "clients": 1, "leases": 100}, np.array(times))]
 
 
 def cpu_s(pid: int) -> float:
@@ -208,14 +327,13 @@ def take_turns(actions: dict[Any, Callable[[int], object]], count: int, seconds:
 def row(name: str, params: dict[str, Any], times: np.ndarray, **baselines: np.ndarray | None) -> dict[str, Any]:
     """One result: value is the p50 in milliseconds."""
     p50 = float(np.percentile(times, 50))
-    nbytes = params["nbytes"]
     return {
         "name": name,
         "params": params,
         "value": round(p50 * 1e3, 4),
         "unit": "ms",
         "p99": round(float(np.percentile(times, 99)) * 1e3, 4),
-        "gb_s": round(nbytes / p50 / 1e9, 3),
+        "gb_s": round(params["nbytes"] / p50 / 1e9, 3),
         "ratios": {
             rival: round(float(np.percentile(taken, 50)) / p50, 3)
             for rival, taken in baselines.items()
@@ -226,15 +344,16 @@ def row(name: str, params: dict[str, Any], times: np.ndarray, **baselines: np.nd
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows, for people."""
-    print(f"{'name':12} {'params':44} {'p50 ms':>9} {'p99 ms':>9} {'GB/s':>7}  ratios (above 1: better than)")
+    print(
+        f"{'name':22} {'params':40} {'p50 ms':>9} {'p99 ms':>9} {'GB/s':>7} {'CPU s/GB':>8}  ratios (above 1: better)"
+    )
     for r in rows:
         params = " ".join(f"{k}={v / MIB:g}MiB" if k == "nbytes" else f"{k}={v}" for k, v in r["params"].items())
         ratios = "  ".join(f"{k} {v:.2f}" for k, v in r["ratios"].items())
-        if r["unit"] == "ms":
-            print(f"{r['name']:12} {params:44} {r['value']:9.3f} {r['p99']:9.3f} {r['gb_s']:7.2f}  {ratios}")
-        else:
-            cpu = f"daemon {r['daemon_cpu_s_per_gb']:.4f} CPU s/GB"
-            print(f"{r['name']:12} {params:44} {'':9} {'':9} {r['value']:7.2f}  {ratios}  {cpu}")
+        cpu = f"{r['daemon_cpu_s_per_gb']:8.4f}" if "daemon_cpu_s_per_gb" in r else " " * 8
+        times = f"{r['value']:9.3f} {r['p99']:9.3f}" if r["unit"] == "ms" else " " * 19
+        gb_s = r["gb_s"] if r["unit"] == "ms" else r["value"]
+        print(f"{r['name']:22} {params:40} {times} {gb_s:7.2f} {cpu}  {ratios}")
 
 
 if __name__ == "__main__":

@@ -134,8 +134,13 @@ class Arena:
 
     def place_of(self, tensors: Mapping[str, Any], owner: int) -> Place | None:
         """The block of an entry's tensors; None unless they lie in one block of this user's, as `layout` puts them."""
-        specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
-        places, nbytes = layout(specs)
+        places, nbytes = layout({name: arrays.describe(name, x) for name, x in tensors.items()})
+        return self.place_in(tensors, places, nbytes, owner)
+
+    def place_in(
+        self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: int
+    ) -> Place | None:
+        """As `place_of`, for a layout that is known: (start, nbytes) of each tensor, and of the block."""
         block: int | None = None
         for name, (at, size) in places.items():
             if not size:
@@ -150,8 +155,9 @@ class Arena:
         for segment in self._segments:
             start = block - segment.address
             if start >= 0 and start + nbytes <= segment.nbytes and segment.free.holds(start):
-                generation = int(segment.bytes[start : start + 8].view(np.uint64)[0])
-                return Place(segment, start, generation) if segment.owner == owner else None
+                if segment.owner != owner:
+                    return None
+                return Place(segment, start, int.from_bytes(segment.bytes[start : start + 8], "little"))
         return None
 
     def close(self) -> None:

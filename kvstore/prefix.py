@@ -53,7 +53,7 @@ class Cache(Protocol):
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
     ) -> AbstractContextManager[Iterable[Hit | None]]:
-        """As `get_many` without copies, for the length of a block; RecordCorrupt at its end if the lease ended first."""
+        """`get_many` without copies, for the length of a block; RecordCorrupt at its end if the lease ended first."""
         ...
 
     def match(self, keys: Sequence[bytes]) -> Match:

@@ -83,6 +83,11 @@ def build_miss(miss: pb.GetMiss) -> bytes:
     return bytes((_MISS,)) + _varint(len(body)) + body
 
 
+def submessage(field: int, body: bytes) -> bytes:
+    """A field of a message that holds another one, serialized."""
+    return bytes((field << 3 | 2,)) + _varint(len(body)) + body
+
+
 def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:

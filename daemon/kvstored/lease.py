@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
 from kvstore.arena import Arena, Place, Segment
-from kvstore.entry import Entry
+from kvstore.dtypes import BY_NAME
+from kvstore.entry import Entry, TensorSpec
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.reader import Found, Resident
+from kvstore.region import layout
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.gate import Access, Records, Refusal
@@ -35,6 +38,8 @@ from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
 from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hit, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import submessage
+from kvstored_client.messages import relative_errors, tensor_specs
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,27 @@ class Card:
 
     segment: Segment
     said: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all raw entries of one shape have in common: a namespace's chunks are alike.
+
+    places, nbytes: as `region.layout`. said: the fields of a GetHeader that depend on nothing else.
+    """
+
+    places: Mapping[str, tuple[int, int]]
+    nbytes: int
+    said: bytes
+
+
+@lru_cache(maxsize=1024)
+def _shape_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Shape:
+    infos = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs}
+    header = pb.GetHeader(
+        tensors=tensor_specs(infos), nbytes=sum(spec.nbytes for _, spec in specs), tier=pb.TIER_HOT, encoding="raw"
+    )
+    return Shape(*layout(infos), header.SerializeToString())
 
 
 _CARD, _SEGMENT, _SAID = attrgetter("card"), attrgetter("segment"), attrgetter("said")
@@ -249,12 +275,16 @@ class Connection:
 
     def _new_card(self, entry: Entry, put_at: float) -> Card | None:
         hit = resident_hit(entry, 0.0)
-        place = self._shared.arena.place_of(hit.tensors, self.uid)
+        shape = _shape_of(tuple((name, held.spec) for name, held in entry.tensors.items()))
+        place = self._shared.arena.place_in(hit.tensors, shape.places, shape.nbytes, self.uid)
         if place is None:
             return None
-        leased = _leased(0, hit, place)
-        leased.header.put_at = put_at
-        return Card(place.segment, pb.LeaseReply(leased=[leased]).SerializeToString())
+        own = pb.GetHeader(
+            put_at=put_at, lossy=hit.lossy, relative_errors=relative_errors(hit.receipt, lossy=hit.lossy)
+        )
+        header = shape.said + own.SerializeToString()  # messages one behind the other are one message
+        rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
+        return Card(place.segment, submessage(4, submessage(1, header) + rest.SerializeToString()))
 
     def _hold(self, reply: pb.LeaseReply, held: Sequence[Any]) -> None:
         shared = self._shared
@@ -354,7 +384,7 @@ class Connection:
                 target.reshape(-1).view(torch.uint8).copy_(source)
 
     def _source(self, spec: TensorInfo, place: pb.TensorPlace) -> torch.Tensor | None:
-        nbytes = arrays.check_specs({"x": spec})
+        nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
         if not nbytes:
             return None
         segment = self._ingest.get(place.segment)

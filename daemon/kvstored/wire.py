@@ -79,7 +79,7 @@ class Incoming:
         self.parent = check_key(header.parent) if header.parent else None
         self.root = header.root and self.parent is None
         self.tensors: dict[str, torch.Tensor] = {}
-        self._scatter = Scatter(())
+        self._scatter: Scatter | None = None
         self._sum = xxhash.xxh3_64()
 
     def begin(self, room: Room) -> None:
@@ -87,16 +87,22 @@ class Incoming:
         self.tensors = room(self.specs) or {
             name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in self.specs.items()
         }
-        self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
+        self._scatter = None
 
     def take(self, chunk: memoryview) -> None:
         """The next bytes. Raises BadFrame for more than were announced."""
+        if self._scatter is None:  # made here: what comes over the lease socket is never taken in pieces
+            self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
         self._sum.update(chunk)
         self._scatter.write(chunk)
 
+    @property
+    def _filled_nbytes(self) -> int:
+        return 0 if self._scatter is None else self._scatter.filled_nbytes
+
     def finish(self, xxh3: int) -> None:
         """The entry's end. Raises BadFrame if bytes are missing or are not those that were sent."""
-        if self._scatter.filled_nbytes != self.nbytes:
+        if self._filled_nbytes != self.nbytes:
             raise BadFrame(self.progress)
         if xxh3 and xxh3 != self._sum.intdigest():
             raise BadFrame(
@@ -106,7 +112,7 @@ class Incoming:
     @property
     def progress(self) -> str:
         """For a message about an entry that is not whole."""
-        return f"received {self._scatter.filled_nbytes} of {self.nbytes} bytes of key {self.key.hex():.32}"
+        return f"received {self._filled_nbytes} of {self.nbytes} bytes of key {self.key.hex():.32}"
 
 
 class PutStream:

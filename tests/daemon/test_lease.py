@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.errors import RecordCorrupt
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.local import LeaseKept
@@ -310,3 +311,61 @@ def test_another_user_gets_the_bytes_in_his_own_segments_only(daemon):
             os._exit(1)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_block_that_outlives_its_lease_ends_with_an_error_and_not_with_other_bytes(daemon_factory):
+    """The lease reached its maximum age: what was read since may be another entry's."""
+    daemon = daemon_factory(server="lease_max_s = 0.2")
+    client, other = daemon.client(framework="numpy"), daemon.client(framework="numpy")
+    client.put(b"slow", {"x": np.ones(MIB, dtype=np.uint8)})
+
+    def outlive():
+        with client.lease(b"slow") as hit:
+            assert hit.tensors["x"].sum() == MIB
+            other.delete(b"slow")
+            wait_until(lambda: values(other)["leases_aged"] == 1)
+            for i in range(20):
+                other.put(b"new%d" % i, {"x": np.zeros(MIB, dtype=np.uint8)})
+
+    with pytest.raises(RecordCorrupt, match="lease_max_s"):
+        outlive()
+
+
+def test_hits_of_a_lease_are_made_when_they_are_looked_at(client, monkeypatch):
+    near_only(client, monkeypatch)
+    keys = [b"lazy%d" % i for i in range(100)]
+    client.put_many([(key, {"x": torch.full((10,), float(i))}) for i, key in enumerate(keys)])
+    with client.lease_many([*keys, b"nobody put this"]) as hits:
+        assert len(hits) == 101
+        assert hits[-1] is None
+        assert hits[7].tensors["x"][0] == 7
+        assert hits[7] is hits[7 - 101]
+        assert [hit.key for hit in hits[3:5]] == keys[3:5]
+        assert [float(hit.tensors["x"][0]) for hit in hits if hit is not None] == list(map(float, range(100)))
+    with pytest.raises(LeaseKept, match="has ended"):
+        _ = hits[50].tensors["x"]
+    client.delete(*keys)
+
+
+def test_a_release_goes_with_the_next_call_or_by_itself(client, monkeypatch):
+    """One packet less a get; a client that calls no more lets go all the same."""
+    near_only(client, monkeypatch)
+    client.put(b"let go", {"x": torch.ones(10)})
+    for _ in range(50):
+        assert client.get(b"let go") is not None
+    wait_until(lambda: values(client)["leases"] == 0)
+
+
+def test_leases_of_a_parent_are_not_given_back_by_its_forked_child(client):
+    client.put(b"forked", {"x": torch.arange(10)})
+    with client.lease(b"forked") as hit:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                same = client.get(b"forked")
+                os._exit(0 if torch.equal(same.tensors["x"], torch.arange(10)) else 1)
+            except BaseException:  # noqa: BLE001
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert values(client)["leases"] == 1
+        assert hit.tensors["x"].sum() == 45

@@ -339,3 +339,6 @@ def test_a_users_rights_hold_on_the_lease_socket_too(tmp_path, monkeypatch):
             for call in (lambda: client.put(b"k", TENSORS), lambda: client.delete(b"k")):
                 with pytest.raises(PermissionDenied, match="reader has the rights read"):
                     call()
+        for verb in ("put", "delete"):
+            line = rf"verb=Lease/{verb} who=reader peer=lease:{os.geteuid()} keys=0 first=- result=PERMISSION_DENIED"
+            wait_until(lambda line=line: re.search(line, daemon.log), line)
