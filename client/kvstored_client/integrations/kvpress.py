@@ -130,8 +130,8 @@ class PressedCache:
         stop = set(ends if isinstance(ends, list) else [ends])
         position, logits, answer = past.position, None, []
         with torch.inference_mode():
-            for piece in question.split(step, dim=1):
-                logits, position = self._forward(past.cache, piece, position)
+            for start in range(0, question.shape[1], step):
+                logits, position = self._forward(past.cache, question[:, start : start + step], position)
             while logits is not None:
                 token = logits[0, -1].argmax()
                 answer.append(token)

@@ -86,8 +86,13 @@ class KvstoredLlamaCache(BaseLlamaCache):  # no __len__: Llama asks `if self.cac
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
         """Keep a state, on another thread. `key` is not asked: a state knows the tokens it covers."""
-        if not self._usable() or value.n_tokens < STEP_TOKENS:
-            return
+        try:
+            if self._usable() and value.n_tokens >= STEP_TOKENS:
+                self._keep(value)
+        except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and must not be lost
+            logger.warning("not kept: %s: %s", type(error).__name__, error)
+
+    def _keep(self, value: LlamaState) -> None:
         tokens = np.array(value.input_ids[: value.n_tokens], dtype=np.int32)
         entry: dict[str, Any] = {"tokens": tokens, "state": np.frombuffer(value.llama_state, dtype=np.uint8)}
         if self._llama._logits_all:  # noqa: SLF001 - it has no public name; only then are scores read back

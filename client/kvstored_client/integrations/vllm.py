@@ -32,6 +32,8 @@ from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S
 logger = logging.getLogger(__name__)
 
 _UNDERSTOOD = ("FullAttentionSpec", "MLAAttentionSpec")
+_APART_DIM = 5
+"""(blocks, 2, tokens, heads, head_dim)."""
 _BLOCKS_PER_FETCH = 8
 """Blocks of one call: a block of 128 tokens has 5 MB or more, and a fetch has a deadline."""
 
@@ -75,10 +77,16 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._on = _understood(kv_cache_config)
         if not self._on:
             logger.warning("this model's cache is not one group of full attention: running without the store")
+        self._head_dim = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.head_size) if self._on else 0
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[tuple[bytes, int]] = []
         self._layers: dict[str, torch.Tensor] = {}
         self._failed: set[int] = set()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """No: a cache. A put that is dropped is a later miss, and no request is computed anew for it."""
+        return False
 
     # In the scheduler.
 
@@ -189,8 +197,16 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def _parts(self, block: int) -> dict[str, torch.Tensor]:
-        """One block's view of each layer, under short names."""
-        return {str(i): layer[block] for i, layer in enumerate(self._layers.values())}
+        """One block's view of each layer, under names that say what is K and what is V: codecs below hot go by them."""
+        parts = {}
+        for i, layer in enumerate(self._layers.values()):
+            if layer.shape[-1] == 2 * self._head_dim:
+                parts[f"kv.{i}"] = layer[block]  # side by side in the last dimension
+            elif layer.dim() == _APART_DIM and layer.shape[1] == 2:  # K and V
+                parts[f"k.{i}"], parts[f"v.{i}"] = layer[block]
+            else:
+                parts[str(i)] = layer[block]  # MLA: one latent for both
+        return parts
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are done before the forward starts."""

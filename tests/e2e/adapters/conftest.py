@@ -319,6 +319,83 @@ class VLLMTier:
         self.tier.shutdown()
 
 
+class Written:
+    """What is put on the guard's writer: kept once it has been written."""
+
+    guard: Guard
+
+    def written(self) -> bool:
+        return self.guard.flush(self.guard.fetch_timeout_s) and not self.guard.dropped
+
+    def held(self, names: list[str]) -> list[bool]:
+        return [page is not None for page in self.restore(names)]
+
+    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16) -> Any:
+    """The connector, made as vLLM makes it, over one layer of K and V side by side: a block is a page."""
+    stubs.install("triton")
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from kvstored_client.integrations.vllm import KvstoredConnector
+
+    some = types.SimpleNamespace
+    model = some(
+        model="m", revision=None, dtype=torch.float32, quantization=None, hf_config=some(to_json_string=lambda: "{}")
+    )
+    config: Any = some(
+        model_config=model,
+        cache_config=some(block_size=8, cache_dtype="auto", prefix_caching_hash_algo="sha256"),
+        parallel_config=some(tensor_parallel_size=1, pipeline_parallel_size=1, rank=0),
+        kv_transfer_config=some(kv_connector_extra_config={"address": NOWHERE, **settings}, is_kv_producer=True),
+    )
+    spec = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    groups: Any = some(kv_cache_groups=[some(kv_cache_spec=spec)])
+    connector = KvstoredConnector(config, KVConnectorRole.WORKER if worker else KVConnectorRole.SCHEDULER, groups)
+    if worker:
+        connector.register_kv_caches({"layer": torch.zeros(blocks, 1, 8, 128)})
+    return connector
+
+
+class VLLMConnector(Written):
+    """The connector: the scheduler's half asks, the worker's half keeps and restores the paged buffer."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.connector = vllm_connector(settings, worker=True)
+        self.guard = self.connector._guard
+        (self.memory,) = self.connector._layers.values()
+
+    def _run(self, work: str, names: list[str]) -> None:
+        from kvstored_client.integrations.vllm import _Work
+
+        pairs = [(name.encode(), i) for i, name in enumerate(names)]
+        self.connector.bind_connector_metadata(_Work(**{work: pairs}))
+        self.connector.start_load_kv(None)
+        self.connector.wait_for_save()
+        self.connector.clear_connector_metadata()
+
+    def keep(self, pages: Pages) -> bool:
+        for i, page in enumerate(pages.values()):
+            self.memory[i] = page.view(torch.float32).view(1, 8, 128)
+        self._run("saves", list(pages))
+        return self.written()
+
+    def held(self, names: list[str]) -> list[bool]:
+        return [self.connector._held([name.encode()]) == 1 for name in names]
+
+    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
+        self.memory.zero_()
+        self._run("loads", names)
+        failed = self.connector.get_block_ids_with_load_errors()
+        return [None if i in failed else self.memory[i].flatten().view(torch.uint8) for i in range(len(names))]
+
+
 class DropIn:
     """The drop-in API: needs no engine, and keeps the same promises."""
 
@@ -367,24 +444,6 @@ def kv_of(page: torch.Tensor) -> list[torch.Tensor]:
 def page_of(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """And back."""
     return torch.cat([x[:, :, :8].contiguous().flatten().view(torch.uint8) for x in (keys, values)])
-
-
-class Written:
-    """What is put on the guard's writer: kept once it has been written."""
-
-    guard: Guard
-
-    def written(self) -> bool:
-        return self.guard.flush(self.guard.fetch_timeout_s) and not self.guard.dropped
-
-    def held(self, names: list[str]) -> list[bool]:
-        return [page is not None for page in self.restore(names)]
-
-    def restore(self, names: list[str]) -> list[torch.Tensor | None]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
 
 
 class Transformers(Written):
@@ -495,7 +554,7 @@ HANDLES: dict[str, list[type]] = {
     "drop-in": [DropIn],
     "sglang": [SGLang, SGLangV1, SGLangV2],
     "lmcache": [LMCacheL2],
-    "vllm": [VLLMTier],
+    "vllm": [VLLMTier, VLLMConnector],
     "transformers": [Transformers],
     "kvpress": [KVPress],
     "llama": [LlamaCpp],

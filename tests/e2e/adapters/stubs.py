@@ -41,7 +41,6 @@ NAMES = frozenset(
         "model_hosting_container_standards",
         "numba",
         "openai",
-        "openai_harmony",
         "orjson",
         "outlines_core",
         "partial_json_parser",

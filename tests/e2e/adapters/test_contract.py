@@ -107,6 +107,8 @@ def test_a_put_given_up_does_not_keep_what_the_engine_wrote_afterwards(make: Mak
     reused: Any = getattr(handle, "memory", None)
     if isinstance(reused, bytearray):
         reused[:] = bytes(len(reused))
+    elif reused is not None:
+        reused.zero_()
     pool = getattr(handle, "pool", None)
     if pool is not None:
         pool.memory.zero_()

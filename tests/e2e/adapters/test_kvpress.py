@@ -23,7 +23,7 @@ HALF = TOKENS // 2
 PRESSES: dict[str, tuple[Make, list[int] | None, int]] = {
     "uniform": (lambda: kvpress.SnapKVPress(0.5), [HALF] * 30, TOKENS),
     "quarter": (lambda: kvpress.KnormPress(0.75), [TOKENS // 4] * 30, TOKENS),
-    "ragged": (lambda: kvpress.PyramidKVPress(0.5), None, TOKENS),
+    "ragged": (lambda: kvpress.PyramidKVPress(0.5, window_size=8), None, TOKENS),
     "re-rotated": (lambda: kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(0.5)), [HALF] * 30, HALF),
     "head-wise": (lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(0.5)), [TOKENS] * 30, TOKENS),
     "channels": (lambda: kvpress.ThinKPress(0.5), [TOKENS] * 30, TOKENS),
@@ -79,7 +79,9 @@ def test_a_pressed_cache_is_continued_by_another_worker_as_by_kvpress_itself(
 def test_a_ragged_cache_takes_questions_of_several_tokens(
     model: Any, context: torch.Tensor, question: torch.Tensor, store: Store
 ) -> None:
-    caches = [PressedCache(model, kvpress.PyramidKVPress(0.5), patient(store), revision="r") for _ in range(2)]
+    caches = [
+        PressedCache(model, kvpress.PyramidKVPress(0.5, window_size=8), patient(store), revision="r") for _ in range(2)
+    ]
     computed = caches[0].generate(context, question, 4)
     assert caches[0].flush(60)
     assert caches[1].prefill(context).restored

@@ -83,6 +83,7 @@ extra_config:
   kvstored.fetch_timeout_s: 30
 """)
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(config))
+    monkeypatch.setattr("lmcache.integration.vllm.utils._config_instance", None)  # it is read once a process
     run("lmcache.v1.basic_check", "--mode", "test_remote", "--num-keys", "3", "--model", f"m-{up}")
     lines = capsys.readouterr().out
     absent, put, exists, _, content = re.findall(r"Validation.*?: (\d)/3", lines)
