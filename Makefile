@@ -43,7 +43,10 @@ test: install  ## All tests
 	@tools/engines/side.sh $(BIN)/python >/dev/null
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-engines: install  ## vLLM itself, in a venv of its own (3.4 GB): base, store, load, lose, down must answer the same
+engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of its own) and llama.cpp (compiled, 10 minutes)
+	@tools/model.sh $(BIN)/python
+	@tools/engines/llama.sh $(BIN)/python >/dev/null
+	$(BIN)/python -m pytest tests/e2e/test_engines.py -k llama
 	$(BIN)/python tools/engines/run_vllm.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))"
 
 quick: install  ## The tests that take less than about ten seconds each

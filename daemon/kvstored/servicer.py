@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from functools import partial, wraps
 from itertools import islice
 from typing import Any, NoReturn, TypeVar
@@ -153,6 +154,16 @@ class CacheService(_Service):
     @answering
     async def get(self, request: bytes, context: Context) -> None:
         """Leases out of the store, a lot at a time, cut into frames."""
+        stalled = False
+        try:
+            await self._get(request, context)
+        except TimeoutError:
+            stalled = True
+        # Not inside: what the call held is given back before the reader is told, who may never listen.
+        if stalled:
+            await self._cut_off(context)
+
+    async def _get(self, request: bytes, context: Context) -> None:
         asked = pb.GetRequest.FromString(request)
         keys = check_keys(asked.keys)
         # What hot holds is found in microseconds: less than the way to another thread and back.
@@ -185,14 +196,17 @@ class CacheService(_Service):
                 await self._write(context, frame)
 
     async def _write(self, context: Context, frame: bytes) -> None:
-        try:
+        async with asyncio.timeout(self._silence_s):
+            await context.write(frame)
+
+    async def _cut_off(self, context: Context) -> None:
+        """Say so to a reader that took no frame; who does not even take that is not waited for."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(self._silence_s):
-                await context.write(frame)
-        except TimeoutError:
-            await context.abort(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"the reader took no frame for {self._silence_s} s (server.silence_s)",
-            )
+                await context.abort(
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    f"the reader took no frame for {self._silence_s} s (server.silence_s)",
+                )
 
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:

@@ -52,7 +52,7 @@ bool valid_rows(const kvk_rows* rows) {
 }
 
 bool streams(const void* out, int dtype, int64_t n) {
-    return dtype == KVK_F32 && n * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    return n * (dtype == KVK_F32 ? 4 : 2) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 }  // namespace
@@ -72,18 +72,22 @@ int kvk_isa(void) {
     return KVK_PORTABLE;
 }
 
-int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax) {
+int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax,
+                   int32_t* sums) {
     const Ops* ops = ops_for(isa);
     if (!ops || !valid_dtype(dtype) || n < 0) return KVK_BAD_ARGUMENT;
     std::atomic<bool> finite{true};
+    const int64_t b = (n + 63) / 64;
     split(threads, n / 64, [&](int64_t begin, int64_t end) {
-        if (ops->nf4_encode(dtype, x, begin, end, codes, absmax) >= 0x7f800000u) finite = false;
+        if (ops->nf4_encode(dtype, x, begin, end, codes, absmax, {sums, sums + b, sums + 2 * b}) >= 0x7f800000u)
+            finite = false;
     });
     const int64_t full = n / 64 * 64;
     if (full < n) {
         const char* tail = static_cast<const char*>(x) + full * (dtype == KVK_F32 ? 4 : 2);
         const int rest = static_cast<int>(n - full);
-        if (ops->nf4_encode_tail(dtype, tail, rest, codes + full / 2, absmax + full / 64) >= 0x7f800000u)
+        const kvk::Measured last = {sums + b - 1, sums + 2 * b - 1, sums + 3 * b - 1};
+        if (ops->nf4_encode_tail(dtype, tail, rest, codes + full / 2, absmax + full / 64, last) >= 0x7f800000u)
             finite = false;
     }
     return finite ? KVK_OK : KVK_NOT_FINITE;
@@ -103,11 +107,14 @@ int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes, const 
     return KVK_OK;
 }
 
-int kvk_nf4_scales(int isa, const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
-                   float* nested) {
+int kvk_nf4_scales(int isa, int threads, const float* absmax, int64_t b, float offset, const uint8_t* lut,
+                   const float* map, const int32_t* sums, uint8_t* codes, float* nested, double* squares) {
     const Ops* ops = ops_for(isa);
     if (!ops || b < 0) return KVK_BAD_ARGUMENT;
-    ops->nf4_scales(absmax, b, offset, lut, codes, nested);
+    int32_t* in = const_cast<int32_t*>(sums);  // only read
+    split(threads, (b + kvk::kScaleGroup - 1) / kvk::kScaleGroup, [&](int64_t begin, int64_t end) {
+        ops->nf4_scales(absmax, b, offset, lut, map, {in, in + b, in + 2 * b}, begin, end, codes, nested, squares);
+    });
     return KVK_OK;
 }
 

@@ -221,22 +221,51 @@ struct Kv {
                        const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out) {
         const int64_t total = kvk::values_of(rows), tile = int64_t{kvk::kScaleGroup} * rows.block;
         const float shrink = 1.0f / static_cast<float>(rows.size);
-        alignas(64) float piece[kPiece];
+        float scale[kvk::kScaleGroup];
         for (int64_t t = begin; t < end; ++t) {
-            const int64_t stop = (t + 1) * tile < total ? (t + 1) * tile : total;
-            Walk walk(rows, t * tile);
-            for (int64_t at = t * tile; at < stop; at += kPiece) {
-                const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
-                for (int i = 0; i < n; i += rows.block) {
-                    const float scale = scale_of(scales[(at + i) / rows.block], tops[t]) * shrink;
-                    for (int j = 0; j < rows.block; j += 32)
-                        Isa::levels32(codes + (at + i + j) / 2, scale, piece + i + j);
-                }
-                Isa::rotate(piece, n, rows.size);
-                scatter(dtype, piece, means, n, stream, &walk, out);
-            }
+            const int64_t start = t * tile, stop = start + tile < total ? start + tile : total;
+            const int blocks = static_cast<int>((stop - start + rows.block - 1) / rows.block);
+            const uint8_t* scale_codes = scales + t * kvk::kScaleGroup;
+            for (int i = 0; i < blocks; ++i) scale[i] = scale_of(scale_codes[i], tops[t]) * shrink;
+            if (Isa::kFused && rows.size >= 64)
+                decode_fused(dtype, codes, scale, means, rows, start, stop, stream, out);
+            else
+                decode_tile(dtype, codes, scale, means, rows, start, stop, stream, out);
         }
         if (stream) Isa::fence();
+    }
+
+    // Values [start, stop) of one tile, any rotation: levels, rotation and means each over a piece in L1.
+    static void decode_tile(int dtype, const uint8_t* codes, const float* scale, const float* means, const kvk_rows& rows,
+                            int64_t start, int64_t stop, bool stream, void* out) {
+        alignas(64) float piece[kPiece];
+        Walk walk(rows, start);
+        for (int64_t at = start; at < stop; at += kPiece) {
+            const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
+            for (int i = 0; i < n; i += rows.block)
+                for (int j = 0; j < rows.block; j += 32)
+                    Isa::levels32(codes + (at + i + j) / 2, scale[(at - start + i) / rows.block], piece + i + j);
+            Isa::rotate(piece, n, rows.size);
+            scatter(dtype, piece, means, n, stream, &walk, out);
+        }
+    }
+
+    // The same where runs are 64 or 128 long, a row at a time: blocks and runs then end where rows do.
+    static void decode_fused(int dtype, const uint8_t* codes, const float* scale, const float* means, const kvk_rows& rows,
+                             int64_t start, int64_t stop, bool stream, void* out) {
+        const int itemsize = dtype == KVK_F32 ? 4 : 2;
+        Walk walk(rows, start);
+        for (int64_t at = start, run; at < stop; at += run, walk.advance(static_cast<int>(run))) {
+            run = walk.run(static_cast<int>(stop - at));
+            const float* mean = rows.groups ? means + walk.mean() : nullptr;
+            char* to = static_cast<char*>(out) + walk.value() * itemsize;
+            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 32 == 0;
+            const float* by = scale + (at - start) / rows.block;
+            if constexpr (Isa::kFused) {
+                const auto decode = rows.size == 64 ? Isa::template decode_runs<64> : Isa::template decode_runs<128>;
+                decode(codes + at / 2, by, rows.block, static_cast<int>(run), dtype, mean, past, to);
+            }
+        }
     }
 
     // Writes the next n values, their means put back.

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 2
+#define KVK_ABI 3
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
@@ -24,14 +24,18 @@ KVK_API int kvk_abi(void);
 // The best instruction set of this machine.
 KVK_API int kvk_isa(void);
 
-// NF4 in blocks of 64. x: n values. codes: (n+1)/2 bytes. absmax: ceil(n/64) floats.
-KVK_API int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax);
+// NF4 in blocks of 64. x: n values. codes: (n+1)/2 bytes. absmax: b = ceil(n/64) floats. sums: 3 b numbers, what the
+// error is made of: for each block sum((u-l)^2), then for each sum((u-l)*l), then for each sum(u^2), where
+// u = round(4064 z) of its normalized values z and l = round(4064 level) of their codes.
+KVK_API int kvk_nf4_encode(int isa, int threads, int dtype, const void* x, int64_t n, uint8_t* codes, float* absmax,
+                           int32_t* sums);
 KVK_API int kvk_nf4_decode(int isa, int threads, int dtype, const uint8_t* codes, const float* absmax, int64_t n, void* out);
 
 // Double quantization of b scales about their mean `offset`, in groups of 256. lut: 65,536 codes, of -1 + 2k/65535.
-// codes: b bytes. nested: ceil(b/256) floats.
-KVK_API int kvk_nf4_scales(int isa, const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
-                           float* nested);
+// map: the 256 levels they stand for. sums: as kvk_nf4_encode left them. codes: b bytes. nested: g = ceil(b/256) floats.
+// squares: 2 g numbers, for each group the squared error and the energy of its values, both times 4064^2.
+KVK_API int kvk_nf4_scales(int isa, int threads, const float* absmax, int64_t b, float offset, const uint8_t* lut,
+                           const float* map, const int32_t* sums, uint8_t* codes, float* nested, double* squares);
 
 // The shape of rows inside a larger tensor: outer slabs of tokens * inner * d values, a slab starting
 // `stride` values after the one before. size: Hadamard size, a power of two up to 128 that divides d.

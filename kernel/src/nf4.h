@@ -8,37 +8,54 @@ template <class Isa>
 struct Nf4 {
     static constexpr int kBlock = 64;
 
-    template <class T>
-    static const float* floats(const T* x, int dtype, float* scratch) {
-        if (dtype == KVK_F32) return reinterpret_cast<const float*>(x);
-        if (dtype == KVK_F16)
-            Isa::load_f16(reinterpret_cast<const uint16_t*>(x), scratch, kBlock);
-        else
-            Isa::load_bf16(reinterpret_cast<const uint16_t*>(x), scratch, kBlock);
+    static constexpr int kTile = 8;  // blocks coded at once
+
+    // n values as floats: x itself or a copy in scratch, padded with zeros to a whole tile.
+    static const float* floats(int dtype, const char* x, int n, float* scratch) {
+        if (dtype == KVK_F32) {
+            if (n == kTile * kBlock) return reinterpret_cast<const float*>(x);
+            memcpy(scratch, x, static_cast<size_t>(n) * 4);
+        } else if (dtype == KVK_F16) {
+            Isa::load_f16(reinterpret_cast<const uint16_t*>(x), scratch, n);
+        } else {
+            Isa::load_bf16(reinterpret_cast<const uint16_t*>(x), scratch, n);
+        }
+        for (int i = n; i < kTile * kBlock; ++i) scratch[i] = 0.0f;
         return scratch;
     }
 
     // Full blocks [begin, end). Returns the bits of the largest magnitude seen.
-    static uint32_t encode(int dtype, const void* x, int64_t begin, int64_t end, uint8_t* codes, float* absmax) {
+    static uint32_t encode(int dtype, const void* x, int64_t begin, int64_t end, uint8_t* codes, float* absmax,
+                           kvk::Measured out) {
         const char* source = static_cast<const char*>(x);
         const int64_t itemsize = dtype == KVK_F32 ? 4 : 2;
         uint32_t most = 0;
-        alignas(64) float scratch[kBlock];
-        for (int64_t block = begin; block < end; ++block) {
-            const float* v = floats(source + block * kBlock * itemsize, dtype, scratch);
-            const uint32_t bits = Isa::absmax_bits(v, kBlock);
+        alignas(64) float scratch[kTile * kBlock];
+        for (int64_t block = begin; block < end; block += kTile) {
+            const int n = static_cast<int>(end - block < kTile ? end - block : kTile);
+            const float* v = floats(dtype, source + block * kBlock * itemsize, n * kBlock, scratch);
+            uint32_t bits;
+            if (n == kTile) {
+                const kvk::Measured at = {out.error + block, out.cross + block, out.energy + block};
+                bits = Isa::nf4_tile(v, codes + block * 32, absmax + block, at);
+            } else {
+                uint8_t some_codes[32 * kTile];
+                float some_scales[kTile];
+                int32_t sums[3][kTile];
+                bits = Isa::nf4_tile(v, some_codes, some_scales, {sums[0], sums[1], sums[2]});
+                memcpy(codes + block * 32, some_codes, static_cast<size_t>(n) * 32);
+                memcpy(absmax + block, some_scales, static_cast<size_t>(n) * 4);
+                memcpy(out.error + block, sums[0], static_cast<size_t>(n) * 4);
+                memcpy(out.cross + block, sums[1], static_cast<size_t>(n) * 4);
+                memcpy(out.energy + block, sums[2], static_cast<size_t>(n) * 4);
+            }
             most = bits > most ? bits : most;
-            const float scale = from_bits(bits);
-            absmax[block] = scale;
-            const float inverse = 1.0f / (scale > 1e-38f ? scale : 1e-38f);
-            Isa::codes32(v, inverse, codes + block * 32);
-            Isa::codes32(v + 32, inverse, codes + block * 32 + 16);
         }
         return most;
     }
 
     // The short last block: n values, 0 < n < 64. It divides and stores at least 1e-38 (a bitsandbytes quirk).
-    static uint32_t encode_tail(int dtype, const void* x, int n, uint8_t* codes, float* absmax) {
+    static uint32_t encode_tail(int dtype, const void* x, int n, uint8_t* codes, float* absmax, kvk::Measured out) {
         alignas(64) float v[kBlock] = {};
         for (int i = 0; i < n; ++i) {
             if (dtype == KVK_F32)
@@ -56,6 +73,14 @@ struct Nf4 {
         Isa::codes32(v, 1.0f, packed);
         Isa::codes32(v + 32, 1.0f, packed + 16);
         memcpy(codes, packed, static_cast<size_t>((n + 1) / 2));
+        *out.error = *out.cross = *out.energy = 0;
+        for (int i = 0; i < n && bits < 0x7f800000u; ++i) {
+            const int u = static_cast<int>(__builtin_nearbyintf(v[i] * kvk::kSteps));
+            const int level = kvk::kLevelSteps[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4], d = u - level;
+            *out.error += d * d;
+            *out.cross += d * level;
+            *out.energy += u * u;
+        }
         return bits;
     }
 
@@ -65,13 +90,12 @@ struct Nf4 {
         alignas(64) float v[kBlock];
         for (int64_t block = begin; block < end; ++block) {
             const uint8_t* packed = codes + block * 32;
-            float* single = static_cast<float*>(out) + block * kBlock;
-            if (stream) {
-                Isa::levels32_stream(packed, absmax[block], single);
-                Isa::levels32_stream(packed + 16, absmax[block], single + 32);
+            if constexpr (Isa::kFused) {
+                char* to = static_cast<char*>(out) + block * kBlock * (dtype == KVK_F32 ? 4 : 2);
+                Isa::decode_block(packed, absmax[block], dtype, stream, to);
                 continue;
             }
-            float* into = dtype == KVK_F32 ? single : v;
+            float* into = dtype == KVK_F32 ? static_cast<float*>(out) + block * kBlock : v;
             Isa::levels32(packed, absmax[block], into);
             Isa::levels32(packed + 16, absmax[block], into + 32);
             uint16_t* half = static_cast<uint16_t*>(out) + block * kBlock;
@@ -97,17 +121,18 @@ struct Nf4 {
         }
     }
 
-    // Double quantization: a group's scales about the mean, as a place among 65,536 in [-1, 1], as its code.
-    static void scales(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
-                       float* nested) {
-        constexpr int kNested = 256;
-        for (int64_t first = 0; first < b; first += kNested) {
+    // Double quantization: scales about their mean, as a place among 65,536 in [-1, 1], as its code. Groups [begin,
+    // end) of 256; squares gets each one's squared error and energy.
+    static void scales(const float* absmax, int64_t b, float offset, const uint8_t* lut, const float* map,
+                       kvk::Measured in, int64_t begin, int64_t end, uint8_t* codes, float* nested, double* squares) {
+        for (int64_t group = begin; group < end; ++group) {
+            const int64_t first = group * kNested;
             const int n = static_cast<int>(b - first < kNested ? b - first : kNested);
             alignas(64) float centred[kNested] = {};
             int32_t position[kNested];
             for (int i = 0; i < n; ++i) centred[i] = absmax[first + i] - offset;
             const float most = from_bits(Isa::absmax_bits(centred, kNested));
-            nested[first / kNested] = most;
+            nested[group] = most;
             const float inverse = 1.0f / most;
             for (int i = 0; i < kNested; ++i) {
                 const float scaled = centred[i] * inverse;
@@ -118,8 +143,34 @@ struct Nf4 {
                 position[i] = static_cast<int32_t>(static_cast<float>(exact));
             }
             for (int i = 0; i < n; ++i) codes[first + i] = lut[position[i] < 65535 ? position[i] : 65535];
+            measure(absmax + first, n, offset, most, map, codes + first,
+                    {in.error + first, in.cross + first, in.energy + first}, squares + 2 * group);
         }
     }
+
+    // Of n <= 256 blocks whose values are u * scale and come back as l * decoded, in steps: the squared error
+    // sum((scale (u - l) - (decoded - scale) l)^2), and the energy.
+    static void measure(const float* absmax, int n, float offset, float nested, const float* map, const uint8_t* codes,
+                        kvk::Measured in, double* squares) {
+        double total[2][8] = {};  // sums that a vector can hold, added up in one order on every instruction set
+        for (int i = 0; i < n; ++i) {
+            const float scale = absmax[i] > 1e-38f ? absmax[i] : 1e-38f;
+            const float decoded = map[codes[i]] * nested + offset;
+            // In double: squares of what float32 holds may be out of its range.
+            const double s = static_cast<double>(scale), off = static_cast<double>(decoded) - s;
+            const double d = in.error[i], x = in.cross[i], e = in.energy[i];
+            const double missed = s * s * d - 2.0 * s * off * x + off * off * (e - 2.0 * x - d);
+            total[0][i % 8] += missed;
+            total[1][i % 8] += s * s * e;
+        }
+        squares[0] = squares[1] = 0.0;
+        for (int j = 0; j < 8; ++j) {
+            squares[0] += total[0][j];
+            squares[1] += total[1][j];
+        }
+    }
+
+    static constexpr int kNested = 256;
 };
 
 }  // namespace

@@ -1,17 +1,20 @@
 // What one instruction set offers: single-threaded loops over a range of whole blocks or groups.
 #pragma once
 #include "kvstored_kernel.h"
+#include "tables.h"
 
 namespace kvk {
 
 struct Ops {
-    uint32_t (*nf4_encode)(int dtype, const void* x, int64_t begin, int64_t end, uint8_t* codes, float* absmax);
-    uint32_t (*nf4_encode_tail)(int dtype, const void* x, int n, uint8_t* codes, float* absmax);
+    uint32_t (*nf4_encode)(int dtype, const void* x, int64_t begin, int64_t end, uint8_t* codes, float* absmax,
+                           Measured sums);
+    uint32_t (*nf4_encode_tail)(int dtype, const void* x, int n, uint8_t* codes, float* absmax, Measured sums);
     void (*nf4_decode)(int dtype, const uint8_t* codes, const float* absmax, int64_t begin, int64_t end, bool stream,
                        void* out);
     void (*nf4_decode_tail)(int dtype, const uint8_t* codes, float absmax, int n, void* out);
-    void (*nf4_scales)(const float* absmax, int64_t b, float offset, const uint8_t* lut, uint8_t* codes,
-                       float* nested);
+    // Groups of 256 scales [begin, end); squares: two for each group.
+    void (*nf4_scales)(const float* absmax, int64_t b, float offset, const uint8_t* lut, const float* map, Measured sums,
+                       int64_t begin, int64_t end, uint8_t* codes, float* nested, double* squares);
     // Groups of tokens [begin, end) of outer * groups.
     void (*kv_means)(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
                      float* scales, float* means);

@@ -12,6 +12,20 @@ static constexpr uint32_t kThresholdBits[15] = {
     0xbf591cd8, 0xbf1c5270, 0xbeeb8480, 0xbeadea76, 0xbe703cec, 0xbe0d38bc, 0xbd3a7871, 0x3d22faff,
     0x3df64862, 0x3e5067e0, 0x3e9582d4, 0x3ec753f9, 0x3f006d04, 0x3f248daf, 0x3f5c89da};
 
+// The error of nf4 is measured in whole numbers, so that every instruction set finds the same: a normalized value
+// z as u = round(z * kSteps), a level likewise. 64 squares of them stay below 2^31; 4064 = 32 * 127, so u >> 5 is
+// an integer of 8 bits.
+static constexpr float kSteps = 4064.0f;
+static constexpr int kLevelSteps[16] = {-4064, -2829, -2134, -1605, -1156, -751, -370, 0,
+                                        323,   654,   1000,  1373,  1791,  2286, 2938, 4064};
+// round(kSteps * threshold) >> 5.
+static constexpr int kStepThresholds[15] = {-108, -78, -59, -44, -30, -18, -6, 5, 15, 25, 37, 49, 63, 81, 109};
+
+// Where nf4's sums go: for each block sum((u-l)^2), sum((u-l)*l) and sum(u^2), l the level of its code in steps.
+struct Measured {
+    int32_t *error, *cross, *energy;
+};
+
 // Of a block x with levels L: x.x, x.L and L.L.
 struct Sums {
     float energy, cross, size;

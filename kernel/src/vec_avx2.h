@@ -8,7 +8,7 @@
 namespace {
 
 struct Avx2 {
-    static constexpr bool kStreams = true;
+    static constexpr bool kFused = true;
 
     // x minus y into out.
     static void load_difference(const float* x, const float* y, float* out, int n) {
@@ -33,8 +33,8 @@ struct Avx2 {
             _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                              _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
     }
-    static __m256i rounded_bf16(const float* x) {
-        const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x));
+    static __m256i rounded_bf16(__m256 x) {
+        const __m256i bits = _mm256_castps_si256(x);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
         return _mm256_srli_epi32(rounded, 16);
@@ -42,8 +42,8 @@ struct Avx2 {
     static void store_bf16(const float* x, uint16_t* out, int n) {
         int i = 0;
         for (; i + 16 <= n; i += 16) {
-            const __m256i both = _mm256_packus_epi32(rounded_bf16(x + i), rounded_bf16(x + i + 8));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permute4x64_epi64(both, 0xd8));
+            const __m256i both = halves_bf16(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), both);
         }
         for (; i < n; ++i) out[i] = float_to_bf16(x[i]);
     }
@@ -120,6 +120,127 @@ struct Avx2 {
         store_packed(code_bytes(x, _mm256_set1_ps(inverse)), out);
     }
 
+    // What nf4_tile looks up by nibbles, numbers in one table of 16 for each of their bytes.
+    struct StepTables {
+        // By the high nibble of u >> 5: thresholds below its run of 16, and the at most two inside it.
+        alignas(16) int8_t base[16], first[16], second[16];
+        alignas(16) uint8_t level[2][16], threshold[4][16];
+        constexpr StepTables() : base(), first(), second(), level(), threshold() {
+            for (int i = 0; i < 16; ++i) {
+                const int low = 16 * (i < 8 ? i : i - 16);
+                int below = 0, inside = 0, found[2] = {127, 127};
+                for (int t = 0; t < 15; ++t) {
+                    if (kvk::kStepThresholds[t] < low)
+                        ++below;
+                    else if (kvk::kStepThresholds[t] < low + 15)
+                        found[inside++] = kvk::kStepThresholds[t];
+                }
+                base[i] = static_cast<int8_t>(below);
+                first[i] = static_cast<int8_t>(found[0]);
+                second[i] = static_cast<int8_t>(found[1]);
+                // Above the last threshold there is +inf.
+                const uint32_t bits = i < 15 ? kvk::kThresholdBits[i] : 0x7f800000u;
+                for (int b = 0; b < 4; ++b) threshold[b][i] = static_cast<uint8_t>(bits >> (8 * b));
+                for (int b = 0; b < 2; ++b)
+                    level[b][i] = static_cast<uint8_t>(static_cast<uint32_t>(kvk::kLevelSteps[i]) >> (8 * b));
+            }
+        }
+    };
+    static __m256i table(const void* at) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(at)));
+    }
+    // 32 values coded and measured. u >> 5 leaves one threshold that may lie on either side: a single comparison of
+    // floats decides, so the codes are exact.
+    static void nf4_step(const float* x, __m256 inverse, uint8_t* codes, __m256i* error, __m256i* cross, __m256i* energy) {
+        static constexpr StepTables kTables;
+        const __m256 by = _mm256_set1_ps(kvk::kSteps);
+        __m256 z[4];
+        __m256i u[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            z[i] = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse);
+            u[i] = _mm256_cvtps_epi32(_mm256_mul_ps(z[i], by));
+        }
+        const __m256i ua = _mm256_packs_epi32(u[0], u[1]), ub = _mm256_packs_epi32(u[2], u[3]);
+        const __m256i coarse = _mm256_packs_epi16(_mm256_srai_epi16(ua, 5), _mm256_srai_epi16(ub, 5));
+        const __m256i bucket = _mm256_and_si256(_mm256_srli_epi16(coarse, 4), _mm256_set1_epi8(15));
+        __m256i code = _mm256_shuffle_epi8(table(kTables.base), bucket);
+        code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(coarse, _mm256_shuffle_epi8(table(kTables.first), bucket)));
+        code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(coarse, _mm256_shuffle_epi8(table(kTables.second), bucket)));
+        __m256 threshold[4];
+        looked_up(kTables.threshold, code, threshold);
+        __m256i above[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) above[i] = _mm256_castps_si256(_mm256_cmp_ps(z[i], threshold[i], _CMP_GT_OQ));
+        code = _mm256_sub_epi8(
+            code, _mm256_packs_epi16(_mm256_packs_epi32(above[0], above[1]), _mm256_packs_epi32(above[2], above[3])));
+        store_packed(code, codes);
+        const __m256i low = _mm256_shuffle_epi8(table(kTables.level[0]), code);
+        const __m256i high = _mm256_shuffle_epi8(table(kTables.level[1]), code);
+        const __m256i la = _mm256_unpacklo_epi8(low, high), lb = _mm256_unpackhi_epi8(low, high);
+        const __m256i da = _mm256_sub_epi16(ua, la), db = _mm256_sub_epi16(ub, lb);
+        *error = _mm256_add_epi32(*error, _mm256_add_epi32(_mm256_madd_epi16(da, da), _mm256_madd_epi16(db, db)));
+        *cross = _mm256_add_epi32(*cross, _mm256_add_epi32(_mm256_madd_epi16(da, la), _mm256_madd_epi16(db, lb)));
+        *energy = _mm256_add_epi32(*energy, _mm256_add_epi32(_mm256_madd_epi16(ua, ua), _mm256_madd_epi16(ub, ub)));
+    }
+    // Sums of eight vectors, each into its lane.
+    static __m256i sums8(const __m256i* v) {
+        const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+        const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+        return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+    static __m256i most_of(__m256i a, __m256i b) {
+        return _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    }
+    // Largest of eight vectors each, into its lane.
+    static __m256i most8(const __m256i* v) {
+        __m256i half[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i a = most_of(v[4 * i], v[4 * i + 1]), b = most_of(v[4 * i + 2], v[4 * i + 3]);
+            half[i] = _mm256_max_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+        }
+        return _mm256_max_epi32(_mm256_permute2x128_si256(half[0], half[1], 0x20),
+                                _mm256_permute2x128_si256(half[0], half[1], 0x31));
+    }
+    // Eight blocks of 64, coded and measured; scales first, for one division and no chain from block to block.
+    static uint32_t nf4_tile(const float* x, uint8_t* codes, float* absmax, kvk::Measured out) {
+        __m256i lanes[8];
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        for (int block = 0; block < 8; ++block) {
+            const __m256i* at = reinterpret_cast<const __m256i*>(x + 64 * block);
+            __m256i a = _mm256_and_si256(_mm256_loadu_si256(at), magnitude);
+            __m256i b = _mm256_and_si256(_mm256_loadu_si256(at + 1), magnitude);
+#pragma GCC unroll 3
+            for (int i = 2; i < 8; i += 2) {
+                a = _mm256_max_epi32(a, _mm256_and_si256(_mm256_loadu_si256(at + i), magnitude));
+                b = _mm256_max_epi32(b, _mm256_and_si256(_mm256_loadu_si256(at + i + 1), magnitude));
+            }
+            lanes[block] = _mm256_max_epi32(a, b);
+        }
+        const __m256i most = most8(lanes);
+        const __m256 scale = _mm256_castsi256_ps(most);
+        _mm256_storeu_ps(absmax, scale);
+        alignas(32) float inverse[8];
+        _mm256_store_ps(inverse, _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_max_ps(scale, _mm256_set1_ps(1e-38f))));
+        __m256i error[8], cross[8], energy[8];
+        for (int block = 0; block < 8; ++block) {
+            const __m256 by = _mm256_broadcast_ss(inverse + block);
+            __m256i e = _mm256_setzero_si256(), c = e, s = e;
+            nf4_step(x + 64 * block, by, codes + 32 * block, &e, &c, &s);
+            nf4_step(x + 64 * block + 32, by, codes + 32 * block + 16, &e, &c, &s);
+            error[block] = e;
+            cross[block] = c;
+            energy[block] = s;
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.error), sums8(error));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.cross), sums8(cross));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.energy), sums8(energy));
+        __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+        m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+        m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+    }
+
     // The four bytes of each level, a table of 16 apiece: a level is looked up as four byte shuffles of 32 codes.
     struct Planes {
         alignas(16) uint8_t byte[4][16];
@@ -128,16 +249,16 @@ struct Avx2 {
                 for (int i = 0; i < 16; ++i) byte[b][i] = static_cast<uint8_t>(kvk::kCodeBits[i] >> (8 * b));
         }
     };
-    static __m256i plane(const uint8_t* table) {
-        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-    }
     // Levels of 32 codes in the order of code_bytes, as four vectors in the order of the values.
     static void level_vectors(__m256i bytes, __m256* out) {
         static constexpr Planes kPlanes;
-        const __m256i b0 = _mm256_shuffle_epi8(plane(kPlanes.byte[0]), bytes);
-        const __m256i b1 = _mm256_shuffle_epi8(plane(kPlanes.byte[1]), bytes);
-        const __m256i b2 = _mm256_shuffle_epi8(plane(kPlanes.byte[2]), bytes);
-        const __m256i b3 = _mm256_shuffle_epi8(plane(kPlanes.byte[3]), bytes);
+        looked_up(kPlanes.byte, bytes, out);
+    }
+    static void looked_up(const uint8_t (*planes)[16], __m256i bytes, __m256* out) {
+        const __m256i b0 = _mm256_shuffle_epi8(table(planes[0]), bytes);
+        const __m256i b1 = _mm256_shuffle_epi8(table(planes[1]), bytes);
+        const __m256i b2 = _mm256_shuffle_epi8(table(planes[2]), bytes);
+        const __m256i b3 = _mm256_shuffle_epi8(table(planes[3]), bytes);
         const __m256i low_a = _mm256_unpacklo_epi8(b0, b1), high_a = _mm256_unpacklo_epi8(b2, b3);
         const __m256i low_b = _mm256_unpackhi_epi8(b0, b1), high_b = _mm256_unpackhi_epi8(b2, b3);
         out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_a, high_a));
@@ -158,12 +279,6 @@ struct Avx2 {
         __m256 v[4];
         scaled_levels(codes, scale, v);
         for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + 8 * i, v[i]);
-    }
-    // out is 32-byte aligned.
-    static void levels32_stream(const uint8_t* codes, float scale, float* out) {
-        __m256 v[4];
-        scaled_levels(codes, scale, v);
-        for (int i = 0; i < 4; ++i) _mm256_stream_ps(out + 8 * i, v[i]);
     }
 
     template <int kHalf>
@@ -250,6 +365,120 @@ struct Avx2 {
         }
     }
 
+    // 64 levels times their blocks' scales, in registers by their index modulo 8: register r has the values r, 8 + r,
+    // 16 + r ... So the first three stages of the rotation need no shuffle. scales: of 0-31 and of 32-63.
+    static void levels_by_columns(const uint8_t* codes, float low, float high, __m256* v) {
+        const __m256i turned = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
+                                                13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        const __m256i bytes = _mm256_shuffle_epi8(packed, turned), nibble = _mm256_set1_epi8(15);
+        const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), odd = _mm256_and_si256(bytes, nibble);
+        level_vectors(_mm256_unpacklo_epi32(even, odd), v);
+        level_vectors(_mm256_unpackhi_epi32(even, odd), v + 4);
+        const __m256 by = _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) v[r] = _mm256_mul_ps(v[r], by);
+    }
+    // Four registers, each half of them a 4 x 4 matrix, transposed.
+    static void transpose4(__m256* v) {
+        const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
+        const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+        v[0] = _mm256_shuffle_ps(a, c, 0x44);
+        v[1] = _mm256_shuffle_ps(a, c, 0xee);
+        v[2] = _mm256_shuffle_ps(b, d, 0x44);
+        v[3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    // 64 values by columns, rotated (stages in the order of `rotate`); register r then has the values 8r to 8r + 7.
+    static void rotate_columns(__m256* v) {
+        butterflies<8, 1>(v);
+        transpose4(v);
+        transpose4(v + 4);
+        butterflies<4, 1>(v);
+        butterflies<4, 1>(v + 4);
+        __m256 sum[4], difference[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            const __m256 low = _mm256_permute2f128_ps(v[r], v[r + 4], 0x20);
+            const __m256 high = _mm256_permute2f128_ps(v[r], v[r + 4], 0x31);
+            sum[r] = _mm256_add_ps(low, high);
+            difference[r] = _mm256_sub_ps(low, high);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            v[r] = sum[r];
+            v[r + 4] = difference[r];
+        }
+    }
+    // 64 values, plus their means where there are any, to out as dtype.
+    static void store64(const __m256* v, int dtype, const float* mean, bool stream, char* out) {
+        __m256 sum[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
+        if (dtype == KVK_F32 && stream) {
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r) _mm256_stream_ps(reinterpret_cast<float*>(out) + 8 * r, sum[r]);
+        } else if (dtype == KVK_F32) {
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r) _mm256_storeu_ps(reinterpret_cast<float*>(out) + 8 * r, sum[r]);
+        } else {
+#pragma GCC unroll 4
+            for (int r = 0; r < 8; r += 2) {
+                const __m256i both = dtype == KVK_F16 ? halves_f16(sum[r], sum[r + 1]) : halves_bf16(sum[r], sum[r + 1]);
+                __m256i* at = reinterpret_cast<__m256i*>(out) + r / 2;
+                if (stream)
+                    _mm256_stream_si256(at, both);
+                else
+                    _mm256_storeu_si256(at, both);
+            }
+        }
+    }
+    // One block of nf4.
+    static void decode_block(const uint8_t* codes, float scale, int dtype, bool stream, char* out) {
+        __m256 v[8];
+        scaled_levels(codes, scale, v);
+        scaled_levels(codes + 16, scale, v + 4);
+        store64(v, dtype, nullptr, stream, out);
+    }
+    static __m256i halves_f16(__m256 a, __m256 b) {
+        return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static __m256i halves_bf16(__m256 a, __m256 b) {
+        return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b)), 0xd8);
+    }
+    // Rows of nf4-kv from codes to values without leaving the registers: runs of kSize, 64 or 128, n values in all.
+    // scales: one for each block, the rotation's 1/size in it. stream: out is 32-byte aligned.
+    template <int kSize>
+    static void decode_runs(const uint8_t* codes, const float* scales, int block, int n, int dtype, const float* mean,
+                            bool stream, char* out) {
+        const int per = 64 / block, bytes = dtype == KVK_F32 ? 4 : 2;
+        for (int i = 0; i < n; i += kSize) {
+            __m256 v[8];
+            if (kSize == 64) {
+                levels_by_columns(codes + i / 2, scales[0], scales[per - 1], v);
+                rotate_columns(v);
+                store64(v, dtype, mean ? mean + i : nullptr, stream, out + i * bytes);
+            } else {
+                alignas(32) float first[64];
+                levels_by_columns(codes + i / 2, scales[0], scales[per - 1], v);
+                rotate_columns(v);
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; ++r) _mm256_store_ps(first + 8 * r, v[r]);
+                levels_by_columns(codes + i / 2 + 32, scales[per], scales[2 * per - 1], v);
+                rotate_columns(v);
+                __m256 sum[8];
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; ++r) {
+                    const __m256 a = _mm256_load_ps(first + 8 * r);
+                    sum[r] = _mm256_add_ps(a, v[r]);
+                    v[r] = _mm256_sub_ps(a, v[r]);
+                }
+                store64(sum, dtype, mean ? mean + i : nullptr, stream, out + i * bytes);
+                store64(v, dtype, mean ? mean + i + 64 : nullptr, stream, out + (i + 64) * bytes);
+            }
+            scales += kSize / block;
+        }
+    }
+
     static float tree8(__m256 v) {
         __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -280,9 +509,6 @@ struct Avx2 {
         }
     };
 
-    static __m256i row(const int8_t* table) {
-        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-    }
     static __m256i integers8(const float* x, __m256 by) {
         return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), by));
     }
@@ -290,7 +516,7 @@ struct Avx2 {
     static int best_clip(const float* x, int n, float inverse) {
         static constexpr Buckets kBuckets;
         const __m256 by = _mm256_set1_ps(inverse);
-        const __m256i ones = _mm256_set1_epi16(1), levels = row(kBuckets.levels);
+        const __m256i ones = _mm256_set1_epi16(1), levels = table(kBuckets.levels);
         __m256i sa[kvk::kClips], sb[kvk::kClips];
         for (int clip = 0; clip < kvk::kClips; ++clip) sa[clip] = sb[clip] = _mm256_setzero_si256();
         for (int i = 0; i < n; i += 32) {
@@ -302,9 +528,9 @@ struct Avx2 {
                                                     _mm256_set1_epi8(15));
             const __m256i magnitude = _mm256_abs_epi8(u);
             for (int clip = 0; clip < kvk::kClips; ++clip) {
-                __m256i code = _mm256_shuffle_epi8(row(kBuckets.base[clip]), bucket);
-                const __m256i first = _mm256_shuffle_epi8(row(kBuckets.first[clip]), bucket);
-                const __m256i second = _mm256_shuffle_epi8(row(kBuckets.second[clip]), bucket);
+                __m256i code = _mm256_shuffle_epi8(table(kBuckets.base[clip]), bucket);
+                const __m256i first = _mm256_shuffle_epi8(table(kBuckets.first[clip]), bucket);
+                const __m256i second = _mm256_shuffle_epi8(table(kBuckets.second[clip]), bucket);
                 code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(u, first));
                 code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(u, second));
                 const __m256i level = _mm256_shuffle_epi8(levels, code);

@@ -145,13 +145,6 @@ struct Avx512 : Avx2 {
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_permutexvar_ps(a, table), by));
         _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_permutexvar_ps(b, table), by));
     }
-    // out is 64-byte aligned.
-    static void levels32_stream(const uint8_t* codes, float scale, float* out) {
-        alignas(64) float v[32];
-        levels32(codes, scale, v);
-        _mm512_stream_ps(out, _mm512_load_ps(v));
-        _mm512_stream_ps(out + 16, _mm512_load_ps(v + 16));
-    }
 };
 
 }  // namespace

@@ -8,7 +8,7 @@
 namespace {
 
 struct Portable {
-    static constexpr bool kStreams = false;
+    static constexpr bool kFused = false;
 
     static float code(int i) { return from_bits(kvk::kCodeBits[i]); }
 
@@ -64,6 +64,33 @@ struct Portable {
         for (int i = 0; i < 16; ++i)
             out[i] = static_cast<uint8_t>(code_of(x[2 * i] * inverse) << 4 | code_of(x[2 * i + 1] * inverse));
     }
+    // Eight blocks of 64, coded and measured.
+    static uint32_t nf4_tile(const float* x, uint8_t* codes, float* absmax, kvk::Measured out) {
+        uint32_t most = 0;
+        for (int block = 0; block < 8; ++block, x += 64, codes += 32) {
+            const uint32_t bits = absmax_bits(x, 64);
+            most = bits > most ? bits : most;
+            const float scale = absmax[block] = from_bits(bits);
+            const float inverse = 1.0f / (scale > 1e-38f ? scale : 1e-38f);
+            codes32(x, inverse, codes);
+            codes32(x + 32, inverse, codes + 16);
+            int32_t error = 0, cross = 0, energy = 0;
+            for (int i = 0; i < 64; ++i) {
+                const int code = i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
+                const float steps = nearbyintf(x[i] * inverse * kvk::kSteps);
+                // Bounds as those of 16 bits, so that NaN, whose block is refused, converts to something.
+                const int u = static_cast<int>(steps > -32768.0f ? (steps < 32767.0f ? steps : 32767.0f) : -32768.0f);
+                const int level = kvk::kLevelSteps[code], d = u - level;
+                error += d * d;
+                cross += d * level;
+                energy += u * u;
+            }
+            out.error[block] = error;
+            out.cross[block] = cross;
+            out.energy[block] = energy;
+        }
+        return most;
+    }
     // 16 bytes of codes as 32 levels times scale.
     static void levels32(const uint8_t* codes, float scale, float* out) {
         for (int i = 0; i < 16; ++i) {
@@ -71,8 +98,6 @@ struct Portable {
             out[2 * i + 1] = code(codes[i] & 15) * scale;
         }
     }
-
-    static void levels32_stream(const uint8_t* codes, float scale, float* out) { levels32(codes, scale, out); }
 
     static void rotate(float* x, int n, int size) {
         for (int h = 1; h < size; h *= 2)

@@ -16,6 +16,9 @@ NESTED_BLOCK = 256
 MIN_SCALE = 1e-38
 """What a zero scale is replaced by before dividing; a short last block also stores it (a bitsandbytes quirk)."""
 
+STEPS = 4064
+"""Steps from 0 to 1 of a normalized value, for the receipt: whole numbers add up alike in every order."""
+
 _CHUNK_NUMEL = 1 << 16
 """256 KiB of float32: with masks and codes it fits the 512 KiB L2 of the smallest target core."""
 
@@ -64,6 +67,43 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z = torch.nn.functional.pad(tail / absmax[-1], (0, n % 2))
         codes[full // 2 :] = packed(codes_of(z))
     return codes, absmax
+
+
+def sums(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """What the error of each block is made of. x: flat (n,); codes, absmax: as `quantize` returns them.
+
+    Returns int32 (3, b): sum((u-l)^2), sum((u-l)*l) and sum(u^2) of u = round(4064 z), z the normalized values and
+    l = round(4064 level) their codes' levels.
+    """
+    n, levels = x.numel(), torch.round(table("code", x.device) * STEPS).to(torch.int32)
+    found = torch.empty(3, absmax.numel(), dtype=torch.int32, device=x.device)
+    full = n - n % BLOCK
+    for start in range(0, n, _CHUNK_NUMEL):
+        stop = min(n, start + _CHUNK_NUMEL)
+        scale = absmax[start // BLOCK : (stop + BLOCK - 1) // BLOCK].clamp(min=MIN_SCALE)
+        inverse = 1.0 / scale
+        values = x[start:stop].to(torch.float32)
+        z = values * inverse.repeat_interleave(BLOCK)[: stop - start]
+        if stop > full:
+            z[full - start :] = values[full - start :] / scale[-1]
+        byte = codes[start // 2 : (stop + 1) // 2].to(torch.int32)
+        level = levels[torch.stack((byte >> 4, byte & 15), dim=1).view(-1)[: stop - start]]
+        u = torch.round(z * STEPS).to(torch.int32)
+        for at, product in enumerate(((u - level) * (u - level), (u - level) * level, u * u)):
+            padded = torch.nn.functional.pad(product, (0, -product.numel() % BLOCK)).view(-1, BLOCK)
+            found[at, start // BLOCK : start // BLOCK + scale.numel()] = padded.sum(dim=1, dtype=torch.int32)
+    return found
+
+
+def squares(absmax: torch.Tensor, found: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    """Squared error and energy of all values, times 4064^2. found: of `sums`; decoded: the scales as they come back.
+
+    Returns float64 (2,): of x = u * scale and its decoded l * decoded, sum((x - l*decoded)^2) and sum(x^2).
+    """
+    scale = absmax.clamp(min=MIN_SCALE).double()
+    off, (error, cross, energy) = decoded.double() - scale, found.double()
+    missed = scale * scale * error - 2 * scale * off * cross + off * off * (energy - 2 * cross - error)
+    return torch.stack((missed.sum(), (scale * scale * energy).sum()))
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ itself (`blocks`; `kvstore.kernels` repeats it faster).
 
 import json
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 
 import torch
 
@@ -20,6 +20,7 @@ from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 from kvstore.kernels import cpu_kernel
+from kvstore.kernels.cpu import CpuKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class NF4:
 
         x: float32, float16 or bfloat16, any shape and device, at least one value. Parts: "" uint8
         ((n+1)//2,), "absmax" uint8 (ceil(n/64),), "nested_absmax" float32 (ceil(ceil(n/64)/256),).
+        The attribute relative_error is the receipt: |x - decoded| / |x| before rounding to x's type, within 0.001.
         Raises CodecError for another dtype, and where a value or a decoded scale is not finite.
         """
         del name, hints
@@ -50,23 +52,20 @@ class NF4:
             raise CodecError(f"nf4 holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
         flat = x.detach().reshape(-1)
         kernel = cpu_kernel(flat)
-        found = blocks.quantize(flat) if kernel is None else kernel.nf4_encode(flat)
+        found = _measured_reference(flat) if kernel is None else _measured(kernel, flat)
         if found is None:
             raise CodecError("nf4 holds finite values only; keep these raw")
-        codes, absmax = found
-        if kernel is None:
-            scales = Scales(*blocks.quantize_scales(absmax))
-        else:
-            scales = Scales(*kernel.nf4_scales(absmax, table("scale_lut", absmax.device)))
+        codes, scales, squares = found
         _refuse_overflow(scales, x.dtype)
+        error, energy = squares.clamp(min=0.0).tolist()
         attrs: dict[str, object] = {
             "blocksize": blocks.BLOCK,
             "nested_blocksize": blocks.NESTED_BLOCK,
             "nested_offset": scales.offset,
+            "relative_error": sqrt(error / energy) if energy else 0.0,
         }
         parts = {"": codes, "absmax": scales.codes, "nested_absmax": scales.nested}
-        error = relative_error(x, self.decode(EncodedTensor(spec, self.name, parts, attrs)))
-        return EncodedTensor(spec, self.name, parts, {**attrs, "relative_error": error})
+        return EncodedTensor(spec, self.name, parts, attrs)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
@@ -83,6 +82,25 @@ class NF4:
         else:
             kernel.nf4_decode(codes, absmax, out.view(-1))
         return out
+
+
+def _measured(kernel: CpuKernel, flat: torch.Tensor) -> tuple[torch.Tensor, Scales, torch.Tensor] | None:
+    """Codes, scales and (squared error, energy); None where a value is not finite."""
+    found = kernel.nf4_encode(flat)
+    if found is None:
+        return None
+    codes, absmax, sums = found
+    scale_codes, nested, offset, squares = kernel.nf4_scales(absmax, sums)
+    return codes, Scales(scale_codes, nested, offset), squares.sum(dim=0)
+
+
+def _measured_reference(flat: torch.Tensor) -> tuple[torch.Tensor, Scales, torch.Tensor] | None:
+    codes, absmax = blocks.quantize(flat)
+    if not bool(torch.isfinite(absmax).all()):
+        return None
+    scales = Scales(*blocks.quantize_scales(absmax))
+    decoded = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset)
+    return codes, scales, blocks.squares(absmax, blocks.sums(flat, codes, absmax), decoded)
 
 
 def _refuse_overflow(scales: Scales, dtype: torch.dtype) -> None:

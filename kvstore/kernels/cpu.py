@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-ABI = 2
+from kvstore.codecs.tables import table
+
+ABI = 3
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another costs about 30 us, as much as 1 MiB."""
 
@@ -44,9 +46,9 @@ def _opened() -> ctypes.CDLL | None:
         return None
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     rows = ctypes.POINTER(Rows)
-    library.kvk_nf4_encode.argtypes = (i, i, i, p, n, p, p)
+    library.kvk_nf4_encode.argtypes = (i, i, i, p, n, p, p, p)
     library.kvk_nf4_decode.argtypes = (i, i, i, p, p, n, p)
-    library.kvk_nf4_scales.argtypes = (i, p, n, ctypes.c_float, p, p, p)
+    library.kvk_nf4_scales.argtypes = (i, i, p, n, ctypes.c_float, p, p, p, p, p, p)
     library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
@@ -65,15 +67,15 @@ class CpuKernel:
     library: ctypes.CDLL
     isa: int
 
-    def nf4_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def nf4_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """`blocks.quantize`, or None where a value is not finite. x: flat, contiguous, on the CPU."""
         n = x.numel()
         codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty((n + 63) // 64, dtype=torch.float32)
-        status = self.library.kvk_nf4_encode(
-            self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), n, codes.data_ptr(), absmax.data_ptr()
-        )
-        return None if _checked(status) == NOT_FINITE else (codes, absmax)
+        sums = torch.empty(3, absmax.numel(), dtype=torch.int32)
+        out = (codes.data_ptr(), absmax.data_ptr(), sums.data_ptr())
+        status = self.library.kvk_nf4_encode(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), n, *out)
+        return None if _checked(status) == NOT_FINITE else (codes, absmax, sums)
 
     def nf4_decode(self, codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
         """`blocks.dequantize` into out, flat and contiguous, whose lengths the caller has checked."""
@@ -89,14 +91,22 @@ class CpuKernel:
             )
         )
 
-    def nf4_scales(self, absmax: torch.Tensor, lut: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """`blocks.quantize_scales` of float32 (b,). lut: the table "scale_lut"."""
+    def nf4_scales(
+        self, absmax: torch.Tensor, sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
+        """`blocks.quantize_scales` of float32 (b,), and of each group (squared error, energy), float64 (groups, 2).
+
+        sums: as `nf4_encode` returns them. The squares are those of `blocks.squares`.
+        """
         b, offset = absmax.numel(), float(absmax.mean())
         codes = torch.empty(b, dtype=torch.uint8)
         nested = torch.empty((b + 255) // 256, dtype=torch.float32)
-        where = (lut.data_ptr(), codes.data_ptr(), nested.data_ptr())
-        _checked(self.library.kvk_nf4_scales(self.isa, absmax.data_ptr(), b, offset, *where))
-        return codes, nested, offset
+        squares = torch.empty(nested.numel(), 2, dtype=torch.float64)
+        tables = (table("scale_lut", absmax.device), table("scale_map", absmax.device), sums)
+        where = (t.data_ptr() for t in (*tables, codes, nested, squares))
+        threads = torch.get_num_threads() if b >= THREADED_NBYTES >> 6 else 1
+        _checked(self.library.kvk_nf4_scales(self.isa, threads, absmax.data_ptr(), b, offset, *where))
+        return codes, nested, offset, squares
 
     def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""

@@ -326,7 +326,7 @@ class Cold:
             raise OverQuota(
                 f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
                 f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small; "
-                "unpin something or enlarge the tier"
+                "unpin something or enlarge the tier or the quota"
             )
 
     def _wait_for_buffer(self, nbytes: int) -> None:

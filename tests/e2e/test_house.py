@@ -92,7 +92,7 @@ def test_the_client_takes_only_light_modules_of_the_engine():
         assert taken <= allowed, path
 
 
-ENGINES = {"lmcache", "sglang", "vllm"}
+ENGINES = {"kvpress", "llama-cpp", "lmcache", "sglang", "vllm"}
 """Installed in venvs of their own, whose scripts in tools/engines/ pin them."""
 
 

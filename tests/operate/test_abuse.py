@@ -173,8 +173,9 @@ def test_a_slow_reader_costs_a_lot_of_time_and_little_memory(daemon, steady):
     wait_until(all_cut_off, "the slow readers were not cut off")
     assert highest[0] < anonymous + 4 * 16 * MIB
     for call in calls:
-        with pytest.raises(grpc.RpcError, match="took no frame for 2"):
+        with pytest.raises(grpc.RpcError) as caught:
             list(call)
+        assert caught.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
     raw.close()
     client.evict(*keys)
 

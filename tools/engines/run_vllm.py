@@ -1,13 +1,14 @@
-"""vLLM itself with KvstoredConnector: five engine processes must give the same tokens.
+"""vLLM itself with KvstoredConnector: six engine processes must give the same tokens.
 
 base: no connector. store: the first with it. load: a new process finds the blocks. lose: blocks are gone between lookup
-and load. down: the daemon is dead. Prints a table, with --json a line each. Exit code 1: tokens differ, or nothing was
-loaded. Run by `make engines`.
+and load. stopped: the daemon is there and answers nothing. down: it is dead; both with the default deadlines. Prints a
+table, with --json a line each. Exit code 1: tokens differ, or nothing was loaded. Run by `make engines`.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CASES = ("base", "store", "load", "lose", "down")
+CASES = ("base", "store", "load", "lose", "stopped", "down")
+
+PATIENT = {"lookup_timeout_s": 1.0, "fetch_timeout_s": 10.0}
+"""Engines and daemon share two cores here: what is due must not be missed by a deadline."""
 
 
 def connector(case: str, address: str) -> dict[str, Any] | None:
@@ -29,7 +33,7 @@ def connector(case: str, address: str) -> dict[str, Any] | None:
     return {
         "kv_connector": name, "kv_connector_module_path": module, "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"address": address, "lookup_timeout_s": 1.0, "fetch_timeout_s": 10.0},
+        "kv_connector_extra_config": {"address": address, **({} if case in ("stopped", "down") else PATIENT)},
     }  # fmt: skip
 
 
@@ -79,6 +83,8 @@ def main() -> int:
         found = {}
         try:
             for case in CASES:
+                if case == "stopped":
+                    daemon.send_signal(signal.SIGSTOP)
                 if case == "down":
                     daemon.kill()
                     daemon.wait()

@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -124,6 +125,11 @@ class Guard:
         missing: list[Hit | None] = [] if leading else [None] * len(keys)
         found = self.call(lambda: list(self.cache.get_many(keys, leading=leading)), self.fetch_timeout_s, missing)
         return found if leading or len(found) == len(keys) else missing
+
+    @contextmanager
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[list[Hit | None]]:
+        """As get_many. Copies all the same: a view read after the deadline would have nobody to wait for it."""
+        yield self.get_many(keys, leading=leading)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys are held, and where."""

@@ -59,10 +59,10 @@ class Pressed:
 class PressedCache:
     """One model's prefixes under one press.
 
-    press: any of kvpress's that acts on the prefill. cache: a Client, an embedded Store, a Guard around one, an address,
-    or None for the daemon at the default address. revision: your word for the weights, by default their fingerprint.
-    fidelity: "exact", or "auto" to let K and V become NF4 below hot, on top of the press. positions: for a press that is
-    not kvpress's own, whether it keeps the keys' positions. salt: keeps tenants apart.
+    press: any of kvpress's that acts on the prefill. cache: a Client, an embedded Store, a Guard around one, an
+    address, or None for the daemon at the default address. revision: your word for the weights, by default their
+    fingerprint. fidelity: "exact", or "auto" to let K and V become NF4 below hot, on top of the press. positions: for a
+    press that is not kvpress's own, whether it keeps the keys' positions. salt: keeps tenants apart.
     Raises ValueError for a press that is not understood.
     """
 
@@ -93,8 +93,8 @@ class PressedCache:
         heads, dim = identity.attention_shape(model)
         self._identity = Identity(
             model=f"{type(model).__name__}/{fields}", revision=identity.revision(model, revision),
-            dtype=str(model.dtype).removeprefix("torch."), layers=layers, kv_heads=heads, head_dim=dim, layout="pressed",
-            fidelity=fidelity,
+            dtype=str(model.dtype).removeprefix("torch."), layers=layers, kv_heads=heads, head_dim=dim,
+            layout="pressed", fidelity=fidelity,
         )  # fmt: skip
 
     def prefill(self, ids: torch.Tensor) -> Pressed:
@@ -122,7 +122,7 @@ class PressedCache:
             return None
 
     def generate(self, context: torch.Tensor, question: torch.Tensor, max_new_tokens: int = 50) -> torch.Tensor:
-        """Greedy answer (tokens,) to a question (1, tokens) about a context (1, tokens), as kvpress's pipeline gives."""
+        """Greedy answer (tokens,) to a question (1, tokens) about a context (1, tokens), as kvpress's own."""
         past = self.prefill(context)
         # Layers of different lengths share one attention mask in transformers: only single tokens go through.
         step = question.shape[1] if len(set(past.rows)) == 1 else 1
@@ -230,19 +230,20 @@ def _is_press(x: Any) -> bool:
 
 def _described(x: Any) -> Any:
     """A press and everything in it as JSON, tensors as their hashes. Raises ValueError for what is not understood."""
-    if x is None or isinstance(x, bool | int | float | str):
-        return x
+    found: Any = x
     if isinstance(x, list | tuple):
-        return [_described(y) for y in x]
-    if isinstance(x, dict):
-        return {str(name): _described(y) for name, y in x.items()}
-    if isinstance(x, np.ndarray):
-        return _described(torch.from_numpy(np.ascontiguousarray(x)))
-    if isinstance(x, torch.Tensor):
+        found = [_described(y) for y in x]
+    elif isinstance(x, dict):
+        found = {str(name): _described(y) for name, y in x.items()}
+    elif isinstance(x, np.ndarray):
+        found = _described(torch.from_numpy(np.ascontiguousarray(x)))
+    elif isinstance(x, torch.Tensor):
         data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return [str(x.dtype), list(x.shape), hashlib.sha256(data).hexdigest()]
-    if isinstance(x, torch.nn.Module):
-        return [type(x).__qualname__, {name: _described(y) for name, y in x.state_dict().items()}]
-    if "BasePress" in _names(x):
-        return [type(x).__module__, type(x).__qualname__, {name: _described(y) for name, y in vars(x).items()}]
-    raise ValueError(f"a press with a {type(x).__qualname__} in it is not understood: its cache cannot have a key")
+        found = [str(x.dtype), list(x.shape), hashlib.sha256(data).hexdigest()]
+    elif isinstance(x, torch.nn.Module):
+        found = [type(x).__qualname__, {name: _described(y) for name, y in x.state_dict().items()}]
+    elif "BasePress" in _names(x):
+        found = [type(x).__module__, type(x).__qualname__, {name: _described(y) for name, y in vars(x).items()}]
+    elif not (x is None or isinstance(x, bool | int | float | str)):
+        raise ValueError(f"a press with a {type(x).__qualname__} in it is not understood: its cache cannot have a key")
+    return found

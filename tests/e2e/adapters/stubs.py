@@ -40,7 +40,6 @@ NAMES = frozenset(
         "mistral_common",
         "model_hosting_container_standards",
         "numba",
-        "nvtx",
         "openai",
         "openai_harmony",
         "orjson",
