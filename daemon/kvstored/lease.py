@@ -230,7 +230,8 @@ class Connection:
         finally:
             self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
         if len(reply) > PACKET_MAX_NBYTES:
-            self._leases.pop(self._next - 1, None)
+            if verb == "get":  # the one it was about
+                self._leases.pop(self._next - 1, None)
             return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
         return reply
 
