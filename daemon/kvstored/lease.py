@@ -229,11 +229,12 @@ class Connection:
             code, reply = "INTERNAL", _refusal("KvstoreError", "internal error, see the daemon's log")
         finally:
             self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
-        if len(reply) > PACKET_MAX_NBYTES:
-            if verb == "get":  # the one it was about
-                self._leases.pop(self._next - 1, None)
-            return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
-        return reply
+        return reply if len(reply) <= PACKET_MAX_NBYTES else self._too_large(verb, reply)
+
+    def _too_large(self, verb: str, reply: bytes) -> bytes:
+        if verb == "get":  # it holds the newest lease
+            self._drop([self._next - 1])
+        return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
 
     def _allowed(self, verb: str, call: pb.LeaseCall) -> bytes:
         if verb == "ingest":
