@@ -92,15 +92,18 @@ def measure(up: Servers, nbytes: int, seconds: float) -> list[dict[str, Any]]:
     values = payloads(nbytes, count)
     keys = [b"%d-%d" % (nbytes, i) for i in range(count)]
     actions: dict[tuple[str, str, str], Callable[[int], object]] = {}
+    out = {"x": np.zeros(nbytes // 4, dtype=np.float32)}
+    near, far = client_of(up, "unix"), client_of(up, "tcp")
     for system, path, subject in subjects(up):
+        # One system's calls stand together: who comes after another system's finds his own code and data gone cold.
         x = [value.tobytes() for value in values] if system == "memcached" else values
         actions[system, "put", path] = lambda i, s=subject, x=x: s.put(keys[i], x[i])
         actions[system, "get", path] = lambda i, s=subject: s.get(keys[i])
-    out = {"x": np.zeros(nbytes // 4, dtype=np.float32)}
-    near, far = client_of(up, "unix"), client_of(up, "tcp")
-    actions["kvstored", "get.out", "unix"] = lambda i: found(near.get(keys[i], out=out))
-    actions["kvstored", "get.out", "tcp"] = lambda i: found(far.get(keys[i], out=out))
-    actions["kvstored", "view", "unix"] = lambda i: view(near, keys[i])
+        if (system, path) == ("kvstored", "unix"):
+            actions["kvstored", "get.out", "unix"] = lambda i: found(near.get(keys[i], out=out))
+            actions["kvstored", "view", "unix"] = lambda i: view(near, keys[i])
+        elif system == "kvstored":
+            actions["kvstored", "get.out", "tcp"] = lambda i: found(far.get(keys[i], out=out))
     source, target = [torch.from_numpy(value) for value in values], torch.zeros(nbytes // 4)
     actions["memcpy", "copy", ""] = lambda i: target.copy_(source[i])
     for name, path, decode in PACKED:
@@ -151,7 +154,13 @@ def packed_get(
         client.put(key, {"k": k, "v": v})
         client.demote(key)
     out = {name: np.zeros((4, tokens, 2, 64), np.float32) for name in ("k", "v")}
-    return lambda i: found(client.get(own[i], out=out))
+
+    def get(i: int) -> None:
+        torch.set_num_threads(2)  # what a worker's torch has here by default; copies of this bench have one
+        found(client.get(own[i], out=out))
+        torch.set_num_threads(1)
+
+    return get
 
 
 def cpu_of(pid: int, action: Callable[[int], object], count: int, nbytes: int) -> float:

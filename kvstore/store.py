@@ -10,7 +10,7 @@ Leaves out: prefixes (`prefix`), the network (the daemon and its client offer th
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -190,14 +190,25 @@ class Store:
 
     @contextmanager
     def lease_as_held(
-        self, keys: Sequence[bytes], accept: Collection[str], *, leading: bool = False, room: Room | None = None
+        self,
+        keys: Sequence[bytes],
+        accept: Collection[str],
+        *,
+        from_nbytes: int = 0,
+        leading: bool = False,
+        room: Room | None = None,
     ) -> Iterator[Iterator[Hit | Found | None]]:
         """As `lease_many`; an entry in one of the encodings `accept` is not decoded but given out as the `Found` it is.
 
-        room: where what must be decoded is made, by default ordinary memory.
+        from_nbytes: decoded bytes below which it is decoded all the same. room: where what must be decoded is made, by
+        default ordinary memory.
         """
+
+        def stays(at: Found) -> bool:
+            return at.entry.value_nbytes >= from_nbytes and at.entry.is_encoded_in(accept)
+
         found = self._read(check_keys(keys), leading=leading)
-        yield self._hits(found, leading=leading, copy=False, room=room, accept=accept)
+        yield self._hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
 
     def resident(self, keys: Sequence[bytes]) -> Resident | None:
         """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
@@ -411,11 +422,11 @@ class Store:
         leading: bool,
         copy: bool = True,
         room: Room | None = None,
-        accept: Collection[str] = (),
+        stays: Callable[[Found], bool] | None = None,
     ) -> Iterator[Any]:
         for place in found:
             hit: Hit | Found | None = place
-            if place is not None and not (accept and place.entry.is_encoded_in(accept)):
+            if place is not None and not (stays is not None and stays(place)):
                 hit = self._hit(place, copy=copy, room=room)
             if hit is None and leading:
                 return

@@ -29,7 +29,7 @@ from kvstore.stats import Stats
 from kvstored_client import local
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import default_address, lease_path, socket_path
-from kvstored_client.decoding import DECODES, Decode, accepted
+from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
     read_entry_info,
@@ -367,6 +367,8 @@ class Client:
     def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
         framework = arrays.resolve_framework(self._framework)
         request = pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode))
+        if self._near is not None and self._decode == "auto":
+            request.accept_from_nbytes = NEAR_FROM_NBYTES
         try:
             hits[:], stale, epoch = self._nearby(lambda near: local.get(near, request, framework, out))
         except UseStream:

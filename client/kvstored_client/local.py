@@ -167,7 +167,9 @@ def get(near: Near, asked: pb.GetRequest, framework: str, out: Out = None) -> tu
             part = keys[start : start + KEYS_PER_PACKET]
             request = asked
             if len(part) < len(keys):
-                request = pb.GetRequest(keys=part, leading=asked.leading, accept=asked.accept)
+                request = pb.GetRequest()
+                request.CopyFrom(asked)
+                request.keys[:] = part
             reply = connection.call(pb.LeaseCall(get=request), near.timeout_s)
             epoch = reply.boot_epoch
             try:

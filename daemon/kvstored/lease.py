@@ -143,7 +143,7 @@ class Connection:
         self._next = 1
         self._handed: set[int] = set()
         self._ingest: dict[int, Segment] = {}
-        self._fds: list[int] = []
+        self._fds: dict[int, int] = {}
 
     @property
     def leases(self) -> int:
@@ -194,8 +194,8 @@ class Connection:
 
     def _send(self, data: bytes) -> None:
         if self._fds:
-            fds, self._fds = self._fds, []
-            socket.send_fds(self._sock, [data], fds)
+            fds, self._fds = self._fds, {}
+            socket.send_fds(self._sock, [data], list(fds.values()))
         else:
             self._sock.send(data)
 
@@ -211,28 +211,39 @@ class Connection:
             if not call.ingest_nbytes and not any(map(call.HasField, VERBS)):
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
-        code, reply = "OK", b""
+        code, reply = self._outcome(verb, call)
+        self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
+        if len(reply) > PACKET_MAX_NBYTES:
+            reply = self._too_large(verb, reply)
+        elif code == "OK":
+            return reply
+        # A refusal names no segments: what this call was to hand over goes with the next one that needs it.
+        self._handed.difference_update(self._fds)
+        self._fds.clear()
+        return reply
+
+    def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
+        """The call's status, by gRPC's name, and its reply."""
         try:
-            reply = self._allowed(verb, call)
+            return "OK", self._allowed(verb, call)
         except Refusal as refusal:
-            code, reply = refusal.code.name, _refusal("PermissionDenied", str(refusal))
+            return refusal.code.name, _refusal("PermissionDenied", str(refusal))
         except UseStream as error:
-            code, reply = "UNIMPLEMENTED", _refusal("UseStream", str(error))
+            return "UNIMPLEMENTED", _refusal("UseStream", str(error))
         except KvstoreError as error:
             kinds = (kind.__name__ for kind in type(error).__mro__)
             name = next(kind for kind in kinds if hasattr(errors, kind))
-            code, reply = error.grpc_code, _refusal(name, str(error))
+            return error.grpc_code, _refusal(name, str(error))
         except OSError:
             raise
         except Exception:
             logger.exception("lease call failed")
-            code, reply = "INTERNAL", _refusal("KvstoreError", "internal error, see the daemon's log")
-        finally:
-            self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
-        if len(reply) > PACKET_MAX_NBYTES:
-            self._leases.pop(self._next - 1, None)
-            return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
-        return reply
+            return "INTERNAL", _refusal("KvstoreError", "internal error, see the daemon's log")
+
+    def _too_large(self, verb: str, reply: bytes) -> bytes:
+        if verb == "get":  # it holds the newest lease
+            self._drop([self._next - 1])
+        return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
 
     def _allowed(self, verb: str, call: pb.LeaseCall) -> bytes:
         if verb == "ingest":
@@ -343,7 +354,7 @@ class Connection:
             return
         self._handed.add(segment.number)
         reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
-        self._fds.append(segment.fd)
+        self._fds[segment.number] = segment.fd
 
     def _open_ingest(self, nbytes: int) -> bytes:
         size = -(-max(nbytes, INGEST_MIN_NBYTES) // (1 << 20)) * (1 << 20)

@@ -177,8 +177,8 @@ class CacheService(_Service):
             return
         reading = Reading(self._store, self._budget, asked, frames_nbytes=self._budget.call_nbytes)
         try:
-            while lot := await self._run(reading.next_lot):
-                await self._write_lot(context, lot)
+            while not reading.done:
+                await self._write_lot(context, await self._run(reading.next_lot))
         finally:
             reading.close()
 

@@ -206,6 +206,7 @@ class Reading:
         self._frames_nbytes = frames_nbytes
         self._counted_nbytes = 0
         self._accept = frozenset(asked.accept)
+        self._accept_from_nbytes = asked.accept_from_nbytes
         self._store = store
         self._budget = budget
         self._keys = check_keys(asked.keys)
@@ -241,6 +242,11 @@ class Reading:
         self._count(max(0, min(nbytes, self._frames_nbytes) - self._counted_nbytes))
         return lot
 
+    @property
+    def done(self) -> bool:
+        """Whether there are no further lots."""
+        return self._at >= len(self._keys)
+
     def close(self) -> None:
         """Let go of the leases. A chain read in several groups is touched once more, as one."""
         self._end_group()
@@ -259,7 +265,9 @@ class Reading:
         else:
             self._count(self._measure_group())
         group = self._keys[self._at : self._stop]
-        hits = self._store.lease_as_held(group, self._accept, leading=self._leading, room=self._room)
+        hits = self._store.lease_as_held(
+            group, self._accept, from_nbytes=self._accept_from_nbytes, leading=self._leading, room=self._room
+        )
         self._hits = self._lease.enter_context(hits)
         self._groups += 1
 

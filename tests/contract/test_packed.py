@@ -137,6 +137,20 @@ def test_nothing_is_accepted_without_the_kernel(monkeypatch):
         Client("unix:/nowhere", decode="perhaps")  # type: ignore[arg-type]
 
 
+def test_on_the_daemons_own_host_small_entries_are_decoded_by_the_daemon(shared_daemon, monkeypatch):
+    monkeypatch.setattr("kvstored_client.decoding._has_kernel", lambda: True)
+    calls = packed_calls(monkeypatch)
+    decoded_here = {}
+    for near in (True, False):
+        client = shared_daemon.client(shared_memory=near)
+        sink(client, b"small")
+        calls.clear()
+        assert client.get(b"small").encoding in ENCODINGS
+        decoded_here[near] = len(calls)
+    assert decoded_here == {True: 0, False: 1}
+    client.delete(b"small")
+
+
 def header(**changes) -> pb.GetHeader:
     spec = {"name": "k", "dtype": pb.DTYPE_FLOAT32, "shape": [64]}
     codes = pb.TensorSpec(name="", dtype=pb.DTYPE_UINT8, shape=[32])

@@ -137,14 +137,16 @@ class PutReply(_message.Message):
     def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "leading", "accept")
+    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEADING_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_FROM_NBYTES_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     leading: bool
     accept: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ...) -> None: ...
+    accept_from_nbytes: int
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ...) -> None: ...
 
 class GetFrame(_message.Message):
     __slots__ = ("header", "chunk", "end", "miss")
