@@ -9,6 +9,10 @@ import ctypes
 from pathlib import Path
 
 
+INTERVAL_S = 0.25
+"""Between two looks: under load a gigabyte a second is freed and taken again."""
+
+
 class _Mallinfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
