@@ -32,6 +32,10 @@ class Budget:
         self.refused = 0
         self._lock = threading.Lock()
 
+    def frames_of(self, nbytes: int) -> int:
+        """What to count for the frames of an entry beside its own bytes: never so much that the two cannot pass."""
+        return max(0, min(nbytes, self.call_nbytes, self.limit_nbytes - nbytes))
+
     def take(self, nbytes: int) -> None:
         """Count bytes in. Raises EntryTooLarge for what could never pass, Busy for what cannot pass now."""
         if nbytes > self.limit_nbytes:

@@ -8,6 +8,9 @@ Thread rule: `turn` on one thread.
 import ctypes
 from pathlib import Path
 
+INTERVAL_S = 0.25
+"""Between two looks: under load a gigabyte a second is freed and taken again."""
+
 
 class _Mallinfo(ctypes.Structure):
     _fields_ = [

@@ -119,6 +119,8 @@ _DAEMON = (
     Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
+    Family("kvstored_heap_idle_bytes", "gauge", "Resident memory that is freed and not used again yet, about.",
+           value="heap_idle_nbytes"),
     Family("kvstored_heap_trims_total", "counter", "Times much freed memory was given back to the kernel.",
            value="heap_trims"),
     Family("kvstored_heartbeat_age_seconds", "gauge", "Since the background thread last turned.",

@@ -16,6 +16,7 @@ from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from kvstore.stats import Stats
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.heap import INTERVAL_S as HEAP_INTERVAL_S
 from kvstored.heap import Heap
 from kvstored.history import INTERVAL_S, History
 from kvstored.httpd import MetricsPort
@@ -75,6 +76,7 @@ class Watch:
             "uptime_s": time.monotonic() - self._started_at,
             "pressure_shrinks": self._valve.shrinks if self._valve is not None else 0,
             "heap_trims": self._heap.trims,
+            "heap_idle_nbytes": self._heap.idle_nbytes(),
             "heartbeat_age_s": max(0.0, self._store.heartbeat_age_s()),
         }
         for source in self.sources:
@@ -102,16 +104,17 @@ class Watch:
         }
 
     def _run(self) -> None:
-        sampled_at = float("-inf")
+        sampled_at = pressed_at = float("-inf")
         while True:
             try:
                 if time.monotonic() - sampled_at >= INTERVAL_S:
                     sampled_at = time.monotonic()
                     self.history.take(self._store.stats())
-                if self._valve is not None:
+                if self._valve is not None and time.monotonic() - pressed_at >= PRESSURE_INTERVAL_S:
+                    pressed_at = time.monotonic()
                     self._valve.turn()
                 self._heap.turn()
             except Exception:  # the boundary of the thread: a failed look must not end the next one
                 log.exception("watch turn failed")
-            if self._stopping.wait(PRESSURE_INTERVAL_S):
+            if self._stopping.wait(HEAP_INTERVAL_S):
                 return

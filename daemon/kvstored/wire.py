@@ -125,7 +125,7 @@ class PutStream:
         self._open: Incoming | None = None
         # Until the first header says what comes: 256 calls with a frame each had a gigabyte in no account.
         budget.take(budget.call_nbytes)
-        self._taken_nbytes = self._unknown_nbytes = budget.call_nbytes
+        self._taken_nbytes = self._frames_nbytes = budget.call_nbytes
         self._keys = 0
         self.ready: list[Incoming] = []
         self.ready_nbytes = 0
@@ -147,6 +147,7 @@ class PutStream:
             self.ready.append(self._open)
             self.ready_nbytes += self._open.nbytes
             self._open = None
+            self._expect_frames(0)
 
     def _begin(self, header: pb.PutHeader) -> None:
         if self._open is not None:
@@ -155,13 +156,20 @@ class PutStream:
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
         entry = Incoming(header, self._limit_nbytes)
-        self._budget.give_back(self._unknown_nbytes)
-        self._taken_nbytes -= self._unknown_nbytes
-        self._unknown_nbytes = 0
+        self._expect_frames(self._budget.frames_of(entry.nbytes))
         self._budget.take(entry.nbytes)
         self._taken_nbytes += entry.nbytes
         self._open = entry
         entry.begin(self._room)
+
+    def _expect_frames(self, nbytes: int) -> None:
+        more = nbytes - self._frames_nbytes
+        if more > 0:
+            self._budget.take(more)
+        else:
+            self._budget.give_back(-more)
+        self._taken_nbytes += more
+        self._frames_nbytes = nbytes
 
     def check_whole(self) -> None:
         """At the end of the stream. Raises BadFrame for an entry without its end."""
@@ -204,7 +212,7 @@ class Reading:
         """Of a request with checked keys. room: where what must be decoded is made."""
         self._room = room
         self._frames_nbytes = frames_nbytes
-        self._counted_nbytes = 0
+        self._framed_nbytes = 0
         self._accept = frozenset(asked.accept)
         self._accept_from_nbytes = asked.accept_from_nbytes
         self._store = store
@@ -238,8 +246,10 @@ class Reading:
                     self._count(size)
             elif self._leading:
                 self._at = self._stop = len(self._keys)
-        # Entries in hot are counted there already, their frames are not.
-        self._count(max(0, min(nbytes, self._frames_nbytes) - self._counted_nbytes))
+        if self._frames_nbytes:
+            frames_nbytes = min(self._budget.frames_of(nbytes), self._frames_nbytes)
+            self._count(max(0, frames_nbytes - self._framed_nbytes))
+            self._framed_nbytes = max(self._framed_nbytes, frames_nbytes)
         return lot
 
     @property
@@ -256,7 +266,6 @@ class Reading:
     def _count(self, nbytes: int) -> None:
         if nbytes:
             self._budget.take(nbytes)
-            self._counted_nbytes += nbytes
             self._lease.callback(self._budget.give_back, nbytes)
 
     def _begin_group(self) -> None:
@@ -284,7 +293,7 @@ class Reading:
 
     def _end_group(self) -> None:
         self._hits = None
-        self._counted_nbytes = 0
+        self._framed_nbytes = 0
         self._lease.close()
 
 

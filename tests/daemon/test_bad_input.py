@@ -9,7 +9,8 @@ import pytest
 
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
-from tests.conftest import wait_until
+from tests.conftest import free_port, wait_until
+from tests.operate.conftest import http_get
 from tests.raw import RawClient, entry_frames, header, spec
 
 MIB = 1 << 20
@@ -174,7 +175,8 @@ def test_a_unary_message_over_4_mib_and_headers_over_16_kib_are_refused(daemon, 
 
 
 def test_calls_over_the_limit_are_refused_at_once(daemon_factory):
-    daemon = daemon_factory(server="calls_max = 2\nsilence_s = 120.0")
+    port = free_port()
+    daemon = daemon_factory(server=f'calls_max = 2\nsilence_s = 120.0\nmetrics_address = "127.0.0.1:{port}"')
     raw = RawClient(parse_address(daemon.address))
     release = threading.Event()
 
@@ -183,11 +185,14 @@ def test_calls_over_the_limit_are_refused_at_once(daemon_factory):
         release.wait(120)
 
     put = raw.channel.stream_unary("/kvstored.v1.Cache/Put", pb.PutFrame.SerializeToString, pb.PutReply.FromString)
-    calls = [put.future(waiting())]
-    with daemon.client() as watching:
-        wait_until(lambda: watching.stats().values["in_flight_nbytes"] > 0)
-    # One connection: what is sent first arrives first, so the second put has the second place.
-    calls.append(put.future(waiting()))
+    calls = [put.future(waiting()) for _ in range(2)]
+
+    def both_wait():
+        # By the other port: a call to look would take the place that the second put is to have.
+        status, body, _ = http_get(port, "/metrics")
+        return status == 200 and 'kvstored_rpc_running{method="Cache/Put"} 2.0' in body
+
+    wait_until(both_wait)
     with pytest.raises(grpc.RpcError) as caught:
         raw.match(b"k")
     assert caught.value.code() == EXHAUSTED
