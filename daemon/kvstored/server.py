@@ -87,7 +87,7 @@ def serve(settings: Settings) -> int:
         return asyncio.run(_serve(settings))
     finally:
         # One more signal on the way out would otherwise end the process with that signal's exit status.
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         for lock in reversed(locks):
             lock.release()

@@ -57,7 +57,7 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
                         "gone_s": of.gone_s, "hits": of.hits, "entry": entry})  # fmt: skip
         return
     rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
-    head = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "AGE", "TTL", "PINNED BY", "HITS")
+    head = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "PINNED BY", "HITS")
     click.echo("\n".join(table(head, rows, left=5)))
 
 
@@ -88,9 +88,10 @@ def _explained(of: Explanation, tokens: str) -> tuple[str, ...]:
     if info is not None and info.pinned:
         who = "/".join(part for part in (info.tenant, info.namespace) if part) or "yes"
     encoding = "-" if info is None else info.encoding
+    error = "-" if info is None else f"{max(info.receipt.values(), default=0.0):.3g}"
     return (
         tokens, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
-        age, left, who, str(of.hits),
+        error, age, left, who, str(of.hits),
     )  # fmt: skip
 
 
