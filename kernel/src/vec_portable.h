@@ -28,6 +28,11 @@ struct Portable {
     static void store_stream(const float* x, float* out, int n) { memcpy(out, x, 4u * static_cast<unsigned>(n)); }
     static void fence() {}
 
+    // Scales from their bytes under a top, times `shrink`: n a multiple of 8.
+    static void scales(const uint8_t* codes, int n, int32_t top, float shrink, float* out) {
+        for (int i = 0; i < n; ++i) out[i] = kvk::scale_of(codes[i], top) * shrink;
+    }
+
     // x plus y into out; nothing here bypasses the caches.
     static void store_sum(const float* x, const float* y, float* out, int n, bool) {
         for (int i = 0; i < n; ++i) out[i] = x[i] + y[i];
