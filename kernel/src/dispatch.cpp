@@ -139,6 +139,14 @@ int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales
     return KVK_OK;
 }
 
+int kvk_kv_energy(int isa, int threads, int dtype, const void* x, int64_t n, float* energy) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || n < 0) return KVK_BAD_ARGUMENT;
+    split(threads, (n + kvk::kEnergyRun - 1) / kvk::kEnergyRun,
+          [&](int64_t begin, int64_t end) { ops->kv_energy(dtype, x, n, begin, end, energy); });
+    return KVK_OK;
+}
+
 int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,
                   uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
     const Ops* ops = ops_for(isa);

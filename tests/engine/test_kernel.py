@@ -143,6 +143,13 @@ def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
     assert (out[:, :skip] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_squares_are_the_reference_s(kernel, dtype):
+    for n in (*SIZES, 255, 256, 257, 1 << 17):
+        x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+        assert bits(kernel.kv_energy(x)) == bits(kv.energies(x))
+
+
 @pytest.mark.parametrize("d", [64, 128, 8192])
 def test_values_between_two_bfloat16_are_rounded_to_the_even_one(kernel, d):
     """Ties, which random values hardly ever are: levels of zero leave the means alone, every float with half a unit."""
