@@ -184,7 +184,8 @@ class CacheService(_Service):
 
     async def _write_resident(self, context: Context, hits: Sequence[tuple[int, Hit | Found | None]]) -> None:
         size = sum(x.nbytes for _, hit in hits if hit is not None for x in payload(hit))
-        nbytes = min(size, self._budget.call_nbytes)  # the entries are counted by their tier, their frames are not
+        # Hot may let go of what waits here for a slow reader. Never more than half: a larger call could not pass.
+        nbytes = min(size + self._budget.frames_of(size), self._budget.limit_nbytes // 2)
         self._budget.take(nbytes)
         try:
             await self._write_lot(context, hits)

@@ -38,8 +38,8 @@ HEADER_MAX_NBYTES = 64 << 10
 """256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
 LOT_NBYTES = 16 << 20
 """Decoded bytes taken out of the store at once: what a slow reader costs in memory, and few thread switches."""
-DECODE_NBYTES = 256 << 20
-"""Decoded bytes of the warm and cold entries that one Get may have under way."""
+GROUP_NBYTES = 256 << 20
+"""Decoded bytes that one Get may have under way, but for a single entry that has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,7 @@ class Reading:
         self._at = 0
         self._groups = 0
         self._stop = 0
+        self._counted_nbytes = 0
         self._lease = ExitStack()
         self._hits: Iterator[Hit | Found | None] | None = None
 
@@ -242,8 +243,8 @@ class Reading:
             if hit is not None:
                 size = sum(x.nbytes for x in payload(hit))
                 nbytes += size
-                if len(self._keys) == 1 and hit.tier != "hot":
-                    self._count(size)
+                if isinstance(hit, Found):
+                    self._give_back(hit.entry.value_nbytes - size)  # counted as if it were decoded
             elif self._leading:
                 self._at = self._stop = len(self._keys)
         if self._frames_nbytes:
@@ -264,15 +265,17 @@ class Reading:
             self._store.touch(self._keys[: self._at])
 
     def _count(self, nbytes: int) -> None:
-        if nbytes:
-            self._budget.take(nbytes)
-            self._lease.callback(self._budget.give_back, nbytes)
+        self._budget.take(nbytes)
+        self._counted_nbytes += nbytes
+
+    def _give_back(self, nbytes: int) -> None:
+        nbytes = min(nbytes, self._counted_nbytes)  # what was found is not always what was looked up before
+        self._counted_nbytes -= nbytes
+        self._budget.give_back(nbytes)
 
     def _begin_group(self) -> None:
-        if len(self._keys) == 1:
-            self._stop = 1  # counted when it is there: looking first would cost a fifth of a hot get
-        else:
-            self._count(self._measure_group())
+        # Before anything is read: what is under way is in memory, and threads enough for a gigabyte read at once.
+        self._count(self._measure_group())
         group = self._keys[self._at : self._stop]
         hits = self._store.lease_as_held(
             group, self._accept, from_nbytes=self._accept_from_nbytes, leading=self._leading, room=self._room
@@ -281,11 +284,12 @@ class Reading:
         self._groups += 1
 
     def _measure_group(self) -> int:
-        """Set where the next group stops; the decoded bytes of what is not in hot."""
+        """Set where the next group stops; its decoded bytes, hot ones too: hot may let go of what waits here."""
+        group_max_nbytes = min(GROUP_NBYTES, self._budget.limit_nbytes // 4)
         decoded = 0
         for held in self._store.locate(self._keys[self._at :]):
-            cost = held.nbytes if held is not None and held.tier != "hot" else 0
-            if decoded and decoded + cost > DECODE_NBYTES:
+            cost = held.nbytes if held is not None else 0
+            if decoded and decoded + cost > group_max_nbytes:
                 break
             decoded += cost
             self._stop += 1
@@ -295,6 +299,7 @@ class Reading:
         self._hits = None
         self._framed_nbytes = 0
         self._lease.close()
+        self._give_back(self._counted_nbytes)
 
 
 def resident_hit(entry: Entry, age_s: float) -> Hit:
