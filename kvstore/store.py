@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -217,7 +217,7 @@ class Store:
         are referred to.
         """
         self._check_open()
-        return self._reader.resident([Key(key) for key in keys])
+        return self._reader.resident(cast("Sequence[Key]", keys))
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
