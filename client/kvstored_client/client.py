@@ -14,9 +14,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from kvstored_client.address import default_address, lease_path, socket_path
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.frames import BadFrame
 from kvstored_client.messages import (
+    GetOptions,
     read_entry_info,
     read_explanation,
     read_held,
@@ -51,6 +52,10 @@ _SOFT = (TierUnavailable, OverQuota, RecordCorrupt)
 """What a daemon in trouble looks like: a miss on the data path."""
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+_NOTHING_LEASED: AbstractContextManager[Sequence[Hit | None]] = nullcontext(())
+_how_to_get = lru_cache(maxsize=64)(GetOptions)
 
 
 class Client:
@@ -220,13 +225,13 @@ class Client:
         and one that is still referred to after the block raises LeaseKept. A block that takes longer than
         `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         """
-        return _OneLease(partial(self._lease, [check_key(key)], leading=False))
+        return _OneLease(self._lease, [check_key(key)], leading=False)
 
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
     ) -> AbstractContextManager[Sequence[Hit | None]]:
         """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
-        return _Leases(partial(self._lease, check_keys(keys), leading=leading))
+        return _Leases(self._lease, check_keys(keys), leading=leading)
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.
@@ -237,7 +242,7 @@ class Client:
         framework = arrays.resolve_framework(self._framework)
         arrays.check_specs({"x": spec})
         try:
-            return self._nearby(lambda near: local.empty(near, spec, framework))
+            return self._nearby(local.empty, spec, framework)
         except (UseStream, *_SOFT):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
@@ -339,7 +344,7 @@ class Client:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch, commits = self._nearby(lambda near: local.put(near, batch))
+            stored, epoch, commits = self._nearby(local.put, batch)
         except UseStream:
             return self._send_stream(batch)
         if commits > 1:
@@ -366,13 +371,12 @@ class Client:
 
     def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
         framework = arrays.resolve_framework(self._framework)
-        request = pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode))
-        if self._near is not None and self._decode == "auto":
-            request.accept_from_nbytes = NEAR_FROM_NBYTES
+        from_nbytes = NEAR_FROM_NBYTES if self._near is not None and self._decode == "auto" else 0
+        how = _how_to_get(leading, accepted(self._decode), from_nbytes)
         try:
-            hits[:], stale, epoch = self._nearby(lambda near: local.get(near, request, framework, out))
+            hits[:], stale, epoch = self._nearby(local.get, keys, how, framework, out)
         except UseStream:
-            self._read_stream(Receiver(keys, framework, out, hits), request)
+            self._read_stream(Receiver(keys, framework, out, hits), how.request(keys))
             return
         self._transport.saw_epoch(epoch)
         if stale:
@@ -390,15 +394,15 @@ class Client:
             raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
     def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(lambda: self._leased(keys, leading=leading), nullcontext([]))
+        return self._data(lambda: self._leased(keys, leading=leading), _NOTHING_LEASED)
 
     def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
         try:
-            return self._nearby(lambda near: local.lease(near, keys, framework, leading=leading))
+            return self._nearby(local.lease, keys, _how_to_get(leading, (), 0), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
-            self._read_stream(receiver, pb.GetRequest(keys=keys, leading=leading, accept=accepted(self._decode)))
+            self._read_stream(receiver, _how_to_get(leading, accepted(self._decode), 0).request(keys))
             return nullcontext(_leading(receiver.hits, leading=leading))
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
@@ -415,18 +419,18 @@ class Client:
         """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
         name = verb.lower()
         try:
-            near_reply = self._nearby(lambda near: near.ask(pb.LeaseCall(**{name: request})))
+            near_reply = self._nearby(Near.ask, pb.LeaseCall(**{name: request}))
         except UseStream:
             return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
         return self._noted(getattr(near_reply, name))  # type: ignore[no-any-return]
 
-    def _nearby(self, call: Callable[[Near], T]) -> T:
+    def _nearby(self, call: Callable[Concatenate[Near, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
         if self._near is None:
             raise UseStream("another host, or switched off")
         self._transport.allow()
         try:
-            result = call(self._near)
+            result = call(self._near, *args, **kwargs)
         except Silent as error:
             raise self._transport.silent(str(error)) from None
         self._transport.answered()
@@ -450,8 +454,10 @@ class Client:
     def _data(self, call: Callable[[], T], otherwise: T) -> T:
         """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
         try:
-            return self._counted(call)
+            return call()
         except _SOFT as error:
+            with self._failures_lock:
+                self.failures += 1
             if self._on_error == "raise":
                 raise
             logger.debug("answered as a miss: %s", error)
@@ -461,11 +467,15 @@ class Client:
 class _Leases:
     """A lease that begins with its block."""
 
-    def __init__(self, begin: Callable[[], AbstractContextManager[Sequence[Hit | None]]]) -> None:
+    def __init__(
+        self, begin: Callable[..., AbstractContextManager[Sequence[Hit | None]]], keys: list[bytes], *, leading: bool
+    ) -> None:
         self._begin = begin
+        self._keys = keys
+        self._leading = leading
 
     def __enter__(self) -> Sequence[Hit | None]:
-        self._block = self._begin()
+        self._block = self._begin(self._keys, leading=self._leading)
         return self._block.__enter__()
 
     def __exit__(

@@ -5,6 +5,7 @@ object, which would cost two more copies on each side (0.2 GB/s measured through
 Holds no state but a cursor; one Gather or Scatter belongs to one thread at a time.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from kvstore.keys import KEY_MAX_NBYTES
 from kvstored_client._pb import cache_pb2 as pb
 
 CHUNK_NBYTES = 2 << 20
@@ -85,10 +87,22 @@ def build_miss(miss: pb.GetMiss) -> bytes:
 
 def submessage(field: int, body: bytes) -> bytes:
     """A field of a message that holds another one, serialized."""
-    return bytes((field << 3 | 2,)) + _varint(len(body)) + body
+    return _BYTES[field << 3 | 2] + _varint(len(body)) + body
+
+
+def fixed64s(field: int, values: Sequence[int]) -> bytes:
+    """A field `repeated fixed64` of a message."""
+    return _BYTES[field << 3 | 2] + _varint(8 * len(values)) + struct.pack(f"<{len(values)}Q", *values)
+
+
+def get_request(keys: Sequence[bytes], rest: bytes) -> bytes:
+    """A GetRequest of checked keys. rest: its other fields, serialized."""
+    return b"".join([_KEY_HEADS[len(key)] + key for key in keys]) + rest
 
 
 def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _BYTES[value]
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -107,6 +121,11 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
     raise BadFrame("a field's length is cut off or has more than 5 bytes")
+
+
+_BYTES = [bytes((value,)) for value in range(256)]
+_KEY_HEADS = [bytes((1 << 3 | 2,)) + _varint(nbytes) for nbytes in range(KEY_MAX_NBYTES + 1)]
+"""What stands before a key of so many bytes."""
 
 
 class Gather:

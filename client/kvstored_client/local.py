@@ -7,20 +7,19 @@ hands out the bytes themselves; a put fills the connection's own ingest segment 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, overload
-
-import numpy as np
+from typing import Any, Self, cast, overload
 
 from kvstore import arrays
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
-from kvstore.region import layout
+from kvstore.region import ALIGN, layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed
-from kvstored_client.frames import Bytes
+from kvstored_client.frames import Bytes, get_request, submessage
 from kvstored_client.mapping import Copier, Window
-from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, read_receipt, read_specs
-from kvstored_client.near import Connection, Near, UseStream
+from kvstored_client.mapping import Mapping as MappedSegment
+from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt, read_specs
+from kvstored_client.near import Connection, Near, Segments, UseStream
 from kvstored_client.receive import Out, Target
 from kvstored_client.send import Outgoing
 
@@ -38,16 +37,16 @@ class LeaseKept(KvstoreError):
 class LeasedTensors(Mapping[str, Any]):
     """The tensors of a leased hit, made when first looked at, until the lease ends."""
 
-    def __init__(self, lease: "Lease", item: pb.Leased) -> None:
+    def __init__(self, lease: "Lease", block: "Block") -> None:
         self._lease: Lease | None = lease
-        self._item = item
+        self._block = block
         self._made: dict[str, Any] | None = None
 
     def _held(self) -> dict[str, Any]:
         if self._lease is None:
             raise LeaseKept("this lease has ended: its tensors are only there inside the block")
         if self._made is None:
-            self._made = self._lease.view(self._item)
+            self._made = self._lease.view(self._block)
         return self._made
 
     def __getitem__(self, name: str) -> Any:
@@ -61,8 +60,8 @@ class LeasedTensors(Mapping[str, Any]):
 
     def end(self) -> None:
         """Let go of the tensors; torch tensors handed out become empty, whoever holds them."""
-        for x in (self._made or {}).values():
-            if arrays.is_torch(x):
+        if self._made is not None and self._lease is not None and self._lease.framework == "torch":
+            for x in self._made.values():
                 x.set_()
         self._lease = self._made = None
 
@@ -70,40 +69,39 @@ class LeasedTensors(Mapping[str, Any]):
 class Lease:
     """What one reply holds. Given back with the last reference to this: the block's, or a window's over its bytes."""
 
+    __slots__ = ("_connection", "_number", "_viewed", "framework")
+
     def __init__(self, connection: Connection, number: int, framework: str) -> None:
         self._connection = connection
         self._number = number
-        self._framework = framework
-        self._windows: list[weakref.ref[Window]] = []
-        self._viewed: list[tuple[Block, int]] = []
+        self.framework = framework
+        self._viewed: list[tuple[Block, weakref.ref[Window]]] = []
 
-    def view(self, item: pb.Leased) -> dict[str, Any]:
-        """Tensors over a leased block. Raises UseStream for one that cannot be."""
-        block = _block(self._connection, item)
-        self._viewed.append((block, item.generation))
-        segment = self._connection.segments.get(item.segment)
-        window = Window(segment, item.start, block.bytes.size, self._outlived)
-        self._windows.append(weakref.ref(window))
-        data = window.array(writable=self._framework == "torch")
+    def view(self, block: "Block") -> dict[str, Any]:
+        """Tensors over a leased block."""
+        framework = self.framework
+        window = Window(block.mapping, block.start, block.nbytes, self, writable=framework == "torch")
+        self._viewed.append((block, weakref.ref(window)))
+        data = window.array
         tensors = {
-            name: arrays.from_bytes(spec, data[at : at + nbytes], self._framework)
+            name: arrays.from_bytes(spec, data[at : at + nbytes], framework)
             for name, (spec, at, nbytes) in block.tensors.items()
         }
-        if self._framework == "torch":
+        if framework == "torch":
             # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
             tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
         return tensors
 
-    def _outlived(self) -> None:
-        """Nothing to do: a window refers to this method, and with it to the lease, for as long as it is."""
-
-    def is_lost(self) -> bool:
-        """Whether a block was used again while it was read: the lease had reached its maximum age."""
-        return any(block.generation() != generation for block, generation in self._viewed)
-
-    def is_kept(self) -> bool:
-        """Whether a tensor is still referred to."""
-        return any(window() is not None for window in self._windows)
+    def end(self) -> None:
+        """Raise RecordCorrupt where a block was used again while it was read, LeaseKept where one still is."""
+        for block, _ in self._viewed:
+            if block.is_gone():
+                raise RecordCorrupt(
+                    "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
+                )
+        for _, window in self._viewed:
+            if window() is not None:
+                raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
 
     def __del__(self) -> None:
         self._connection.release(self._number)
@@ -112,8 +110,11 @@ class Lease:
 class LeasedHits(Sequence[Hit | None]):
     """The hits of a lease, by position, each made when it is looked at: who reads one of a hundred pays for one."""
 
-    def __init__(self, lease: Lease, reply: pb.LeaseReply, keys: list[bytes], *, leading: bool) -> None:
+    def __init__(
+        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: list[bytes], *, leading: bool
+    ) -> None:
         self._lease: Lease | None = lease
+        self._segments = segments
         self._reply = reply
         self._keys = keys
         self._made: dict[int, Hit] = {}
@@ -139,155 +140,158 @@ class LeasedHits(Sequence[Hit | None]):
         item = self._items[at]
         if item is None:
             return None
-        at %= len(self)
+        if at < 0:
+            at += len(self._items)
         hit = self._made.get(at)
         if hit is None:
             if self._lease is None:
                 raise LeaseKept("this lease has ended: its hits are only there inside the block")
-            hit = self._made[at] = _hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, item))
+            block = _block(self._segments, item)
+            hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, block))
         return hit
 
-    def end(self) -> None:
-        """Let go of everything handed out."""
-        self._lease = None
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        lease, self._lease = self._lease, None
         for hit in self._made.values():
             cast("LeasedTensors", hit.tensors).end()
+        if kind is None and lease is not None:
+            lease.end()
 
 
-def get(near: Near, asked: pb.GetRequest, framework: str, out: Out = None) -> tuple[list[Hit | None], int, int]:
+def get(
+    near: Near, keys: list[bytes], how: GetOptions, framework: str, out: Out = None
+) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
     out: for each key tensors to fill, or None.
     """
-    keys = list(asked.keys)
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
     with near.connection() as connection:
         for start in range(0, len(keys), KEYS_PER_PACKET):
             part = keys[start : start + KEYS_PER_PACKET]
-            request = asked
-            if len(part) < len(keys):
-                request = pb.GetRequest()
-                request.CopyFrom(asked)
-                request.keys[:] = part
-            reply = connection.call(pb.LeaseCall(get=request), near.timeout_s)
+            reply = connection.exchange(_get_call(part, how), near.timeout_s)
             epoch = reply.boot_epoch
             try:
                 for at, item in enumerate(reply.leased):
                     index = start + (at if reply.complete else item.header.index)
                     target = out[index] if out is not None else None
-                    tensors = _copied(near.copier, connection, item, framework, target)
+                    block = _block(connection.segments, item)
+                    tensors = _copied(near.copier, block, framework, target)
                     if tensors is None:
                         stale += 1
                     else:
-                        hits[index] = _hit(reply, item, keys[index], tensors)
+                        hits[index] = block.hit(reply, item, keys[index], tensors)
             finally:
                 connection.release(reply.lease)
-            if asked.leading and len(reply.leased) < len(part):
+            if how.leading and len(reply.leased) < len(part):
                 break
     return hits, stale, epoch
 
 
-def _copied(
-    copier: Copier, connection: Connection, item: pb.Leased, framework: str, out: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
+def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
+    return submessage(pb.LeaseCall.GET_FIELD_NUMBER, get_request(keys, how.rest))
+
+
+def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The tensors of a block, copied or decoded; None if the block was used again meanwhile."""
-    block = _block(connection, item)
     target = Target(block.specs, framework, out)
     if block.packed is not None:
-        parts = [block.bytes[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
+        parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
             block.packed.decode(parts, target.bytes)
         except CodecError:
             return None
     else:
         for name, (_, at, nbytes) in block.tensors.items():
-            copier.copy(target.bytes[name], block.bytes[at : at + nbytes])
+            copier.copy(target.bytes[name], block.data[at : at + nbytes])
     target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
-    return target.tensors if block.generation() == item.generation else None
+    return None if block.is_gone() else target.tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """An entry's bytes in a segment.
+    """An entry's bytes in a segment, and what its header says of it each time.
 
-    specs: of its tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of packed's parts.
+    data: all of it. specs: of the tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of
+    packed's parts.
     """
 
-    bytes: Bytes
+    mapping: MappedSegment
+    start: int
+    nbytes: int
+    generation: int
+    data: Bytes
     specs: Mapping[str, TensorInfo]
     tensors: Mapping[str, tuple[TensorInfo, int, int]]
     packed: Packed | None
+    encoding: str
+    lossy: bool
+    receipt: dict[str, float]
 
-    def generation(self) -> int:
-        """The number that stands there now."""
-        return int(self.bytes[:8].view(np.uint64)[0])
+    def is_gone(self) -> bool:
+        """Whether the daemon has used the block again, or is about to."""
+        return self.mapping.words[self.start >> 3] != self.generation
+
+    def hit(self, reply: pb.LeaseReply, item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
+        """The entry as a hit of this reply."""
+        head = item.header
+        if reply.complete:  # all of them out of hot
+            tier, age_s = "hot", reply.now - head.put_at
+        else:
+            tier, age_s = TIER_NAMES.get(head.tier, "unknown"), head.age_s
+        return Hit(key, tensors, tier, self.encoding, self.lossy, age_s, self.receipt.copy())
 
 
-def _block(connection: Connection, item: pb.Leased) -> Block:
+def _block(segments: Segments, item: pb.Leased) -> Block:
     # A generation is one block in the daemon's life: the same entry a second time need not have its specs read again.
-    known = connection.segments.blocks
+    known = segments.blocks
     key = (item.segment, item.start, item.generation)
     block = known.get(key)
     if block is None:
-        specs = read_specs(item.header.tensors)
-        arrays.check_specs(specs)
-        packed = Packed(item.header, specs) if item.header.packed else None
-        lying = specs if packed is None else packed.parts
-        places, nbytes = layout(lying)
-        segment = connection.segments.get(item.segment)
-        if item.start + nbytes > segment.nbytes:
-            raise UseStream(f"a block that ends at {item.start + nbytes} in a segment of {segment.nbytes}")
-        tensors = {name: (spec, *places[name]) for name, spec in lying.items()}
-        # Decoding goes through torch, which warns of an array that it may not write to.
-        window = Window(segment, item.start, nbytes, _nothing)
-        block = Block(window.array(writable=packed is not None), specs, tensors, packed)
         if len(known) >= BLOCKS_MAX:
             known.clear()
-        known[key] = block
+        block = known[key] = _new_block(segments, item)
     return block
 
 
-def _nothing() -> None:
-    pass
-
-
-def _hit(reply: pb.LeaseReply, item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
+def _new_block(segments: Segments, item: pb.Leased) -> Block:
+    """Raise UseStream or InvalidEntry for what cannot be one."""
     head = item.header
-    age_s = reply.now - head.put_at if head.put_at else head.age_s
-    return Hit(key, tensors, TIER_NAMES.get(head.tier, "unknown"), head.encoding, head.lossy, age_s, read_receipt(head))
+    specs = read_specs(head.tensors)
+    arrays.check_specs(specs)
+    packed = Packed(head, specs) if head.packed else None
+    lying = specs if packed is None else packed.parts
+    places, nbytes = layout(lying)
+    mapping = segments.get(item.segment)
+    if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
+        raise UseStream(f"a block from {item.start} to {item.start + nbytes} in a segment of {mapping.nbytes}")
+    # Decoding goes through torch, which warns of an array that it may not write to.
+    window = Window(mapping, item.start, nbytes, None, writable=packed is not None)
+    return Block(
+        mapping,
+        item.start,
+        nbytes,
+        item.generation,
+        window.array,
+        specs,
+        {name: (spec, *places[name]) for name, spec in lying.items()},
+        packed,
+        head.encoding,
+        head.lossy,
+        read_receipt(head),
+    )
 
 
-class LeasedBlock:
-    """`lease` as a context: the hits inside it, LeaseKept at its end if a tensor is still referred to."""
-
-    def __init__(self, lease: Lease, hits: LeasedHits) -> None:
-        self._lease: Lease | None = lease
-        self._hits = hits
-
-    def __enter__(self) -> LeasedHits:
-        return self._hits
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._hits.end()
-        lease, self._lease = self._lease, None
-        if kind is not None or lease is None:
-            return
-        if lease.is_lost():
-            raise RecordCorrupt(
-                "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
-            )
-        if lease.is_kept():
-            raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
-
-
-def lease(near: Near, keys: list[bytes], framework: str, *, leading: bool) -> LeasedBlock:
-    """The bytes themselves, for the length of a block. Raises as `get`."""
+def lease(near: Near, keys: list[bytes], how: GetOptions, framework: str) -> LeasedHits:
+    """The bytes themselves, until the hits' context ends. Raises as `get`."""
     with near.connection() as connection:
-        reply = connection.call(pb.LeaseCall(get=pb.GetRequest(keys=keys, leading=leading)), near.timeout_s)
-    held = Lease(connection, reply.lease, framework)
-    return LeasedBlock(held, LeasedHits(held, reply, keys, leading=leading))
+        reply = connection.exchange(_get_call(keys, how), near.timeout_s)
+    return LeasedHits(Lease(connection, reply.lease, framework), connection.segments, reply, keys, leading=how.leading)
 
 
 def put(near: Near, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
@@ -345,7 +349,7 @@ def _ingested(near: Near, connection: Connection, x: Any, windows: list[Window],
         return 0, 0
     window, segment, start = connection.room(data.size, timeout_s)
     windows.append(window)
-    near.copier.copy(window.array(writable=True), data)
+    near.copier.copy(window.array, data)
     return segment, start
 
 
@@ -354,4 +358,4 @@ def empty(near: Near, spec: TensorInfo, framework: str) -> Any:
     nbytes = arrays.check_specs({"x": spec})
     with near.connection() as connection:
         window, _, _ = connection.room(max(nbytes, 1), near.timeout_s)
-        return arrays.from_bytes(spec, window.array(writable=True)[:nbytes], framework)
+        return arrays.from_bytes(spec, window.array[:nbytes], framework)

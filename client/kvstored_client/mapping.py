@@ -1,12 +1,11 @@
 """Shared memory of the daemon's, mapped once and kept: a fresh mapping costs 50 us a MiB, a kept one nothing.
 
-A Window is memory that is held until nothing refers to it any more, however many arrays and tensors were made of it.
+A Window keeps its owner until nothing refers to it any more, however many arrays and tensors were made of it.
 """
 
 import mmap
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +18,7 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ
 
 
 class Mapping:
-    """One segment, mapped. `array` covers all of it; writable only for an ingest segment."""
+    """One segment, mapped. words: all of it, 8 bytes at a time; writable only for an ingest segment."""
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
         """Map the descriptor and close it."""
@@ -29,8 +28,8 @@ class Mapping:
         finally:
             os.close(fd)
         self.nbytes = nbytes
-        self.array: Bytes = np.frombuffer(self._map, dtype=np.uint8)
-        self.address = int(self.array.ctypes.data)
+        self.words = memoryview(self._map).cast("Q")
+        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
         self.writable = writable
 
     def populate(self) -> None:
@@ -50,29 +49,28 @@ class Mapping:
 
 
 class Window:
-    """A run of bytes of a mapping; calls `on_end` when the last array or tensor over it is gone."""
+    """A run of bytes of a mapping. It keeps `owner` for as long as any array or tensor over it is.
 
-    def __init__(self, mapping: Mapping, start: int, nbytes: int, on_end: Callable[[], None]) -> None:
+    writable: for torch also what is not. It warns of a read-only array and offers no read-only tensor, so it is told
+    nothing: writing to what is mapped for reading ends the process, as the documentation of `lease` says.
+    """
+
+    __slots__ = ("__array_interface__", "__weakref__", "_mapping", "_owner")
+
+    def __init__(self, mapping: Mapping, start: int, nbytes: int, owner: object, *, writable: bool) -> None:
         self._mapping = mapping
-        self._on_end = on_end
-        # torch warns of a read-only array and offers no read-only tensor, so it is told nothing: writing to what is
-        # mapped for reading ends the process, as the documentation of `lease` says. numpy arrays are marked below.
+        self._owner = owner
         self.__array_interface__ = {
-            "data": (mapping.address + start, False),
+            "data": (mapping.address + start, not writable),
             "shape": (nbytes,),
             "typestr": "|u1",
             "version": 3,
         }
 
-    def array(self, *, writable: bool) -> Bytes:
+    @property
+    def array(self) -> Bytes:
         """The bytes. All that is made of the array keeps the window."""
-        array: Bytes = np.asarray(self)
-        if not writable:
-            array.flags.writeable = False
-        return array
-
-    def __del__(self) -> None:
-        self._on_end()
+        return np.asarray(self)
 
 
 class Copier:

@@ -1,6 +1,7 @@
 """Messages of the proto to and from the plain objects of `kvstore`: the part both ends need. No I/O, no state."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 
 from kvstore.dtypes import BY_NAME, BY_WIRE
@@ -24,6 +25,25 @@ _TIER_COUNTS = (
 )
 PAYLOAD_BYTES_PER_S = 32 << 20
 """The slowest transfer a deadline allows for: a twentieth of what the stream reaches on a busy 2-core machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetOptions:
+    """What a GetRequest says beside its keys. rest: that, serialized."""
+
+    leading: bool = False
+    accept: tuple[str, ...] = ()
+    accept_from_nbytes: int = 0
+    rest: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rest", self.request().SerializeToString())
+
+    def request(self, keys: Iterable[bytes] = ()) -> pb.GetRequest:
+        """The request for these keys."""
+        return pb.GetRequest(
+            keys=keys, leading=self.leading, accept=self.accept, accept_from_nbytes=self.accept_from_nbytes
+        )
 
 
 def tensor_specs(specs: Mapping[str, TensorInfo]) -> list[pb.TensorSpec]:

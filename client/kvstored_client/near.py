@@ -5,14 +5,12 @@ a connection closes it; the call then goes over the stream, unless the daemon wa
 """
 
 import array
-import contextlib
 import os
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
@@ -21,6 +19,7 @@ from kvstore import errors
 from kvstore.errors import KvstoreError
 from kvstore.region import FreeList
 from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import fixed64s
 from kvstored_client.mapping import Copier, Mapping, Window
 
 PACKET_MAX_NBYTES = 256 << 10
@@ -30,9 +29,12 @@ RETRY_S = 1.0
 RELEASE_WITHIN_S = 0.01
 """A lease ends with the next call on its connection or this much later."""
 RELEASES_MAX = 1024
-LOOKS = 24 if (os.cpu_count() or 1) > 1 else 0
-"""Looks at the socket before sleeping on it, about 50 us: a hot answer comes by then, and waking an idle core takes as
-long again (256 KiB in 0.15 ms instead of 0.21). Not with sched_yield: on a busy machine it costs a whole slice."""
+RELEASES_NBYTES = 8 * RELEASES_MAX + 8
+"""What they add to a call, at most."""
+_RELEASE = 1  # LeaseCall's field
+LOOK_S = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0
+"""How long to look for an answer before sleeping on it: a hot one comes by then, and waking an idle core takes as long
+again. Not with sched_yield: on a busy machine it costs a whole slice."""
 INGEST_MAX_NBYTES = 256 << 20
 """Shared memory of one connection for puts. A larger batch goes in several commits, a larger entry over the stream."""
 _FDS_MAX = 64
@@ -64,7 +66,20 @@ class Room:
         start = self._free.take(nbytes)
         if start is None:
             return None
-        return Window(self.mapping, start, nbytes, partial(self._dead.append, start)), self.number, start
+        return Window(self.mapping, start, nbytes, Taken(self._dead, start), writable=True), self.number, start
+
+
+class Taken:
+    """Room in use: given back when the last reference to this is gone."""
+
+    __slots__ = ("_dead", "_start")
+
+    def __init__(self, dead: deque[int], start: int) -> None:
+        self._dead = dead
+        self._start = start
+
+    def __del__(self) -> None:
+        self._dead.append(self._start)
 
 
 class Releases:
@@ -128,13 +143,17 @@ class Connection:
 
     def call(self, call: pb.LeaseCall, timeout_s: float) -> pb.LeaseReply:
         """Ask and wait. Raises UseStream, Silent, or the daemon's own error. The caller holds `lock`."""
-        if self._released:
-            call.release.extend(self._take_released())
-        data = call.SerializeToString()
-        if len(data) > PACKET_MAX_NBYTES:
+        return self.exchange(call.SerializeToString(), timeout_s)
+
+    def exchange(self, data: bytes, timeout_s: float) -> pb.LeaseReply:
+        """As `call`, for the bytes of a LeaseCall."""
+        if len(data) > PACKET_MAX_NBYTES - RELEASES_NBYTES:
             raise UseStream(f"a call of {len(data)} bytes")
+        if self._released:
+            data = fixed64s(_RELEASE, self._take_released()) + data
         try:
-            self._set_timeout(timeout_s)
+            if timeout_s != self._timeout_s:
+                self._set_timeout(timeout_s)
             self._sock.send(data)
             nbytes, ancillary = self._receive()
         except BlockingIOError:
@@ -146,7 +165,7 @@ class Connection:
         if not nbytes:
             self.close()
             raise UseStream("the daemon hung up")
-        reply = pb.LeaseReply.FromString(bytes(self._buffers[0][:nbytes]))
+        reply = pb.LeaseReply.FromString(self._buffers[0][:nbytes].tobytes())
         if ancillary:
             self._map(reply, ancillary)
         if reply.HasField("error"):
@@ -157,10 +176,13 @@ class Connection:
         return reply
 
     def _receive(self) -> tuple[int, list[tuple[int, int, bytes]]]:
-        for _ in range(LOOKS):
-            with contextlib.suppress(BlockingIOError):
+        until = time.perf_counter() + LOOK_S
+        while time.perf_counter() < until:
+            try:
                 nbytes, ancillary, _, _ = self._sock.recvmsg_into(self._buffers, _ANCILLARY_NBYTES, socket.MSG_DONTWAIT)
-                return nbytes, ancillary
+            except BlockingIOError:
+                continue
+            return nbytes, ancillary
         nbytes, ancillary, _, _ = self._sock.recvmsg_into(self._buffers, _ANCILLARY_NBYTES)
         return nbytes, ancillary
 
@@ -194,15 +216,17 @@ class Connection:
         if not numbers or self.closed:
             return
         try:
-            self._sock.send(pb.LeaseCall(release=numbers).SerializeToString())
+            self._sock.send(fixed64s(_RELEASE, numbers))
         except OSError:
             self.close()
 
     def _take_released(self) -> list[int]:
         numbers: list[int] = []
-        with contextlib.suppress(IndexError):  # a call and the thread may take at once
-            while len(numbers) < RELEASES_MAX:
+        try:
+            while self._released and len(numbers) < RELEASES_MAX:
                 numbers.append(self._released.popleft())
+        except IndexError:
+            pass  # a call and the thread may take at once
         return numbers
 
     def close(self) -> None:
@@ -212,11 +236,10 @@ class Connection:
 
     def _set_timeout(self, timeout_s: float) -> None:
         # In the kernel: Python's own timeouts cost a poll before each call.
-        if timeout_s != self._timeout_s:
-            spec = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, spec)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
-            self._timeout_s = timeout_s
+        spec = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, spec)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
+        self._timeout_s = timeout_s
 
     def _map(self, reply: pb.LeaseReply, ancillary: list[tuple[int, int, bytes]]) -> None:
         fds = array.array("i")

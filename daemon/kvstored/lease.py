@@ -5,11 +5,13 @@ holds (leases, ingest segments) hangs on its connection and goes with it, howeve
 """
 
 import logging
+import mmap
+import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -58,6 +60,11 @@ VERBS = {
 _LEASE = "Lease/"
 SEND_TIMEOUT_S = 5.0
 JANITOR_INTERVAL_S = 0.5
+LOOK_S = 0.0002 if (os.cpu_count() or 1) > 1 else 0.0
+"""How long to look for the next call of a client whose last one came within this: being put to sleep and woken is half
+of a view (0.2 ms, 0.1 without). Whoever pauses for longer is slept on, so a pause costs this once."""
+_GIVEN = struct.Struct("<BQBd")
+_LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
 
 
 class UseStream(Exception):
@@ -112,6 +119,8 @@ class Shared:
     reads: threading.Semaphore
     """For gets that are not answered out of hot: one from disk is in memory before its bytes can be counted."""
     connections: set["Connection"] = field(default_factory=set)
+    latest: "Connection | None" = None
+    """Whose call came last: nobody looks for his next one while another makes calls."""
     aged: int = 0
 
     def gauges(self) -> dict[str, float]:
@@ -139,11 +148,13 @@ class Connection:
         self._store = shared.scopes.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
-        self._lock = threading.Lock()
         self._next = 1
-        self._handed: set[int] = set()
+        self._handed: set[Segment] = set()
         self._ingest: dict[int, Segment] = {}
-        self._fds: dict[int, int] = {}
+        self._fds: dict[Segment, int] = {}
+        always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
+        self._said_always = always.SerializeToString()
+        self._hurried = False
 
     @property
     def leases(self) -> int:
@@ -152,9 +163,10 @@ class Connection:
 
     def run(self) -> None:
         """Answer calls until the client is gone."""
-        packet = memoryview(bytearray(PACKET_MAX_NBYTES))
+        # Mapped, not allocated: a page is there once a packet has reached it, and most packets are short.
+        packet = memoryview(mmap.mmap(-1, PACKET_MAX_NBYTES))
         try:
-            while nbytes := self._sock.recv_into(packet):
+            while nbytes := self._receive(packet):
                 reply = self.answer(bytes(packet[:nbytes]))
                 if reply is not None:
                     self._send(reply)
@@ -162,6 +174,20 @@ class Connection:
             logger.debug("lease connection ended error=%s", error)
         finally:
             self.close()
+
+    def _receive(self, packet: memoryview) -> int:
+        """Wait for a packet: awake for a moment where the last one came as soon, else asleep."""
+        shared, now = self._shared, time.perf_counter
+        until = now() + LOOK_S
+        while self._hurried and shared.latest is self and now() < until:
+            try:
+                return self._sock.recv_into(packet, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+        nbytes = self._sock.recv_into(packet)
+        self._hurried = now() < until
+        shared.latest = self
+        return nbytes
 
     def close(self) -> None:
         """Let go of everything the client held."""
@@ -181,16 +207,15 @@ class Connection:
 
     def expire(self, now: float) -> None:
         """Drop leases over their age: a client that was stopped must not hold memory for ever."""
-        with self._lock:
-            old = [number for number, (until, _) in self._leases.items() if until <= now]
+        old = [number for number, (until, _) in list(self._leases.items()) if until <= now]
         if old:
             self._shared.aged += len(old)  # one thread watches ages
             self._drop(old)
 
-    def _drop(self, numbers: Sequence[int]) -> None:
-        with self._lock:
-            for number in numbers:
-                self._leases.pop(number, None)
+    def _drop(self, numbers: Iterable[int]) -> None:
+        # From two threads, without a lock: each step is one operation of the dictionary.
+        for number in numbers:
+            self._leases.pop(number, None)
 
     def _send(self, data: bytes) -> None:
         if self._fds:
@@ -261,15 +286,18 @@ class Connection:
     def _get(self, asked: pb.GetRequest) -> bytes:
         keys = check_keys(asked.keys)
         resident: Resident | None = self._store.resident(keys)
-        if resident is not None:
-            cards = self._cards(resident)
-            if cards is not None:
-                reply = pb.LeaseReply(complete=True, now=resident.now)
-                for segment in set(map(_SEGMENT, cards)):
-                    self._hand(reply, segment)
-                self._hold(reply, resident.entries)
-                return reply.SerializeToString() + b"".join(map(_SAID, cards))
-        return self._read(asked, resident)
+        cards = None if resident is None else self._cards(resident)
+        if resident is None or cards is None:
+            return self._read(asked, resident)
+        # The commonest reply of all, written by hand: what is always said, what is said now, what each card says.
+        now = _GIVEN.pack(_LEASE_TAG, self._hold(resident.entries), _NOW_TAG, resident.now)
+        new = set(map(_SEGMENT, cards)) - self._handed
+        if new:
+            handed = pb.LeaseReply()
+            for segment in new:
+                self._hand(handed, segment)
+            now += handed.SerializeToString()
+        return b"".join((self._said_always, now, *map(_SAID, cards)))
 
     def _cards(self, resident: Resident) -> list[Card] | None:
         """What is said of each entry; None where one does not lie in a segment of this user's."""
@@ -282,7 +310,8 @@ class Connection:
                         return None
                     entry.keep_card(card)
                     cards[i] = card
-        return cards if all(segment.owner == self.uid for segment in set(map(_SEGMENT, cards))) else None
+        new = set(map(_SEGMENT, cards)) - self._handed
+        return cards if all(segment.owner == self.uid for segment in new) else None
 
     def _new_card(self, entry: Entry, put_at: float) -> Card | None:
         hit = resident_hit(entry, 0.0)
@@ -297,24 +326,26 @@ class Connection:
         rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
         return Card(place.segment, submessage(4, submessage(1, header) + rest.SerializeToString()))
 
-    def _hold(self, reply: pb.LeaseReply, held: Sequence[Any]) -> None:
-        shared = self._shared
-        reply.boot_epoch = shared.verbs.epoch
-        reply.lease_max_s = shared.lease_max_s
-        if held:
-            with self._lock:
-                reply.lease = self._next
-                self._next += 1
-                self._leases[reply.lease] = (time.monotonic() + shared.lease_max_s, held)
+    def _hold(self, held: Sequence[Any]) -> int:
+        """The number of a new lease; 0 for one that would hold nothing."""
+        if not held:
+            return 0
+        number = self._next
+        self._next = number + 1
+        self._leases[number] = (time.monotonic() + self._shared.lease_max_s, held)
+        return number
 
     def _read(self, asked: pb.GetRequest, resident: Resident | None) -> bytes:
         """A get that has to find, decode or copy something first; of entries found already, to copy."""
         shared = self._shared
-        reply = pb.LeaseReply()
+        reply = pb.LeaseReply(boot_epoch=shared.verbs.epoch, lease_max_s=shared.lease_max_s)
         held: list[Any] = []
         # What must be decoded is decoded into this user's own segments: that is where it will be read.
         room = partial(shared.arena.empty, owner=self.uid)
         reading = Reading(self._store, shared.budget, asked, room=room)
+        # Hot may let go of them before they are copied.
+        counted_nbytes = 0 if resident is None else sum(meta.value_nbytes for meta in resident.metas)
+        shared.budget.take(counted_nbytes)
         try:
             lot = self._next_lot(reading) if resident is None else resident_hits(resident)
             while lot:
@@ -327,7 +358,8 @@ class Connection:
                 lot = self._next_lot(reading) if resident is None else []
         finally:
             reading.close()
-        self._hold(reply, held)
+            shared.budget.give_back(counted_nbytes)
+        reply.lease = self._hold(held)
         return reply.SerializeToString()
 
     def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Found | None]]:
@@ -350,11 +382,11 @@ class Connection:
         return room, place
 
     def _hand(self, reply: pb.LeaseReply, segment: Segment, *, writable: bool = False) -> None:
-        if segment.number in self._handed:
+        if segment in self._handed:
             return
-        self._handed.add(segment.number)
+        self._handed.add(segment)
         reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
-        self._fds[segment.number] = segment.fd
+        self._fds[segment] = segment.fd
 
     def _open_ingest(self, nbytes: int) -> bytes:
         size = -(-max(nbytes, INGEST_MIN_NBYTES) // (1 << 20)) * (1 << 20)

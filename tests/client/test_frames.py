@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import BadFrame, Gather, Scatter, build_frame, build_miss, parse_frame
+from kvstored_client.frames import (
+    BadFrame,
+    Gather,
+    Scatter,
+    build_frame,
+    build_miss,
+    fixed64s,
+    get_request,
+    parse_frame,
+    submessage,
+)
+from kvstored_client.messages import GetOptions
 from kvstored_client.send import cut_frames
 
 maybe_bytes = st.none() | st.binary(max_size=300)
@@ -32,6 +43,21 @@ def test_what_is_built_reads_as_protobuf(nbytes, header, end):
     assert read.chunk == payload
     assert not header or read.header == head
     assert not end or read.end == tail
+
+
+@given(
+    st.lists(st.binary(min_size=1, max_size=256), max_size=200),
+    st.booleans(),
+    st.lists(st.sampled_from(["nf4", "int8"])),
+    st.integers(0, 2**40),
+    st.lists(st.integers(0, 2**64 - 1), max_size=200),
+)
+def test_a_call_written_by_hand_reads_as_protobuf(keys, leading, accept, from_nbytes, release):
+    how = GetOptions(leading, tuple(accept), from_nbytes)
+    written = fixed64s(1, release) + submessage(2, get_request(keys, how.rest))
+    asked = pb.GetRequest(keys=keys, leading=leading, accept=accept, accept_from_nbytes=from_nbytes)
+    assert pb.LeaseCall.FromString(written) == pb.LeaseCall(release=release, get=asked)
+    assert how.request(keys) == asked
 
 
 @given(st.booleans(), st.binary(max_size=300), st.booleans(), st.integers(0, 2**32 - 1))
