@@ -4,15 +4,30 @@ Every kernel gives the reference's bytes (`codecs.blocks`, `codecs.kv_blocks`), 
 one of speed, and a missing kernel never means a broken codec.
 """
 
+import logging
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import CpuKernel, Rows, kernels
+from kvstore.kernels.cpu import ISAS, CpuKernel, Rows, kernels
+from kvstore.kernels.trial import agree
 
-_BEST = next(reversed(kernels()), None)
+log = logging.getLogger(__name__)
+
+
+def best(found: Sequence[CpuKernel]) -> CpuKernel | None:
+    """The last of them, at most the machine's best, that gives the first one's bytes here; None where there is none."""
+    for kernel in reversed(found):
+        if kernel is found[0] or agree(kernel, found[0]):
+            return kernel
+        log.warning("codec kernel not used instructions=%s reason=wrong bytes in its trial", ISAS[kernel.isa])
+    return None
+
+
+_BEST = best(kernels())
 
 
 class KvKernel(Protocol):
@@ -43,7 +58,7 @@ class KvKernel(Protocol):
 
 
 def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
-    """The compiled kernel where it is installed and x lies on the CPU."""
+    """The compiled kernel where it is installed, x lies on the CPU, and its trial went well."""
     return _BEST if x.device.type == "cpu" else None
 
 

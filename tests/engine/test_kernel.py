@@ -11,7 +11,7 @@ import torch
 from kvstore.codecs import blocks
 from kvstore.codecs import kv_blocks as kv
 from kvstore.codecs.tables import table
-from kvstore.kernels import cpu
+from kvstore.kernels import best, cpu
 
 KERNELS = cpu.kernels()
 if not KERNELS:
@@ -205,3 +205,21 @@ def test_arguments_that_make_no_sense_are_refused():
     assert library.kvk_nf4_encode(99, 1, 0, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 9, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 0, 0, -1, 0, 0, 0) == 2
+
+
+def test_a_kernel_with_wrong_bytes_is_not_used(caplog):
+    """Not every machine's instruction set has been before a test: AVX-512's had to be believed."""
+    if len(KERNELS) < 2:
+        pytest.skip("one instruction set here: there is none to compare")
+    assert best(KERNELS) is KERNELS[-1]
+
+    class Wrong(cpu.CpuKernel):
+        def kv_decode(self, coded, means, rows, out):
+            super().kv_decode(coded, means, rows, out)
+            out.view(-1)[4711] = out.view(-1)[4711] * 1.0001 + 1
+
+    wrong = Wrong(KERNELS[-1].library, KERNELS[-1].isa)
+    assert best([*KERNELS[:-1], wrong]) is KERNELS[-2]
+    assert f"instructions={cpu.ISAS[wrong.isa]}" in caplog.text
+    assert best(KERNELS[:1]) is KERNELS[0]
+    assert best([]) is None

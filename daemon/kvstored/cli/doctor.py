@@ -100,16 +100,25 @@ def _versions(_: "Settings") -> Iterator[Finding]:
 
 
 def _kernel(_: "Settings") -> Iterator[Finding]:
+    none = Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
     try:
-        from kvstore.kernels.cpu import kernels
-
-        found = list(kernels())
+        from kvstore.kernels import best
+        from kvstore.kernels.cpu import ISAS, kernels
     except ImportError:
-        found = []
-    if found:
-        yield Finding("good", f"compiled codec kernel: instruction set level {len(found) - 1}")
+        yield none
+        return
+    found = kernels()
+    used = best(found)
+    if used is None:
+        yield none
+    elif used is found[-1]:
+        yield Finding("good", f"compiled codec kernel: {ISAS[used.isa]}")
     else:
-        yield Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
+        yield Finding(
+            "bad",
+            f"compiled codec kernel: its {ISAS[found[-1].isa]} code writes wrong bytes here, {ISAS[used.isa]} is used",
+            "build it with another compiler: `make kernel`",
+        )
 
 
 def _gpu(settings: "Settings") -> Iterator[Finding]:
