@@ -53,12 +53,12 @@ def without_kernel(run: Callable[[], object]) -> Callable[[], object]:
     """The same call through the torch reference."""
 
     def slow() -> object:
-        kept = nf4.cpu_kernel, nf4_kv.cpu_kernel
-        nf4.cpu_kernel = nf4_kv.cpu_kernel = lambda _x: None
+        kept = nf4.cpu_kernel, nf4_kv.kv_kernel
+        nf4.cpu_kernel = nf4_kv.kv_kernel = lambda _x: None
         try:
             return run()
         finally:
-            nf4.cpu_kernel, nf4_kv.cpu_kernel = kept
+            nf4.cpu_kernel, nf4_kv.kv_kernel = kept
 
     return slow
 

@@ -5,6 +5,8 @@ the lock; what left its tier meanwhile becomes a miss. Knows no tensors: `simula
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvstore.config import StoreConfig
@@ -14,6 +16,8 @@ from kvstore.index import Meta
 from kvstore.residency import Residency
 from kvstore.stats import MissCause
 from kvstore.tiers import TierName
+
+_VALUE_NBYTES = attrgetter("value_nbytes")
 
 
 class Place(NamedTuple):
@@ -64,9 +68,10 @@ class Reader:
                 break
         return found
 
-    def resident(self, keys: Sequence[Key]) -> Resident | None:
+    def resident(self, keys: Sequence[Key], at_most_nbytes: float = inf) -> Resident | None:
         """What `read` would find where hot holds all of the keys, counted the same; None, uncounted: `read` them.
 
+        at_most_nbytes: of their tensors; a single key may have more.
         The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
         """
         r = self._r
@@ -79,12 +84,13 @@ class Reader:
             for meta in metas:
                 if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                     return None  # `read` forgets and counts it
-            nbytes = 0
+            nbytes = sum(map(_VALUE_NBYTES, metas))
+            if nbytes > at_most_nbytes and len(keys) > 1:
+                return None
             if r.balance is not None:
                 for meta in metas:
                     r.balance.hit("hot", now - meta.used_at)
             for meta in metas:
-                nbytes += meta.value_nbytes
                 meta.hits += 1
                 meta.owner.hits += 1
                 meta.last_hit_at = now

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -210,14 +211,14 @@ class Store:
         found = self._read(check_keys(keys), leading=leading)
         yield self._hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
 
-    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+    def resident(self, keys: Sequence[bytes], *, at_most_nbytes: float = inf) -> Resident | None:
         """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
 
-        None, counted as nothing: at least one is elsewhere or missing. Only read the tensors; they live as long as they
-        are referred to.
+        None, counted as nothing: at least one is elsewhere or missing, or several have more bytes than at most wanted.
+        Only read the tensors; they live as long as they are referred to.
         """
         self._check_open()
-        return self._reader.resident(cast("Sequence[Key]", keys))
+        return self._reader.resident(cast("Sequence[Key]", keys), at_most_nbytes)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""

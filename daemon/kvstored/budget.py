@@ -18,16 +18,22 @@ CALL_NBYTES = 4 << 20
 """What a streamed call has in frames: one of 2 MiB in gRPC's memory and once more in ours."""
 
 
+LOT_NBYTES = 16 << 20
+"""Decoded bytes taken out of the store at once: what a slow reader costs in memory, and few thread switches."""
+
+
 class Budget:
     """Bytes in flight. Over the limit a call is refused at once rather than queued: the caller has a GPU waiting.
 
-    call_nbytes: what a call over the stream counts for as long as nothing better is known of it.
+    call_nbytes: what a call over the stream counts for as long as nothing better is known of it. lot_nbytes: what is
+    taken out of the store at once, where several entries are asked for.
     """
 
     def __init__(self, limit_nbytes: int) -> None:
         self.limit_nbytes = limit_nbytes
         # A small budget must not be all frames: entries of its own size are to pass.
         self.call_nbytes = min(CALL_NBYTES, limit_nbytes // 64)
+        self.lot_nbytes = min(LOT_NBYTES, limit_nbytes // 4)
         self.used_nbytes = 0
         self.refused = 0
         self._lock = threading.Lock()

@@ -5,6 +5,7 @@ holds (leases, ingest segments) hangs on its connection and goes with it, howeve
 """
 
 import logging
+import mmap
 import socket
 import struct
 import threading
@@ -125,7 +126,8 @@ class Connection:
 
     def run(self) -> None:
         """Answer calls until the client is gone."""
-        packet = memoryview(bytearray(PACKET_MAX_NBYTES))
+        # Mapped, not allocated: a page is there once a packet has reached it, and most packets are short.
+        packet = memoryview(mmap.mmap(-1, PACKET_MAX_NBYTES))
         waiting = Waiting(self._sock, self._shared.callers)
         try:
             while nbytes := waiting.receive(packet):
@@ -278,6 +280,9 @@ class Connection:
         # What must be decoded is decoded into this user's own segments: that is where it will be read.
         room = partial(shared.arena.empty, owner=self.uid)
         reading = Reading(self._store, shared.budget, asked, room=room)
+        # Hot may let go of them before they are copied.
+        counted_nbytes = 0 if resident is None else sum(meta.value_nbytes for meta in resident.metas)
+        shared.budget.take(counted_nbytes)
         try:
             lot = self._next_lot(reading) if resident is None else resident_hits(resident)
             while lot:
@@ -290,6 +295,7 @@ class Connection:
                 lot = self._next_lot(reading) if resident is None else []
         finally:
             reading.close()
+            shared.budget.give_back(counted_nbytes)
         reply.lease = self._hold(held)
         return reply.SerializeToString()
 

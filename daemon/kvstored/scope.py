@@ -84,9 +84,9 @@ class ScopedStore:
         with self._store.lease_as_held(self._all(keys), accept, **how) as hits:
             yield (_under(key, hit) for key, hit in zip(keys, hits, strict=False))
 
-    def resident(self, keys: Sequence[bytes]) -> Resident | None:
+    def resident(self, keys: Sequence[bytes], **how: Any) -> Resident | None:
         """As Store.resident; the entries carry the keys they stand under."""
-        return self._store.resident(self._all(keys))
+        return self._store.resident(self._all(keys), **how)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """As Store.match."""

@@ -171,7 +171,10 @@ class CacheService(_Service):
         asked = pb.GetRequest.FromString(request)
         keys = check_keys(asked.keys)
         # What hot holds is found in microseconds: less than the way to another thread and back.
-        resident = self._store.resident(keys) if len(keys) <= RESIDENT_MAX else None
+        # More than a lot is read lot by lot: what waits for a slow reader is kept from everybody else.
+        resident = (
+            self._store.resident(keys, at_most_nbytes=self._budget.lot_nbytes) if len(keys) <= RESIDENT_MAX else None
+        )
         if resident is not None:
             await self._write_resident(context, resident_hits(resident))
             return
@@ -184,7 +187,7 @@ class CacheService(_Service):
 
     async def _write_resident(self, context: Context, hits: Sequence[tuple[int, Hit | Found | None]]) -> None:
         size = sum(x.nbytes for _, hit in hits if hit is not None for x in payload(hit))
-        nbytes = min(size, self._budget.call_nbytes)  # the entries are counted by their tier, their frames are not
+        nbytes = size + self._budget.frames_of(size)  # hot may let go of what waits here for a slow reader
         self._budget.take(nbytes)
         try:
             await self._write_lot(context, hits)

@@ -30,8 +30,8 @@ class ServerSettings:
     metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. traces_endpoint: where
     OpenTelemetry traces of calls go (OTLP over HTTP); empty: there are none. log_format: "text",
     "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
-    before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received
-    or decoded for sending. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
+    before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received,
+    read or sent. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
     operations at once. drain_grace_s: how long running calls may take to end after SIGTERM. lease_max_s: how
     long a client on this host may hold shared memory after one get.
     """

@@ -36,10 +36,8 @@ from kvstored_client.send import cut_frames
 
 HEADER_MAX_NBYTES = 64 << 10
 """256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
-LOT_NBYTES = 16 << 20
-"""Decoded bytes taken out of the store at once: what a slow reader costs in memory, and few thread switches."""
-DECODE_NBYTES = 256 << 20
-"""Decoded bytes of the warm and cold entries that one Get may have under way."""
+LOOKED_UP_MAX = 1024
+"""Keys looked up to fill a lot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,6 @@ class Reading:
         """Of a request with checked keys. room: where what must be decoded is made."""
         self._room = room
         self._frames_nbytes = frames_nbytes
-        self._framed_nbytes = 0
         self._accept = frozenset(asked.accept)
         self._accept_from_nbytes = asked.accept_from_nbytes
         self._store = store
@@ -220,81 +217,77 @@ class Reading:
         self._keys = check_keys(asked.keys)
         self._leading = asked.leading
         self._at = 0
-        self._groups = 0
-        self._stop = 0
+        self._lots = 0
+        self._ended = not self._keys
+        self._counted_nbytes = 0
         self._lease = ExitStack()
-        self._hits: Iterator[Hit | Found | None] | None = None
 
     def next_lot(self) -> list[tuple[int, Hit | Found | None]]:
         """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
-        if self._hits is None or self._at >= self._stop:
-            self._end_group()
-            if self._at >= len(self._keys):
-                return []
-            self._begin_group()
-        assert self._hits is not None
-        lot: list[tuple[int, Hit | Found | None]] = []
+        self._end_lot()
+        if self._ended:
+            return []
+        start = self._at
+        stop, decoded_nbytes = self._measure_lot()
+        # Before anything is read: what is under way is in memory, and threads enough for a gigabyte read at once.
+        self._count(decoded_nbytes)
+        found = self._store.lease_as_held(
+            self._keys[start:stop],
+            self._accept,
+            from_nbytes=self._accept_from_nbytes,
+            leading=self._leading,
+            room=self._room,
+        )
+        self._lots += 1
+        hits = list(self._lease.enter_context(found))
+        if start + len(hits) < stop:  # a chain ends at its first miss
+            hits.append(None)
+            stop = len(self._keys)
+        self._at, self._ended = start + len(hits), stop == len(self._keys)
         nbytes = 0
-        while self._at < self._stop and nbytes < LOT_NBYTES:
-            hit = next(self._hits, None)
-            lot.append((self._at, hit))
-            self._at += 1
+        for hit in hits:
             if hit is not None:
                 size = sum(x.nbytes for x in payload(hit))
                 nbytes += size
-                if len(self._keys) == 1 and hit.tier != "hot":
-                    self._count(size)
-            elif self._leading:
-                self._at = self._stop = len(self._keys)
-        if self._frames_nbytes:
-            frames_nbytes = min(self._budget.frames_of(nbytes), self._frames_nbytes)
-            self._count(max(0, frames_nbytes - self._framed_nbytes))
-            self._framed_nbytes = max(self._framed_nbytes, frames_nbytes)
-        return lot
+                if isinstance(hit, Found):
+                    self._give_back(hit.entry.value_nbytes - size)  # counted as if it were decoded
+        self._count(min(self._budget.frames_of(nbytes), self._frames_nbytes))
+        return list(enumerate(hits, start))
 
     @property
     def done(self) -> bool:
         """Whether there are no further lots."""
-        return self._at >= len(self._keys)
+        return self._ended
 
     def close(self) -> None:
-        """Let go of the leases. A chain read in several groups is touched once more, as one."""
-        self._end_group()
-        if self._groups > 1:
+        """Let go of the leases. A chain read in several lots is touched once more, as one."""
+        self._end_lot()
+        if self._lots > 1:
             self._store.touch(self._keys[: self._at])
 
     def _count(self, nbytes: int) -> None:
-        if nbytes:
-            self._budget.take(nbytes)
-            self._lease.callback(self._budget.give_back, nbytes)
+        self._budget.take(nbytes)
+        self._counted_nbytes += nbytes
 
-    def _begin_group(self) -> None:
-        if len(self._keys) == 1:
-            self._stop = 1  # counted when it is there: looking first would cost a fifth of a hot get
-        else:
-            self._count(self._measure_group())
-        group = self._keys[self._at : self._stop]
-        hits = self._store.lease_as_held(
-            group, self._accept, from_nbytes=self._accept_from_nbytes, leading=self._leading, room=self._room
-        )
-        self._hits = self._lease.enter_context(hits)
-        self._groups += 1
+    def _give_back(self, nbytes: int) -> None:
+        nbytes = min(nbytes, self._counted_nbytes)  # what was found is not always what was looked up before
+        self._counted_nbytes -= nbytes
+        self._budget.give_back(nbytes)
 
-    def _measure_group(self) -> int:
-        """Set where the next group stops; the decoded bytes of what is not in hot."""
-        decoded = 0
-        for held in self._store.locate(self._keys[self._at :]):
-            cost = held.nbytes if held is not None and held.tier != "hot" else 0
-            if decoded and decoded + cost > DECODE_NBYTES:
+    def _measure_lot(self) -> tuple[int, int]:
+        """Where the next lot stops, and its decoded bytes; hot ones too, since hot may let go of what waits here."""
+        stop, decoded = self._at, 0
+        for held in self._store.locate(self._keys[self._at : self._at + LOOKED_UP_MAX]):
+            cost = held.nbytes if held is not None else 0
+            if decoded and decoded + cost > self._budget.lot_nbytes:
                 break
             decoded += cost
-            self._stop += 1
-        return decoded
+            stop += 1
+        return stop, decoded
 
-    def _end_group(self) -> None:
-        self._hits = None
-        self._framed_nbytes = 0
+    def _end_lot(self) -> None:
         self._lease.close()
+        self._give_back(self._counted_nbytes)
 
 
 def resident_hit(entry: Entry, age_s: float) -> Hit:

@@ -11,6 +11,7 @@ StreamingLLM (Xiao et al. 2024) for the first tokens; the combination and its fi
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -37,7 +38,7 @@ REFUSED = "nf4-kv holds finite values whose squares are finite; keep these raw"
 
 _SCALE_SHIFT = 17
 """Bits dropped from a float32 scale: 6 of mantissa stay. With 5 the KL of one text in four grew by a fifth."""
-_FINE = 192
+FINE = 192
 """Scale codes in single steps (three powers of two down from the top); the 63 below take four steps each
 (four more powers of two), so that one large block does not blunt the scales beside it."""
 _LARGEST_SCALE = float.fromhex("0x1.fep127")
@@ -88,7 +89,9 @@ def group_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for t in range(start, stop):
             total += x[:, t]
         means[:, g] = total * float(torch.tensor(1.0) / (stop - start))
-    scale = means.abs().amax(dim=3) / 127.0
+    largest = means.abs().amax(dim=3)
+    # A tensor over a tensor: on CUDA torch takes x / 127.0 as x times the rounded reciprocal.
+    scale = largest / torch.full_like(largest, 127.0)
     scale = torch.where(scale < 1e-37, torch.zeros_like(scale), scale)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     codes = torch.round(means * inverse[..., None]).clamp_(-127, 127).to(torch.int8)
@@ -103,13 +106,17 @@ def expand_means(codes: torch.Tensor, scale: torch.Tensor, tokens: int) -> torch
     return means[:, group]
 
 
-def _search_tables(device: torch.device) -> torch.Tensor:
-    """int16 (len(CLIPS), 255): level times 127 of the code of u/127 under each clip, for u = -127 ... 127."""
+@lru_cache(maxsize=16)
+def search_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Level times 127 of the code of u/127 under each clip, for u = -127 ... 127; and the clips. Never to be written.
+
+    Returns int16 (len(CLIPS), 255) and float32 (len(CLIPS),).
+    """
     cpu = torch.device("cpu")
     u = torch.arange(-127, 128, dtype=torch.float64)
     levels = torch.round(table("code", cpu).double() * 127).to(torch.int16)
     rows = [torch.bucketize(u, table("thresholds", cpu).double() * (127 * clip)) for clip in CLIPS]
-    return levels[torch.stack(rows)].to(device)
+    return levels[torch.stack(rows)].to(device), torch.tensor(CLIPS, dtype=torch.float32, device=device)
 
 
 def best_clips(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -124,7 +131,7 @@ def best_clips(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     index = u.to(torch.int32) + 127
     best = torch.full_like(absmax, -1.0)
     clips = torch.zeros_like(absmax)
-    for clip, levels in zip(CLIPS, _search_tables(blocks.device), strict=True):
+    for clip, levels in zip(CLIPS, search_tables(blocks.device)[0], strict=True):
         level = levels[index].to(torch.float32)
         # Integers below 2**24 in float32: exact in any order of summation.
         a, b = (u * level).sum(dim=1), (level * level).sum(dim=1)
@@ -147,7 +154,7 @@ def code_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = torch.nn.functional.pad(bits, (0, -b % SCALE_GROUP)).view(-1, SCALE_GROUP)
     tops = padded.amax(dim=1)
     steps = tops[:, None] - padded
-    codes = torch.where(steps < _FINE, 255 - steps, 63 - ((steps - _FINE + 2) >> 2)).clamp_(min=1)
+    codes = torch.where(steps < FINE, 255 - steps, 63 - ((steps - FINE + 2) >> 2)).clamp_(min=1)
     codes = torch.where(padded == 0, torch.zeros_like(codes), codes)
     return codes.view(-1)[:b].to(torch.uint8), tops.to(torch.int16)
 
@@ -156,7 +163,7 @@ def decode_scales(codes: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
     """Scales from their bytes. Returns float32 (b,); what would lie below 0 is 0."""
     top = tops.to(torch.int32).repeat_interleave(SCALE_GROUP)[: codes.numel()]
     code = codes.to(torch.int32)
-    steps = torch.where(code >= 256 - _FINE, 255 - code, _FINE + ((63 - code) << 2))
+    steps = torch.where(code >= 256 - FINE, 255 - code, FINE + ((63 - code) << 2))
     bits = (top - steps).clamp_(min=0) << _SCALE_SHIFT
     return torch.where(code == 0, torch.zeros_like(bits), bits).view(torch.float32)
 
@@ -200,13 +207,23 @@ def encode_rotated(rotated: torch.Tensor, block: int) -> RotatedBlocks:
     levels = table("code", blocks.device)[codes.to(torch.int32)]
     energy, cross, size = tree_sum(blocks * blocks), tree_sum(blocks * levels), tree_sum(levels * levels)
     energy[small], cross[small], size[small] = 0.0, 1.0, 0.0
+    return under_tops(packed(codes.view(-1)), torch.stack((energy, cross, size)))
+
+
+def under_tops(codes: torch.Tensor, sums: torch.Tensor) -> RotatedBlocks:
+    """Coded blocks with their scales as bytes and their errors.
+
+    codes: uint8 (b*block/2,), kept as they are; sums: float32 (3, b), x.x, x.L and L.L of each block. Raises
+    CodecError where a scale is not finite.
+    """
+    energy, cross, size = sums
     exact = energy / cross
     if not bool((exact < _LARGEST_SCALE).all()):
         raise CodecError(REFUSED)
     scale_codes, tops = code_scales(exact)
     scale = decode_scales(scale_codes, tops)
     error = energy - scale * cross - scale * (cross - scale * size)
-    return RotatedBlocks(packed(codes.view(-1)), scale_codes, tops, error.clamp_(min=0.0))
+    return RotatedBlocks(codes, scale_codes, tops, error.clamp_(min=0.0))
 
 
 def decode_rotated(coded: RotatedBlocks, block: int, size: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from kvstore.codecs.nf4 import prepared_out, require_part
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
-from kvstore.kernels import cpu_kernel
+from kvstore.kernels import kv_kernel
 from kvstore.kernels.cpu import Rows
 
 KEPT_KEYS = 4
@@ -211,7 +211,7 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
     """Add the parts of one plane; returns the squared error of its coded rows."""
     if plane.kept:
         parts[f"{prefix}kept"] = _halves(rows[:, list(plane.kept)])
-    kernel = cpu_kernel(rows)
+    kernel = kv_kernel(rows)
     if plane.leading and kernel is not None:
         coded, stride = rows[:, len(plane.kept) :], plane.tokens
     elif plane.leading:
@@ -268,7 +268,7 @@ def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Te
         shape = (plane.outer, plane.groups, plane.inner)
         codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d).view(*shape, plane.d)
         mean = codes, require_part(encoded, f"{prefix}mean_scale", torch.float32, prod(shape)).view(shape)
-    kernel = cpu_kernel(out)
+    kernel = kv_kernel(out)
     if kernel is not None:
         rows = plane.rows(plane.tokens if direct else plane.coded)
         means = None if mean is None else kernel.kv_expand(rows, *mean)

@@ -6,12 +6,37 @@ one of speed, and a missing kernel never means a broken codec.
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import CpuKernel, kernels
+from kvstore.kernels.cpu import CpuKernel, Rows, kernels
 
 _BEST = next(reversed(kernels()), None)
+
+
+class KvKernel(Protocol):
+    """nf4-kv on one device."""
+
+    def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""
+
+    def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
+
+    def kv_encode(
+        self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Codes, scales, tops and errors as `kv_blocks.encode_rotated` gives; None or CodecError where not finite."""
+
+    def kv_decode(
+        self,
+        coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        means: torch.Tensor | None,
+        rows: Rows,
+        out: torch.Tensor,
+    ) -> None:
+        """Rows of out from codes, scales and tops, whose lengths the caller has checked."""
 
 
 def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
@@ -21,9 +46,19 @@ def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
 
 def cuda_kernel(x: torch.Tensor) -> ModuleType | None:
     """`kernels.cuda` where the tensor lies on CUDA and Triton is installed."""
-    if x.device.type != "cuda":
-        return None
+    return _imported("kvstore.kernels.cuda") if x.device.type == "cuda" else None
+
+
+def kv_kernel(x: torch.Tensor) -> KvKernel | None:
+    """What codes nf4-kv where x lies: the compiled kernel, or `kernels.cuda_kv`; None leaves it to the reference."""
+    if x.device.type == "cuda":
+        found: KvKernel | None = _imported("kvstore.kernels.cuda_kv")
+        return found
+    return cpu_kernel(x)
+
+
+def _imported(name: str) -> Any:
     try:
-        return import_module("kvstore.kernels.cuda")
+        return import_module(name)
     except ImportError:
         return None

@@ -4,8 +4,8 @@
 """NF4 in Triton: the reference's bytes on CUDA. Never imported without a CUDA tensor in hand.
 
 Written against `codecs.blocks`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is, and of
-tests/engine/test_triton.py, which runs these kernels in Triton's interpreter wherever Triton is. No GPU has run them
-yet. nf4-kv on CUDA is the torch reference itself, whose operations torch runs on the device.
+tests/engine/test_triton.py, which runs these kernels in Triton's interpreter and compiles them for a GPU.
+No GPU has run them yet. nf4-kv is `cuda_kv`.
 """
 
 import torch
@@ -14,6 +14,8 @@ import triton.language as tl
 
 _BLOCKS = 16
 """NF4 blocks a program: 1,024 values, 8 for each thread of four warps."""
+EXACT = {"enable_fp_fusion": False}
+"""A product contracted into a sum rounds once instead of twice: other bytes."""
 
 
 @triton.jit
@@ -65,11 +67,11 @@ def quantize(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, thresho
     """Full blocks of 64. x: flat (64 b,); codes: uint8 (32 b,); absmax: float32 (b,); all on one CUDA device."""
     blocks = absmax.numel()
     with torch.cuda.device(x.get_device()):
-        _encode[(triton.cdiv(blocks, _BLOCKS),)](x, codes, absmax, thresholds, blocks, B=_BLOCKS)
+        _encode[(triton.cdiv(blocks, _BLOCKS),)](x, codes, absmax, thresholds, blocks, B=_BLOCKS, **EXACT)
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
     """Full blocks of 64. codes: uint8 (32 b,); absmax: float32 (b,); out: flat (64 b,); all on one CUDA device."""
     blocks = absmax.numel()
     with torch.cuda.device(out.get_device()):
-        _decode[(triton.cdiv(blocks, _BLOCKS),)](codes, absmax, levels, out, blocks, B=_BLOCKS)
+        _decode[(triton.cdiv(blocks, _BLOCKS),)](codes, absmax, levels, out, blocks, B=_BLOCKS, **EXACT)

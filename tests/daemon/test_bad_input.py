@@ -7,6 +7,10 @@ import grpc
 import numpy as np
 import pytest
 
+from kvstore.errors import OverQuota
+from kvstore.store import Store
+from kvstored.budget import Budget
+from kvstored.wire import Reading
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import parse_address
 from tests.conftest import free_port, wait_until
@@ -238,3 +242,44 @@ def test_readers_that_never_listen_keep_no_memory(daemon_factory):
         wait_until(lambda: client.stats().values["in_flight_nbytes"] == 0)
         assert raw.match(b"big").held
     raw.close()
+
+
+def test_a_hot_entry_that_waits_for_a_slow_reader_is_in_flight(daemon_factory):
+    """Hot lets go of it when it likes, and then it was in nobody's account: 200 MiB too much with 512 streams."""
+    daemon = daemon_factory(server='in_flight_nbytes = "64MiB"\nsilence_s = 120.0')
+    raw = RawClient(parse_address(daemon.address))
+    with daemon.client() as client:
+        client.put(b"hot", {"x": np.ones(24 * MIB, dtype=np.uint8)})
+        stream = raw.get(pb.GetRequest(keys=[b"hot"]), timeout=120)
+        next(stream)
+        wait_until(lambda: client.stats().values["in_flight_nbytes"] >= 24 * MIB)
+        others = [raw.get(pb.GetRequest(keys=[b"hot"]), timeout=120) for _ in range(2)]
+        with pytest.raises(grpc.RpcError) as refused:
+            for other in others:
+                next(other)
+        assert refused.value.code() == EXHAUSTED
+        for call in (stream, *others):
+            call.cancel()
+        wait_until(lambda: client.stats().values["in_flight_nbytes"] == 0)
+        assert len(list(raw.get(pb.GetRequest(keys=[b"hot"])))) > 1
+    raw.close()
+
+
+def test_what_a_get_would_read_is_counted_before_it_is_read():
+    """Counted afterwards, as many entries as there are threads were in memory and in nobody's account."""
+    with Store.open(background=False) as store:
+        store.put(b"low", {"x": np.ones(MIB, np.float32)})
+        store.demote(b"low")
+        budget = Budget(8 * MIB)
+        budget.take(5 * MIB)
+        reading = Reading(store, budget, pb.GetRequest(keys=[b"low"]))
+        with pytest.raises(OverQuota, match="4194304 bytes more would make"):
+            reading.next_lot()
+        reading.close()
+        assert store.stats().values["gets"] == 0
+        budget.give_back(5 * MIB)
+        packed = Reading(store, budget, pb.GetRequest(keys=[b"low"], accept=[store.inspect(b"low").encoding]))
+        [(_, found)] = packed.next_lot()
+        assert budget.used_nbytes == sum(part.nbytes for part in found.entry.tensors["x"].parts.values()) < MIB
+        packed.close()
+        assert budget.used_nbytes == 0

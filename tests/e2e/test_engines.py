@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, DaemonProcess
+from tests.side import side, why_missing
 
 pytestmark = pytest.mark.slow
 ENGINES = {
@@ -15,23 +15,6 @@ ENGINES = {
     "vllm": ["shared", "vllm"], "kvpress": ["kvpress", "shared"], "llama": ["llama"],
 }  # fmt: skip
 """Each engine's folders of wheels."""
-
-
-def side() -> Path:
-    """Where `tools/engines/side.sh` puts the wheels."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "kvstored" / "engines" / "side"
-
-
-def why_missing(folder: str) -> str:
-    """Why a folder of wheels is not there; "" where it is."""
-    if (side() / folder / ".wheels").exists():
-        return ""
-    told = side() / f"why-{folder}"
-    if told.exists():
-        return told.read_text().strip()
-    script = "llama.sh" if folder == "llama" else "side.sh"
-    return f"{folder} is not installed: tools/engines/{script} .venv/bin/python"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvstore.codecs import blocks
+from kvstore.codecs import blocks, nf4_kv
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.nf4_kv import NF4KV
 
@@ -26,9 +26,17 @@ def test_nf4_on_cuda_writes_and_reads_the_bytes_of_the_cpu(dtype, n):
     assert bits(blocks.dequantize(*on_cuda, torch.empty_like(x).cuda())) == bits(expected)
 
 
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_nf4_kv_on_cuda_writes_the_bytes_of_the_cpu(name):
-    x = torch.randn(2, 200, 3, 64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("shape", [(2, 200, 3, 64), (1, 70, 2, 80), (3, 40, 2, 128), (5, 130, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["k", "v", "kv"])
+def test_nf4_kv_on_cuda_writes_the_bytes_of_the_cpu(name, dtype, shape):
+    """By the Triton kernels, and by the reference on the device, which is what answers without Triton."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     here, there = (NF4KV().encode(name, at, Hints(prefix_start=True)) for at in (x, x.cuda()))
     assert {s: bits(p) for s, p in here.parts.items()} == {s: bits(p) for s, p in there.parts.items()}
     assert bits(NF4KV().decode(here)) == bits(NF4KV().decode(there))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4_kv, "kv_kernel", lambda _x: None)
+        plain = NF4KV().encode(name, x.cuda(), Hints(prefix_start=True))
+        assert {s: bits(p) for s, p in here.parts.items()} == {s: bits(p) for s, p in plain.parts.items()}
+        assert bits(NF4KV().decode(here)) == bits(NF4KV().decode(plain))

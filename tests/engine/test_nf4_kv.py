@@ -1,6 +1,7 @@
 """nf4-kv: its bytes, its bits a value, what it keeps, its receipt, and what it refuses."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,15 @@ from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.errors import CodecError, ConfigError
 from kvstore.forms import raw_entry
 from kvstore.index import Meta
+from kvstore.kernels import cpu_kernel
+
+PATHS = {"kernel": cpu_kernel, "reference": lambda _x: None}
+"""Ways to the same bytes; the first is the second where no kernel is installed."""
+if os.environ.get("TRITON_INTERPRET") == "1":  # as tests/engine/test_triton.py runs this file
+    from kvstore.kernels import cuda_kv
+
+    cuda_kv.TILE = 1 << 14  # the interpreter takes as long for a large tile as for a small one
+    PATHS["triton"] = lambda _x: cuda_kv
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "nf4-kv.json"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,11 +65,9 @@ def measured(encoded, x):
     return relative_error(x, NF4KV().decode(encoded))
 
 
-@pytest.fixture(params=["kernel", "reference"])
+@pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    """Both ways to the same bytes; the first is the second where no kernel is installed."""
-    if request.param == "reference":
-        monkeypatch.setattr(module, "cpu_kernel", lambda _x: None)
+    monkeypatch.setattr(module, "kv_kernel", PATHS[request.param])
     return request.param
 
 
@@ -81,16 +89,19 @@ def test_every_shape_and_type_comes_back_close(path, dtype, shape, name):
 @pytest.mark.parametrize("start", [None, True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_writes_the_bytes_of_the_reference(dtype, shape, start, monkeypatch):
-    if module.cpu_kernel(torch.empty(1)) is None:
+@pytest.mark.parametrize("fast_path", [name for name in PATHS if name != "reference"])
+def test_the_kernel_writes_the_bytes_of_the_reference(fast_path, dtype, shape, start, monkeypatch):
+    kernel = PATHS[fast_path]
+    if kernel(torch.empty(1)) is None:
         pytest.skip("the compiled kernel is not installed (make kernel)")
+    monkeypatch.setattr(module, "kv_kernel", kernel)
     for name in ("k", "v", "kv"):
         x = keys(shape, dtype, seed=3)
         hints = Hints(prefix_start=start)
         fast = NF4KV().encode(name, x, hints)
         decoded = NF4KV().decode(fast)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "cpu_kernel", lambda _x: None)
+            patch.setattr(module, "kv_kernel", PATHS["reference"])
             slow = NF4KV().encode(name, x, hints)
             assert parts_of(fast) == parts_of(slow)
             assert dict(fast.attrs) == dict(slow.attrs)

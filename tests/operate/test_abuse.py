@@ -34,7 +34,7 @@ STARVED_S = 20.0
 
 @pytest.fixture(scope="module")
 def daemon():
-    server = 'silence_s = 2\nin_flight_nbytes = "64MiB"'
+    server = 'silence_s = 2\nin_flight_nbytes = "128MiB"'
     with running_daemon(server, "[store.hot]\ncapacity_nbytes = '128MiB'") as found:
         found.start()
         yield found

