@@ -237,11 +237,11 @@ class Connection:
         keys = check_keys(asked.keys)
         resident: Resident | None = self._store.resident(keys)
         cards = None if resident is None else self._cards(resident)
-        if resident is None or cards is None:
+        new = set(map(_SEGMENT, cards or ())) - self._handed
+        if resident is None or cards is None or any(segment.owner != self.uid for segment in new):
             return self._read(asked, resident)
         # The commonest reply of all, written by hand: what is always said, what is said now, what each card says.
         now = _GIVEN.pack(_LEASE_TAG, self._hold(resident.entries), _NOW_TAG, resident.now)
-        new = set(map(_SEGMENT, cards)) - self._handed
         if new:
             handed = pb.LeaseReply()
             for segment in new:
@@ -250,9 +250,9 @@ class Connection:
         return b"".join((self._said_always, now, *map(_SAID, cards)))
 
     def _cards(self, resident: Resident) -> list[Card] | None:
-        """What is said of each entry; None where one does not lie in a segment of this user's."""
+        """What is said of each entry; None where one does not lie in a segment that this user could be handed."""
         cards: list[Card] = list(map(_CARD, resident.entries))
-        if None in cards:
+        if not all(cards):
             for i, (entry, meta) in enumerate(zip(resident.entries, resident.metas, strict=True)):
                 if cards[i] is None:
                     card = new_card(self._shared.arena, self.uid, entry, meta.created_at)
@@ -260,8 +260,7 @@ class Connection:
                         return None
                     entry.keep_card(card)
                     cards[i] = card
-        new = set(map(_SEGMENT, cards)) - self._handed
-        return cards if all(segment.owner == self.uid for segment in new) else None
+        return cards
 
     def _hold(self, held: Sequence[Any]) -> int:
         """The number of a new lease; 0 for one that would hold nothing."""
