@@ -100,6 +100,10 @@ def fixed64s(field: int, values: Sequence[int]) -> bytes:
 
 def get_request(keys: Sequence[bytes], rest: bytes) -> bytes:
     """A GetRequest of checked keys. rest: its other fields, serialized."""
+    lengths = set(map(len, keys))
+    if len(lengths) == 1:  # hashes, as a rule: all of them in one step
+        head = _KEY_HEADS[lengths.pop()]
+        return b"".join((head, head.join(keys), rest))
     return b"".join([_KEY_HEADS[len(key)] + key for key in keys]) + rest
 
 

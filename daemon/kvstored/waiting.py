@@ -19,8 +19,9 @@ LOOK_S = 0.0003
 """For how long, and how soon a call has to come for the next one to be looked for: a copy of 1 MiB takes 0.1 ms."""
 MOVE_S = 0.00005
 """Into a look: a client that is running asks within this, and moving takes 0.1 ms."""
-PAUSE_MIN_S, PAUSE_MAX_S = 0.001, 10.0
-"""Between a look in vain and the next; doubled each time, so that a machine where looking does not help has none."""
+PAUSE_MIN_S, PAUSE_MAX_S = 0.001, 0.016
+"""Between a look in vain and the next, doubled each time: at worst, for a client that calls all the time and is never
+found, 3% of a processor. A client's two calls in a row now and then must not keep it waiting for long, though."""
 
 _getcpu = ctypes.CDLL(None).sched_getcpu
 
@@ -72,7 +73,8 @@ class Waiting:
                     move_at = until = clock() + LOOK_S
                 continue
             self._woken = False
-            self._pause_s = PAUSE_MIN_S
+            # Little by little: of calls that come in pairs every second look is in vain.
+            self._pause_s = max(0.75 * self._pause_s, PAUSE_MIN_S)
             return nbytes
         self._not_before = clock() + self._pause_s
         self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)

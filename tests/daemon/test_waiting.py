@@ -93,15 +93,28 @@ def test_nobody_looks_while_another_client_calls(clock, callers):
 def test_looking_in_vain_becomes_rare(clock, callers):
     """Where each look keeps the client from running: its call always comes just after it."""
     client = Client(clock, callers)
-    calls, looked = 50_000, 0
-    for _ in range(calls):
-        if client.sock.looks:
+    began, looked = clock.now, 0
+    for _ in range(2000):
+        looks, sleeps = client.calls_after(SOON_S)
+        assert sleeps == (0 if looks else 1)
+        clock.now += 0.0001
+        if client.waiting._hurried and clock.now >= client.waiting._not_before:
+            looks, sleeps = client.calls_after(3 * LOOK_S)
+            assert looks > 0
+            assert sleeps == 1
             looked += 1
-        begins_to_look = client.waiting._hurried and clock.now >= client.waiting._not_before
-        client.calls_after(3 * LOOK_S if begins_to_look else SOON_S)
-        client.clock.now += 0.001
-    assert 1 <= looked <= 20
+    assert looked > 1
+    assert looked * LOOK_S < 0.04 * (clock.now - began)
     assert client.waiting._pause_s == PAUSE_MAX_S
+
+
+def test_calls_in_pairs_are_looked_for_now_and_then_only(clock, callers):
+    client = Client(clock, callers)
+    began, looked = clock.now, 0
+    for _ in range(2000):
+        for seconds in (SOON_S, SOON_S, 0.002):
+            looked += client.calls_after(seconds)[0] > 0
+    assert looked * LOOK_S < 0.1 * (clock.now - began)
 
 
 def test_who_was_woken_and_finds_nothing_moves_to_another_processor_once(clock, callers):
