@@ -1,6 +1,6 @@
 #!/bin/sh
 # Compiles the kernel: sh compile.sh OUTPUT.so. CXX names the compiler, CXXFLAGS adds to its flags.
-# No fused multiply-add (-ffp-contract=off): the bytes must be those of the torch reference.
+# No fused multiply-add but where it is written (-ffp-contract=off): the bytes must be those of the torch reference.
 set -eu
 out=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,10 +15,10 @@ $cxx $flags -c "$here/src/dispatch.cpp" -o "$work/dispatch.o"
 case $($cxx $flags -dumpmachine) in
 x86_64*)
     # shellcheck disable=SC2086
-    $cxx $flags -DKVK_USE_AVX2 -mavx2 -mf16c -c "$here/src/isa.cpp" -o "$work/avx2.o"
+    $cxx $flags -DKVK_USE_AVX2 -mavx2 -mfma -mf16c -c "$here/src/isa.cpp" -o "$work/avx2.o"
     # -Wno-*: GCC 12 warns inside its own avx512fintrin.h.
     # shellcheck disable=SC2086
-    $cxx $flags -Wno-uninitialized -Wno-maybe-uninitialized -DKVK_USE_AVX512 -mavx2 -mf16c \
+    $cxx $flags -Wno-uninitialized -Wno-maybe-uninitialized -DKVK_USE_AVX512 -mavx2 -mfma -mf16c \
         -mavx512f -mavx512bw -mavx512dq -mavx512vl -c "$here/src/isa.cpp" -o "$work/avx512.o"
     ;;
 esac

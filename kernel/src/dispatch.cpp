@@ -23,23 +23,25 @@ const Ops* ops_for(int isa) {
 
 bool valid_dtype(int dtype) { return dtype >= KVK_F32 && dtype <= KVK_BF16; }
 
-// Calls work(begin, end) over [0, n) cut into one piece a thread; the first piece runs here.
+constexpr int kPieces = 8;
+// A thread takes so many in turn: one that starts late, as on a processor that was asleep, keeps nobody waiting long.
+
+// Calls work(begin, end) over [0, n), here and in threads - 1 others.
 template <class Work>
 void split(int threads, int64_t n, const Work& work) {
-    if (threads < 1) threads = 1;
-    if (threads > n) threads = static_cast<int>(n > 0 ? n : 1);
-    const int64_t piece = (n + threads - 1) / threads;
+    if (threads < 2 || n < 2) return work(0, n);
+    const int64_t piece = (n + int64_t{threads} * kPieces - 1) / (int64_t{threads} * kPieces);
+    std::atomic<int64_t> next{0};
+    const auto take = [&] {
+        for (int64_t begin; (begin = next.fetch_add(piece)) < n;) work(begin, begin + piece < n ? begin + piece : n);
+    };
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) {
-        const int64_t begin = i * piece < n ? i * piece : n;
-        const int64_t end = begin + piece < n ? begin + piece : n;
-        try {
-            others.emplace_back([&work, begin, end] { work(begin, end); });
-        } catch (...) {
-            work(begin, end);  // no thread to be had: slower, not wrong
-        }
+    try {
+        for (int i = 1; i < threads; ++i) others.emplace_back(take);
+    } catch (...) {
+        // No thread to be had: slower, not wrong.
     }
-    work(0, piece < n ? piece : n);
+    take();
     for (std::thread& other : others) other.join();
 }
 
@@ -64,10 +66,12 @@ int kvk_abi(void) { return KVK_ABI; }
 int kvk_isa(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return KVK_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return KVK_AVX2;
+    if (avx2) return KVK_AVX2;
 #endif
     return KVK_PORTABLE;
 }
@@ -134,6 +138,14 @@ int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales
     for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < rows->d; ++c)
             means[i * rows->d + c] = static_cast<float>(codes[i * rows->d + c]) * scales[i];
+    return KVK_OK;
+}
+
+int kvk_kv_energy(int isa, int threads, int dtype, const void* x, int64_t n, float* energy) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || n < 0) return KVK_BAD_ARGUMENT;
+    split(threads, (n + kvk::kEnergyRun - 1) / kvk::kEnergyRun,
+          [&](int64_t begin, int64_t end) { ops->kv_energy(dtype, x, n, begin, end, energy); });
     return KVK_OK;
 }
 

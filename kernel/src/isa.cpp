@@ -17,8 +17,8 @@ typedef Portable Isa;
 namespace kvk {
 
 const Ops KVK_TABLE = {
-    Nf4<Isa>::encode, Nf4<Isa>::encode_tail, Nf4<Isa>::decode, Nf4<Isa>::decode_tail,
-    Nf4<Isa>::scales, Kv<Isa>::means,        Kv<Isa>::encode,  Kv<Isa>::decode,
+    Nf4<Isa>::encode, Nf4<Isa>::encode_tail, Nf4<Isa>::decode, Nf4<Isa>::decode_tail, Nf4<Isa>::scales,
+    Kv<Isa>::means,   Kv<Isa>::energy,       Kv<Isa>::encode,  Kv<Isa>::decode,
 };
 
 }  // namespace kvk

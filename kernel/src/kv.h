@@ -107,6 +107,26 @@ struct Kv {
         }
     }
 
+    static void energy(int dtype, const void* x, int64_t n, int64_t begin, int64_t end, float* energy) {
+        alignas(64) float run[kvk::kEnergyRun];
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t at = i * kvk::kEnergyRun;
+            const int some = static_cast<int>(n - at < kvk::kEnergyRun ? n - at : kvk::kEnergyRun);
+            // Runs are not read from front to back: the caches are told what comes.
+            const int nbytes = kvk::kEnergyRun * (dtype == KVK_F32 ? 4 : 2);
+            const char* here = static_cast<const char*>(x) + i * nbytes;
+            page_ahead(here, nbytes);
+            for (int line = 0; line < nbytes; line += 64) __builtin_prefetch(here + 2 * nbytes + line);
+            if (dtype == KVK_F32 && some == kvk::kEnergyRun) {
+                energy[i] = Isa::squares256(static_cast<const float*>(x) + at);
+                continue;
+            }
+            load(dtype, x, at, run, some);
+            for (int j = some; j < kvk::kEnergyRun; ++j) run[j] = 0.0f;
+            energy[i] = Isa::squares256(run);
+        }
+    }
+
     // Turns a sum into a mean of 8 bits, in place; its codes; returns its scale.
     static float code_mean(float* total, float inverse_count, int d, int8_t* codes) {
         uint32_t most = 0;
@@ -161,19 +181,13 @@ struct Kv {
             const int32_t steps = top - rounded[i];
             const int32_t code = steps < 192 ? 255 - steps : 63 - ((steps - 192 + 2) >> 2);
             scales[i] = static_cast<uint8_t>(rounded[i] == 0 ? 0 : code < 1 ? 1 : code);
-            const float scale = scale_of(scales[i], top);
+            const float scale = kvk::scale_of(scales[i], top);
             const float saved = scale * (sums[i].cross - scale * sums[i].size);
             const float left = sums[i].energy - scale * sums[i].cross - saved;
             error[i] = left > 0.0f ? left : 0.0f;
         }
         *top_out = static_cast<int16_t>(top);
         return true;
-    }
-
-    static float scale_of(uint8_t code, int32_t top) {
-        const int32_t steps = code >= 64 ? 255 - code : 192 + ((63 - code) << 2);
-        const int32_t bits = top - steps;
-        return code == 0 || bits < 0 ? 0.0f : from_bits(static_cast<uint32_t>(bits) << 17);
     }
 
     static bool encode(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
@@ -203,6 +217,8 @@ struct Kv {
     static void gather(int dtype, const void* x, const float* means, int n, Walk* walk, float* piece) {
         for (int i = 0, run; i < n; i += run, walk->advance(run)) {
             run = walk->run(n - i);
+            const int itemsize = dtype == KVK_F32 ? 4 : 2;
+            page_ahead(static_cast<const char*>(x) + walk->value() * itemsize, run * itemsize);
             const float* mean = means + (walk->rows.groups ? walk->mean() : 0);
             int done = 0;
             if (dtype == KVK_F32 && walk->rows.groups) {
@@ -226,7 +242,8 @@ struct Kv {
             const int64_t start = t * tile, stop = start + tile < total ? start + tile : total;
             const int blocks = static_cast<int>((stop - start + rows.block - 1) / rows.block);
             const uint8_t* scale_codes = scales + t * kvk::kScaleGroup;
-            for (int i = 0; i < blocks; ++i) scale[i] = scale_of(scale_codes[i], tops[t]) * shrink;
+            Isa::scales(scale_codes, blocks & ~7, tops[t], shrink, scale);
+            for (int i = blocks & ~7; i < blocks; ++i) scale[i] = kvk::scale_of(scale_codes[i], tops[t]) * shrink;
             if (Isa::kFused && rows.size >= 64)
                 decode_fused(dtype, codes, scale, means, rows, start, stop, stream, out);
             else
@@ -250,22 +267,46 @@ struct Kv {
         }
     }
 
-    // The same where runs are 64 or 128 long, a row at a time: blocks and runs then end where rows do.
+    // The same where runs are 64 or 128 long, as many at a time as lie one behind the other under the same means.
     static void decode_fused(int dtype, const uint8_t* codes, const float* scale, const float* means, const kvk_rows& rows,
                              int64_t start, int64_t stop, bool stream, void* out) {
-        const int itemsize = dtype == KVK_F32 ? 4 : 2;
-        Walk walk(rows, start);
-        for (int64_t at = start, run; at < stop; at += run, walk.advance(static_cast<int>(run))) {
-            run = walk.run(static_cast<int>(stop - at));
-            const float* mean = rows.groups ? means + walk.mean() : nullptr;
-            char* to = static_cast<char*>(out) + walk.value() * itemsize;
-            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 32 == 0;
+        const int64_t width = rows.inner * rows.d;
+        alignas(64) float turned[kTurned];
+        for (int64_t at = start, n; at < stop; at += n) {
+            Walk walk(rows, at);
+            int64_t left = rows.tokens - walk.token;
+            const float *row = nullptr, *mean = nullptr;
+            if (rows.groups) {
+                const int64_t group = walk.token / kvk::kGroup;
+                if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
+                mean = means + walk.mean();
+                row = mean - walk.column;
+            }
+            n = left * width - walk.column;
+            if (n > stop - at) n = stop - at;
             const float* by = scale + (at - start) / rows.block;
+            char* to = static_cast<char*>(out) + walk.value() * (dtype == KVK_F32 ? 4 : 2);
+            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 32 == 0;
             if constexpr (Isa::kFused) {
-                const auto decode = rows.size == 64 ? Isa::template decode_runs<64> : Isa::template decode_runs<128>;
-                decode(codes + at / 2, by, rows.block, static_cast<int>(run), dtype, mean, past, to);
+                const bool pairs = dtype == KVK_BF16 && (!row || width <= kTurned);
+                if (pairs && row) {
+                    Isa::by_pairs(row, width, turned);
+                    row = turned;
+                    mean = turned + walk.column;
+                }
+                const auto decode = rows.size == 64 ? runs_of<64>(dtype, pairs) : runs_of<128>(dtype, pairs);
+                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr, past, to);
             }
         }
+    }
+    static constexpr int64_t kTurned = 4096;
+
+    using Runs = void (*)(const uint8_t*, const float*, int, int64_t, const float*, const float*, const float*, bool, char*);
+    template <int kSize>
+    static Runs runs_of(int dtype, bool pairs) {
+        if (dtype == KVK_F32) return Isa::template decode_runs<kSize, KVK_F32, false>;
+        if (dtype == KVK_F16) return Isa::template decode_runs<kSize, KVK_F16, false>;
+        return pairs ? Isa::template decode_runs<kSize, KVK_BF16, true> : Isa::template decode_runs<kSize, KVK_BF16, false>;
     }
 
     // Writes the next n values, their means put back.

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 3
+#define KVK_ABI 4
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
@@ -51,6 +51,9 @@ KVK_API int kvk_kv_means(int isa, int threads, int dtype, const void* x, const k
                  float* means);
 // Floats of a mean from its code and scale, as kvk_kv_means leaves them.
 KVK_API int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales, float* means);
+
+// The sum of squares of each 256 of n values, halves added to halves. energy: ceil(n/256) floats.
+KVK_API int kvk_kv_energy(int isa, int threads, int dtype, const void* x, int64_t n, float* energy);
 
 // b = ceil(outer*tokens*inner*d / block) blocks. codes: b*block/2; scales: b; tops: ceil(b/256); error: b.
 KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,

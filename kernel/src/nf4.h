@@ -33,6 +33,7 @@ struct Nf4 {
         alignas(64) float scratch[kTile * kBlock];
         for (int64_t block = begin; block < end; block += kTile) {
             const int n = static_cast<int>(end - block < kTile ? end - block : kTile);
+            page_ahead(source + block * kBlock * itemsize, kTile * kBlock * itemsize);
             const float* v = floats(dtype, source + block * kBlock * itemsize, n * kBlock, scratch);
             uint32_t bits;
             if (n == kTile) {
@@ -91,8 +92,15 @@ struct Nf4 {
         for (int64_t block = begin; block < end; ++block) {
             const uint8_t* packed = codes + block * 32;
             if constexpr (Isa::kFused) {
-                char* to = static_cast<char*>(out) + block * kBlock * (dtype == KVK_F32 ? 4 : 2);
-                Isa::decode_block(packed, absmax[block], dtype, stream, to);
+                const int nbytes = kBlock * (dtype == KVK_F32 ? 4 : 2);
+                char* to = static_cast<char*>(out) + block * nbytes;
+                page_ahead(to, nbytes);
+                if (dtype == KVK_F32)
+                    Isa::template decode_block<KVK_F32>(packed, absmax[block], stream, to);
+                else if (dtype == KVK_F16)
+                    Isa::template decode_block<KVK_F16>(packed, absmax[block], stream, to);
+                else
+                    Isa::template decode_block<KVK_BF16>(packed, absmax[block], stream, to);
                 continue;
             }
             float* into = dtype == KVK_F32 ? static_cast<float*>(out) + block * kBlock : v;

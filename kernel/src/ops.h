@@ -1,5 +1,6 @@
 // What one instruction set offers: single-threaded loops over a range of whole blocks or groups.
 #pragma once
+#include "convert.h"
 #include "kvstored_kernel.h"
 #include "tables.h"
 
@@ -18,6 +19,8 @@ struct Ops {
     // Groups of tokens [begin, end) of outer * groups.
     void (*kv_means)(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
                      float* scales, float* means);
+    // Runs of 256 values [begin, end) of n values.
+    void (*kv_energy)(int dtype, const void* x, int64_t n, int64_t begin, int64_t end, float* energy);
     // Tiles of 256 blocks [begin, end).
     bool (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
                       uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
@@ -33,8 +36,16 @@ extern const Ops kAvx512;
 
 constexpr int kScaleGroup = 256;
 constexpr int kGroup = 64;
+constexpr int kEnergyRun = 256;
 
-inline int64_t values_of(const kvk_rows& rows) { return rows.outer * rows.tokens * rows.inner * rows.d; }
-inline int64_t blocks_of(const kvk_rows& rows) { return (values_of(rows) + rows.block - 1) / rows.block; }
+// A scale from its byte: steps down from the top of its group, in float bits without their 17 lowest.
+static inline float scale_of(uint8_t code, int32_t top) {
+    const int32_t steps = code >= 64 ? 255 - code : 192 + ((63 - code) << 2);
+    const int32_t bits = top - steps;
+    return code == 0 || bits < 0 ? 0.0f : from_bits(static_cast<uint32_t>(bits) << 17);
+}
+
+static inline int64_t values_of(const kvk_rows& rows) { return rows.outer * rows.tokens * rows.inner * rows.d; }
+static inline int64_t blocks_of(const kvk_rows& rows) { return (values_of(rows) + rows.block - 1) / rows.block; }
 
 }  // namespace kvk

@@ -1,9 +1,12 @@
-// AVX2 and F16C: eight floats at a time.
+// AVX2, FMA and F16C: eight floats at a time.
 #pragma once
 #include <immintrin.h>
 
 #include "convert.h"
 #include "tables.h"
+
+// Calls would pass vectors through memory: the compiler's own limits keep some of these out of line.
+#define KVK_INLINE __attribute__((always_inline)) static inline
 
 namespace {
 
@@ -250,11 +253,11 @@ struct Avx2 {
         }
     };
     // Levels of 32 codes in the order of code_bytes, as four vectors in the order of the values.
-    static void level_vectors(__m256i bytes, __m256* out) {
+    KVK_INLINE void level_vectors(__m256i bytes, __m256* out) {
         static constexpr Planes kPlanes;
         looked_up(kPlanes.byte, bytes, out);
     }
-    static void looked_up(const uint8_t (*planes)[16], __m256i bytes, __m256* out) {
+    KVK_INLINE void looked_up(const uint8_t (*planes)[16], __m256i bytes, __m256* out) {
         const __m256i b0 = _mm256_shuffle_epi8(table(planes[0]), bytes);
         const __m256i b1 = _mm256_shuffle_epi8(table(planes[1]), bytes);
         const __m256i b2 = _mm256_shuffle_epi8(table(planes[2]), bytes);
@@ -266,7 +269,7 @@ struct Avx2 {
         out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_b, high_b));
         out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_b, high_b));
     }
-    static void scaled_levels(const uint8_t* codes, float scale, __m256* v) {
+    KVK_INLINE void scaled_levels(const uint8_t* codes, float scale, __m256* v) {
         const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
         const __m128i nibble = _mm_set1_epi8(15);
         const __m128i first = _mm_and_si128(_mm_srli_epi16(packed, 4), nibble), second = _mm_and_si128(packed, nibble);
@@ -274,6 +277,18 @@ struct Avx2 {
         level_vectors(_mm256_permutevar8x32_epi32(ordered, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)), v);
         const __m256 by = _mm256_set1_ps(scale);
         for (int i = 0; i < 4; ++i) v[i] = _mm256_mul_ps(v[i], by);
+    }
+    // 64 levels times scale; registers 2q and 2q + 1 have the even and the odd ones of 16q to 16q + 15.
+    KVK_INLINE void levels_by_pairs(const uint8_t* codes, float scale, __m256* v) {
+        const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        const __m256i bytes = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), odd = _mm256_and_si256(bytes, nibble);
+        level_vectors(_mm256_unpacklo_epi32(even, odd), v);
+        level_vectors(_mm256_unpackhi_epi32(even, odd), v + 4);
+        const __m256 by = _mm256_set1_ps(scale);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) v[r] = _mm256_mul_ps(v[r], by);
     }
     static void levels32(const uint8_t* codes, float scale, float* out) {
         __m256 v[4];
@@ -339,16 +354,18 @@ struct Avx2 {
         if (size == 16) return rotate_runs<2>(x, n);
         return rotate_runs<1>(x, n);
     }
+    // a - b, on the multipliers: the adders have the sums beside it. One rounding, as 1 * a is exact.
+    KVK_INLINE __m256 minus(__m256 a, __m256 b) { return _mm256_fmsub_ps(a, _mm256_set1_ps(1.0f), b); }
     // Stages of distance kStage registers and up. By recursion: as a loop over distances the compiler keeps v in memory.
     template <int kRegisters, int kStage>
-    static void butterflies(__m256* v) {
+    KVK_INLINE void butterflies(__m256* v) {
         if constexpr (kStage < kRegisters) {
 #pragma GCC unroll 16
             for (int r = 0; r < kRegisters; ++r)
                 if (!(r & kStage)) {
                     const __m256 a = v[r], b = v[r + kStage];
                     v[r] = _mm256_add_ps(a, b);
-                    v[r + kStage] = _mm256_sub_ps(a, b);
+                    v[r + kStage] = minus(a, b);
                 }
             butterflies<kRegisters, 2 * kStage>(v);
         }
@@ -367,7 +384,7 @@ struct Avx2 {
 
     // 64 levels times their blocks' scales, in registers by their index modulo 8: register r has the values r, 8 + r,
     // 16 + r ... So the first three stages of the rotation need no shuffle. scales: of 0-31 and of 32-63.
-    static void levels_by_columns(const uint8_t* codes, float low, float high, __m256* v) {
+    KVK_INLINE void levels_by_columns(const uint8_t* codes, float low, float high, __m256* v) {
         const __m256i turned = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
                                                 13, 2, 6, 10, 14, 3, 7, 11, 15);
         const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
@@ -380,7 +397,7 @@ struct Avx2 {
         for (int r = 0; r < 8; ++r) v[r] = _mm256_mul_ps(v[r], by);
     }
     // Four registers, each half of them a 4 x 4 matrix, transposed.
-    static void transpose4(__m256* v) {
+    KVK_INLINE void transpose4(__m256* v) {
         const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
         const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
         v[0] = _mm256_shuffle_ps(a, c, 0x44);
@@ -388,56 +405,98 @@ struct Avx2 {
         v[2] = _mm256_shuffle_ps(b, d, 0x44);
         v[3] = _mm256_shuffle_ps(b, d, 0xee);
     }
-    // 64 values by columns, rotated (stages in the order of `rotate`); register r then has the values 8r to 8r + 7.
-    static void rotate_columns(__m256* v) {
-        butterflies<8, 1>(v);
-        transpose4(v);
-        transpose4(v + 4);
-        butterflies<4, 1>(v);
-        butterflies<4, 1>(v + 4);
-        __m256 sum[4], difference[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-            const __m256 low = _mm256_permute2f128_ps(v[r], v[r + 4], 0x20);
-            const __m256 high = _mm256_permute2f128_ps(v[r], v[r + 4], 0x31);
-            sum[r] = _mm256_add_ps(low, high);
-            difference[r] = _mm256_sub_ps(low, high);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-            v[r] = sum[r];
-            v[r + 4] = difference[r];
-        }
+    // Stage 32 of rows that lie in the halves of a and b, which then have its sums and its differences.
+    KVK_INLINE void last_stage(__m256* a, __m256* b) {
+        const __m256 low = _mm256_permute2f128_ps(*a, *b, 0x20), high = _mm256_permute2f128_ps(*a, *b, 0x31);
+        *a = _mm256_add_ps(low, high);
+        *b = minus(low, high);
     }
-    // 64 values, plus their means where there are any, to out as dtype.
-    static void store64(const __m256* v, int dtype, const float* mean, bool stream, char* out) {
-        __m256 sum[8];
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
-        if (dtype == KVK_F32 && stream) {
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; ++r) _mm256_stream_ps(reinterpret_cast<float*>(out) + 8 * r, sum[r]);
-        } else if (dtype == KVK_F32) {
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; ++r) _mm256_storeu_ps(reinterpret_cast<float*>(out) + 8 * r, sum[r]);
+    // 64 values by columns, rotated (stages in the order of `rotate`). Register r then has the values 8r to 8r + 7; or, by
+    // pairs, 2q and 2q + 1 have the even and the odd ones of 16q to 16q + 15, which 16-bit types need no shuffle to join.
+    template <bool kPairs>
+    KVK_INLINE void rotate_columns(__m256* v) {
+        butterflies<8, 1>(v);
+        constexpr int kNext = kPairs ? 2 : 1;
+        __m256 a[4], b[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            a[r] = v[kNext * r];
+            b[r] = kPairs ? v[2 * r + 1] : v[4 + r];
+        }
+        transpose4(a);
+        transpose4(b);
+        butterflies<4, 1>(a);
+        butterflies<4, 1>(b);
+        if constexpr (kPairs) {
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; ++r) {
+                last_stage(a + 2 * r, a + 2 * r + 1);
+                last_stage(b + 2 * r, b + 2 * r + 1);
+                v[2 * r] = a[2 * r];
+                v[2 * r + 1] = b[2 * r];
+                v[2 * r + 4] = a[2 * r + 1];
+                v[2 * r + 5] = b[2 * r + 1];
+            }
         } else {
 #pragma GCC unroll 4
-            for (int r = 0; r < 8; r += 2) {
-                const __m256i both = dtype == KVK_F16 ? halves_f16(sum[r], sum[r + 1]) : halves_bf16(sum[r], sum[r + 1]);
-                __m256i* at = reinterpret_cast<__m256i*>(out) + r / 2;
-                if (stream)
-                    _mm256_stream_si256(at, both);
-                else
-                    _mm256_storeu_si256(at, both);
+            for (int r = 0; r < 4; ++r) {
+                last_stage(a + r, b + r);
+                v[r] = a[r];
+                v[r + 4] = b[r];
             }
         }
     }
+    template <class Vector>
+    KVK_INLINE void put(char* out, Vector value, bool stream) {
+        if (stream)
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(out), value);
+        else
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), value);
+    }
+    // 64 values in their order to out as kDtype.
+    template <int kDtype>
+    KVK_INLINE void store64(const __m256* v, bool stream, char* out) {
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) {
+            if constexpr (kDtype == KVK_F32)
+                put(out + 32 * r, _mm256_castps_si256(v[r]), stream);
+            else if (r % 2 == 0)
+                put(out + 16 * r, kDtype == KVK_F16 ? halves_f16(v[r], v[r + 1]) : halves_bf16(v[r], v[r + 1]), stream);
+        }
+    }
+    // 64 values by pairs to out as bfloat16. Half a unit is added; only where that hits a tie does the last bit matter.
+    KVK_INLINE void store64_pairs(const __m256* v, bool stream, char* out) {
+        const __m256i half = _mm256_set1_epi32(0x8000);
+        __m256i x[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) x[r] = _mm256_add_epi32(_mm256_castps_si256(v[r]), half);
+        __m256i a = _mm256_min_epu16(x[0], x[1]), b = _mm256_min_epu16(x[2], x[3]);
+#pragma GCC unroll 2
+        for (int r = 4; r < 8; r += 2) {
+            a = _mm256_min_epu16(a, x[r]);
+            b = _mm256_min_epu16(b, x[r + 1]);
+        }
+        const __m256i ties = _mm256_cmpeq_epi16(_mm256_min_epu16(a, b), _mm256_setzero_si256());
+        if (__builtin_expect(_mm256_movemask_epi8(ties) & 0x33333333, 0)) {
+            for (int r = 0; r < 8; ++r)
+                x[r] = _mm256_slli_epi32(rounded_bf16(_mm256_castsi256_ps(_mm256_sub_epi32(x[r], half))), 16);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < 8; r += 2)
+            put(out + 16 * r, _mm256_blend_epi16(_mm256_srli_epi32(x[r], 16), x[r + 1], 0xaa), stream);
+    }
     // One block of nf4.
-    static void decode_block(const uint8_t* codes, float scale, int dtype, bool stream, char* out) {
+    template <int kDtype>
+    static void decode_block(const uint8_t* codes, float scale, bool stream, char* out) {
         __m256 v[8];
-        scaled_levels(codes, scale, v);
-        scaled_levels(codes + 16, scale, v + 4);
-        store64(v, dtype, nullptr, stream, out);
+        if constexpr (kDtype == KVK_BF16) {
+            levels_by_pairs(codes, scale, v);
+            store64_pairs(v, stream, out);
+        } else {
+            scaled_levels(codes, scale, v);
+            scaled_levels(codes + 16, scale, v + 4);
+            store64<kDtype>(v, stream, out);
+        }
     }
     static __m256i halves_f16(__m256 a, __m256 b) {
         return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -445,26 +504,46 @@ struct Avx2 {
     static __m256i halves_bf16(__m256 a, __m256 b) {
         return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b)), 0xd8);
     }
-    // Rows of nf4-kv from codes to values without leaving the registers: runs of kSize, 64 or 128, n values in all.
-    // scales: one for each block, the rotation's 1/size in it. stream: out is 32-byte aligned.
-    template <int kSize>
-    static void decode_runs(const uint8_t* codes, const float* scales, int block, int n, int dtype, const float* mean,
-                            bool stream, char* out) {
-        const int per = 64 / block, bytes = dtype == KVK_F32 ? 4 : 2;
-        for (int i = 0; i < n; i += kSize) {
+    // The even values of each 16, then the odd ones: means in the order of `rotate_columns` by pairs. n: a multiple of 16.
+    static void by_pairs(const float* x, int64_t n, float* out) {
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+            const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+            _mm256_storeu_ps(out + i, _mm256_shuffle_ps(low, high, 0x88));
+            _mm256_storeu_ps(out + i + 8, _mm256_shuffle_ps(low, high, 0xdd));
+        }
+    }
+    template <int kDtype, bool kPairs>
+    KVK_INLINE void store_sum64(const __m256* v, const float* mean, bool stream, char* out) {
+        __m256 sum[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
+        if constexpr (kPairs)
+            store64_pairs(sum, stream, out);
+        else
+            store64<kDtype>(sum, stream, out);
+    }
+    // Rows of nf4-kv from codes to values without leaving the registers: runs of kSize, 64 or 128, n values in all, that
+    // lie one behind the other. scales: one for each block, the rotation's 1/size in it. mean: of the first value, or
+    // null; at `end` the row's means begin again at `row`. stream: out is 32-byte aligned.
+    template <int kSize, int kDtype, bool kPairs>
+    static void decode_runs(const uint8_t* codes, const float* scales, int block, int64_t n, const float* mean,
+                            const float* row, const float* end, bool stream, char* out) {
+        constexpr int kBytes = kDtype == KVK_F32 ? 4 : 2;
+        const int per = 64 / block;
+        for (int64_t i = 0; i < n; i += kSize) {
             __m256 v[8];
-            if (kSize == 64) {
-                levels_by_columns(codes + i / 2, scales[0], scales[per - 1], v);
-                rotate_columns(v);
-                store64(v, dtype, mean ? mean + i : nullptr, stream, out + i * bytes);
+            page_ahead(out, kSize * kBytes);
+            levels_by_columns(codes, scales[0], scales[per - 1], v);
+            rotate_columns<kPairs>(v);
+            if constexpr (kSize == 64) {
+                store_sum64<kDtype, kPairs>(v, mean, stream, out);
             } else {
                 alignas(32) float first[64];
-                levels_by_columns(codes + i / 2, scales[0], scales[per - 1], v);
-                rotate_columns(v);
 #pragma GCC unroll 8
                 for (int r = 0; r < 8; ++r) _mm256_store_ps(first + 8 * r, v[r]);
-                levels_by_columns(codes + i / 2 + 32, scales[per], scales[2 * per - 1], v);
-                rotate_columns(v);
+                levels_by_columns(codes + 32, scales[per], scales[2 * per - 1], v);
+                rotate_columns<kPairs>(v);
                 __m256 sum[8];
 #pragma GCC unroll 8
                 for (int r = 0; r < 8; ++r) {
@@ -472,10 +551,27 @@ struct Avx2 {
                     sum[r] = _mm256_add_ps(a, v[r]);
                     v[r] = _mm256_sub_ps(a, v[r]);
                 }
-                store64(sum, dtype, mean ? mean + i : nullptr, stream, out + i * bytes);
-                store64(v, dtype, mean ? mean + i + 64 : nullptr, stream, out + (i + 64) * bytes);
+                store_sum64<kDtype, kPairs>(sum, mean, stream, out);
+                store_sum64<kDtype, kPairs>(v, mean ? mean + 64 : nullptr, stream, out + 64 * kBytes);
             }
+            codes += kSize / 2;
+            out += kSize * kBytes;
             scales += kSize / block;
+            if (mean) mean = mean + kSize == end ? row : mean + kSize;
+        }
+    }
+    // Scales from their bytes under a top, times `shrink`: kv.h's scale_of.
+    static void scales(const uint8_t* codes, int n, int32_t top, float shrink, float* out) {
+        const __m256i zero = _mm256_setzero_si256();
+        for (int i = 0; i < n; i += 8) {
+            const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
+            // The larger of both ways to count is the one that is meant.
+            const __m256i fine = _mm256_sub_epi32(_mm256_set1_epi32(255), code);
+            const __m256i coarse = _mm256_sub_epi32(_mm256_set1_epi32(192 + 4 * 63), _mm256_slli_epi32(code, 2));
+            const __m256i left = _mm256_sub_epi32(_mm256_set1_epi32(top), _mm256_max_epi32(fine, coarse));
+            const __m256i bits = _mm256_slli_epi32(_mm256_max_epi32(left, zero), 17);
+            const __m256 scale = _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(code, zero), bits));
+            _mm256_storeu_ps(out + i, _mm256_mul_ps(scale, _mm256_set1_ps(shrink)));
         }
     }
 
@@ -484,6 +580,17 @@ struct Avx2 {
         q = _mm_add_ps(q, _mm_movehl_ps(q, q));
         return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
     }
+    // Squares of 256 values, halves added to halves: those of register r and the registers kStride apart from it.
+    template <int kStride>
+    KVK_INLINE __m256 squares_from(const float* x) {
+        if constexpr (kStride < 32) {
+            return _mm256_add_ps(squares_from<2 * kStride>(x), squares_from<2 * kStride>(x + 8 * kStride));
+        } else {
+            const __m256 v = _mm256_loadu_ps(x);
+            return _mm256_mul_ps(v, v);
+        }
+    }
+    static float squares256(const float* x) { return tree8(squares_from<1>(x)); }
     // For each run of 16 values of u: how many thresholds lie below it, and the at most two inside it.
     struct Buckets {
         alignas(16) int8_t base[kvk::kClips][16], first[kvk::kClips][16], second[kvk::kClips][16];

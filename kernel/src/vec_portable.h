@@ -28,6 +28,11 @@ struct Portable {
     static void store_stream(const float* x, float* out, int n) { memcpy(out, x, 4u * static_cast<unsigned>(n)); }
     static void fence() {}
 
+    // Scales from their bytes under a top, times `shrink`: n a multiple of 8.
+    static void scales(const uint8_t* codes, int n, int32_t top, float shrink, float* out) {
+        for (int i = 0; i < n; ++i) out[i] = kvk::scale_of(codes[i], top) * shrink;
+    }
+
     // x plus y into out; nothing here bypasses the caches.
     static void store_sum(const float* x, const float* y, float* out, int n, bool) {
         for (int i = 0; i < n; ++i) out[i] = x[i] + y[i];
@@ -109,14 +114,15 @@ struct Portable {
                 }
     }
 
-    // Sum of x[i]*y[i] over n = 32 or 64, halves added to halves.
+    // Sum of x[i]*y[i] over n = 32, 64 or 256, halves added to halves.
     static float dot(const float* x, const float* y, int n) {
-        float s[64];
+        float s[256];
         for (int i = 0; i < n; ++i) s[i] = x[i] * y[i];
         for (int half = n / 2; half; half /= 2)
             for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
         return s[0];
     }
+    static float squares256(const float* x) { return dot(x, x, 256); }
     // Codes of a block, and the sums x.x, x.L and L.L over its levels L.
     template <int kSize>
     static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {

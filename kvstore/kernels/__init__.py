@@ -24,6 +24,9 @@ class KvKernel(Protocol):
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
 
+    def kv_energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`kv_blocks.energies` of a contiguous tensor."""
+
     def kv_encode(
         self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -13,7 +13,7 @@ import torch
 
 from kvstore.codecs.tables import table
 
-ABI = 3
+ABI = 4
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another costs about 30 us, as much as 1 MiB."""
 
@@ -51,6 +51,7 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_nf4_scales.argtypes = (i, i, p, n, ctypes.c_float, p, p, p, p, p, p)
     library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
+    library.kvk_kv_energy.argtypes = (i, i, i, p, n, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
     library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, rows, p)
     return library
@@ -123,6 +124,14 @@ class CpuKernel:
         means = torch.empty(codes.shape, dtype=torch.float32)
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
+
+    def kv_energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`kv_blocks.energies`. x: contiguous, on the CPU. Returns float32 (ceil(n/256),)."""
+        n = x.numel()
+        energy = torch.empty((n + 255) // 256, dtype=torch.float32)
+        where = (DTYPES[x.dtype], x.data_ptr(), n, energy.data_ptr())
+        _checked(self.library.kvk_kv_energy(self.isa, _threads(x), *where))
+        return energy
 
     def kv_encode(
         self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None

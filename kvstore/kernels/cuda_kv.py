@@ -182,6 +182,11 @@ def kv_expand(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Te
     return codes.to(torch.float32) * scales[..., None]
 
 
+def kv_energy(x: torch.Tensor) -> torch.Tensor:
+    """`kv_blocks.energies`, by torch on the device."""
+    return kv_blocks.energies(x)
+
+
 def kv_encode(
     x: torch.Tensor, rows: Rows, means: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -143,6 +143,37 @@ def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
     assert (out[:, :skip] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_squares_are_the_reference_s(kernel, dtype):
+    for n in (*SIZES, 255, 256, 257, 1 << 17):
+        x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+        assert bits(kernel.kv_energy(x)) == bits(kv.energies(x))
+
+
+@pytest.mark.parametrize("d", [64, 128, 8192])
+def test_values_between_two_bfloat16_are_rounded_to_the_even_one(kernel, d):
+    """Ties, which random values hardly ever are: levels of zero leave the means alone, every float with half a unit."""
+    rows = cpu.Rows(1, 8, 1, d, 8 * d, kv.rotation_size(d), kv.KEY_BLOCK, 1)
+    codes = torch.full((8 * d // 2,), 0x77, dtype=torch.uint8)
+    scales, tops = torch.full((8 * d // 32,), 255, dtype=torch.uint8), torch.full((-(-8 * d // 8192),), 8000).short()
+    for first in range(0, 1 << 16, d):
+        high = torch.arange(first, first + d, dtype=torch.int32).clamp(max=0xFFFF)
+        means = ((high << 16) | 0x8000).view(torch.float32)
+        means = torch.where(torch.isfinite(means), means, 1.0).view(1, 1, 1, d)
+        out = torch.empty(1, 8, 1, d, dtype=torch.bfloat16)
+        kernel.kv_decode((codes, scales, tops), means, rows, out)
+        assert bits(out) == bits((means + 0.0).expand(out.shape).to(torch.bfloat16)), first
+
+
+def test_scales_between_two_bfloat16_are_rounded_to_the_even_one(kernel):
+    high = torch.arange(0x3F00, 0x4100, dtype=torch.int32)
+    absmax = ((high << 16) | 0x8000).view(torch.float32)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(absmax.numel() * 32 // 256)
+    out = torch.empty(absmax.numel() * 64, dtype=torch.bfloat16)
+    kernel.nf4_decode(codes, absmax, out)
+    assert bits(out) == bits(blocks.dequantize(codes, absmax, torch.empty_like(out)))
+
+
 def test_many_threads_write_the_same_bytes_as_one(kernel):
     x = torch.randn(1 << 21, generator=torch.Generator().manual_seed(2))
     before = torch.get_num_threads()
