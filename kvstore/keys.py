@@ -42,7 +42,12 @@ def check_keys(keys: Iterable[object]) -> list[bytes]:
     """All keys as bytes. Raises InvalidEntry for a bad one, or for more than 4096."""
     if isinstance(keys, bytes | bytearray | memoryview | str):
         raise InvalidEntry("expected a sequence of keys, got one key: put it in a list")
-    checked = [check_key(key) for key in keys]
+    checked: list[bytes] = list(keys)  # type: ignore[arg-type]  # looked at in the next line
+    if (
+        set(map(type, checked)) != {bytes}
+        or not 1 <= min(map(len, checked)) <= max(map(len, checked)) <= KEY_MAX_NBYTES
+    ):
+        checked = [check_key(key) for key in checked]
     if len(checked) > KEYS_PER_CALL_MAX:
         raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {len(checked)}")
     return checked

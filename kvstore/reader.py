@@ -77,10 +77,10 @@ class Reader:
         r = self._r
         with r.lock:
             entries = r.hot.held(keys)
-            if None in entries:
+            if not all(entries):
                 return None
             now = r.clock.now()
-            metas = [r.index[key] for key in keys]
+            metas = list(map(r.index.__getitem__, keys))
             for meta in metas:
                 if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                     return None  # `read` forgets and counts it

@@ -6,20 +6,25 @@ here imports torch before an encoded entry came, and none comes unless it was as
 """
 
 import json
+import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import prod
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
 
 from kvstore import arrays
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import Bytes
+from kvstored_client.frames import BadFrame, Bytes, Scatter
 from kvstored_client.messages import read_specs
 
 Decode = Literal["auto", "client", "daemon"]
@@ -57,18 +62,36 @@ class Coded:
     parts: Mapping[str, TensorInfo]
     attrs: Mapping[str, object]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parts."""
+        return sum(map(_nbytes, self.parts.values()))
+
+    def cut(self, data: Bytes) -> list[Bytes]:
+        """Its bytes as those of each part; a copy where a part would not lie as its type asks for."""
+        parts: list[Bytes] = []
+        start = 0
+        for spec in self.parts.values():
+            part = data[start : start + _nbytes(spec)]
+            start += part.size
+            parts.append(part.copy() if part.ctypes.data % BY_NAME[spec.dtype].itemsize else part)
+        return parts
+
 
 class Packed:
-    """What a header says of an entry that travels encoded. parts: of all tensors, in the order of their bytes."""
+    """What a header says of an entry that travels encoded. parts: of all tensors, in the order of their bytes.
+
+    tensors: by name, in that order too.
+    """
 
     def __init__(self, header: pb.GetHeader, specs: Mapping[str, TensorInfo]) -> None:
         """specs: the decoded tensors, checked. Raises InvalidEntry for what cannot be."""
         if len(header.packed) != len(specs):
             raise InvalidEntry(f"{len(specs)} tensors packed as {len(header.packed)}")
-        self._tensors = {
+        self.tensors = {
             name: _coded(spec, message) for (name, spec), message in zip(specs.items(), header.packed, strict=True)
         }
-        parts = [part for coded in self._tensors.values() for part in coded.parts.values()]
+        parts = [part for coded in self.tensors.values() for part in coded.parts.values()]
         self.parts = {str(i): part for i, part in enumerate(parts)}
         decoded = sum(prod(spec.shape) * BY_NAME[spec.dtype].itemsize for spec in specs.values())
         if self.nbytes > decoded + 4096 * len(parts):
@@ -81,17 +104,97 @@ class Packed:
 
     def decode(self, parts: Sequence[Bytes], targets: Mapping[str, Bytes]) -> None:
         """Fill targets, flat and of the tensors' sizes, by name. Raises CodecError for parts that do not fit."""
-        from kvstore.codecs import codec_named
-        from kvstore.entry import EncodedTensor, TensorSpec
+        start = 0
+        for name, coded in self.tensors.items():
+            stop = start + len(coded.parts)
+            _decode(coded, parts[start:stop], targets[name])
+            start = stop
 
-        left = iter(parts)
-        for name, coded in self._tensors.items():
-            tensors = {suffix: arrays.from_bytes(spec, next(left), "torch") for suffix, spec in coded.parts.items()}
-            encoded = EncodedTensor(
-                TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, coded.attrs
-            )
-            target: Any = arrays.from_bytes(coded.spec, targets[name], "torch")
-            codec_named(coded.encoding).decode(encoded, target)
+
+class Unpacking:
+    """Decodes an entry that comes in pieces: each tensor as soon as its bytes are there, in another thread."""
+
+    def __init__(self, packed: Packed, targets: Mapping[str, Bytes]) -> None:
+        """targets: as for `Packed.decode`."""
+        self._due = deque((coded, targets[name]) for name, coded in packed.tensors.items())
+        self._left_nbytes = packed.nbytes
+        self._filling: Bytes | None = None
+        self._scatter = Scatter([])
+        self._running: list[Future[None]] = []
+
+    def take(self, chunk: memoryview) -> None:
+        """The next bytes: a view of a message's own. Raises BadFrame for more than are due."""
+        if len(chunk) > self._left_nbytes:
+            raise BadFrame(f"{len(chunk)} more bytes where {self._left_nbytes} are due")
+        self._left_nbytes -= len(chunk)
+        while self._due and (chunk or not self._due[0][0].nbytes):
+            nbytes = self._due[0][0].nbytes
+            if self._filling is None and len(chunk) >= nbytes:
+                self._begin(_borrowed(chunk[:nbytes]))
+                chunk = chunk[nbytes:]
+                continue
+            if self._filling is None:
+                self._filling = np.empty(nbytes, dtype=np.uint8)
+                self._scatter = Scatter([self._filling])
+            piece = chunk[: self._scatter.due_nbytes - self._scatter.filled_nbytes]
+            self._scatter.write(piece)
+            chunk = chunk[len(piece) :]
+            if self._scatter.filled_nbytes == nbytes:
+                self._begin(self._filling)
+                self._filling = None
+
+    def _begin(self, data: Bytes) -> None:
+        coded, target = self._due.popleft()
+        self._running.append(_pool().submit(_decode, coded, coded.cut(data), target))
+
+    def finish(self) -> None:
+        """Wait for the rest. Raises BadFrame if bytes are missing, CodecError for parts that do not fit."""
+        self.take(memoryview(b""))
+        wait(self._running)
+        if self._left_nbytes:
+            raise BadFrame(f"an entry ended {self._left_nbytes} bytes early")
+        for future in self._running:
+            future.result()
+
+
+class _Owner:
+    """Keeps a message while an array over it is used."""
+
+    __slots__ = ("__array_interface__", "_message")
+
+    def __init__(self, message: memoryview) -> None:
+        self._message = message
+        self.__array_interface__ = {
+            "data": (np.frombuffer(message, dtype=np.uint8).ctypes.data, False),
+            "shape": (len(message),),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def _borrowed(view: memoryview) -> Bytes:
+    """The bytes of a message, not copied. Never written to, and marked as if they could be: torch warns otherwise."""
+    return np.asarray(_Owner(view)) if view else np.empty(0, dtype=np.uint8)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="kvstored-decode")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _decode(coded: Coded, parts: Sequence[Bytes], target: Bytes) -> None:
+    from kvstore.codecs import codec_named
+    from kvstore.entry import EncodedTensor, TensorSpec
+
+    tensors = {
+        suffix: arrays.from_bytes(spec, part, "torch")
+        for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
+    }
+    encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, coded.attrs)
+    codec_named(coded.encoding).decode(encoded, arrays.from_bytes(coded.spec, target, "torch"))
 
 
 def _coded(spec: TensorInfo, message: pb.PackedTensor) -> Coded:

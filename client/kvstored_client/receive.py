@@ -16,7 +16,7 @@ from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.decoding import Packed
+from kvstored_client.decoding import Packed, Unpacking
 from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
 from kvstored_client.messages import TIER_NAMES, read_receipt, read_specs
 
@@ -84,29 +84,27 @@ class _Incoming:
         if nbytes != header.nbytes:
             raise BadFrame(f"specs of {nbytes} bytes under a header of {header.nbytes}")
         self.header = header
-        self._packed = Packed(header, specs) if header.packed else None
         self._target = Target(specs, framework, out)
-        self._parts: list[Bytes] = []
-        if self._packed is not None:
-            self._parts = [np.empty(arrays.check_specs({"x": part}), np.uint8) for part in self._packed.parts.values()]
-        self._scatter = Scatter(self._parts or list(self._target.bytes.values()))
+        self._unpacking = Unpacking(Packed(header, specs), self._target.bytes) if header.packed else None
+        self._scatter = Scatter([] if header.packed else list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
         self._sum.update(chunk)
-        self._scatter.write(chunk)
+        (self._scatter.write if self._unpacking is None else self._unpacking.take)(chunk)
 
     def complete(self, xxh3: int) -> bool:
         """Whether all bytes came, and are those that were sent. Raises BadFrame for too few."""
-        if self._scatter.filled_nbytes != self._scatter.due_nbytes:
-            raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
-        if xxh3 and self._sum.intdigest() != xxh3:
-            return False
-        if self._packed is not None:
+        damaged = False
+        if self._unpacking is not None:
             try:
-                self._packed.decode(self._parts, self._target.bytes)
+                self._unpacking.finish()
             except CodecError:
-                return False
+                damaged = True
+        elif self._scatter.filled_nbytes != self._scatter.due_nbytes:
+            raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
+        if damaged or (xxh3 and self._sum.intdigest() != xxh3):
+            return False
         self._target.finish()
         return True
 

@@ -6,7 +6,6 @@ holds (leases, ingest segments) hangs on its connection and goes with it, howeve
 
 import logging
 import mmap
-import os
 import socket
 import struct
 import threading
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -26,22 +25,20 @@ from google.protobuf.message import DecodeError
 from kvstore import arrays, errors
 from kvstore.arena import Arena, Place, Segment
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import Entry, TensorSpec
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.reader import Found, Resident
-from kvstore.region import layout
 from kvstore.store import Store
 from kvstored.budget import Budget
+from kvstored.cards import Card, new_card
 from kvstored.gate import Access, Records, Refusal
 from kvstored.scope import Scopes
 from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
-from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hit, resident_hits
+from kvstored.waiting import Callers, Waiting
+from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import submessage
-from kvstored_client.messages import relative_errors, tensor_specs
 
 logger = logging.getLogger(__name__)
 
@@ -60,44 +57,12 @@ VERBS = {
 _LEASE = "Lease/"
 SEND_TIMEOUT_S = 5.0
 JANITOR_INTERVAL_S = 0.5
-LOOK_S = 0.0002 if (os.cpu_count() or 1) > 1 else 0.0
-"""How long to look for the next call of a client whose last one came within this: being put to sleep and woken is half
-of a view (0.2 ms, 0.1 without). Whoever pauses for longer is slept on, so a pause costs this once."""
 _GIVEN = struct.Struct("<BQBd")
 _LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
 
 
 class UseStream(Exception):
     """This call cannot be served here: the client asks again over gRPC."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Card:
-    """An entry that lies in a segment, and what is said of it: a LeaseReply with this one block."""
-
-    segment: Segment
-    said: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What all raw entries of one shape have in common: a namespace's chunks are alike.
-
-    places, nbytes: as `region.layout`. said: the fields of a GetHeader that depend on nothing else.
-    """
-
-    places: Mapping[str, tuple[int, int]]
-    nbytes: int
-    said: bytes
-
-
-@lru_cache(maxsize=1024)
-def _shape_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Shape:
-    infos = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs}
-    header = pb.GetHeader(
-        tensors=tensor_specs(infos), nbytes=sum(spec.nbytes for _, spec in specs), tier=pb.TIER_HOT, encoding="raw"
-    )
-    return Shape(*layout(infos), header.SerializeToString())
 
 
 _CARD, _SEGMENT, _SAID = attrgetter("card"), attrgetter("segment"), attrgetter("said")
@@ -119,8 +84,7 @@ class Shared:
     reads: threading.Semaphore
     """For gets that are not answered out of hot: one from disk is in memory before its bytes can be counted."""
     connections: set["Connection"] = field(default_factory=set)
-    latest: "Connection | None" = None
-    """Whose call came last: nobody looks for his next one while another makes calls."""
+    callers: Callers = field(default_factory=Callers)
     aged: int = 0
 
     def gauges(self) -> dict[str, float]:
@@ -154,7 +118,6 @@ class Connection:
         self._fds: dict[Segment, int] = {}
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._said_always = always.SerializeToString()
-        self._hurried = False
 
     @property
     def leases(self) -> int:
@@ -165,8 +128,9 @@ class Connection:
         """Answer calls until the client is gone."""
         # Mapped, not allocated: a page is there once a packet has reached it, and most packets are short.
         packet = memoryview(mmap.mmap(-1, PACKET_MAX_NBYTES))
+        waiting = Waiting(self._sock, self._shared.callers)
         try:
-            while nbytes := self._receive(packet):
+            while nbytes := waiting.receive(packet):
                 reply = self.answer(bytes(packet[:nbytes]))
                 if reply is not None:
                     self._send(reply)
@@ -174,20 +138,6 @@ class Connection:
             logger.debug("lease connection ended error=%s", error)
         finally:
             self.close()
-
-    def _receive(self, packet: memoryview) -> int:
-        """Wait for a packet: awake for a moment where the last one came as soon, else asleep."""
-        shared, now = self._shared, time.perf_counter
-        until = now() + LOOK_S
-        while self._hurried and shared.latest is self and now() < until:
-            try:
-                return self._sock.recv_into(packet, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-        nbytes = self._sock.recv_into(packet)
-        self._hurried = now() < until
-        shared.latest = self
-        return nbytes
 
     def close(self) -> None:
         """Let go of everything the client held."""
@@ -287,11 +237,11 @@ class Connection:
         keys = check_keys(asked.keys)
         resident: Resident | None = self._store.resident(keys)
         cards = None if resident is None else self._cards(resident)
-        if resident is None or cards is None:
+        new = set(map(_SEGMENT, cards or ())) - self._handed
+        if resident is None or cards is None or any(segment.owner != self.uid for segment in new):
             return self._read(asked, resident)
         # The commonest reply of all, written by hand: what is always said, what is said now, what each card says.
         now = _GIVEN.pack(_LEASE_TAG, self._hold(resident.entries), _NOW_TAG, resident.now)
-        new = set(map(_SEGMENT, cards)) - self._handed
         if new:
             handed = pb.LeaseReply()
             for segment in new:
@@ -300,31 +250,17 @@ class Connection:
         return b"".join((self._said_always, now, *map(_SAID, cards)))
 
     def _cards(self, resident: Resident) -> list[Card] | None:
-        """What is said of each entry; None where one does not lie in a segment of this user's."""
+        """What is said of each entry; None where one does not lie in a segment that this user could be handed."""
         cards: list[Card] = list(map(_CARD, resident.entries))
-        if None in cards:
+        if not all(cards):
             for i, (entry, meta) in enumerate(zip(resident.entries, resident.metas, strict=True)):
                 if cards[i] is None:
-                    card = self._new_card(entry, meta.created_at)
+                    card = new_card(self._shared.arena, self.uid, entry, meta.created_at)
                     if card is None:
                         return None
                     entry.keep_card(card)
                     cards[i] = card
-        new = set(map(_SEGMENT, cards)) - self._handed
-        return cards if all(segment.owner == self.uid for segment in new) else None
-
-    def _new_card(self, entry: Entry, put_at: float) -> Card | None:
-        hit = resident_hit(entry, 0.0)
-        shape = _shape_of(tuple((name, held.spec) for name, held in entry.tensors.items()))
-        place = self._shared.arena.place_in(hit.tensors, shape.places, shape.nbytes, self.uid)
-        if place is None:
-            return None
-        own = pb.GetHeader(
-            put_at=put_at, lossy=hit.lossy, relative_errors=relative_errors(hit.receipt, lossy=hit.lossy)
-        )
-        header = shape.said + own.SerializeToString()  # messages one behind the other are one message
-        rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
-        return Card(place.segment, submessage(4, submessage(1, header) + rest.SerializeToString()))
+        return cards
 
     def _hold(self, held: Sequence[Any]) -> int:
         """The number of a new lease; 0 for one that would hold nothing."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import xxhash
@@ -353,7 +354,15 @@ def _packed_header(index: int, found: Found, boot_epoch: int) -> pb.GetHeader:
 def hit_frames(index: int, hit: Hit | Found, boot_epoch: int) -> Iterator[bytes]:
     """The frames that answer one key of a Get."""
     header = hit_header(index, hit, boot_epoch).SerializeToString()
-    return cut_frames(header, Gather([arrays.as_bytes(x) for x in payload(hit)]))
+    return cut_frames(header, Gather([arrays.as_bytes(x) for x in payload(hit)], _tensor_ends(hit)))
+
+
+def _tensor_ends(hit: Hit | Found) -> set[int]:
+    """Where each tensor of an entry that stays encoded ends: one that is there can be decoded."""
+    if isinstance(hit, Hit):
+        return set()
+    tensors = hit.entry.tensors.values()
+    return set(accumulate(sum(part.nbytes for part in held.parts.values()) for held in tensors))
 
 
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:

@@ -8,6 +8,7 @@ deepest first, the victim is that leaf already.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import inf
@@ -109,9 +110,7 @@ class Order:
     def touch(self, keys: Iterable[Key]) -> None:
         """Count as use, in the order given."""
         if self._alone:
-            touch = self._first.touch
-            for key in keys:
-                touch(key)
+            deque(map(self._first.touch, keys), maxlen=0)
             return
         for key in keys:
             self._lane_of(key).touch(key)
@@ -185,6 +184,8 @@ class Order:
         return key in self._pinned
 
     def __contains__(self, key: object) -> bool:
+        if self._alone:  # asked of each key of a batch, tier by tier
+            return key in self._first or key in self._pinned
         return key in self._pinned or any(key in lane for lane in self._lanes.values())
 
     def __iter__(self) -> Iterator[Key]:

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.codecs import codec_for, encode_entry
+from kvstore.entry import Key
+from kvstore.forms import raw_entry
+from kvstore.reader import Found
+from kvstored.wire import hit_frames, hit_header
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.decoding import ENCODINGS, Packed, accepted
+from kvstored_client.decoding import ENCODINGS, Packed, Unpacking, accepted
+from kvstored_client.frames import EARLY_NBYTES, BadFrame, parse_frame
 from kvstored_client.messages import read_specs
 
 DOORS = ("shared memory", "stream")
@@ -52,7 +58,14 @@ def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(self.nbytes)
         decode(self, parts, targets)
 
+    unpack = Unpacking.__init__
+
+    def counting_as_it_comes(self: Unpacking, packed, targets) -> None:
+        calls.append(packed.nbytes)
+        unpack(self, packed, targets)
+
     monkeypatch.setattr(Packed, "decode", counting)
+    monkeypatch.setattr(Unpacking, "__init__", counting_as_it_comes)
     return calls
 
 
@@ -189,3 +202,55 @@ def test_parts_that_do_not_fit_are_a_miss_not_a_crash():
     packed = Packed(message, read_specs(message.tensors))
     with pytest.raises(CodecError):
         packed.decode([np.zeros(32, np.uint8)], {"k": np.zeros(256, np.uint8)})
+
+
+def found(tensors: dict[str, torch.Tensor]) -> tuple[Found, bytes]:
+    """An entry that stays encoded, and the bytes that follow its header."""
+    entry = encode_entry(raw_entry(Key(b"k"), tensors), codec_for("auto"))
+    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, Found(Key(b"k"), "warm", entry, 0.0), 1)]
+    return Found(Key(b"k"), "warm", entry, 0.0), b"".join(bytes(frame.chunk) for frame in frames)
+
+
+def unpacking(of: Found) -> tuple[Unpacking, dict[str, np.ndarray]]:
+    header = hit_header(0, of)
+    specs = read_specs(header.tensors)
+    targets = {name: np.full(t.spec.nbytes, 7, np.uint8) for name, t in of.entry.tensors.items()}
+    return Unpacking(Packed(header, specs), targets), targets
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cut", [1, 3, 1000, 4097, 1 << 30])
+def test_however_the_bytes_of_an_entry_are_cut_it_decodes_to_the_same(cut):
+    """Also where a tensor begins at an odd address of a message, or one message ends in the middle of a part."""
+    tensors = {"odd": torch.arange(3, dtype=torch.uint8), **values(torch.float32)}
+    of, data = found(tensors)
+    ours, theirs = unpacking(of), unpacking(of)
+    theirs[0].take(memoryview(data))
+    theirs[0].finish()
+    for start in range(0, len(data), cut):
+        ours[0].take(memoryview(bytes(data[start : start + cut])))
+    ours[0].finish()
+    for name in tensors:
+        assert np.array_equal(ours[1][name], theirs[1][name])
+    assert np.array_equal(ours[1]["ids"].view(np.int64), np.arange(7))
+    assert np.array_equal(ours[1]["odd"], np.arange(3))
+
+
+def test_more_or_fewer_bytes_than_an_encoded_entry_has_are_no_entry():
+    of, data = found(values(torch.float32))
+    with pytest.raises(BadFrame, match="due"):
+        unpacking(of)[0].take(memoryview(data + b"x"))
+    short, _ = unpacking(of)
+    short.take(memoryview(data[:-1]))
+    with pytest.raises(BadFrame, match="1 bytes early"):
+        short.finish()
+
+
+def test_a_large_tensor_ends_its_frame_so_that_it_is_decoded_while_the_next_one_comes():
+    of, data = found({name: torch.randn(4, 2048, 2, 64) for name in ("k", "v")})
+    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, of, 1)]
+    first = sum(part.nbytes for part in of.entry.tensors["k"].parts.values())
+    assert first >= EARLY_NBYTES
+    assert [len(frame.chunk) for frame in frames] == [first, len(data) - first]
+    small, _ = found(values(torch.float32))
+    assert len(list(hit_frames(0, small, 1))) == 1

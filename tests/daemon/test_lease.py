@@ -7,14 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from kvstore.errors import RecordCorrupt
-from kvstored import lease
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.local import LeaseKept
@@ -414,50 +412,3 @@ def test_an_entry_that_sank_as_it_is_is_said_to_be_where_it_is(client, monkeypat
             assert client.demote(b"integers") == 1
     assert tiers[0] == "hot" != tiers[1]
     client.delete(b"integers")
-
-
-class Packets:
-    """A socket on which a packet comes some time after it was waited for. `asleep`: how often it was slept on."""
-
-    def __init__(self, clock):
-        self.clock = clock
-        self.due = 0.0
-        self.looks = self.asleep = 0
-
-    def recv_into(self, packet, nbytes=0, flags=0):
-        if flags & socket.MSG_DONTWAIT:
-            self.looks += 1
-            self.clock.now += 2e-6
-            if self.clock.now < self.due:
-                raise BlockingIOError
-        else:
-            self.asleep += 1
-            self.clock.now = max(self.clock.now, self.due)
-        return 1
-
-
-def test_only_a_client_that_calls_again_at_once_is_waited_for_awake(monkeypatch):
-    """Its next call is half as long; anybody else would have the daemon burn a core for nothing."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(lease, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(lease, "LOOK_S", 200e-6)
-    shared = SimpleNamespace(latest=None)
-    one, other = (object.__new__(lease.Connection) for _ in range(2))
-    for connection in (one, other):
-        connection._shared, connection._sock, connection._hurried = shared, Packets(clock), False
-
-    def comes_after(seconds, connection=one):
-        sock = connection._sock
-        sock.due, sock.looks, sock.asleep = clock.now + seconds, 0, 0
-        assert connection._receive(memoryview(bytearray(1))) == 1
-        return sock.looks > 0, sock.asleep > 0
-
-    assert comes_after(50e-6) == (False, True)  # nothing is known yet
-    assert comes_after(50e-6) == (True, False)
-    assert comes_after(1.0) == (True, True)  # one look too many at the start of a pause
-    assert one._sock.looks <= 101
-    assert comes_after(0.001) == (False, True)
-    assert comes_after(50e-6) == (False, True)
-    assert comes_after(50e-6) == (True, False)
-    assert comes_after(50e-6, other) == (False, True)
-    assert comes_after(50e-6) == (False, True)  # another one calls meanwhile

@@ -1,0 +1,56 @@
+"""What is said of an entry that lies in shared memory: written once, sent with every get of it. No state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvstore.arena import Arena, Segment
+from kvstore.entry import Entry, TensorSpec
+from kvstore.hit import TensorInfo
+from kvstore.region import layout
+from kvstored.wire import resident_hit
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import submessage
+from kvstored_client.messages import relative_errors, tensor_specs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Card:
+    """An entry that lies in a segment, and what is said of it: a LeaseReply with this one block."""
+
+    segment: Segment
+    said: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all raw entries of one shape have in common: a namespace's chunks are alike.
+
+    places, nbytes: as `region.layout`. said: the fields of a GetHeader that depend on nothing else.
+    """
+
+    places: Mapping[str, tuple[int, int]]
+    nbytes: int
+    said: bytes
+
+
+@lru_cache(maxsize=1024)
+def _shape_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Shape:
+    infos = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs}
+    header = pb.GetHeader(
+        tensors=tensor_specs(infos), nbytes=sum(spec.nbytes for _, spec in specs), tier=pb.TIER_HOT, encoding="raw"
+    )
+    return Shape(*layout(infos), header.SerializeToString())
+
+
+def new_card(arena: Arena, owner: int, entry: Entry, put_at: float) -> Card | None:
+    """The card of an entry held raw; None where it does not lie in a segment of this user's. put_at: store's clock."""
+    hit = resident_hit(entry, 0.0)
+    shape = _shape_of(tuple((name, held.spec) for name, held in entry.tensors.items()))
+    place = arena.place_in(hit.tensors, shape.places, shape.nbytes, owner)
+    if place is None:
+        return None
+    own = pb.GetHeader(put_at=put_at, lossy=hit.lossy, relative_errors=relative_errors(hit.receipt, lossy=hit.lossy))
+    header = shape.said + own.SerializeToString()  # messages one behind the other are one message
+    rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
+    return Card(place.segment, submessage(4, submessage(1, header) + rest.SerializeToString()))
