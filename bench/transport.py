@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rivals import MIB, Servers, Subject, environment, memcached_subject, payloa
 
 from kvstored_client import Client
 from kvstored_client.decoding import Decode
+from kvstored_client.mapping import Copier
 
 SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROTATION_NBYTES = 256 * MIB
@@ -217,52 +220,73 @@ def kvstored_subject(up: Servers, path: str) -> Subject:
 
 
 def many_clients(up: Servers, nbytes: int, seconds: float) -> list[dict[str, Any]]:
-    """The same get into existing tensors by one process and by eight at once: bytes a second in all."""
+    """The same get into existing tensors by one process and by eight at once, beside bare copies: GB a second in all.
+
+    The copies are the client's own, of eight values in shared memory: what two processors and their cache have to give.
+    """
+    values = payloads(nbytes, 8)
     with client_of(up, "unix") as client:
-        for i, value in enumerate(payloads(nbytes, 8)):
+        for i, value in enumerate(values):
             client.put(b"many-%d" % i, {"x": value})
+    rows = []
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as shared:
+        shared.write(b"".join(value.tobytes() for value in values))
+        shared.flush()
+        for name, source in (("get.out", up.kvstored_unix), ("copy", f"file:{shared.name}")):
+            totals: dict[int, float] = {}
+            for clients in (1, 8):
+                before = cpu_s(up.kvstored_pid)
+                totals[clients] = together(source, clients, nbytes, seconds)
+                row = {
+                    "name": name,
+                    "params": {"path": "unix", "nbytes": nbytes, "clients": clients, "measure": "throughput"},
+                    "value": round(totals[clients], 3),
+                    "unit": "GB/s",
+                    "ratios": {"one_client": round(totals[clients] / totals[1], 3)},
+                }
+                if name == "get.out":
+                    used_s = cpu_s(up.kvstored_pid) - before
+                    row["daemon_cpu_s_per_gb"] = round(used_s / (totals[clients] * seconds), 4)
+                rows.append(row)
+    return rows
+
+
+def together(source: str, clients: int, nbytes: int, seconds: float) -> float:
+    """GB a second that so many processes read in all."""
     context = multiprocessing.get_context("spawn")
-    totals: dict[int, float] = {}
-    cpu: dict[int, float] = {}
-    for clients in (1, 8):
-        results: multiprocessing.Queue[float] = context.Queue()
-        barrier = context.Barrier(clients + 1)
-        workers = [
-            context.Process(target=pull, args=(up.kvstored_unix, nbytes, seconds, barrier, results))
-            for _ in range(clients)
-        ]
-        for worker in workers:
-            worker.start()
-        barrier.wait(120)
-        before = cpu_s(up.kvstored_pid)
-        totals[clients] = sum(results.get() for _ in workers)
-        cpu[clients] = (cpu_s(up.kvstored_pid) - before) / (totals[clients] * seconds)
-        for worker in workers:
-            worker.join()
-    return [
-        {
-            "name": "get.out",
-            "params": {"path": "unix", "nbytes": nbytes, "clients": clients, "measure": "throughput"},
-            "value": round(total, 3),
-            "unit": "GB/s",
-            "daemon_cpu_s_per_gb": round(cpu[clients], 4),
-            "ratios": {"one_client": round(total / totals[1], 3)},
-        }
-        for clients, total in totals.items()
-    ]
+    results: multiprocessing.Queue[float] = context.Queue()
+    barrier = context.Barrier(clients)
+    workers = [context.Process(target=pull, args=(source, nbytes, seconds, barrier, results)) for _ in range(clients)]
+    for worker in workers:
+        worker.start()
+    total = sum(results.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return total
 
 
-def pull(address: str, nbytes: int, seconds: float, barrier: Any, results: Any) -> None:
-    """One process of `many_clients`."""
+def pull(source: str, nbytes: int, seconds: float, barrier: Any, results: Any) -> None:
+    """One process of `together`. source: the daemon's address, or a file with the eight values."""
     out = {"x": np.zeros(nbytes // 4, dtype=np.float32)}
-    moved = 0
-    with Client(address, framework="numpy", on_error="raise") as client:
+    with ExitStack() as closing:
+        if source.startswith("file:"):
+            values = np.memmap(source.removeprefix("file:"), np.uint8, "r").reshape(8, nbytes)
+            copier, target = Copier(), out["x"].view(np.uint8)
+
+            def get(i: int) -> None:
+                copier.copy(target, values[i])
+        else:
+            client = closing.enter_context(Client(source, framework="numpy", on_error="raise"))
+
+            def get(i: int) -> None:
+                found(client.get(b"many-%d" % i, out=out))
+
         for i in range(8):
-            client.get(b"many-%d" % i, out=out)
+            get(i)
         barrier.wait(120)
-        start = time.perf_counter()
+        moved, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
-            client.get(b"many-%d" % (moved % 8), out=out)
+            get(moved % 8)
             moved += 1
         results.put(moved * nbytes / (time.perf_counter() - start) / 1e9)
 

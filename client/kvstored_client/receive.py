@@ -150,7 +150,7 @@ class OutMismatch(InvalidEntry):
 def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:
     """Raise OutMismatch unless `out` holds exactly these tensors, each of them writable."""
     given = {name: arrays.describe(name, x) for name, x in out.items()}
-    if given != dict(specs):
+    if given != specs:
         raise OutMismatch(f"out must hold exactly the entry's tensors {dict(specs)}, got {given}")
     for name, x in out.items():
         if not arrays.is_torch(x) and not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
