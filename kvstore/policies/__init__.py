@@ -6,7 +6,7 @@ Chunks arrive and are touched deepest first, root last. LRU then evicts leaf fir
 evicts a victim's deepest descendant in its place (`tiers.order`), so none can leave an orphan.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from kvstore.entry import Key
@@ -19,8 +19,8 @@ class Policy(Protocol):
         """Start keeping a key, as the most recently used; `soon`: as the next to leave. A known key: as touch."""
         ...
 
-    def touch(self, key: Key) -> None:
-        """Count as use. An unknown key: nothing happens."""
+    def touch(self, keys: Iterable[Key]) -> list[Key]:
+        """Count as use, in the order given. Returns those it keeps: nothing happens to an unknown one."""
         ...
 
     def forget(self, key: Key) -> None:

@@ -9,7 +9,7 @@ the key comes in, after room was made for it, not before.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvstore.entry import Key
@@ -30,7 +30,7 @@ class ARC:
     def track(self, key: Key, *, soon: bool = False) -> None:
         """Keep a key: among those used again if it is known, or a ghost; `soon`: as the oldest of those used once."""
         if key in self:
-            self.touch(key)
+            self.touch((key,))
         elif key in self._ghosts_once:
             gain = max(1.0, len(self._ghosts_again) / len(self._ghosts_once))
             self._target = min(self._target + gain, float(len(self) + 1))
@@ -45,13 +45,14 @@ class ARC:
             self._once[key] = None
             self._once.move_to_end(key, last=not soon)
 
-    def touch(self, key: Key) -> None:
-        """Make a known key the most recent of those used again."""
-        if key in self._again:
-            self._again.move_to_end(key)
-        elif key in self._once:
-            del self._once[key]
+    def touch(self, keys: Iterable[Key]) -> list[Key]:
+        """Make known keys the most recent of those used again. Returns those known."""
+        known = [key for key in keys if key in self]
+        for key in known:
+            self._once.pop(key, None)
             self._again[key] = None
+            self._again.move_to_end(key)
+        return known
 
     def forget(self, key: Key) -> None:
         """Stop keeping a key, its ghost too."""

@@ -5,7 +5,7 @@ leaf-first LRU would: an ancestor is always more recent than its descendants. So
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvstore.entry import Key
 
@@ -27,10 +27,12 @@ class LRU:
         else:
             self._order.move_to_end(key)
 
-    def touch(self, key: Key) -> None:
-        """Make a known key the most recently used."""
-        if key in self._order:
+    def touch(self, keys: Iterable[Key]) -> list[Key]:
+        """Make known keys the most recently used, the last one most. Returns those known."""
+        known = list(filter(self._order.__contains__, keys))
+        for key in known:
             self._order.move_to_end(key)
+        return known
 
     def forget(self, key: Key) -> None:
         """Stop keeping a key."""

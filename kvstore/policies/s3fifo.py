@@ -8,7 +8,7 @@ be promoted. The capacity is the number of keys tracked, since a policy knows no
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvstore.entry import Key
@@ -31,19 +31,20 @@ class S3FIFO:
     def track(self, key: Key, *, soon: bool = False) -> None:
         """Keep a key, as a newcomer; in the main queue if it is a ghost; `soon`: at the head of its queue."""
         if key in self:
-            self.touch(key)
+            self.touch((key,))
         else:
             queue = self._main if key in self._ghosts else self._small
             self._ghosts.pop(key, None)
             queue[key] = 0
             queue.move_to_end(key, last=not soon)
 
-    def touch(self, key: Key) -> None:
-        """Count a hit."""
-        queue = self._small if key in self._small else self._main
-        count = queue.get(key)
-        if count is not None and count < COUNT_MAX:
-            queue[key] = count + 1
+    def touch(self, keys: Iterable[Key]) -> list[Key]:
+        """Count a hit of each. Returns those known."""
+        known = [key for key in keys if key in self]
+        for key in known:
+            queue = self._small if key in self._small else self._main
+            queue[key] = min(queue[key] + 1, COUNT_MAX)
+        return known
 
     def forget(self, key: Key) -> None:
         """Stop keeping a key, its ghost too."""

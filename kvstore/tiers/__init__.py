@@ -5,7 +5,7 @@ Memory tiers are not thread-safe: the store holds its lock around each call. The
 because its reads and writes take milliseconds and must not hold up the others.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
@@ -42,7 +42,7 @@ class Tier(Protocol):
         """Hold an entry as the most recently used, replacing one of the same key. Needs room: displace first."""
         ...
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given: the last one becomes the most recently used."""
         ...
 

@@ -11,7 +11,7 @@ Leaves out: time to live (the store sweeps), which entries deserve a place here 
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -388,11 +388,12 @@ class Cold:
             if durable:
                 self._wait_for(ticket, WAIT_S)
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
         with self._changed:
-            held = [key for key in keys if key in self._order or key in self._pinned]
-            self._order.touch(held)
+            held = self._order.touch(keys)
+            if self._pinned:
+                held += filter(self._pinned.__contains__, keys)
             for key in held:
                 self._seq += 1
                 self._writer.dirty[key] = self._seq

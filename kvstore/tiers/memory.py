@@ -5,7 +5,7 @@ Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capaci
 holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from kvstore.entry import Entry, Key
 from kvstore.errors import OverQuota
@@ -116,9 +116,9 @@ class MemoryTier:
         if pinned:
             self._order.pin(entry.key, entry.nbytes)
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given."""
-        self._order.touch(filter(self._entries.__contains__, keys))
+        self._order.touch(keys)
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""

@@ -8,7 +8,6 @@ deepest first, the victim is that leaf already.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import inf
@@ -107,13 +106,11 @@ class Order:
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
-    def touch(self, keys: Iterable[Key]) -> None:
-        """Count as use, in the order given."""
+    def touch(self, keys: Iterable[Key]) -> list[Key]:
+        """Count as use, in the order given. Returns those it keeps, pinned ones left out."""
         if self._alone:
-            deque(map(self._first.touch, keys), maxlen=0)
-            return
-        for key in keys:
-            self._lane_of(key).touch(key)
+            return self._first.touch(keys)
+        return [key for key in keys if self._lane_of(key).touch((key,))]
 
     def forget(self, key: Key, nbytes: int = 0) -> None:
         """Let go of a key held with so many bytes, and of any memory of it."""

@@ -58,7 +58,7 @@ def test_a_key_that_was_used_outlives_its_neighbours(factory: Callable[[], Polic
     policy = factory()
     for i in range(50):
         policy.track(Key(b"%d" % i))
-    policy.touch(Key(b"7"))
+    assert policy.touch(keys("unknown", "7")) == [b"7"]
     for _ in range(40):
         victim = policy.victim()
         assert victim is not None
@@ -68,7 +68,8 @@ def test_a_key_that_was_used_outlives_its_neighbours(factory: Callable[[], Polic
 
 def test_an_unknown_key_is_no_error(factory: Callable[[], Policy]) -> None:
     policy = factory()
-    for verb in (policy.touch, policy.forget, policy.evict):
+    assert policy.touch([Key(b"unknown")]) == []
+    for verb in (policy.forget, policy.evict):
         verb(Key(b"unknown"))
     assert len(policy) == 0
 
@@ -87,7 +88,7 @@ def test_a_forgotten_key_comes_back_as_a_stranger(factory: Callable[[], Policy])
     for p in (fresh, policy):
         for i in range(20):
             p.track(Key(b"%d" % i))
-    policy.touch(Key(b"x"))
+    policy.touch([Key(b"x")])
     policy.track(Key(b"x"))
     policy.evict(Key(b"x"))
     policy.forget(Key(b"x"))
