@@ -39,11 +39,12 @@ class Found(NamedTuple):
 
 
 class Resident(NamedTuple):
-    """Values found in hot, each with its Meta, and the time of the store's clock."""
+    """Values found in hot, each with its Meta, the time of the store's clock, and the bytes of all their tensors."""
 
     entries: list[Entry]
     metas: list[Meta]
     now: float
+    nbytes: int
 
 
 class Reader:
@@ -102,7 +103,7 @@ class Reader:
             c.hit_nbytes += nbytes
             c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
             r.touch(keys[::-1])
-        return Resident(entries, metas, now)  # type: ignore[arg-type]  # no None among them
+        return Resident(entries, metas, now, nbytes)  # type: ignore[arg-type]  # no None among them
 
     def leading(self, keys: Sequence[bytes]) -> list[Held]:
         """Where the leading keys of a chain are held, up to the first miss. Does not count as use.

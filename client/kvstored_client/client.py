@@ -454,10 +454,8 @@ class Client:
     def _data(self, call: Callable[[], T], otherwise: T) -> T:
         """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
         try:
-            return call()
+            return self._counted(call)
         except _SOFT as error:
-            with self._failures_lock:
-                self.failures += 1
             if self._on_error == "raise":
                 raise
             logger.debug("answered as a miss: %s", error)

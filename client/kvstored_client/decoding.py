@@ -25,6 +25,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Bytes, Scatter
+from kvstored_client.mapping import Window
 from kvstored_client.messages import read_specs
 
 Decode = Literal["auto", "client", "daemon"]
@@ -157,24 +158,11 @@ class Unpacking:
             future.result()
 
 
-class _Owner:
-    """Keeps a message while an array over it is used."""
-
-    __slots__ = ("__array_interface__", "_message")
-
-    def __init__(self, message: memoryview) -> None:
-        self._message = message
-        self.__array_interface__ = {
-            "data": (np.frombuffer(message, dtype=np.uint8).ctypes.data, False),
-            "shape": (len(message),),
-            "typestr": "|u1",
-            "version": 3,
-        }
-
-
 def _borrowed(view: memoryview) -> Bytes:
     """The bytes of a message, not copied. Never written to, and marked as if they could be: torch warns otherwise."""
-    return np.asarray(_Owner(view)) if view else np.empty(0, dtype=np.uint8)
+    if not view:
+        return np.empty(0, dtype=np.uint8)
+    return Window(np.frombuffer(view, dtype=np.uint8).ctypes.data, len(view), view, writable=True).array
 
 
 @cache

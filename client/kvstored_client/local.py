@@ -80,7 +80,7 @@ class Lease:
     def view(self, block: "Block") -> dict[str, Any]:
         """Tensors over a leased block."""
         framework = self.framework
-        window = Window(block.mapping, block.start, block.nbytes, self, writable=framework == "torch")
+        window = block.mapping.window(block.start, block.nbytes, self, writable=framework == "torch")
         self._viewed.append((block, weakref.ref(window)))
         data = window.array
         tensors = {
@@ -271,7 +271,7 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
     if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
         raise UseStream(f"a block from {item.start} to {item.start + nbytes} in a segment of {mapping.nbytes}")
     # Decoding goes through torch, which warns of an array that it may not write to.
-    window = Window(mapping, item.start, nbytes, None, writable=packed is not None)
+    window = mapping.window(item.start, nbytes, None, writable=packed is not None)
     return Block(
         mapping,
         item.start,

@@ -32,6 +32,10 @@ class Mapping:
         self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
         self.writable = writable
 
+    def window(self, start: int, nbytes: int, owner: object, *, writable: bool) -> "Window":
+        """A run of it, which keeps the mapping and `owner`."""
+        return Window(self.address + start, nbytes, (self, owner), writable=writable)
+
     def populate(self) -> None:
         """Fill the page tables, in another thread: the first reader would otherwise pay 50 us a MiB."""
         threading.Thread(target=self._populate, name="kvstored-populate", daemon=True).start()
@@ -49,19 +53,18 @@ class Mapping:
 
 
 class Window:
-    """A run of bytes of a mapping. It keeps `owner` for as long as any array or tensor over it is.
+    """A run of somebody's bytes. It keeps `owner` for as long as any array or tensor over it is.
 
     writable: for torch also what is not. It warns of a read-only array and offers no read-only tensor, so it is told
     nothing: writing to what is mapped for reading ends the process, as the documentation of `lease` says.
     """
 
-    __slots__ = ("__array_interface__", "__weakref__", "_mapping", "_owner")
+    __slots__ = ("__array_interface__", "__weakref__", "_owner")
 
-    def __init__(self, mapping: Mapping, start: int, nbytes: int, owner: object, *, writable: bool) -> None:
-        self._mapping = mapping
+    def __init__(self, address: int, nbytes: int, owner: object, *, writable: bool) -> None:
         self._owner = owner
         self.__array_interface__ = {
-            "data": (mapping.address + start, not writable),
+            "data": (address, not writable),
             "shape": (nbytes,),
             "typestr": "|u1",
             "version": 3,

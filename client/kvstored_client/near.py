@@ -66,7 +66,7 @@ class Room:
         start = self._free.take(nbytes)
         if start is None:
             return None
-        return Window(self.mapping, start, nbytes, Taken(self._dead, start), writable=True), self.number, start
+        return self.mapping.window(start, nbytes, Taken(self._dead, start), writable=True), self.number, start
 
 
 class Taken:

@@ -82,7 +82,7 @@ class Shared:
     scopes: Scopes
     identify: Callable[[int], Identity | None]
     reads: threading.Semaphore
-    """For gets that are not answered out of hot: one from disk is in memory before its bytes can be counted."""
+    """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""
     connections: set["Connection"] = field(default_factory=set)
     callers: Callers = field(default_factory=Callers)
     aged: int = 0
@@ -280,7 +280,7 @@ class Connection:
         room = partial(shared.arena.empty, owner=self.uid)
         reading = Reading(self._store, shared.budget, asked, room=room)
         # Hot may let go of them before they are copied.
-        counted_nbytes = 0 if resident is None else sum(meta.value_nbytes for meta in resident.metas)
+        counted_nbytes = 0 if resident is None else resident.nbytes
         shared.budget.take(counted_nbytes)
         try:
             lot = self._next_lot(reading) if resident is None else resident_hits(resident)

@@ -25,13 +25,13 @@ from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.forms import Room
 from kvstore.hit import Hit, Verified
 from kvstore.keys import check_key, check_keys
-from kvstore.reader import Found
+from kvstore.reader import Found, Resident
 from kvstore.stats import Stats
 from kvstored.budget import Budget
 from kvstored.metrics import Meter
 from kvstored.scope import Scopes
 from kvstored.verbs import Verbs
-from kvstored.wire import PutStream, Reading, hit_frames, payload, put_ready, resident_hits
+from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, build_miss, parse_frame
 from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
@@ -176,7 +176,7 @@ class CacheService(_Service):
             self._store.resident(keys, at_most_nbytes=self._budget.lot_nbytes) if len(keys) <= RESIDENT_MAX else None
         )
         if resident is not None:
-            await self._write_resident(context, resident_hits(resident))
+            await self._write_resident(context, resident)
             return
         reading = Reading(self._store, self._budget, asked, frames_nbytes=self._budget.call_nbytes)
         try:
@@ -185,12 +185,12 @@ class CacheService(_Service):
         finally:
             reading.close()
 
-    async def _write_resident(self, context: Context, hits: Sequence[tuple[int, Hit | Found | None]]) -> None:
-        size = sum(x.nbytes for _, hit in hits if hit is not None for x in payload(hit))
-        nbytes = size + self._budget.frames_of(size)  # hot may let go of what waits here for a slow reader
+    async def _write_resident(self, context: Context, resident: Resident) -> None:
+        # Hot may let go of what waits here for a slow reader.
+        nbytes = resident.nbytes + self._budget.frames_of(resident.nbytes)
         self._budget.take(nbytes)
         try:
-            await self._write_lot(context, hits)
+            await self._write_lot(context, resident_hits(resident))
         finally:
             self._budget.give_back(nbytes)
 

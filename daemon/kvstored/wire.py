@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import xxhash
@@ -37,8 +37,8 @@ from kvstored_client.send import cut_frames
 
 HEADER_MAX_NBYTES = 64 << 10
 """256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
-LOOKED_UP_MAX = 1024
-"""Keys looked up to fill a lot."""
+LOOKED_UP = 64
+"""Keys looked up at once to fill a lot: those that do not fit are looked up again for the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +278,8 @@ class Reading:
     def _measure_lot(self) -> tuple[int, int]:
         """Where the next lot stops, and its decoded bytes; hot ones too, since hot may let go of what waits here."""
         stop, decoded = self._at, 0
-        for held in self._store.locate(self._keys[self._at : self._at + LOOKED_UP_MAX]):
+        starts = range(self._at, len(self._keys), LOOKED_UP)
+        for held in chain.from_iterable(self._store.locate(self._keys[i : i + LOOKED_UP]) for i in starts):
             cost = held.nbytes if held is not None else 0
             if decoded and decoded + cost > self._budget.lot_nbytes:
                 break
