@@ -139,7 +139,8 @@ class Entry:
 
     def is_encoded_in(self, names: Collection[str]) -> bool:
         """Whether it is encoded, and every tensor that is in one of these encodings."""
-        found = {t.encoding for t in self.tensors.values()} - {"raw"}
+        known: Collection[str] | None = getattr(self.tensors, "encodings", None)
+        found = {*(known or (t.encoding for t in self.tensors.values()))} - {"raw"}
         return bool(found) and found.issubset(names)
 
     @property
@@ -151,4 +152,5 @@ class Entry:
     @property
     def value_nbytes(self) -> int:
         """Bytes of the tensors once decoded."""
-        return sum(t.spec.nbytes for t in self.tensors.values())
+        known: int | None = getattr(self.tensors, "value_nbytes", None)
+        return sum(t.spec.nbytes for t in self.tensors.values()) if known is None else known

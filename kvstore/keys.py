@@ -18,6 +18,7 @@ from kvstore.hit import FIDELITIES
 KEY_MAX_NBYTES = 256
 """LMDB keys end at 511 bytes; half of that leaves room for what a later version may put before them."""
 KEYS_PER_CALL_MAX = 4096
+_LENGTHS = frozenset(range(1, KEY_MAX_NBYTES + 1))
 NAMESPACE_MAX_NBYTES = 96
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_MAX = 512
@@ -43,10 +44,7 @@ def check_keys(keys: Iterable[object]) -> list[bytes]:
     if isinstance(keys, bytes | bytearray | memoryview | str):
         raise InvalidEntry("expected a sequence of keys, got one key: put it in a list")
     checked: list[bytes] = list(keys)  # type: ignore[arg-type]  # looked at in the next line
-    if (
-        set(map(type, checked)) != {bytes}
-        or not 1 <= min(map(len, checked)) <= max(map(len, checked)) <= KEY_MAX_NBYTES
-    ):
+    if set(map(type, checked)) != {bytes} or not _LENGTHS.issuperset(map(len, checked)):
         checked = [check_key(key) for key in checked]
     if len(checked) > KEYS_PER_CALL_MAX:
         raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {len(checked)}")

@@ -6,7 +6,7 @@ third of its size, and every byte of it is a block the warm tier does not hold. 
 for, the tensors are made as views, without a copy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,6 +42,7 @@ class Layout:
     encodings: tuple[str, ...]
     attrs: tuple[tuple[str, ...], ...]
     parts: tuple[Part, ...]
+    value_nbytes: int
 
 
 class PackedTensors(Mapping[str, EncodedTensor]):
@@ -63,6 +64,16 @@ class PackedTensors(Mapping[str, EncodedTensor]):
     def encoding(self) -> str:
         """The one encoding that is not raw, or "raw"."""
         return next((name for name in self._layout.encodings if name != "raw"), "raw")
+
+    @property
+    def encodings(self) -> Collection[str]:
+        """Each tensor's encoding."""
+        return self._layout.encodings
+
+    @property
+    def value_nbytes(self) -> int:
+        """Bytes of the tensors once decoded."""
+        return self._layout.value_nbytes
 
     @property
     def receipt(self) -> dict[str, float]:
@@ -125,6 +136,13 @@ def packed(entry: Entry) -> Entry:
     return Entry(entry.key, PackedTensors(layout, data, attrs), lossy=entry.lossy)
 
 
+def unpacked(entry: Entry) -> Entry:
+    """The entry with its tensors made, for who looks at them more than once; itself if it is not packed."""
+    if not isinstance(entry.tensors, PackedTensors):
+        return entry
+    return Entry(entry.key, dict(entry.tensors), lossy=entry.lossy)
+
+
 _Described = tuple[
     tuple[str, TensorSpec, str, tuple[str, ...], tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]], ...
 ]
@@ -146,4 +164,5 @@ def _layout_of(described: _Described) -> Layout:
         tuple(row[2] for row in described),
         tuple(row[3] for row in described),
         tuple(parts),
+        sum(row[1].nbytes for row in described),
     )

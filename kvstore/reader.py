@@ -4,6 +4,7 @@ One lock for a whole chain of keys, so a get of a prefix sees one moment. Readin
 the lock; what left its tier meanwhile becomes a miss. Knows no tensors: `simulate` reads through it as well.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from operator import attrgetter
@@ -41,6 +42,7 @@ class Found(NamedTuple):
 class Resident(NamedTuple):
     """Values found in hot, each with its Meta, the time of the store's clock, and the bytes of all their tensors."""
 
+    keys: Sequence[Key]
     entries: list[Entry]
     metas: list[Meta]
     now: float
@@ -57,6 +59,7 @@ class Reader:
         self._promote_after = config.promote_after
         self._promote_window_s = config.promote_window_s
         self._request_promotions = request_promotions
+        self._due: deque[Resident] = deque()
 
     def read(self, keys: Sequence[bytes], *, leading: bool) -> list[Found | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss."""
@@ -69,10 +72,12 @@ class Reader:
                 break
         return found
 
-    def resident(self, keys: Sequence[Key], at_most_nbytes: float = inf) -> Resident | None:
+    def resident(
+        self, keys: Sequence[Key], at_most_nbytes: float = inf, *, count_later: bool = False
+    ) -> Resident | None:
         """What `read` would find where hot holds all of the keys, counted the same; None, uncounted: `read` them.
 
-        at_most_nbytes: of their tensors; a single key may have more.
+        at_most_nbytes: of their tensors; a single key may have more. count_later: `settle` counts them.
         The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
         """
         r = self._r
@@ -88,22 +93,41 @@ class Reader:
             nbytes = sum(map(_VALUE_NBYTES, metas))
             if nbytes > at_most_nbytes and len(keys) > 1:
                 return None
-            if r.balance is not None:
-                for meta in metas:
-                    r.balance.hit("hot", now - meta.used_at)
+            found = Resident(keys, entries, metas, now, nbytes)  # type: ignore[arg-type]  # no None among them
+            if count_later:
+                self._due.append(found)
+            else:
+                self._count_resident(found)
+        return found
+
+    def settle(self) -> None:
+        """Count what was found and is to be counted later. Cheap where there is nothing."""
+        if self._due:
+            with self._r.lock:
+                self._settle()
+
+    def _settle(self) -> None:
+        while self._due:
+            self._count_resident(self._due.popleft())
+
+    def _count_resident(self, found: Resident) -> None:
+        r = self._r
+        keys, _, metas, now, nbytes = found
+        if r.balance is not None:
             for meta in metas:
-                meta.hits += 1
-                meta.owner.hits += 1
-                meta.last_hit_at = now
-                if meta.sliding:
-                    meta.expires_at = now + meta.ttl_s
-            c = r.counters
-            c.gets += len(keys)
-            c.tiers["hot"].hits += len(keys)
-            c.hit_nbytes += nbytes
-            c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
-            r.touch(keys[::-1])
-        return Resident(entries, metas, now, nbytes)  # type: ignore[arg-type]  # no None among them
+                r.balance.hit("hot", now - meta.used_at)
+        for meta in metas:
+            meta.hits += 1
+            meta.owner.hits += 1
+            meta.last_hit_at = now
+            if meta.sliding:
+                meta.expires_at = now + meta.ttl_s
+        c = r.counters
+        c.gets += len(keys)
+        c.tiers["hot"].hits += len(keys)
+        c.hit_nbytes += nbytes
+        c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
+        r.touch(keys[::-1])
 
     def leading(self, keys: Sequence[bytes]) -> list[Held]:
         """Where the leading keys of a chain are held, up to the first miss. Does not count as use.
@@ -134,6 +158,7 @@ class Reader:
         """Places in the order of keys, counted as hits, misses and use; `leading`: up to the first miss."""
         r = self._r
         with r.lock:
+            self._settle()
             now, index, hot = r.clock.now(), r.index, r.hot
             places: list[Place | None] = []
             used: list[Key] = []

@@ -206,19 +206,35 @@ class Store:
         """
 
         def stays(at: Found) -> bool:
-            return at.entry.value_nbytes >= from_nbytes and at.entry.is_encoded_in(accept)
+            return _stays(at.entry, accept, from_nbytes)
 
         found = self._read(check_keys(keys), leading=leading)
         yield self._hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
 
-    def resident(self, keys: Sequence[bytes], *, at_most_nbytes: float = inf) -> Resident | None:
+    def at_hand(self, keys: Sequence[bytes], accept: Collection[str], *, from_nbytes: int = 0) -> bool:
+        """Whether `lease_as_held` of these would have nothing to read from a disk and nothing to decode, just now."""
+        with self._r.lock:
+            found = [self._r.lookup(Key(key)) for key in keys]
+        return all(
+            at is not None and at[1] is not None and (at[0] == "hot" or _stays(at[1], accept, from_nbytes))
+            for at in found
+        )
+
+    def resident(
+        self, keys: Sequence[bytes], *, at_most_nbytes: float = inf, count_later: bool = False
+    ) -> Resident | None:
         """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
 
         None, counted as nothing: at least one is elsewhere or missing, or several have more bytes than at most wanted.
-        Only read the tensors; they live as long as they are referred to.
+        Only read the tensors; they live as long as they are referred to. count_later: whoever is waiting gets them
+        first; `settle` counts.
         """
         self._check_open()
-        return self._reader.resident(cast("Sequence[Key]", keys), at_most_nbytes)
+        return self._reader.resident(cast("Sequence[Key]", keys), at_most_nbytes, count_later=count_later)
+
+    def settle(self) -> None:
+        """Count the gets that were to be counted later. A get and `stats` do so first; call it before other verbs."""
+        self._reader.settle()
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
@@ -323,6 +339,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
+        self._reader.settle()
         return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
@@ -515,6 +532,10 @@ def _as_torch(x: Any) -> torch.Tensor:
     if not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
         raise InvalidEntry("out: a numpy array must be C-contiguous, writeable and of native byte order")
     return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
+
+
+def _stays(entry: Entry, accept: Collection[str], from_nbytes: int) -> bool:
+    return entry.value_nbytes >= from_nbytes and entry.is_encoded_in(accept)
 
 
 def _to_numpy(x: torch.Tensor) -> Any:

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from math import prod
 from typing import Literal
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.dtypes import BY_NAME
-from kvstore.errors import InvalidEntry
+from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Bytes, Scatter
@@ -37,6 +38,8 @@ another host an eighth of the bytes is worth it at any size."""
 PARTS_MAX = 16
 """Parts of one tensor; nf4-kv has at most 10."""
 ATTRS_MAX_NBYTES = 4 << 10
+SHAPE_MAX_NBYTES = 4 << 10
+"""Of a shape that is remembered, as it is described on the wire."""
 
 
 def accepted(decode: Decode) -> tuple[str, ...]:
@@ -56,72 +59,104 @@ def _has_kernel() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """One tensor on the wire. parts: type and shape by suffix."""
+    """One tensor on the wire. parts: type and shape by suffix; sizes: their bytes."""
 
     spec: TensorInfo
     encoding: str
     parts: Mapping[str, TensorInfo]
-    attrs: Mapping[str, object]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its parts."""
-        return sum(map(_nbytes, self.parts.values()))
+    sizes: tuple[int, ...]
+    nbytes: int
 
     def cut(self, data: Bytes) -> list[Bytes]:
         """Its bytes as those of each part; a copy where a part would not lie as its type asks for."""
         parts: list[Bytes] = []
-        start = 0
-        for spec in self.parts.values():
-            part = data[start : start + _nbytes(spec)]
-            start += part.size
-            parts.append(part.copy() if part.ctypes.data % BY_NAME[spec.dtype].itemsize else part)
+        start, address = 0, data.ctypes.data
+        for spec, nbytes in zip(self.parts.values(), self.sizes, strict=True):
+            part = data[start : start + nbytes]
+            parts.append(part.copy() if (address + start) % BY_NAME[spec.dtype].itemsize else part)
+            start += nbytes
         return parts
 
 
-class Packed:
-    """What a header says of an entry that travels encoded. parts: of all tensors, in the order of their bytes.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the headers of all entries of one kind say alike, checked.
 
-    tensors: by name, in that order too.
+    specs, nbytes: of the tensors decoded. coded: one for each of them where they travel encoded; parts: those of all,
+    in the order of their bytes.
     """
 
-    def __init__(self, header: pb.GetHeader, specs: Mapping[str, TensorInfo]) -> None:
-        """specs: the decoded tensors, checked. Raises InvalidEntry for what cannot be."""
-        if len(header.packed) != len(specs):
-            raise InvalidEntry(f"{len(specs)} tensors packed as {len(header.packed)}")
-        self.tensors = {
-            name: _coded(spec, message) for (name, spec), message in zip(specs.items(), header.packed, strict=True)
-        }
-        parts = [part for coded in self.tensors.values() for part in coded.parts.values()]
-        self.parts = {str(i): part for i, part in enumerate(parts)}
-        decoded = sum(prod(spec.shape) * BY_NAME[spec.dtype].itemsize for spec in specs.values())
-        if self.nbytes > decoded + 4096 * len(parts):
-            raise InvalidEntry(f"{decoded} bytes packed as {self.nbytes}")
+    specs: Mapping[str, TensorInfo]
+    nbytes: int
+    coded: tuple[Coded, ...]
+    parts: Mapping[str, TensorInfo]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(map(_nbytes, self.parts.values()))
+
+def shape_of(header: pb.GetHeader) -> Shape:
+    """The shape a header describes. Raises InvalidEntry for what cannot be."""
+    alike = pb.GetHeader(tensors=header.tensors, packed=header.packed)
+    for message in alike.packed:
+        message.ClearField("attrs")
+    described = alike.SerializeToString()
+    # A namespace's chunks are alike: checking one again costs 0.1 ms, and 0.5 where its code has gone cold.
+    return _known_shape(described) if len(described) <= SHAPE_MAX_NBYTES else _new_shape(described)
+
+
+def _new_shape(described: bytes) -> Shape:
+    header = pb.GetHeader.FromString(described)
+    specs = read_specs(header.tensors)
+    nbytes = arrays.check_specs(specs)
+    if not header.packed:
+        return Shape(specs, nbytes, (), {})
+    if len(header.packed) != len(specs):
+        raise InvalidEntry(f"{len(specs)} tensors packed as {len(header.packed)}")
+    coded = tuple(_coded(spec, message) for spec, message in zip(specs.values(), header.packed, strict=True))
+    parts = {str(i): part for i, part in enumerate(chain.from_iterable(tensor.parts.values() for tensor in coded))}
+    arrays.check_specs(parts)
+    packed_nbytes = sum(tensor.nbytes for tensor in coded)
+    if packed_nbytes > nbytes + 4096 * len(parts):
+        raise InvalidEntry(f"{nbytes} bytes packed as {packed_nbytes}")
+    return Shape(specs, nbytes, coded, parts)
+
+
+_known_shape = lru_cache(maxsize=256)(_new_shape)
+
+
+class Packed:
+    """What a header says of an entry that travels encoded. tensors: by name, in order, each with its attributes."""
+
+    def __init__(self, header: pb.GetHeader, shape: Shape) -> None:
+        """shape: the header's. Raises InvalidEntry for what cannot be."""
+        self.parts = shape.parts
+        self.nbytes = sum(coded.nbytes for coded in shape.coded)
+        self.tensors = {
+            name: (coded, _attrs_of(message))
+            for name, coded, message in zip(shape.specs, shape.coded, header.packed, strict=True)
+        }
 
     def decode(self, parts: Sequence[Bytes], targets: Mapping[str, Bytes]) -> None:
         """Fill targets, flat and of the tensors' sizes, by name. Raises CodecError for parts that do not fit."""
         start = 0
-        for name, coded in self.tensors.items():
+        for name, (coded, attrs) in self.tensors.items():
             stop = start + len(coded.parts)
-            _decode(coded, parts[start:stop], targets[name])
+            _decode(coded, attrs, parts[start:stop], targets[name])
             start = stop
 
 
 class Unpacking:
-    """Decodes an entry that comes in pieces: each tensor as soon as its bytes are there, in another thread."""
+    """Decodes an entry that comes in pieces: each tensor as soon as its bytes are there.
+
+    In another thread while more bytes are on their way, here once all have come.
+    """
 
     def __init__(self, packed: Packed, targets: Mapping[str, Bytes]) -> None:
         """targets: as for `Packed.decode`."""
-        self._due = deque((coded, targets[name]) for name, coded in packed.tensors.items())
+        self._due = deque((*coded, targets[name]) for name, coded in packed.tensors.items())
         self._left_nbytes = packed.nbytes
         self._filling: Bytes | None = None
         self._scatter = Scatter([])
         self._running: list[Future[None]] = []
+        self._damage: CodecError | None = None
 
     def take(self, chunk: memoryview) -> None:
         """The next bytes: a view of a message's own. Raises BadFrame for more than are due."""
@@ -145,8 +180,15 @@ class Unpacking:
                 self._filling = None
 
     def _begin(self, data: Bytes) -> None:
-        coded, target = self._due.popleft()
-        self._running.append(_pool().submit(_decode, coded, coded.cut(data), target))
+        coded, attrs, target = self._due.popleft()
+        parts = coded.cut(data)
+        if self._left_nbytes:
+            self._running.append(_pool().submit(_decode, coded, attrs, parts, target))
+            return
+        try:
+            _decode(coded, attrs, parts, target)
+        except CodecError as error:
+            self._damage = error
 
     def finish(self) -> None:
         """Wait for the rest. Raises BadFrame if bytes are missing, CodecError for parts that do not fit."""
@@ -156,6 +198,8 @@ class Unpacking:
             raise BadFrame(f"an entry ended {self._left_nbytes} bytes early")
         for future in self._running:
             future.result()
+        if self._damage is not None:
+            raise self._damage
 
 
 def _borrowed(view: memoryview) -> Bytes:
@@ -167,13 +211,20 @@ def _borrowed(view: memoryview) -> Bytes:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="kvstored-decode")
+    return ThreadPoolExecutor(1, thread_name_prefix="kvstored-decode", initializer=_stay_single)
+
+
+def _stay_single() -> None:
+    """What comes next needs a processor too, and is what everybody waits for."""
+    from kvstore.kernels.cpu import stay_single
+
+    stay_single()
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _decode(coded: Coded, parts: Sequence[Bytes], target: Bytes) -> None:
+def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], target: Bytes) -> None:
     from kvstore.codecs import codec_named
     from kvstore.entry import EncodedTensor, TensorSpec
 
@@ -181,7 +232,7 @@ def _decode(coded: Coded, parts: Sequence[Bytes], target: Bytes) -> None:
         suffix: arrays.from_bytes(spec, part, "torch")
         for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
     }
-    encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, coded.attrs)
+    encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, attrs)
     codec_named(coded.encoding).decode(encoded, arrays.from_bytes(coded.spec, target, "torch"))
 
 
@@ -189,18 +240,19 @@ def _coded(spec: TensorInfo, message: pb.PackedTensor) -> Coded:
     if message.encoding not in (*ENCODINGS, "raw"):
         raise InvalidEntry(f"packed as {message.encoding!r:.40}, which was not asked for")
     parts = read_specs(message.parts)
-    if not 1 <= len(parts) <= PARTS_MAX or len(message.attrs) > ATTRS_MAX_NBYTES:
-        raise InvalidEntry(f"{len(parts)} parts and {len(message.attrs)} bytes of attributes")
-    for suffix, part in parts.items():
-        arrays.check_specs({suffix or "-": part})
+    if not 1 <= len(parts) <= PARTS_MAX:
+        raise InvalidEntry(f"a tensor in {len(parts)} parts, at most {PARTS_MAX}")
+    sizes = tuple(prod(part.shape) * BY_NAME[part.dtype].itemsize for part in parts.values())
+    return Coded(spec, message.encoding, parts, sizes, sum(sizes))
+
+
+def _attrs_of(message: pb.PackedTensor) -> dict[str, object]:
+    if len(message.attrs) > ATTRS_MAX_NBYTES:
+        raise InvalidEntry(f"{len(message.attrs)} bytes of attributes, at most {ATTRS_MAX_NBYTES}")
     try:
         attrs = json.loads(message.attrs) if message.attrs else {}
     except ValueError as error:
         raise InvalidEntry(f"attributes: {error}") from None
     if not isinstance(attrs, dict):
         raise InvalidEntry("attributes are a JSON object")
-    return Coded(spec, message.encoding, parts, attrs)
-
-
-def _nbytes(spec: TensorInfo) -> int:
-    return prod(spec.shape) * BY_NAME[spec.dtype].itemsize
+    return attrs

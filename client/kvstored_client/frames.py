@@ -104,7 +104,10 @@ def get_request(keys: Sequence[bytes], rest: bytes) -> bytes:
     if len(lengths) == 1:  # hashes, as a rule: all of them in one step
         head = _KEY_HEADS[lengths.pop()]
         return b"".join((head, head.join(keys), rest))
-    return b"".join([_KEY_HEADS[len(key)] + key for key in keys]) + rest
+    parts = [rest] * (2 * len(keys) + 1)
+    parts[0:-1:2] = map(_KEY_HEADS.__getitem__, map(len, keys))
+    parts[1::2] = keys
+    return b"".join(parts)
 
 
 def _varint(value: int) -> bytes:

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
+from google.protobuf.message import DecodeError
+
 from kvstore import arrays
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.region import ALIGN, layout
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.decoding import Packed
+from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.frames import Bytes, get_request, submessage
 from kvstored_client.mapping import Copier, Window
 from kvstored_client.mapping import Mapping as MappedSegment
-from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt, read_specs
+from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
 from kvstored_client.near import Connection, Near, Segments, UseStream
 from kvstored_client.receive import Out, Target
 from kvstored_client.send import Outgoing
@@ -118,10 +120,10 @@ class LeasedHits(Sequence[Hit | None]):
         self._reply = reply
         self._keys = keys
         self._made: dict[int, Hit] = {}
-        self._items: Sequence[pb.Leased | None] = reply.leased
+        self._items: Sequence[pb.Leased | bytes | None] = reply.leased
         if not reply.complete:
             items: list[pb.Leased | None] = [None] * len(keys)
-            for item in reply.leased:
+            for item in map(_taken_apart, reply.leased):
                 items[item.header.index] = item
             self._items = items[: items.index(None)] if leading and None in items else items
 
@@ -146,7 +148,10 @@ class LeasedHits(Sequence[Hit | None]):
         if hit is None:
             if self._lease is None:
                 raise LeaseKept("this lease has ended: its hits are only there inside the block")
-            block = _block(self._segments, item)
+            try:
+                block = _block(self._segments, item)
+            except UseStream as error:
+                raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
             hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, block))
         return hit
 
@@ -176,8 +181,9 @@ def get(
             reply = connection.exchange(_get_call(part, how), near.timeout_s)
             epoch = reply.boot_epoch
             try:
-                for at, item in enumerate(reply.leased):
-                    index = start + (at if reply.complete else item.header.index)
+                for at, said in enumerate(reply.leased):
+                    item = said if reply.complete else _taken_apart(said)
+                    index = start + (at if isinstance(item, bytes) else item.header.index)
                     target = out[index] if out is not None else None
                     block = _block(connection.segments, item)
                     tensors = _copied(near.copier, block, framework, target)
@@ -218,7 +224,7 @@ class Block:
     """An entry's bytes in a segment, and what its header says of it each time.
 
     data: all of it. specs: of the tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of
-    packed's parts.
+    packed's parts. put_at: seconds of the daemon's clock, where its reply said that.
     """
 
     mapping: MappedSegment
@@ -232,40 +238,47 @@ class Block:
     encoding: str
     lossy: bool
     receipt: dict[str, float]
+    put_at: float
 
     def is_gone(self) -> bool:
         """Whether the daemon has used the block again, or is about to."""
         return self.mapping.words[self.start >> 3] != self.generation
 
-    def hit(self, reply: pb.LeaseReply, item: pb.Leased, key: bytes, tensors: Mapping[str, Any]) -> Hit:
+    def hit(self, reply: pb.LeaseReply, item: pb.Leased | bytes, key: bytes, tensors: Mapping[str, Any]) -> Hit:
         """The entry as a hit of this reply."""
-        head = item.header
-        if reply.complete:  # all of them out of hot
-            tier, age_s = "hot", reply.now - head.put_at
+        if isinstance(item, bytes):  # of a complete reply: all of it out of hot
+            tier, age_s = "hot", reply.now - self.put_at
         else:
-            tier, age_s = TIER_NAMES.get(head.tier, "unknown"), head.age_s
+            tier, age_s = TIER_NAMES.get(item.header.tier, "unknown"), item.header.age_s
         return Hit(key, tensors, tier, self.encoding, self.lossy, age_s, self.receipt.copy())
 
 
-def _block(segments: Segments, item: pb.Leased) -> Block:
-    # A generation is one block in the daemon's life: the same entry a second time need not have its specs read again.
+def _taken_apart(said: bytes) -> pb.Leased:
+    try:
+        return pb.Leased.FromString(said)
+    except DecodeError as error:
+        raise UseStream(str(error)) from None
+
+
+def _block(segments: Segments, item: pb.Leased | bytes) -> Block:
+    # A generation is one block in the daemon's life: the same entry a second time need not have its specs read again,
+    # and of a complete reply, which says the same of it each time, not even that.
     known = segments.blocks
-    key = (item.segment, item.start, item.generation)
+    key = item if isinstance(item, bytes) else (item.segment, item.start, item.generation)
     block = known.get(key)
     if block is None:
         if len(known) >= BLOCKS_MAX:
             known.clear()
-        block = known[key] = _new_block(segments, item)
+        block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
     return block
 
 
 def _new_block(segments: Segments, item: pb.Leased) -> Block:
     """Raise UseStream or InvalidEntry for what cannot be one."""
     head = item.header
-    specs = read_specs(head.tensors)
-    arrays.check_specs(specs)
-    packed = Packed(head, specs) if head.packed else None
-    lying = specs if packed is None else packed.parts
+    shape = shape_of(head)
+    packed = Packed(head, shape) if head.packed else None
+    lying = shape.specs if packed is None else shape.parts
     places, nbytes = layout(lying)
     mapping = segments.get(item.segment)
     if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
@@ -278,12 +291,13 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
         nbytes,
         item.generation,
         window.array,
-        specs,
+        shape.specs,
         {name: (spec, *places[name]) for name, spec in lying.items()},
         packed,
         head.encoding,
         head.lossy,
         read_receipt(head),
+        head.put_at,
     )
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
 
+from google.protobuf.message import DecodeError
+
 from kvstore import errors
 from kvstore.errors import KvstoreError
 from kvstore.region import FreeList
@@ -165,7 +167,7 @@ class Connection:
         if not nbytes:
             self.close()
             raise UseStream("the daemon hung up")
-        reply = pb.LeaseReply.FromString(self._buffers[0][:nbytes].tobytes())
+        reply = self._reply_of(nbytes)
         if ancillary:
             self._map(reply, ancillary)
         if reply.HasField("error"):
@@ -174,6 +176,13 @@ class Connection:
                 raise kind(reply.error.message)
             raise UseStream(reply.error.message)
         return reply
+
+    def _reply_of(self, nbytes: int) -> pb.LeaseReply:
+        try:
+            return pb.LeaseReply.FromString(self._buffers[0][:nbytes].tobytes())
+        except DecodeError as error:
+            self.close()
+            raise UseStream(str(error)) from None
 
     def _receive(self) -> tuple[int, list[tuple[int, int, bytes]]]:
         until = time.perf_counter() + LOOK_S
@@ -258,13 +267,13 @@ class Connection:
 class Segments:
     """The daemon's segments, mapped once for all connections of one daemon's life.
 
-    blocks: what is known of blocks, by segment, start and generation.
+    blocks: what is known of blocks, by segment, start and generation, or by all that is said of one.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mappings: dict[int, Mapping] = {}
-        self.blocks: dict[tuple[int, int, int], Any] = {}
+        self.blocks: dict[tuple[int, int, int] | bytes, Any] = {}
 
     def add(self, number: int, fd: int, nbytes: int) -> None:
         """Map a segment, unless another connection was handed it before."""

@@ -16,9 +16,9 @@ from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.decoding import Packed, Unpacking
+from kvstored_client.decoding import Packed, Unpacking, shape_of
 from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
-from kvstored_client.messages import TIER_NAMES, read_receipt, read_specs
+from kvstored_client.messages import TIER_NAMES, read_receipt
 
 Tensors = Mapping[str, Any]
 Out = Sequence[Tensors | None] | None
@@ -79,19 +79,18 @@ class _Incoming:
     """One entry on its way in: into fresh memory, or into the caller's own tensors."""
 
     def __init__(self, header: pb.GetHeader, framework: str, out: Tensors | None) -> None:
-        specs = read_specs(header.tensors)
-        nbytes = arrays.check_specs(specs)
-        if nbytes != header.nbytes:
-            raise BadFrame(f"specs of {nbytes} bytes under a header of {header.nbytes}")
+        shape = shape_of(header)
+        if shape.nbytes != header.nbytes:
+            raise BadFrame(f"specs of {shape.nbytes} bytes under a header of {header.nbytes}")
         self.header = header
-        self._target = Target(specs, framework, out)
-        self._unpacking = Unpacking(Packed(header, specs), self._target.bytes) if header.packed else None
+        self._target = Target(shape.specs, framework, out)
+        self._unpacking = Unpacking(Packed(header, shape), self._target.bytes) if header.packed else None
         self._scatter = Scatter([] if header.packed else list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
-        self._sum.update(chunk)
         (self._scatter.write if self._unpacking is None else self._unpacking.take)(chunk)
+        self._sum.update(chunk)
 
     def complete(self, xxh3: int) -> bool:
         """Whether all bytes came, and are those that were sent. Raises BadFrame for too few."""

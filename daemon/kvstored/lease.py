@@ -39,6 +39,7 @@ from kvstored.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
 from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import submessage
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +132,11 @@ class Connection:
         waiting = Waiting(self._sock, self._shared.callers)
         try:
             while nbytes := waiting.receive(packet):
+                self._shared.store.settle()  # another connection's, that has not come to it
                 reply = self.answer(bytes(packet[:nbytes]))
                 if reply is not None:
                     self._send(reply)
+                    self._shared.store.settle()
         except OSError as error:
             logger.debug("lease connection ended error=%s", error)
         finally:
@@ -235,7 +238,7 @@ class Connection:
 
     def _get(self, asked: pb.GetRequest) -> bytes:
         keys = check_keys(asked.keys)
-        resident: Resident | None = self._store.resident(keys)
+        resident: Resident | None = self._store.resident(keys, count_later=True)
         cards = None if resident is None else self._cards(resident)
         new = set(map(_SEGMENT, cards or ())) - self._handed
         if resident is None or cards is None or any(segment.owner != self.uid for segment in new):
@@ -374,13 +377,9 @@ class Connection:
         return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
 
 
-def _leased(index: int, hit: Hit | Found, place: Place) -> pb.Leased:
-    return pb.Leased(
-        header=hit_header(index, hit),
-        segment=place.segment.number,
-        start=place.start,
-        generation=place.generation,
-    )
+def _leased(index: int, hit: Hit | Found, place: Place) -> bytes:
+    rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
+    return submessage(pb.Leased.HEADER_FIELD_NUMBER, hit_header(index, hit)) + rest.SerializeToString()
 
 
 def _refusal(kind: str, message: str) -> bytes:

@@ -84,6 +84,10 @@ class ScopedStore:
         with self._store.lease_as_held(self._all(keys), accept, **how) as hits:
             yield (_under(key, hit) for key, hit in zip(keys, hits, strict=False))
 
+    def at_hand(self, keys: Sequence[bytes], accept: Collection[str], **how: Any) -> bool:
+        """As Store.at_hand."""
+        return self._store.at_hand(self._all(keys), accept, **how)
+
     def resident(self, keys: Sequence[bytes], **how: Any) -> Resident | None:
         """As Store.resident; the entries carry the keys they stand under."""
         return self._store.resident(self._all(keys), **how)
@@ -132,6 +136,7 @@ class Scopes:
 
     def current(self) -> Any:
         """The store of the call under way: the whole one, or its tenant's part."""
+        self._store.settle()  # what was answered before is counted before
         return self.of(CALLER.get())
 
     def of(self, identity: Identity) -> Any:

@@ -181,7 +181,8 @@ class CacheService(_Service):
         reading = Reading(self._store, self._budget, asked, frames_nbytes=self._budget.call_nbytes)
         try:
             while not reading.done:
-                await self._write_lot(context, await self._run(reading.next_lot))
+                lot = reading.next_lot() if reading.at_hand else await self._run(reading.next_lot)
+                await self._write_lot(context, lot)
         finally:
             reading.close()
 

@@ -257,9 +257,13 @@ def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Te
     """Fill rows (outer, tokens, inner, d), contiguous, from one plane's parts."""
     plane = Plane.of(part, out, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), out.shape[1]))
     blocks = _checked_blocks(encoded, plane, prefix)
-    if plane.kept:
-        out[:, list(plane.kept)] = _checked_kept(encoded, plane, prefix).to(out.dtype)
     direct = plane.leading
+    if plane.kept:
+        kept = _checked_kept(encoded, plane, prefix)
+        if direct:  # a slice: an index costs 40 us
+            out[:, : len(plane.kept)].copy_(kept)
+        else:
+            out[:, list(plane.kept)] = kept.to(out.dtype)
     coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
     mean = None
     if plane.groups:
@@ -303,7 +307,7 @@ def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> kv_blo
     codes = require_part(encoded, prefix, torch.uint8, b * plane.block // 2)
     scales = require_part(encoded, f"{prefix}scale", torch.uint8, b)
     tops = require_part(encoded, f"{prefix}scale_top", torch.int16, -(-b // kv_blocks.SCALE_GROUP))
-    if bool(((tops < 0) | (tops >= _TOP_LIMIT)).any()):
+    if not tops.clamp(0, _TOP_LIMIT - 1).equal(tops):
         raise CodecError(f"nf4-kv scale tops lie in [0, {_TOP_LIMIT})")
     return kv_blocks.RotatedBlocks(codes, scales, tops, scales)
 

@@ -7,6 +7,7 @@ that owns the memory, so the kernel never reads outside one. Any thread.
 
 import ctypes
 import importlib
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -161,9 +162,23 @@ class CpuKernel:
         _checked(self.library.kvk_kv_decode(self.isa, threads, DTYPES[out.dtype], *parts, mean, rows, out.data_ptr()))
 
 
+class _Calling(threading.local):
+    single = False
+
+
+_calling = _Calling()
+
+
+def stay_single() -> None:
+    """Never split this thread's work: the other processors have something better to do."""
+    _calling.single = True
+
+
 def _threads(x: torch.Tensor) -> int:
     """Threads for a tensor: torch's own number, so that `torch.set_num_threads` pins kernel and copies alike."""
-    return torch.get_num_threads() if x.numel() * x.element_size() >= THREADED_NBYTES else 1
+    if _calling.single or x.numel() * x.element_size() < THREADED_NBYTES:
+        return 1
+    return torch.get_num_threads()
 
 
 def _checked(status: int) -> int:

@@ -11,9 +11,8 @@ from kvstore.reader import Found
 from kvstored.wire import hit_frames, hit_header
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.decoding import ENCODINGS, Packed, Unpacking, accepted
+from kvstored_client.decoding import ENCODINGS, Packed, Unpacking, accepted, shape_of
 from kvstored_client.frames import EARLY_NBYTES, BadFrame, parse_frame
-from kvstored_client.messages import read_specs
 
 DOORS = ("shared memory", "stream")
 
@@ -188,10 +187,10 @@ def test_a_header_that_cannot_be_is_refused_before_anything_is_allocated(changes
     from kvstore.errors import InvalidEntry, KvstoreError
 
     good = header()
-    assert Packed(good, read_specs(good.tensors)).nbytes == 32
+    assert Packed(good, shape_of(good)).nbytes == 32
     bad = header(**changes)
     with pytest.raises(KvstoreError) as refused:
-        Packed(bad, read_specs(bad.tensors))
+        Packed(bad, shape_of(bad))
     assert isinstance(refused.value, InvalidEntry) or "at most" in str(refused.value)
 
 
@@ -199,7 +198,7 @@ def test_parts_that_do_not_fit_are_a_miss_not_a_crash():
     from kvstore.errors import CodecError
 
     message = header()
-    packed = Packed(message, read_specs(message.tensors))
+    packed = Packed(message, shape_of(message))
     with pytest.raises(CodecError):
         packed.decode([np.zeros(32, np.uint8)], {"k": np.zeros(256, np.uint8)})
 
@@ -212,10 +211,9 @@ def found(tensors: dict[str, torch.Tensor]) -> tuple[Found, bytes]:
 
 
 def unpacking(of: Found) -> tuple[Unpacking, dict[str, np.ndarray]]:
-    header = hit_header(0, of)
-    specs = read_specs(header.tensors)
+    header = pb.GetHeader.FromString(hit_header(0, of))
     targets = {name: np.full(t.spec.nbytes, 7, np.uint8) for name, t in of.entry.tensors.items()}
-    return Unpacking(Packed(header, specs), targets), targets
+    return Unpacking(Packed(header, shape_of(header)), targets), targets
 
 
 @pytest.mark.filterwarnings("error")

@@ -395,7 +395,7 @@ def test_a_segment_of_a_reply_that_was_too_large_comes_with_the_next_one(daemon)
         assert values(writer)["leases"] == 0
         reply, descriptors = asked(sock, b"wide3")
         assert len(reply.leased) == 1
-        assert [segment.number for segment in reply.segments] == [reply.leased[0].segment]
+        assert [segment.number for segment in reply.segments] == [pb.Leased.FromString(reply.leased[0]).segment]
         assert descriptors == 1
 
 

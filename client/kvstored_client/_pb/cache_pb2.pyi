@@ -549,7 +549,7 @@ class LeaseReply(_message.Message):
     error: LeaseError
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     lease: int
-    leased: _containers.RepeatedCompositeFieldContainer[Leased]
+    leased: _containers.RepeatedScalarFieldContainer[bytes]
     complete: bool
     now: float
     put: PutReply
@@ -559,7 +559,7 @@ class LeaseReply(_message.Message):
     pin: PinReply
     boot_epoch: int
     lease_max_s: float
-    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[_Union[Leased, _Mapping]]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[bytes]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ...) -> None: ...
 
 class LeaseError(_message.Message):
     __slots__ = ("kind", "message")
