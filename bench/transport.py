@@ -168,7 +168,7 @@ def packed_get(
         k, v = value.reshape(2, 4, tokens, 2, 64)
         client.put(key, {"k": k, "v": v})
         client.demote(key)
-    out = {name: np.zeros((4, tokens, 2, 64), np.float32) for name in ("k", "v")}
+    out = {name: torch.zeros((4, tokens, 2, 64)).numpy() for name in ("k", "v")}
 
     def get(i: int) -> None:
         torch.set_num_threads(2)  # what a worker's torch has here by default; copies of this bench have one
@@ -293,7 +293,8 @@ def pull(source: str, nbytes: int, seconds: float, barrier: Any, results: Any) -
 
 def batches(up: Servers) -> list[dict[str, Any]]:
     """Each verb with 100 keys of 64 KiB beside one key."""
-    keys = [b"batch-%d" % i for i in range(100)]
+    # As long as the keys of chunks are.
+    keys = [b"batch-%026d" % i for i in range(100)]
     x = np.zeros(1 << 14, dtype=np.float32)
     client = client_of(up, "unix")
     client.put_many([(key, {"x": x}) for key in keys])
@@ -323,7 +324,7 @@ HOLDER = """
 import sys, time
 from kvstored_client import Client
 cache = Client(sys.argv[1], framework="numpy", on_error="raise")
-blocks = [cache.lease(b"batch-%d" % i) for i in range(100)]
+blocks = [cache.lease(b"batch-%026d" % i) for i in range(100)]
 assert all(block.__enter__() is not None for block in blocks)
 print("holding", flush=True)
 time.sleep(60)

@@ -119,8 +119,9 @@ def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """
     if is_torch(x):
         torch = _torch()
-        flat = x.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy()  # type: ignore[no-any-return]
+        if x.requires_grad or x.device.type != "cpu" or x.is_conj() or x.is_neg() or not x.is_contiguous():
+            x = x.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+        return x.reshape(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
     dense = x.flags.c_contiguous and x.dtype.isnative
     native = x if dense else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
     return native.reshape(-1).view(np.uint8)

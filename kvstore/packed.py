@@ -9,7 +9,9 @@ for, the tensors are made as views, without a copy.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 
 from kvstore.entry import EncodedTensor, Entry, TensorSpec, error_in
@@ -33,9 +35,9 @@ class Part:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What all entries of one shape have in common."""
+    """What all entries of one shape have in common. One object for one shape, as long as it is in use."""
 
     names: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
@@ -48,10 +50,10 @@ class Layout:
 class PackedTensors(Mapping[str, EncodedTensor]):
     """The tensors of an entry, by name, made when asked for."""
 
-    __slots__ = ("_attrs", "_data", "_layout")
+    __slots__ = ("_attrs", "_data", "layout")
 
     def __init__(self, layout: Layout, data: bytearray, attrs: tuple[object, ...]) -> None:
-        self._layout = layout
+        self.layout = layout
         self._data = data
         self._attrs = attrs
 
@@ -63,26 +65,40 @@ class PackedTensors(Mapping[str, EncodedTensor]):
     @property
     def encoding(self) -> str:
         """The one encoding that is not raw, or "raw"."""
-        return next((name for name in self._layout.encodings if name != "raw"), "raw")
+        return next((name for name in self.layout.encodings if name != "raw"), "raw")
 
     @property
     def encodings(self) -> Collection[str]:
         """Each tensor's encoding."""
-        return self._layout.encodings
+        return self.layout.encodings
 
     @property
     def value_nbytes(self) -> int:
         """Bytes of the tensors once decoded."""
-        return self._layout.value_nbytes
+        return self.layout.value_nbytes
 
     @property
     def receipt(self) -> dict[str, float]:
         """`Entry.receipt`, without making the tensors."""
-        layout = self._layout
-        return {name: error_in(layout.encodings[at], self._attrs_of(at)) for at, name in enumerate(layout.names)}
+        layout = self.layout
+        return {
+            name: error_in(encoding, attrs)
+            for name, encoding, attrs in zip(layout.names, layout.encodings, self.attrs, strict=True)
+        }
+
+    @property
+    def attrs(self) -> list[dict[str, object]]:
+        """Each tensor's attributes."""
+        return [self._attrs_of(at) for at in range(len(self.layout.names))]
+
+    @property
+    def payload(self) -> "list[np.ndarray[Any, np.dtype[np.uint8]]]":
+        """The bytes of each part, not copied."""
+        whole = np.frombuffer(self._data, dtype=np.uint8)
+        return [whole[part.start : part.stop] for part in self.layout.parts]
 
     def __getitem__(self, name: str) -> EncodedTensor:
-        layout = self._layout
+        layout = self.layout
         try:
             at = layout.names.index(name)
         except ValueError:
@@ -91,7 +107,7 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         return EncodedTensor(layout.specs[at], layout.encodings[at], parts, self._attrs_of(at))
 
     def _attrs_of(self, at: int) -> dict[str, object]:
-        names = self._layout.attrs
+        names = self.layout.attrs
         first = sum(map(len, names[:at]))
         return dict(zip(names[at], self._attrs[first : first + len(names[at])], strict=True))
 
@@ -102,10 +118,10 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         return torch.frombuffer(self._data, dtype=part.dtype, count=count, offset=part.start).view(part.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layout.names)
+        return iter(self.layout.names)
 
     def __len__(self) -> int:
-        return len(self._layout.names)
+        return len(self.layout.names)
 
 
 def packed(entry: Entry) -> Entry:
@@ -116,7 +132,20 @@ def packed(entry: Entry) -> Entry:
         return entry
     if any(part.device.type != "cpu" for part in parts):
         return entry
-    layout = _layout_of(
+    layout = layout_of(entry)
+    data = bytearray(max((part.stop for part in layout.parts), default=0))
+    whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    for part, values in zip(layout.parts, parts, strict=True):
+        whole[part.start : part.stop].copy_(values.contiguous().view(-1).view(torch.uint8))
+    attrs = tuple(value for tensor in entry.tensors.values() for value in tensor.attrs.values())
+    return Entry(entry.key, PackedTensors(layout, data, attrs), lossy=entry.lossy)
+
+
+def layout_of(entry: Entry) -> Layout:
+    """The layout of an entry's tensors, which are packed or could be."""
+    if isinstance(entry.tensors, PackedTensors):
+        return entry.tensors.layout
+    return _layout_of(
         tuple(
             (
                 name,
@@ -128,19 +157,6 @@ def packed(entry: Entry) -> Entry:
             for name, tensor in entry.tensors.items()
         )
     )
-    data = bytearray(max((part.stop for part in layout.parts), default=0))
-    whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    for part, values in zip(layout.parts, parts, strict=True):
-        whole[part.start : part.stop].copy_(values.contiguous().view(-1).view(torch.uint8))
-    attrs = tuple(value for tensor in entry.tensors.values() for value in tensor.attrs.values())
-    return Entry(entry.key, PackedTensors(layout, data, attrs), lossy=entry.lossy)
-
-
-def unpacked(entry: Entry) -> Entry:
-    """The entry with its tensors made, for who looks at them more than once; itself if it is not packed."""
-    if not isinstance(entry.tensors, PackedTensors):
-        return entry
-    return Entry(entry.key, dict(entry.tensors), lossy=entry.lossy)
 
 
 _Described = tuple[

@@ -40,13 +40,17 @@ class Found(NamedTuple):
 
 
 class Resident(NamedTuple):
-    """Values found in hot, each with its Meta, the time of the store's clock, and the bytes of all their tensors."""
+    """Values found in hot, each with its Meta, and the time of the store's clock."""
 
     keys: Sequence[Key]
     entries: list[Entry]
     metas: list[Meta]
     now: float
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all their tensors."""
+        return sum(map(_VALUE_NBYTES, self.metas))
 
 
 class Reader:
@@ -90,10 +94,9 @@ class Reader:
             for meta in metas:
                 if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                     return None  # `read` forgets and counts it
-            nbytes = sum(map(_VALUE_NBYTES, metas))
-            if nbytes > at_most_nbytes and len(keys) > 1:
+            found = Resident(keys, entries, metas, now)  # type: ignore[arg-type]  # no None among them
+            if at_most_nbytes < inf and len(keys) > 1 and found.nbytes > at_most_nbytes:
                 return None
-            found = Resident(keys, entries, metas, now, nbytes)  # type: ignore[arg-type]  # no None among them
             if count_later:
                 self._due.append(found)
             else:
@@ -112,7 +115,7 @@ class Reader:
 
     def _count_resident(self, found: Resident) -> None:
         r = self._r
-        keys, _, metas, now, nbytes = found
+        keys, _, metas, now = found
         if r.balance is not None:
             for meta in metas:
                 r.balance.hit("hot", now - meta.used_at)
@@ -125,7 +128,7 @@ class Reader:
         c = r.counters
         c.gets += len(keys)
         c.tiers["hot"].hits += len(keys)
-        c.hit_nbytes += nbytes
+        c.hit_nbytes += found.nbytes
         c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
         r.touch(keys[::-1])
 

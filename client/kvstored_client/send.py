@@ -84,15 +84,21 @@ class Outgoing:
         return cut_frames(self.header.SerializeToString(), payload)
 
 
-def cut_frames(header: bytes, payload: Gather) -> Iterator[bytes]:
-    """The frames of an entry: the header rides with the first chunk, the checksum with the last."""
+def cut_frames(header: bytes, payload: Gather, xxh3: int | None = None) -> Iterator[bytes]:
+    """The frames of an entry: the header rides with the first chunk, the checksum with the last.
+
+    xxh3: the checksum, where it is known.
+    """
     checksum = xxhash.xxh3_64()
     head: bytes | None = header
     left = payload.nbytes
     for pieces in payload.chunks():
         for piece in pieces:
-            checksum.update(piece)
+            if xxh3 is None:
+                checksum.update(piece)
             left -= len(piece)
-        end = None if left else pb.EntryEnd(xxh3=checksum.intdigest()).SerializeToString()
+        end = None
+        if not left:
+            end = pb.EntryEnd(xxh3=checksum.intdigest() if xxh3 is None else xxh3).SerializeToString()
         yield build_frame(head, pieces, end)
         head = None

@@ -28,11 +28,12 @@ from kvstore.dtypes import BY_NAME
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
-from kvstore.reader import Found, Resident
+from kvstore.reader import Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.cards import Card, new_card
 from kvstored.gate import Access, Records, Refusal
+from kvstored.parcels import Parcel
 from kvstored.scope import Scopes
 from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
@@ -301,11 +302,11 @@ class Connection:
         reply.lease = self._hold(held)
         return reply.SerializeToString()
 
-    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Found | None]]:
+    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
         with self._shared.reads:
             return reading.next_lot()
 
-    def _placed(self, hit: Hit | Found) -> tuple[Mapping[str, Any], Place]:
+    def _placed(self, hit: Hit | Parcel) -> tuple[Mapping[str, Any], Place]:
         """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
         arena = self._shared.arena
         sources = dict(hit.tensors) if isinstance(hit, Hit) else {str(i): part for i, part in enumerate(payload(hit))}
@@ -377,7 +378,7 @@ class Connection:
         return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
 
 
-def _leased(index: int, hit: Hit | Found, place: Place) -> bytes:
+def _leased(index: int, hit: Hit | Parcel, place: Place) -> bytes:
     rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
     return submessage(pb.Leased.HEADER_FIELD_NUMBER, hit_header(index, hit)) + rest.SerializeToString()
 

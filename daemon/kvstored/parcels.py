@@ -3,59 +3,93 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
-import torch
+import xxhash
 
 from kvstore import arrays
 from kvstore.entry import Entry
 from kvstore.hit import TensorInfo
+from kvstore.packed import Layout, PackedTensors, layout_of
+from kvstore.reader import Found
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import Bytes
+from kvstored_client.frames import Bytes, submessage
 from kvstored_client.messages import relative_errors, tensor_specs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parcel:
-    """said: the fields of its GetHeader that never change. parts: what follows, in order; payload: their bytes.
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """said: the fields of a GetHeader that are the same each time. payload: the bytes behind it, by part.
 
-    ends: where each tensor's bytes end: one that is there whole can be decoded.
+    ends: where each tensor's bytes end: one that is there whole can be decoded. value_nbytes: once decoded.
     """
 
     said: bytes
-    parts: Sequence[torch.Tensor]
     payload: Sequence[Bytes]
     nbytes: int
     ends: frozenset[int]
+    value_nbytes: int
+
+    @cached_property
+    def xxh3(self) -> int:
+        """The checksum of the bytes, as they were when it was first asked for."""
+        checksum = xxhash.xxh3_64()
+        for part in self.payload:
+            checksum.update(part.data)
+        return int(checksum.intdigest())
 
 
-def parcel_of(entry: Entry) -> Parcel:
-    """The parcel of an entry, which keeps it: give a packed one unpacked, that holds it for this call only."""
-    if not isinstance(entry.card, Parcel):
-        entry.keep_card(_new_parcel(entry))
-    assert isinstance(entry.card, Parcel)
-    return entry.card
+class Parcel(NamedTuple):
+    """An entry found, on its way as it is held."""
+
+    tier: str
+    age_s: float
+    contents: Contents
 
 
-def _new_parcel(entry: Entry) -> Parcel:
-    tensors = entry.tensors
-    specs = {name: TensorInfo(held.spec.dtype, held.spec.shape) for name, held in tensors.items()}
-    header = pb.GetHeader(
-        tensors=tensor_specs(specs),
-        nbytes=entry.value_nbytes,
-        encoding=entry.encoding,
-        lossy=entry.lossy,
-        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
-        packed=[
-            pb.PackedTensor(
-                encoding=held.encoding,
-                parts=tensor_specs({suffix: arrays.describe(suffix, part) for suffix, part in held.parts.items()}),
-                attrs=json.dumps(dict(held.attrs), allow_nan=False) if held.attrs else "",
-            )
-            for held in tensors.values()
-        ],
-    )
-    parts = [part for held in tensors.values() for part in held.parts.values()]
-    ends = list(accumulate(sum(part.nbytes for part in held.parts.values()) for held in tensors.values()))
-    payload = [arrays.as_bytes(part) for part in parts]
-    return Parcel(header.SerializeToString(), parts, payload, ends[-1] if ends else 0, frozenset(ends))
+def parcel(found: Found) -> Parcel:
+    """What is sent of an entry found; a large one keeps what was worked out: for a small one it is a third of it."""
+    entry = found.entry
+    if isinstance(entry.card, Contents):
+        return Parcel(found.tier, found.age_s, entry.card)
+    if isinstance(entry.tensors, PackedTensors):
+        return Parcel(found.tier, found.age_s, _contents(entry, entry.tensors.payload, entry.tensors.attrs))
+    tensors = entry.tensors.values()
+    payload = [arrays.as_bytes(part) for held in tensors for part in held.parts.values()]
+    contents = _contents(entry, payload, [dict(held.attrs) for held in tensors])
+    entry.keep_card(contents)
+    return Parcel(found.tier, found.age_s, contents)
+
+
+def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, object]]) -> Contents:
+    layout = layout_of(entry)
+    head, packed, counts = _alike(layout)
+    own = pb.GetHeader(lossy=entry.lossy, relative_errors=relative_errors(entry.receipt, lossy=entry.lossy))
+    # Messages one behind the other are one message.
+    said = [head, own.SerializeToString()]
+    for described, facts in zip(packed, attrs, strict=True):
+        written = pb.PackedTensor(attrs=json.dumps(facts, allow_nan=False)) if facts else pb.PackedTensor()
+        said.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
+    ends = [0, *accumulate(part.size for part in payload)]
+    return Contents(b"".join(said), payload, ends[-1], frozenset(ends[n] for n in counts), layout.value_nbytes)
+
+
+@lru_cache(maxsize=1024)
+def _alike(layout: Layout) -> tuple[bytes, tuple[bytes, ...], tuple[int, ...]]:
+    """What is said of all entries of one shape, of each of their tensors, and how many parts there are up to each."""
+    specs = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in zip(layout.names, layout.specs, strict=True)}
+    encoding = next((name for name in layout.encodings if name != "raw"), "raw")
+    head = pb.GetHeader(tensors=tensor_specs(specs), nbytes=layout.value_nbytes, encoding=encoding)
+    packed: list[bytes] = []
+    counts: list[int] = []
+    for at, encoding in enumerate(layout.encodings):
+        parts = {
+            part.suffix: TensorInfo(str(part.dtype).removeprefix("torch."), part.shape)
+            for part in layout.parts
+            if part.tensor == at
+        }
+        packed.append(pb.PackedTensor(encoding=encoding, parts=tensor_specs(parts)).SerializeToString())
+        counts.append(len(parts) + (counts[-1] if counts else 0))
+    return head.SerializeToString(), tuple(packed), tuple(counts)

@@ -25,10 +25,11 @@ from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.forms import Room
 from kvstore.hit import Hit, Verified
 from kvstore.keys import check_key, check_keys
-from kvstore.reader import Found, Resident
+from kvstore.reader import Resident
 from kvstore.stats import Stats
 from kvstored.budget import Budget
 from kvstored.metrics import Meter
+from kvstored.parcels import Parcel
 from kvstored.scope import Scopes
 from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits
@@ -195,7 +196,7 @@ class CacheService(_Service):
         finally:
             self._budget.give_back(nbytes)
 
-    async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | Found | None]]) -> None:
+    async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | Parcel | None]]) -> None:
         for index, hit in lot:
             if hit is None:
                 await self._write(context, build_miss(pb.GetMiss(index=index, boot_epoch=self._epoch)))

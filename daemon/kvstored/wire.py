@@ -19,11 +19,10 @@ from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_keys, check_namespace
-from kvstore.packed import unpacked
 from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.parcels import parcel_of
+from kvstored.parcels import Parcel, parcel
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Frame, Gather, Scatter
 from kvstored_client.messages import (
@@ -227,7 +226,7 @@ class Reading:
         self._counted_nbytes = 0
         self._lease = ExitStack()
 
-    def next_lot(self) -> list[tuple[int, Hit | Found | None]]:
+    def next_lot(self) -> list[tuple[int, Hit | Parcel | None]]:
         """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
         self._end_lot()
         if self._ended:
@@ -244,7 +243,7 @@ class Reading:
             room=self._room,
         )
         self._lots += 1
-        hits = list(map(_made, self._lease.enter_context(found)))
+        hits = [parcel(hit) if isinstance(hit, Found) else hit for hit in self._lease.enter_context(found)]
         if start + len(hits) < stop:  # a chain ends at its first miss
             hits.append(None)
             stop = len(self._keys)
@@ -252,9 +251,9 @@ class Reading:
         nbytes = 0
         for hit in hits:
             if hit is not None:
-                if isinstance(hit, Found):
-                    size = parcel_of(hit.entry).nbytes
-                    self._give_back(hit.entry.value_nbytes - size)  # counted as if it were decoded
+                if isinstance(hit, Parcel):
+                    size = hit.contents.nbytes
+                    self._give_back(hit.contents.value_nbytes - size)  # counted as if it were decoded
                 else:
                     size = sum(x.nbytes for x in hit.tensors.values())
                 nbytes += size
@@ -306,10 +305,6 @@ class Reading:
         self._give_back(self._counted_nbytes)
 
 
-def _made(hit: Hit | Found | None) -> Hit | Found | None:
-    return hit._replace(entry=unpacked(hit.entry)) if isinstance(hit, Found) else hit
-
-
 def resident_hit(entry: Entry, age_s: float) -> Hit:
     """A held entry as a hit: the very tensors."""
     tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
@@ -322,17 +317,18 @@ def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
     return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
 
 
-def payload(hit: Hit | Found) -> Sequence[torch.Tensor]:
-    """The tensors whose bytes follow the header: the hit's own, or the parts of one that stays encoded."""
-    return list(hit.tensors.values()) if isinstance(hit, Hit) else parcel_of(hit.entry).parts
+def payload(hit: Hit | Parcel) -> list[torch.Tensor]:
+    """The tensors whose bytes follow the header: the hit's own, or as bytes the parts of one that stays encoded."""
+    if isinstance(hit, Parcel):
+        return list(map(torch.from_numpy, hit.contents.payload))
+    return list(hit.tensors.values())
 
 
-def hit_header(index: int, hit: Hit | Found, boot_epoch: int = 0) -> bytes:
+def hit_header(index: int, hit: Hit | Parcel, boot_epoch: int = 0) -> bytes:
     """What is said of a hit before its bytes: a GetHeader, serialized."""
-    if isinstance(hit, Found):
+    if isinstance(hit, Parcel):
         own = pb.GetHeader(index=index, tier=TIERS[hit.tier], age_s=hit.age_s, boot_epoch=boot_epoch)
-        # Messages one behind the other are one message.
-        return parcel_of(hit.entry).said + own.SerializeToString()
+        return hit.contents.said + own.SerializeToString()
     specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
     return pb.GetHeader(
         index=index,
@@ -347,14 +343,13 @@ def hit_header(index: int, hit: Hit | Found, boot_epoch: int = 0) -> bytes:
     ).SerializeToString()
 
 
-def hit_frames(index: int, hit: Hit | Found, boot_epoch: int) -> Iterator[bytes]:
+def hit_frames(index: int, hit: Hit | Parcel, boot_epoch: int) -> Iterator[bytes]:
     """The frames that answer one key of a Get."""
-    if isinstance(hit, Found):
-        parcel = parcel_of(hit.entry)
-        gathered = Gather(parcel.payload, parcel.ends)
-    else:
-        gathered = Gather([arrays.as_bytes(x) for x in hit.tensors.values()])
-    return cut_frames(hit_header(index, hit, boot_epoch), gathered)
+    header = hit_header(index, hit, boot_epoch)
+    if isinstance(hit, Parcel):
+        contents = hit.contents
+        return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
+    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
 
 
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:

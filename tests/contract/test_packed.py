@@ -8,6 +8,7 @@ from kvstore.codecs import codec_for, encode_entry
 from kvstore.entry import Key
 from kvstore.forms import raw_entry
 from kvstore.reader import Found
+from kvstored.parcels import parcel
 from kvstored.wire import hit_frames, hit_header
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
@@ -206,12 +207,14 @@ def test_parts_that_do_not_fit_are_a_miss_not_a_crash():
 def found(tensors: dict[str, torch.Tensor]) -> tuple[Found, bytes]:
     """An entry that stays encoded, and the bytes that follow its header."""
     entry = encode_entry(raw_entry(Key(b"k"), tensors), codec_for("auto"))
-    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, Found(Key(b"k"), "warm", entry, 0.0), 1)]
+    frames = [
+        parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, parcel(Found(Key(b"k"), "warm", entry, 0.0)), 1)
+    ]
     return Found(Key(b"k"), "warm", entry, 0.0), b"".join(bytes(frame.chunk) for frame in frames)
 
 
 def unpacking(of: Found) -> tuple[Unpacking, dict[str, np.ndarray]]:
-    header = pb.GetHeader.FromString(hit_header(0, of))
+    header = pb.GetHeader.FromString(hit_header(0, parcel(of)))
     targets = {name: np.full(t.spec.nbytes, 7, np.uint8) for name, t in of.entry.tensors.items()}
     return Unpacking(Packed(header, shape_of(header)), targets), targets
 
@@ -246,9 +249,9 @@ def test_more_or_fewer_bytes_than_an_encoded_entry_has_are_no_entry():
 
 def test_a_large_tensor_ends_its_frame_so_that_it_is_decoded_while_the_next_one_comes():
     of, data = found({name: torch.randn(4, 2048, 2, 64) for name in ("k", "v")})
-    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, of, 1)]
+    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, parcel(of), 1)]
     first = sum(part.nbytes for part in of.entry.tensors["k"].parts.values())
     assert first >= EARLY_NBYTES
     assert [len(frame.chunk) for frame in frames] == [first, len(data) - first]
     small, _ = found(values(torch.float32))
-    assert len(list(hit_frames(0, small, 1))) == 1
+    assert len(list(hit_frames(0, parcel(small), 1))) == 1
