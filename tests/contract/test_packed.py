@@ -1,12 +1,17 @@
 """Entries that travel encoded: decoded by the client they are, bit for bit, what the daemon would have sent."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+import xxhash
 
+from kvstore.arrays import as_bytes
 from kvstore.codecs import codec_for, encode_entry
 from kvstore.entry import Key
 from kvstore.forms import raw_entry
+from kvstore.packed import packed as packed_entry
 from kvstore.reader import Found
 from kvstored.parcels import parcel
 from kvstored.wire import hit_frames, hit_header
@@ -255,3 +260,46 @@ def test_a_large_tensor_ends_its_frame_so_that_it_is_decoded_while_the_next_one_
     assert [len(frame.chunk) for frame in frames] == [first, len(data) - first]
     small, _ = found(values(torch.float32))
     assert len(list(hit_frames(0, parcel(small), 1))) == 1
+
+
+@pytest.mark.parametrize("tokens", [96, 4096])
+def test_what_is_said_of_an_entry_is_what_it_is_whether_it_is_kept_or_not(tokens):
+    """A small one in one piece of memory, said afresh each time, and a large one that keeps it."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = {
+        "k": torch.randn(2, tokens, 2, 64, generator=generator),
+        "n": torch.arange(3, dtype=torch.uint8),
+        "v": torch.randn(2, tokens, 2, 64, generator=generator),
+    }
+    loose = encode_entry(raw_entry(Key(b"k"), tensors), codec_for("auto"))
+    entry = packed_entry(loose)
+    assert (entry is loose) == (tokens == 4096)
+    for _ in range(2):
+        sent = parcel(Found(Key(b"k"), "warm", entry, 1.5))
+        head = pb.GetHeader.FromString(hit_header(3, sent, 9))
+        assert (head.index, head.tier, head.age_s, head.boot_epoch) == (3, pb.TIER_WARM, 1.5, 9)
+        assert (head.nbytes, head.encoding, head.lossy) == (loose.value_nbytes, "nf4-kv", True)
+        assert list(head.relative_errors) == list(loose.receipt.values())
+        assert [(spec.name, tuple(spec.shape)) for spec in head.tensors] == [
+            (name, tuple(x.shape)) for name, x in tensors.items()
+        ]
+        for said, held in zip(head.packed, loose.tensors.values(), strict=True):
+            assert (said.encoding, json.loads(said.attrs or "{}")) == (held.encoding, dict(held.attrs))
+            assert [(part.name, tuple(part.shape)) for part in said.parts] == [
+                (suffix, tuple(part.shape)) for suffix, part in held.parts.items()
+            ]
+        payload = b"".join(as_bytes(part).tobytes() for held in loose.tensors.values() for part in held.parts.values())
+        frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(3, sent, 9)]
+        assert b"".join(bytes(frame.chunk) for frame in frames) == payload
+        assert pb.EntryEnd.FromString(bytes(frames[-1].end)).xxh3 == xxhash.xxh3_64(payload).intdigest()
+    assert (entry.card is None) == (tokens == 96)
+
+
+def test_a_shape_is_known_by_all_that_is_alike_and_by_nothing_else():
+    assert shape_of(header(attrs="{}")) is shape_of(header(attrs='{"role": "key"}'))
+    other = header(parts=[pb.TensorSpec(name="", dtype=pb.DTYPE_INT8, shape=[32])])
+    assert shape_of(header()) is not shape_of(other)
+    assert shape_of(other).coded[0].parts[""].dtype == "int8"
+    wide = pb.GetHeader(tensors=[pb.TensorSpec(name="x" * 60 + str(i), dtype=1, shape=[1]) for i in range(100)])
+    assert shape_of(wide) is not shape_of(wide), "too long to be remembered"
+    assert shape_of(wide) == shape_of(wide)

@@ -16,6 +16,7 @@ from kvstore.errors import RecordCorrupt
 from kvstored_client import Client
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.local import LeaseKept
+from kvstored_client.near import Connection
 from tests.conftest import environment, wait_until
 
 MIB = 1 << 20
@@ -345,6 +346,39 @@ def test_hits_of_a_lease_are_made_when_they_are_looked_at(client, monkeypatch):
     with pytest.raises(LeaseKept, match="has ended"):
         _ = hits[50].tensors["x"]
     client.delete(*keys)
+
+
+def test_what_was_answered_is_counted_whoever_asks_next(client, shared_daemon):
+    """The daemon counts after it has answered; through the other door and another connection it shows all the same."""
+    other = shared_daemon.client()
+    client.put(b"counted", {"x": torch.ones(10)})
+    for _ in range(200):
+        hits = values(other)["hits"]
+        assert client.get(b"counted") is not None
+        assert values(other)["hits"] == hits + 1
+
+
+def test_what_was_answered_is_in_the_entry_s_own_count(client):
+    client.put(b"own count", {"x": torch.ones(10)})
+    for i in range(100):
+        assert client.get(b"own count") is not None
+        assert client.inspect(b"own count").hits == i + 1
+
+
+def test_a_block_that_cannot_be_taken_apart_comes_over_the_stream(client, monkeypatch):
+    x = torch.arange(10)
+    client.put(b"garbled", {"x": x})
+    taken = Connection.exchange
+
+    def garbled(self, data, timeout_s):
+        reply = taken(self, data, timeout_s)
+        reply.leased[:] = [b"\xff" for _ in reply.leased]
+        return reply
+
+    monkeypatch.setattr(Connection, "exchange", garbled)
+    assert torch.equal(client.get(b"garbled").tensors["x"], x)
+    with client.lease_many([b"garbled"]) as hits, pytest.raises(RecordCorrupt, match="cannot be"):
+        _ = hits[0]
 
 
 def test_a_release_goes_with_the_next_call_or_by_itself(client, monkeypatch):

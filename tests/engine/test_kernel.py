@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import threading
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_many_threads_write_the_same_bytes_as_one(kernel):
         torch.set_num_threads(before)
     assert [bits(part) for part in one] == [bits(part) for part in three]
     assert bits(out) == bits(blocks.dequantize(*one[:2], torch.empty_like(x)))
+
+
+def test_a_thread_that_stays_single_is_never_split_and_nobody_else_with_it(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    large = torch.empty(cpu.THREADED_NBYTES, dtype=torch.uint8)
+    counts: list[int] = []
+
+    def work() -> None:
+        cpu.stay_single()
+        counts.append(cpu._threads(large))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [*counts, cpu._threads(large), cpu._threads(large[1:])] == [1, 3, 1]
 
 
 def test_arguments_that_make_no_sense_are_refused():

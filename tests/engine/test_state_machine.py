@@ -123,6 +123,24 @@ class VerbsAgainstADictionary(RuleBasedStateMachine):
         if expected.sliding:
             expected.expires_at = self.clock.now() + expected.ttl_s
 
+    @rule(key=KEYS, deleted=st.booleans())
+    def get_counted_later(self, key: bytes, deleted: bool) -> None:
+        """What hot holds is handed out and counted afterwards, also where it is gone by then."""
+        expected = self.live(key)
+        found = self.store.resident([key], count_later=True)
+        if found is None:
+            return
+        assert expected is not None
+        got = {name: held.parts[""] for name, held in found.entries[0].tensors.items()}
+        assert bits(got) == bits(expected.nf4 if found.entries[0].lossy else expected.tensors)
+        if deleted:
+            self.delete(key)
+        hits = self.store.stats().tiers["hot"].hits
+        self.store.settle()
+        assert self.store.stats().tiers["hot"].hits == hits, "stats counts what is due"
+        if expected.sliding:
+            expected.expires_at = self.clock.now() + expected.ttl_s
+
     @rule(keys=st.lists(KEYS, unique=True, max_size=4))
     def match(self, keys: list[bytes]) -> None:
         """As many leading keys as the dictionary has."""

@@ -53,6 +53,47 @@ def test_without_a_disk_what_leaves_warm_is_forgotten() -> None:
         assert store.stats().values["evictions"] == 5
 
 
+def test_a_get_counted_later_counts_the_same() -> None:
+    """Hits, deadlines and the order of leaving, by the next get or `settle`, whichever comes first."""
+    with open_store(hot=8 * MIB) as at_once, open_store(hot=8 * MIB) as later:
+        for store in (at_once, later):
+            for i in range(3):
+                store.put(b"k%d" % i, {"k": chunk(i)}, ttl_s=100)
+        keys = [b"k0", b"k1"]
+        assert at_once.resident(keys) is not None
+        assert later.resident(keys, count_later=True) is not None
+        assert list(later._r.hot.keys()) != list(at_once._r.hot.keys())
+        assert later.get(b"absent") is at_once.get(b"absent") is None
+        assert list(later._r.hot.keys()) == list(at_once._r.hot.keys())
+        assert at_once.resident(keys) is not None
+        assert later.resident(keys, count_later=True) is not None
+        later.settle()
+        found = [store.stats() for store in (at_once, later)]
+        assert found[0].values == found[1].values
+        assert found[0].tiers["hot"].hits == found[1].tiers["hot"].hits == 4
+        assert later.resident([b"k0", b"absent"], count_later=True) is None
+        assert later.stats().values["gets"] == found[1].values["gets"]
+
+
+def test_at_hand_is_what_needs_no_disk_and_no_decoding(tmp_path: Path) -> None:
+    with open_store(path=tmp_path) as store:
+        for key in (b"hot", b"warm", b"cold"):
+            store.put(key, {"k": chunk(1)})
+        store.demote(b"warm", b"cold")
+        store.demote(b"cold")
+        accept = ("nf4-kv",)
+        assert [store.at_hand([key], accept) for key in (b"hot", b"warm", b"cold", b"absent")] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        assert store.at_hand([b"hot", b"warm"], accept)
+        assert not store.at_hand([b"hot", b"cold"], accept)
+        assert not store.at_hand([b"warm"], ())
+        assert not store.at_hand([b"warm"], accept, from_nbytes=64 * MIB)
+
+
 def test_an_exact_entry_skips_warm(tmp_path: Path) -> None:
     with open_store(path=tmp_path) as store:
         store.put(b"k", {"k": chunk(0)}, fidelity="exact")
