@@ -168,6 +168,7 @@ def packed_get(
         k, v = value.reshape(2, 4, tokens, 2, 64)
         client.put(key, {"k": k, "v": v})
         client.demote(key)
+    # As torch makes a worker's tensors: on a cache line's boundary, which numpy's are not.
     out = {name: torch.zeros((4, tokens, 2, 64)).numpy() for name in ("k", "v")}
 
     def get(i: int) -> None:
