@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore import arrays
 from kvstore.hit import TensorInfo
 from kvstore.region import FreeList, aligned, layout
 
@@ -132,15 +131,13 @@ class Arena:
             tensors[name] = flat.reshape(spec.shape)
         return tensors
 
-    def place_of(self, tensors: Mapping[str, Any], owner: int) -> Place | None:
-        """The block of an entry's tensors; None unless they lie in one block of this user's, as `layout` puts them."""
-        places, nbytes = layout({name: arrays.describe(name, x) for name, x in tensors.items()})
-        return self.place_in(tensors, places, nbytes, owner)
-
     def place_in(
         self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: int
     ) -> Place | None:
-        """As `place_of`, for a layout that is known: (start, nbytes) of each tensor, and of the block."""
+        """The block of an entry's tensors; None unless they lie in one block of this user's, as `layout` puts them.
+
+        places, nbytes: their layout.
+        """
         block: int | None = None
         for name, (at, size) in places.items():
             if not size:

@@ -120,6 +120,8 @@ class Entry:
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device: itself where they are there already."""
+        if getattr(self.tensors, "device", None) == device:
+            return self
         parts = [part for tensor in self.tensors.values() for part in tensor.parts.values()]
         if all(part.device == device for part in parts):
             return self
@@ -128,6 +130,12 @@ class Entry:
             for name, t in self.tensors.items()
         }
         return Entry(self.key, moved, lossy=self.lossy)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Types and shapes of the tensors once decoded."""
+        known: Mapping[str, TensorSpec] | None = getattr(self.tensors, "specs", None)
+        return {name: t.spec for name, t in self.tensors.items()} if known is None else known
 
     @property
     def encoding(self) -> str:

@@ -49,7 +49,7 @@ class Forms(Protocol):
 
 def specs_of(entry: Entry) -> dict[str, TensorInfo]:
     """Types and shapes of an entry's tensors once decoded."""
-    return {name: TensorInfo(t.spec.dtype, t.spec.shape) for name, t in entry.tensors.items()}
+    return {name: TensorInfo(spec.dtype, spec.shape) for name, spec in entry.specs.items()}
 
 
 def chunk_hints(entry: Entry, *, prefix_start: bool) -> dict[str, Hints]:

@@ -51,6 +51,7 @@ class PackedTensors(Mapping[str, EncodedTensor]):
     """The tensors of an entry, by name, made when asked for."""
 
     __slots__ = ("_attrs", "_data", "layout")
+    device = torch.device("cpu")
 
     def __init__(self, layout: Layout, data: bytearray, attrs: tuple[object, ...]) -> None:
         self.layout = layout
@@ -66,6 +67,11 @@ class PackedTensors(Mapping[str, EncodedTensor]):
     def encoding(self) -> str:
         """The one encoding that is not raw, or "raw"."""
         return next((name for name in self.layout.encodings if name != "raw"), "raw")
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """`Entry.specs`, without making the tensors."""
+        return dict(zip(self.layout.names, self.layout.specs, strict=True))
 
     @property
     def encodings(self) -> Collection[str]:
@@ -115,7 +121,8 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         if part.start == part.stop:
             return torch.empty(part.shape, dtype=part.dtype)
         count = (part.stop - part.start) // part.dtype.itemsize
-        return torch.frombuffer(self._data, dtype=part.dtype, count=count, offset=part.start).view(part.shape)
+        flat = torch.frombuffer(self._data, dtype=part.dtype, count=count, offset=part.start)
+        return flat if len(part.shape) == 1 else flat.view(part.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.names)

@@ -29,6 +29,7 @@ from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.reader import Resident
+from kvstore.region import layout
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.cards import Card, new_card
@@ -38,7 +39,7 @@ from kvstored.scope import Scopes
 from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
-from kvstored.wire import Incoming, Reading, hit_header, payload, put_ready, resident_hits
+from kvstored.wire import Incoming, Reading, hit_header, put_ready, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import submessage
 
@@ -309,12 +310,18 @@ class Connection:
     def _placed(self, hit: Hit | Parcel) -> tuple[Mapping[str, Any], Place]:
         """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
         arena = self._shared.arena
-        sources = dict(hit.tensors) if isinstance(hit, Hit) else {str(i): part for i, part in enumerate(payload(hit))}
-        place = arena.place_of(sources, self.uid)
+        if isinstance(hit, Hit):
+            sources: Mapping[str, torch.Tensor] = hit.tensors
+            specs = {name: arrays.describe(name, x) for name, x in sources.items()}
+        else:
+            sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
+            specs = {name: TensorInfo("uint8", (x.numel(),)) for name, x in sources.items()}
+        places, nbytes = layout(specs)
+        place = arena.place_in(sources, places, nbytes, self.uid)
         if place is not None:
             return sources, place
-        room = arena.empty({name: arrays.describe(name, x) for name, x in sources.items()}, self.uid)
-        place = None if room is None else arena.place_of(room, self.uid)
+        room = arena.empty(specs, self.uid)
+        place = None if room is None else arena.place_in(room, places, nbytes, self.uid)
         if room is None or place is None:
             raise UseStream("no room in shared memory, or nothing to share")
         for name, x in sources.items():

@@ -317,13 +317,6 @@ def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
     return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
 
 
-def payload(hit: Hit | Parcel) -> list[torch.Tensor]:
-    """The tensors whose bytes follow the header: the hit's own, or as bytes the parts of one that stays encoded."""
-    if isinstance(hit, Parcel):
-        return list(map(torch.from_numpy, hit.contents.payload))
-    return list(hit.tensors.values())
-
-
 def hit_header(index: int, hit: Hit | Parcel, boot_epoch: int = 0) -> bytes:
     """What is said of a hit before its bytes: a GetHeader, serialized."""
     if isinstance(hit, Parcel):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kvstore.arena import Arena
+from kvstore.arrays import describe
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.hit import TensorInfo
-from kvstore.region import HEADER_NBYTES
+from kvstore.region import HEADER_NBYTES, layout
 from kvstore.store import Store
 
 MIB = 1 << 20
@@ -22,6 +23,10 @@ def arena():
     arena = Arena(8 * MIB, segment_nbytes=2 * MIB)
     yield arena
     arena.close()
+
+
+def place_of(arena, tensors, owner):
+    return arena.place_in(tensors, *layout({name: describe(name, x) for name, x in tensors.items()}), owner)
 
 
 def used(arena):
@@ -44,29 +49,29 @@ def test_a_block_lives_as_long_as_any_tensor_over_it(arena):
 
 def test_the_place_of_an_entry_is_found_and_only_for_its_owner(arena):
     tensors = arena.empty(SPECS)
-    place = arena.place_of(tensors, os.geteuid())
+    place = place_of(arena, tensors, os.geteuid())
     assert place is not None
     assert place.segment.bytes[place.start + HEADER_NBYTES :].ctypes.data == tensors["k"].data_ptr()
-    assert arena.place_of(tensors, os.geteuid() + 1) is None
-    assert arena.place_of({"k": torch.zeros(1000)}, os.geteuid()) is None
-    assert arena.place_of({"v": tensors["v"]}, os.geteuid()) is None
-    assert arena.place_of({"none": tensors["none"]}, os.geteuid()) is None
+    assert place_of(arena, tensors, os.geteuid() + 1) is None
+    assert place_of(arena, {"k": torch.zeros(1000)}, os.geteuid()) is None
+    assert place_of(arena, {"v": tensors["v"]}, os.geteuid()) is None
+    assert place_of(arena, {"none": tensors["none"]}, os.geteuid()) is None
 
 
 def test_users_share_no_segment(arena):
     one, two = arena.empty(SPECS, owner=1), arena.empty(SPECS, owner=2)
-    assert arena.place_of(one, 1).segment is not arena.place_of(two, 2).segment
+    assert place_of(arena, one, 1).segment is not place_of(arena, two, 2).segment
 
 
 def test_the_generation_changes_before_room_is_used_again(arena):
     tensors = arena.empty(SPECS)
-    place = arena.place_of(tensors, os.geteuid())
+    place = place_of(arena, tensors, os.geteuid())
     header = place.segment.bytes[place.start : place.start + 8]
     del tensors
     assert bytes(header) == place.generation.to_bytes(8, "little")
     arena.gauges()
     assert bytes(header) == bytes(8)
-    again = arena.place_of(arena.empty(SPECS), os.geteuid())
+    again = place_of(arena, arena.empty(SPECS), os.geteuid())
     assert again is None or again.generation > place.generation
 
 
@@ -84,7 +89,7 @@ def test_an_entry_larger_than_a_segment_gets_one_of_its_own(arena):
 
 def test_a_descriptor_holder_can_neither_write_nor_truncate_nor_map_writable(arena):
     tensors = arena.empty(SPECS)
-    fd = os.dup(arena.place_of(tensors, os.geteuid()).segment.fd)
+    fd = os.dup(place_of(arena, tensors, os.geteuid()).segment.fd)
     try:
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
@@ -125,5 +130,5 @@ def test_a_promoted_entry_lies_in_the_arena(arena):
         assert store.promote(b"k") == 1
         with store.lease(b"k") as hit:
             assert hit.tier == "hot"
-            assert arena.place_of(hit.tensors, os.geteuid()) is not None
+            assert place_of(arena, hit.tensors, os.geteuid()) is not None
             del hit
