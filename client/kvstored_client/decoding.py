@@ -24,6 +24,7 @@ from kvstore import arrays
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import TensorInfo
+from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import BadFrame, Bytes, Scatter
 from kvstored_client.mapping import Window
@@ -82,14 +83,15 @@ class Coded:
 class Shape:
     """What the headers of all entries of one kind say alike, checked.
 
-    specs, nbytes: of the tensors decoded. coded: one for each of them where they travel encoded; parts: those of all,
-    in the order of their bytes.
+    specs, nbytes: of the tensors decoded. coded: one for each of them where they travel encoded. lying: (spec, start,
+    nbytes) of the tensors, or of the parts of all that are encoded, in a block of block_nbytes.
     """
 
     specs: Mapping[str, TensorInfo]
     nbytes: int
     coded: tuple[Coded, ...]
-    parts: Mapping[str, TensorInfo]
+    lying: Mapping[str, tuple[TensorInfo, int, int]]
+    block_nbytes: int
 
 
 def shape_of(header: pb.GetHeader) -> Shape:
@@ -107,7 +109,7 @@ def _new_shape(described: bytes) -> Shape:
     specs = read_specs(header.tensors)
     nbytes = arrays.check_specs(specs)
     if not header.packed:
-        return Shape(specs, nbytes, (), {})
+        return Shape(specs, nbytes, (), *_lying(specs))
     if len(header.packed) != len(specs):
         raise InvalidEntry(f"{len(specs)} tensors packed as {len(header.packed)}")
     coded = tuple(_coded(spec, message) for spec, message in zip(specs.values(), header.packed, strict=True))
@@ -116,7 +118,12 @@ def _new_shape(described: bytes) -> Shape:
     packed_nbytes = sum(tensor.nbytes for tensor in coded)
     if packed_nbytes > nbytes + 4096 * len(parts):
         raise InvalidEntry(f"{nbytes} bytes packed as {packed_nbytes}")
-    return Shape(specs, nbytes, coded, parts)
+    return Shape(specs, nbytes, coded, *_lying(parts))
+
+
+def _lying(specs: Mapping[str, TensorInfo]) -> tuple[dict[str, tuple[TensorInfo, int, int]], int]:
+    places, nbytes = layout(specs)
+    return {name: (spec, *places[name]) for name, spec in specs.items()}, nbytes
 
 
 _known_shape = lru_cache(maxsize=256)(_new_shape)
@@ -127,7 +134,6 @@ class Packed:
 
     def __init__(self, header: pb.GetHeader, shape: Shape) -> None:
         """shape: the header's. Raises InvalidEntry for what cannot be."""
-        self.parts = shape.parts
         self.nbytes = sum(coded.nbytes for coded in shape.coded)
         self.tensors = {
             name: (coded, _attrs_of(message))

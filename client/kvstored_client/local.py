@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from kvstore import arrays
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
-from kvstore.region import ALIGN, layout
+from kvstore.region import ALIGN
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.frames import Bytes, get_request, submessage
@@ -278,8 +278,7 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
     head = item.header
     shape = shape_of(head)
     packed = Packed(head, shape) if head.packed else None
-    lying = shape.specs if packed is None else shape.parts
-    places, nbytes = layout(lying)
+    nbytes = shape.block_nbytes
     mapping = segments.get(item.segment)
     if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
         raise UseStream(f"a block from {item.start} to {item.start + nbytes} in a segment of {mapping.nbytes}")
@@ -292,7 +291,7 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
         item.generation,
         window.array,
         shape.specs,
-        {name: (spec, *places[name]) for name, spec in lying.items()},
+        shape.lying,
         packed,
         head.encoding,
         head.lossy,

@@ -8,7 +8,6 @@ from kvstore.arena import Arena, Segment
 from kvstore.entry import Entry, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.region import layout
-from kvstored.wire import resident_hit
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import submessage
 from kvstored_client.messages import relative_errors, tensor_specs
@@ -45,12 +44,15 @@ def _shape_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Shape:
 
 def new_card(arena: Arena, owner: int, entry: Entry, put_at: float) -> Card | None:
     """The card of an entry held raw; None where it does not lie in a segment of this user's. put_at: store's clock."""
-    hit = resident_hit(entry, 0.0)
-    shape = _shape_of(tuple((name, held.spec) for name, held in entry.tensors.items()))
-    place = arena.place_in(hit.tensors, shape.places, shape.nbytes, owner)
+    held = entry.tensors.items()
+    shape = _shape_of(tuple((name, tensor.spec) for name, tensor in held))
+    place = arena.place_in({name: tensor.parts[""] for name, tensor in held}, shape.places, shape.nbytes, owner)
     if place is None:
         return None
-    own = pb.GetHeader(put_at=put_at, lossy=hit.lossy, relative_errors=relative_errors(hit.receipt, lossy=hit.lossy))
+    own = pb.GetHeader(put_at=put_at)
+    if entry.lossy:
+        own.lossy = True
+        own.relative_errors.extend(relative_errors(entry.receipt, lossy=True))
     header = shape.said + own.SerializeToString()  # messages one behind the other are one message
     rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
     return Card(place.segment, submessage(4, submessage(1, header) + rest.SerializeToString()))
