@@ -211,13 +211,20 @@ class Store:
         found = self._read(check_keys(keys), leading=leading)
         yield self._hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
 
-    def at_hand(self, keys: Sequence[bytes], accept: Collection[str], *, from_nbytes: int = 0) -> bool:
-        """Whether `lease_as_held` of these would have nothing to read from a disk and nothing to decode, just now."""
+    def at_hand(
+        self, keys: Sequence[bytes], accept: Collection[str], *, from_nbytes: int = 0, at_most_nbytes: float = inf
+    ) -> bool:
+        """Whether `lease_as_held` of these would have nothing to read from a disk and nothing to decode, just now.
+
+        at_most_nbytes: as they are held, in all; with more they are not at hand.
+        """
         with self._r.lock:
             found = [self._r.lookup(Key(key)) for key in keys]
-        return all(
-            at is not None and at[1] is not None and (at[0] == "hot" or _stays(at[1], accept, from_nbytes))
-            for at in found
+        entries = [at[1] for at in found if at is not None and at[1] is not None]
+        return (
+            len(entries) == len(keys)
+            and sum(entry.nbytes for entry in entries) <= at_most_nbytes
+            and all(entry.encoding == "raw" or _stays(entry, accept, from_nbytes) for entry in entries)
         )
 
     def resident(

@@ -103,6 +103,14 @@ class _Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
 
 
+def _next_lot(reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
+    lot = reading.next_lot()
+    for _, hit in lot:
+        if isinstance(hit, Parcel):
+            _ = hit.contents.xxh3  # summed here: a large one would hold up the event loop
+    return lot
+
+
 class CacheService(_Service):
     """Tensors under keys."""
 
@@ -182,7 +190,7 @@ class CacheService(_Service):
         reading = Reading(self._store, self._budget, asked, frames_nbytes=self._budget.call_nbytes)
         try:
             while not reading.done:
-                lot = reading.next_lot() if reading.at_hand else await self._run(reading.next_lot)
+                lot = _next_lot(reading) if reading.at_hand else await self._run(_next_lot, reading)
                 await self._write_lot(context, lot)
         finally:
             reading.close()

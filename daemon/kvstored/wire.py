@@ -41,7 +41,8 @@ LOOKED_UP = 64
 """Keys looked up at once to fill a lot: those that do not fit are looked up again for the next."""
 
 AT_HAND_MAX = 2
-"""Entries that stay encoded and are taken out on the event loop itself: 0.05 to 0.3 ms each."""
+AT_HAND_NBYTES = 4 << 20
+"""Entries that stay encoded and are taken out on the event loop itself, and their bytes: 0.05 to 0.3 ms each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +271,7 @@ class Reading:
         """Whether the next lot takes no longer than the way to another thread and back: few keys, as they are held."""
         keys = self._keys[self._at :]
         return len(keys) <= AT_HAND_MAX and self._store.at_hand(
-            keys, self._accept, from_nbytes=self._accept_from_nbytes
+            keys, self._accept, from_nbytes=self._accept_from_nbytes, at_most_nbytes=AT_HAND_NBYTES
         )
 
     def close(self) -> None:

@@ -92,6 +92,8 @@ def test_at_hand_is_what_needs_no_disk_and_no_decoding(tmp_path: Path) -> None:
         assert not store.at_hand([b"hot", b"cold"], accept)
         assert not store.at_hand([b"warm"], ())
         assert not store.at_hand([b"warm"], accept, from_nbytes=64 * MIB)
+        assert store.at_hand([b"warm"], accept, at_most_nbytes=MIB)
+        assert not store.at_hand([b"warm", b"hot"], accept, at_most_nbytes=MIB)
 
 
 def test_an_exact_entry_skips_warm(tmp_path: Path) -> None:
