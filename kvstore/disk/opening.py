@@ -36,6 +36,10 @@ _LMDB_META = struct.Struct("<16xIIQQI")
 _LMDB_MAGIC = 0xBEEFC0DE
 
 
+UNFINISHED = "unfinished"
+"""The power was cut while an index was made: it holds nothing, and nothing was said to be in it."""
+
+
 @dataclass(slots=True)
 class Directory:
     """A cold directory held by this process. quarantined: why it was emptied at opening, None if it was not."""
@@ -119,7 +123,9 @@ def _check(directory: Directory, verify_timeout_s: float) -> None:
     clean = state is not None and state.get("clean") is True
     whole = index_is_whole(directory.index / "data.mdb")
     problem = verify(directory.index, verify_timeout_s, quick=clean and whole)
-    if problem is not None:
+    if problem == UNFINISHED:
+        _empty(directory)
+    elif problem is not None:
         quarantine(directory, problem)
 
 
@@ -151,7 +157,7 @@ def _last_page(page: bytes) -> tuple[int, int, int]:
 
 
 def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
-    """What is wrong with an index, by a check in a child process; None: nothing.
+    """What is wrong with an index, by a check in a child process; None: nothing. UNFINISHED: it was never made.
 
     quick: only whether the engine gets through it: damage to a file that was closed in order ends the child, not us.
     """
@@ -162,8 +168,11 @@ def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
         return f"check took over {timeout_s} s"
     if done.returncode == 0:
         return None
+    if done.returncode == verify_child.UNFINISHED:
+        return UNFINISHED
     lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-    return f"check ended with {done.returncode}: {lines[-1] if done.returncode > 1 else lines[0]}"
+    said = lines[0] if done.stdout.strip() else lines[-1]  # what the walker found first, or what ended the child
+    return f"check ended with {done.returncode}: {said}"
 
 
 def quarantine(directory: Directory, problem: str) -> None:

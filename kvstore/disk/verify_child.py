@@ -1,4 +1,5 @@
-"""Run by path in a child process: whether an LMDB index can be opened without harm. Exit code 0: yes.
+"""Run by path in a child process: whether an LMDB index can be opened without harm. Exit code 0: yes; UNFINISHED: it
+is whole and empty, without even the table of rows: the power was cut before it was made.
 
 A child, because a truncated file is SIGBUS and a damaged page can be an abort; neither is an exception. A file of its
 own that imports lmdb and nothing of ours: importing torch would take longer than the check.
@@ -9,6 +10,7 @@ import sys
 import lmdb
 import lmdb.verify
 
+UNFINISHED = 3
 PROBES = 200
 """Rows put and given up: a dozen pages, so that the free ones are looked up."""
 
@@ -25,6 +27,8 @@ def main(path: str, how: str) -> int:
         return 1
     # A map larger than any index: the file's own size would do for reading, not for a page more.
     with lmdb.open(path, max_dbs=4, map_size=1 << 40, lib_version=0, sync=False) as env:
+        if how != "quick" and not env.stat()["entries"]:
+            return UNFINISHED
         db = env.open_db(b"rows", create=False)
         with env.begin(db=db) as txn, txn.cursor() as cursor:
             rows = sum(1 for _ in cursor.iternext(keys=True, values=True))

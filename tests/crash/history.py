@@ -138,6 +138,7 @@ class Judge:
         self.evicting = evicting
         self.version = 0
         self.checked = 0
+        self.said: list[str] = []
         self._known: dict[int, set[int]] = {}
         self._floor: dict[int, int] = {}
         self._must: dict[int, int] = {}
@@ -146,8 +147,10 @@ class Judge:
         self._flushed: dict[int, int] = {}
 
     def read(self, path: Path) -> None:
-        """Take in what a process said; the file is emptied."""
-        for line in path.read_text().splitlines():
+        """Take in what a process said; the file is emptied. Its last lines stay in `said`, for a failure's message."""
+        lines = path.read_text().splitlines()
+        self.said = lines[-60:]
+        for line in lines:
             kind, *words = line.split(" ", 2)
             assert kind != "L", f"LIE while running: {line}"
             getattr(self, f"_on_{_NAMES[kind]}")(*map(int, words[:1]), *words[1:])
@@ -194,11 +197,13 @@ class Judge:
         self._flushing, self._accepted = dict(self._accepted), {}
 
     def _on_flushed(self) -> None:
+        if self.lossy and not self._flushing:
+            return  # nothing was written, so the last transaction is still the last one
         certain = self._flushed if self.lossy else self._flushing
         for n, version in certain.items():
             self._floor[n] = max(version, self._floor.get(n, 0))
             self._must[n] = self._floor[n]
-        self._flushed = self._flushing if self.lossy and self._flushing else self._flushed if not self._flushing else {}
+        self._flushed = self._flushing
 
     def _on_remove(self, n: int) -> None:
         for table in (self._must, self._accepted, self._flushing, self._flushed):

@@ -67,7 +67,7 @@ def test_power_cuts(tmp_path: Path, image: tuple[Path, Path]) -> None:
                 judge.check(cold)
                 cold.close()
             except AssertionError as error:
-                raise AssertionError(f"seed {seed}: {error}") from None
+                raise AssertionError(f"seed {seed}: {error}; said last: {' | '.join(judge.said)}") from None
         checked += judge.checked
         shutil.rmtree(point / f"cold-{seed}")
     say(f"power cuts: {checked} keys checked, 0 lies")

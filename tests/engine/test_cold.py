@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import lmdb
 import pytest
 import torch
 
@@ -276,6 +278,19 @@ def test_a_truncated_index_is_quarantined_and_the_tier_starts_empty(holder: Hold
     assert cold.stats().quarantined is not None
     assert len(list((holder.path / "quarantine").iterdir())) == 1
     assert segment_files(holder.path) == []
+    holder.put(key(1), 5)
+    assert filled(holder.reopen().get(key(1))) == 5
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_an_index_that_was_being_made_when_the_power_was_cut_is_made_anew(holder: Holder, clean: bool) -> None:
+    """Power-cut seed 214580465: the engine's file was there and the table of rows was not. Closed in order: damage."""
+    holder.cold.close()
+    shutil.rmtree(holder.path / "index")
+    (holder.path / "index").mkdir()
+    lmdb.open(str(holder.path / "index"), max_dbs=4).close()
+    (holder.path / "STATE").write_text(json.dumps({"format": 2, "clean": clean, "boot_id": "x"}))
+    assert (holder.open().stats().quarantined is None) == (not clean)
     holder.put(key(1), 5)
     assert filled(holder.reopen().get(key(1))) == 5
 
