@@ -148,7 +148,8 @@ class Judge:
 
     def read(self, path: Path) -> None:
         """Take in what a process said; the file is emptied. Its last lines stay in `said`, for a failure's message."""
-        lines = path.read_text().splitlines()
+        # A kill tears a line that lies on two pages of the file: what it says had not begun, or was not yet told.
+        *lines, _ = path.read_text().split("\n")
         self.said = lines[-60:]
         for line in lines:
             kind, *words = line.split(" ", 2)
