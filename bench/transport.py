@@ -32,7 +32,7 @@ SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROTATION_NBYTES = 256 * MIB
 """Distinct payloads in rotation, so that no cache of the CPU holds them: 8 times its L3."""
 SECONDS_A_SIZE = 6.0
-STEADY_ROUNDS = 4
+STEADY_ROUNDS = 8
 STEADY_CALLS, STEADY_S = 200, 0.1
 """Calls in a row, and how long they may take: a round of the largest payloads would last minutes."""
 PACKED_ROW = 2 * 4 * 2 * 64
