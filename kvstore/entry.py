@@ -138,17 +138,19 @@ class Entry:
         return {name: t.spec for name, t in self.tensors.items()} if known is None else known
 
     @property
+    def encodings(self) -> Collection[str]:
+        """Each tensor's encoding."""
+        known: Collection[str] | None = getattr(self.tensors, "encodings", None)
+        return [t.encoding for t in self.tensors.values()] if known is None else known
+
+    @property
     def encoding(self) -> str:
         """The first tensor's encoding that is not raw ("nf4-kv"), or "raw": tensors of one entry may differ in it."""
-        known: str | None = getattr(self.tensors, "encoding", None)
-        if known is not None:
-            return known
-        return next((t.encoding for t in self.tensors.values() if t.encoding != "raw"), "raw")
+        return next((name for name in self.encodings if name != "raw"), "raw")
 
     def is_encoded_in(self, names: Collection[str]) -> bool:
         """Whether it is encoded, and every tensor that is in one of these encodings."""
-        known: Collection[str] | None = getattr(self.tensors, "encodings", None)
-        found = {*(known or (t.encoding for t in self.tensors.values()))} - {"raw"}
+        found = {*self.encodings} - {"raw"}
         return bool(found) and found.issubset(names)
 
     @property
@@ -160,5 +162,4 @@ class Entry:
     @property
     def value_nbytes(self) -> int:
         """Bytes of the tensors once decoded."""
-        known: int | None = getattr(self.tensors, "value_nbytes", None)
-        return sum(t.spec.nbytes for t in self.tensors.values()) if known is None else known
+        return sum(spec.nbytes for spec in self.specs.values())

@@ -44,7 +44,6 @@ class Layout:
     encodings: tuple[str, ...]
     attrs: tuple[tuple[str, ...], ...]
     parts: tuple[Part, ...]
-    value_nbytes: int
 
 
 class PackedTensors(Mapping[str, EncodedTensor]):
@@ -64,24 +63,14 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         return len(self._data) + PACKED_OVERHEAD_NBYTES
 
     @property
-    def encoding(self) -> str:
-        """The one encoding that is not raw, or "raw"."""
-        return next((name for name in self.layout.encodings if name != "raw"), "raw")
-
-    @property
     def specs(self) -> dict[str, TensorSpec]:
         """`Entry.specs`, without making the tensors."""
         return dict(zip(self.layout.names, self.layout.specs, strict=True))
 
     @property
     def encodings(self) -> Collection[str]:
-        """Each tensor's encoding."""
+        """`Entry.encodings`, without making the tensors."""
         return self.layout.encodings
-
-    @property
-    def value_nbytes(self) -> int:
-        """Bytes of the tensors once decoded."""
-        return self.layout.value_nbytes
 
     @property
     def receipt(self) -> dict[str, float]:
@@ -187,5 +176,4 @@ def _layout_of(described: _Described) -> Layout:
         tuple(row[2] for row in described),
         tuple(row[3] for row in described),
         tuple(parts),
-        sum(row[1].nbytes for row in described),
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvstore.arena import Arena, Segment
+from kvstore.arena import Arena, Place, Segment
 from kvstore.entry import Entry, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.region import layout
@@ -54,5 +54,10 @@ def new_card(arena: Arena, owner: int, entry: Entry, put_at: float) -> Card | No
         own.lossy = True
         own.relative_errors.extend(relative_errors(entry.receipt, lossy=True))
     header = shape.said + own.SerializeToString()  # messages one behind the other are one message
+    return Card(place.segment, submessage(pb.LeaseReply.LEASED_FIELD_NUMBER, leased(header, place)))
+
+
+def leased(header: bytes, place: Place) -> bytes:
+    """What is said of a block: a Leased, serialized. header: a GetHeader, serialized."""
     rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
-    return Card(place.segment, submessage(4, submessage(1, header) + rest.SerializeToString()))
+    return submessage(pb.Leased.HEADER_FIELD_NUMBER, header) + rest.SerializeToString()

@@ -32,7 +32,7 @@ from kvstore.reader import Resident
 from kvstore.region import layout
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.cards import Card, new_card
+from kvstored.cards import Card, leased, new_card
 from kvstored.gate import Access, Records, Refusal
 from kvstored.parcels import Parcel
 from kvstored.scope import Scopes
@@ -41,7 +41,6 @@ from kvstored.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
 from kvstored.wire import Incoming, Reading, hit_header, put_ready, resident_hits
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import submessage
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +294,7 @@ class Connection:
                         tensors, place = self._placed(hit)
                         held.append(tensors)
                         self._hand(reply, place.segment)
-                        reply.leased.append(_leased(index, hit, place))
+                        reply.leased.append(leased(hit_header(index, hit), place))
                 lot = self._next_lot(reading) if resident is None else []
         finally:
             reading.close()
@@ -383,11 +382,6 @@ class Connection:
                 f"bytes {place.start} to {place.start + nbytes} are in no ingest segment {place.segment}"
             )
         return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
-
-
-def _leased(index: int, hit: Hit | Parcel, place: Place) -> bytes:
-    rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
-    return submessage(pb.Leased.HEADER_FIELD_NUMBER, hit_header(index, hit)) + rest.SerializeToString()
 
 
 def _refusal(kind: str, message: str) -> bytes:

@@ -64,24 +64,27 @@ def parcel(found: Found) -> Parcel:
 
 
 def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, object]]) -> Contents:
-    layout = layout_of(entry)
-    head, packed, counts = _alike(layout)
-    own = pb.GetHeader(lossy=entry.lossy, relative_errors=relative_errors(entry.receipt, lossy=entry.lossy))
+    head, packed, counts = _alike(layout_of(entry))
+    own = pb.GetHeader(
+        nbytes=entry.value_nbytes,
+        encoding=entry.encoding,
+        lossy=entry.lossy,
+        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
+    )
     # Messages one behind the other are one message.
     said = [head, own.SerializeToString()]
     for described, facts in zip(packed, attrs, strict=True):
         written = pb.PackedTensor(attrs=json.dumps(facts, allow_nan=False)) if facts else pb.PackedTensor()
         said.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
     ends = [0, *accumulate(part.size for part in payload)]
-    return Contents(b"".join(said), payload, ends[-1], frozenset(ends[n] for n in counts), layout.value_nbytes)
+    return Contents(b"".join(said), payload, ends[-1], frozenset(ends[n] for n in counts), entry.value_nbytes)
 
 
 @lru_cache(maxsize=1024)
 def _alike(layout: Layout) -> tuple[bytes, tuple[bytes, ...], tuple[int, ...]]:
     """What is said of all entries of one shape, of each of their tensors, and how many parts there are up to each."""
     specs = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in zip(layout.names, layout.specs, strict=True)}
-    encoding = next((name for name in layout.encodings if name != "raw"), "raw")
-    head = pb.GetHeader(tensors=tensor_specs(specs), nbytes=layout.value_nbytes, encoding=encoding)
+    head = pb.GetHeader(tensors=tensor_specs(specs))
     packed: list[bytes] = []
     counts: list[int] = []
     for at, encoding in enumerate(layout.encodings):
