@@ -29,7 +29,7 @@ $(SETUP): | $(STAMP)
 endif
 -include daemon/operate.mk
 
-.PHONY: help demo test engines quick lint type proto proto-check bench format install clean
+.PHONY: help demo test packages engines quick lint type proto proto-check bench format install clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,10 +38,13 @@ demo: install  ## A real model, its prefill stored, the daemon restarted, restor
 	@tools/model.sh $(BIN)/python
 	@$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
-test: install  ## All tests
+test: packages install  ## All tests
 	@tools/model.sh $(BIN)/python
 	@tools/engines/side.sh $(BIN)/python >/dev/null
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+packages:  ## The Debian packages that the tests call, where root may install them
+	@tools/packages.sh
 
 engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of its own) and llama.cpp (compiled, 10 minutes)
 	@tools/model.sh $(BIN)/python

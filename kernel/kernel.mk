@@ -15,9 +15,8 @@ $(KERNEL_STAMP): $(KERNEL_SOURCES)
 	@if command -v $(CXX) >/dev/null; then \
 	  echo "kvstored: compiling the codec kernel"; \
 	  $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation \
-	    --force-reinstall ./kernel </dev/null; \
+	    --force-reinstall ./kernel </dev/null && touch $@; \
 	else echo "kvstored: no C++ compiler ($(CXX)); codecs run in plain torch, same bytes, more slowly"; fi
-	@touch $@
 
 sanitize:  ## The kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@kernel/sanitize.sh $(BIN)/python
