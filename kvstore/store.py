@@ -476,7 +476,8 @@ class Store:
         try:
             return self._hit_or_raise(found, out=out, copy=copy, room=room)
         except CodecError as error:
-            return self._undecodable(found, error)
+            self._undecodable(found, error)
+            return None
 
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
@@ -484,7 +485,8 @@ class Store:
             if found.tier == "cold":
                 check_entry(found.entry)
         except CodecError as error:
-            return self._undecodable(found, error)
+            self._undecodable(found, error)
+            return None
         return found
 
     def _undecodable(self, found: Found, error: CodecError) -> None:
