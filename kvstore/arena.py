@@ -127,7 +127,7 @@ class Arena:
             spec = specs[name]
             dtype = getattr(torch, spec.dtype)
             # Without bytes there is nothing to place, and nothing to keep the block for.
-            flat = whole[at : at + size].view(dtype) if size else torch.empty(0, dtype=dtype)
+            flat = whole[at : at + size].view(dtype) if size else torch.empty(0, dtype=dtype, device="cpu")
             tensors[name] = flat.reshape(spec.shape)
         return tensors
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from kvstore.boundary import Blaming
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.hit import TensorInfo
@@ -93,14 +94,27 @@ def check_specs(specs: Mapping[str, TensorInfo], limit_nbytes: int = ENTRY_MAX_N
 
 
 def describe(name: str, x: object) -> TensorInfo:
-    """Dtype and shape of a torch tensor or numpy array. Raises InvalidEntry for anything else."""
+    """Dtype and shape of a torch tensor or numpy array. Raises InvalidEntry for anything else.
+
+    Refused are tensors on the meta device, fake, sparse, quantized and nested ones, and masked arrays.
+    """
+    with Blaming(InvalidEntry, "tensor"):  # a subclass may answer anything
+        return _described(name, x)
+
+
+def _described(name: str, x: object) -> TensorInfo:
     if is_torch(x):
         torch = _torch()
         assert isinstance(x, torch.Tensor)
         if x.layout is not torch.strided or x.is_quantized or x.is_nested:
             raise InvalidEntry(f"tensor {name!r}: only dense tensors can be stored, got {x.layout}")
+        # A subclass that answers operations itself (FakeTensor, DTensor) is no memory of these numbers.
+        if x.is_meta or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise InvalidEntry(f"tensor {name!r}: {type(x).__name__} on {x.device} holds no numbers here")
         dtype = str(x.dtype).removeprefix("torch.")
         shape = tuple(x.shape)
+    elif isinstance(x, np.ma.MaskedArray):
+        raise InvalidEntry(f"tensor {name!r}: a masked array's mask cannot be stored; fill it")
     elif isinstance(x, np.ndarray):
         found = _NAME_OF_NUMPY.get(x.dtype)  # asked of every tensor: a dtype in another order takes 3 us to make
         dtype = found or _NAME_OF_NUMPY.get(x.dtype.newbyteorder("="), str(x.dtype))
@@ -115,13 +129,37 @@ def describe(name: str, x: object) -> TensorInfo:
 def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of a tensor or array that `describe` accepted, as a flat uint8 array.
 
-    Shares memory with x where x is dense, on the CPU and little-endian; a copy otherwise.
+    Shares memory with x where x is dense, on the CPU and little-endian; a copy otherwise. Raises InvalidEntry where the
+    tensor has no memory after all: freed, or made inside a transformation of functions (`vmap`, `grad`).
     """
+    with Blaming(InvalidEntry, "tensor"):
+        return _bytes_of(x)
+
+
+def check_storage(x: Any) -> None:
+    """Raise InvalidEntry for a torch tensor whose memory was freed under it: reading it would end the process."""
+    if x.numel() and x.untyped_storage().nbytes() < _reach(x) * x.element_size():
+        raise InvalidEntry(f"tensor of shape {tuple(x.shape)} has a storage of {x.untyped_storage().nbytes()} bytes")
+
+
+def _reach(x: Any) -> int:
+    if x.is_contiguous():
+        return int(x.storage_offset() + x.numel())
+    steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return int(x.storage_offset() + sum(steps) + 1)
+
+
+def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     if is_torch(x):
         torch = _torch()
+        if type(x) is not torch.Tensor:
+            x = x.as_subclass(torch.Tensor)
+        check_storage(x)
         if x.requires_grad or x.device.type != "cpu" or x.is_conj() or x.is_neg() or not x.is_contiguous():
             x = x.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
         return x.reshape(-1).view(torch.uint8).numpy()  # type: ignore[no-any-return]
+    if type(x) is not np.ndarray:
+        x = np.asarray(x)  # a matrix stays two-dimensional whatever it is asked
     dense = x.flags.c_contiguous and x.dtype.isnative
     native = x if dense else np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
     return native.reshape(-1).view(np.uint8)
@@ -132,7 +170,7 @@ def from_bytes(spec: TensorInfo, data: np.ndarray[Any, np.dtype[np.uint8]], fram
     if framework == "torch":
         torch = _import_torch()
         if data.size == 0:
-            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu")
         return torch.from_numpy(data).view(getattr(torch, spec.dtype)).reshape(spec.shape)
     return data.view(_NUMPY[spec.dtype]).reshape(spec.shape)
 

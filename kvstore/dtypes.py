@@ -45,5 +45,17 @@ BY_NAME = {d.name: d for d in _ALL}
 BY_WIRE = {d.wire: d for d in _ALL}
 BY_SAFETENSORS = {d.safetensors: d for d in _ALL if d.safetensors}
 
+FROM_SAFETENSORS = BY_SAFETENSORS | {
+    code: BY_NAME[name]
+    for code, name in {
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+        "C64": "complex64",
+    }.items()
+}
+"""Codes that a file may have: safetensors has given more types a code since records of version 1 were frozen. Those are
+read, never written: a reader of ours that is older would refuse the file."""
+
 LOSSY_ALLOWED = frozenset({"float32", "float16", "bfloat16"})
 """Types a lossy codec may touch. float64 is not KV data: whoever chose it wants its bits."""

@@ -88,7 +88,10 @@ def error_in(encoding: str, attrs: Mapping[str, object]) -> float:
     # Records are read from disks: an attribute is believed only where it can be an error at all.
     if isinstance(measured, bool) or not isinstance(measured, int | float) or not measured >= 0:  # NaN included
         return inf
-    return float(measured)
+    try:
+        return float(measured)
+    except OverflowError:  # JSON knows integers of any length
+        return inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)

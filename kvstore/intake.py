@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvstore import arrays, pins
+from kvstore.boundary import Blaming
 from kvstore.config import StoreConfig
 from kvstore.entry import Entry, Key
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
@@ -160,10 +161,15 @@ class Intake:
             info = arrays.describe("", x)
             # A numpy array is copied on the byte level: its NaN payloads and bfloat16 are bits like any other.
             return arrays.from_bytes(info, arrays.as_bytes(x).copy(), "torch").to(self._device)  # type: ignore[no-any-return]
+        with Blaming(InvalidEntry, "tensor"):
+            return self._owned_torch(x.as_subclass(torch.Tensor), own=own)
+
+    def _owned_torch(self, x: torch.Tensor, *, own: bool) -> torch.Tensor:
+        arrays.check_storage(x)
         dense = x.detach().resolve_conj().resolve_neg()
         if own and dense.is_contiguous() and dense.device == self._device:
-            return dense  # type: ignore[no-any-return]
-        return dense.to(self._device, copy=True, memory_format=torch.contiguous_format)  # type: ignore[no-any-return]
+            return dense
+        return dense.to(self._device, copy=True, memory_format=torch.contiguous_format)
 
 
 def check_ttl(ttl_s: float, config: StoreConfig) -> float:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from kvstore.balance import DENSITY
 from kvstore.entry import Entry, Key
-from kvstore.errors import OverQuota, TierUnavailable
+from kvstore.errors import CodecError, OverQuota, TierUnavailable
 from kvstore.forms import Forms
 from kvstore.index import Meta
+from kvstore.printable import printable
 from kvstore.residency import Residency
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
@@ -93,7 +94,16 @@ class Mover:
             entry = place[1] if place[1] is not None else self._read_cold(key)
             if entry is None:
                 return False
-            copy = self._forms.restore(entry)
+            try:
+                copy = self._forms.restore(entry)
+            except CodecError as error:
+                # As for a get: nobody can ever decode it, so it is not met again. Uncounted as a miss: nobody asked.
+                log.warning("entry cannot be decoded key=%s error=%s", key.hex(), printable(error))
+                with r.lock:
+                    gone = None if flight.called_off or r.lookup(key) != place else r.forget(key, "corrupt")
+                if r.cold is not None:
+                    r.cold.wait(gone)
+                return False
 
             def wanted() -> bool:
                 # The clean copy must still be there: a promoted copy may not be the only form left.

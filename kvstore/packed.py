@@ -108,7 +108,7 @@ class PackedTensors(Mapping[str, EncodedTensor]):
 
     def _view(self, part: Part) -> torch.Tensor:
         if part.start == part.stop:
-            return torch.empty(part.shape, dtype=part.dtype)
+            return torch.empty(part.shape, dtype=part.dtype, device="cpu")
         count = (part.stop - part.start) // part.dtype.itemsize
         flat = torch.frombuffer(self._data, dtype=part.dtype, count=count, offset=part.start)
         return flat if len(part.shape) == 1 else flat.view(part.shape)
@@ -130,7 +130,7 @@ def packed(entry: Entry) -> Entry:
         return entry
     layout = layout_of(entry)
     data = bytearray(max((part.stop for part in layout.parts), default=0))
-    whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
     for part, values in zip(layout.parts, parts, strict=True):
         whole[part.start : part.stop].copy_(values.contiguous().view(-1).view(torch.uint8))
     attrs = tuple(value for tensor in entry.tensors.values() for value in tensor.attrs.values())

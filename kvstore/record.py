@@ -13,20 +13,23 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
-from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
+from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes, check_name
+from kvstore.boundary import Blaming
 from kvstore.compression import Compression, compress, decompress_into
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
 from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec, error_in
-from kvstore.errors import EntryTooLarge, RecordCorrupt
+from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
 from kvstore.index import Meta
-from kvstore.safetensors_header import HEADER_MAX_NBYTES, RANK_MAX, Slot, parse_header, write_header
+from kvstore.keys import check_key
+from kvstore.printable import printable
+from kvstore.safetensors_header import HEADER_MAX_NBYTES, RANK_MAX, Slot, no_duplicates, parse_header, write_header
 from kvstore.sealing import NO_SEALS, Seals
 from kvstore.sealing import Key as SealKey
 
@@ -39,6 +42,12 @@ _PREFIX = struct.Struct("<4sHHQ")
 HEAD_MAX_NBYTES = FIXED_NBYTES + 8 + HEADER_MAX_NBYTES
 PARTS_MAX = 64
 """Parts of one encoded tensor: nf4 has 3, nf4-kv up to 7, and `layers` those of 8 runs."""
+_ATTRS_DEPTH_MAX = 6
+"""The deepest attributes are those of `layers`: a list of runs, each a list that holds a codec's own attributes."""
+_INT_LIMIT = 1 << 63
+_ENCODING_MAX_NBYTES = 32
+_SIDE_NBYTES = 1 << 20
+"""Data beside twice the value's bytes: scales of the smallest tensors. What says it decompresses to more is a bomb."""
 
 # Flags. Do not renumber.
 _SLIDING, _PINNED, _EXACT, _LOSSY, _SEALED = 1, 2, 4, 8, 16
@@ -143,7 +152,7 @@ def unpack(
     head = parse_head(view[:HEAD_MAX_NBYTES], key, limit_nbytes=limit_nbytes)
     if len(view) != head.nbytes + head.stored_nbytes:
         raise RecordCorrupt(f"record has {len(view)} bytes, its header says {head.nbytes + head.stored_nbytes}")
-    stored = torch.empty(head.stored_nbytes, dtype=torch.uint8).numpy()
+    stored = torch.empty(head.stored_nbytes, dtype=torch.uint8, device="cpu").numpy()
     if head.stored_nbytes:
         np.copyto(stored, np.frombuffer(view[head.nbytes :], np.uint8))
     digest = xxhash.xxh3_64_intdigest(stored.data)
@@ -171,6 +180,8 @@ def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_
     # Twice: an encoding's side data may pass the size of a small value.
     if largest > 2 * limit_nbytes or compression > max(Compression):
         raise RecordCorrupt(f"data of {largest} bytes, at most {2 * limit_nbytes}, stored as kind {compression}")
+    if data_nbytes > 2 * value_nbytes + _SIDE_NBYTES:
+        raise RecordCorrupt(f"data of {data_nbytes} bytes for a value of {value_nbytes}")
     return Head(
         created_at, expires_at, ttl_s, value_nbytes, json_nbytes, Compression(compression), flags, data_nbytes,
         stored_nbytes, data_xxh3,
@@ -185,6 +196,11 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
     """
     if data_xxh3 != head.data_xxh3:
         raise RecordCorrupt("checksum of the data does not match")
+    with Blaming(RecordCorrupt, "record"):  # the boundary: a checksum keeps damage out, not an author who computes it
+        return _assembled(head, head_bytes, stored, key, seals)
+
+
+def _assembled(head: Head, head_bytes: bytes, stored: Bytes, key: Key, seals: Seals) -> Entry:
     slots, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
     rows = _tensor_rows(facts)
     if head.flags & _SEALED:
@@ -194,12 +210,9 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
             raise RecordCorrupt(f"{stored.size} bytes stored, {head.data_nbytes} described")
         data = torch.from_numpy(stored)
     else:
-        data = torch.empty(head.data_nbytes, dtype=torch.uint8)
+        data = torch.empty(head.data_nbytes, dtype=torch.uint8, device="cpu")
         decompress_into(data.numpy(), stored, head.compression)
-    tensors = {row.name: row.tensor(slots, data) for row in rows}
-    if len(tensors) != len(rows) or sum(len(row.parts) for row in rows) != len(slots):
-        raise RecordCorrupt("tensors and parts do not add up")
-    entry = Entry(key, tensors, lossy=head.lossy)
+    entry = Entry(key, _tensors(rows, slots, data), lossy=head.lossy)
     if entry.value_nbytes != head.value_nbytes:
         raise RecordCorrupt(f"tensors of {entry.value_nbytes} bytes, header says {head.value_nbytes}")
     return entry
@@ -215,25 +228,30 @@ def from_safetensors(file: bytes) -> Entry:
 
     There is no checksum in it: the file is taken at its word, within the limits of its structure.
     """
+    with Blaming(RecordCorrupt, "file"):  # the boundary: anybody may have written the file
+        return _from_safetensors(file)
+
+
+def _from_safetensors(file: bytes) -> Entry:
     length = int.from_bytes(file[:8], "little")
     if length > HEADER_MAX_NBYTES:
         raise RecordCorrupt(f"safetensors header of {length} bytes, at most {HEADER_MAX_NBYTES}")
     slots, facts = parse_header(file[: 8 + length], len(file) - 8 - length)
-    data = torch.empty(len(file) - 8 - length, dtype=torch.uint8)
+    data = torch.empty(len(file) - 8 - length, dtype=torch.uint8, device="cpu")
     np.copyto(data.numpy(), np.frombuffer(file, np.uint8)[8 + length :])
     try:
-        key, lossy = Key(bytes.fromhex(facts["kvstored.key"])), facts.get("kvstored.lossy") == "true"
-    except (KeyError, ValueError) as error:
-        raise RecordCorrupt(f"not a file that was exported from here: {error!r}") from None
-    rows = _tensor_rows(facts)
-    return Entry(key, {row.name: row.tensor(slots, data) for row in rows}, lossy=lossy)
+        key = Key(check_key(bytes.fromhex(facts["kvstored.key"])))
+    except (KeyError, ValueError, InvalidEntry) as error:
+        raise RecordCorrupt(f"not a file that was exported from here: {printable(repr(error)):.200}") from None
+    return Entry(key, _tensors(_tensor_rows(facts), slots, data), lossy=facts.get("kvstored.lossy") == "true")
 
 
 def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
     """What a checked head alone says of each tensor. Raises RecordCorrupt."""
-    _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
-    rows = _tensor_rows(facts)
-    return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
+    with Blaming(RecordCorrupt, "record"):  # the boundary, as in `assemble`
+        _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
+        rows = _tensor_rows(facts)
+        return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
 
 
 def _key_hash(key: bytes) -> bytes:
@@ -280,6 +298,15 @@ class _Row:
         return EncodedTensor(self.spec, self.encoding, parts, self.attrs)
 
 
+def _tensors(rows: Sequence[_Row], slots: Mapping[str, Slot], data: torch.Tensor) -> dict[str, EncodedTensor]:
+    """The tensors of all rows. Raises RecordCorrupt unless each slot is one part of one tensor."""
+    tensors = {row.name: row.tensor(slots, data) for row in rows}
+    used = [part.slot for row in rows for part in row.parts.values()]
+    if len(tensors) != len(rows) or len(used) != len(slots) or len(set(used)) != len(used):
+        raise RecordCorrupt("tensors and parts do not add up")
+    return tensors
+
+
 def _spec(x: torch.Tensor) -> TensorSpec:
     return TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
 
@@ -293,13 +320,13 @@ def _view(part: _Part, slots: Mapping[str, Slot], data: torch.Tensor) -> torch.T
         raise RecordCorrupt(f"part {part.slot!r:.80} of {slot.end - slot.begin} bytes is not {spec}")
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if slot.begin == slot.end:
-        return torch.empty(spec.shape, dtype=dtype)
+        return torch.empty(spec.shape, dtype=dtype, device="cpu")
     if slot.begin % BY_NAME[spec.dtype].itemsize:
         raise RecordCorrupt(f"part {part.slot!r:.80} is not aligned")
     return data[slot.begin : slot.end].view(dtype).view(spec.shape)
 
 
-_BY_CODE = {d.safetensors: d.name for d in BY_NAME.values() if d.safetensors}
+_BY_CODE = {code: d.name for code, d in FROM_SAFETENSORS.items()}
 
 
 def _lay_out(entry: Entry) -> tuple[dict[str, Slot], dict[str, str], list[Bytes]]:
@@ -365,25 +392,51 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 def _tensor_rows(facts: Mapping[str, str]) -> list[_Row]:
     try:
-        rows = json.loads(facts["kvstored.tensors"])
+        rows = json.loads(facts["kvstored.tensors"], object_pairs_hook=no_duplicates)
+        if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
+            raise ValueError(f"expected 1 to {TENSORS_MAX} tensors")
         return [_row(row) for row in rows]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise RecordCorrupt(f"kvstored.tensors cannot be read: {error!r:.120}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, InvalidEntry) as error:
+        raise RecordCorrupt(f"kvstored.tensors cannot be read: {printable(repr(error)):.120}") from None
 
 
 def _row(row: dict[str, Any]) -> _Row:
-    parts = {
-        str(suffix): _Part(str(p[0]), _spec_of(p[1], p[2]) if len(p) > 1 else None)
-        for suffix, p in row["parts"].items()
-    }
-    attrs = row.get("attrs", {})
+    parts = {suffix: _part_of(p) for suffix, p in row["parts"].items()}
+    attrs, encoding = row.get("attrs", {}), row["encoding"]
     if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
         raise ValueError("bad parts or attrs")
-    return _Row(str(row["name"]), _spec_of(row["dtype"], row["shape"]), str(row["encoding"]), parts, attrs)
+    _check_fact(attrs, _ATTRS_DEPTH_MAX)
+    if not isinstance(encoding, str) or not encoding.isascii() or not encoding.isprintable():
+        raise ValueError(f"bad encoding {encoding!r:.40}")
+    if not 1 <= len(encoding) <= _ENCODING_MAX_NBYTES:
+        raise ValueError(f"an encoding's name has 1 to {_ENCODING_MAX_NBYTES} characters, got {len(encoding)}")
+    return _Row(check_name(row["name"]), _spec_of(row["dtype"], row["shape"]), encoding, parts, attrs)
 
 
-def _spec_of(dtype: str, shape: Sequence[int]) -> TensorSpec:
-    if dtype not in BY_NAME or len(shape) > RANK_MAX:
+def _part_of(part: object) -> _Part:
+    match part:
+        case [str(slot)]:
+            return _Part(slot, None)
+        case [str(slot), str(dtype), list(shape)]:
+            return _Part(slot, _spec_of(dtype, shape))
+    raise ValueError(f"not a part: {part!r:.80}")
+
+
+def _check_fact(value: object, depth: int) -> None:
+    """Raise ValueError for an attribute that no codec writes: it would stop being JSON, or overflow, further on."""
+    if depth == 0:
+        raise ValueError(f"attributes are nested more than {_ATTRS_DEPTH_MAX} deep")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_fact(inner, depth - 1)
+    elif (isinstance(value, int) and not -_INT_LIMIT <= value < _INT_LIMIT) or (
+        isinstance(value, float) and not isfinite(value)
+    ):
+        raise ValueError(f"an attribute is a finite number of 64 bits, got {value!r:.40}")
+
+
+def _spec_of(dtype: object, shape: object) -> TensorSpec:
+    if not isinstance(dtype, str) or dtype not in BY_NAME or not isinstance(shape, list) or len(shape) > RANK_MAX:
         raise ValueError(f"bad spec {dtype!r:.40}")
     if not all(type(d) is int and 0 <= d <= ENTRY_MAX_NBYTES for d in shape) or prod(shape) > 1 << 62:
         raise ValueError(f"bad shape {shape!r:.80}")

@@ -3,18 +3,22 @@
 The safetensors library accepts duplicate names, dimensions of 2**62 beside a zero, and headers that take seconds and
 hundreds of MiB to parse. Here the size is capped before a byte is parsed, and the layout has to be the one a sane
 writer leaves: tensors one behind the other from 0 to the end, each of exactly the bytes its dtype and shape say.
-Pure: bytes in, plain objects out, no torch. The format: 8 bytes little-endian length n, n bytes of JSON
-(`{name: {"dtype", "shape", "data_offsets"}}`, with text facts under `__metadata__`), then the data.
+Pure but for `open_regular`: bytes in, plain objects out, no torch. The format: 8 bytes little-endian length n, n bytes
+of JSON (`{name: {"dtype", "shape", "data_offsets"}}`, with text facts under `__metadata__`), then the data.
 """
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from kvstore.dtypes import BY_SAFETENSORS, DType
-from kvstore.errors import EntryTooLarge, RecordCorrupt
+from kvstore.dtypes import FROM_SAFETENSORS, DType
+from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
+from kvstore.printable import printable
 
 HEADER_MAX_NBYTES = 256 << 10
 """256 tensors with 64-byte names, four parts and their attributes each, fit; parsing it takes about 2 ms."""
@@ -35,6 +39,18 @@ class Slot:
     end: int
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A file that anybody may have made, open for reading. Raises OSError, and InvalidEntry unless it is a regular one.
+
+    Without waiting: a pipe with no writer would be waited for without end, and a device read without end.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115 - a descriptor
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InvalidEntry(f"{path} is not a regular file")
+    return file
+
+
 def write_header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON, padded with spaces to 8 bytes. Raises EntryTooLarge over HEADER_MAX_NBYTES."""
     table: dict[str, object] = {METADATA: dict(metadata)}
@@ -50,7 +66,7 @@ def write_header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> byte
 def parse_header(header: bytes, data_nbytes: int) -> tuple[dict[str, Slot], dict[str, str]]:
     """Slots by name, and the metadata, of a whole header (length included) before `data_nbytes` of data.
 
-    Raises RecordCorrupt for anything `write_header` would not write.
+    Raises RecordCorrupt for anything `write_header` would not write, but for the types of `FROM_SAFETENSORS`.
     """
     length = int.from_bytes(header[:_LENGTH_NBYTES], "little")
     if not 2 <= length <= HEADER_MAX_NBYTES or len(header) != _LENGTH_NBYTES + length:
@@ -68,17 +84,18 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     try:
         return dict(_DECODER.decode(text.decode()))
     except (ValueError, RecursionError) as error:
-        raise RecordCorrupt(f"safetensors header is not JSON: {error!r:.120}") from None
+        raise RecordCorrupt(f"safetensors header is not JSON: {printable(repr(error)):.120}") from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dictionary, for `object_pairs_hook`. Raises ValueError for a name given twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name occurs twice")
     return table
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+_DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)
 
 
 def _text_facts(facts: Any) -> dict[str, str]:
@@ -95,7 +112,7 @@ def _slot(name: str, row: Any) -> Slot:
     if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
         raise RecordCorrupt(f"tensor {name!r:.80}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
-    kind = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
+    kind = FROM_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
         raise RecordCorrupt(f"tensor {name!r:.80}: unknown dtype {dtype!r:.40}")
     if not isinstance(shape, list) or len(shape) > RANK_MAX or not all(_is_size(d) for d in shape):

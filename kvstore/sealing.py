@@ -69,7 +69,7 @@ class Key:
         cipher = self._cipher(salt)
         step = PIECE_NBYTES + TAG_NBYTES
         count = max(1, -(-body.size // step))
-        data = torch.empty(max(0, body.size - count * TAG_NBYTES), dtype=torch.uint8).numpy()
+        data = torch.empty(max(0, body.size - count * TAG_NBYTES), dtype=torch.uint8, device="cpu").numpy()
         try:
             for number in range(count):
                 piece = body[number * step : (number + 1) * step]

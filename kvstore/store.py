@@ -22,6 +22,7 @@ import torch
 
 from kvstore import arrays, pins
 from kvstore.clock import Clock, SystemClock
+from kvstore.codecs import check_entry
 from kvstore.codecs.policy import Policies
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
@@ -35,6 +36,7 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
 from kvstore.prefix import Namespace
+from kvstore.printable import printable
 from kvstore.reader import Found, Reader, Resident, leading_first
 from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
@@ -152,14 +154,18 @@ class Store:
         """Put entries, root first: the deepest is put first, so that the root ends most recently used.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues. Returns how many were stored, 0 when `parent` is not held.
+        outlives the one it continues. Of two entries under one key the later one is kept, as in a dictionary; both
+        count. Returns how many were stored, 0 when `parent` is not held.
         """
         self._check_open()
-        check_keys(key for key, _ in entries)
+        keys = check_keys(key for key, _ in entries)
+        held = list(dict(zip(keys, (tensors for _, tensors in entries), strict=True)).items())
         options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace)
         if chain:
-            return self._intake.put_chain(entries, options, parent)
-        return sum(self._intake.put(key, tensors, options) for key, tensors in reversed(entries))
+            stored = self._intake.put_chain(held, options, parent)
+        else:
+            stored = sum(self._intake.put(key, tensors, options) for key, tensors in reversed(held))
+        return len(keys) if stored == len(held) else stored
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key, copied; None on a miss.
@@ -451,7 +457,9 @@ class Store:
     ) -> Iterator[Any]:
         for place in found:
             hit: Hit | Found | None = place
-            if place is not None and not (stays is not None and stays(place)):
+            if place is not None and stays is not None and stays(place):
+                hit = self._as_held(place)
+            elif place is not None:
                 hit = self._hit(place, copy=copy, room=room)
             if hit is None and leading:
                 return
@@ -468,14 +476,27 @@ class Store:
         try:
             return self._hit_or_raise(found, out=out, copy=copy, room=room)
         except CodecError as error:
-            # Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone.
-            log.warning("entry cannot be decoded key=%s error=%s", found[0].hex(), error)
-            with self._r.lock:
-                self._r.counters.tiers[found.tier].hits -= 1
-                self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
-                self._r.counters.misses["corrupt"] += 1
-            self._forget([found[0]], "corrupt")
+            self._undecodable(found, error)
             return None
+
+    def _as_held(self, found: Found) -> Found | None:
+        """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
+        try:
+            if found.tier == "cold":
+                check_entry(found.entry)
+        except CodecError as error:
+            self._undecodable(found, error)
+            return None
+        return found
+
+    def _undecodable(self, found: Found, error: CodecError) -> None:
+        """Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone."""
+        log.warning("entry cannot be decoded key=%s error=%s", found.key.hex(), printable(error))
+        with self._r.lock:
+            self._r.counters.tiers[found.tier].hits -= 1
+            self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
+            self._r.counters.misses["corrupt"] += 1
+        self._forget([found.key], "corrupt")
 
     def _hit_or_raise(self, found: Found, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None) -> Hit:
         key, tier, entry, age_s = found

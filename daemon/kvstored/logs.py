@@ -15,6 +15,8 @@ import time
 import traceback
 from collections.abc import Mapping
 
+from kvstore.printable import printable
+
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "text", "json")
 
@@ -37,7 +39,12 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record."""
-        return redact(super().format(record))
+        text = redact(super().format(record))
+        if text.isprintable():
+            return text
+        # A message is one line, whatever names it carries; a traceback behind it has lines of its own.
+        message = redact(record.getMessage())
+        return "\n".join(map(printable, text.replace(message, printable(message), 1).split("\n")))
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,7 +56,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record."""
-        message = redact(record.getMessage())
+        message = printable(redact(record.getMessage()))
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line: dict[str, object] = {
             "time": stamp,
@@ -61,7 +68,8 @@ class JsonFormatter(logging.Formatter):
         if fields:
             line["fields"] = fields
         if record.exc_info:
-            line["traceback"] = redact("".join(traceback.format_exception(*record.exc_info)))
+            lines = redact("".join(traceback.format_exception(*record.exc_info))).split("\n")
+            line["traceback"] = "\n".join(map(printable, lines))
         text = json.dumps(line, ensure_ascii=False)
         return f"<{_priority(record.levelno)}>{text}" if self._priority else text
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from kvstore.boundary import Blaming
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, Entry
@@ -40,7 +41,15 @@ class Codec(Protocol):
         ...
 
 
-def _registry() -> dict[str, Codec]:
+class Stored(Codec, Protocol):
+    """A codec whose name stands in records."""
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding: names, types and lengths of parts, attributes."""
+        ...
+
+
+def _registry() -> dict[str, Stored]:
     from kvstore.codecs.int8 import Int8
     from kvstore.codecs.layers import Layers
     from kvstore.codecs.nf4 import NF4
@@ -50,10 +59,10 @@ def _registry() -> dict[str, Codec]:
     return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), Int8(), Layers())}
 
 
-_CODECS: dict[str, Codec] = {}
+_CODECS: dict[str, Stored] = {}
 
 
-def codec_named(name: str) -> Codec:
+def codec_named(name: str) -> Stored:
     """The codec an encoding name stands for. Raises CodecError for an unknown name."""
     if not _CODECS:
         _CODECS.update(_registry())
@@ -112,8 +121,29 @@ def _encode_or_none(codec: Codec, name: str, x: torch.Tensor, hints: Hints) -> E
 
 
 def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given."""
-    return {
-        name: codec_named(t.encoding).decode(t, None if out is None else out.get(name))
-        for name, t in entry.tensors.items()
-    }
+    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given.
+
+    Raises CodecError, and nothing else for what the parts and attributes say: they may be a stranger's.
+    """
+    return {name: _decoded(name, t, None if out is None else out.get(name)) for name, t in entry.tensors.items()}
+
+
+def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
+    with Blaming(
+        CodecError, f"tensor {name!r:.80}"
+    ):  # the boundary: no codec has to foresee every attribute there could be
+        decoded = codec_named(tensor.encoding).decode(tensor, out)
+    spec = tensor.spec
+    if tuple(decoded.shape) != spec.shape or str(decoded.dtype) != f"torch.{spec.dtype}":
+        raise CodecError(f"tensor {name!r:.80} is {decoded.dtype} {tuple(decoded.shape)}, not {spec}")
+    return decoded
+
+
+def check_entry(entry: Entry) -> None:
+    """Check an entry that is passed on as it is held, not decoded here. Raises CodecError as `decode_entry` would."""
+    for name, tensor in entry.tensors.items():
+        with Blaming(CodecError, f"tensor {name!r:.80}"):  # the boundary, as above
+            codec = codec_named(tensor.encoding)
+            codec.check(tensor)
+        if codec.lossy and not entry.lossy:
+            raise CodecError(f"tensor {name!r:.80} is {tensor.encoding}, its entry says it was never lossy")

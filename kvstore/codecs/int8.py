@@ -55,11 +55,9 @@ class Int8:
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded tensor, in fresh memory or in `out`; CodecError where parts and spec do not agree."""
         spec = encoded.spec
-        if spec.dtype not in LOSSY_ALLOWED:
-            raise CodecError(f"int8 decodes to {sorted(LOSSY_ALLOWED)}, not {spec.dtype}")
+        self.check(encoded)
         n, width = prod(spec.shape), _width(spec.shape)
-        codes = require_part(encoded, "", torch.int8, n)
-        scale = require_part(encoded, "scale", torch.bfloat16, -(-n // width)).to(torch.float32)
+        codes, scale = encoded.parts[""].view(-1), encoded.parts["scale"].view(-1).to(torch.float32)
         out = prepared_out(spec, codes.device, out)
         flat = out.view(-1)
         full = n // width * width
@@ -67,6 +65,15 @@ class Int8:
         if full < n:
             flat[full:].copy_(codes[full:] * scale[-1])
         return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding."""
+        spec = encoded.spec
+        if spec.dtype not in LOSSY_ALLOWED or not prod(spec.shape):
+            raise CodecError(f"int8 decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
+        n = prod(spec.shape)
+        require_part(encoded, "", torch.int8, n)
+        require_part(encoded, "scale", torch.bfloat16, -(-n // _width(spec.shape)))
 
 
 def _width(shape: tuple[int, ...]) -> int:

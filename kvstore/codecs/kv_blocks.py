@@ -89,7 +89,7 @@ def group_means(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros(outer, inner, d, dtype=torch.float32, device=x.device)
         for t in range(start, stop):
             total += x[:, t]
-        means[:, g] = total * float(torch.tensor(1.0) / (stop - start))
+        means[:, g] = total * float(torch.tensor(1.0, device="cpu") / (stop - start))
     largest = means.abs().amax(dim=3)
     # A tensor over a tensor: on CUDA torch takes x / 127.0 as x times the rounded reciprocal.
     scale = largest / torch.full_like(largest, 127.0)
@@ -114,7 +114,7 @@ def search_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     Returns int16 (len(CLIPS), 255) and float32 (len(CLIPS),).
     """
     cpu = torch.device("cpu")
-    u = torch.arange(-127, 128, dtype=torch.float64)
+    u = torch.arange(-127, 128, dtype=torch.float64, device="cpu")
     levels = torch.round(table("code", cpu).double() * 127).to(torch.int16)
     rows = [torch.bucketize(u, table("thresholds", cpu).double() * (127 * clip)) for clip in CLIPS]
     return levels[torch.stack(rows)].to(device), torch.tensor(CLIPS, dtype=torch.float32, device=device)

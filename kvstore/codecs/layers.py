@@ -49,16 +49,15 @@ class Layers:
             raise CodecError("layers without parts")
         out = prepared_out(spec, next(iter(encoded.parts.values())).device, out)
         for at, run in enumerate(runs):
-            part = EncodedTensor(
-                TensorSpec(spec.dtype, (run.stop - run.start, *spec.shape[1:])),
-                run.encoding,
-                dict(_parts_of(encoded.parts, at)),
-                run.attrs,
-            )
-            if run.encoding == "raw" and "" not in part.parts:
-                raise CodecError(f"layers {run.start} to {run.stop}: nothing is there")
-            codec_named(run.encoding).decode(part, out[run.start : run.stop])
+            codec_named(run.encoding).decode(_tensor_of(encoded, at, run), out[run.start : run.stop])
         return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding."""
+        if not encoded.parts:
+            raise CodecError("layers without parts")
+        for at, run in enumerate(_runs(encoded.attrs.get("runs"), encoded.spec)):
+            codec_named(run.encoding).check(_tensor_of(encoded, at, run))
 
 
 def encode_runs(name: str, x: torch.Tensor, hints: Hints, runs: Sequence[tuple[int, int, Codec]]) -> EncodedTensor:
@@ -87,6 +86,12 @@ def _encoded(codec: Codec, name: str, x: torch.Tensor, hints: Hints) -> EncodedT
         return codec.encode(name, x, hints)
     except CodecError:
         return Raw().encode(name, x)
+
+
+def _tensor_of(encoded: EncodedTensor, at: int, run: Run) -> EncodedTensor:
+    """One run of layers as a tensor of its own."""
+    spec = TensorSpec(encoded.spec.dtype, (run.stop - run.start, *encoded.spec.shape[1:]))
+    return EncodedTensor(spec, run.encoding, dict(_parts_of(encoded.parts, at)), run.attrs)
 
 
 def _parts_of(parts: Mapping[str, torch.Tensor], at: int) -> list[tuple[str, torch.Tensor]]:

@@ -22,6 +22,9 @@ from kvstore.errors import CodecError
 from kvstore.kernels import cpu_kernel
 from kvstore.kernels.cpu import CpuKernel
 
+_OFFSET_LIMIT = 2.0**128
+"""A scale is a float32: beyond it, and not a number, an offset is nobody's mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scales:
@@ -83,6 +86,10 @@ class NF4:
             kernel.nf4_decode(codes, absmax, out.view(-1))
         return out
 
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding."""
+        _checked(encoded)
+
 
 def _measured(kernel: CpuKernel, flat: torch.Tensor) -> tuple[torch.Tensor, Scales, torch.Tensor] | None:
     """Codes, scales and (squared error, energy); None where a value is not finite."""
@@ -124,7 +131,7 @@ def _checked(encoded: EncodedTensor) -> Scales:
     if attrs.get("blocksize") != blocks.BLOCK or attrs.get("nested_blocksize") != blocks.NESTED_BLOCK:
         raise CodecError(f"nf4 has blocks of {blocks.BLOCK} and {blocks.NESTED_BLOCK}, not {dict(attrs)}")
     offset = attrs.get("nested_offset")
-    if isinstance(offset, bool) or not isinstance(offset, int | float):
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _OFFSET_LIMIT:
         raise CodecError(f"nf4 needs a number nested_offset, not {offset!r}")
     n = prod(spec.shape)
     b = (n + blocks.BLOCK - 1) // blocks.BLOCK
@@ -188,5 +195,7 @@ def bitsandbytes_tensors(name: str, encoded: EncodedTensor) -> dict[str, torch.T
         f"{name}.quant_map": table("code", cpu).clone(),
         f"{name}.nested_absmax": scales.nested,
         f"{name}.nested_quant_map": table("scale_map", cpu).clone(),
-        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"
+        ),
     }

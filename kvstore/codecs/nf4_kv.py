@@ -90,7 +90,7 @@ class Plane:
 
     def others(self, device: torch.device) -> torch.Tensor:
         """Indexes of the coded tokens. Returns int64 (coded,)."""
-        mask = torch.ones(self.tokens, dtype=torch.bool)
+        mask = torch.ones(self.tokens, dtype=torch.bool, device="cpu")
         mask[list(self.kept)] = False
         return mask.nonzero().view(-1).to(device)
 
@@ -139,6 +139,8 @@ class NF4KV:
         main = encoded.parts.get("")
         if main is None:
             raise CodecError("nf4-kv without codes")
+        if 2 * sum(part.numel() for part in encoded.parts.values()) < prod(encoded.spec.shape):
+            raise CodecError(f"nf4-kv has too few codes for {encoded.spec}")  # before memory is made for them
         out = prepared_out(encoded.spec, main.device, out)
         if role == "packed":
             if out.dim() == 0 or out.shape[-1] % 2:
@@ -154,6 +156,27 @@ class NF4KV:
         for prefix, part, rows in _planes(out, role, token_axis):
             _decode_plane(encoded, part, prefix, rows)
         return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
+        role, token_axis = _role(encoded.attrs), _token_axis(encoded.attrs)
+        spec = encoded.spec
+        if spec.dtype not in LOSSY_ALLOWED or prod(spec.shape) == 0:
+            raise CodecError(f"nf4-kv decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
+        if role == "packed" and (not spec.shape or spec.shape[-1] % 2):
+            raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {spec.shape}")
+        planes = _planes(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"), role, token_axis)
+        if role == "packed":
+            encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
+        for prefix, part, rows in planes:
+            plane = Plane.of(part, rows, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
+            _checked_blocks(encoded, plane, prefix)
+            if plane.kept:
+                _checked_kept(encoded, plane, prefix)
+            means = plane.outer * plane.groups * plane.inner
+            if means:
+                require_part(encoded, f"{prefix}mean", torch.int8, means * plane.d)
+                require_part(encoded, f"{prefix}mean_scale", torch.float32, means)
 
 
 def _norm(x: torch.Tensor) -> float:

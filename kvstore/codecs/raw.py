@@ -21,9 +21,22 @@ class Raw:
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """A copy of the held tensor, or `out` filled with it."""
+        self.check(encoded)
         x = encoded.parts[""]
         if out is None:
             return x.clone()
         if out.dtype != x.dtype or out.shape != x.shape:
             raise CodecError(f"out is {out.dtype} {tuple(out.shape)}, the entry holds {x.dtype} {tuple(x.shape)}")
         return out.copy_(x)
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError unless the one part is a tensor of the spec."""
+        x, spec = encoded.parts.get(""), encoded.spec
+        if (
+            x is None
+            or len(encoded.parts) != 1
+            or tuple(x.shape) != spec.shape
+            or str(x.dtype) != f"torch.{spec.dtype}"
+        ):
+            found = sorted(encoded.parts) if x is None else f"{x.dtype} {tuple(x.shape)}"
+            raise CodecError(f"raw holds {found}, expected {spec}")

@@ -49,21 +49,21 @@ def _floats(bits: str) -> torch.Tensor:
 
 def _scale_map() -> torch.Tensor:
     positive = _floats(_POSITIVE_SCALE_BITS)
-    return torch.cat((-positive.flip(0), torch.zeros(1), positive, torch.ones(1)))
+    return torch.cat((-positive.flip(0), torch.zeros(1, device="cpu"), positive, torch.ones(1, device="cpu")))
 
 
 def _scale_lut() -> torch.Tensor:
     """uint8 (65536,): the nearest dynamic-map code of -1 + 2k/65535, as bitsandbytes' CPU path rounds."""
     levels = _scale_map()
     midpoints = 0.5 * (levels[:-1] + levels[1:])
-    values = (2.0 * torch.arange(SCALE_LUT_SIZE, dtype=torch.float32)) / (SCALE_LUT_SIZE - 1) + -1.0
+    values = (2.0 * torch.arange(SCALE_LUT_SIZE, dtype=torch.float32, device="cpu")) / (SCALE_LUT_SIZE - 1) + -1.0
     return torch.bucketize(values, midpoints).to(torch.uint8)
 
 
 def _pair() -> torch.Tensor:
     """float32 (256, 2): the two levels that one byte of packed codes stands for."""
     code = _floats(_CODE_BITS)
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return torch.stack((code[byte >> 4], code[byte & 15]), dim=1).contiguous()
 
 

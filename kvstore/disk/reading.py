@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import xxhash
 
+from kvstore.boundary import Blaming
 from kvstore.disk import Bytes
 from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
@@ -21,10 +22,15 @@ and neither does a second thread that reads the other end (bench/RESULTS.md)."""
 
 
 def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
-    """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError."""
+    """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError; TierUnavailable without memory."""
+    with Blaming(RecordCorrupt, "record"):  # the boundary: whoever wrote the row or the record may have known checksums
+        return _entry(segments, key, row, seals)
+
+
+def _entry(segments: Segments, key: Key, row: Row, seals: Seals) -> Entry:
     head_bytes = np.empty(row.head_nbytes, np.uint8)
     # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
-    stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8).numpy()
+    stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8, device="cpu").numpy()
     digest = xxhash.xxh3_64()
     skip = row.head_nbytes
     _fill(segments, row, [head_bytes, stored[:PIECE_NBYTES]], 0)
@@ -43,14 +49,18 @@ def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None
 
 
 def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
-    """The tensors' types, shapes and receipts, from the record's head alone. Raises RecordCorrupt or OSError."""
-    head_bytes = np.empty(row.head_nbytes, np.uint8)
-    segments.read(row.place, [head_bytes])
-    head = parse_head(head_bytes.tobytes(), key)
-    _check_sizes(head, row)
-    return specs_of(head, head_bytes.tobytes())
+    """The tensors' types, shapes and receipts, from the record's head alone. Raises as `read_entry`."""
+    with Blaming(RecordCorrupt, "record"):  # the boundary, as above
+        head_bytes = np.empty(row.head_nbytes, np.uint8)
+        segments.read(row.place, [head_bytes])
+        head = parse_head(head_bytes.tobytes(), key)
+        _check_sizes(head, row)
+        return specs_of(head, head_bytes.tobytes())
 
 
 def _check_sizes(head: Head, row: Row) -> None:
     if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
         raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")
+    # What was made room for before it is read. A store's rows say it; 0 is also what a tier used alone may write.
+    if row.meta.value_nbytes not in (0, head.value_nbytes):
+        raise RecordCorrupt(f"value of {head.value_nbytes} bytes, its row says {row.meta.value_nbytes}")

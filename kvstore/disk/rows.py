@@ -20,6 +20,7 @@ import lmdb
 import numpy as np
 import xxhash
 
+from kvstore.arrays import ENTRY_MAX_NBYTES
 from kvstore.disk.segments import Place
 from kvstore.entry import Key
 from kvstore.index import Meta
@@ -44,6 +45,8 @@ _SUM, _SUM_MASK = struct.Struct("<I"), 0xFFFFFFFF
 SLIDING, PINNED, EXACT, LOSSY, NAMED = 1, 2, 4, 8, 16
 """Flags. Do not renumber. NAMED: the name of a namespace comes before the parent's key."""
 SCAN_CHUNK = 50_000
+PLACE_MAX_NBYTES, OFFSET_MAX = 2 * ENTRY_MAX_NBYTES + (1 << 20), 1 << 40
+"""A row beyond them was never written here: to believe it would be to count its blocks, or to read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def pack_row(key: Key, row: Row) -> bytes:
 
 
 def parse_row(key: Key, data: bytes) -> Row | None:
-    """The row; None when its checksum does not match."""
+    """The row; None when its checksum does not match, or it names what no record of ours can be."""
     body = data[: -_SUM.size]
     if len(body) < _FIELDS.size or _SUM.unpack(data[-_SUM.size :])[0] != _checksum(key, body):
         return None
@@ -96,12 +99,12 @@ def parse_row(key: Key, data: bytes) -> Row | None:
         _FIELDS.unpack_from(body)
     )
     encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
-    if len(rest) < _PINNED_UNTIL.size:
+    if len(rest) < _PINNED_UNTIL.size or not head_nbytes <= nbytes <= PLACE_MAX_NBYTES or offset > OFFSET_MAX:
         return None
     pinned_until, parent, namespace = _more(rest, flags)
     meta = Meta(
         created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
-        bool(flags & LOSSY), encoding.decode(), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
+        bool(flags & LOSSY), _name(encoding), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
@@ -127,9 +130,12 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     lengths = np.fromiter(map(len, datas), np.int64, len(datas))
     good = (found == said) & (lengths >= size + 1 + _PINNED_UNTIL.size - tail)
     damaged: list[Key] = []
-    if not good.all():
-        damaged = list(compress(keys, (~good).tolist()))
-        keys, datas, lengths = list(compress(keys, good.tolist())), list(compress(datas, good.tolist())), lengths[good]
+    for look in (lambda _datas, _lengths: good, _sound):
+        mask = look(datas, lengths)
+        if not mask.all():
+            damaged += compress(keys, (~mask).tolist())
+            keys, datas = list(compress(keys, mask.tolist())), list(compress(datas, mask.tolist()))
+            lengths = lengths[mask]
     fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
     encodings, starts = _encodings(datas)
     until = np.frombuffer(b"".join([d[s : s + 8] for d, s in zip(datas, starts, strict=True)]), "<f8")
@@ -140,6 +146,17 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     ends = (lengths + tail).tolist()
     parents = [Key(d[s:e]) if e > s else None for d, s, e in zip(datas, starts, ends, strict=True)]
     return Found(keys, fields, encodings, until, parents, names, damaged)
+
+
+def _sound(datas: list[bytes], lengths: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which rows name what a record of ours can be: a checksum keeps damage out, not an author who computes it."""
+    size = _FIELDS.size
+    f = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
+    behind = np.array([data.find(0, size) for data in datas], np.int64)
+    sound: np.ndarray[Any, np.dtype[np.bool_]] = (behind >= size) & (
+        behind + 1 + _PINNED_UNTIL.size <= lengths - _SUM.size
+    )
+    return sound & (f["head_nbytes"] <= f["nbytes"]) & (f["nbytes"] <= PLACE_MAX_NBYTES) & (f["offset"] <= OFFSET_MAX)
 
 
 @lru_cache(maxsize=4096)
@@ -160,7 +177,7 @@ def _encodings(datas: list[bytes]) -> tuple[list[str], list[int]]:
     names: dict[bytes, str] = {}
     found = [data[size:end] for data, end in zip(datas, ends, strict=True)]
     for name in set(found):
-        names[name] = name.decode()
+        names[name] = _name(name)
     return [names[name] for name in found], [end + 1 for end in ends]
 
 

@@ -4,6 +4,8 @@ Each takes the directory as a daemon would (lock, check, quarantine), so none ca
 Raises ConfigError when the directory is in use or cannot be used.
 """
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +14,25 @@ from pathlib import Path
 
 import lmdb
 
+from kvstore.arrays import ENTRY_MAX_NBYTES, check_specs
 from kvstore.clock import Clock
+from kvstore.codecs import check_entry, decode_entry
 from kvstore.config import ColdConfig
 from kvstore.disk.opening import take
 from kvstore.disk.scrub import verify
-from kvstore.entry import Key
-from kvstore.errors import ConfigError, RecordCorrupt
+from kvstore.entry import Entry, Key
+from kvstore.errors import ConfigError, EntryTooLarge, KvstoreError
+from kvstore.hit import TensorInfo
 from kvstore.index import Meta
+from kvstore.keys import check_key
+from kvstore.printable import printable
 from kvstore.record import from_safetensors, to_safetensors
+from kvstore.safetensors_header import HEADER_MAX_NBYTES, open_regular
 from kvstore.tiers.cold import Cold
 
 Progress = Callable[[int, int], None]
+FILE_MAX_NBYTES = ENTRY_MAX_NBYTES + HEADER_MAX_NBYTES + 8
+_NAME_CHARACTERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +97,14 @@ def compact(path: Path, clock: Clock) -> tuple[int, int]:
 
 
 def export(path: Path, target: Path, clock: Clock, progress: Progress = lambda *_: None) -> int:
-    """Write each entry to `target/<key in hexadecimal>.safetensors`; how many."""
+    """Write each entry to a file of `target` that is named after its key; how many."""
     target.mkdir(parents=True, exist_ok=True)
     written = 0
     with opened(path, clock) as (cold, metas):
         for done, (key, meta) in enumerate(metas.items(), start=1):
             entry = cold.get(key)
             if entry is not None:
-                (target / f"{key.hex()[:200]}.safetensors").write_bytes(to_safetensors(entry, meta))
+                (target / _file_name(key)).write_bytes(to_safetensors(entry, meta))
                 written += 1
             progress(done, len(metas))
     return written
@@ -103,26 +113,55 @@ def export(path: Path, target: Path, clock: Clock, progress: Progress = lambda *
 def import_files(
     path: Path, files: list[Path], clock: Clock, *, ttl_s: float, progress: Progress = lambda *_: None
 ) -> list[str]:
-    """Put exported files into a directory, to live for `ttl_s` seconds; a line for each that is none."""
+    """Put exported files into a directory, to live for `ttl_s` seconds; a line for each one refused says why.
+
+    A file is refused whole: one that is none of ours, whose key or names the store would not take, or that does not
+    decode. The others are put. A chunk that is there already keeps its parent: a file names none.
+    """
     refused: list[str] = []
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     with opened(path, clock) as (cold, metas):
         for done, file in enumerate(files, start=1):
             try:
-                entry = from_safetensors(file.read_bytes())
-            except (RecordCorrupt, OSError) as error:
-                refused.append(f"{file}: {error}")
-                continue
-            now = clock.now()
-            metas[entry.key] = Meta(
-                now, now + ttl_s, ttl_s, entry.value_nbytes, exact=not entry.lossy, lossy=entry.lossy,
-                encoding=entry.encoding,
-            )  # fmt: skip
-            cold.displace(entry.nbytes)
-            cold.put(entry)
+                entry = _imported(file)
+            except (KvstoreError, OSError) as error:
+                refused.append(f"{printable(file)}: {printable(_reason(error))}")
+            else:
+                now, before = clock.now(), metas.get(entry.key)
+                metas[entry.key] = Meta(
+                    now, now + ttl_s, ttl_s, entry.value_nbytes, exact=not entry.lossy, lossy=entry.lossy,
+                    encoding=entry.encoding, parent=None if before is None else before.parent,
+                )  # fmt: skip
+                cold.displace(entry.nbytes)
+                cold.put(entry)
             progress(done, len(files))
         cold.flush()
     return refused
+
+
+def _imported(file: Path) -> Entry:
+    """The entry of a file that anybody may have written, decoded once to know that it can be. Raises KvstoreError."""
+    with open_regular(file) as opened:
+        nbytes = os.fstat(opened.fileno()).st_size
+        if nbytes > FILE_MAX_NBYTES:
+            raise EntryTooLarge(f"a file has at most {FILE_MAX_NBYTES} bytes, got {nbytes}")
+        entry = from_safetensors(opened.read(nbytes))
+    check_key(entry.key)
+    check_specs({name: TensorInfo(spec.dtype, spec.shape) for name, spec in entry.specs.items()})
+    check_entry(entry)
+    decode_entry(entry)
+    return entry
+
+
+def _reason(error: KvstoreError | OSError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _file_name(key: Key) -> str:
+    # A file's name has at most 255 bytes: of a longer key the beginning, and what tells it from its like.
+    whole = key.hex()
+    short = f"{whole[:_NAME_CHARACTERS]}-{hashlib.sha256(key).hexdigest()}"
+    return f"{whole if len(whole) <= len(short) else short}.safetensors"
 
 
 def _disk_nbytes(path: Path) -> int:

@@ -72,9 +72,9 @@ class CpuKernel:
     def nf4_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """`blocks.quantize`, or None where a value is not finite. x: flat, contiguous, on the CPU."""
         n = x.numel()
-        codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty((n + 63) // 64, dtype=torch.float32)
-        sums = torch.empty(3, absmax.numel(), dtype=torch.int32)
+        codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
+        absmax = torch.empty((n + 63) // 64, dtype=torch.float32, device="cpu")
+        sums = torch.empty(3, absmax.numel(), dtype=torch.int32, device="cpu")
         out = (codes.data_ptr(), absmax.data_ptr(), sums.data_ptr())
         status = self.library.kvk_nf4_encode(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), n, *out)
         return None if _checked(status) == NOT_FINITE else (codes, absmax, sums)
@@ -101,9 +101,9 @@ class CpuKernel:
         sums: as `nf4_encode` returns them. The squares are those of `blocks.squares`.
         """
         b, offset = absmax.numel(), float(absmax.mean())
-        codes = torch.empty(b, dtype=torch.uint8)
-        nested = torch.empty((b + 255) // 256, dtype=torch.float32)
-        squares = torch.empty(nested.numel(), 2, dtype=torch.float64)
+        codes = torch.empty(b, dtype=torch.uint8, device="cpu")
+        nested = torch.empty((b + 255) // 256, dtype=torch.float32, device="cpu")
+        squares = torch.empty(nested.numel(), 2, dtype=torch.float64, device="cpu")
         tables = (table("scale_lut", absmax.device), table("scale_map", absmax.device), sums)
         where = (t.data_ptr() for t in (*tables, codes, nested, squares))
         threads = torch.get_num_threads() if b >= THREADED_NBYTES >> 6 else 1
@@ -113,23 +113,23 @@ class CpuKernel:
     def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""
         shape = (rows.outer, rows.groups, rows.inner)
-        codes = torch.empty(*shape, rows.d, dtype=torch.int8)
-        scales = torch.empty(shape, dtype=torch.float32)
-        means = torch.empty(*shape, rows.d, dtype=torch.float32)
+        codes = torch.empty(*shape, rows.d, dtype=torch.int8, device="cpu")
+        scales = torch.empty(shape, dtype=torch.float32, device="cpu")
+        means = torch.empty(*shape, rows.d, dtype=torch.float32, device="cpu")
         where = (codes.data_ptr(), scales.data_ptr(), means.data_ptr())
         _checked(self.library.kvk_kv_means(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *where))
         return codes, scales, means
 
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
-        means = torch.empty(codes.shape, dtype=torch.float32)
+        means = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
 
     def kv_energy(self, x: torch.Tensor) -> torch.Tensor:
         """`kv_blocks.energies`. x: contiguous, on the CPU. Returns float32 (ceil(n/256),)."""
         n = x.numel()
-        energy = torch.empty((n + 255) // 256, dtype=torch.float32)
+        energy = torch.empty((n + 255) // 256, dtype=torch.float32, device="cpu")
         where = (DTYPES[x.dtype], x.data_ptr(), n, energy.data_ptr())
         _checked(self.library.kvk_kv_energy(self.isa, _threads(x), *where))
         return energy
@@ -139,10 +139,10 @@ class CpuKernel:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Codes, scales, tops and errors as `kv_blocks.encode_rotated` gives; None where not finite."""
         blocks = -(-rows.outer * rows.tokens * rows.inner * rows.d // rows.block)
-        codes = torch.empty(blocks * rows.block // 2, dtype=torch.uint8)
-        scales = torch.empty(blocks, dtype=torch.uint8)
-        tops = torch.empty((blocks + 255) // 256, dtype=torch.int16)
-        error = torch.empty(blocks, dtype=torch.float32)
+        codes = torch.empty(blocks * rows.block // 2, dtype=torch.uint8, device="cpu")
+        scales = torch.empty(blocks, dtype=torch.uint8, device="cpu")
+        tops = torch.empty((blocks + 255) // 256, dtype=torch.int16, device="cpu")
+        error = torch.empty(blocks, dtype=torch.float32, device="cpu")
         out = (codes.data_ptr(), scales.data_ptr(), tops.data_ptr(), error.data_ptr())
         mean = 0 if means is None else means.data_ptr()
         status = self.library.kvk_kv_encode(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, mean, *out)

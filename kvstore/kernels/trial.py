@@ -19,7 +19,7 @@ def agree(kernel: CpuKernel, portable: CpuKernel) -> bool:
 
 def _samples() -> list[torch.Tensor]:
     """Values of many magnitudes with a few outlying ones: a million times apart, some zero, half of them negative."""
-    at = torch.arange(TOKENS * HEADS * HEAD_DIM, dtype=torch.float32)
+    at = torch.arange(TOKENS * HEADS * HEAD_DIM, dtype=torch.float32, device="cpu")
     x = torch.sin(at * at * 0.37) * torch.exp(4 * torch.sin(at * 0.011))
     x[::257] *= 100
     x[::251] = 0

@@ -35,6 +35,7 @@ from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailabl
 from kvstore.hit import Verified
 from kvstore.index import Meta
 from kvstore.owner import NOBODY, Owner
+from kvstore.printable import printable
 from kvstore.sealing import Key as SealKey
 from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
@@ -246,7 +247,7 @@ class Cold:
             return {name: tensor.described for name, tensor in found.tensors.items()}
         try:
             return read_specs(self._segments, key, found)
-        except (RecordCorrupt, OSError) as error:
+        except (RecordCorrupt, TierUnavailable, OSError) as error:
             self._distrust(key, found, error)
             return None
 
@@ -265,7 +266,7 @@ class Cold:
     def _read(self, key: Key, row: Row) -> Entry | None:
         try:
             return read_entry(self._segments, key, row, self._seals)
-        except (RecordCorrupt, OSError) as error:
+        except (RecordCorrupt, TierUnavailable, OSError) as error:
             return self._distrust(key, row, error)
 
     def _seal_of(self, meta: Meta) -> SealKey | None:
@@ -283,7 +284,9 @@ class Cold:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            if isinstance(error, UnknownSeal) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
+            if isinstance(error, UnknownSeal | TierUnavailable) or (
+                isinstance(error, OSError) and error.errno in _TRANSIENT
+            ):
                 self._writer.counters.read_errors += 1
                 return None
             if key not in self._order and key not in self._pinned:
@@ -296,7 +299,7 @@ class Cold:
                 self._changed.notify_all()
         if moved:
             return self.get(key)
-        log.error("cold key=%s event=corrupt error=%s", key.hex(), error)
+        log.error("cold key=%s event=corrupt error=%s", key.hex(), printable(error))
         self._on_drop(key, "corrupt")
         return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from kvstore.printable import printable
 from kvstored.cli.exits import REFUSED, BadUsage, errors_as_exit_codes
 from kvstored.cli.remote import print_json
 from kvstored.cli.show import size
@@ -60,7 +61,7 @@ def fsck(data_dir: Path, as_json: bool) -> None:  # noqa: FBT001 - a flag
     if as_json:
         print_json(asdict(found))
     else:
-        index = "sound" if found.quarantined is None else f"set aside, {found.quarantined}"
+        index = "sound" if found.quarantined is None else f"set aside, {printable(found.quarantined)}"
         click.echo(f"{found.entries} entries, {found.corrupt} damaged and removed; index {index}")
     if found.corrupt or found.quarantined is not None:
         sys.exit(REFUSED)
@@ -100,7 +101,7 @@ def export(data_dir: Path, target: Path, as_json: bool) -> None:  # noqa: FBT001
     if as_json:
         print_json({"target": str(target), "entries": written})
         return
-    click.echo(f"{target}: {written} entries")
+    click.echo(f"{printable(target)}: {written} entries")
 
 
 @click.command(name="import")
@@ -110,7 +111,10 @@ def export(data_dir: Path, target: Path, as_json: bool) -> None:  # noqa: FBT001
               help="Seconds they live after their last use.")  # fmt: skip
 @_JSON
 def import_(data_dir: Path, files: tuple[Path, ...], ttl_s: float, as_json: bool) -> None:  # noqa: FBT001 - a flag
-    """Put exported FILES into the directory. Exit code 4: one of them was none."""
+    """Put exported FILES into the directory. Exit code 4: one was refused; the others are put, and a line says why.
+
+    A file is refused that was not exported from here, is damaged, or does not decode.
+    """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
         from kvstore.disk.upkeep import import_files

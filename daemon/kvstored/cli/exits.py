@@ -7,6 +7,7 @@ from typing import IO, Any
 import click
 
 from kvstore.errors import ConfigError, KvstoreError, TierUnavailable
+from kvstore.printable import printable
 
 OK = 0
 NOT_HELD = 1
@@ -21,7 +22,7 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the sentence."""
-        click.echo(f"kvstored: {self.format_message()}", file=file, err=file is None)
+        click.echo(f"kvstored: {printable(self.format_message())}", file=file, err=file is None)
 
 
 class NotHeld(Failure):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import EntryInfo
+from kvstore.printable import printable
 from kvstore.stats import ERRORS, errors_of
 from kvstored.cli.choose import Filters, filtered
 from kvstored.cli.exits import NotHeld
@@ -107,7 +108,7 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
     facts |= {name: of for name, of in (("tenant", info.tenant), ("namespace", info.namespace)) if of}
     for name, tensor in info.tensors.items():
         facts[f"tensor {name}"] = f"{tensor.dtype} {list(tensor.shape)}, {accuracy(info.receipt.get(name, inf))}"
-    click.echo("\n".join(f"{name + ':':14} {value}" for name, value in facts.items()))
+    click.echo("\n".join(printable(f"{name + ':':14} {value}") for name, value in facts.items()))
 
 
 def info_dict(info: EntryInfo) -> dict[str, object]:

@@ -9,6 +9,7 @@ import click
 from kvstore.arrays import describe
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity
+from kvstore.printable import printable
 from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
@@ -34,7 +35,11 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
         hit = client.get(key)
     if hit is None:
         raise NotHeld(f"not held: {show_key(key)}")
-    facts = {"kvstored.key": key.hex(), "kvstored.encoding": hit.encoding, "kvstored.lossy": str(hit.lossy).lower()}
+    facts = {
+        "kvstored.key": key.hex(),
+        "kvstored.encoding": printable(hit.encoding),
+        "kvstored.lossy": str(hit.lossy).lower(),
+    }
     nbytes = sum(x.nbytes for x in hit.tensors.values())
     with click.progressbar(length=nbytes, label="writing", file=sys.stderr,
                            hidden=nbytes < _BAR_FROM_NBYTES) as bar:  # fmt: skip
@@ -47,8 +52,8 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
         })  # fmt: skip
         return
     lossy = accuracy(hit.relative_error)
-    click.echo(f"{output}: {len(hit.tensors)} tensors, {size(nbytes)}, from {hit.tier} ({hit.encoding}, {lossy}), "
-               f"{duration(hit.age_s)} old")  # fmt: skip
+    click.echo(printable(f"{output}: {len(hit.tensors)} tensors, {size(nbytes)}, from {hit.tier} "
+                         f"({hit.encoding}, {lossy}), {duration(hit.age_s)} old"))  # fmt: skip
 
 
 @click.command()

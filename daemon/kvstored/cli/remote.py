@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,5 +45,13 @@ def _client(address: str, timeout_s: float) -> "Client":
 
 
 def print_json(value: object) -> None:
-    """One line of JSON."""
-    click.echo(json.dumps(value, separators=(", ", ": ")))
+    """One line of JSON, in ASCII. What JSON has no number for is null: NaN, infinity."""
+    click.echo(json.dumps(_known(value), separators=(", ", ": "), allow_nan=False))
+
+
+def _known(value: object) -> object:
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _known(inner) for name, inner in value.items()}
+    return [_known(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
+from kvstore.printable import printable
+
 _SIZE_STEP = 1024
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
@@ -18,6 +20,8 @@ def size(nbytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """93784 -> "1d2h"; 0.0123 -> "12ms"."""
+    if not isfinite(seconds):
+        return "-"
     if seconds < 1:
         return f"{max(seconds, 0.0) * 1000:.0f}ms"
     if seconds < _MINUTE_S:
@@ -53,7 +57,8 @@ def receipt_dict(receipt: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Lines of a table; the first `left` columns are aligned left, the others right."""
+    """Lines of a table; the first `left` columns are aligned left, the others right. Controls are escaped."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = []
     for row in (head, *rows):

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from kvstore import arrays
-from kvstore.dtypes import BY_NAME, BY_SAFETENSORS
+from kvstore.boundary import Blaming
+from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
 from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.hit import TensorInfo
-from kvstore.safetensors_header import HEADER_MAX_NBYTES, Slot, parse_header, write_header
+from kvstore.safetensors_header import HEADER_MAX_NBYTES, Slot, open_regular, parse_header, write_header
 
 _LENGTH_NBYTES = 8
 _PIECE_NBYTES = 8 << 20
@@ -29,28 +30,30 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a file, as read-only arrays over its mapped bytes. Raises InvalidEntry, OSError."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(_LENGTH_NBYTES), "little")
         if not 2 <= length <= HEADER_MAX_NBYTES:
             raise InvalidEntry(f"{path} is no safetensors file: its header says {length} bytes")
         file.seek(0)
         header = file.read(_LENGTH_NBYTES + length)
         nbytes = os.fstat(file.fileno()).st_size - len(header)
-    try:
-        slots, facts = parse_header(header, nbytes)
-    except RecordCorrupt as error:
-        raise InvalidEntry(f"{path} is no safetensors file kvstored takes: {error}") from None
-    data: Bytes = (
-        np.memmap(path, dtype=np.uint8, mode="r", offset=len(header), shape=(nbytes,))
-        if nbytes
-        else np.empty(0, np.uint8)
-    )
-    tensors = {}
-    for name, slot in slots.items():
-        spec = _spec(name, slot, facts)
-        tensors[name] = arrays.from_bytes(spec, data[slot.begin : slot.end], "numpy")
-    arrays.check_specs({name: arrays.describe(name, x) for name, x in tensors.items()})
-    return tensors
+        try:
+            slots, facts = parse_header(header, nbytes)
+        except RecordCorrupt as error:
+            raise InvalidEntry(f"{path} is no safetensors file kvstored takes: {error}") from None
+        specs = {name: _spec(name, slot, facts) for name, slot in slots.items()}
+        arrays.check_specs(specs)
+        # Of the file that is open: another one may have its name by now.
+        data: Bytes = (
+            np.memmap(file, dtype=np.uint8, mode="r", offset=len(header), shape=(nbytes,))
+            if nbytes
+            else np.empty(0, np.uint8)
+        )
+    with Blaming(InvalidEntry, str(path)):
+        return {
+            name: arrays.from_bytes(spec, data[slots[name].begin : slots[name].end], "numpy")
+            for name, spec in specs.items()
+        }
 
 
 def write_tensors(
@@ -77,7 +80,7 @@ def write_tensors(
 def _spec(name: str, slot: Slot, facts: Mapping[str, str]) -> TensorInfo:
     told = facts.get(_DTYPE_FACT + name)
     if told is None:
-        return TensorInfo(BY_SAFETENSORS[slot.dtype].name, slot.shape)
+        return TensorInfo(FROM_SAFETENSORS[slot.dtype].name, slot.shape)
     kind = BY_NAME.get(told)
     if kind is None or slot.dtype != "U8" or slot.shape[-1:] != (kind.itemsize,):
         raise InvalidEntry(f"tensor {name!r}: its bytes are no {told!r:.40}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.errors import TierUnavailable
+from kvstore.printable import printable
 from kvstore.stats import Stats
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, size, table
@@ -60,7 +61,7 @@ def repeat(look: Callable[[], None], interval_s: float, count: int | None) -> No
             except TierUnavailable as error:
                 if count is not None:
                     raise
-                click.echo(f"kvstored: no answer: {error}", err=True)
+                click.echo(f"kvstored: no answer: {printable(error)}", err=True)
             done += 1
             if count is not None and done >= count:
                 return
@@ -112,7 +113,7 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
     )
     causes = [(name.removeprefix("misses_"), n) for name, n in sorted(v.items()) if name.startswith("misses_") and n]
     if causes:
-        lines.append("misses: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in causes))
+        lines.append("misses: " + ", ".join(f"{n:,.0f} {printable(cause)}" for cause, n in causes))
     for kind, head in KINDS.items():
         found = accounts(kind, before, now, span_s)[:_ROWS]
         rows = [(a.name, f"{a.hits_per_s:,.1f}", f"{a.hits:,}", f"{a.entries:,}", size(a.nbytes)) for a in found]
