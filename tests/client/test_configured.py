@@ -2,7 +2,7 @@
 
 import ctypes
 import dataclasses
-import datetime
+import datetime as dt
 import enum
 import functools
 import itertools
@@ -93,7 +93,7 @@ def test_a_field_that_nobody_has_heard_of_is_in_the_digest() -> None:
 def test_values_of_other_types_are_other_values() -> None:
     values = [
         1, 1.0, True, "1", b"1", None, "None", Kind.ONE, Level.ONE, [1], {1: 1}, {"1": 1}, {1}, Path("1"),
-        torch.float16, "torch.float16", torch.tensor([1]), torch.tensor([1.0]), int, datetime.date(2026, 1, 1),
+        torch.float16, "torch.float16", torch.tensor([1]), torch.tensor([1.0]), int, dt.date(2026, 1, 1),
         re.compile("1"), functools.partial(int, 1), float("nan"), [[1], []], [[], [1]],
     ]  # fmt: skip
     for one, other in itertools.combinations(values, 2):
