@@ -96,7 +96,7 @@ def c_numbers(params: ctypes.Structure, harmless: Harmless) -> dict[str, Any]:
     harmless: names of fields ("*.field"): a pointer is an address, so one that matters must be represented otherwise.
     """
     found: dict[str, Any] = {}
-    for name, *_ in params._fields_:  # type: ignore[misc]  # some fields are triples
+    for name, *_ in params._fields_:  # some fields are triples
         if f"*.{name}" in harmless:
             continue
         x = getattr(params, name)
@@ -113,7 +113,7 @@ def c_numbers(params: ctypes.Structure, harmless: Harmless) -> dict[str, Any]:
 
 def _is_pointer(params: ctypes.Structure, name: str) -> bool:
     kind = next(each[1] for each in params._fields_ if each[0] == name)
-    return kind is ctypes.c_void_p or issubclass(kind, ctypes._Pointer | ctypes._CFuncPtr)  # noqa: SLF001 - no public name
+    return kind is ctypes.c_void_p or not issubclass(kind, ctypes._SimpleCData)  # noqa: SLF001 - no public name
 
 
 def _slots(kind: type) -> list[str]:
@@ -244,6 +244,6 @@ def _array(x: Any, at: str) -> Any:
 def _own_words(x: Any, at: str) -> str:
     """The repr of a value without fields (a date, a range, a Decimal), where its type has one that is no address."""
     text = repr(x)
-    if type(x).__repr__ is object.__repr__ or _ADDRESS.search(text):
+    if _ADDRESS.search(text):  # object's own repr has one, too
         raise NoStableForm(f"{at} is a {type(x).__qualname__}, which has neither fields nor a form of its own")
     return text

@@ -92,7 +92,8 @@ def _guard_of(params: dict[str, Any]) -> Guard:
 def _key_of(root: bytes, key: Any) -> bytes:
     """Our key for LMCache's: all of its fields, told apart by name and type."""
     fields = [type(key).__name__]
-    for name in _names_of(type(key)):
+    kind: Any = type(key)
+    for name in _names_of(kind):
         x = getattr(key, name)
         fields.append(f"{name}={x.hex()}" if isinstance(x, bytes) else f"{name}={x!r}")
     return hashlib.sha256(root + json.dumps(fields).encode()).digest()

@@ -20,7 +20,7 @@ def other(x: Any) -> Any:  # noqa: PLR0911 - one line for each kind of value
     if isinstance(x, enum.Enum):
         return next((each for each in type(x) if each is not x), "another")
     if isinstance(x, int | float):
-        return x + 1
+        return x + 1 if x + 1 != x else 0  # infinity
     if isinstance(x, str):
         return x + " another"
     if isinstance(x, torch.dtype):

@@ -119,8 +119,8 @@ def test_each_field_of_the_server_s_configuration_is_in_the_identity_unless_the_
             assert same == bool(flips.harmless_name(owner, field, mine._HARMLESS)), f"{name}: {field}"
             count += 1
     assert count > 150
-    with flips.changed(bags, "invented", {"layout": 1}):
-        assert mine._identity(config) != before
+    bags["invented"] = {"layout": 1}
+    assert mine._identity(config) != before
 
 
 def every_leaf(bag: Any) -> Any:
@@ -135,7 +135,7 @@ def every_leaf(bag: Any) -> Any:
     [
         ("layout", "layer_first"),
         ("layout", "page_first_direct"),
-        ("dtype", torch.float16),
+        ("dtype", torch.int8),
         ("page_size", 8),
         ("new", 1),
     ],
