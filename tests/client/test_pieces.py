@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.errors import OverQuota
+from kvstore import pieces
+from kvstore.errors import InvalidEntry, OverQuota
 from kvstore.keys import KEYS_PER_CALL_MAX
 from kvstore.pieces import Pieces, in_pieces
 from kvstore.prefix import Namespace
 from kvstore.store import Store
 from kvstored_client.integrations.guard import Guard
-from tests.conftest import DaemonProcess
 
 N = 10_000
-DOOR_N = {"store": 5_000, "daemon": 10_000, "guard": 5_000}
+DOORS = ("store", "daemon", "guard")
+SMALL = 64
+"""The length of a piece where every verb is tried: what is cut is the same, and quick."""
 IDENTITY: dict[str, Any] = {
     "model": "m", "revision": "r", "dtype": "float32", "layers": 1, "kv_heads": 1, "head_dim": 2, "layout": "lthd",
 }  # fmt: skip
@@ -34,43 +36,62 @@ def value() -> dict[str, Any]:
     return {"x": np.zeros(1, dtype=np.float32)}
 
 
-@pytest.fixture(params=list(DOOR_N))
-def door(request: pytest.FixtureRequest, shared_daemon: DaemonProcess) -> Iterator[tuple[Any, int]]:
-    """A cache and how many keys it is asked with."""
-    n = DOOR_N[request.param]
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "KEYS_PER_CALL_MAX", SMALL)
+
+
+@pytest.fixture(params=DOORS)
+def door(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A cache that takes any number of keys, by one of three ways."""
     if request.param == "store":
         with embedded() as store:
-            yield in_pieces(store), n
+            yield in_pieces(store)
         return
-    client = shared_daemon.client()
-    guarded = Guard(client, lookup_timeout_s=60, fetch_timeout_s=60)
-    yield (guarded if request.param == "guard" else in_pieces(client)), n
+    client = request.getfixturevalue("shared_daemon").client(timeout_s=60)
+    yield Guard(client, lookup_timeout_s=60, fetch_timeout_s=60) if request.param == "guard" else in_pieces(client)
 
 
 def chain(door: str, n: int = N) -> list[bytes]:
     return [f"{door}/{i:05}".encode() for i in range(n)]
 
 
+@pytest.mark.usefixtures("small")
 def test_any_number_of_keys_is_put_matched_got_touched_pinned_and_deleted(
-    door: tuple[Any, int], value: dict[str, Any], request: pytest.FixtureRequest
+    door: Any, value: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
-    cache, n = door
-    keys, held = chain(request.node.name, n), n - 500
-    assert cache.put_many([(key, value) for key in keys[:held]], chain=True) == held
-    assert cache.match(keys) == held
-    assert cache.match([*keys[:4_200], b"another", *keys[4_200:]]) == 4_200
-    assert [at is not None for at in cache.locate(keys)] == [True] * held + [False] * 500
-    assert len(cache.get_many(keys, leading=True)) == held
-    found = cache.get_many([b"another", *keys])
-    assert [hit is not None for hit in found] == [False] + [True] * held + [False] * 500
-    assert found[1 + 4_200].key == keys[4_200]
-    with cache.lease_many(keys, leading=True) as hits:
+    n, held, within = 3 * SMALL, 3 * SMALL - 20, SMALL + 10
+    keys = chain(request.node.name, n)
+    assert door.put_many([(key, value) for key in keys[:held]], chain=True) == held
+    assert door.match(keys) == held
+    assert door.match([*keys[:within], b"another", *keys[within:]]) == within
+    assert [at is not None for at in door.locate(keys)] == [True] * held + [False] * 20
+    assert len(door.get_many(keys, leading=True)) == held
+    found = door.get_many([b"another", *keys])
+    assert [hit is not None for hit in found] == [False] + [True] * held + [False] * 20
+    assert found[1 + within].key == keys[within]
+    with door.lease_many(keys, leading=True) as hits:
         assert sum(hit is not None for hit in hits) == held
-    assert cache.touch(keys) == held
-    assert cache.pin(*keys) == held
-    assert cache.unpin(*keys) == held
-    assert cache.delete(*reversed(keys)) == held
-    assert cache.match(keys) == 0
+    assert door.touch(keys) == held
+    assert door.pin(*keys) == held
+    assert door.unpin(*keys) == held
+    assert door.delete(*reversed(keys)) == held
+    assert door.match(keys) == 0
+
+
+def test_the_real_limit_is_no_limit_of_a_call(door: Any, value: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    keys = chain(request.node.name, KEYS_PER_CALL_MAX + 1)
+    assert door.put_many([(keys[0], value)]) == 1
+    assert door.match(keys) == 1
+    assert sum(at is not None for at in door.locate(keys)) == 1
+    assert [hit is not None for hit in door.get_many(keys)] == [True] + [False] * KEYS_PER_CALL_MAX
+    assert door.touch(keys) == 1
+    assert door.delete(*keys) == 1
+
+
+def test_the_cache_itself_refuses_a_longer_call() -> None:
+    with embedded() as store, pytest.raises(InvalidEntry, match="4096"):
+        store.locate(chain("c", KEYS_PER_CALL_MAX + 1))
 
 
 class Recording:
@@ -140,19 +161,21 @@ def test_a_pinned_chain_over_the_quota_leaves_nothing_pinned() -> None:
     assert not cache.calls
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("where", ["store", "daemon"])
 def test_a_prefix_of_more_chunks_than_a_call_has_keys_is_kept_and_given_back(
-    where: str, shared_daemon: DaemonProcess
+    where: str, request: pytest.FixtureRequest
 ) -> None:
-    n = 4_200
+    n, first = 3 * SMALL, 3 * SMALL - 50
     tokens = list(range(n))
     k, v = torch.randn(2, 1, n, 1, 2).unbind()
     with embedded() as store:
-        client = store if where == "store" else shared_daemon.client(timeout_s=60, framework="torch")
-        space = client.namespace(**{**IDENTITY, "model": f"long {where}"}, chunk_tokens=1)
+        daemon = None if where == "store" else request.getfixturevalue("shared_daemon")
+        cache = store if daemon is None else daemon.client(timeout_s=60, framework="torch")
+        space = cache.namespace(**{**IDENTITY, "model": f"long {where}"}, chunk_tokens=1)
         assert isinstance(space, Namespace)
-        assert space.put_prefix(tokens[:4_150], k[:, :4_150], v[:, :4_150]) == 4_150
-        assert space.put_prefix(tokens, k, v) == 50
+        assert space.put_prefix(tokens[:first], k[:, :first], v[:, :first]) == first
+        assert space.put_prefix(tokens, k, v) == n - first
         assert space.match_prefix(tokens) == n
         assert space.pin_prefix(tokens) == n
         assert space.unpin_prefix(tokens) == n
@@ -162,3 +185,14 @@ def test_a_prefix_of_more_chunks_than_a_call_has_keys_is_kept_and_given_back(
         assert space.get_prefix_hits(tokens)[0] == n
         assert space.forget(tokens) == n
         assert space.match_prefix(tokens) == 0
+
+
+def test_a_prompt_of_over_4096_chunks_is_looked_up_and_forgotten() -> None:
+    n = KEYS_PER_CALL_MAX + 1
+    tokens, k = list(range(n)), torch.ones(1, n, 1, 2)
+    with embedded() as store:
+        space = store.namespace(**IDENTITY, chunk_tokens=1)
+        assert space.put_prefix(tokens[:3], k[:, :3], k[:, :3]) == 3
+        assert space.match_prefix(tokens) == 3
+        assert space.get_prefix(tokens)[0] == 3
+        assert space.forget(tokens) == 3
