@@ -14,12 +14,12 @@ from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.hit import Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import (
     CHUNK_TOKENS,
-    KEYS_PER_CALL_MAX,
     NAMESPACE_MAX_NBYTES,
     Identity,
     chunk_keys,
     tail_keys,
 )
+from kvstore.pieces import in_pieces
 
 TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
@@ -91,7 +91,7 @@ class Namespace:
     """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
 
     def __init__(self, cache: Cache, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        self._cache = cache
+        self._cache = in_pieces(cache)  # a prompt may have more chunks than a call has keys
         self.identity = identity
         self.chunk_tokens = chunk_tokens
         self.digest = identity.digest()
@@ -228,15 +228,9 @@ class Namespace:
                 doomed += tail_keys(parent, rest)
         chunks = set(keys)
         tails = [key for key in doomed if key not in chunks]
-        gone = 0
-        for start in range(0, len(tails), KEYS_PER_CALL_MAX):
-            asked = tails[start : start + KEYS_PER_CALL_MAX]
-            held = [key for key, at in zip(asked, self._cache.locate(asked), strict=True) if at is not None]
-            gone += self._cache.delete(*held, keep_shared=True) if held else 0
-        for start in range(0, len(keys), KEYS_PER_CALL_MAX):
-            stop = len(keys) - start
-            gone += self._cache.delete(*reversed(keys[max(0, stop - KEYS_PER_CALL_MAX) : stop]), keep_shared=True)
-        return gone
+        held = [key for key, at in zip(tails, self._cache.locate(tails), strict=True) if at is not None]
+        gone = self._cache.delete(*held, keep_shared=True) if held else 0
+        return gone + self._cache.delete(*reversed(keys), keep_shared=True)
 
     def _longest(self, token_ids: Sequence[int]) -> list[bytes]:
         """Keys of the longest chain held: whole chunks, then the longest partial one that was put."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore.errors import ConfigError, EntryTooLarge, InvalidEntry, PermissionDenied
 from kvstore.store import Store
 from kvstored_client.breaker import Breaker
 from kvstored_client.integrations.guard import Guard, guarded
@@ -119,6 +120,31 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     if child == 0:
         os._exit(0 if guard.touch([b"a"]) == 7 and guard.later(lambda: None, 1) and guard.flush() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("error", [InvalidEntry, EntryTooLarge, ConfigError, PermissionDenied])
+def test_a_caller_s_error_is_a_miss_and_never_opens_the_breaker_for_others(error: type[Exception]) -> None:
+    def refuse() -> None:
+        raise error("over a limit")
+
+    cache = Scripted(refuse)
+    guard = Guard(cache, lookup_timeout_s=20)
+    for _ in range(10):
+        assert guard.match([b"a"]) == 0
+        assert guard.later(cache.put, 1)
+    assert guard.flush()
+    assert (guard.failures, guard.refused, guard.dropped) == (0, 20, 10)
+    cache.answer = lambda: 1
+    assert guard.match([b"a"]) == 1
+
+
+def test_the_cache_s_own_errors_open_the_breaker_as_before() -> None:
+    guard = Guard(cache := Scripted(fail), lookup_timeout_s=20)
+    for _ in range(3):
+        guard.match([b"a"])
+    cache.answer = lambda: 1
+    assert guard.match([b"a"]) == 0
+    assert (guard.failures, guard.refused) == (3, 0)
 
 
 @pytest.mark.parametrize("name", ["lookup_timeout_s", "fetch_timeout_s"])

@@ -2,8 +2,10 @@
 
 Every call runs on a thread of the guard's and is waited for only so long; what comes later is dropped. So the promise
 holds for any cache, a client of a slow daemon and an embedded store on a slow disk alike, and rests on nobody else's
-timeouts. After three failures in a row the cache is left alone for a while (`breaker`). Puts are made later, on one
-writer's thread, from tensors that nobody changes any more; when too many bytes wait, a put is dropped and counted.
+timeouts. After three failures in a row the cache is left alone for a while (`breaker`). What the cache refuses as given
+(a key, a tensor or an option that no cache would take) is the caller's error: a miss too, but no failure of the cache.
+Calls of any number of keys are made in pieces (`kvstore.pieces`). Puts are made later, on one writer's thread, from
+tensors that nobody changes any more; when too many bytes wait, a put is dropped and counted.
 
 Thread-safe. Fork-safe: a child starts with threads of its own and without the parent's waiting puts.
 """
@@ -20,7 +22,9 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from kvstore.errors import ConfigError, InvalidEntry, PermissionDenied
 from kvstore.hit import Held, Hit, Match
+from kvstore.pieces import in_pieces
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
 
@@ -34,6 +38,9 @@ WAITING_MAX_NBYTES = 1 << 30
 THREADS_MAX = 4
 """As many calls may be overdue at once; with more, the next call is a miss at once."""
 
+_CALLERS = (InvalidEntry, ConfigError, PermissionDenied)
+"""The caller's errors: the next call of somebody else is not worse for them."""
+
 T = TypeVar("T")
 
 
@@ -41,7 +48,8 @@ class Guard:
     """A cache behind deadlines: the verbs of `prefix.Cache`, each a miss where the cache fails or is late.
 
     cache: a Client or a Store; an address; or None for the daemon at the default address.
-    failures: calls answered as a miss because the cache raised or was late. dropped: puts given up.
+    failures: calls answered as a miss because the cache raised or was late. refused: calls that ended in a caller's
+    error. dropped: puts given up.
     """
 
     def __init__(
@@ -60,12 +68,22 @@ class Guard:
         self.fetch_timeout_s = fetch_timeout_s
         self.waiting_max_nbytes = waiting_max_nbytes
         self.failures = 0
+        self.refused = 0
         self.dropped = 0
         self._pid = 0
         self._start_afresh()
         # The first call of a client makes the connection; a lookup's deadline is too short to share with that.
         self._callers.run(_Call(lambda: self.cache.match([b"kvstored"])))
         _alive.add(self)
+
+    @property
+    def cache(self) -> Any:
+        """The cache behind the guard, with calls of any number of keys."""
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._cache = in_pieces(cache)
 
     def _start_afresh(self) -> None:
         self._pid = os.getpid()
@@ -85,7 +103,7 @@ class Guard:
         if not call.done.wait(timeout_s):
             return self._failed(otherwise, f"no answer within {timeout_s} s")
         if call.error is not None:
-            return self._failed(otherwise, f"{type(call.error).__name__}: {call.error}")
+            return self._ended(call.error, otherwise)
         self._breaker.succeeded()
         result: T = call.result
         return result
@@ -160,7 +178,17 @@ class Guard:
             work()
         except Exception as error:  # noqa: BLE001 - the boundary: an engine never hears of a put that failed
             self.dropped += 1
-            self._failed(None, f"a put failed, {type(error).__name__}: {error}")
+            self._ended(error, None)
+
+    def _ended(self, error: Exception, otherwise: T) -> T:
+        """What a call is answered with that ended in an error; whose error it was decides what is counted."""
+        why = f"{type(error).__name__}: {error}"
+        if not isinstance(error, _CALLERS):
+            return self._failed(otherwise, why)
+        self.refused += 1
+        # Once aloud: whoever sends one such call sends many.
+        logger.log(logging.WARNING if self.refused == 1 else logging.DEBUG, "refused, answered as a miss: %s", why)
+        return otherwise
 
     def _failed(self, otherwise: T, why: str) -> T:
         self.failures += 1

@@ -7,14 +7,13 @@ llama.cpp saves its state as one run of bytes in a private format, so a state is
 of the tokens it covers. Beside it there is a pointer for each 32 of its tokens, under the hash of the tokens up to
 there: the longest prefix of a prompt is found by one match over its own hashes, however many states are held, and a
 state serves every prompt that begins like it (llama.cpp drops the rest of it itself). A hit removes nothing.
-Whatever shapes those bytes is in the keys: the model file, LoRA, the parameters of model and context, the library's
-version. With images in the prompt the tokens do not say what was seen: then nothing is kept or found.
+Whatever shapes those bytes is in the keys: the model file, LoRA, all parameters of model and context but `_HARMLESS`,
+the library's version. With images in the prompt the tokens do not say what was seen: then nothing is kept or found, nor
+where a parameter is a pointer that is not understood.
 Trouble of the cache is a KeyError, llama-cpp-python's word for a miss. As little thread-safe as a Llama.
 """
 
-import ctypes
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ from llama_cpp import LlamaState
 from llama_cpp import __version__ as llama_cpp_version
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from kvstore.keys import KEYS_PER_CALL_MAX, chunk_keys, token_bytes
+from kvstore.keys import chunk_keys, token_bytes
+from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import Guard, guarded
 
 __all__ = ["KvstoredLlamaCache"]
@@ -38,11 +38,24 @@ STEP_TOKENS = 32
 """Tokens between pointers. They only choose the state: what is reused of it is counted in single tokens."""
 CANDIDATES = 8
 """Deepest pointers looked at: a state may have been evicted while its pointers are still there."""
-_NUMBERS = (
-    ctypes.c_bool, ctypes.c_int8, ctypes.c_uint8, ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64,
-    ctypes.c_float, ctypes.c_double,
-)  # fmt: skip
-_WITHOUT_EFFECT = frozenset({"n_threads", "n_threads_batch", "no_perf", "use_mmap", "use_mlock", "check_tensors"})
+_THREADS = "how fast, not what"
+_HELD = "a pointer to what the Llama holds, and is in the identity by that"
+_CALLED = "called while a model is read or a graph runs; changes neither"
+_HARMLESS = {
+    "*.n_threads": _THREADS,
+    "*.n_threads_batch": _THREADS,
+    "*.no_perf": "what is measured",
+    "*.use_mmap": "how the file is read",
+    "*.use_mlock": "how the file is read",
+    "*.check_tensors": "how the file is read",
+    "*.tensor_split": _HELD,
+    "*.kv_overrides": _HELD,
+    "*.progress_callback": _CALLED,
+    "*.progress_callback_user_data": _CALLED,
+    "*.cb_eval_user_data": _CALLED,
+    "*.abort_callback": _CALLED,
+    "*.abort_callback_data": _CALLED,
+}
 """Parameters that change neither the state's bytes nor what they mean."""
 
 
@@ -59,7 +72,11 @@ class KvstoredLlamaCache(BaseLlamaCache):  # no __len__: Llama asks `if self.cac
         super().__init__()
         self.guard: Guard = guarded(cache)
         self._llama = llama
-        self._root = _identity(llama, revision, salt)
+        self._root = b""
+        try:
+            self._root = _identity(llama, revision, salt)
+        except configured.NoStableForm as error:
+            logger.warning("nothing is kept or found: %s", error)
         self.hits = self.misses = self.restored_tokens = 0
         self._put_nbytes = 0
 
@@ -118,10 +135,10 @@ class KvstoredLlamaCache(BaseLlamaCache):  # no __len__: Llama asks `if self.cac
 
     def _usable(self) -> bool:
         handler = getattr(self._llama, "chat_handler", None)
-        return not hasattr(handler, "clip_model_path")
+        return bool(self._root) and not hasattr(handler, "clip_model_path")
 
     def _pointers(self, tokens: Sequence[int]) -> list[bytes]:
-        whole = min(len(tokens) // STEP_TOKENS, KEYS_PER_CALL_MAX) * STEP_TOKENS
+        whole = len(tokens) // STEP_TOKENS * STEP_TOKENS
         return chunk_keys(self._root, list(tokens[:whole]), STEP_TOKENS)
 
     def _state_key(self, tokens: list[int]) -> bytes:
@@ -168,20 +185,21 @@ def _bytes(x: Any) -> bytes:
 
 
 def _identity(llama: Any, revision: str | None, salt: str) -> bytes:
-    """Digest of whatever makes saved states interchangeable: the root of all keys, 32 bytes."""
+    """Digest of whatever makes saved states interchangeable: the root of all keys, 32 bytes. Raises NoStableForm."""
     path = Path(llama.model_path)
-    fields = [
-        "llama.cpp", llama_cpp_version, revision if revision is not None else _fingerprint(_parts(path)),
-        _fingerprint([Path(llama.lora_path)]) if llama.lora_path else "", llama.lora_scale, llama._logits_all,  # noqa: SLF001 - as above
-        _numbers(llama.model_params), _numbers(llama.context_params), llama.kv_overrides, salt,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(fields, default=str).encode()).digest()
-
-
-def _numbers(params: ctypes.Structure) -> dict[str, Any]:
-    """A C structure's numbers by name; its pointers are addresses and mean nothing elsewhere."""
-    fields = [(field[0], field[1]) for field in params._fields_]
-    return {name: getattr(params, name) for name, kind in fields if kind in _NUMBERS and name not in _WITHOUT_EFFECT}
+    whole = {
+        "version": llama_cpp_version,
+        "model": revision if revision is not None else _fingerprint(_parts(path)),
+        "lora": _fingerprint([Path(llama.lora_path)]) if llama.lora_path else "",
+        "lora_scale": llama.lora_scale,
+        "logits_all": llama._logits_all,  # noqa: SLF001 - as above
+        "model_params": configured.c_numbers(llama.model_params, _HARMLESS),
+        "context_params": configured.c_numbers(llama.context_params, _HARMLESS),
+        "kv_overrides": llama.kv_overrides,
+        "tensor_split": getattr(llama, "tensor_split", None),
+        "salt": salt,
+    }
+    return configured.digest("llama.cpp", whole)
 
 
 def _parts(path: Path) -> list[Path]:

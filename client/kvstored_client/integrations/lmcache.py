@@ -10,18 +10,23 @@
       remote_storage_plugin.kvstored.module_path: kvstored_client.integrations.lmcache
       remote_storage_plugin.kvstored.class_name: KvstoredConnectorAdapter
 
-LMCache's own keys (model, rank, chunk hash, salt) are the identity; its objects are kept as bytes, exactly.
+The identity is every field of LMCache's own keys (model, rank, chunk hash, salt, tags, and later versions') and, for
+the connector, a digest of the engine's whole metadata and configuration (`_HARMLESS` says what is left out). The server
+tells its adapter nothing of the engines: `namespace` in the parameters is the operator's word for what their model's
+name does not say. Objects are kept as bytes, exactly, and fill only objects of the same shapes, dtypes and format.
 Locks are not taken: a key that was there and is gone again is a miss of its load, which LMCache allows for.
 The adapter's tasks run on threads of its own, and nothing of the cache's trouble is raised.
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,16 +41,43 @@ from lmcache.v1.protocol import RemoteMetadata
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
+from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
 logger = logging.getLogger(__name__)
 
 _DATA, _META = "data", "meta"
+_PLACE = "where a process or its peers are, not what they compute"
+_SIZE = "how much memory, not what is in a chunk"
+_HARMLESS = {
+    "LMCacheMetadata.worker_id": "in each key",
+    "LMCacheMetadata.local_worker_id": _PLACE,
+    "LMCacheMetadata.local_world_size": _PLACE,
+    "LMCacheMetadata.role": "the scheduler's process asks for what the workers' keep",
+    "LMCacheMetadata.engine_id": "random, and new at each start",
+    "LMCacheMetadata.served_model_name": "what clients call the model",
+    "LMCacheMetadata.kv_layer_groups_manager": "made of the model while a worker starts; not there in the scheduler",
+    "LMCacheMetadata.kv_connector_extra_config": "ports, and the configuration that is in",
+    "LMCacheEngineConfig.lmcache_instance_id": "a name of the process",
+    "LMCacheEngineConfig.max_local_cpu_size": _SIZE,
+    "LMCacheEngineConfig.max_local_disk_size": _SIZE,
+    "LMCacheEngineConfig.local_cpu": _SIZE,
+    "LMCacheEngineConfig.local_disk": _PLACE,
+    "LMCacheEngineConfig.remote_url": _PLACE,
+    "extra_config.kvstored.address": _PLACE,
+    "extra_config.kvstored.lookup_timeout_s": "how long a call is waited for",
+    "extra_config.kvstored.fetch_timeout_s": "how long a call is waited for",
+}
+"""All that is not in the identity. A field that is not here is in it, those of other versions of LMCache included."""
+_NOT_THE_KEY = ("request_configs",)
+"""Fields of a key that LMCache does not compare: its tags are a field of their own, the rest is for this request."""
 
 
 def _guard_of(params: dict[str, Any]) -> Guard:
     """The guard that a configuration asks for. Raises TypeError for a setting that is none."""
-    known: dict[str, Any] = {"address": None, "lookup_timeout_s": LOOKUP_TIMEOUT_S, "fetch_timeout_s": FETCH_TIMEOUT_S}
+    known: dict[str, Any] = {
+        "address": None, "lookup_timeout_s": LOOKUP_TIMEOUT_S, "fetch_timeout_s": FETCH_TIMEOUT_S, "namespace": "",
+    }  # fmt: skip
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise TypeError(f"unknown setting {unknown[0]!r}; known: {', '.join(known)}")
@@ -57,17 +89,44 @@ def _guard_of(params: dict[str, Any]) -> Guard:
     )
 
 
-def _key_of(*fields: object) -> bytes:
-    text = json.dumps([f.hex() if isinstance(f, bytes) else str(f) for f in fields])
-    return hashlib.sha256(text.encode()).digest()
+def _key_of(root: bytes, key: Any) -> bytes:
+    """Our key for LMCache's: all of its fields, told apart by name and type."""
+    fields = [type(key).__name__]
+    kind: Any = type(key)
+    for name in _names_of(kind):
+        x = getattr(key, name)
+        fields.append(f"{name}={x.hex()}" if isinstance(x, bytes) else f"{name}={x!r}")
+    return hashlib.sha256(root + json.dumps(fields).encode()).digest()
 
 
-def _object_key(key: Any) -> bytes:
-    return _key_of("L2", key.model_name, key.kv_rank, key.object_group_id, key.cache_salt, key.chunk_hash)
+@lru_cache(maxsize=64)
+def _names_of(kind: type) -> tuple[str, ...]:
+    return tuple(each.name for each in dataclasses.fields(kind) if each.name not in _NOT_THE_KEY)
+
+
+def _form_of(obj: Any) -> torch.Tensor:
+    """What an object's bytes are, as bytes: shapes, dtypes and memory format."""
+    try:
+        shapes, dtypes = obj.get_shapes(), obj.get_dtypes()
+    except AssertionError:  # LMCache's word for an object of one tensor
+        shapes, dtypes = [obj.get_shape()], [obj.get_dtype()]
+    form = configured.canonical([[list(shape) for shape in shapes], list(dtypes), obj.get_memory_format()])
+    return torch.frombuffer(bytearray(json.dumps(form).encode()), dtype=torch.uint8)
 
 
 def _bytes_of(obj: Any) -> torch.Tensor:
     return torch.frombuffer(obj.byte_array, dtype=torch.uint8)
+
+
+def _fills(tensors: Any, obj: Any) -> bool:
+    """Copy an entry into an object. False: it is of another shape, dtype or format."""
+    data, form, target, due = tensors.get(_DATA), tensors.get(_META), _bytes_of(obj), _form_of(obj)
+    if data is None or form is None or data.shape != target.shape or data.dtype != target.dtype:
+        return False
+    if form.shape != due.shape or not torch.equal(form, due):
+        return False
+    target.copy_(data)
+    return True
 
 
 class KvstoredL2Adapter(L2AdapterInterface):
@@ -76,6 +135,7 @@ class KvstoredL2Adapter(L2AdapterInterface):
     def __init__(self, params: dict[str, Any] | None = None, **_: Any) -> None:
         super().__init__()
         self._guard = _guard_of(params or {})
+        self._root = configured.digest("lmcache-l2", {"namespace": str((params or {}).get("namespace", ""))})
         self._efds = {name: create_event_notifier() for name in ("store", "lookup", "load")}
         self._lock = threading.Lock()
         self._last_task = 0
@@ -129,7 +189,7 @@ class KvstoredL2Adapter(L2AdapterInterface):
 
     def delete(self, keys: list[Any]) -> None:
         """Forget keys."""
-        self._guard.delete(*map(_object_key, keys))
+        self._guard.delete(*self._keys(keys))
 
     def report_status(self) -> dict[str, Any]:
         """What LMCache shows of this adapter."""
@@ -160,9 +220,15 @@ class KvstoredL2Adapter(L2AdapterInterface):
         self._threads[kind].submit(run)
         return task
 
+    def _keys(self, keys: list[Any]) -> list[bytes]:
+        return [_key_of(self._root, key) for key in keys]
+
     def _store(self, keys: list[Any], objects: list[Any]) -> Any:
         # Copies: a put given up at its deadline may still be reading when LMCache reuses the object.
-        entries = [(_object_key(key), {_DATA: _bytes_of(obj).clone()}) for key, obj in zip(keys, objects, strict=True)]
+        entries = [
+            (key, {_DATA: _bytes_of(obj).clone(), _META: _form_of(obj)})
+            for key, obj in zip(self._keys(keys), objects, strict=True)
+        ]
         stored = self._guard.put_many(entries, fidelity="exact")
         if stored != len(entries):
             return L2StoreResult(False, 0)
@@ -172,19 +238,16 @@ class KvstoredL2Adapter(L2AdapterInterface):
 
     def _lookup(self, keys: list[Any]) -> Any:
         found = Bitmap(len(keys))
-        for i, held in enumerate(self._guard.locate([_object_key(key) for key in keys])):
+        for i, held in enumerate(self._guard.locate(self._keys(keys))):
             if held is not None:
                 found.set(i)
         return found
 
     def _load(self, keys: list[Any], objects: list[Any]) -> Any:
         found = Bitmap(len(keys))
-        hits = self._guard.get_many([_object_key(key) for key in keys])
+        hits = self._guard.get_many(self._keys(keys))
         for i, (hit, obj) in enumerate(zip(hits, objects, strict=True)):
-            data = None if hit is None else hit.tensors.get(_DATA)
-            target = _bytes_of(obj)
-            if data is not None and data.shape == target.shape and data.dtype == target.dtype:
-                target.copy_(data)
+            if hit is not None and _fills(hit.tensors, obj):
                 found.set(i)
         self._notify_keys_accessed([key for i, key in enumerate(keys) if found.test(i)])
         return found
@@ -213,6 +276,12 @@ class KvstoredConnector(RemoteConnector):
         extra = context.config.extra_config or {}
         own = {name[len("kvstored.") :]: value for name, value in extra.items() if name.startswith("kvstored.")}
         self._guard = _guard_of(own)
+        self._root: bytes | None = None
+        try:
+            whole = {"metadata": context.metadata, "config": context.config}
+            self._root = configured.digest("lmcache-remote", whole, _HARMLESS)
+        except configured.NoStableForm as error:
+            logger.warning("running without the store: %s", error)
         self._local = context.local_cpu_backend
 
     async def exists(self, key: Any) -> bool:
@@ -221,14 +290,14 @@ class KvstoredConnector(RemoteConnector):
 
     def exists_sync(self, key: Any) -> bool:
         """Whether the key is held."""
-        return self._guard.match([_key_of("remote", key.to_string())]) > 0
+        return self._root is not None and self._guard.match([_key_of(self._root, key)]) > 0
 
     async def get(self, key: Any) -> Any:
         """The object, in memory of LMCache's; None on a miss."""
         return await asyncio.to_thread(self._get, key)
 
     def _get(self, key: Any) -> Any:
-        hit = self._guard.get(_key_of("remote", key.to_string()))
+        hit = None if self._root is None else self._guard.get(_key_of(self._root, key))
         if hit is None or not {_DATA, _META} <= hit.tensors.keys():
             return None
         try:
@@ -248,11 +317,13 @@ class KvstoredConnector(RemoteConnector):
 
     async def put(self, key: Any, memory_obj: Any) -> None:
         """Put the object."""
+        if self._root is None:
+            return
         data = _bytes_of(memory_obj).clone()  # a put given up at its deadline may still be reading
         shapes, dtypes = memory_obj.get_shapes(), memory_obj.get_dtypes()
         meta = RemoteMetadata(data.numel(), shapes, dtypes, memory_obj.get_memory_format()).serialize()
         entry = {_DATA: data, _META: torch.frombuffer(bytearray(meta), dtype=torch.uint8)}
-        entries = [(_key_of("remote", key.to_string()), entry)]
+        entries = [(_key_of(self._root, key), entry)]
         await asyncio.to_thread(lambda: self._guard.put_many(entries, fidelity="exact"))
 
     async def list(self) -> list[str]:

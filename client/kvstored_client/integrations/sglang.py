@@ -4,17 +4,20 @@
     '{"backend_name": "kvstored", "module_path": "kvstored_client.integrations.sglang",
       "class_name": "KvstoredHiCache", "interface_v1": 1, "address": "unix:/run/kvstored/kvstored.sock"}'
 
-SGLang's page hashes are chained and salted; model, ranks and layout are added to them here, so that another shard's or
-layout's page is another key. Dtype and size are checked against the page that SGLang asks to fill.
+SGLang's page hashes are chained and salted. Added to them is a digest of everything configured: the whole configuration
+of the storage with all ranks and sizes, that of the server (model, dtypes, attention, LoRA, parallelism), and what the
+host pool says of itself, its layout above all (`_HARMLESS` says what is left out). A pool of FP8 holds bytes, whatever
+they mean: where SGLang has not published the server's configuration nothing is kept, unless `namespace` in the extra
+config, the operator's word for it all, is set. Dtype and size are checked against the page that SGLang asks to fill.
 Never raises on the data path: SGLang's controller threads take that for their end. Thread-safe.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import sglang
 import torch
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
@@ -26,12 +29,64 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from kvstore.hit import Fidelity
+from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _KV = str(PoolName.KV)
+_PLACE = "where a process or its peers are, not what they compute"
+_SIZE = "how much memory or how many requests, not what is in a page"
+_WHEN = "when pages move, not what is in them"
+_HARMLESS = {
+    "HiCacheStorageConfig.enable_storage_metrics": "what is reported",
+    "HiCacheStorageConfig.dp_rank": "replicas compute the same pages",
+    "extra_config.address": _PLACE,
+    "extra_config.lookup_timeout_s": "how long a call is waited for",
+    "extra_config.fetch_timeout_s": "how long a call is waited for",
+    "server.serving": "how requests come in and answers go out",
+    "server.schedule": _SIZE,
+    "server.observability": "what is reported",
+    "server.disagg": _PLACE,
+    "server.device": _PLACE,
+    "_ConfigBag._fields": "the same values a second time",
+    "_ConfigBag._subs": "the same values a second time",
+    "_ConfigBag.nccl_port": _PLACE,
+    "_ConfigBag.dist_init_addr": _PLACE,
+    "_ConfigBag.dist_timeout": _PLACE,
+    "_ConfigBag.gated_launch_port": _PLACE,
+    "_ConfigBag.node_rank": _PLACE,
+    "_ConfigBag.load_balance_method": _WHEN,
+    "_ConfigBag.pp_max_micro_batch_size": _SIZE,
+    "_ConfigBag.download_dir": _PLACE,
+    "_ConfigBag.engine_info_bootstrap_port": _PLACE,
+    "_ConfigBag.weight_cache_socket": _PLACE,
+    "_ConfigBag.weight_cache_timeout": _PLACE,
+    "_ConfigBag.hicache_ratio": _SIZE,
+    "_ConfigBag.hicache_size": _SIZE,
+    "_ConfigBag.hicache_host_memory_fraction": _SIZE,
+    "_ConfigBag.hicache_write_policy": _WHEN,
+    "_ConfigBag.hicache_storage_prefetch_policy": _WHEN,
+    "_ConfigBag.hicache_storage_prefetch_retry_poll_interval": _WHEN,
+    "_ConfigBag.hicache_storage_prefetch_retry_max_attempts": _WHEN,
+    "_ConfigBag.hicache_storage_backend_extra_config": "in already, as extra_config",
+    "_ConfigBag.watermark_key": "a password",
+    "_ConfigBag.watermark_key_b": "a password",
+}
+"""All of the configuration that is not in the identity. What is not here is in it, other versions' fields included."""
+_POOL_HARMLESS = {
+    "*.size": _SIZE,
+    "*.page_num": _SIZE,
+    "*.logical_size": _SIZE,
+    "*.device_capacity_tokens": _SIZE,
+    "*.num_release_slots": _SIZE,
+    "*.device": _PLACE,
+    "*.fd": _PLACE,
+    "*.pin_memory": _PLACE,
+    "*.can_use_write_back_jit": "how pages are copied",
+}
+"""The same of a host pool's plain attributes."""
 
 
 class KvstoredHiCache(HiCacheStorage):
@@ -47,8 +102,31 @@ class KvstoredHiCache(HiCacheStorage):
         )
         # "auto" lets pages become NF4 below hot; the default gives back every bit.
         self._fidelity: Fidelity = "auto" if extra.get("fidelity") == "auto" else "exact"
-        self._identity = _identity(storage_config)
+        self._root = self._understood(lambda: _identity(storage_config))
+        self._pools: dict[str, bytes | None] = {}
         self.registered_pools: dict[str, Any] = {}
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        """The host pool of KV pages."""
+        super().register_mem_pool_host(mem_pool_host)
+        self._pools[_KV] = self._pool_root(_KV, mem_pool_host)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """A host pool beside it, or it again."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        self._pools[str(host_pool_name)] = self._pool_root(str(host_pool_name), host_pool)
+
+    def _pool_root(self, name: str, pool: Any) -> bytes | None:
+        facts = configured.plain_attributes(pool, _POOL_HARMLESS)
+        whole = {"root": self._root, "pool": name, "facts": facts}
+        return self._root and self._understood(lambda: configured.digest("sglang-pool", whole))
+
+    def _understood(self, work: Callable[[], bytes]) -> bytes | None:
+        try:
+            return work()
+        except configured.NoStableForm as error:
+            logger.warning("running without the store: %s", error)
+            return None
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> torch.Tensor | None:
         """The page under a key, in `target_location` where that is given; None on a miss."""
@@ -176,26 +254,44 @@ class KvstoredHiCache(HiCacheStorage):
         return [stored == len(entries)] * len(entries)
 
     def _keys(self, pool_name: str, keys: list[str]) -> list[bytes]:
-        base = f"{self._identity}\0{pool_name}\0"
-        return [hashlib.sha256((base + key).encode()).digest() for key in keys]
+        """Our keys for SGLang's. Raises _Off where nothing is kept of this pool."""
+        root = self._pools.get(pool_name, self._root)
+        if root is None:
+            raise _Off(pool_name)
+        base = root + pool_name.encode() + b"\0"
+        return [hashlib.sha256(base + key.encode()).digest() for key in keys]
 
     def _safely(self, work: Callable[[], T], otherwise: T) -> T:
         try:
             return work()
+        except _Off:  # said when it was found out
+            return otherwise
         except Exception as error:  # noqa: BLE001 - the boundary: SGLang's threads end with an exception
             logger.warning("answered as a miss: %s: %s", type(error).__name__, error)
             return otherwise
 
 
-def _identity(config: HiCacheStorageConfig) -> str:
-    """Whose pages these are. MLA models hold the same on all tensor-parallel ranks of a shard."""
-    shard = [config.dcp_rank, config.dcp_size] if config.is_mla_model else [config.tp_rank, config.tp_size]
-    fields = [
-        "sglang", config.model_name, config.is_mla_model, shard, config.pp_rank, config.pp_size,
-        config.attn_cp_rank, config.attn_cp_size, config.is_page_first_layout, config.should_split_heads,
-        config.tp_lcm_size, config.logical_page_size, (config.extra_config or {}).get("namespace", ""),
-    ]  # fmt: skip
-    return json.dumps(fields)
+class _Off(Exception):
+    """Nothing is kept of this pool."""
+
+
+def _identity(config: HiCacheStorageConfig) -> bytes:
+    """Whose pages these are. Raises NoStableForm. MLA models hold the same on all tensor-parallel ranks of a shard."""
+    whole = {"version": sglang.__version__, "storage": config, "server": _server()}
+    if whole["server"] is None and not (config.extra_config or {}).get("namespace"):
+        raise configured.NoStableForm("SGLang has not published its configuration, and no namespace is set")
+    harmless = {**_HARMLESS, "HiCacheStorageConfig.tp_rank": "MLA: the same on all ranks"}
+    return configured.digest("sglang", whole, harmless if config.is_mla_model else _HARMLESS)
+
+
+def _server() -> dict[str, Any] | None:
+    """The server's resolved configuration by namespace; None where this process has none."""
+    try:
+        from sglang.srt.runtime_context import get_context
+
+        return dict(get_context()._config_bags) or None  # noqa: SLF001 - public access asks for each by name
+    except (ImportError, AttributeError, TypeError):
+        return None
 
 
 def _page_starts(pool: Any, keys: list[str], host_indices: torch.Tensor | None) -> list[int]:

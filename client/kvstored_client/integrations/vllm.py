@@ -6,19 +6,23 @@
         "kv_connector_extra_config": {"address": "unix:/run/kvstored/kvstored.sock"}}'
 
 Set the policy: vLLM's default ("fail") ends a request whose block was there at the lookup and is gone at the load.
-Keys come from `request.block_hashes`, which cover salt, LoRA and embeddings, never from token ids. All ranks' shards
-of a block must be held for it to count. A block is one entry of all layers as they lie in the paged buffer, K and V
-packed or not, and moved as bytes of their dtype.
+Keys come from `request.block_hashes`, which cover salt, images, LoRA's name and path and embeddings, never from token
+ids; the bytes of a LoRA adapter's files are added here, and a request whose adapter cannot be read runs without the
+store. The rest of a key is a digest of the whole configuration (`_HARMLESS` says what is left out) and the rank. It is
+made in the scheduler, and the workers are told: what a worker changes in its own copy cannot part the two. All ranks'
+shards of a block must be held for it to count. A block is one entry of all layers as they lie in the paged buffer, K
+and V packed or not, and moved as bytes of their dtype.
 Only full attention in one cache group; other models run without the store. Never raises into the engine.
 """
 
 import hashlib
-import json
 import logging
+import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -27,21 +31,88 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore.hit import Fidelity
+from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
 logger = logging.getLogger(__name__)
 
 _UNDERSTOOD = ("FullAttentionSpec", "MLAAttentionSpec")
+_SAID_MAX = 1000
+"""Reasons that are logged, once each."""
 _APART_DIM = 5
 """(blocks, 2, tokens, heads, head_dim)."""
+_PLACE = "where a process or its peers are, not what they compute"
+_SIZE = "how much memory or how many requests, not what is in a block"
+_OUTPUT = "what is done with the logits: the blocks are there before"
+_HARMLESS = {
+    "ParallelConfig.rank": "in each key, beside the digest",
+    "ParallelConfig.data_parallel_rank": "replicas compute the same blocks",
+    "ParallelConfig.data_parallel_rank_local": "replicas compute the same blocks",
+    "ParallelConfig.data_parallel_index": "replicas compute the same blocks",
+    "ParallelConfig.data_parallel_master_ip": _PLACE,
+    "ParallelConfig.data_parallel_master_port": _PLACE,
+    "ParallelConfig.data_parallel_rpc_port": _PLACE,
+    "ParallelConfig._data_parallel_master_port_list": _PLACE,
+    "ParallelConfig._coord_store_port": _PLACE,
+    "ParallelConfig._api_process_count": _PLACE,
+    "ParallelConfig._api_process_rank": _PLACE,
+    "ParallelConfig.master_addr": _PLACE,
+    "ParallelConfig.master_port": _PLACE,
+    "ParallelConfig.node_rank": _PLACE,
+    "ParallelConfig.numa_bind_nodes": _PLACE,
+    "ParallelConfig.numa_bind_cpus": _PLACE,
+    "ParallelConfig.assigned_physical_gpu_ids": _PLACE,
+    "ParallelConfig.placement_group": _PLACE,
+    "ParallelConfig.ray_runtime_env": _PLACE,
+    "CacheConfig.gpu_memory_utilization": _SIZE,
+    "CacheConfig.num_gpu_blocks": _SIZE,
+    "CacheConfig.num_gpu_blocks_override": _SIZE,
+    "CacheConfig.num_cpu_blocks": _SIZE,
+    "CacheConfig.kv_cache_size_tokens": _SIZE,
+    "CacheConfig.kv_cache_max_concurrency": _SIZE,
+    "CacheConfig.kv_cache_memory_bytes": _SIZE,
+    "CacheConfig.kv_offloading_size": _SIZE,
+    "KVCacheConfig.num_blocks": _SIZE,
+    "KVCacheConfig.kv_cache_tensors": _SIZE,
+    "KVCacheConfig.hisparse_host_num_blocks": _SIZE,
+    "ModelConfig.hf_token": "a password",
+    "ModelConfig.served_model_name": "what clients call the model",
+    "ModelConfig.allowed_local_media_path": _PLACE,
+    "ModelConfig.max_logprobs": _OUTPUT,
+    "ModelConfig.logprobs_mode": _OUTPUT,
+    "*._name_or_path": "where a configuration was read from: the model's name is in, and all of the configuration",
+    "DeviceConfig.device": "which card; its type is in",
+    "LoadConfig.download_dir": _PLACE,
+    "LoadConfig.use_tqdm_on_load": "a progress bar",
+    "KVTransferConfig.engine_id": "random, and new at each start",
+    "KVTransferConfig.kv_port": _PLACE,
+    "KVTransferConfig.kv_role": "who computes blocks and who reads them share them",
+    "KVTransferConfig.kv_load_failure_policy": "what happens without a block",
+    "kv_connector_extra_config.address": _PLACE,
+    "kv_connector_extra_config.lookup_timeout_s": "how long a call is waited for",
+    "kv_connector_extra_config.fetch_timeout_s": "how long a call is waited for",
+    "VllmConfig.instance_id": "random, and new at each start",
+    "VllmConfig.scheduler_config": _SIZE,
+    "VllmConfig.compilation_config": "how kernels are made; filled with live layers and graphs while the engine starts",
+    "VllmConfig.observability_config": "what is reported",
+    "VllmConfig.profiler_config": "what is reported",
+    "VllmConfig.logging_config": "what is reported",
+    "VllmConfig.kv_events_config": "what is reported",
+    "VllmConfig.structured_outputs_config": _OUTPUT,
+    "VllmConfig.reasoning_config": _OUTPUT,
+    "VllmConfig.watermark_config": _OUTPUT,
+    "VllmConfig.shutdown_timeout": "how an engine ends",
+}
+"""All that is not in the identity. A field that is not here is in it, those of other versions of vLLM included."""
 _BLOCKS_PER_FETCH = 8
 """Blocks of one call: a block of 128 tokens has 5 MB or more, and a fetch has a deadline."""
 
 
 @dataclass
 class _Work(KVConnectorMetadata):
-    """What a step's worker loads and keeps: block hashes and where the blocks are."""
+    """What a step's worker loads and keeps: block hashes and where the blocks are. root: the scheduler's identity."""
 
+    root: bytes = b""
     loads: list[tuple[bytes, int]] = field(default_factory=list)
     saves: list[tuple[bytes, int]] = field(default_factory=list)
 
@@ -51,6 +122,7 @@ class _Tracked:
     """A request in the scheduler: its blocks so far, and how many leading ones need no saving."""
 
     request: Any
+    salt: bytes
     saved: int = 0
     first_load: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -69,19 +141,23 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         )
         # "auto" lets blocks become NF4 below hot; the default gives back every bit.
         self._fidelity: Fidelity = "auto" if extra.get("fidelity") == "auto" else "exact"
-        self._block_size = int(vllm_config.cache_config.block_size)
-        parallel = vllm_config.parallel_config
-        self._ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
-        self._rank = int(getattr(parallel, "rank", 0)) % self._ranks
-        self._root = _identity(vllm_config, extra)
-        self._on = _understood(kv_cache_config)
-        if not self._on:
-            logger.warning("this model's cache is not one group of full attention: running without the store")
+        self._ranks, self._rank = _ranks(vllm_config.parallel_config)
+        self._root = b""
+        why_not = _not_understood(kv_cache_config)
+        try:
+            self._root = _identity(vllm_config, kv_cache_config)
+            self._block_size = 1 if why_not else _tokens_per_block(vllm_config, kv_cache_config)
+        except (configured.NoStableForm, ValueError) as error:
+            why_not = why_not or str(error)
+        self._on = not why_not
+        if why_not:
+            logger.warning("running without the store: %s", why_not)
         self._head_dim = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.head_size) if self._on else 0
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[tuple[bytes, int]] = []
         self._layers: dict[str, torch.Tensor] = {}
         self._failed: set[int] = set()
+        self._said: set[str] = set()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -95,13 +171,17 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._on:
             return 0, False
         try:
-            hashes = self._hashes(request)[: (request.num_tokens - 1) // self._block_size]
+            salt = adapters.salt_of(request)
+            hashes = _hashes(request, salt)[: (request.num_tokens - 1) // self._block_size]
             held = self._held(hashes)
+        except adapters.Unknown as error:
+            self._say_once(f"requests run without the store: {error}")
+            return 0, False
         except Exception:
             logger.exception("a lookup failed")
             return 0, False
         first = num_computed_tokens // self._block_size
-        self._tracked[request.request_id] = _Tracked(request, saved=held, first_load=first)
+        self._tracked[request.request_id] = _Tracked(request, salt, saved=held, first_load=first)
         return max(0, held - first) * self._block_size, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -111,12 +191,12 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             return
         ids = blocks.get_block_ids()[0]
         last = tracked.first_load + num_external_tokens // self._block_size
-        hashes = self._hashes(request)
+        hashes = _hashes(request, tracked.salt)
         self._loads += [(hashes[i], ids[i]) for i in range(tracked.first_load, last)]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """This step's loads, and the blocks that it fills."""
-        work = _Work(loads=self._loads)
+        work = _Work(root=self._root, loads=self._loads)
         self._loads = []
         if not self._on:
             return work
@@ -143,8 +223,15 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         del block_ids
         return self.request_finished(request, [])
 
-    def _hashes(self, request: Any) -> list[bytes]:
-        return [bytes(found) for found in request.block_hashes]
+    def reset_cache(self) -> bool:
+        """Nothing kept so far is found again by this engine: its weights may be others now, and nobody says which."""
+        self._root = hashlib.sha256(self._root + secrets.token_bytes(32)).digest()
+        return True
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said and len(self._said) < _SAID_MAX:
+            self._said.add(text)
+            logger.warning(text)
 
     def _held(self, hashes: list[bytes]) -> int:
         """Leading blocks of which every rank's shard is held."""
@@ -164,7 +251,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         tracked = self._tracked.get(name)
         if tracked is None:
             return []
-        hashes = self._hashes(tracked.request)
+        hashes = _hashes(tracked.request, tracked.salt)
         full = min(tokens // self._block_size, len(hashes), len(tracked.blocks))
         found = [(hashes[i], tracked.blocks[i]) for i in range(tracked.saved, full)]
         tracked.saved = max(tracked.saved, full)
@@ -181,12 +268,16 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         del forward_context, kwargs
         work = self._get_connector_metadata()
         loads = work.loads if isinstance(work, _Work) else []
+        self._told(work)
         for start in range(0, len(loads), _BLOCKS_PER_FETCH):
             part = loads[start : start + _BLOCKS_PER_FETCH]
             hits = self._guard.get_many([self._key(found, self._rank) for found, _ in part])
             for (_, block), hit in zip(part, hits, strict=True):
                 if hit is None or not self._filled_block(block, hit.tensors):
                     self._failed.add(block)
+
+    def _told(self, work: Any) -> None:
+        self._root = getattr(work, "root", b"") or self._root
 
     def _filled_block(self, block: int, tensors: Any) -> bool:
         targets = self._parts(block)
@@ -218,6 +309,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         """Copy the blocks that this step filled; they are put on another thread."""
         work = self._get_connector_metadata()
         saves = work.saves if isinstance(work, _Work) else []
+        self._told(work)
         for found, block in saves:
             tensors = {name: part.detach().to("cpu", copy=True) for name, part in self._parts(block).items()}
             nbytes = sum(part.numel() * part.element_size() for part in tensors.values())
@@ -240,17 +332,46 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         return hashlib.sha256(self._root + rank.to_bytes(4, "little") + block_hash).digest()
 
 
-def _understood(kv_cache_config: Any) -> bool:
+def _hashes(request: Any, salt: bytes) -> list[bytes]:
+    found = [bytes(each) for each in request.block_hashes]
+    return [hashlib.sha256(salt + each).digest() for each in found] if salt else found
+
+
+def _ranks(parallel: Any) -> tuple[int, int]:
+    """How many shards a block has, and whose this process's is. Ranks of decode context are among the tensor ranks."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+    ranks = 1
+    for name in sizes:
+        ranks *= int(getattr(parallel, name, 1))
+    return ranks, int(getattr(parallel, "rank", 0)) % ranks
+
+
+def _not_understood(kv_cache_config: Any) -> str:
+    """Why this model's cache cannot be kept; "" where it can."""
     groups = getattr(kv_cache_config, "kv_cache_groups", None) or []
-    return len(groups) == 1 and type(groups[0].kv_cache_spec).__name__ in _UNDERSTOOD
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    understood = len(kinds) == 1 and kinds[0] in _UNDERSTOOD
+    return (
+        "" if understood else f"this model's cache is not one group of full attention: {', '.join(kinds) or 'unknown'}"
+    )
 
 
-def _identity(vllm_config: Any, extra: dict[str, Any]) -> bytes:
-    """Digest of whatever makes blocks interchangeable. `namespace` is the operator's word for the weights."""
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    fields = [
-        "vllm", model.model, model.revision, str(model.dtype), model.hf_config.to_json_string(), cache.block_size,
-        cache.cache_dtype, getattr(cache, "prefix_caching_hash_algo", None), parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size, model.quantization, extra.get("namespace", ""),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(fields, default=str).encode()).digest()
+def _tokens_per_block(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Tokens of one block over all ranks: what one of the request's hashes covers. Raises ValueError if they differ."""
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    shared_by = int(getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1))
+    tokens = int(spec.block_size) * (shared_by if getattr(spec, "dcp_sharded", True) else 1)
+    hashed = getattr(kv_cache_config, "hash_block_size", None)
+    if hashed not in (None, tokens):
+        raise ValueError(f"a block has {tokens} tokens and a hash covers {hashed}")
+    return tokens
+
+
+def _identity(vllm_config: Any, kv_cache_config: Any) -> bytes:
+    """Digest of whatever makes blocks interchangeable. Raises NoStableForm.
+
+    The settings of the connector are in it: `namespace`, the operator's word for the weights, and `fidelity`, so that
+    who demands exact bytes is not given what another let become lossy.
+    """
+    whole = {"version": vllm.__version__, "vllm": vllm_config, "kv_cache": kv_cache_config}
+    return configured.digest("vllm", whole, _HARMLESS)

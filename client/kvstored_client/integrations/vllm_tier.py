@@ -6,11 +6,14 @@
 
 Runs in the scheduler's process: no method waits for the cache, `drain_jobs` apart. A lookup answers RETRY until it is
 known; a load that finds nothing fails its job, and vLLM recomputes. Jobs run in order on one thread of the tier's.
+Keys are vLLM's own, under a digest of the whole offloading configuration (`_HARMLESS` says what is left out). vLLM does
+not tell a tier of the model's weights, RoPE, quantization or LoRA files: `namespace` in the tier's settings is the
+operator's word for those.
 """
 
 import hashlib
-import json
 import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -20,9 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, RequestOffloadingContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
+from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,19 @@ _KNOWN_MAX = 65_536
 """Answers of lookups that are kept."""
 _KNOWN_S = 5.0
 """An answer is good for so long: another host may put or evict the block meanwhile."""
+_PLACE = "where a process or its peers are, not what they compute"
+_HARMLESS = {
+    "OffloadingConfig.engine_id": "random, and new at each start",
+    "OffloadingConfig.enable_kv_cache_events": "what is reported",
+    "OffloadingParallelConfig.data_parallel_index": "replicas compute the same chunks",
+    "OffloadingParallelConfig.data_parallel_rank_local": "replicas compute the same chunks",
+    "extra_config.cpu_bytes_to_use": "how much memory, not what is in a chunk",
+    "extra_config.secondary_tiers": "where else chunks go; this tier's own settings are in",
+    "settings.address": _PLACE,
+    "settings.lookup_timeout_s": "how long a call is waited for",
+    "settings.fetch_timeout_s": "how long a call is waited for",
+}
+"""All that is not in the identity. A field that is not here is in it, those of other versions of vLLM included."""
 
 
 class KvstoredTier(SecondaryTierManager):
@@ -50,7 +68,7 @@ class KvstoredTier(SecondaryTierManager):
             lookup_timeout_s=float(settings.get("lookup_timeout_s", LOOKUP_TIMEOUT_S)),
             fetch_timeout_s=float(settings.get("fetch_timeout_s", FETCH_TIMEOUT_S)),
         )
-        self._root = _identity(offloading_spec, str(settings.get("namespace", "")))
+        self._root = _identity(offloading_spec, settings)
         self._slots = torch.from_numpy(np.asarray(primary_kv_view).view(np.uint8))
         self._threads = ThreadPoolExecutor(1, "kvstored-jobs")
         self._askers = ThreadPoolExecutor(1, "kvstored-lookups")
@@ -195,14 +213,17 @@ class KvstoredTier(SecondaryTierManager):
         return hashlib.sha256(self._root + bytes(key)).digest()
 
 
-def _identity(spec: Any, namespace: str) -> bytes:
-    """Digest of whatever makes chunks interchangeable. `namespace` is the operator's word for the weights."""
-    config = spec.config
-    parallel = config.parallel
-    groups = [[group.tokens_per_block, list(group.layer_names)] for group in config.groups]
-    fields = [
-        "vllm-tier", config.model.name, config.model.dtype, config.cache.tokens_per_hash, parallel.tp_size,
-        parallel.pp_size, parallel.pcp_size, parallel.dcp_size, parallel.rank, groups,
-        str(getattr(config, "kv_cache_layout", None)), namespace,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(fields, default=str).encode()).digest()
+def _identity(spec: Any, settings: dict[str, Any]) -> bytes:
+    """Digest of whatever makes chunks interchangeable.
+
+    A configuration that has no stable form belongs to this process alone: its chunks are found by nobody else.
+    """
+    whole = {
+        "version": vllm.__version__, "config": spec.config, "settings": settings,
+        "replicated_layout": getattr(spec, "replicated_layout", None),
+    }  # fmt: skip
+    try:
+        return configured.digest("vllm-tier", whole, _HARMLESS)
+    except configured.NoStableForm as error:
+        logger.warning("what is kept here is found by this process only: %s", error)
+        return secrets.token_bytes(32)

@@ -91,7 +91,7 @@ class SGLang:
 
         extra = {
             "backend_name": "kvstored", "module_path": "kvstored_client.integrations.sglang",
-            "class_name": "KvstoredHiCache", "interface_v1": 1, "address": NOWHERE, **settings,
+            "class_name": "KvstoredHiCache", "interface_v1": 1, "address": NOWHERE, "namespace": "m", **settings,
         }  # fmt: skip
         config = HiCacheStorageConfig(
             tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1, is_mla_model=False,
@@ -346,9 +346,7 @@ def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16) 
     from kvstored_client.integrations.vllm import KvstoredConnector
 
     some = types.SimpleNamespace
-    model = some(
-        model="m", revision=None, dtype=torch.float32, quantization=None, hf_config=some(to_json_string=lambda: "{}")
-    )
+    model = some(model="m", revision=None, dtype=torch.float32, quantization=None, hf_config=some(model_type="tiny"))
     config: Any = some(
         model_config=model,
         cache_config=some(block_size=8, cache_dtype="auto", prefix_caching_hash_algo="sha256"),

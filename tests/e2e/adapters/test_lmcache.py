@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.adapters import stubs
+from kvstore.store import Store
+from tests.e2e.adapters import conftest, flips, stubs
 
 NOWHERE = "unix:/nonexistent/k.sock"
 
@@ -140,3 +141,91 @@ def test_nf4_serde_makes_a_seventh_and_comes_back_nearly() -> None:
     Nf4Deserializer().deserialize(wrap(packed), target, None)
     cosine = torch.nn.functional.cosine_similarity(target.tensor.flatten(), x.flatten(), dim=0)
     assert float(cosine) > 0.99
+
+
+def metadata(**fields: Any) -> Any:
+    from lmcache.v1.metadata import LMCacheMetadata
+
+    some = {
+        "model_name": "m", "world_size": 1, "local_world_size": 1, "worker_id": 0, "local_worker_id": 0,
+        "kv_dtype": torch.float8_e4m3fn, "kv_shape": (2, 2, 256, 1, 64),
+    }  # fmt: skip
+    return LMCacheMetadata(**{**some, **fields})
+
+
+def test_each_field_of_lmcache_s_metadata_and_configuration_is_in_the_identity_unless_the_list_names_it() -> None:
+    from lmcache.v1.config import LMCacheEngineConfig
+
+    from kvstored_client.integrations import configured
+    from kvstored_client.integrations import lmcache as mine
+
+    found, config = metadata(), LMCacheEngineConfig.from_defaults()
+
+    def digest() -> bytes:
+        return configured.digest("lmcache-remote", {"metadata": found, "config": config}, mine._HARMLESS)
+
+    assert flips.check(found, mine._HARMLESS, digest) > 10
+    assert flips.check(config, mine._HARMLESS, digest) > 30
+    assert len({digest(), *(other_form(mine, kind) for kind in (torch.float8_e4m3fn, torch.float8_e5m2))}) == 3
+
+
+def other_form(mine: Any, dtype: torch.dtype) -> bytes:
+    """What is kept beside an object's bytes to tell what they are."""
+    shape = torch.Size([2, 2])
+    obj: Any = type(
+        "Obj",
+        (),
+        {"get_shapes": lambda _: [shape], "get_dtypes": lambda _: [dtype], "get_memory_format": lambda _: None},
+    )()
+    return bytes(mine._form_of(obj).numpy())
+
+
+def test_each_field_of_a_key_makes_another_key() -> None:
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.distributed.api import ObjectKey
+
+    from kvstored_client.integrations import lmcache as mine
+
+    fields: dict[str, Any] = {"chunk_hash": b"a", "model_name": "m", "kv_rank": 0}
+    changes = [
+        {}, {"chunk_hash": b"b"}, {"model_name": "n"}, {"kv_rank": 1}, {"object_group_id": 1}, {"cache_salt": "s"}
+    ]  # fmt: skip
+    assert len({mine._key_of(b"r", ObjectKey(**{**fields, **each})) for each in changes}) == len(changes)
+
+    def remote(**tags: str) -> bytes:
+        settings = {f"lmcache.tag.{name}": x for name, x in tags.items()}
+        return mine._key_of(b"r", CacheEngineKey("m", 1, 0, 1, torch.bfloat16, settings))
+
+    # As LMCache writes them these two are one: m@1@0@1@bfloat16@a%1@b%2.
+    assert remote(a="1@b%2") != remote(a="1", b="2")
+    assert mine._key_of(b"r", CacheEngineKey("m", 1, 0, 1, torch.bfloat16, {"other": "1"})) == remote()
+
+
+def test_an_object_of_another_dtype_is_not_filled(store: Store) -> None:
+    handle = conftest.LMCacheL2({"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0})
+    handle.guard.cache = store
+    page = torch.arange(4096).to(torch.uint8)
+    assert handle.keep({"k": page.view(torch.float8_e4m3fn)})
+    assert handle.restore(["k"]) == [None]
+    assert handle.keep({"k": page})
+    (found,) = handle.restore(["k"])
+    assert found is not None
+    assert torch.equal(found, page)
+    other = conftest.LMCacheL2({"lookup_timeout_s": 20.0, "namespace": "fp8_e5m2"})
+    other.guard.cache = store
+    assert other.held(["k"]) == [False]
+    handle.close()
+    other.close()
+
+
+def test_five_thousand_keys_are_kept_found_and_deleted(store: Store) -> None:
+    handle = conftest.LMCacheL2({"lookup_timeout_s": 60.0, "fetch_timeout_s": 60.0})
+    handle.guard.cache = store
+    names = [f"k{i}" for i in range(5_000)]
+    page = torch.ones(1, dtype=torch.uint8)
+    assert handle.keep(dict.fromkeys(names, page))
+    assert all(handle.held(names))
+    handle.adapter.delete(handle._keys(names))
+    assert not list(store.entries())
+    assert handle.guard.failures == 0
+    handle.close()

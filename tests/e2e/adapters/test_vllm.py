@@ -1,11 +1,14 @@
 """vLLM's connector between its scheduler and its worker: what is looked up, loaded, kept, and under which keys."""
 
 import types
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from kvstore.store import Store
+from tests.e2e.adapters import flips
 from tests.e2e.adapters.conftest import vllm_connector
 
 PATIENT = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0}
@@ -115,3 +118,165 @@ def test_lossy_blocks_are_coded_as_keys_and_values_side_by_side(store: Store) ->
 
 def test_no_request_is_computed_anew_for_a_put(store: Store) -> None:
     assert not halves(store)[0].requires_kv_delivery
+
+
+def real_config() -> Any:
+    """vLLM's own configuration classes, with a model that nobody has to load."""
+    from transformers import LlamaConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+    hf = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, rope_theta=10_000.0)
+    config = VllmConfig()
+    config.model_config = flips.of_defaults(
+        ModelConfig, model="m", tokenizer="m", dtype=torch.bfloat16, hf_config=hf, hf_text_config=hf, max_model_len=4096
+    )
+    return config
+
+
+def test_each_field_of_vllm_s_configuration_is_in_the_identity_unless_the_list_names_it() -> None:
+    vllm_connector({}, worker=False)
+    from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
+
+    from kvstored_client.integrations import vllm as mine
+
+    config = real_config()
+    config.kv_transfer_config = flips.of_defaults(KVTransferConfig, kv_connector_extra_config={"namespace": "w"})
+    count = flips.check(config, mine._HARMLESS, lambda: mine._identity(config, None))
+    assert count > 300
+    kinds = {each.__name__: each for each in (CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig)}
+    assert not flips.on_the_list_and_gone(mine._HARMLESS, kinds)
+    assert all(mine._HARMLESS.values())
+
+
+def test_settings_of_the_connector_are_in_the_identity_but_not_where_the_daemon_is() -> None:
+    from kvstored_client.integrations import vllm as mine
+
+    def identity(**extra: Any) -> bytes:
+        return mine._identity(some(kv_transfer_config=some(kv_connector_extra_config=extra)), None)
+
+    assert identity(address="a", lookup_timeout_s=1) == identity(address="b", fetch_timeout_s=2)
+    assert len({identity(), identity(namespace="w"), identity(fidelity="auto"), identity(invented=1)}) == 4
+
+
+def test_who_demands_exact_blocks_is_not_given_what_another_let_become_lossy(store: Store) -> None:
+    hashes = [b"a", b"b", b"c"]
+    prefilled(store, hashes, fidelity="auto")
+    assert halves(store)[0].get_num_new_matched_tokens(request(hashes, 28), 0) == (0, False)
+
+
+def test_ranks_of_prefill_context_have_blocks_of_their_own() -> None:
+    """With tp=1 and pcp=2 both wrote rank 0."""
+    from kvstored_client.integrations.vllm import _ranks
+
+    def ranks(**sizes: int) -> tuple[int, int]:
+        return _ranks(some(**{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **sizes}))
+
+    assert ranks(prefill_context_parallel_size=2, rank=1) == (2, 1)
+    assert ranks(tensor_parallel_size=2, prefill_context_parallel_size=2, rank=3) == (4, 3)
+    assert ranks(tensor_parallel_size=2, rank=5) == (2, 1)  # a second replica
+
+
+def test_a_block_of_decode_context_ranks_holds_the_tokens_of_all_and_other_hashes_turn_the_store_off() -> None:
+    from kvstored_client.integrations.vllm import _tokens_per_block
+
+    def tokens(dcp: int, hashed: int | None = None, *, sharded: bool = True) -> int:
+        spec = some(block_size=8, dcp_sharded=sharded)
+        cache = some(kv_cache_groups=[some(kv_cache_spec=spec)], hash_block_size=hashed)
+        return _tokens_per_block(some(parallel_config=some(decode_context_parallel_size=dcp)), cache)
+
+    assert [tokens(1), tokens(2), tokens(2, 16), tokens(2, sharded=False)] == [8, 16, 16, 8]
+    with pytest.raises(ValueError, match="a block has 8 tokens and a hash covers 4"):
+        tokens(1, 4)
+
+
+def test_the_workers_take_the_scheduler_s_identity(store: Store) -> None:
+    scheduler, worker = halves(store)
+    worker._root = b"a worker changed its own copy of the configuration"
+    asked = request([b"a", b"b", b"c"], 28)
+    scheduler.get_num_new_matched_tokens(asked, 0)
+    step(scheduler, worker, asked, [5, 6, 7, 8], 0, 28)
+    assert halves(store)[0].get_num_new_matched_tokens(request([b"a", b"b", b"c"], 28), 0) == (24, False)
+
+
+def test_after_a_reset_nothing_of_before_is_found(store: Store) -> None:
+    """vLLM resets the cache when its weights were changed in place."""
+    hashes = [b"a", b"b", b"c"]
+    prefilled(store, hashes)
+    scheduler, _ = halves(store)
+    assert scheduler.reset_cache()
+    assert scheduler.get_num_new_matched_tokens(request(hashes, 28), 0) == (0, False)
+
+
+def test_a_configuration_without_a_stable_form_runs_without_the_store(caplog: pytest.LogCaptureFixture) -> None:
+    connector = vllm_connector({"hook": lambda: 1}, worker=False)
+    assert connector.get_num_new_matched_tokens(request([b"a", b"b", b"c"], 28), 0) == (0, False)
+    assert "running without the store" in caplog.text
+    assert "kv_connector_extra_config.hook" in caplog.text
+
+
+def test_another_adapter_under_the_same_name_and_path_is_another_prefix(store: Store, tmp_path: Path) -> None:
+    hashes = [b"a", b"b", b"c"]
+    scheduler, worker = halves(store)
+
+    def adapted(folder: Path) -> Any:
+        return some(**vars(request(hashes, 28)), lora_request=some(lora_name="l", lora_path=str(folder)))
+
+    for name in ("one", "same", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.safetensors").write_bytes(b"other" if name == "other" else b"one")
+    asked = adapted(tmp_path / "one")
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+    step(scheduler, worker, asked, [5, 6, 7, 8], 0, 28)
+    assert len(list(store.entries())) == 3
+    assert scheduler.get_num_new_matched_tokens(adapted(tmp_path / "same"), 0) == (24, False)
+    assert scheduler.get_num_new_matched_tokens(adapted(tmp_path / "other"), 0) == (0, False)
+    assert scheduler.get_num_new_matched_tokens(request(hashes, 28), 0) == (0, False)
+    for _ in range(2):
+        assert scheduler.get_num_new_matched_tokens(adapted(tmp_path / "hub-id"), 0) == (0, False)
+    assert len(scheduler._said) == 1
+
+
+def test_a_prompt_of_over_4096_blocks_hits_and_opens_no_breaker(store: Store) -> None:
+    hashes = [b"%d" % i for i in range(5_000)]
+    scheduler, worker = halves(store)
+    entries = [(worker._key(found, 0), {"kv.0": torch.zeros(1)}) for found in hashes]
+    assert worker._guard.put_many(entries) == 5_000
+    for _ in range(4):
+        assert scheduler.get_num_new_matched_tokens(request(hashes, 40_001), 0) == (40_000, False)
+    assert scheduler._guard.failures == 0
+
+
+@pytest.mark.parametrize("name", ["canonical_layout", "replicated_layout"])
+def test_layouts_of_the_tier_are_other_chunks(name: str) -> None:
+    """vLLM's own FileMapper tells them apart."""
+    tier, spec = offloading()
+    before = tier._identity(spec, {})
+    with flips.changed(spec.config, name, value=True):
+        assert tier._identity(spec, {}) != before
+
+
+def offloading() -> tuple[Any, Any]:
+    """The tier's module and a spec with vLLM's own offloading configuration."""
+    vllm_connector({}, worker=False)
+    from vllm.v1.kv_offload import config as theirs
+
+    from kvstored_client.integrations import vllm_tier
+
+    parallel = theirs.OffloadingParallelConfig(
+        rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1, data_parallel_index=0,
+        data_parallel_size=1, data_parallel_rank_local=None, is_parallelism_agnostic=False,
+    )  # fmt: skip
+    config = theirs.OffloadingConfig(
+        groups=(theirs.OffloadingGroupConfig(16, ("l0",), 0),), worker_kv_bytes_per_block=1, engine_id="e",
+        enable_kv_cache_events=False, extra_config={}, model=theirs.OffloadingModelConfig("m", "fp8_e4m3"),
+        cache=theirs.OffloadingCacheConfig(16, 1), parallel=parallel, kv_cache_layout="LBNHC",
+    )  # fmt: skip
+    return vllm_tier, some(config=config, replicated_layout=False)
+
+
+def test_each_field_of_the_offloading_configuration_is_in_the_identity_unless_the_list_names_it() -> None:
+    tier, spec = offloading()
+    count = flips.check(spec.config, tier._HARMLESS, lambda: tier._identity(spec, {}))
+    assert count >= 25
+    assert tier._identity(spec, {"address": "a"}) == tier._identity(spec, {"address": "b"})
+    assert tier._identity(spec, {"namespace": "a"}) != tier._identity(spec, {"namespace": "b"})

@@ -1,0 +1,144 @@
+"""Calls over the limit of keys, made in pieces: a long chain is no mistake of whoever asks for it.
+
+`in_pieces` wraps any cache with the common verbs. A call of up to 4096 keys goes through as it is. A longer one is cut,
+and means what the whole would: a leading match ends with the first piece that is not held in full, counts are summed,
+a chain is put root first and its pieces are linked, and what is touched is touched deepest first, so that the root
+ends most recently used. What is not atomic any more is said at the verb. Holds no state. As thread-safe as the cache.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain as joined
+from typing import Any
+
+from kvstore.hit import Held, Hit, Match
+from kvstore.keys import KEYS_PER_CALL_MAX
+
+
+def in_pieces(cache: Any) -> "Pieces":
+    """The cache with calls of any length; itself where it has them already."""
+    return cache if getattr(cache, "cuts_calls", False) is True else Pieces(cache)
+
+
+def cut(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """Pieces of at most 4096, in order; one piece, the items themselves, where that is enough."""
+    if len(items) <= KEYS_PER_CALL_MAX:
+        return [items]
+    return [items[start : start + KEYS_PER_CALL_MAX] for start in range(0, len(items), KEYS_PER_CALL_MAX)]
+
+
+class Pieces:
+    """A cache whose verbs take any number of keys. Everything else is the cache's own."""
+
+    cuts_calls = True
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], **how: Any) -> int:
+        """Put entries, root first. A chain ends where a piece was not stored in full."""
+        pieces = cut(entries)
+        if len(pieces) == 1:
+            return int(self._cache.put_many(entries, **how))
+        stored = 0
+        for piece in pieces:
+            got = int(self._cache.put_many(piece, **how))
+            stored += got
+            if how.get("chain"):
+                if got < len(piece):
+                    break
+                how["parent"] = piece[-1][0]
+        self._touch_before_the_last(pieces)
+        return stored
+
+    def _touch_before_the_last(self, pieces: list[Sequence[Any]]) -> None:
+        # The last piece was used last, and would outlive the root it continues.
+        for piece in reversed(pieces[:-1]):
+            self._cache.touch([key for key, _ in piece])
+
+    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+        """Values in the order of keys; leading: up to the first miss."""
+        pieces = cut(keys)
+        if not leading:
+            # Deepest first, as one call touches them.
+            return list(joined(*reversed([list(self._cache.get_many(piece)) for piece in reversed(pieces)])))
+        found: list[Hit | None] = []
+        for i, piece in enumerate(pieces):
+            got = list(self._cache.get_many(piece, leading=True))
+            found += got
+            if len(got) < len(piece) or None in got:
+                pieces = pieces[: i + 1]
+                break
+        for piece in reversed(pieces[:-1]):
+            self._cache.touch(piece)
+        return found
+
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False
+    ) -> AbstractContextManager[Iterable[Hit | None]]:
+        """As `get_many` without copies; the lease of a piece begins when its first hit is looked at."""
+        if len(keys) <= KEYS_PER_CALL_MAX:
+            return self._cache.lease_many(keys, leading=leading)  # type: ignore[no-any-return]
+        return self._leased(cut(keys), leading=leading)
+
+    @contextmanager
+    def _leased(self, pieces: list[Sequence[bytes]], *, leading: bool) -> Iterator[Iterable[Hit | None]]:
+        with ExitStack() as leases:
+            begun: list[Sequence[bytes]] = []
+            yield self._hits(pieces, leases, begun, leading=leading)
+        if leading:
+            for piece in reversed(begun[:-1]):
+                self._cache.touch(piece)
+
+    def _hits(
+        self, pieces: list[Sequence[bytes]], leases: ExitStack, begun: list[Sequence[bytes]], *, leading: bool
+    ) -> Iterator[Hit | None]:
+        for piece in pieces:
+            hits = iter(leases.enter_context(self._cache.lease_many(piece, leading=leading)))
+            begun.append(piece)
+            left = len(piece)
+            while left:
+                try:
+                    yield next(hits)  # no name for a hit: a view that this generator held would outlive its lease
+                except StopIteration:
+                    break
+                left -= 1
+            if leading and left:
+                return
+
+    def match(self, keys: Sequence[bytes]) -> Match:
+        """Leading keys held."""
+        pieces = cut(keys)
+        if len(pieces) == 1:
+            return self._cache.match(keys)  # type: ignore[no-any-return]
+        held: tuple[Held, ...] = ()
+        for piece in pieces:
+            got = self._cache.match(piece)
+            held += tuple(got.held)
+            if int(got) < len(piece):
+                break
+        return Match(held)
+
+    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+        """Where each key is held."""
+        return list(joined(*[self._cache.locate(piece) for piece in cut(keys)]))
+
+    def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
+        """Count as use, deepest first."""
+        return sum(int(self._cache.touch(piece, ttl_s=ttl_s)) for piece in reversed(cut(keys)))
+
+    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
+        """Forget keys, in the order given."""
+        return sum(int(self._cache.delete(*piece, keep_shared=keep_shared)) for piece in cut(keys))
+
+    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys. A chain is pinned as a whole or not at all; of other keys the deepest pieces stay pinned."""
+        # A pin holds all chunks before it: the deepest piece first is the whole chain or an error.
+        return sum(int(self._cache.pin(*piece, ttl_s=ttl_s)) for piece in reversed(cut(keys)))
+
+    def unpin(self, *keys: bytes) -> int:
+        """Let go of keys, the deepest first."""
+        return sum(int(self._cache.unpin(*piece)) for piece in reversed(cut(keys)))
