@@ -102,8 +102,7 @@ class PrefixCache:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update(vars(self) | {"_said": set(), "usage": Usage(), "_profiles": None})
-        twin.model = deepcopy(self.model, memo)
-        twin._replaced = deepcopy(self._replaced, memo)
+        vars(twin).update({name: deepcopy(getattr(self, name), memo) for name in ("model", "_replaced")})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

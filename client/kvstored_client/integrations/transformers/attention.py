@@ -1,8 +1,8 @@
 """Full attention: K and V of every token are kept, so any shared prefix of any other prompt can be restored.
 
 Shapes: transformers holds [batch, kv_heads, tokens, head_dim] for each layer, RoPE applied; the store's layout "lthd"
-is (layers, tokens, kv_heads, head_dim), in chunks. Where K and V differ in width (MLA holds a latent and a rotated part),
-both stand side by side in the store and are cut in two halves of one width, of which it calls the first K.
+is (layers, tokens, kv_heads, head_dim), in chunks. Where K and V differ in width (MLA holds a latent and a
+rotated part), both stand side by side in the store, cut in two halves of one width, of which it calls the first K.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """What a call of `generate` asks for: arguments by name, settings as transformers itself merges them.
 
-The same setting comes as a keyword, in a GenerationConfig, by position, or in `model.generation_config`; transformers is
-asked for the outcome, so all routes mean the same here. Fails closed: an argument or a setting that is not listed below
-must be off, or the call is passed on. Changes nothing of the caller's.
+The same setting comes as a keyword, in a GenerationConfig, by position, or in `model.generation_config`; transformers
+is asked for the outcome, so all routes mean the same here. Fails closed: an argument or a setting that is not listed
+below must be off, or the call is passed on. Changes nothing of the caller's.
 """
 
 import inspect
@@ -69,7 +69,7 @@ class NotUnderstood(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """A call that is understood. ids: (batch, width). options: all other arguments, by name, as the caller gave them."""
+    """A call that is understood. ids: (batch, width). options: all other arguments by name, as the caller gave them."""
 
     ids: torch.Tensor
     rows: Rows

@@ -25,23 +25,29 @@ def text_config(model: Any) -> Any:
 
 def kind_of(engine: Any) -> tuple[str, str]:
     """How a model's cache is kept (attention, snapshot, mamba, rwkv, or unknown: not at all), and why not."""
+    why = _refused(engine)
+    if why:
+        return "unknown", why
     name = type(engine).__name__.lower()
-    if getattr(type(engine), "generate", None) is not GenerationMixin.generate:
-        return "unknown", f"{type(engine).__name__} has a generate of its own"
-    if getattr(engine.config, "is_encoder_decoder", False):
-        return "unknown", "it is an encoder with a decoder"
-    if rope_depends_on_length(engine):
-        return "unknown", "its RoPE depends on the length of the prompt"
     if "rwkv" in name:
         return "rwkv", ""
-    if not getattr(engine, "_supports_default_dynamic_cache", lambda: True)():
-        return "unknown", "it has a cache of its own"
     layers = {type(layer).__name__ for layer in DynamicCache(config=text_config(engine)).layers}
     if layers == {"DynamicLayer"}:
         return "attention", ""
     if not layers or not layers <= snapshot.KNOWN:
         return "unknown", f"its cache has layers that are not understood: {', '.join(sorted(layers)) or 'none'}"
     return ("mamba" if "mamba" in name else "snapshot"), ""  # transformers' own rule for the argument's name
+
+
+def _refused(engine: Any) -> str:
+    if getattr(type(engine), "generate", None) is not GenerationMixin.generate:
+        return f"{type(engine).__name__} has a generate of its own"
+    if getattr(engine.config, "is_encoder_decoder", False):
+        return "it is an encoder with a decoder"
+    if rope_depends_on_length(engine):
+        return "its RoPE depends on the length of the prompt"
+    own = "rwkv" not in type(engine).__name__.lower() and not engine._supports_default_dynamic_cache()  # noqa: SLF001 - what transformers' generate asks
+    return "it has a cache of its own" if own else ""
 
 
 def wrapper_reason(model: Any) -> str:

@@ -22,8 +22,9 @@ TOKENS, PREFIX = 12, 8
 """Long enough for a prefix, a rest and another rest; short enough to cost about 0.1 s in a small model on one core."""
 TOLERANCE = 1e-3
 ROUGH_TOLERANCE = 0.05
-"""Of the logits' spread, in float32 and in what is less exact. The same values summed in another order differ by about 1e-6 in float32, 1e-2 in bfloat16;
-what is looked for differs by 0.02 in a model with random weights, by 1 in a trained one."""
+"""Of the logits' spread, in float32 and in what is less exact. The same values summed in another order differ by about
+1e-6 in float32, 1e-2 in bfloat16; what is looked for differs by 0.02 in a model with random weights, by 1 in a trained
+one."""
 
 FromState = Callable[[torch.Tensor, Rows], torch.Tensor]
 """The logits after a prompt, computed through a snapshot of its state before the last token."""

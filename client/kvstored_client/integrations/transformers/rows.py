@@ -29,7 +29,7 @@ class Rows:
 
 
 def read_rows(ids: Any, mask: Any = None) -> Rows | None:
-    """The rows of a batch; None for what is not a left-padded batch of token ids. mask: None where nothing is padding."""
+    """The rows of a batch; None for what is not a left-padded batch of ids. mask: None where nothing is padding."""
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or min(ids.shape) < 1:
         return None
     if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:

@@ -1,7 +1,7 @@
 """A model's state at each call: a digest of everything that decides the keys and values it computes.
 
 By state, not by name: adapters switched, merged, disabled, loaded over or trained, weights, RoPE or types changed in
-place give another digest, whoever did it and however. `walk` reads everything but the tensors' contents, `weights` those.
+place give another digest, whoever did it and however. `walk` reads all but the tensors' contents, `weights` those.
 """
 
 import hashlib

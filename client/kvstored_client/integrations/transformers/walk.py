@@ -1,9 +1,9 @@
 """One pass over a model: everything that decides what it computes, in a form that compares and prints by content.
 
-Every module's class and the code of its forward, every attribute (an adapter's scaling, which adapters are on, a window),
-the configuration, and every tensor by its place. `unchanged` asks whether a second pass would find the same, at a tenth
-of the cost. Fails closed: what cannot be read off (hooks, replaced methods, objects of unknown kinds, dropout) raises
-NotCacheable. The few attributes that are known to change nothing are listed.
+Every module's class and the code of its forward, every attribute (an adapter's scaling, which adapters are on, a
+window), the configuration, and every tensor by its place. `unchanged` asks whether a second pass would find the same, at
+a tenth of the cost. Fails closed: what cannot be read off (hooks, replaced methods, objects of unknown kinds, dropout)
+raises NotCacheable. The few attributes that are known to change nothing are listed.
 """
 
 import enum
@@ -164,7 +164,7 @@ class Walk:
         place = self._places.setdefault(id(x), len(self._places))
         return (place, tuple(extra)) if extra else place
 
-    def _value(self, x: Any, path: str) -> Any:
+    def _value(self, x: Any, path: str) -> Any:  # noqa: PLR0911 - one line for each kind
         """An attribute's value in a form that compares by content."""
         if type(x) in _PLAIN_TYPES:
             return x
@@ -189,7 +189,7 @@ class Walk:
             self._module(module, path, adapter=False)
         return self._places[id(module)]
 
-    def _object(self, x: Any, path: str) -> Any:
+    def _object(self, x: Any, path: str) -> Any:  # noqa: PLR0911 - one line for each kind
         if isinstance(x, (list, tuple, deque)):
             return (type(x).__name__, *(self._value(y, path) for y in x))
         if isinstance(x, (dict, types.MappingProxyType)):
