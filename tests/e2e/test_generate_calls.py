@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -254,11 +255,12 @@ def test_an_answer_can_be_trained_on(llama: Any, make: Make) -> None:
 def test_a_returned_cache_is_the_callers_to_write_into(llama: Any, make: Make) -> None:
     cache = make(llama)
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    blocked = make(llama, salt="other").guard
-    cache.guard._writer = blocked._writer
+    written = threading.Event()
+    cache.guard.later(written.wait, 0)  # the put waits behind this
     out = cache.generate(prompt(PROMPT), **options)
     for layer in out.past_key_values.layers:
         layer.keys.zero_()
+    written.set()
     assert cache.flush()
     assert_same(cached(cache, prompt(PROMPT), max_new_tokens=4), plain(llama, prompt(PROMPT), max_new_tokens=4))
 

@@ -50,6 +50,15 @@ def _refused(engine: Any) -> str:
     return "it has a cache of its own" if own else ""
 
 
+def attention_shape(model: Any) -> tuple[int, int]:
+    """(kv_heads, head_dim) as the configuration says."""
+    config = text_config(model)
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return kv_heads, head_dim
+
+
 def wrapper_reason(model: Any) -> str:
     """Why a model that PEFT has wrapped cannot be cached; empty if it can, or is not wrapped."""
     configs = getattr(model, "peft_config", None)

@@ -16,12 +16,13 @@ __all__ = ["NotCacheable", "Watch"]
 class Watch:
     """Looks at one model. Not thread-safe."""
 
-    def __init__(self, model: Any, vouched: str | None = None) -> None:
-        """vouched: the caller's word for the weights as they are now; their bytes are then read only if they change.
+    def __init__(self, model: Any, vouched: str | None = None, besides: frozenset[str] = frozenset()) -> None:
+        """vouched: the caller's word for the weights at the first look; they are then read only if they change.
 
-        Adapters are never vouched for: their content always counts.
+        Adapters are never vouched for: their content always counts. besides: attributes of modules to leave out.
         """
         self._model = model
+        self._besides = besides
         self._weights = Weights()
         self._vouched = vouched
         self._words: set[int] | None = None
@@ -59,7 +60,7 @@ class Watch:
             if self._walk is not None and self._walk.unchanged(self._model):
                 return self._walk, True
             self._walk = None  # a pass that does not come to its end leaves nothing behind
-            walk = Walk()
+            walk = Walk(self._besides)
             walk.whole(self._model)
         except Unreadable as error:
             raise NotCacheable(str(error)) from error

@@ -1,9 +1,9 @@
 """One pass over a model: everything that decides what it computes, in a form that compares and prints by content.
 
-Every module's class and the code of its forward, every attribute (an adapter's scaling, which adapters are on, a
-window), the configuration, and every tensor by its place. `unchanged` asks whether a second pass would find the same, at
-a tenth of the cost. Fails closed: what cannot be read off (hooks, replaced methods, objects of unknown kinds, dropout)
-raises NotCacheable. The few attributes that are known to change nothing are listed.
+Every module's class and the code of its forward, every attribute (an adapter's scaling, which adapters are on), the
+configuration, and every tensor by its place. `unchanged` asks whether a second pass would find the same, at a tenth of
+the cost. Fails closed: what cannot be read off (hooks, replaced methods, objects of unknown kinds, dropout) raises
+NotCacheable. The few attributes that are known to change nothing are listed.
 """
 
 import enum
@@ -64,7 +64,9 @@ class NotCacheable(Exception):
 class Walk:
     """One pass over a model. found: all but tensors, as nested tuples that compare and print alike in any process."""
 
-    def __init__(self) -> None:
+    def __init__(self, besides: frozenset[str] = frozenset()) -> None:
+        """besides: more attributes of modules that are left out."""
+        self._inert = _INERT | besides
         self.found: list[Any] = []
         self.tensors: Named = {}
         self.adapters: set[int] = set()
@@ -91,7 +93,7 @@ class Walk:
             return False
         if not all(module.unchanged() for module in self._modules):
             return False
-        again = Walk()
+        again = Walk(self._inert)
         again._places = dict(self._places)
         same = all(again._value(x, path) == found for x, path, found in self._others)
         return same and len(again._places) == len(self._places)
@@ -109,7 +111,7 @@ class Walk:
         self.found.append(self._class(type(module)))
         plain, others = [], []
         for name, value in values.items():
-            if name in _OF_TORCH or name in _INERT:
+            if name in _OF_TORCH or name in self._inert:
                 continue
             if type(value) in _PLAIN_TYPES:
                 plain.append(name)
