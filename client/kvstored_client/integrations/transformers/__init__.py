@@ -81,9 +81,9 @@ class PrefixCache:
         self._keep_answers = keep_answers
         self._terms = Terms(fidelity, salt, chunk_tokens)
         self._said: set[str] = set()
-        self._profiles = self._new_profiles(revision)
+        self._profiles: Profiles | None = self._new_profiles(revision)
 
-    def _new_profiles(self, revision: str | None) -> Profiles | None:
+    def _new_profiles(self, revision: str | None) -> Profiles:
         try:
             return Profiles(self.model, self.guard, self._terms, revision)
         except NotCacheable:

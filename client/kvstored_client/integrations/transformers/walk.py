@@ -140,11 +140,14 @@ class Walk:
         return self._classes[cls]
 
     def _attribute(self, module: Any, name: str, value: Any, path: str) -> None:
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, torch.nn.Module):
+            owner = value.__self__
+            if value.__func__ is getattr(type(owner), name, None) and (
+                owner is module or not hasattr(type(module), name)
+            ):
+                return  # a class's own method: PEFT puts these on the model, and on its wrapper at the first generate
         replaces = callable(value) and not isinstance(value, torch.nn.Module) and hasattr(type(module), name)
         if replaces:
-            own = getattr(value, "__func__", None) is getattr(type(module), name)
-            if own and getattr(value, "__self__", None) is module:
-                return  # PEFT puts the class's own methods back this way
             raise NotCacheable(f"the method {name} of {path} is replaced")
         frozen = self._value(value, f"{path}.{name}")
         if id(value) not in self._noted and not isinstance(value, _NOTHING):
