@@ -99,10 +99,11 @@ class Profiles:
                 known = self._tried()
                 if (first := self._watch.look(read=False)) != digest:
                     # Some models set something up at their first run. The next one may change nothing.
+                    before = self._watch.tensors()
                     self._tried()
-                    if self._watch.look(read=False) != first:
+                    if self._watch.look(read=False) != first or self._watch.tensors() != before:
                         self._moves = "it keeps state beside its cache, which changes while it runs"
-                        raise NotCacheable(self._moves)
+                        raise probe.Refuted(self._moves)
             except probe.Refuted as error:
                 known = str(error)
             _remember(self._verdicts, self._watch.structure(), known)

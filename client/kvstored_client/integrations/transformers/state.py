@@ -54,6 +54,11 @@ class Watch:
         assert self._walk is not None
         return hashlib.sha256(repr(self._walk.found).encode()).hexdigest()[:32]
 
+    def tensors(self) -> list[int]:
+        """The ids of the model's tensors, as of the last look."""
+        assert self._walk is not None
+        return list(self._walk.tensors)
+
     def _walked(self) -> tuple[Walk, bool]:
         """What the model is like, and whether it is what it was."""
         try:
