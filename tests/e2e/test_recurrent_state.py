@@ -12,6 +12,7 @@ import transformers
 
 from kvstore.store import Store
 from kvstored_client.integrations.transformers import PrefixCache
+from kvstored_client.integrations.transformers.rows import read_rows
 
 from .conftest import Patient
 from .faults import FAULTS, Faulty
@@ -101,10 +102,10 @@ def test_a_state_saved_mid_sequence_gives_the_logits_of_the_whole(
     cache = cached(model)
     cache.generate(ids, **NEW)
     assert cache.flush()
-    rows = cache._rows(ids, {})
-    assert rows is not None
-    with torch.inference_mode():
-        state, at = cache._restored(rows)
+    rows, profile = read_rows(ids), cache._profile()
+    assert rows is not None and profile is not None
+    with torch.no_grad():
+        state, at = cache._restored(profile, rows)
         assert at == PROMPT - 1
         argument = {"mamba": "cache_params", "rwkv": "state"}.get(cache.kind, "past_key_values")
         got = model(ids[:, -1:], **{argument: state}).logits[:, -1]

@@ -28,6 +28,7 @@ from kvstore.hit import Fidelity
 from kvstore.keys import Identity, chunk_keys
 from kvstored_client.integrations.guard import guarded
 from kvstored_client.integrations.transformers import identity
+from kvstored_client.integrations.transformers.state import NotCacheable, Watch
 
 __all__ = ["Pressed", "PressedCache"]
 
@@ -91,11 +92,15 @@ class PressedCache:
         fields = f"kvpress/{_version()}/{salt}"
         layers = identity.text_config(model).num_hidden_layers
         heads, dim = identity.attention_shape(model)
-        self._identity = Identity(
-            model=f"{type(model).__name__}/{fields}", revision=identity.revision(model, revision),
-            dtype=str(model.dtype).removeprefix("torch."), layers=layers, kv_heads=heads, head_dim=dim,
-            layout="pressed", fidelity=fidelity,
-        )  # fmt: skip
+        self._fields: dict[str, Any] = {
+            "model": f"{type(model).__name__}/{fields}", "layers": layers, "kv_heads": heads, "head_dim": dim,
+            "layout": "pressed", "fidelity": fidelity,
+        }  # fmt: skip
+        self._watch = Watch(model, revision, besides=frozenset({_MARKS}))
+        try:
+            self._watch.look()
+        except NotCacheable as why:
+            logger.warning("not cached as it is now: %s", why)
 
     def prefill(self, ids: torch.Tensor) -> Pressed:
         """The pressed cache of a context (1, tokens): restored where it is held, else computed and kept."""
@@ -112,7 +117,8 @@ class PressedCache:
 
     def restore(self, ids: torch.Tensor) -> Pressed | None:
         """The pressed cache of a context (1, tokens) where it is held; None on a miss. Marks the model's modules."""
-        hit = self.guard.get(self._key(ids))
+        key = self._key(ids)
+        hit = self.guard.get(key) if key is not None else None
         if hit is None:
             return None
         try:
@@ -150,12 +156,19 @@ class PressedCache:
         out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1)
         return out.logits, end
 
-    def _key(self, ids: torch.Tensor) -> bytes:
+    def _key(self, ids: torch.Tensor) -> bytes | None:
+        """The key of a context for the model and the press as they are now; None for a model that is not understood."""
         if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
             raise ValueError(f"a context is (1, tokens), as kvpress has it, got {tuple(ids.shape)}")
         fields = [self._state, _parameters(self.press), self._positions]
         press = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()
-        root = hashlib.sha256(self._identity.digest() + press).digest()
+        try:
+            state = self._watch.look()
+        except NotCacheable as why:
+            logger.warning("not cached as it is now: %s", why)
+            return None
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        root = hashlib.sha256(Identity(revision=state, dtype=dtype, **self._fields).digest() + press).digest()
         return chunk_keys(root, ids[0].tolist())[-1]
 
     def _keep(self, ids: torch.Tensor, found: Pressed) -> None:
@@ -166,7 +179,10 @@ class PressedCache:
             marks = getattr(module, _MARKS, None)
             if marks is not None:
                 tensors[f"marks.{i}"] = torch.stack([x.to("cpu") for x in marks])
-        key, nbytes = self._key(ids), sum(x.numel() * x.element_size() for x in tensors.values())
+        key = self._key(ids)
+        if key is None:
+            return
+        nbytes = sum(x.numel() * x.element_size() for x in tensors.values())
         self.guard.later(lambda: self.guard.cache.put(key, tensors, fidelity=self._fidelity), nbytes)
 
     def _rebuilt(self, tensors: Any) -> Pressed:

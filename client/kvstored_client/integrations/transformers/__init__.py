@@ -4,11 +4,12 @@
     model.generate = PrefixCache(model).generate      # the one line
 
 The answers are those of `model.generate`: same arguments, same result, same tokens while entries are exact. What this
-module does not understand (beams, images, embeddings, an unknown kind of cache layer) is passed on untouched.
+module does not understand (beams, images, embeddings, a model that keeps state elsewhere) is passed on untouched, and
+the log says why, once for each reason. An error of ours is never the caller's: before the model has answered, the call
+goes to the model as it came; after that, the answer is returned.
 Not thread-safe, as the model is not.
 """
 
-import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -18,26 +19,19 @@ from transformers import DynamicCache
 
 from kvstore.keys import CHUNK_TOKENS
 from kvstored_client.integrations.guard import guarded
-from kvstored_client.integrations.transformers import identity, snapshot
-from kvstored_client.integrations.transformers.attention import Attention
+from kvstored_client.integrations.transformers import identity
+from kvstored_client.integrations.transformers.calls import Call, NotUnderstood, end_tokens, read_call
+from kvstored_client.integrations.transformers.profile import Profile, Profiles, Terms
+from kvstored_client.integrations.transformers.recurrent import BLIND, WholePrompt, with_prompt
 from kvstored_client.integrations.transformers.rows import Rows, grown, read_rows
-from kvstored_client.integrations.transformers.snapshot import Snapshots
+from kvstored_client.integrations.transformers.state import NotCacheable
 
 __all__ = ["KvstoredCache", "PrefixCache", "Usage"]
 
 logger = logging.getLogger(__name__)
 
-_STEPWISE_TYPES = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
-"""Models whose forward over several tokens starts from an empty state whatever it is given: stepped one by one."""
-_STEP_COST = 8
-"""A step costs about as much as 8 tokens of a prefill: beyond that a snapshot is not worth its steps."""
-_ONE_LINE_EACH = ("num_beams", "num_return_sequences", "num_beam_groups")
-_ELSEWHERE = ("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_params", "state", "streamer")
-"""Arguments with which the caller has a cache or a way of decoding of his own. A streamer is given the prompt first."""
-_BLIND = {"mamba": "cache_params", "rwkv": "state"}
-"""Kinds whose generate takes the state under another name, and does not skip the tokens that it covers."""
-_PROMPT_PROCESSORS = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Settings that look at the prompt's tokens, which a model that is only given its last token does not show them."""
+_REASONS_MAX = 100
+"""Reasons remembered as logged. A reason may name a value of the caller's, of which there may be many."""
 
 
 class KvstoredCache(DynamicCache):
@@ -46,6 +40,7 @@ class KvstoredCache(DynamicCache):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.restored = 0
+        self.state = ""
 
 
 @dataclass
@@ -62,9 +57,10 @@ class PrefixCache:
     """One model's prefixes in a cache.
 
     cache: a Client, an embedded Store, a Guard around one, an address, or None for the daemon at the default address.
-    revision: your word for the weights; by default their fingerprint, computed once. fidelity: "exact", or "auto" for
-    7.5 times as many tokens in the same memory at nearly the same answers. keep_answers: keep what was generated, for
-    the next turn of a chat. salt: keeps tenants apart.
+    revision: your word for the weights as they are now; by default their fingerprint. Adapters and later changes are
+    told by their content either way. fidelity: "exact", or "auto" for 7.5 times as many tokens in the same memory at
+    nearly the same answers. keep_answers: keep what was generated, for the next turn of a chat. salt: keeps tenants
+    apart. A copy of the model (deepcopy) uses the same cache; one that was pickled is a plain model.
     """
 
     def __init__(
@@ -79,221 +75,240 @@ class PrefixCache:
         salt: str = "",
     ) -> None:
         self.model = model
-        self.guard = guarded(cache)
+        self.guard: Any = guarded(cache)
         self.usage = Usage()
-        self.kind = _kind(model)
-        self._generate = model.generate
+        self._replaced = vars(model).get("generate")
         self._keep_answers = keep_answers
-        self._adapters = identity.adapters(model)
-        if self.kind == "rwkv" and not model.training:
-            # RWKV scales its weights in place at its first inference: the fingerprint is of what inference uses.
-            with torch.inference_mode():
-                model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
-        self._signature = frozenset(inspect.signature(model.forward).parameters)
-        fields = self._fields(identity.revision(model, revision), fidelity, salt)
-        if self.kind == "attention":
-            self._attention = Attention(self.guard, fields, chunk_tokens)
-        elif self.kind != "unknown":
-            self._snapshots = Snapshots(self.guard, fields, chunk_tokens)
+        self._terms = Terms(fidelity, salt, chunk_tokens)
+        self._said: set[str] = set()
+        self._profiles: Profiles | None = self._new_profiles(revision)
 
-    def _fields(self, revision: str, fidelity: str, salt: str) -> dict[str, Any]:
-        model = self.model
-        layers = getattr(identity.text_config(model), "num_hidden_layers", 1)
-        kv_heads, head_dim = identity.attention_shape(model) if self.kind == "attention" else (1, 1)
-        return {
-            "model": f"{type(model).__name__}/{salt}",
-            "revision": revision,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "layers": int(layers),
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "layout": "lthd" if self.kind == "attention" else "snapshot",
-            "fidelity": fidelity,
-        }
+    def _new_profiles(self, revision: str | None) -> Profiles:
+        try:
+            return Profiles(self.model, self.guard, self._terms, revision)
+        except NotCacheable:
+            # Not as it is now, so the caller's word says nothing about the weights later.
+            return Profiles(self.model, self.guard, self._terms, None)
 
-    def generate(self, inputs: Any = None, **options: Any) -> Any:
+    @property
+    def kind(self) -> str:
+        """How this model's cache is kept: attention, snapshot, mamba, rwkv, or unknown: not at all."""
+        return identity.kind_of(identity.engine_of(self.model))[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixCache":
+        """The same cache for a copy of the model."""
+        from copy import deepcopy
+
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(vars(self) | {"_said": set(), "usage": Usage(), "_profiles": None})
+        vars(twin).update({name: deepcopy(getattr(self, name), memo) for name in ("model", "_replaced")})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache: threads and connections cannot be pickled."""
+        return vars(self) | {"guard": None, "_profiles": None, "_said": set(), "usage": Usage()}
+
+    def generate(self, *args: Any, **options: Any) -> Any:
         """`model.generate`, from the longest cached prefix on. Takes and returns what that does."""
-        ids: Any = options.get("input_ids") if inputs is None else inputs
-        rows = self._rows(ids, options)
-        if rows is None:
+        found = self._understood(args, options)
+        if found is None:
             self.usage.passed_on += 1
-            return self._generate(inputs, **options)
+            return self._generate(*args, **options)
+        call, profile = found
         self.usage.calls += 1
-        self.usage.prompt_tokens += sum(len(tokens) for tokens in rows.tokens)
-        options = {name: value for name, value in options.items() if name != "input_ids"}
-        with torch.inference_mode():
-            if self.kind == "attention":
-                past = self.restore(ids, rows=rows)
-                out = self._generate(ids, past_key_values=past, **options)
-                self.commit(past, out, rows=rows)
-                return out
-            return self._from_snapshot(ids, rows, options)
+        self.usage.prompt_tokens += sum(len(tokens) for tokens in call.rows.tokens)
+        if profile.attention is not None:
+            past = self._filled(profile, call.rows, DynamicCache)
+            out = self._generate(call.ids, **(call.options | {"past_key_values": past}))
+            self._keep(profile, call, past, out)
+            return out
+        state = self._advanced(profile, call)
+        if state is None:
+            return self._generate(*args, **options)
+        return self._from_snapshot(profile, call, state)
 
-    def restore(
-        self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, rows: Rows | None = None
-    ) -> KvstoredCache:
+    def restore(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> KvstoredCache:
         """A cache with the longest prefix of these prompts that is held; empty on a miss. Full attention only.
 
         Hand it to `model.generate(ids, past_key_values=...)` or to the model, then to `commit`.
         """
-        if self.kind != "attention":
+        if self.kind not in ("attention", "unknown"):
             raise ValueError(f"restore is for models of full attention, {type(self.model).__name__} is {self.kind}")
-        cache = KvstoredCache(config=self.model.config)
-        rows = rows or read_rows(ids, mask, None)
-        if rows is None:
-            return cache
-        try:
-            cache.restored = self._attention.restore(rows, cache, self.model.device)
-        except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
-            logger.warning("restoring failed, recomputing: %s: %s", type(error).__name__, error)
-            cache = KvstoredCache(config=self.model.config)
-        self.usage.restored_tokens += sum(rows.own(i, cache.restored) for i in range(len(rows.pads)))
+        profile, rows = self._profile(), read_rows(ids, mask)
+        if profile is None or profile.attention is None or rows is None or not self._allows(profile, rows):
+            return KvstoredCache(config=identity.text_config(self.model))
+        cache: KvstoredCache = self._filled(profile, rows, KvstoredCache)
+        cache.state = profile.digest
         return cache
 
-    def commit(
-        self, cache: KvstoredCache, out: Any, mask: torch.Tensor | None = None, *, rows: Rows | None = None
-    ) -> None:
-        """Keep what a cache holds of these sequences (the ids, or what generate returned), on another thread."""
-        sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        rows = rows or read_rows(sequences if mask is None else sequences[:, : mask.shape[1]], mask, None)
-        if rows is None:
-            return
-        whole = grown(rows, sequences, self._ends()) if self._keep_answers else rows
-        self._attention.keep(rows, whole, cache)
+    def commit(self, cache: KvstoredCache, out: Any, mask: torch.Tensor | None = None) -> None:
+        """Keep what a cache holds of these sequences (the ids, or what generate returned), on another thread.
+
+        Keeps nothing where the model has changed since `restore`.
+        """
+        try:
+            profile = self._profile()
+            sequences = out if isinstance(out, torch.Tensor) else out.sequences
+            rows = read_rows(sequences if mask is None else sequences[:, : mask.shape[1]], mask)
+            if profile is None or profile.attention is None or rows is None or not self._allows(profile, rows):
+                return
+            if getattr(cache, "state", "") not in ("", profile.digest):
+                self._say("the model changed between restore and commit")
+                return
+            whole = grown(rows, sequences, self._ends(None)) if self._keep_answers else rows
+            profile.attention.keep(rows, whole, cache, copy=True)
+        except Exception as error:  # noqa: BLE001 - the boundary: the caller has computed, and hears of no error of ours
+            self._say(f"keeping failed: {type(error).__name__}: {error}")
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until what was kept so far is in the cache. False: it is not, after `timeout_s`."""
-        return self.guard.flush(timeout_s)
+        return self.guard is None or bool(self.guard.flush(timeout_s))
 
-    def _rows(self, ids: Any, options: dict[str, Any]) -> Rows | None:
-        """The prompts, where this call is one that is understood; else None."""
-        config = options.get("generation_config") or self.model.generation_config
+    def _generate(self, *args: Any, **options: Any) -> Any:
+        """The model's own generate, or what stood in its place before."""
+        own = self._replaced if self._replaced is not None else type(self.model).generate.__get__(self.model)
+        return own(*args, **options)
 
-        def setting(name: str) -> Any:
-            return options.get(name, getattr(config, name, None))
-
-        others = [name for name, x in options.items() if isinstance(x, torch.Tensor)]
-        if (
-            self.kind == "unknown"
-            or self.model.training
-            or self._adapters != identity.adapters(self.model)
-            or any(name not in ("input_ids", "attention_mask") for name in others)
-            or any(options.get(name) is not None for name in _ELSEWHERE)
-            or any((setting(name) or 1) > 1 for name in _ONE_LINE_EACH)
-            or setting("use_cache") is False
-            or setting("cache_implementation") is not None
-        ):
+    def _understood(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Call, Profile] | None:
+        """The call and the model's state, where both are understood; else None, and the log says why."""
+        if self.guard is None:
+            self._say("this model was pickled: make a new PrefixCache for it")
             return None
-        if self.kind in _BLIND and any((setting(k) or off) != off for k, off in _PROMPT_PROCESSORS.items()):
+        try:
+            engine = identity.engine_of(self.model)
+            kind, _ = identity.kind_of(engine)
+            if engine is not self.model and "generation_config" in vars(self.model):
+                engine.generation_config = self.model.generation_config  # as PEFT's generate does
+            call = read_call(engine, args, options, last_token_only=kind in BLIND)
+            profile = self._profile()
+            if profile is None or not self._allows(profile, call.rows):
+                return None
+        except NotUnderstood as why:
+            self._say(str(why))
+        except Exception as error:  # noqa: BLE001 - the boundary: what we cannot make out, the model gets as it came
+            self._say(f"the call was not made out: {type(error).__name__}: {error}")
+        else:
+            return call, profile
+        return None
+
+    def _profile(self) -> Profile | None:
+        """What is known of the model as it is now; None where it cannot be cached, and the log says why."""
+        try:
+            if self._profiles is None:  # a copy of the model: its weights are the copy's own
+                self._profiles = self._new_profiles(None)
+            return self._profiles.now()
+        except NotCacheable as why:
+            self._say(f"{type(self.model).__name__}: {why}")
+        except Exception as error:  # noqa: BLE001 - the boundary: a model that cannot be examined is not cached
+            self._say(f"{type(self.model).__name__} was not made out: {type(error).__name__}: {error}")
+        return None
+
+    def _allows(self, profile: Profile, rows: Rows) -> bool:
+        """Whether a batch of this form is cached for this model."""
+        if any(rows.pads) and not profile.padded:
+            self._say(f"{type(self.model).__name__} counts padding: only prompts without it are cached")
+            return False
+        if profile.kind == "rwkv" and len(rows.pads) > 1:
+            self._say("RWKV's step over one token mixes the rows of a batch")
+            return False
+        return True
+
+    def _filled(self, profile: Profile, rows: Rows, cache_class: Any) -> Any:
+        """A cache with the longest prefix that is held."""
+        config = identity.text_config(self.model)
+        cache, restored = cache_class(config=config), 0
+        try:
+            assert profile.attention is not None
+            restored = profile.attention.restore(rows, cache, self.model.device)
+        except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
+            self._say(f"restoring failed, recomputing: {type(error).__name__}: {error}")
+            cache = cache_class(config=config)
+        if isinstance(cache, KvstoredCache):
+            cache.restored = restored
+        self.usage.restored_tokens += sum(rows.own(i, restored) for i in range(len(rows.pads)))
+        return cache
+
+    def _keep(self, profile: Profile, call: Call, past: Any, out: Any) -> None:
+        """Keep a prompt and its answer."""
+        try:
+            if profile.attention is not None and self._unmoved(profile):
+                copy = not isinstance(out, torch.Tensor)
+                profile.attention.keep(call.rows, self._with_answer(call, out), past, copy=copy)
+        except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and is returned
+            self._say(f"keeping failed: {type(error).__name__}: {error}")
+
+    def _unmoved(self, profile: Profile) -> bool:
+        assert self._profiles is not None
+        if self._profiles.still(profile):
+            return True
+        self._say(f"{type(self.model).__name__} changed while it answered: nothing was kept")
+        return False
+
+    def _with_answer(self, call: Call, out: Any) -> Rows:
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        return grown(call.rows, sequences, self._ends(call.settings)) if self._keep_answers else call.rows
+
+    def _ends(self, settings: Any) -> frozenset[int]:
+        settings = settings if settings is not None else self.model.generation_config
+        return end_tokens(settings.eos_token_id)
+
+    @torch.no_grad()
+    def _advanced(self, profile: Profile, call: Call) -> Any:
+        """A state before the prompt's last token, from the latest snapshot on; None where that fails.
+
+        RWKV has no state before its first token: a prompt of one token is passed on.
+        """
+        try:
+            assert profile.recurrent is not None
+            assert profile.snapshots is not None
+            state, at = self._restored(profile, call.rows)
+            due = call.rows.width - 1
+            if at < due:
+                state = profile.recurrent.advance(state, call.ids, call.rows, at, due)
+                if self._unmoved(profile):
+                    profile.snapshots.keep(call.rows, due, state)
+        except Exception as error:  # noqa: BLE001 - the boundary: the model computes it all
+            self._say(f"{type(self.model).__name__} was not advanced: {type(error).__name__}: {error}")
             return None
-        rows = read_rows(ids, options.get("attention_mask"), setting("pad_token_id"))
-        if self.kind == "rwkv" and rows is not None and (len(rows.pads) > 1 or any(rows.pads)):
-            return None  # its one-token step mixes the rows of a batch, and it knows no mask for padding
-        return rows
+        self.usage.restored_tokens += sum(call.rows.own(i, at) for i in range(len(call.rows.pads)))
+        return state
 
-    def _ends(self) -> frozenset[int]:
-        ends = self.model.generation_config.eos_token_id
-        return frozenset() if ends is None else frozenset(ends if isinstance(ends, list) else [ends])
+    def _restored(self, profile: Profile, rows: Rows) -> tuple[Any, int]:
+        assert profile.recurrent is not None
+        assert profile.snapshots is not None
+        try:
+            found = profile.snapshots.find(rows, self.model.device)
+            if found is not None and profile.recurrent.is_worth(found.length, rows.width):
+                return profile.recurrent.loaded(found.rows, found.length), found.length
+        except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
+            self._say(f"restoring failed, recomputing: {type(error).__name__}: {error}")
+        return profile.recurrent.fresh(), 0
 
-    def _from_snapshot(self, ids: torch.Tensor, rows: Rows, options: dict[str, Any]) -> Any:
-        state, at = self._restored(rows)
-        self.usage.restored_tokens += sum(rows.own(i, at) for i in range(len(rows.pads)))
-        due = rows.width - 1
-        if at < due:
-            state = self._advance(state, ids, rows, at, due)
-            self._snapshots.keep(rows, due, state)
-        if self.kind in _BLIND:
-            # Only its last token: these families' generate does not look how far the state is.
-            options = _absolute_lengths(options, rows.width)
-            options["attention_mask"] = torch.ones_like(ids[:, -1:])
-            return _with_prompt(self._generate(ids[:, -1:], **{_BLIND[self.kind]: state}, **options), ids)
-        out = self._generate(ids, past_key_values=state, **options)
-        if self._keep_answers:
-            sequences = out if isinstance(out, torch.Tensor) else out.sequences
-            whole = grown(rows, sequences, self._ends())
-            # Rows that ended early went on with padding in the state: only full ones are kept (see `keep`).
-            self._snapshots.keep(whole, int(sequences.shape[1]) - 1, state)
+    def _from_snapshot(self, profile: Profile, call: Call, state: Any) -> Any:
+        assert profile.recurrent is not None
+        ids, arguments = profile.recurrent.arguments(call.ids, state)
+        options = {**call.options, **arguments}
+        if profile.kind in BLIND:
+            if options.get("streamer") is not None:
+                options["streamer"] = WholePrompt(options["streamer"], call.ids)
+            return with_prompt(self._generate(ids, **options), call.ids)
+        out = self._generate(ids, **options)
+        self._keep_snapshot(profile, call, state, out)
         return out
 
-    def _fresh(self) -> Any:
-        return None if self.kind == "rwkv" else KvstoredCache(config=self.model.config)
-
-    def _restored(self, rows: Rows) -> tuple[Any, int]:
+    def _keep_snapshot(self, profile: Profile, call: Call, state: Any, out: Any) -> None:
         try:
-            found = self._snapshots.find(rows, self.model.device)
-            if found is None or (self._stepwise and (rows.width - found.length) * _STEP_COST > rows.width):
-                return self._fresh(), 0
-            if self.kind == "rwkv":
-                names = sorted(found.rows[0])
-                return [torch.cat([row[name] for row in found.rows]) for name in names], found.length
-            cache = self._fresh()
-            snapshot.load_rows(cache, found.rows, found.length)
-            cache.restored = found.length
-        except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
-            logger.warning("restoring failed, recomputing: %s: %s", type(error).__name__, error)
-            return self._fresh(), 0
-        return cache, found.length
+            if self._keep_answers and profile.snapshots is not None and self._unmoved(profile):
+                sequences = out if isinstance(out, torch.Tensor) else out.sequences
+                # Rows that ended early went on with padding in the state: only full ones are kept (see `keep`).
+                whole = grown(call.rows, sequences, self._ends(call.settings))
+                profile.snapshots.keep(whole, int(sequences.shape[1]) - 1, state)
+        except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and is returned
+            self._say(f"keeping failed: {type(error).__name__}: {error}")
 
-    @property
-    def _stepwise(self) -> bool:
-        return identity.text_config(self.model).model_type in _STEPWISE_TYPES
-
-    def _advance(self, state: Any, ids: torch.Tensor, rows: Rows, start: int, end: int) -> Any:
-        """Run the model over padded positions start..end from a state (in place, RWKV's aside). Returns the state."""
-        cuts = range(start, end) if self._stepwise and start else (start,)
-        for at in cuts:
-            stop = at + 1 if len(cuts) > 1 else end
-            state = self._forward(state, ids, rows, at, stop)
-        return state
-
-    def _forward(self, state: Any, ids: torch.Tensor, rows: Rows, start: int, end: int) -> Any:
-        piece, mask = ids[:, start:end], rows.mask(ids.device)[:, :end]
-        options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in self._signature:
-            options["logits_to_keep"] = 1
-        if self.kind == "rwkv":
-            return self.model(piece, state=state, **options).state
-        if self.kind == "mamba":
-            padding = {} if start else {"attention_mask": mask}
-            self.model(piece, cache_params=state, **padding, **options)
-            return state
-        if "position_ids" in self._signature:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
-        self.model(piece, attention_mask=mask, past_key_values=state, **options)
-        return state
-
-
-def _kind(model: Any) -> str:
-    """How this model's cache is kept: attention, snapshot, mamba, rwkv, or unknown: not at all."""
-    name = type(model).__name__.lower()
-    if "rwkv" in name:
-        return "rwkv"
-    if getattr(model.config, "is_encoder_decoder", False) or identity.rope_depends_on_length(model):
-        return "unknown"
-    try:
-        layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    except Exception as error:  # noqa: BLE001 - a configuration transformers itself makes no cache of
-        logger.info("no cache for this model: %s", error)
-        return "unknown"
-    if layers == {"DynamicLayer"} and hasattr(identity.text_config(model), "num_attention_heads"):
-        return "attention"
-    if not layers or not layers <= snapshot.KNOWN:
-        return "unknown"
-    return "mamba" if "mamba" in name else "snapshot"  # transformers' own rule for the argument's name
-
-
-def _absolute_lengths(options: dict[str, Any], width: int) -> dict[str, Any]:
-    """Lengths of the whole sequence, for a call that is only given its last token."""
-    moved = dict(options)
-    for name in ("max_length", "min_length"):
-        if moved.get(name) is not None:
-            moved[name] = max(1, moved[name] - width + 1)
-    return moved
-
-
-def _with_prompt(out: Any, ids: torch.Tensor) -> Any:
-    """The sequences with the whole prompt before them."""
-    if isinstance(out, torch.Tensor):
-        return torch.cat([ids[:, :-1], out], dim=1)
-    out.sequences = torch.cat([ids[:, :-1], out.sequences], dim=1)
-    return out
+    def _say(self, why: str) -> None:
+        """One line in the log for each reason."""
+        if why not in self._said and len(self._said) < _REASONS_MAX:
+            self._said.add(why)
+            logger.warning("passed on to the model, or not kept: %s", why)

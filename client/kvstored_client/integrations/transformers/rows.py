@@ -28,20 +28,18 @@ class Rows:
         return (positions >= torch.tensor(self.pads, device=device).unsqueeze(1)).long()
 
 
-def read_rows(ids: Any, mask: Any, pad_token_id: int | None) -> Rows | None:
-    """The rows of a batch; None for what is not a left-padded batch of token ids."""
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] < 1 or ids.is_floating_point():
+def read_rows(ids: Any, mask: Any = None) -> Rows | None:
+    """The rows of a batch; None for what is not a left-padded batch of ids. mask: None where nothing is padding."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or min(ids.shape) < 1:
         return None
-    if mask is None:
-        if pad_token_id is not None and bool((ids == pad_token_id).any()):
-            return None  # transformers would guess a mask from these, by rules of its own
-        pads = [0] * ids.shape[0]
-    else:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+        return None
+    pads = [0] * ids.shape[0]
+    if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
             return None
-        seen = mask.long()
-        pads = [int(n) for n in (seen == 0).sum(1)]
-        if not torch.equal(seen, Rows([], pads, ids.shape[1]).mask(seen.device)):
+        pads = [int(n) for n in (mask == 0).sum(1)]
+        if not torch.equal(mask.to(torch.float64), Rows([], pads, ids.shape[1]).mask(mask.device).to(torch.float64)):
             return None
     tokens = [[int(t) for t in row[pad:]] for row, pad in zip(ids.tolist(), pads, strict=True)]
     return Rows(tokens, pads, ids.shape[1]) if all(tokens) else None
