@@ -19,10 +19,10 @@ from kvstore.errors import KvstoreError, RecordCorrupt
 _pop = methodcaller("pop")
 _PACKAGES = frozenset(
     {
-        "kvstore", "kvstored_client", "kvstored_kernel",
-        "google", "numpy", "ml_dtypes", "torch", "json", "encodings", "contextlib", "functools", "ctypes", "socket", "grpc", "importlib",
+        *("kvstore", "kvstored_client", "kvstored_kernel", "google", "grpc", "numpy", "ml_dtypes", "torch"),
+        *("json", "encodings", "contextlib", "functools", "ctypes", "socket", "importlib"),
     }
-)  # fmt: skip
+)
 """Whose code asks and reads an answer. What any other raised came from a signal handler that ran meanwhile."""
 _DAMAGE = (
     DecodeError,

@@ -20,6 +20,7 @@ from kvstore.region import ALIGN
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.frames import Bytes, get_request, submessage
+from kvstored_client.interrupts import damage
 from kvstored_client.mapping import Copier, Window
 from kvstored_client.mapping import Mapping as MappedSegment
 from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
@@ -50,7 +51,10 @@ class LeasedTensors(Mapping[str, Any]):
         if self._lease is None:
             raise LeaseKept("this lease has ended: its tensors are only there inside the block")
         if self._made is None:
-            self._made = self._lease.view(self._block)
+            try:
+                self._made = self._lease.view(self._block)
+            except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
+                raise damage(error, "a block") from None
         return self._made
 
     def __getitem__(self, name: str) -> Any:
@@ -122,6 +126,7 @@ class LeasedHits(Sequence[Hit | None]):
         self._reply = reply
         self._keys = keys
         self._made: dict[int, Hit] = {}
+        _check_count(reply, len(keys))
         self._items: Sequence[pb.Leased | bytes | None] = reply.leased
         if not reply.complete:
             items: list[pb.Leased | None] = [None] * len(keys)
@@ -191,6 +196,7 @@ def get(
         reply = connection.exchange(_get_call(part, how), turn.near.timeout_s)
         epoch = reply.boot_epoch
         try:
+            _check_count(reply, len(part))
             for at, said in enumerate(reply.leased):
                 item = said if reply.complete else _taken_apart(said)
                 index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
@@ -208,6 +214,12 @@ def get(
     return hits, stale, epoch
 
 
+def _check_count(reply: pb.LeaseReply, keys: int) -> None:
+    found = len(reply.leased)
+    if found > keys or (reply.complete and found != keys):
+        raise UseStream(f"{found} answers to {keys} keys")
+
+
 def _index(said: int, keys: int) -> int:
     if said >= keys:
         raise UseStream(f"an answer to key {said} of {keys}")
@@ -220,7 +232,10 @@ def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
 
 def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The tensors of a block, copied or decoded; None if the block was used again meanwhile."""
-    target = Target(block.specs, framework, out)
+    try:
+        target = Target(block.specs, framework, out)
+    except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
+        raise damage(error, "a block") from None
     if block.packed is not None:
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
@@ -285,12 +300,17 @@ def _block(segments: Segments, item: pb.Leased | bytes) -> Block:
     if block is None:
         if len(known) >= BLOCKS_MAX:
             known.clear()
-        block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
+        try:
+            block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
+        except Exception as error:
+            damaged = damage(error, "a block")
+            if damaged is error and not isinstance(error, KvstoreError):
+                raise  # UseStream, or an interrupt
+            raise UseStream(str(damaged)) from None
     return block
 
 
 def _new_block(segments: Segments, item: pb.Leased) -> Block:
-    """Raise UseStream or InvalidEntry for what cannot be one."""
     head = item.header
     shape = shape_of(head)
     packed = Packed(head, shape) if head.packed else None

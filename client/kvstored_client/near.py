@@ -2,7 +2,7 @@
 
 A Near keeps a few connections; each serves one call at a time and has its own ingest segments. Whatever goes wrong with
 a connection closes it; the call then goes over the stream, unless the daemon was silent too long already. Thread-safe,
-without a lock: an idle connection moves from the idle ones into a Turn's hand and back, each time in one step of C code.
+without a lock: a connection moves from the idle ones into a Turn's hand and back, each time in one step of C code.
 """
 
 import time
@@ -14,7 +14,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from kvstore.errors import KvstoreError
-from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.connection import Connection, Releases, Segments, Silent, UseStream
 from kvstored_client.interrupts import is_foreign, moved
 from kvstored_client.mapping import Copier

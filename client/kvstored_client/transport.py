@@ -2,13 +2,13 @@
 
 Every call has a hard end: a deadline sized by the bytes it moves or, for a get, a watchdog over its silence. A channel
 belongs to the process that made it: a forked child starts with a fresh one. Thread-safe, and without a lock of its own
-(see `interrupts`). What an interrupt leaves of gRPC's locks and calls belongs to one channel, which is not used again.
+(see `interrupts`). An interrupted call is cancelled and its channel goes on: gRPC keeps some 20 KB of such a call and
+whatever part of the answer it had in hand, and with the channel given up it would keep the connection, too.
 """
 
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -28,7 +28,6 @@ ADMIN = "/kvstored.v1.Admin/"
 ERROR_METADATA = "kvstored-error"
 
 MESSAGE_MAX_NBYTES = 4 << 20
-RETIRED_MAX = 8
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
@@ -92,12 +91,11 @@ class ReplyType(Protocol[Reply_co]):
 
 
 class Line:
-    """One channel. calls: one item for each call under way."""
+    """One channel and its methods."""
 
     def __init__(self, address: str) -> None:
         self._channel = open_channel(address, _OPTIONS)
         self._methods: dict[str, Any] = {}
-        self.calls: list[None] = []
 
     def method(self, kind: str, path: str) -> Any:
         """What calls a path of the daemon's. Raises ValueError for a channel that was closed."""
@@ -132,12 +130,11 @@ class Transport:
         self.breaker = Breaker()
         self._line: dict[str, Line] = {}
         """At most one, under "now": a dictionary adds and removes in one step."""
-        self._retired: deque[Line] = deque()
         self._streaming: dict[int, None] = {}
 
     def after_fork(self) -> None:
         """Let go of the parent's channel without closing it: closing would speak on the parent's connection."""
-        _inherited.append((self._line, self._retired))
+        _inherited.append(self._line)
         self._start_afresh()
         if self.on_fork is not None:
             self.on_fork()
@@ -169,23 +166,12 @@ class Transport:
                 opened.close()
         return line
 
-    def _retire(self, line: Line) -> None:
-        """Use a channel no more; end it once no call is under way on it."""
-        if self._line.get("now") is line:
-            self._line.pop("now", None)
-        self._retired.append(line)
-        for old in list(self._retired):
-            # An interrupted call need not have said that it ended; so many are kept for those, and no more.
-            if not old.calls or len(self._retired) > RETIRED_MAX:
-                old.close()
-                self._retired.remove(old)
-
     def unary(self, path: str, request: Request, reply: ReplyType[Reply]) -> Reply:
         """One message there, one back. Raises KvstoreError."""
         data = self._attempt("unary_unary", path, request.SerializeToString(), self.timeout_s)
         try:
             return reply.FromString(data)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
             raise damage(error, f"what {self.address} answered") from None
 
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
@@ -209,7 +195,6 @@ class Transport:
     def _attempt(self, kind: str, path: str, asked: Any, timeout_s: float) -> bytes:
         self.allow()
         line = self._open_line()
-        line.calls.append(None)
         call: Any = None
         try:
             method = line.method(kind, path)
@@ -226,20 +211,11 @@ class Transport:
                 raise
             raise TierUnavailable(f"this client is closed: {error}") from None
         except BaseException:
-            self._abandon(line, call)
-            raise
-        finally:
-            line.calls.pop()
-        self.answered()
-        return reply
-
-    def _abandon(self, line: Line, call: Any) -> None:
-        """A call was interrupted."""
-        try:
             if call is not None:
                 call.cancel()
-        finally:
-            self._retire(line)
+            raise
+        self.answered()
+        return reply
 
     def stream_in(self, path: str, request: Request) -> Generator[bytes]:
         """One message there, a stream of messages back, each within `timeout_s`. Raises KvstoreError.
@@ -248,7 +224,6 @@ class Transport:
         """
         self.allow()
         line = self._open_line()
-        line.calls.append(None)
         call = watch = None
         try:
             call = line.method("unary_stream", path)(request.SerializeToString())
@@ -260,18 +235,15 @@ class Transport:
         except grpc.RpcError as error:
             late = f"no answer within {self.timeout_s} s" if watch is not None and watch.expired else ""
             raise self._failed(error, late) from None
-        except (ValueError, RuntimeError) as error:
-            self._abandon(line, call)
+        except (ValueError, RuntimeError) as error:  # a channel closed by another thread; no thread for the watchdog
             if is_foreign(error):
                 raise
             raise TierUnavailable(f"{self.address}: {error}") from None
-        except BaseException:
-            self._abandon(line, call)
-            raise
         finally:
             if watch is not None:
                 self._watchdog.release(watch)
-            line.calls.pop()
+            if call is not None:
+                call.cancel()
         self.answered()
 
     def saw_epoch(self, epoch: int) -> None:
@@ -283,10 +255,9 @@ class Transport:
     def close(self) -> None:
         """End all calls and the connection. Later calls raise TierUnavailable."""
         self._closed = True
-        for line in [*self._line.values(), *self._retired]:
+        for line in list(self._line.values()):
             line.close()
         self._line.clear()
-        self._retired.clear()
 
     def _deadline_s(self, nbytes: int) -> float:
         return self.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
