@@ -26,7 +26,8 @@ def _nobody() -> None:
 class Job:
     """One call in the other thread."""
 
-    def __init__(self, work: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def __init__(self, work: Callable[..., object], args: tuple[Any, ...], runner: Any) -> None:
+        """runner: a weak reference that ends with the thread that is to do it."""
         self._work = work
         self._args = args
         self._unclaimed = [None]  # who takes this does the work, or says that nobody will
@@ -34,10 +35,10 @@ class Job:
         self._done.acquire()
         self._error: BaseException | None = None
         self.over = False
-        self._runner: Any = _nobody
+        self._runner = runner
 
     def run(self, runner: Any) -> None:
-        """Do it, unless it was called off. runner: a weak reference that ends with the thread."""
+        """Do it, unless it was called off."""
         self._runner = runner
         if not self._claim():
             return
@@ -52,7 +53,7 @@ class Job:
         """Wait until it is done. Raises what the work raised."""
         while not self.over:
             if not self._done.acquire(timeout=LOOK_AGAIN_S) and self._runner() is None:
-                self._claim()  # nobody began, or an exception from another thread has ended who did
+                self._claim()  # its thread did not start, or an exception from another thread has ended it
                 self._work(*self._args)
                 self.over = True
         if self._error is not None:
@@ -84,14 +85,14 @@ class Aside:
 
     def start(self, jobs: list[Job], work: Callable[..., object], *args: Any) -> None:
         """Have work(*args) done. Its job is in `jobs` before it can begin, so that nothing is done unknown to them."""
-        job = Job(work, args)
-        jobs.append(job)
         if self._running() is None:
             mark = _Mark()
             self._running = weakref.ref(mark)
             end = weakref.ref(self, self._queue.put)
             with suppress(RuntimeError):  # out of threads: who waits does it
                 _thread.start_new_thread(_run, (self._queue, self._begin, end, mark))
+        job = Job(work, args, self._running)
+        jobs.append(job)
         self._queue.put(job)
 
 

@@ -95,7 +95,7 @@ class Near:
         if wanted not in idle or wanted.closed:
             return False
         try:
-            hand.extend(compress((wanted,), map(not_, map(idle.remove, (wanted,)))))  # type: ignore[func-returns-value]
+            hand.extend(compress((wanted,), map(not_, map(idle.remove, (wanted,)))))
         except ValueError as error:
             if is_foreign(error):
                 raise

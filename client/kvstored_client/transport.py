@@ -7,8 +7,8 @@ whatever part of the answer it had in hand, and with the channel given up it wou
 """
 
 import os
-import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ import grpc
 from kvstore import errors
 from kvstore.errors import KvstoreError, OverQuota, TierUnavailable
 from kvstored_client.address import parse_address
+from kvstored_client.aside import Aside, Job
 from kvstored_client.breaker import Breaker
 from kvstored_client.credentials import check_credentials, open_channel
 from kvstored_client.interrupts import damage, is_foreign
@@ -28,6 +29,8 @@ ADMIN = "/kvstored.v1.Admin/"
 ERROR_METADATA = "kvstored-error"
 
 MESSAGE_MAX_NBYTES = 4 << 20
+SENDERS_MAX = 4
+"""Threads kept for the next put of several frames."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
@@ -130,7 +133,7 @@ class Transport:
         self.breaker = Breaker()
         self._line: dict[str, Line] = {}
         """At most one, under "now": a dictionary adds and removes in one step."""
-        self._streaming: dict[int, None] = {}
+        self._senders: deque[Aside] = deque(maxlen=SENDERS_MAX)
 
     def after_fork(self) -> None:
         """Let go of the parent's channel without closing it: closing would speak on the parent's connection."""
@@ -168,7 +171,8 @@ class Transport:
 
     def unary(self, path: str, request: Request, reply: ReplyType[Reply]) -> Reply:
         """One message there, one back. Raises KvstoreError."""
-        data = self._attempt("unary_unary", path, request.SerializeToString(), self.timeout_s)
+        asked = request.SerializeToString()
+        data = self._attempt("unary_unary", path, lambda method: bytes(method(asked, timeout=self.timeout_s)))
         try:
             return reply.FromString(data)
         except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
@@ -176,44 +180,49 @@ class Transport:
 
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
         """A put of a single frame: on the wire the stream of one message, without gRPC's thread for sending."""
-        return self._attempt("unary_unary", path, frame, self._deadline_s(nbytes))
+        timeout_s = self._deadline_s(nbytes)
+        return self._attempt("unary_unary", path, lambda method: bytes(method(frame, timeout=timeout_s)))
 
     def stream_out(self, path: str, frames: Iterable[bytes], nbytes: int) -> bytes:
-        """A stream of frames there, one message back. Raises KvstoreError."""
-        thread = threading.get_ident()
-        if thread in self._streaming:
-            # A signal handler's, in the middle of another one: gRPC may hold a lock that it would wait for.
-            raise OverQuota(f"{self.address}: this thread is sending a stream already")
-        self._streaming[thread] = None
+        """A stream of frames there, one message back. Raises KvstoreError.
+
+        In another thread: gRPC sends with a thread of its own, and an interrupt inside one of the conditions that the
+        two share leaves both waiting for ever. What is interrupted here ends there with the next frame.
+        """
         wanted = _Wanted()
+        sent = _while_wanted(frames, wanted)
+        received: list[bytes] = []
+
+        def send(method: Any) -> bytes:
+            jobs: list[Job] = []
+            aside = self._sender()
+            aside.start(jobs, lambda: received.append(bytes(method(sent, timeout=self._deadline_s(nbytes)))))
+            jobs[0].wait()
+            self._senders.append(aside)
+            return received[0]
+
         try:
-            return self._attempt("stream_unary", path, _while_wanted(frames, wanted), self._deadline_s(nbytes))
+            return self._attempt("stream_unary", path, send)
         finally:
             wanted.still = False
-            self._streaming.pop(thread, None)
 
-    def _attempt(self, kind: str, path: str, asked: Any, timeout_s: float) -> bytes:
+    def _sender(self) -> Aside:
+        try:
+            return self._senders.pop()
+        except IndexError:
+            return Aside()
+
+    def _attempt(self, kind: str, path: str, call: Callable[[Any], bytes]) -> bytes:
         self.allow()
         line = self._open_line()
-        call: Any = None
         try:
-            method = line.method(kind, path)
-            if kind == "stream_unary":
-                # Not called directly: interrupted, that leaves gRPC's sending thread behind for ever.
-                call = method.future(asked, timeout=timeout_s)
-                reply = bytes(call.result())
-            else:
-                reply = bytes(method(asked, timeout=timeout_s))
+            reply = call(line.method(kind, path))
         except grpc.RpcError as error:
             raise self._failed(error) from None
-        except (ValueError, grpc.FutureCancelledError) as error:  # its words for a channel closed by another thread
+        except ValueError as error:  # grpc's word for a channel closed by another thread
             if is_foreign(error):
                 raise
             raise TierUnavailable(f"this client is closed: {error}") from None
-        except BaseException:
-            if call is not None:
-                call.cancel()
-            raise
         self.answered()
         return reply
 
@@ -299,7 +308,7 @@ class _Wanted:
 def _while_wanted(frames: Iterable[bytes], wanted: _Wanted) -> Iterator[bytes]:
     for frame in frames:
         if not wanted.still:
-            raise TierUnavailable("this put was interrupted")
+            return  # inside an entry, which the daemon then refuses, or between two
         yield frame
 
 
