@@ -2,8 +2,7 @@
 
 Every call has a hard end: a deadline sized by the bytes it moves or, for a get, a watchdog over its silence. A channel
 belongs to the process that made it: a forked child starts with a fresh one. Thread-safe, and without a lock of its own
-(see `interrupts`). An interrupted call is cancelled and its channel goes on: gRPC keeps some 20 KB of such a call and
-whatever part of the answer it had in hand, and with the channel given up it would keep the connection, too.
+(see `interrupts`); gRPC, which has many, is called in threads that nothing interrupts.
 """
 
 import os
@@ -29,8 +28,8 @@ ADMIN = "/kvstored.v1.Admin/"
 ERROR_METADATA = "kvstored-error"
 
 MESSAGE_MAX_NBYTES = 4 << 20
-SENDERS_MAX = 4
-"""Threads kept for the next put of several frames."""
+ASIDES_MAX = 4
+"""Threads kept for the next call."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
@@ -133,7 +132,7 @@ class Transport:
         self.breaker = Breaker()
         self._line: dict[str, Line] = {}
         """At most one, under "now": a dictionary adds and removes in one step."""
-        self._senders: deque[Aside] = deque(maxlen=SENDERS_MAX)
+        self._asides: deque[Aside] = deque(maxlen=ASIDES_MAX)
 
     def after_fork(self) -> None:
         """Let go of the parent's channel without closing it: closing would speak on the parent's connection."""
@@ -171,8 +170,7 @@ class Transport:
 
     def unary(self, path: str, request: Request, reply: ReplyType[Reply]) -> Reply:
         """One message there, one back. Raises KvstoreError."""
-        asked = request.SerializeToString()
-        data = self._attempt("unary_unary", path, lambda method: bytes(method(asked, timeout=self.timeout_s)))
+        data = self._attempt("unary_unary", path, request.SerializeToString(), self.timeout_s)
         try:
             return reply.FromString(data)
         except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
@@ -180,51 +178,45 @@ class Transport:
 
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
         """A put of a single frame: on the wire the stream of one message, without gRPC's thread for sending."""
-        timeout_s = self._deadline_s(nbytes)
-        return self._attempt("unary_unary", path, lambda method: bytes(method(frame, timeout=timeout_s)))
+        return self._attempt("unary_unary", path, frame, self._deadline_s(nbytes))
 
     def stream_out(self, path: str, frames: Iterable[bytes], nbytes: int) -> bytes:
-        """A stream of frames there, one message back. Raises KvstoreError.
-
-        In another thread: gRPC sends with a thread of its own, and an interrupt inside one of the conditions that the
-        two share leaves both waiting for ever. What is interrupted here ends there with the next frame.
-        """
+        """A stream of frames there, one message back. Raises KvstoreError."""
         wanted = _Wanted()
-        sent = _while_wanted(frames, wanted)
-        received: list[bytes] = []
-
-        def send(method: Any) -> bytes:
-            jobs: list[Job] = []
-            aside = self._sender()
-            aside.start(jobs, lambda: received.append(bytes(method(sent, timeout=self._deadline_s(nbytes)))))
-            jobs[0].wait()
-            self._senders.append(aside)
-            return received[0]
-
         try:
-            return self._attempt("stream_unary", path, send)
+            return self._attempt("stream_unary", path, _while_wanted(frames, wanted), self._deadline_s(nbytes))
         finally:
             wanted.still = False
 
-    def _sender(self) -> Aside:
+    def _aside(self) -> Aside:
+        """A thread to call gRPC in.
+
+        Never in the caller's own: an interrupt inside one of gRPC's conditions leaves it locked, and every other thread
+        of the channel waits for it for ever. A call that was interrupted here ends there.
+        """
         try:
-            return self._senders.pop()
+            return self._asides.pop()
         except IndexError:
             return Aside()
 
-    def _attempt(self, kind: str, path: str, call: Callable[[Any], bytes]) -> bytes:
+    def _attempt(self, kind: str, path: str, asked: Any, timeout_s: float) -> bytes:
         self.allow()
-        line = self._open_line()
+        method = self._open_line().method(kind, path)
+        received: list[bytes] = []
+        jobs: list[Job] = []
+        aside = self._aside()
         try:
-            reply = call(line.method(kind, path))
+            aside.start(jobs, lambda: received.append(bytes(method(asked, timeout=timeout_s))))
+            jobs[0].wait()
         except grpc.RpcError as error:
             raise self._failed(error) from None
         except ValueError as error:  # grpc's word for a channel closed by another thread
             if is_foreign(error):
                 raise
             raise TierUnavailable(f"this client is closed: {error}") from None
+        self._asides.append(aside)
         self.answered()
-        return reply
+        return received[0]
 
     def stream_in(self, path: str, request: Request) -> Generator[bytes]:
         """One message there, a stream of messages back, each within `timeout_s`. Raises KvstoreError.
@@ -232,16 +224,28 @@ class Transport:
         Whoever does not take all of them closes it.
         """
         self.allow()
-        line = self._open_line()
-        call = watch = None
+        method = self._open_line().method("unary_stream", path)
+        asked = request.SerializeToString()
+        received: deque[Any] = deque()
+        jobs: list[Job] = []
+        aside, watch, ended = self._aside(), None, False
         try:
-            call = line.method("unary_stream", path)(request.SerializeToString())
+            aside.start(jobs, lambda: received.append(method(asked)))
+            jobs.pop().wait()
+            call = received.popleft()
             watch = self._watchdog.watch(call.cancel, self.timeout_s)
-            for message in call:
+            while True:
+                aside.start(jobs, lambda: received.append(next(call, None)))
+                jobs.pop().wait()
+                message = received.popleft()
+                if message is None:
+                    break
                 watch.progress()
                 yield message
                 watch.progress()  # the caller's own time between two frames is not the daemon's silence
+            ended = True
         except grpc.RpcError as error:
+            ended = True
             late = f"no answer within {self.timeout_s} s" if watch is not None and watch.expired else ""
             raise self._failed(error, late) from None
         except (ValueError, RuntimeError) as error:  # a channel closed by another thread; no thread for the watchdog
@@ -251,8 +255,9 @@ class Transport:
         finally:
             if watch is not None:
                 self._watchdog.release(watch)
-            if call is not None:
-                call.cancel()
+                if not ended:
+                    self._aside().start([], call.cancel)
+        self._asides.append(aside)
         self.answered()
 
     def saw_epoch(self, epoch: int) -> None:
