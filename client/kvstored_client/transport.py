@@ -228,7 +228,8 @@ class Transport:
         asked = request.SerializeToString()
         received: deque[Any] = deque()
         jobs: list[Job] = []
-        aside, watch, ended = self._aside(), None, False
+        aside, ended = self._aside(), False
+        call = watch = None
         try:
             aside.start(jobs, lambda: received.append(method(asked)))
             jobs.pop().wait()
@@ -255,8 +256,8 @@ class Transport:
         finally:
             if watch is not None:
                 self._watchdog.release(watch)
-                if not ended:
-                    self._aside().start([], call.cancel)
+            if call is not None and not ended:
+                self._aside().start([], call.cancel)
         self._asides.append(aside)
         self.answered()
 
