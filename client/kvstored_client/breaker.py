@@ -1,18 +1,44 @@
 """A circuit breaker: after a few failures in a row, stop asking for a while.
 
 Closed: calls pass. Open: calls are refused at once until the pause is over. Then half-open: one call passes as a probe;
-its success closes the breaker, its failure opens it again for longer. Thread-safe. Knows nothing of the network.
+its success closes the breaker, its failure opens it again for longer. Thread-safe, and whole after an interrupt between
+any two instructions: without a lock, each change of its state is one step. Knows nothing of the network.
 """
 
 import random
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 FAILURES_TO_OPEN = 3
 PAUSE_MIN_S = 0.25
 PAUSE_MAX_S = 15.0
 """A restarted daemon is found again within this; meanwhile a miss costs microseconds."""
+
+
+class _Opening:
+    """One pause, and who may try after it: who takes the permit, and later who finds that he did not report."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.probe_until = 0.0
+        self.permits: deque[None] = deque([None])
+
+    def allow(self, now: float, probe_s: float) -> bool:
+        """Whether this caller is the probe."""
+        if now < self.until:
+            return False
+        if self.permits:
+            self.probe_until = now + probe_s
+            try:
+                self.permits.pop()
+            except IndexError:
+                return False  # another thread took it
+            return True
+        if now < self.probe_until:
+            return False
+        self.probe_until = now + probe_s
+        return True
 
 
 class Breaker:
@@ -23,53 +49,43 @@ class Breaker:
     ) -> None:
         self._clock = clock
         self._jitter = jitter
-        self._lock = threading.Lock()
         self._failures = 0
         self._pauses = 0
-        self._open_until: float | None = None
-        self._probe_until = 0.0
+        self._openings: dict[str, _Opening] = {}
+        """At most one, under "now": a dictionary replaces and removes in one step."""
 
     @property
     def is_open(self) -> bool:
         """Whether calls are being refused, a probe aside."""
-        return self._open_until is not None
+        return bool(self._openings)
 
     def allow(self, probe_s: float) -> bool:
         """Whether a call may go out now. probe_s: after this long a probe that never reported is given up."""
-        if self._open_until is None:
+        if not self._openings:
             return True
-        with self._lock:
-            now = self._clock()
-            # Closed by another thread since: `None or 0.0` is long past.
-            if now < (self._open_until or 0.0) or now < self._probe_until:
-                return False
-            if self._failures == 0:
-                return True
-            self._probe_until = now + probe_s
-            return True
+        opening = self._openings.get("now")
+        return opening is None or opening.allow(self._clock(), probe_s)
 
     def succeeded(self) -> bool:
         """Report an answer. True: the breaker was open and is closed now."""
-        if not self._failures and self._open_until is None:
+        if not self._failures and not self._openings:
             return False
-        with self._lock:
-            was_open = self._open_until is not None
-            self._failures = self._pauses = 0
-            self._open_until, self._probe_until = None, 0.0
-            return was_open
+        self._failures = self._pauses = 0
+        return self._openings.pop("now", None) is not None
 
     def failed(self) -> bool:
         """Report a failure. True: the breaker was closed and is open now."""
-        with self._lock:
-            self._failures += 1
-            was_open = self._open_until is not None
-            if not was_open and self._failures < FAILURES_TO_OPEN:
-                return False
-            if was_open and self._clock() < (self._open_until or 0.0):
-                return False  # a straggler from before it opened: not a probe, no longer pause
-            # Half of it at random, so that the workers of one host do not all come back in the same instant.
-            pause = min(PAUSE_MAX_S, PAUSE_MIN_S * 2.0**self._pauses)
-            self._pauses = min(self._pauses + 1, 16)
-            self._open_until = self._clock() + pause * (0.5 + 0.5 * self._jitter())
-            self._probe_until = 0.0
-            return not was_open
+        self._failures += 1
+        now, opening = self._clock(), self._openings.get("now")
+        if opening is None and self._failures < FAILURES_TO_OPEN:
+            return False
+        if opening is not None and now < opening.until:
+            return False  # a straggler from before it opened: not a probe, no longer pause
+        # Half of it at random, so that the workers of one host do not all come back in the same instant.
+        pause = min(PAUSE_MAX_S, PAUSE_MIN_S * 2.0**self._pauses) * (0.5 + 0.5 * self._jitter())
+        self._pauses = min(self._pauses + 1, 16)
+        reopened = _Opening(now + pause)
+        if opening is not None:
+            self._openings["now"] = reopened
+            return False
+        return self._openings.setdefault("now", reopened) is reopened

@@ -11,9 +11,8 @@ Thread-safe. A forked child gets a connection of its own.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
@@ -31,6 +30,7 @@ from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.address import default_address, lease_path, socket_path
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.frames import BadFrame
+from kvstored_client.interrupts import damage
 from kvstored_client.messages import (
     GetOptions,
     read_entry_info,
@@ -39,7 +39,7 @@ from kvstored_client.messages import (
     read_stats,
     tier_number,
 )
-from kvstored_client.near import Near, Silent, UseStream
+from kvstored_client.near import Near, Silent, Turn, UseStream
 from kvstored_client.receive import Out, Receiver
 from kvstored_client.send import Outgoing, PutOptions
 from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
@@ -96,7 +96,6 @@ class Client:
         self._near = Near(lease_path(path), timeout_s) if shared_memory and path is not None else None
         if self._near is not None:
             self._transport.on_fork = self._near.start_afresh
-        self._failures_lock = threading.Lock()
         self.failures = 0
 
     @property
@@ -195,8 +194,7 @@ class Client:
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
         request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).wire_ttl_s)
-        reply = self._data(lambda: self._ask("Touch", request, pb.TouchReply), None)
-        return reply.touched if reply is not None else 0
+        return self._data(lambda: self._at_most(len(keys), self._ask("Touch", request, pb.TouchReply).touched), 0)
 
     def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
@@ -204,8 +202,7 @@ class Client:
         Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
         """
         request = pb.DeleteRequest(keys=check_keys(keys), keep_shared=keep_shared)
-        reply = self._data(lambda: self._ask("Delete", request, pb.DeleteReply), None)
-        return reply.deleted if reply is not None else 0
+        return self._data(lambda: self._at_most(len(keys), self._ask("Delete", request, pb.DeleteReply).deleted), 0)
 
     def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
         """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
@@ -272,9 +269,10 @@ class Client:
 
         The last one is the result. Raises if the daemon cannot answer.
         """
-        for message in self._transport.stream_in(ADMIN + "Verify", pb.VerifyRequest()):
-            reply = pb.VerifyReply.FromString(message)
-            yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
+        with closing(self._transport.stream_in(ADMIN + "Verify", pb.VerifyRequest())) as messages:
+            for message in messages:
+                reply = self._understood(pb.VerifyReply.FromString, message)
+                yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
 
     def report(self, *, prefill_saved_s: float) -> None:
         """Tell the daemon's metrics how much prefill time was saved since the last report. Never raises for trouble."""
@@ -285,7 +283,7 @@ class Client:
         """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""
         request = pb.InspectRequest(key=check_key(key))
         reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
-        return read_entry_info(reply.entry) if reply.HasField("entry") else None
+        return self._understood(read_entry_info, reply.entry) if reply.HasField("entry") else None
 
     def explain(self, *keys: bytes, tenant: str = "") -> list[Explanation]:
         """For each key where it is held, or why it is gone. Raises if the daemon cannot answer.
@@ -294,7 +292,7 @@ class Client:
         """
         request = pb.ExplainRequest(keys=check_keys(keys), tenant=tenant)
         reply = self._counted(lambda: self._transport.unary(ADMIN + "Explain", request, pb.ExplainReply))
-        return [read_explanation(message) for message in reply.explanations]
+        return [self._understood(read_explanation, message) for message in reply.explanations]
 
     def entries(
         self,
@@ -314,12 +312,14 @@ class Client:
         request = pb.ListRequest(
             tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0, tenant=tenant, namespace=namespace
         )
-        for message in self._transport.stream_in(ADMIN + "List", request):
-            yield from map(read_entry_info, pb.ListReply.FromString(message).entries)
+        with closing(self._transport.stream_in(ADMIN + "List", request)) as messages:
+            for message in messages:
+                for entry in self._understood(pb.ListReply.FromString, message).entries:
+                    yield self._understood(read_entry_info, entry)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now. Raises if the daemon cannot answer."""
-        return read_stats(self._noted(self._counted(self._ask_stats)))
+        return self._understood(read_stats, self._noted(self._counted(self._ask_stats)))
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -350,7 +350,7 @@ class Client:
         if commits > 1:
             self.touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
         self._transport.saw_epoch(epoch)
-        return stored
+        return self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
         nbytes = sum(entry.nbytes for entry in batch)
@@ -360,7 +360,7 @@ class Client:
         else:
             frames = (frame for entry in batch for frame in entry.frames())
             data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
-        return int(self._noted(pb.PutReply.FromString(data)).stored)
+        return self._at_most(len(batch), int(self._noted(self._understood(pb.PutReply.FromString, data)).stored))
 
     def _receive(self, keys: list[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
         """Hits by position. out: for each key tensors to fill, or None."""
@@ -380,12 +380,12 @@ class Client:
             return
         self._transport.saw_epoch(epoch)
         if stale:
-            with self._failures_lock:
-                self.failures += stale
+            self.failures += stale
 
     def _read_stream(self, receiver: Receiver, request: pb.GetRequest) -> None:
         try:
-            receiver.read(self._transport.stream_in(CACHE + "Get", request))
+            with closing(self._transport.stream_in(CACHE + "Get", request)) as messages:
+                receiver.read(messages)
         except BadFrame as error:
             raise RecordCorrupt(f"{self.address} sent a damaged stream: {error}") from None
         finally:
@@ -407,34 +407,59 @@ class Client:
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
-        reply = self._data(lambda: self._ask("Match", request, pb.MatchReply), None)
-        return [read_held(held) for held in reply.held] if reply is not None else []
+        return self._data(lambda: self._held(request), [])
+
+    def _held(self, request: pb.MatchRequest) -> list[Held | None]:
+        reply = self._ask("Match", request, pb.MatchReply)
+        self._at_most(len(request.keys), len(reply.held))
+        return [read_held(held) for held in reply.held]
 
     def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
         request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).wire_ttl_s)
-        reply = self._data(lambda: self._ask("Pin", request, pb.PinReply), None)
-        return reply.changed if reply is not None else 0
+        return self._data(lambda: self._at_most(len(keys), self._ask("Pin", request, pb.PinReply).changed), 0)
 
     def _ask(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
         """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
         name = verb.lower()
         try:
-            near_reply = self._nearby(Near.ask, pb.LeaseCall(**{name: request}))
+            near_reply = self._nearby(local.ask, pb.LeaseCall(**{name: request}))
         except UseStream:
             return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
         return self._noted(getattr(near_reply, name))  # type: ignore[no-any-return]
 
-    def _nearby(self, call: Callable[Concatenate[Near, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _nearby(self, call: Callable[Concatenate[Turn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
         if self._near is None:
             raise UseStream("another host, or switched off")
         self._transport.allow()
+        turn = self._near.turn()
         try:
-            result = call(self._near, *args, **kwargs)
+            try:
+                result = call(turn, *args, **kwargs)
+            finally:
+                turn.put_back()
         except Silent as error:
+            turn.put_back()
             raise self._transport.silent(str(error)) from None
+        except BaseException:
+            turn.put_back()  # the first time it may have been interrupted
+            raise
         self._transport.answered()
         return result
+
+    def _understood(self, read: Callable[[Any], T], answer: Any) -> T:
+        """What an answer says. Raises RecordCorrupt for one that says what cannot be."""
+        try:
+            return read(answer)
+        except InvalidEntry as error:
+            raise RecordCorrupt(f"what {self.address} answered cannot be: {error}") from None
+        except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
+            raise damage(error, f"what {self.address} answered") from None
+
+    def _at_most(self, asked: int, answered: int) -> int:
+        if answered > asked:
+            raise RecordCorrupt(f"{self.address} answered {answered} of {asked}")
+        return answered
 
     def _ask_stats(self) -> pb.StatsReply:
         return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
@@ -447,8 +472,7 @@ class Client:
         try:
             return call()
         except _SOFT:
-            with self._failures_lock:
-                self.failures += 1
+            self.failures += 1
             raise
 
     def _data(self, call: Callable[[], T], otherwise: T) -> T:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -22,11 +21,13 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.dtypes import BY_NAME
-from kvstore.errors import CodecError, InvalidEntry
+from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import TensorInfo
 from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.aside import Aside, Job, call_off
 from kvstored_client.frames import BadFrame, Bytes, Scatter
+from kvstored_client.interrupts import damage
 from kvstored_client.mapping import Window
 from kvstored_client.messages import read_specs
 
@@ -38,6 +39,8 @@ NEAR_FROM_NBYTES = 8 << 20
 another host an eighth of the bytes is worth it at any size."""
 PARTS_MAX = 16
 """Parts of one tensor; nf4-kv has at most 10."""
+PACKED_MAX_RATIO = 256
+"""Bytes decoded for a byte encoded: nf4 has 8, and no codec of KV has a hundred."""
 ATTRS_MAX_NBYTES = 4 << 10
 SHAPE_MAX_NBYTES = 4 << 10
 """Of a shape that is remembered, as it is described on the wire."""
@@ -116,7 +119,8 @@ def _new_shape(described: bytes) -> Shape:
     parts = {str(i): part for i, part in enumerate(chain.from_iterable(tensor.parts.values() for tensor in coded))}
     arrays.check_specs(parts)
     packed_nbytes = sum(tensor.nbytes for tensor in coded)
-    if packed_nbytes > nbytes + 4096 * len(parts):
+    # Before anything is allocated for what would be decoded.
+    if packed_nbytes > nbytes + 4096 * len(parts) or nbytes > PACKED_MAX_RATIO * (packed_nbytes + 4096):
         raise InvalidEntry(f"{nbytes} bytes packed as {packed_nbytes}")
     return Shape(specs, nbytes, coded, *_lying(parts))
 
@@ -161,7 +165,7 @@ class Unpacking:
         self._left_nbytes = packed.nbytes
         self._filling: Bytes | None = None
         self._scatter = Scatter([])
-        self._running: list[Future[None]] = []
+        self._running: list[Job] = []
         self._damage: CodecError | None = None
 
     def take(self, chunk: memoryview) -> None:
@@ -189,7 +193,7 @@ class Unpacking:
         coded, attrs, target = self._due.popleft()
         parts = coded.cut(data)
         if self._left_nbytes:
-            self._running.append(_pool().submit(_decode, coded, attrs, parts, target))
+            _aside().start(self._running, _decode, coded, attrs, parts, target)
             return
         try:
             _decode(coded, attrs, parts, target)
@@ -199,13 +203,16 @@ class Unpacking:
     def finish(self) -> None:
         """Wait for the rest. Raises BadFrame if bytes are missing, CodecError for parts that do not fit."""
         self.take(memoryview(b""))
-        wait(self._running)
         if self._left_nbytes:
             raise BadFrame(f"an entry ended {self._left_nbytes} bytes early")
-        for future in self._running:
-            future.result()
+        for job in self._running:
+            job.wait()
         if self._damage is not None:
             raise self._damage
+
+    def call_off(self) -> None:
+        """Return once nothing is being decoded."""
+        call_off(self._running)
 
 
 def _borrowed(view: memoryview) -> Bytes:
@@ -216,8 +223,8 @@ def _borrowed(view: memoryview) -> Bytes:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="kvstored-decode", initializer=_stay_single)
+def _aside() -> Aside:
+    return Aside(_stay_single)
 
 
 def _stay_single() -> None:
@@ -227,19 +234,28 @@ def _stay_single() -> None:
     stay_single()
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)
+os.register_at_fork(after_in_child=_aside.cache_clear)
 
 
 def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], target: Bytes) -> None:
+    """Raise CodecError for whatever a codec makes of parts that no codec wrote."""
     from kvstore.codecs import codec_named
     from kvstore.entry import EncodedTensor, TensorSpec
 
-    tensors = {
-        suffix: arrays.from_bytes(spec, part, "torch")
-        for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
-    }
-    encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, attrs)
-    codec_named(coded.encoding).decode(encoded, arrays.from_bytes(coded.spec, target, "torch"))
+    try:
+        tensors = {
+            suffix: arrays.from_bytes(spec, part, "torch")
+            for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
+        }
+        encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, attrs)
+        codec_named(coded.encoding).decode(encoded, arrays.from_bytes(coded.spec, target, "torch"))
+    except KvstoreError as error:
+        raise CodecError(str(error)) from None
+    except Exception as error:
+        damaged = damage(error, f"a tensor encoded as {coded.encoding}")
+        if damaged is error:
+            raise
+        raise CodecError(str(damaged)) from None
 
 
 def _coded(spec: TensorInfo, message: pb.PackedTensor) -> Coded:
@@ -257,7 +273,7 @@ def _attrs_of(message: pb.PackedTensor) -> dict[str, object]:
         raise InvalidEntry(f"{len(message.attrs)} bytes of attributes, at most {ATTRS_MAX_NBYTES}")
     try:
         attrs = json.loads(message.attrs) if message.attrs else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidEntry(f"attributes: {error}") from None
     if not isinstance(attrs, dict):
         raise InvalidEntry("attributes are a JSON object")

@@ -2,6 +2,8 @@
 
 A get copies out of the daemon's segment and checks afterwards that the block was not used again meanwhile; a lease
 hands out the bytes themselves; a put fills the connection's own ingest segment and the daemon copies from there.
+A call takes its connections through a Turn, which its caller puts back whatever happens: what is left unsettled then
+was interrupted, and is abandoned.
 """
 
 import weakref
@@ -18,10 +20,11 @@ from kvstore.region import ALIGN
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.frames import Bytes, get_request, submessage
+from kvstored_client.interrupts import damage
 from kvstored_client.mapping import Copier, Window
 from kvstored_client.mapping import Mapping as MappedSegment
 from kvstored_client.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
-from kvstored_client.near import Connection, Near, Segments, UseStream
+from kvstored_client.near import Connection, Near, Segments, Turn, UseStream
 from kvstored_client.receive import Out, Target
 from kvstored_client.send import Outgoing
 
@@ -48,7 +51,10 @@ class LeasedTensors(Mapping[str, Any]):
         if self._lease is None:
             raise LeaseKept("this lease has ended: its tensors are only there inside the block")
         if self._made is None:
-            self._made = self._lease.view(self._block)
+            try:
+                self._made = self._lease.view(self._block)
+            except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
+                raise damage(error, "a block") from None
         return self._made
 
     def __getitem__(self, name: str) -> Any:
@@ -71,11 +77,10 @@ class LeasedTensors(Mapping[str, Any]):
 class Lease:
     """What one reply holds. Given back with the last reference to this: the block's, or a window's over its bytes."""
 
-    __slots__ = ("_connection", "_number", "_viewed", "framework")
+    __slots__ = ("__weakref__", "_connection", "_viewed", "framework")
 
-    def __init__(self, connection: Connection, number: int, framework: str) -> None:
+    def __init__(self, connection: Connection, framework: str) -> None:
         self._connection = connection
-        self._number = number
         self.framework = framework
         self._viewed: list[tuple[Block, weakref.ref[Window]]] = []
 
@@ -106,7 +111,8 @@ class Lease:
                 raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
 
     def __del__(self) -> None:
-        self._connection.release(self._number)
+        # Only so that it is soon: that it ended is known to the connection already.
+        self._connection.wake()
 
 
 class LeasedHits(Sequence[Hit | None]):
@@ -120,11 +126,12 @@ class LeasedHits(Sequence[Hit | None]):
         self._reply = reply
         self._keys = keys
         self._made: dict[int, Hit] = {}
+        _check_count(reply, len(keys))
         self._items: Sequence[pb.Leased | bytes | None] = reply.leased
         if not reply.complete:
             items: list[pb.Leased | None] = [None] * len(keys)
             for item in map(_taken_apart, reply.leased):
-                items[item.header.index] = item
+                items[_index(item.header.index, len(keys))] = item
             self._items = items[: items.index(None)] if leading and None in items else items
 
     def __len__(self) -> int:
@@ -166,8 +173,16 @@ class LeasedHits(Sequence[Hit | None]):
             lease.end()
 
 
+def ask(turn: Turn, call: pb.LeaseCall) -> pb.LeaseReply:
+    """One small call and its answer."""
+    connection = turn.take()
+    reply = connection.call(call, turn.near.timeout_s)
+    connection.give_back(reply.lease)
+    return reply
+
+
 def get(
-    near: Near, keys: list[bytes], how: GetOptions, framework: str, out: Out = None
+    turn: Turn, keys: list[bytes], how: GetOptions, framework: str, out: Out = None
 ) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
@@ -175,27 +190,40 @@ def get(
     """
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
-    with near.connection() as connection:
-        for start in range(0, len(keys), KEYS_PER_PACKET):
-            part = keys[start : start + KEYS_PER_PACKET]
-            reply = connection.exchange(_get_call(part, how), near.timeout_s)
-            epoch = reply.boot_epoch
-            try:
-                for at, said in enumerate(reply.leased):
-                    item = said if reply.complete else _taken_apart(said)
-                    index = start + (at if isinstance(item, bytes) else item.header.index)
-                    target = out[index] if out is not None else None
-                    block = _block(connection.segments, item)
-                    tensors = _copied(near.copier, block, framework, target)
-                    if tensors is None:
-                        stale += 1
-                    else:
-                        hits[index] = block.hit(reply, item, keys[index], tensors)
-            finally:
-                connection.release(reply.lease)
-            if how.leading and len(reply.leased) < len(part):
-                break
+    connection = turn.take()
+    for start in range(0, len(keys), KEYS_PER_PACKET):
+        part = keys[start : start + KEYS_PER_PACKET]
+        reply = connection.exchange(_get_call(part, how), turn.near.timeout_s)
+        epoch = reply.boot_epoch
+        try:
+            _check_count(reply, len(part))
+            for at, said in enumerate(reply.leased):
+                item = said if reply.complete else _taken_apart(said)
+                index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
+                target = out[index] if out is not None else None
+                block = _block(connection.segments, item)
+                tensors = _copied(turn.near.copier, block, framework, target)
+                if tensors is None:
+                    stale += 1
+                else:
+                    hits[index] = block.hit(reply, item, keys[index], tensors)
+        finally:
+            connection.give_back(reply.lease)
+        if how.leading and len(reply.leased) < len(part):
+            break
     return hits, stale, epoch
+
+
+def _check_count(reply: pb.LeaseReply, keys: int) -> None:
+    found = len(reply.leased)
+    if found > keys or (reply.complete and found != keys):
+        raise UseStream(f"{found} answers to {keys} keys")
+
+
+def _index(said: int, keys: int) -> int:
+    if said >= keys:
+        raise UseStream(f"an answer to key {said} of {keys}")
+    return said
 
 
 def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
@@ -204,7 +232,10 @@ def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
 
 def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The tensors of a block, copied or decoded; None if the block was used again meanwhile."""
-    target = Target(block.specs, framework, out)
+    try:
+        target = Target(block.specs, framework, out)
+    except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
+        raise damage(error, "a block") from None
     if block.packed is not None:
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
@@ -269,12 +300,17 @@ def _block(segments: Segments, item: pb.Leased | bytes) -> Block:
     if block is None:
         if len(known) >= BLOCKS_MAX:
             known.clear()
-        block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
+        try:
+            block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
+        except Exception as error:
+            damaged = damage(error, "a block")
+            if damaged is error and not isinstance(error, KvstoreError):
+                raise  # UseStream, or an interrupt
+            raise UseStream(str(damaged)) from None
     return block
 
 
 def _new_block(segments: Segments, item: pb.Leased) -> Block:
-    """Raise UseStream or InvalidEntry for what cannot be one."""
     head = item.header
     shape = shape_of(head)
     packed = Packed(head, shape) if head.packed else None
@@ -300,14 +336,16 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
     )
 
 
-def lease(near: Near, keys: list[bytes], how: GetOptions, framework: str) -> LeasedHits:
+def lease(turn: Turn, keys: list[bytes], how: GetOptions, framework: str) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
-    with near.connection() as connection:
-        reply = connection.exchange(_get_call(keys, how), near.timeout_s)
-    return LeasedHits(Lease(connection, reply.lease, framework), connection.segments, reply, keys, leading=how.leading)
+    connection = turn.take()
+    reply = connection.exchange(_get_call(keys, how), turn.near.timeout_s)
+    owner = Lease(connection, framework)
+    connection.hold(owner, reply.lease)
+    return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
 
 
-def put(near: Near, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
+def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
     stored = epoch = commits = start = 0
     while start < len(batch):
@@ -315,23 +353,27 @@ def put(near: Near, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
         while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
             nbytes += batch[stop].nbytes
             stop += 1
-        reply = _commit(near, batch[start:stop])
+        reply = _commit(turn, batch[start:stop])
         stored, epoch, commits, start = stored + reply.stored, reply.boot_epoch, commits + 1, stop
     return stored, epoch, commits
 
 
-def _commit(near: Near, entries: Sequence[Outgoing]) -> pb.PutReply:
+def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
     nbytes = sum(entry.nbytes for entry in entries)
-    timeout_s = near.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
-    with near.connection(_owner(near, entries)) as connection:
-        windows: list[Window] = []  # kept until the daemon has copied
-        call = pb.LeaseCall()
-        for entry in entries:
-            item = call.put.entries.add(header=entry.header)
-            for x in entry.tensors.values():
-                segment, start = _ingested(near, connection, x, windows, timeout_s)
-                item.places.add(segment=segment, start=start)
-        return connection.call(call, timeout_s).put
+    timeout_s = turn.near.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
+    connection = turn.take(_owner(turn.near, entries))
+    connection.settled = False  # its room is in use
+    windows: list[Window] = []  # kept until the daemon has copied
+    call = pb.LeaseCall()
+    for entry in entries:
+        item = call.put.entries.add(header=entry.header)
+        for x in entry.tensors.values():
+            segment, start = _ingested(turn.near, connection, x, windows, timeout_s)
+            item.places.add(segment=segment, start=start)
+    reply = connection.call(call, timeout_s)
+    connection.give_back(reply.lease)
+    turn.put_back()
+    return reply.put
 
 
 def _owner(near: Near, entries: Sequence[Outgoing]) -> Connection | None:
@@ -366,9 +408,11 @@ def _ingested(near: Near, connection: Connection, x: Any, windows: list[Window],
     return segment, start
 
 
-def empty(near: Near, spec: TensorInfo, framework: str) -> Any:
+def empty(turn: Turn, spec: TensorInfo, framework: str) -> Any:
     """A tensor in this client's own shared memory, not cleared: filling it is all a put has to copy."""
     nbytes = arrays.check_specs({"x": spec})
-    with near.connection() as connection:
-        window, _, _ = connection.room(max(nbytes, 1), near.timeout_s)
-        return arrays.from_bytes(spec, window.array[:nbytes], framework)
+    connection = turn.take()
+    connection.settled = False
+    window, _, _ = connection.room(max(nbytes, 1), turn.near.timeout_s)
+    connection.settled = True
+    return arrays.from_bytes(spec, window.array[:nbytes], framework)

@@ -3,13 +3,14 @@
 A Window keeps its owner until nothing refers to it any more, however many arrays and tensors were made of it.
 """
 
+import _thread
+import contextlib
 import mmap
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from kvstored_client.aside import Aside, Job, call_off
 from kvstored_client.frames import Bytes
 
 PARALLEL_NBYTES = 8 << 20
@@ -21,12 +22,9 @@ class Mapping:
     """One segment, mapped. words: all of it, 8 bytes at a time; writable only for an ingest segment."""
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
-        """Map the descriptor and close it."""
-        try:
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, protection)
-        finally:
-            os.close(fd)
+        """Map the descriptor, which stays the caller's. Raises ValueError, TypeError or OSError for what cannot be."""
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, protection)
         self.nbytes = nbytes
         self.words = memoryview(self._map).cast("Q")
         self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
@@ -38,10 +36,10 @@ class Mapping:
 
     def populate(self) -> None:
         """Fill the page tables, in another thread: the first reader would otherwise pay 50 us a MiB."""
-        threading.Thread(target=self._populate, name="kvstored-populate", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # out of threads: the reader pays
+            _thread.start_new_thread(self._populate, ())
 
     def _populate(self) -> None:
-        import contextlib
         import ctypes
 
         madvise = ctypes.CDLL(None).madvise
@@ -80,16 +78,19 @@ class Copier:
     """Copies bytes, large runs with two threads. Fork-safe as far as each process makes its own."""
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+        self._aside = Aside()
 
     def copy(self, target: Bytes, source: Bytes) -> None:
-        """target[:] = source, without the GIL."""
+        """target[:] = source, without the GIL. Whatever it ends with, nothing writes to `target` any more."""
         if target.size < PARALLEL_NBYTES or (os.cpu_count() or 1) < 2:
             np.copyto(target, source)
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstored-copy")
         half = target.size // 2 // 4096 * 4096
-        other = self._pool.submit(np.copyto, target[half:], source[half:])
-        np.copyto(target[:half], source[:half])
-        other.result()
+        jobs: list[Job] = []
+        try:
+            self._aside.start(jobs, np.copyto, target[half:], source[half:])
+            np.copyto(target[:half], source[:half])
+            jobs[0].wait()
+        except BaseException:
+            call_off(jobs)
+            raise

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from google.protobuf.message import DecodeError
 
 from kvstore import arrays
 from kvstore.dtypes import BY_NAME
-from kvstore.errors import CodecError, InvalidEntry
+from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed, Unpacking, shape_of
 from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
+from kvstored_client.interrupts import damage
 from kvstored_client.messages import TIER_NAMES, read_receipt
 
 Tensors = Mapping[str, Any]
@@ -40,17 +40,29 @@ class Receiver:
         self._entry: _Incoming | None = None
 
     def read(self, messages: Iterable[bytes]) -> None:
-        """Take all frames. Raises BadFrame for a stream that is not one; what was complete by then is in `hits`."""
-        for message in messages:
-            frame = parse_frame(message, pb.GetFrame)
-            try:
-                self._take(frame)
-            except OutMismatch:
+        """Take all frames. Raises OutMismatch, and BadFrame for a stream that is not one.
+
+        What was complete by then is in `hits`. Whatever it ends with, nothing writes to `out` any more.
+        """
+        try:
+            for message in messages:
+                self._read(message)
+            if self._entry is not None:
+                raise BadFrame("the stream ended inside an entry")
+        finally:
+            if self._entry is not None:
+                self._entry.call_off()
+
+    def _read(self, message: bytes) -> None:
+        try:
+            self._take(parse_frame(message, pb.GetFrame))
+        except (OutMismatch, BadFrame):
+            raise
+        except Exception as error:
+            damaged = damage(error, "a frame")
+            if damaged is error and not isinstance(error, KvstoreError):
                 raise
-            except (DecodeError, IndexError, InvalidEntry) as error:
-                raise BadFrame(str(error)) from None
-        if self._entry is not None:
-            raise BadFrame("the stream ended inside an entry")
+            raise BadFrame(str(damaged)) from None
 
     def _take(self, frame: Frame) -> None:
         if frame.miss is not None:
@@ -60,6 +72,8 @@ class Receiver:
                 raise BadFrame("a header inside an entry")
             header = pb.GetHeader.FromString(bytes(frame.header))
             self.boot_epoch = header.boot_epoch
+            if header.index >= len(self._keys):
+                raise BadFrame(f"an entry for key {header.index} of {len(self._keys)}")
             out = None if self._out is None else self._out[header.index]
             self._entry = _Incoming(header, self._framework, out)
         if frame.chunk or frame.end is not None:
@@ -91,6 +105,11 @@ class _Incoming:
     def take(self, chunk: memoryview) -> None:
         (self._scatter.write if self._unpacking is None else self._unpacking.take)(chunk)
         self._sum.update(chunk)
+
+    def call_off(self) -> None:
+        """Return once nothing is being decoded."""
+        if self._unpacking is not None:
+            self._unpacking.call_off()
 
     def complete(self, xxh3: int) -> bool:
         """Whether all bytes came, and are those that were sent. Raises BadFrame for too few."""

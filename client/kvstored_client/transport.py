@@ -1,13 +1,14 @@
 """Calls to the daemon over gRPC: one channel, its limits, and what a failed call means.
 
 Every call has a hard end: a deadline sized by the bytes it moves or, for a get, a watchdog over its silence. A channel
-belongs to the process that made it: a forked child starts with a fresh one. Thread-safe.
+belongs to the process that made it: a forked child starts with a fresh one. Thread-safe, and without a lock of its own
+(see `interrupts`); gRPC, which has many, is called in threads that nothing interrupts.
 """
 
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -15,8 +16,10 @@ import grpc
 from kvstore import errors
 from kvstore.errors import KvstoreError, OverQuota, TierUnavailable
 from kvstored_client.address import parse_address
+from kvstored_client.aside import Aside, Job
 from kvstored_client.breaker import Breaker
 from kvstored_client.credentials import check_credentials, open_channel
+from kvstored_client.interrupts import damage, is_foreign
 from kvstored_client.messages import PAYLOAD_BYTES_PER_S
 from kvstored_client.watchdog import Watchdog
 
@@ -25,6 +28,8 @@ ADMIN = "/kvstored.v1.Admin/"
 ERROR_METADATA = "kvstored-error"
 
 MESSAGE_MAX_NBYTES = 4 << 20
+ASIDES_MAX = 4
+"""Threads kept for the next call."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
@@ -87,6 +92,26 @@ class ReplyType(Protocol[Reply_co]):
         ...
 
 
+class Line:
+    """One channel and its methods."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address, _OPTIONS)
+        self._methods: dict[str, Any] = {}
+
+    def method(self, kind: str, path: str) -> Any:
+        """What calls a path of the daemon's. Raises ValueError for a channel that was closed."""
+        # Serializers are left out: requests and replies are bytes here, so bulk never becomes a protobuf object.
+        found = self._methods.get(kind + path)
+        if found is None:
+            found = self._methods.setdefault(kind + path, getattr(self._channel, kind)(path))
+        return found
+
+    def close(self) -> None:
+        """End the connection and all calls."""
+        self._channel.close()
+
+
 class Transport:
     """The way to one daemon. `boot_epoch` is the daemon's last one seen, `restarts` how often it changed."""
 
@@ -95,8 +120,7 @@ class Transport:
         self.target = parse_address(address)
         check_credentials(address)
         self.timeout_s = timeout_s
-        self.boot_epoch = 0
-        self.restarts = 0
+        self._lives = (0, 0)
         self._on_change = on_change
         self.on_fork: Callable[[], None] | None = None
         self._closed = False
@@ -104,99 +128,154 @@ class Transport:
         _alive.add(self)
 
     def _start_afresh(self) -> None:
-        # Also in a forked child, where every lock may be held by a thread that exists no more.
-        self._lock = threading.Lock()
         self._watchdog = Watchdog()
         self.breaker = Breaker()
-        self._channel: grpc.Channel | None = None
-        self._methods: dict[str, Any] = {}
+        self._line: dict[str, Line] = {}
+        """At most one, under "now": a dictionary adds and removes in one step."""
+        self._asides: deque[Aside] = deque(maxlen=ASIDES_MAX)
 
     def after_fork(self) -> None:
         """Let go of the parent's channel without closing it: closing would speak on the parent's connection."""
-        _inherited.append(self._channel)
+        _inherited.append(self._line)
         self._start_afresh()
         if self.on_fork is not None:
             self.on_fork()
 
-    def _method(self, kind: str, path: str) -> Any:
-        # Serializers are left out: requests and replies are bytes here, so bulk never becomes a protobuf object.
-        found = self._methods.get(kind + path)
-        if found is not None:
-            return found
-        with self._lock:
+    @property
+    def boot_epoch(self) -> int:
+        """The daemon's last one seen."""
+        return self._lives[0]
+
+    @property
+    def restarts(self) -> int:
+        """How often it changed."""
+        return self._lives[1]
+
+    def _open_line(self) -> Line:
+        line = self._line.get("now")
+        if line is None:
             if self._closed:
                 raise TierUnavailable("this client is closed")
-            if self._channel is None:
-                self._channel = open_channel(self.address, _OPTIONS)
-            method = getattr(self._channel, kind)(path)
-            self._methods[kind + path] = method
-            return method
+            try:
+                opened = Line(self.address)
+            except (OSError, ImportError, RuntimeError, MemoryError) as error:
+                # Out of descriptors or threads: gRPC imports parts of itself only now.
+                if is_foreign(error):
+                    raise
+                raise TierUnavailable(f"no channel to {self.address}: {error}") from None
+            line = self._line.setdefault("now", opened)
+            if line is not opened:
+                opened.close()
+        return line
 
     def unary(self, path: str, request: Request, reply: ReplyType[Reply]) -> Reply:
         """One message there, one back. Raises KvstoreError."""
-        method = self._method("unary_unary", path)
-        return reply.FromString(self._attempt(lambda: method(request.SerializeToString(), timeout=self.timeout_s)))
+        data = self._attempt("unary_unary", path, request.SerializeToString(), self.timeout_s)
+        try:
+            return reply.FromString(data)
+        except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
+            raise damage(error, f"what {self.address} answered") from None
 
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
         """A put of a single frame: on the wire the stream of one message, without gRPC's thread for sending."""
-        method = self._method("unary_unary", path)
-        return self._attempt(lambda: bytes(method(frame, timeout=self._deadline_s(nbytes))))
+        return self._attempt("unary_unary", path, frame, self._deadline_s(nbytes))
 
     def stream_out(self, path: str, frames: Iterable[bytes], nbytes: int) -> bytes:
         """A stream of frames there, one message back. Raises KvstoreError."""
-        method = self._method("stream_unary", path)
-        return self._attempt(lambda: bytes(method(iter(frames), timeout=self._deadline_s(nbytes))))
-
-    def stream_in(self, path: str, request: Request) -> Iterator[bytes]:
-        """One message there, a stream of messages back, each within `timeout_s`. Raises KvstoreError."""
-        method = self._method("unary_stream", path)
-        self.allow()
-        call = method(request.SerializeToString())
-        watch = self._watchdog.watch(call.cancel, self.timeout_s)
+        wanted = _Wanted()
         try:
-            for message in call:
-                watch.progress()
-                yield message
-                watch.progress()  # the caller's own time between two frames is not the daemon's silence
-        except grpc.RpcError as error:
-            late = f"no answer within {self.timeout_s} s" if watch.expired else ""
-            raise self._failed(error, late) from None
-        else:
-            self.answered()
+            return self._attempt("stream_unary", path, _while_wanted(frames, wanted), self._deadline_s(nbytes))
         finally:
-            self._watchdog.release(watch)
-            call.cancel()
+            wanted.still = False
 
-    def saw_epoch(self, epoch: int) -> None:
-        """Note the boot epoch of a reply."""
-        if epoch and epoch != self.boot_epoch:
-            with self._lock:
-                if self.boot_epoch and epoch != self.boot_epoch:
-                    self.restarts += 1
-                self.boot_epoch = epoch
+    def _aside(self) -> Aside:
+        """A thread to call gRPC in.
 
-    def close(self) -> None:
-        """End all calls and the connection. Later calls raise TierUnavailable."""
-        with self._lock:
-            self._closed = True
-            channel, self._channel = self._channel, None
-            self._methods.clear()
-        if channel is not None:
-            channel.close()
-
-    def _deadline_s(self, nbytes: int) -> float:
-        return self.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
-
-    def _attempt(self, call: Callable[[], bytes]) -> bytes:
-        self.allow()
+        Never in the caller's own: an interrupt inside one of gRPC's conditions leaves it locked, and every other thread
+        of the channel waits for it for ever. A call that was interrupted here ends there.
+        """
         try:
-            reply = call()
+            return self._asides.pop()
+        except IndexError:
+            return Aside()
+
+    def _attempt(self, kind: str, path: str, asked: Any, timeout_s: float) -> bytes:
+        self.allow()
+        method = self._open_line().method(kind, path)
+        received: list[bytes] = []
+        jobs: list[Job] = []
+        aside = self._aside()
+        try:
+            aside.start(jobs, lambda: received.append(bytes(method(asked, timeout=timeout_s))))
+            jobs[0].wait()
         except grpc.RpcError as error:
             raise self._failed(error) from None
         except ValueError as error:  # grpc's word for a channel closed by another thread
+            if is_foreign(error):
+                raise
             raise TierUnavailable(f"this client is closed: {error}") from None
+        self._asides.append(aside)
         self.answered()
-        return reply
+        return received[0]
+
+    def stream_in(self, path: str, request: Request) -> Generator[bytes]:
+        """One message there, a stream of messages back, each within `timeout_s`. Raises KvstoreError.
+
+        Whoever does not take all of them closes it.
+        """
+        self.allow()
+        method = self._open_line().method("unary_stream", path)
+        asked = request.SerializeToString()
+        received: deque[Any] = deque()
+        jobs: list[Job] = []
+        aside, ended = self._aside(), False
+        call = watch = None
+        try:
+            aside.start(jobs, lambda: received.append(method(asked)))
+            jobs.pop().wait()
+            call = received.popleft()
+            watch = self._watchdog.watch(call.cancel, self.timeout_s)
+            while True:
+                aside.start(jobs, lambda: received.append(next(call, None)))
+                jobs.pop().wait()
+                message = received.popleft()
+                if message is None:
+                    break
+                watch.progress()
+                yield message
+                watch.progress()  # the caller's own time between two frames is not the daemon's silence
+            ended = True
+        except grpc.RpcError as error:
+            ended = True
+            late = f"no answer within {self.timeout_s} s" if watch is not None and watch.expired else ""
+            raise self._failed(error, late) from None
+        except (ValueError, RuntimeError) as error:  # a channel closed by another thread; no thread for the watchdog
+            if is_foreign(error):
+                raise
+            raise TierUnavailable(f"{self.address}: {error}") from None
+        finally:
+            if watch is not None:
+                self._watchdog.release(watch)
+            if call is not None and not ended:
+                self._aside().start([], call.cancel)
+        self._asides.append(aside)
+        self.answered()
+
+    def saw_epoch(self, epoch: int) -> None:
+        """Note the boot epoch of a reply."""
+        before, restarts = self._lives
+        if epoch and epoch != before:
+            self._lives = (epoch, restarts + (before != 0))
+
+    def close(self) -> None:
+        """End all calls and the connection. Later calls raise TierUnavailable."""
+        self._closed = True
+        for line in list(self._line.values()):
+            line.close()
+        self._line.clear()
+
+    def _deadline_s(self, nbytes: int) -> float:
+        return self.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
 
     def allow(self) -> None:
         """Whether to try at all. Raises TierUnavailable while the breaker is open."""
@@ -224,6 +303,19 @@ class Transport:
         if code in _DOWN:
             return self.silent(f"{code.name}: {text}")
         return _BY_CODE.get(code, KvstoreError)(f"{code.name}: {text}")
+
+
+class _Wanted:
+    """Whether the caller of a stream still waits for it: after an interrupt it may change what is being sent."""
+
+    still = True
+
+
+def _while_wanted(frames: Iterable[bytes], wanted: _Wanted) -> Iterator[bytes]:
+    for frame in frames:
+        if not wanted.still:
+            return  # inside an entry, which the daemon then refuses, or between two
+        yield frame
 
 
 _alive: "weakref.WeakSet[Transport]" = weakref.WeakSet()

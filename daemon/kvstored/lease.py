@@ -59,8 +59,10 @@ VERBS = {
 _LEASE = "Lease/"
 SEND_TIMEOUT_S = 5.0
 JANITOR_INTERVAL_S = 0.5
-_GIVEN = struct.Struct("<BQBd")
-_LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
+_GIVEN = struct.Struct("<BQBdBQ")
+_LEASE_TAG, _NOW_TAG, _NUMBER_TAG = 3 << 3 | 1, 13 << 3 | 1, 14 << 3 | 1  # fields of a LeaseReply of 8 bytes
+_NUMBERED = struct.Struct("<BQ")
+_CALL_NUMBER_TAG = 9 << 3 | 1  # of a LeaseCall, where it comes first
 
 
 class UseStream(Exception):
@@ -115,6 +117,7 @@ class Connection:
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._next = 1
+        self._number = 0
         self._handed: set[Segment] = set()
         self._ingest: dict[int, Segment] = {}
         self._fds: dict[Segment, int] = {}
@@ -184,7 +187,8 @@ class Connection:
         try:
             call = pb.LeaseCall.FromString(packet)
         except DecodeError as error:
-            return _refusal("InvalidEntry", str(error))
+            return _numbered(_refusal("InvalidEntry", str(error)), _number_of(packet))
+        self._number = call.number
         if call.release:
             self._drop(call.release)
             if not call.ingest_nbytes and not any(map(call.HasField, VERBS)):
@@ -192,14 +196,14 @@ class Connection:
         verb = next(filter(call.HasField, VERBS), "ingest")
         code, reply = self._outcome(verb, call)
         self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
-        if len(reply) > PACKET_MAX_NBYTES:
+        if len(reply) > PACKET_MAX_NBYTES - _NUMBERED.size:
             reply = self._too_large(verb, reply)
         elif code == "OK":
-            return reply
+            return reply if verb == "get" else _numbered(reply, call.number)
         # A refusal names no segments: what this call was to hand over goes with the next one that needs it.
         self._handed.difference_update(self._fds)
         self._fds.clear()
-        return reply
+        return _numbered(reply, call.number)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""
@@ -245,7 +249,8 @@ class Connection:
         if resident is None or cards is None or any(segment.owner != self.uid for segment in new):
             return self._read(asked, resident)
         # The commonest reply of all, written by hand: what is always said, what is said now, what each card says.
-        now = _GIVEN.pack(_LEASE_TAG, self._hold(resident.entries), _NOW_TAG, resident.now)
+        held = self._hold(resident.entries)
+        now = _GIVEN.pack(_LEASE_TAG, held, _NOW_TAG, resident.now, _NUMBER_TAG, self._number)
         if new:
             handed = pb.LeaseReply()
             for segment in new:
@@ -300,6 +305,7 @@ class Connection:
             reading.close()
             shared.budget.give_back(counted_nbytes)
         reply.lease = self._hold(held)
+        reply.number = self._number
         return reply.SerializeToString()
 
     def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
@@ -386,6 +392,19 @@ class Connection:
 
 def _refusal(kind: str, message: str) -> bytes:
     return pb.LeaseReply(error=pb.LeaseError(kind=kind, message=message)).SerializeToString()
+
+
+def _numbered(reply: bytes, number: int) -> bytes:
+    """A reply as that to call `number`; 0 for a call that had none."""
+    return reply + _NUMBERED.pack(_NUMBER_TAG, number) if number else reply
+
+
+def _number_of(packet: bytes) -> int:
+    """The number of a call that cannot be read otherwise."""
+    if len(packet) < _NUMBERED.size:
+        return 0
+    tag, number = _NUMBERED.unpack_from(packet)
+    return int(number) if tag == _CALL_NUMBER_TAG else 0
 
 
 class LeaseServer:

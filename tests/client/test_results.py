@@ -167,11 +167,11 @@ def test_a_damaged_stream_is_refused_before_it_does_harm(stream):
 
 def test_a_damaged_stream_is_a_miss_for_the_caller(shared_daemon, monkeypatch):
     client = shared_daemon.client(on_error="miss", shared_memory=False)
-    monkeypatch.setattr(client._transport, "stream_in", lambda *_: iter([b"\xff\xff"]))
+    monkeypatch.setattr(client._transport, "stream_in", lambda *_: (message for message in [b"\xff\xff"]))
     assert client.get(b"k") is None
     assert client.failures == 1
     strict = shared_daemon.client(on_error="raise", shared_memory=False)
-    monkeypatch.setattr(strict._transport, "stream_in", lambda *_: iter([b"\xff\xff"]))
+    monkeypatch.setattr(strict._transport, "stream_in", lambda *_: (message for message in [b"\xff\xff"]))
     with pytest.raises(RecordCorrupt):
         strict.get(b"k")
 

@@ -138,7 +138,7 @@ def test_an_abandoned_tensor_of_empty_gives_its_room_back(client):
         x = client.empty((4 * MIB,), "float32")
         assert x.numel() == 4 * MIB
         del x
-    ingest = client._near._connections[0].ingest
+    ingest = client._near.connections()[0].ingest
     assert sum(room.mapping.nbytes for room in ingest) <= 32 * MIB
 
 

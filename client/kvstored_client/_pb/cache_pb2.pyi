@@ -490,7 +490,7 @@ class VerifyReply(_message.Message):
     def __init__(self, checked: _Optional[int] = ..., total: _Optional[int] = ..., nbytes: _Optional[int] = ..., corrupt: _Optional[int] = ...) -> None: ...
 
 class LeaseCall(_message.Message):
-    __slots__ = ("release", "get", "put", "match", "touch", "delete", "pin", "ingest_nbytes")
+    __slots__ = ("release", "get", "put", "match", "touch", "delete", "pin", "ingest_nbytes", "number")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     GET_FIELD_NUMBER: _ClassVar[int]
     PUT_FIELD_NUMBER: _ClassVar[int]
@@ -499,6 +499,7 @@ class LeaseCall(_message.Message):
     DELETE_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     INGEST_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     release: _containers.RepeatedScalarFieldContainer[int]
     get: GetRequest
     put: LeasePut
@@ -507,7 +508,8 @@ class LeaseCall(_message.Message):
     delete: DeleteRequest
     pin: PinRequest
     ingest_nbytes: int
-    def __init__(self, release: _Optional[_Iterable[int]] = ..., get: _Optional[_Union[GetRequest, _Mapping]] = ..., put: _Optional[_Union[LeasePut, _Mapping]] = ..., match: _Optional[_Union[MatchRequest, _Mapping]] = ..., touch: _Optional[_Union[TouchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., ingest_nbytes: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, release: _Optional[_Iterable[int]] = ..., get: _Optional[_Union[GetRequest, _Mapping]] = ..., put: _Optional[_Union[LeasePut, _Mapping]] = ..., match: _Optional[_Union[MatchRequest, _Mapping]] = ..., touch: _Optional[_Union[TouchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., ingest_nbytes: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class LeasePut(_message.Message):
     __slots__ = ("entries",)
@@ -532,7 +534,7 @@ class TensorPlace(_message.Message):
     def __init__(self, segment: _Optional[int] = ..., start: _Optional[int] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("error", "segments", "lease", "leased", "complete", "now", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s")
+    __slots__ = ("error", "segments", "lease", "leased", "complete", "now", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s", "number")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
@@ -546,6 +548,7 @@ class LeaseReply(_message.Message):
     PIN_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEASE_MAX_S_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     error: LeaseError
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     lease: int
@@ -559,7 +562,8 @@ class LeaseReply(_message.Message):
     pin: PinReply
     boot_epoch: int
     lease_max_s: float
-    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[bytes]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ...) -> None: ...
+    number: int
+    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[bytes]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ..., number: _Optional[int] = ...) -> None: ...
 
 class LeaseError(_message.Message):
     __slots__ = ("kind", "message")

@@ -1,0 +1,418 @@
+"""One lease socket: a call, its answer, and what is held of the daemon's and lent to it.
+
+Whoever uses a connection may be interrupted between any two instructions (see `interrupts`). So it says of itself
+whether it is `settled`: no answer is due, and no lease is without an owner. One that is not serves no other call: it is
+abandoned, and the daemon frees what it held. As a second guard a call carries a number that its answer repeats. One
+thread uses a connection at a time; finalizers run in any thread at any instant and only append.
+"""
+
+import _thread
+import array
+import os
+import select
+import socket
+import struct
+import time
+import weakref
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from kvstore import errors
+from kvstore.errors import KvstoreError
+from kvstore.region import FreeList
+from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.frames import fixed64s
+from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
+from kvstored_client.mapping import Mapping, Window
+
+PACKET_MAX_NBYTES = 256 << 10
+RELEASE_WITHIN_S = 0.01
+"""A lease ends with the next call on its connection or this much later."""
+RELEASES_MAX = 1024
+_NUMBER = struct.Struct("<BQ")
+HEAD_NBYTES = _NUMBER.size + 8 * RELEASES_MAX + 8
+"""What a number and releases add to a call, at most."""
+_NUMBER_TAG = 9 << 3 | 1  # LeaseCall's fields
+_RELEASE = 1
+LOOK_S = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0
+"""How long to look for an answer before sleeping on it: a hot one comes by then, and waking an idle core takes as long
+again. Not with sched_yield: on a busy machine it costs a whole slice."""
+INGEST_MAX_NBYTES = 256 << 20
+"""Shared memory of one connection for puts. A larger batch goes in several commits, a larger entry over the stream."""
+_FDS_MAX = 64
+_ANCILLARY = (socket.CMSG_SPACE(4 * _FDS_MAX),)
+_AT_ONCE = (socket.MSG_DONTWAIT,)
+_CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
+
+
+class UseStream(Exception):
+    """This call cannot be served through shared memory."""
+
+
+class Silent(Exception):
+    """The daemon took the call and did not answer in time."""
+
+
+class _Mark:
+    """Something to hold, so that weak references tell when it is let go of."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Ended(weakref.ref[Any]):
+    """Put into a queue, by C code, when its object is gone: a finalizer that no interrupt can stop half-way.
+
+    number: of a lease; start: of room.
+    """
+
+    __slots__ = ("number",)
+    number: int
+
+
+class Room:
+    """An ingest segment: room for puts, given back when the last tensor over it is gone."""
+
+    def __init__(self, number: int, mapping: Mapping) -> None:
+        self.number = number
+        self.mapping = mapping
+        self._free = FreeList(mapping.nbytes)
+        # Windows end wherever their last reference dies, also inside `take`.
+        self._dead: deque[_Ended] = deque()
+        self._used: dict[int, _Ended] = {}
+
+    def take(self, nbytes: int) -> tuple[Window, int, int] | None:
+        """(window, segment, start) of so many bytes; None without room.
+
+        Who is interrupted in here must not use this again: it may be half done.
+        """
+        while self._dead:
+            start = self._dead.popleft().number
+            del self._used[start]
+            self._free.give(start)
+        found = self._free.take(nbytes)
+        if found is None:
+            return None
+        mark = _Mark()
+        used = self._used[found] = _Ended(mark, self._dead.append)
+        used.number = found
+        return self.mapping.window(found, nbytes, mark, writable=True), self.number, found
+
+
+class _Turn:
+    """A connection's place in the queue of those that have releases to send."""
+
+    __slots__ = ("__weakref__", "connection")
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection = connection
+
+
+def _nobody() -> None:
+    """What a weak reference to nothing answers."""
+
+
+class Releases:
+    """Sends the releases that no call took along: a packet of their own each would cost a get half as much again."""
+
+    def __init__(self) -> None:
+        # Of all queues the one that a finalizer may put into, whatever it interrupts.
+        self._queue: SimpleQueue[object] = SimpleQueue()
+        self._running: Any = _nobody
+
+    def wake(self, connection: "Connection") -> "weakref.ref[_Turn]":
+        """This connection has releases to send, unless a call does it first. Its turn: gone once they are sent."""
+        turn = _Turn(connection)
+        self._queue.put(turn)
+        self.start()
+        return weakref.ref(turn)
+
+    def start(self) -> None:
+        """Start the thread, unless it runs; one that an exception from another thread has ended is replaced."""
+        if self._running() is None:
+            mark = _Mark()
+            self._running = weakref.ref(mark)
+            with suppress(RuntimeError):  # at the process's end, or out of threads: the next call takes them along
+                _thread.start_new_thread(_send_releases, (self._queue, weakref.ref(self, self._queue.put), mark))
+
+
+def _send_releases(queue: "SimpleQueue[object]", _end: object, _mark: _Mark) -> None:
+    """Until something that is no turn comes: `_end`, with the last reference to the Releases."""
+    while isinstance(turn := queue.get(), _Turn):
+        time.sleep(RELEASE_WITHIN_S)
+        connection = turn.connection
+        del turn  # before the releases are taken: one that comes now is either taken or asks again
+        connection.send_releases()
+        del connection
+
+
+class Connection:
+    """One lease socket. settled: it may serve another call; closed: it serves no more."""
+
+    settled = True
+    closed = True
+    _sock: socket.socket | None = None
+
+    def __init__(self, releases: Releases) -> None:
+        self._releases = releases
+        self._turn: Any = _nobody
+        self._given_back: deque[int] = deque()
+        self._ended: deque[_Ended] = deque()
+        self._held: dict[int, _Ended] = {}
+        self.segments = Segments(0)
+        self.ingest: list[Room] = []
+        self._poll = select.poll()
+        self._number = 0
+        self._numbered = False
+        self._buffers = ([memoryview(bytearray(PACKET_MAX_NBYTES))],)
+        self._packets: list[tuple[int, list[tuple[int, int, bytes]], int, Any]] = []
+        """The packet that was received last. It holds descriptors, so C code puts it here: an interrupt between
+        receiving it and keeping it would lose them."""
+        self._descriptors: deque[int] | None = None
+
+    def open(self, path: Path, timeout_s: float) -> int:
+        """Connect and make sure that the daemon answers. Returns its boot epoch. Raises OSError and as `call`."""
+        self._releases.start()
+        sock = self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
+        # For sending, which waits only where the daemon leaves packets lying: releases, while it is stopped.
+        spec = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
+        sock.connect(str(path))
+        self._receive_into = sock.recvmsg_into
+        self._poll.register(sock, select.POLLIN)
+        self.closed = False
+        reply = self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)
+        self._numbered = reply.number != 0
+        self.settled = True
+        return reply.match.boot_epoch
+
+    def call(self, call: pb.LeaseCall, timeout_s: float) -> pb.LeaseReply:
+        """Ask and wait; as `exchange`."""
+        return self.exchange(call.SerializeToString(), timeout_s)
+
+    def exchange(self, data: bytes, timeout_s: float) -> pb.LeaseReply:
+        """Send the bytes of a LeaseCall and wait for the answer. Raises UseStream, Silent, or the daemon's own error.
+
+        With an answer the connection is not settled yet: its lease needs an owner, see `give_back` and `hold`.
+        """
+        if len(data) > PACKET_MAX_NBYTES - HEAD_NBYTES:
+            raise UseStream(f"a call of {len(data)} bytes")
+        sock = self._sock
+        if sock is None or self.closed:
+            raise UseStream("the connection ended")
+        self.settled = False
+        number = self._number = self._number + 1
+        head = _NUMBER.pack(_NUMBER_TAG, number)
+        if self._given_back or self._ended:
+            head += fixed64s(_RELEASE, self._take_releases())
+        try:
+            sock.send(head + data)
+            self._receive(timeout_s)
+        except OSError as error:
+            self.abandon()
+            if is_foreign(error):
+                raise
+            if isinstance(error, BlockingIOError):
+                raise Silent(f"no answer within {timeout_s} s") from None
+            raise UseStream(str(error)) from None
+        return self._read(number)
+
+    def _receive(self, timeout_s: float) -> None:
+        """Put the next packet into `_packets`."""
+        receive, buffers, packets, clock = self._receive_into, self._buffers, self._packets, time.perf_counter
+        until = clock() + LOOK_S
+        while clock() < until:
+            try:
+                packets.extend(map(receive, buffers, _ANCILLARY, _AT_ONCE))
+            except BlockingIOError as error:
+                if is_foreign(error):
+                    raise
+                continue
+            return
+        # Not a time limit of the socket's: each signal, of a profiler's timer for one, would start it anew.
+        if not self._poll.poll(timeout_s * 1e3):
+            self.abandon()
+            raise Silent(f"no answer within {timeout_s} s")
+        packets.extend(map(receive, buffers, _ANCILLARY, _AT_ONCE))
+
+    def _read(self, number: int) -> pb.LeaseReply:
+        """The answer to call `number` out of the packet received."""
+        nbytes, ancillary, flags, _ = self._packets[0]
+        if not nbytes or flags & _CUT_OFF:
+            self.abandon()
+            raise UseStream("an answer was cut off" if nbytes else "the daemon hung up")
+        try:
+            reply = pb.LeaseReply.FromString(self._buffers[0][0][:nbytes].tobytes())
+        except DecodeError as error:
+            self.abandon()
+            raise UseStream(str(error)) from None
+        if reply.number != number and (reply.number or self._numbered):
+            self.abandon()
+            raise UseStream(f"the answer to call {reply.number} came to call {number}")
+        if ancillary or reply.segments:
+            self._map(reply)
+        self._packets.clear()
+        self._descriptors = None
+        if reply.HasField("error"):
+            self.settled = True
+            raise _error_of(reply.error)
+        return reply
+
+    def _map(self, reply: pb.LeaseReply) -> None:
+        """Map the segments whose descriptors came with the packet."""
+        descriptors = self._take_descriptors()
+        try:
+            for segment in reply.segments:
+                mapping = None
+                if segment.writable or segment.number not in self.segments:
+                    mapping = Mapping(descriptors[0], segment.nbytes, writable=segment.writable)
+                close_first(descriptors)
+                if mapping is None:
+                    continue
+                if segment.writable:
+                    self.ingest.append(Room(segment.number, mapping))
+                else:
+                    self.segments.add(segment.number, mapping)
+        except Exception as error:
+            self.abandon()
+            damaged = damage(error, "a segment")
+            if damaged is error:
+                raise
+            raise UseStream(str(damaged)) from None
+        close_all(descriptors)
+
+    def _take_descriptors(self) -> deque[int]:
+        """Those of the packet in `_packets` that are not closed yet."""
+        if self._descriptors is None:
+            found = array.array("i")
+            for _, ancillary, _, _ in self._packets:
+                for level, kind, data in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        found.frombytes(data[: len(data) // found.itemsize * found.itemsize])
+            self._descriptors = deque(found)
+        return self._descriptors
+
+    def room(self, nbytes: int, timeout_s: float) -> tuple[Window, int, int]:
+        """Bytes in an ingest segment: (window, segment, start). Raises UseStream, and as `call`."""
+        for room in self.ingest:
+            found = room.take(nbytes)
+            if found is not None:
+                return found
+        held = sum(room.mapping.nbytes for room in self.ingest)
+        if held + nbytes > INGEST_MAX_NBYTES:
+            self.settled = True
+            raise UseStream(f"{nbytes} bytes beside {held} of {INGEST_MAX_NBYTES} in ingest segments")
+        self.call(pb.LeaseCall(ingest_nbytes=nbytes), timeout_s)
+        found = self.ingest[-1].take(nbytes) if self.ingest else None
+        if found is None:
+            raise UseStream("an ingest segment smaller than asked for")
+        return found
+
+    def give_back(self, lease: int) -> None:
+        """End the lease of the last answer: with the next call, or in a moment."""
+        if lease:
+            self._given_back.append(lease)
+            self.wake()
+        self.settled = True
+
+    def hold(self, owner: object, lease: int) -> None:
+        """End the lease of the last answer once `owner` is gone; it is to call `wake`."""
+        if lease:
+            held = _Ended(owner, self._ended.append)
+            held.number = lease
+            self._held[lease] = held
+        self.settled = True
+
+    def wake(self) -> None:
+        """See to it that releases are sent if no call takes them along. Takes no lock: finalizers call it."""
+        if self._turn() is None:
+            self._turn = self._releases.wake(self)
+
+    def send_releases(self) -> None:
+        """Give back what no call has taken along. Needs no answer: a packet is sent whole."""
+        sock = self._sock
+        if sock is None or not (numbers := self._take_releases()):
+            return
+        try:
+            sock.send(fixed64s(_RELEASE, numbers))
+        except OSError:
+            self.closed = True  # and abandoned by who uses it next
+
+    def _take_releases(self) -> list[int]:
+        numbers: list[int] = []
+        with suppress(IndexError):  # a call and the thread may take at once
+            while self._given_back and len(numbers) < RELEASES_MAX:
+                numbers.append(self._given_back.popleft())
+        with suppress(IndexError):
+            while self._ended and len(numbers) < RELEASES_MAX:
+                number = self._ended.popleft().number
+                self._held.pop(number, None)
+                numbers.append(number)
+        return numbers
+
+    def abandon(self) -> None:
+        """Serve no other call. The socket ends now, or with the last lease: who looks at one reads what is leased."""
+        self.closed = True
+        self._drop_descriptors()
+        if not any(held() is not None for held in list(self._held.values())):
+            self.close()
+
+    def _drop_descriptors(self) -> None:
+        if self._packets:
+            close_all(self._take_descriptors())
+
+    def close(self) -> None:
+        """End the socket: the daemon frees all that was held."""
+        self.closed = True
+        if self._sock is not None:
+            self._sock.close()
+
+    def hang_up(self) -> None:
+        """End it from another thread than the one that uses it, which finds that the daemon hung up."""
+        if self._sock is not None:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def __del__(self) -> None:
+        if self._sock is not None:
+            self._drop_descriptors()
+            self._sock.close()
+
+
+def _error_of(error: pb.LeaseError) -> Exception:
+    kind = getattr(errors, error.kind, None)
+    if isinstance(kind, type) and issubclass(kind, KvstoreError):
+        return kind(error.message)
+    return UseStream(error.message)
+
+
+class Segments:
+    """The daemon's segments, mapped once for all connections of one daemon's life.
+
+    blocks: what is known of blocks, by segment, start and generation, or by all that is said of one.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self._mappings: dict[int, Mapping] = {}
+        self.blocks: dict[tuple[int, int, int] | bytes, Any] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._mappings
+
+    def add(self, number: int, mapping: Mapping) -> None:
+        """Keep a mapping, unless another connection was handed the segment meanwhile."""
+        if self._mappings.setdefault(number, mapping) is mapping:
+            mapping.populate()
+
+    def get(self, number: int) -> Mapping:
+        """The mapping of a segment. Raises UseStream for one that was never handed over."""
+        mapping = self._mappings.get(number)
+        if mapping is None:
+            raise UseStream(f"segment {number} was not handed over")
+        return mapping
