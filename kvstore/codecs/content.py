@@ -13,6 +13,8 @@ from kvstore.kernels.cpu import STILL, Rotary
 
 GROUP = 64
 """Tokens with one mean, as in `kv_blocks`; a rest below 32 joins the last group."""
+PROMISE = 1.25
+"""Times |sum z[t+1] conj z[t]|: what a turning mean may take at most, noise included."""
 SHORT = 4
 """Fewer tokens have no mean to speak of."""
 
@@ -40,8 +42,8 @@ def energies(x: torch.Tensor, rotary: Rotary = STILL) -> torch.Tensor:
         if stop - start >= SHORT:
             left = torch.minimum(whole, _still(group))
             if half:
-                pairs = _paired(left, rotary)
-                turned = torch.minimum(pairs[0] + pairs[1], _turning(*_paired(group, rotary)))
+                still = torch.add(*_paired(left, rotary))
+                turned = _turning(*_paired(group, rotary), still)
                 left = torch.cat((turned, left[..., rotary.channels : d]), dim=-1)
         found += torch.stack((left.sum(dim=-1), whole.sum(dim=-1)), dim=-1)
     return found
@@ -67,16 +69,20 @@ def _still(x: torch.Tensor) -> torch.Tensor:
     return (about.square().sum(dim=1) - about.sum(dim=1).square() / n) * (n / (n - 1))
 
 
-def _turning(re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
-    """What is left of pairs without the mean in the frame that turns by the phase of sum z[t+1] conj z[t]."""
+def _turning(re: torch.Tensor, im: torch.Tensor, still: torch.Tensor) -> torch.Tensor:
+    """What is left of pairs without the mean in the frame that turns by the phase of sum z[t+1] conj z[t].
+
+    still: what is left without their means; it stays where that sum does not promise to leave less than 3/4 of it.
+    """
     n = re.shape[1]
     z = torch.complex(re, im)
     step = (z[:, 1:] * z[:, :-1].conj()).sum(dim=1)
     length = step.abs()
+    promised = z.abs().square().sum(dim=1) - PROMISE * length
     back = torch.where(length > 0, step.conj() / torch.where(length > 0, length, 1.0), torch.ones_like(step))
     frame = back[:, None].repeat(1, n, 1, 1)
     frame[:, 0] = 1
     turned = z * frame.cumprod(dim=1)
     turned = turned - turned[:, :1]
     left = turned.abs().square().sum(dim=1) - turned.sum(dim=1).abs().square() / n
-    return left * (2 * n / (2 * n - 3))
+    return torch.where(promised < 0.75 * still, torch.minimum(still, left * (2 * n / (2 * n - 3))), still)

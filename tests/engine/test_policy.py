@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvstore.clock import ManualClock
-from kvstore.codecs.adaptive import relative_error
+from kvstore.codecs.nf4 import relative_error
 from kvstore.codecs.hints import NO_HINTS
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import Layers, encode_runs
