@@ -83,7 +83,11 @@ def errors_by_head(
     both = zip(planes_of(x, role, axis), planes_of(decoded, role, axis), strict=True)
     for (prefix, part, rows), (_, _, got) in both:
         stored = encoded.attrs.get(f"{prefix}kept")
-        kept = standing_apart(rows, part, hints) if stored is None else tuple(map(int, str(stored).split(",") if stored else ()))
+        kept = (
+            standing_apart(rows, part, hints)
+            if stored is None
+            else tuple(map(int, str(stored).split(",") if stored else ()))
+        )
         found.append(_errors(rows, got, part, kept))
     return found
 
@@ -184,4 +188,3 @@ def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 def by_layer(errors: list[torch.Tensor], layers: int) -> torch.Tensor:
     """The worst error of each of a tensor's first `layers` slabs. errors: as `errors_by_head` gives them."""
     return torch.stack([e.reshape(layers, -1).amax(dim=1) for e in errors]).amax(dim=0)
-

@@ -160,7 +160,9 @@ def test_what_was_lossy_before_keeps_its_error():
     assert encode_entry(entry, Int8()).receipt["v"] > 0.25
 
 
-@pytest.mark.parametrize("rotary", [Rotary(64, interleaved=False), Rotary(64, interleaved=True), Rotary(32, interleaved=False)])
+@pytest.mark.parametrize(
+    "rotary", [Rotary(64, interleaved=False), Rotary(64, interleaved=True), Rotary(32, interleaved=False)]
+)
 def test_how_keys_turn_is_found_in_the_keys(rotary):
     x, t = torch.randn(3, 100, 2, 64, generator=torch.Generator().manual_seed(6)), torch.arange(100.0)
     half = rotary.channels // 2
