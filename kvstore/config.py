@@ -72,9 +72,10 @@ class LayerCodec:
 class CodecPolicy:
     """How entries that need not stay exact are encoded when they leave hot.
 
-    codec: "auto" is nf4-kv for keys and values and nf4 for the rest. max_relative_error: with "auto", what is over it in
-    the worst head becomes int8 or stays exact, layer by layer; a fraction of the content (docs/codecs.md); 0: no bound. layers: by "3" or "0-3", for the
-    keys and values of (layers, tokens, heads, dim) tensors and for names such as "layers.3.k"; the others as above.
+    codec: "auto" is nf4-kv for keys and values and nf4 for the rest. max_relative_error: with "auto", layers whose
+    receipt is over it become int8 or stay exact; a fraction of the content (docs/codecs.md); 0: no bound.
+    layers: by "3" or "0-3", for the keys and values of (layers, tokens, heads, dim) tensors and for names such as
+    "layers.3.k"; the others as above.
     """
 
     codec: str = "auto"

@@ -71,7 +71,7 @@ class Adaptive:
 
 
 def runs_of(ranks: Sequence[int], most: int = LAYER_RUNS_MAX) -> list[tuple[int, int, int]]:
-    """Runs (start, stop, rank) of equal ranks, at most `most`: the shortest ones take the rank of a better neighbour."""
+    """Runs (start, stop, rank) of equal ranks, at most `most`: the shortest take the rank of a better neighbour."""
     ranks = list(ranks)
     while True:
         runs, start = [], 0

@@ -36,7 +36,7 @@ class KvKernel(Protocol):
     def kv_means(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary their `kv_content`."""
+        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
 
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""

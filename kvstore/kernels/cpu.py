@@ -125,7 +125,7 @@ class CpuKernel:
     def kv_means(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary their `kv_content`."""
+        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
         shape = (rows.outer, rows.groups, rows.inner)
         codes = torch.empty(*shape, rows.d, dtype=torch.int8)
         scales = torch.empty(shape, dtype=torch.float32)

@@ -85,7 +85,7 @@ def test_the_worst_head_counts_and_not_the_whole_tensor():
     assert encode_measured(NF4KV(), "k", quiet).relative_error < 0.12
 
 
-@pytest.mark.parametrize("scale", [0.2, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("scale", [0.2, 0.8, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["k", "v", "kv", "state"])
 def test_no_finite_value_comes_back_as_an_infinity(path, dtype, scale, name):
@@ -93,9 +93,9 @@ def test_no_finite_value_comes_back_as_an_infinity(path, dtype, scale, name):
     g = torch.Generator().manual_seed(2)
     most = torch.finfo(dtype).max * scale
     for x in (
-        (torch.rand(2, 128, 2, 64, generator=g, dtype=torch.float64) * 2 - 1) * most,
-        torch.randn(2, 128, 2, 64, generator=g, dtype=torch.float64).sign() * most,
-        torch.full((2, 128, 2, 64), most, dtype=torch.float64),
+        (torch.rand(1, 40, 2, 64, generator=g, dtype=torch.float64) * 2 - 1) * most,
+        torch.randn(1, 40, 2, 64, generator=g, dtype=torch.float64).sign() * most,
+        torch.full((1, 40, 2, 64), most, dtype=torch.float64),
     ):
         values = x.to(dtype)
         for codec in CODECS:
@@ -125,11 +125,11 @@ def test_a_codec_that_forgets_to_look_is_looked_after():
     assert encode_entry(raw_entry(Key(b"k"), {"k": x * 14000}), Overflowing()).encoding == "raw"
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e-18, 1e-25, 1e-36, 1e-40])
+@pytest.mark.parametrize("scale", [1e-15, 1e-18, 1e-25, 1e-40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["k", "v", "state"])
 def test_values_lost_whole_are_never_called_exact(path, dtype, scale, name):
-    x = (torch.randn(2, 64, 2, 64, generator=torch.Generator().manual_seed(4)) * scale).to(dtype)
+    x = (torch.randn(1, 40, 2, 64, generator=torch.Generator().manual_seed(4)) * scale).to(dtype)
     for codec in CODECS:
         entry = encode_entry(raw_entry(Key(b"k"), {name: x}), codec)
         decoded, told = decode_entry(entry)[name], entry.receipt[name]

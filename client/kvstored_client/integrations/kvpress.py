@@ -6,8 +6,9 @@
 
 A pressed cache holds fewer rows than tokens, in each layer its own number, and cannot be cut or extended like a plain
 prefix: it is one entry under the hash of all its tokens, the model, the press and every parameter of it. Beside K and V
-it holds what continuing needs, and no zeros of pruned channels (ThinK) nor rows that a head-wise press marked: the position of the next token (the true length, or the number of rows where the press
-rotated keys to new positions) and what head-wise presses (AdaKV, KVzip) only mark in the model's modules.
+it holds what continuing needs: the position of the next token (the true length, or the number of rows where the press
+rotated keys to new positions) and what head-wise presses (AdaKV, KVzip) only mark in the model's modules. It holds no
+channels that are zeros (ThinK) and no rows that are marked: they come back as zeros.
 Refused with ValueError: presses that go on in decoding, and those whose state or positions are not understood.
 Not thread-safe, as the model is not. Trouble of the cache is a miss.
 """
