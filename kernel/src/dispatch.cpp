@@ -53,6 +53,13 @@ bool valid_rows(const kvk_rows* rows) {
     return rows->groups >= 0 && rows->groups <= rows->tokens && (rows->groups - 1) * kvk::kGroup < rows->tokens;
 }
 
+// Groups of tokens that have a mean: of 64, a rest below 32 joining the last one; a short run is one.
+int64_t groups_of(const kvk_rows& rows) {
+    return rows.tokens < kvk::kGroup ? 1 : (rows.tokens + kvk::kGroup / 2) / kvk::kGroup;
+}
+
+bool valid_rotary(const kvk_rows* rows, int rotary) { return rotary >= 0 && rotary % 2 == 0 && rotary <= rows->d; }
+
 bool streams(const void* out, int dtype, int64_t n) {
     return n * (dtype == KVK_F32 ? 4 : 2) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
@@ -123,11 +130,15 @@ int kvk_nf4_scales(int isa, int threads, const float* absmax, int64_t b, float o
 }
 
 int kvk_kv_means(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int8_t* codes, float* scales,
-                 float* means) {
+                 float* means, int rotary, int interleaved, double* content) {
     const Ops* ops = ops_for(isa);
     if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || rows->groups < 1) return KVK_BAD_ARGUMENT;
+    if (content && (!valid_rotary(rows, rotary) || rows->tokens > (rows->groups + 1) * kvk::kGroup)) return KVK_BAD_ARGUMENT;
     split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
-        ops->kv_means(dtype, x, *rows, begin, end, codes, scales, means);
+        for (int64_t at = begin; at < end; ++at) {
+            ops->kv_means(dtype, x, *rows, at, at + 1, codes, scales, means);
+            if (content) ops->kv_content(dtype, x, *rows, rotary, interleaved != 0, rows->groups, at, at + 1, content);
+        }
     });
     return KVK_OK;
 }
@@ -141,11 +152,24 @@ int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales
     return KVK_OK;
 }
 
-int kvk_kv_energy(int isa, int threads, int dtype, const void* x, int64_t n, float* energy) {
+int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int rotary, int interleaved,
+                   double* content) {
     const Ops* ops = ops_for(isa);
-    if (!ops || !valid_dtype(dtype) || n < 0) return KVK_BAD_ARGUMENT;
-    split(threads, (n + kvk::kEnergyRun - 1) / kvk::kEnergyRun,
-          [&](int64_t begin, int64_t end) { ops->kv_energy(dtype, x, n, begin, end, energy); });
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !valid_rotary(rows, rotary)) return KVK_BAD_ARGUMENT;
+    const int64_t groups = groups_of(*rows);
+    split(threads, rows->outer * groups, [&](int64_t begin, int64_t end) {
+        ops->kv_content(dtype, x, *rows, rotary, interleaved != 0, groups, begin, end, content);
+    });
+    return KVK_OK;
+}
+
+int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,
+                    double* squares) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
+    split(threads, rows->outer, [&](int64_t begin, int64_t end) {
+        ops->kv_distance(dtype, x, y, *rows, begin, end, squares);
+    });
     return KVK_OK;
 }
 

@@ -1,4 +1,5 @@
 // Compiled once for each instruction set, with KVK_USE_AVX2, KVK_USE_AVX512 or neither defined.
+#include "content.h"
 #include "kv.h"
 #include "nf4.h"
 #include "ops.h"
@@ -18,7 +19,7 @@ namespace kvk {
 
 const Ops KVK_TABLE = {
     Nf4<Isa>::encode, Nf4<Isa>::encode_tail, Nf4<Isa>::decode, Nf4<Isa>::decode_tail, Nf4<Isa>::scales,
-    Kv<Isa>::means,   Kv<Isa>::energy,       Kv<Isa>::encode,  Kv<Isa>::decode,
+    Kv<Isa>::means,   Content<Isa>::energy,  Content<Isa>::distance, Kv<Isa>::encode, Kv<Isa>::decode,
 };
 
 }  // namespace kvk

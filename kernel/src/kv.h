@@ -107,26 +107,6 @@ struct Kv {
         }
     }
 
-    static void energy(int dtype, const void* x, int64_t n, int64_t begin, int64_t end, float* energy) {
-        alignas(64) float run[kvk::kEnergyRun];
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t at = i * kvk::kEnergyRun;
-            const int some = static_cast<int>(n - at < kvk::kEnergyRun ? n - at : kvk::kEnergyRun);
-            // Runs are not read from front to back: the caches are told what comes.
-            const int nbytes = kvk::kEnergyRun * (dtype == KVK_F32 ? 4 : 2);
-            const char* here = static_cast<const char*>(x) + i * nbytes;
-            page_ahead(here, nbytes);
-            for (int line = 0; line < nbytes; line += 64) __builtin_prefetch(here + 2 * nbytes + line);
-            if (dtype == KVK_F32 && some == kvk::kEnergyRun) {
-                energy[i] = Isa::squares256(static_cast<const float*>(x) + at);
-                continue;
-            }
-            load(dtype, x, at, run, some);
-            for (int j = some; j < kvk::kEnergyRun; ++j) run[j] = 0.0f;
-            energy[i] = Isa::squares256(run);
-        }
-    }
-
     // Turns a sum into a mean of 8 bits, in place; its codes; returns its scale.
     static float code_mean(float* total, float inverse_count, int d, int8_t* codes) {
         uint32_t most = 0;

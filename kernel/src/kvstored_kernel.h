@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 4
+#define KVK_ABI 5
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
@@ -46,14 +46,23 @@ typedef struct {
 } kvk_rows;
 
 // Per-channel means of groups of 64 tokens. codes: outer*groups*inner*d; scales: outer*groups*inner;
-// means: outer*groups*inner*d floats, the decoded means (input of kvk_kv_encode).
+// means: outer*groups*inner*d floats, the decoded means (input of kvk_kv_encode). content: null, or what kvk_kv_content
+// gives, taken while the group is in the caches.
 KVK_API int kvk_kv_means(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int8_t* codes, float* scales,
-                 float* means);
+                 float* means, int rotary, int interleaved, double* content);
 // Floats of a mean from its code and scale, as kvk_kv_means leaves them.
 KVK_API int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales, float* means);
 
-// The sum of squares of each 256 of n values, halves added to halves. energy: ceil(n/256) floats.
-KVK_API int kvk_kv_energy(int isa, int threads, int dtype, const void* x, int64_t n, float* energy);
+// The energy of each head in each of g groups of tokens (64, a rest below 32 joining the last; one group below 8 tokens):
+// without the least of its means, one that stands still or one that turns, and as it is. rotary: channels that turn in
+// pairs, an even number up to d; interleaved: whether pairs are neighbours or half of `rotary` apart.
+// rows->groups is not looked at. content: 2*outer*g*inner.
+KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int rotary, int interleaved,
+                   double* content);
+
+// Squared distance of two tensors of these rows, head by head. squares: outer*inner; not finite where a value is not.
+KVK_API int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,
+                    double* squares);
 
 // b = ceil(outer*tokens*inner*d / block) blocks. codes: b*block/2; scales: b; tops: ceil(b/256); error: b.
 KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,

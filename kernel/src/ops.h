@@ -19,8 +19,12 @@ struct Ops {
     // Groups of tokens [begin, end) of outer * groups.
     void (*kv_means)(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
                      float* scales, float* means);
-    // Runs of 256 values [begin, end) of n values.
-    void (*kv_energy)(int dtype, const void* x, int64_t n, int64_t begin, int64_t end, float* energy);
+    // Groups of tokens [begin, end) of outer * groups; two numbers for each head of each.
+    void (*kv_content)(int dtype, const void* x, const kvk_rows& rows, int rotary, bool interleaved, int64_t groups,
+                       int64_t begin, int64_t end, double* content);
+    // Slabs [begin, end); one number for each head of each.
+    void (*kv_distance)(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
+                        double* squares);
     // Tiles of 256 blocks [begin, end).
     bool (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
                       uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
@@ -36,7 +40,6 @@ extern const Ops kAvx512;
 
 constexpr int kScaleGroup = 256;
 constexpr int kGroup = 64;
-constexpr int kEnergyRun = 256;
 
 // A scale from its byte: steps down from the top of its group, in float bits without their 17 lowest.
 static inline float scale_of(uint8_t code, int32_t top) {

@@ -580,17 +580,6 @@ struct Avx2 {
         q = _mm_add_ps(q, _mm_movehl_ps(q, q));
         return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
     }
-    // Squares of 256 values, halves added to halves: those of register r and the registers kStride apart from it.
-    template <int kStride>
-    KVK_INLINE __m256 squares_from(const float* x) {
-        if constexpr (kStride < 32) {
-            return _mm256_add_ps(squares_from<2 * kStride>(x), squares_from<2 * kStride>(x + 8 * kStride));
-        } else {
-            const __m256 v = _mm256_loadu_ps(x);
-            return _mm256_mul_ps(v, v);
-        }
-    }
-    static float squares256(const float* x) { return tree8(squares_from<1>(x)); }
     // For each run of 16 values of u: how many thresholds lie below it, and the at most two inside it.
     struct Buckets {
         alignas(16) int8_t base[kvk::kClips][16], first[kvk::kClips][16], second[kvk::kClips][16];

@@ -122,7 +122,6 @@ struct Portable {
             for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
         return s[0];
     }
-    static float squares256(const float* x) { return dot(x, x, 256); }
     // Codes of a block, and the sums x.x, x.L and L.L over its levels L.
     template <int kSize>
     static kvk::Sums code_block(const float* x, float inverse, uint8_t* codes) {

@@ -6,7 +6,7 @@ carries: names are frozen, a change of bytes is a new name.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -15,6 +15,9 @@ from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError
+
+if TYPE_CHECKING:
+    from kvstore.codecs.receipt import Measured
 
 LOSSY_MIN_NUMEL = 64
 """One NF4 block. Below it the scales outweigh what the codes save."""
@@ -104,20 +107,26 @@ def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None =
     for name, tensor in entry.tensors.items():
         x = tensor.parts[""] if tensor.encoding == "raw" else None
         told = NO_HINTS if hints is None else hints.get(name, NO_HINTS)
-        encoded = _encode_or_none(codec, name, x, told) if x is not None and encodable(x) else None
+        encoded = encode_measured(codec, name, x, told) if x is not None and encodable(x) else None
         changed = changed or encoded is not None
-        tensors[name] = tensor if encoded is None else encoded
+        # A decoded copy lost something before: both errors together are no larger than their sum.
+        tensors[name] = tensor if encoded is None else encoded.after(tensor.relative_error)
     return Entry(entry.key, tensors, lossy=entry.lossy or codec.lossy) if changed else entry
 
 
-def _encode_or_none(codec: Codec, name: str, x: torch.Tensor, hints: Hints) -> EncodedTensor | None:
-    """The encoded tensor; None where the codec finds, only while encoding, that it cannot hold these values."""
+def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> "Measured | None":
+    """The encoded tensor with its receipt (`codecs.receipt`), whatever codec wrote it.
+
+    None where the codec finds, only while encoding, that it cannot hold these values; where they would not come back
+    finite; and where an adaptive codec finds that only the tensor itself keeps its bound.
+    """
+    from kvstore.codecs.receipt import sealed
+
     try:
         encoded = codec.encode(name, x, hints)
+        return None if encoded.encoding == "raw" else sealed(codec, name, x, encoded, hints)
     except CodecError:
         return None
-    # An adaptive codec may find that only the tensor itself keeps its bound.
-    return None if encoded.encoding == "raw" else encoded
 
 
 def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

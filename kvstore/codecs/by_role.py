@@ -3,11 +3,9 @@
 A rule, not an encoding: what it writes carries the name of the codec it chose. Pure, any thread.
 """
 
-from collections.abc import Sequence
-
 import torch
 
-from kvstore.codecs.hints import NO_HINTS, Hints, role_of
+from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
 from kvstore.codecs.nf4 import NF4
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.entry import EncodedTensor
@@ -15,14 +13,6 @@ from kvstore.errors import CodecError
 
 _TOKENS_MIN = 16
 """Below it the four tokens that nf4-kv keeps in 16 bits are a quarter of the tensor, and its density is gone."""
-
-
-def token_axis_of(shape: Sequence[int]) -> int:
-    """Where the tokens probably are: (..., tokens, heads, dim) or (..., heads, tokens, dim), whichever is longer.
-
-    A guess costs density or quality when it is wrong, never correctness: decoding goes by what was written down.
-    """
-    return -3 if len(shape) > 2 and shape[-3] >= shape[-2] else -2
 
 
 class ByRole:

@@ -4,6 +4,7 @@ Hints change which bytes are written, never whether they decode: whatever a code
 attributes it stores. Without hints the name and the layout of DESIGN section 3 are assumed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,3 +44,11 @@ def role_of(name: str, hints: Hints) -> Role:
         if part.lower() in _ROLES:
             return _ROLES[part.lower()]
     return "plain"
+
+
+def token_axis_of(shape: Sequence[int]) -> int:
+    """Where the tokens probably are: (..., tokens, heads, dim) or (..., heads, tokens, dim), whichever is longer.
+
+    A guess costs density or quality when it is wrong, never correctness: decoding goes by what was written down.
+    """
+    return -3 if len(shape) > 2 and shape[-3] >= shape[-2] else -2

@@ -36,7 +36,6 @@ MIN_MAGNITUDE = 1e-15
 ZERO_CODE = 7
 REFUSED = "nf4-kv holds finite values whose squares are finite; keep these raw"
 
-_ENERGY_CHUNK = 1 << 16
 _SCALE_SHIFT = 17
 """Bits dropped from a float32 scale: 6 of mantissa stay. With 5 the KL of one text in four grew by a fifth."""
 FINE = 192
@@ -188,19 +187,6 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
     return x[..., 0]
-
-
-def energies(x: torch.Tensor) -> torch.Tensor:
-    """The sum of squares of each 256 values in flat order, the last ones padded with zeros.
-
-    x: any shape, contiguous. Returns float32 (ceil(n/256),): few enough for one order to add them up in float64.
-    """
-    flat = x.view(-1)
-    found = []
-    for part in torch.split(flat, _ENERGY_CHUNK):
-        values = part.to(torch.float32)
-        found.append(tree_sum(torch.nn.functional.pad(values * values, (0, -values.numel() % 256)).view(-1, 256)))
-    return torch.cat(found)
 
 
 def encode_rotated(rotated: torch.Tensor, block: int) -> RotatedBlocks:

@@ -7,14 +7,14 @@ Pure, any thread.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 
-from kvstore.codecs import Codec, codec_named
+from kvstore.codecs import Codec, codec_named, encode_measured
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out
 from kvstore.codecs.raw import Raw
+from kvstore.codecs.receipt import with_receipt
 from kvstore.config import LAYER_RUNS_MAX as RUNS_MAX
 from kvstore.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
@@ -67,25 +67,17 @@ def encode_runs(name: str, x: torch.Tensor, hints: Hints, runs: Sequence[tuple[i
     """
     attrs: list[list[object]] = []
     parts: dict[str, torch.Tensor] = {}
-    missed = energy = 0.0
+    worst = 0.0
     for at, (start, stop, codec) in enumerate(runs):
-        found = _encoded(codec, name, x[start:stop], hints)
-        norm = float(torch.linalg.vector_norm(x[start:stop], dtype=torch.float32))
-        missed, energy = missed + (norm * found.relative_error) ** 2, energy + norm**2
+        run = x[start:stop]
+        found = encode_measured(codec, name, run, hints) or Raw().encode(name, run)
+        worst = max(worst, found.relative_error)
         parts.update({f"{at}.{suffix}" if suffix else str(at): part for suffix, part in found.parts.items()})
         attrs.append([start, stop, found.encoding, dict(found.attrs)])
     if all(run[2] == "raw" for run in attrs):
         raise CodecError(f"{name!r}: every layer stays as it is")
     spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
-    error = sqrt(missed / energy) if energy else 0.0
-    return EncodedTensor(spec, Layers.name, parts, {"runs": attrs, "relative_error": error})
-
-
-def _encoded(codec: Codec, name: str, x: torch.Tensor, hints: Hints) -> EncodedTensor:
-    try:
-        return codec.encode(name, x, hints)
-    except CodecError:
-        return Raw().encode(name, x)
+    return with_receipt(EncodedTensor(spec, Layers.name, parts, {"runs": attrs}), worst)
 
 
 def _tensor_of(encoded: EncodedTensor, at: int, run: Run) -> EncodedTensor:

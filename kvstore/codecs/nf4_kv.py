@@ -10,34 +10,24 @@ The format and its figures: docs/codecs.md.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, prod, sqrt
-from typing import Literal
+from math import isfinite, prod
 
 import torch
 
-from kvstore.codecs import kv_blocks
-from kvstore.codecs.hints import NO_HINTS, Hints, role_of
+from kvstore.codecs import content, kv_blocks, receipt
+from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_part
+from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 from kvstore.kernels import kv_kernel
-from kvstore.kernels.cpu import Rows
+from kvstore.kernels.cpu import STILL, Rows
 
-KEPT_KEYS = 4
-"""Tokens at the start of a prefix whose keys stay in 16 bits; elsewhere at most so many outlying ones."""
-KEPT_VALUES = 1
-"""Values have a scale a token, so a sink spoils nothing beside it; only the first one's own error shows
-(KL of values alone 1.64e-3 without, 0.40e-3 with it, 0.40e-3 with four)."""
-OUTLIER_ENERGY = 4.0
-"""Times the median energy about the mean; SmolLM2's tokens beyond the first stay below 3."""
 _TOP_LIMIT = 0x7F800000 >> 17
 
 _JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
 """Parts of a packed tensor that hold those of its keys and then those of its values: each part costs its overhead."""
-
-Part = Literal["key", "value", "plain"]
-_HALVES: tuple[tuple[Part, str], ...] = (("key", ""), ("value", "v."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +80,7 @@ class Plane:
 
     def others(self, device: torch.device) -> torch.Tensor:
         """Indexes of the coded tokens. Returns int64 (coded,)."""
-        mask = torch.ones(self.tokens, dtype=torch.bool, device="cpu")
-        mask[list(self.kept)] = False
-        return mask.nonzero().view(-1).to(device)
+        return others(self.tokens, self.kept, device)
 
 
 class NF4KV:
@@ -105,28 +93,29 @@ class NF4KV:
         """Encode one tensor of finite values.
 
         x: float32, float16 or bfloat16, any shape with at least one value. Parts: docs/codecs.md. The
-        attribute relative_error is the receipt: |x - decoded| / |x| before rounding to x's type.
-        Raises CodecError for another dtype, and for values that are not finite or whose squares are not.
+        attribute relative_error is the receipt (`receipt`). Raises CodecError for another dtype, for values that are
+        not finite or whose squares are not, and for those that would not come back finite.
         """
+        x = x.detach()
         spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
         if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
             raise CodecError(f"nf4-kv holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
-        role, token_axis = role_of(name, hints), hints.token_axis
-        if x.dim() < 2 or (role == "packed" and x.shape[-1] % 2):
-            role = "plain"  # no tokens to tell apart, or no two halves
+        role, token_axis = receipt.role_in(name, x, hints), hints.token_axis
         attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
         parts: dict[str, torch.Tensor] = {}
-        error = 0.0
-        for prefix, part, rows in _planes(x.detach(), role, token_axis):
-            plane = Plane.of(part, rows, _kept(rows, part, hints))
+        errors: list[float | None] = []
+        for prefix, part, rows in planes_of(x, role, token_axis):
+            plane = Plane.of(part, rows, standing_apart(rows, part, hints))
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
-            error += _encode_plane(rows, plane, prefix, parts)
+            errors.append(_encode_plane(rows, plane, prefix, parts))
         if role == "packed":
             for suffix in _JOINED:
                 parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
-        norm = _norm(x.detach())
-        attrs["relative_error"] = sqrt(error) / norm if norm else 0.0
-        return EncodedTensor(spec, self.name, parts, attrs)
+        encoded = EncodedTensor(spec, self.name, parts, attrs)
+        known = [error for error in errors if error is not None]
+        if len(known) == len(errors):
+            return receipt.with_receipt(encoded, max(known))
+        return receipt.sealed(self, name, x, encoded, hints)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
@@ -145,7 +134,7 @@ class NF4KV:
         if role == "packed":
             if out.dim() == 0 or out.shape[-1] % 2:
                 raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {encoded.spec.shape}")
-            planes = _planes(out, role, token_axis)
+            planes = planes_of(out, role, token_axis)
             encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
             for prefix, part, rows in planes:
                 _decode_plane(encoded, part, prefix, rows)
@@ -153,7 +142,7 @@ class NF4KV:
                 target = out[..., :half] if part == "key" else out[..., half:]
                 target.copy_(rows.view(target.shape))
             return out
-        for prefix, part, rows in _planes(out, role, token_axis):
+        for prefix, part, rows in planes_of(out, role, token_axis):
             _decode_plane(encoded, part, prefix, rows)
         return out
 
@@ -165,7 +154,7 @@ class NF4KV:
             raise CodecError(f"nf4-kv decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
         if role == "packed" and (not spec.shape or spec.shape[-1] % 2):
             raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {spec.shape}")
-        planes = _planes(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"), role, token_axis)
+        planes = planes_of(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"), role, token_axis)
         if role == "packed":
             encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
         for prefix, part, rows in planes:
@@ -179,57 +168,8 @@ class NF4KV:
                 require_part(encoded, f"{prefix}mean_scale", torch.float32, means)
 
 
-def _norm(x: torch.Tensor) -> float:
-    """|x|, Euclidean: what the receipt is a fraction of."""
-    x = x.contiguous()
-    kernel = kv_kernel(x)
-    energy = kv_blocks.energies(x) if kernel is None else kernel.kv_energy(x)
-    return sqrt(float(energy.sum(dtype=torch.float64)))
-
-
-def _planes(x: torch.Tensor, role: str, token_axis: int) -> list[tuple[str, Part, torch.Tensor]]:
-    """(prefix of part names, role, rows (outer, tokens, inner, d)); halves of a packed tensor are copies."""
-    if role == "packed":
-        half = x.shape[-1] // 2
-        halves = slice(0, half), slice(half, None)
-        key, value = (x[..., part].clone(memory_format=torch.contiguous_format) for part in halves)
-        rows = _rows(key, token_axis), _rows(value, token_axis)
-        return [(prefix, part, x) for (part, prefix), x in zip(_HALVES, rows, strict=True)]
-    part: Part = "key" if role == "key" else "value" if role == "value" else "plain"
-    return [("", part, _rows(x.contiguous(), token_axis))]
-
-
-def _rows(x: torch.Tensor, token_axis: int) -> torch.Tensor:
-    """The tensor as (outer, tokens, inner, d); a tensor with too few axes is one run of tokens, or one row."""
-    shape = tuple(x.shape)
-    if len(shape) < 2:
-        return x.reshape(1, 1, 1, -1)
-    axis = max(len(shape) + token_axis, 0)
-    return x.view(prod(shape[:axis]), shape[axis], prod(shape[axis + 1 : -1]), shape[-1])
-
-
-def _kept(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
-    """The tokens to keep in 16 bits: the first ones of what may be a prefix, else outlying keys."""
-    tokens = rows.shape[1]
-    most = {"key": KEPT_KEYS, "value": KEPT_VALUES, "plain": 0}[part]
-    if hints.prefix_start is None:
-        # Unsure: no more than one in 64, so that a short chunk is not mostly 16 bits.
-        most = min(most, max(1, tokens // 64))
-    most = min(most, tokens - 1)
-    if hints.prefix_start is not False:
-        return tuple(range(most))
-    if part != "key" or tokens < kv_blocks.GROUP:
-        return ()
-    x = rows.to(torch.float32)
-    energy = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=(0, 2, 3))
-    found = (energy > OUTLIER_ENERGY * energy.median()).nonzero().view(-1)
-    if found.numel() > most:
-        found = found[energy[found].argsort(descending=True, stable=True)[:most]]
-    return tuple(sorted(found.tolist()))
-
-
-def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float:
-    """Add the parts of one plane; returns the squared error of its coded rows."""
+def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:
+    """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
         parts[f"{prefix}kept"] = _halves(rows[:, list(plane.kept)])
     kernel = kv_kernel(rows)
@@ -239,19 +179,42 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
         coded, stride = rows[:, len(plane.kept) :].contiguous(), plane.coded
     else:
         coded, stride = rows[:, plane.others(rows.device)], plane.coded
+    # Where the sums of coding are to tell the error, each block must lie in one head.
+    telling = rows.dtype == torch.float32 and plane.role != "plain" and plane.d % plane.block == 0
+    rotary = receipt.rotary_of(coded, kernel) if telling and plane.role == "key" else STILL
+    energies = None
     if kernel is not None:
         where, means = plane.rows(stride), None
         if plane.groups:
-            parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"], means = kernel.kv_means(coded, where)
+            parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"], means, energies = kernel.kv_means(
+                coded, where, rotary if telling else None
+            )
         found = kernel.kv_encode(coded, where, means)
         if found is None:
             raise CodecError(kv_blocks.REFUSED)
         blocks = kv_blocks.RotatedBlocks(*found)
+        if telling and energies is None:
+            energies = kernel.kv_content(coded, where, rotary)
     else:
         blocks = _encode_reference(coded.to(torch.float32), plane, prefix, parts)
+        if telling:
+            energies = content.energies(coded, rotary)
     parts[prefix] = blocks.codes
     parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = blocks.scales, blocks.tops
-    return float(blocks.error.sum(dtype=torch.float64)) / kv_blocks.rotation_size(plane.d)
+    if not telling or energies is None:
+        return None
+    return receipt.from_sums(_missed(rows, plane, prefix, parts, blocks), energies, plane.coded * plane.d)
+
+
+def _missed(
+    rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor], blocks: kv_blocks.RotatedBlocks
+) -> torch.Tensor:
+    """The squared error of each head (outer, inner): of its blocks, and of its kept tokens."""
+    by_row = blocks.error.view(plane.outer, plane.coded, plane.inner, plane.d // plane.block)
+    missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / kv_blocks.rotation_size(plane.d)
+    if plane.kept:
+        missed = missed + content.distances(rows[:, list(plane.kept)], parts[f"{prefix}kept"])
+    return missed
 
 
 def _encode_reference(
@@ -311,7 +274,7 @@ def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
     """A packed tensor's joined parts as those of its keys ("") and its values ("v.")."""
     planes = [
         Plane.of(part, x, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
-        for (part, prefix), x in zip(_HALVES, rows, strict=True)
+        for (part, prefix), x in zip(HALVES, rows, strict=True)
     ]
     parts = dict(encoded.parts)
     for suffix, dtype in _JOINED.items():

@@ -6,6 +6,7 @@
 import torch
 
 from kvstore.codecs import Codec, codec_for
+from kvstore.codecs.adaptive import Adaptive
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of
 from kvstore.codecs.layers import encode_runs
 from kvstore.config import CodecPolicy, WarmConfig, layer_range
@@ -38,7 +39,8 @@ class ByLayer:
                 runs.append((layer, layer + 1, codec))
         if len(runs) == 1:
             return runs[0][2].encode(name, x, hints)
-        return encode_runs(name, x, hints, runs)
+        # Nothing is nested in `layers`: a bound is kept by each of these runs as a whole.
+        return encode_runs(name, x, hints, [(a, b, c.whole if isinstance(c, Adaptive) else c) for a, b, c in runs])
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Never used: a stored tensor names the codec that wrote it. Raises CodecError."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import ISAS, CpuKernel, Rows, kernels
+from kvstore.kernels.cpu import ISAS, STILL, CpuKernel, Rotary, Rows, kernels
 from kvstore.kernels.trial import agree
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,19 @@ _BEST = best(kernels())
 class KvKernel(Protocol):
     """nf4-kv on one device."""
 
-    def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""
+    def kv_means(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
 
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
 
-    def kv_energy(self, x: torch.Tensor) -> torch.Tensor:
-        """`kv_blocks.energies` of a contiguous tensor."""
+    def kv_content(self, x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
+        """`content.energies` of rows of x."""
+
+    def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
 
     def kv_encode(
         self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None

@@ -9,12 +9,13 @@ import ctypes
 import importlib
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from kvstore.codecs.tables import table
 
-ABI = 4
+ABI = 5
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another costs about 30 us, as much as 1 MiB."""
 
@@ -37,6 +38,16 @@ class Rows(ctypes.Structure):
     )
 
 
+class Rotary(NamedTuple):
+    """Which channels of a row turn in pairs: the first `channels`, neighbours or half of them apart."""
+
+    channels: int
+    interleaved: bool
+
+
+STILL = Rotary(0, interleaved=False)
+
+
 def _opened() -> ctypes.CDLL | None:
     try:
         path: str = importlib.import_module("kvstored_kernel").LIBRARY_PATH
@@ -50,9 +61,10 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_nf4_encode.argtypes = (i, i, i, p, n, p, p, p)
     library.kvk_nf4_decode.argtypes = (i, i, i, p, p, n, p)
     library.kvk_nf4_scales.argtypes = (i, i, p, n, ctypes.c_float, p, p, p, p, p, p)
-    library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p)
+    library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p, i, i, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
-    library.kvk_kv_energy.argtypes = (i, i, i, p, n, p)
+    library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, i, p)
+    library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
     library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, rows, p)
     return library
@@ -110,29 +122,39 @@ class CpuKernel:
         _checked(self.library.kvk_nf4_scales(self.isa, threads, absmax.data_ptr(), b, offset, *where))
         return codes, nested, offset, squares
 
-    def kv_means(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""
+    def kv_means(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
         shape = (rows.outer, rows.groups, rows.inner)
         codes = torch.empty(*shape, rows.d, dtype=torch.int8, device="cpu")
         scales = torch.empty(shape, dtype=torch.float32, device="cpu")
         means = torch.empty(*shape, rows.d, dtype=torch.float32, device="cpu")
-        where = (codes.data_ptr(), scales.data_ptr(), means.data_ptr())
+        content = None if rotary is None else torch.empty(*shape, 2, dtype=torch.float64, device="cpu")
+        where = (codes.data_ptr(), scales.data_ptr(), means.data_ptr(), *(rotary or STILL), _place(content))
         _checked(self.library.kvk_kv_means(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *where))
-        return codes, scales, means
+        return codes, scales, means, None if content is None else content.sum(dim=1)
+
+    def kv_content(self, x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
+        """`content.energies` of rows of x. Returns float64 (outer, inner, 2)."""
+        groups = max(1, (rows.tokens + 32) // 64)
+        content = torch.empty(rows.outer, groups, rows.inner, 2, dtype=torch.float64, device="cpu")
+        where = (x.data_ptr(), rows, *rotary, content.data_ptr())
+        _checked(self.library.kvk_kv_content(self.isa, _threads(x), DTYPES[x.dtype], *where))
+        return content.sum(dim=1)
+
+    def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
+        squares = torch.empty(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+        where = (x.data_ptr(), y.data_ptr(), rows, squares.data_ptr())
+        _checked(self.library.kvk_kv_distance(self.isa, _threads(x), DTYPES[x.dtype], *where))
+        return squares
 
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
         means = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
-
-    def kv_energy(self, x: torch.Tensor) -> torch.Tensor:
-        """`kv_blocks.energies`. x: contiguous, on the CPU. Returns float32 (ceil(n/256),)."""
-        n = x.numel()
-        energy = torch.empty((n + 255) // 256, dtype=torch.float32, device="cpu")
-        where = (DTYPES[x.dtype], x.data_ptr(), n, energy.data_ptr())
-        _checked(self.library.kvk_kv_energy(self.isa, _threads(x), *where))
-        return energy
 
     def kv_encode(
         self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
@@ -179,6 +201,10 @@ def _threads(x: torch.Tensor) -> int:
     if _calling.single or x.numel() * x.element_size() < THREADED_NBYTES:
         return 1
     return torch.get_num_threads()
+
+
+def _place(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _checked(status: int) -> int:

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from kvstore.codecs import kv_blocks
+from kvstore.codecs.content import distances, energies
 from kvstore.codecs.tables import table
-from kvstore.kernels.cpu import Rows
+from kvstore.kernels.cpu import STILL, Rotary, Rows
 from kvstore.kernels.cuda import EXACT, _codes, _rounded
 
 TILE = 2048
@@ -162,8 +163,10 @@ def _decode(
     tl.store(out + slab * stride + within, _rounded(v, out), mask=flat < n)
 
 
-def kv_means(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`kv_blocks.group_means` of rows of x, and the decoded means of each group."""
+def kv_means(
+    x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary their `kv_content`."""
     shape = (rows.outer, rows.groups, rows.inner)
     codes = torch.empty(*shape, rows.d, dtype=torch.int8, device=x.device)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -173,7 +176,7 @@ def kv_means(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, t
         _means[(scales.numel(),)](
             x, codes, scales, means, *place, D=triton.next_power_of_2(rows.d), num_warps=1, **EXACT
         )
-    return codes, scales, means
+    return codes, scales, means, None if rotary is None else kv_content(x, rows, rotary)
 
 
 def kv_expand(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -182,9 +185,20 @@ def kv_expand(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Te
     return codes.to(torch.float32) * scales[..., None]
 
 
-def kv_energy(x: torch.Tensor) -> torch.Tensor:
-    """`kv_blocks.energies`, by torch on the device."""
-    return kv_blocks.energies(x)
+def kv_content(x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
+    """`content.energies` of rows of x, by torch on the device."""
+    return energies(_seen(x, rows), rotary)
+
+
+def kv_distance(x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Squared distance of two tensors, head by head, by torch on the device."""
+    return distances(_seen(x, rows), _seen(y, rows))
+
+
+def _seen(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The rows that `rows` names, as a view (outer, tokens, inner, d)."""
+    width = rows.inner * rows.d
+    return x.as_strided((rows.outer, rows.tokens, rows.inner, rows.d), (rows.stride, width, rows.d, 1))
 
 
 def kv_encode(

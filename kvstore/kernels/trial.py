@@ -6,7 +6,7 @@ Wrong codes would be stored as good ones, so who fails this is not used. Some 4 
 
 import torch
 
-from kvstore.kernels.cpu import DTYPES, CpuKernel, Rows
+from kvstore.kernels.cpu import DTYPES, CpuKernel, Rotary, Rows
 
 TOKENS, HEADS, HEAD_DIM = 70, 2, 64
 """Two groups of means, the second one short."""
@@ -27,7 +27,9 @@ def _samples() -> list[torch.Tensor]:
 
 
 def _bytes(kernel: CpuKernel, x: torch.Tensor) -> list[bytes] | None:
-    made: list[torch.Tensor] = [kernel.kv_energy(x)]
+    whole = Rows(1, TOKENS, HEADS, HEAD_DIM, x.numel(), HEAD_DIM, 64, 0)
+    made: list[torch.Tensor] = [kernel.kv_content(x, whole, Rotary(HEAD_DIM, interleaved=True))]
+    made.append(kernel.kv_distance(x, x.flip(0), whole))
     coded = kernel.nf4_encode(x)
     if coded is None:
         return None
@@ -38,8 +40,8 @@ def _bytes(kernel: CpuKernel, x: torch.Tensor) -> list[bytes] | None:
         rows = Rows(1, TOKENS, HEADS, HEAD_DIM, x.numel(), size, block, groups)
         means = None
         if groups:
-            *stored, means = kernel.kv_means(x, rows)
-            made += [*stored, means]
+            *stored, means, content = kernel.kv_means(x, rows, Rotary(HEAD_DIM, interleaved=False))
+            made += [*stored, means, content]
         rotated = kernel.kv_encode(x, rows, means)
         if rotated is None:
             return None

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from kvstore.codecs import blocks
+from kvstore.codecs import blocks, content
 from kvstore.codecs import kv_blocks as kv
 from kvstore.codecs.tables import table
 from kvstore.kernels import best, cpu
@@ -128,7 +128,8 @@ def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
     means, centre = None, torch.zeros(1)
     if groups:
         expected = kv.group_means(plain)
-        *mine, means = kernel.kv_means(body, rows)
+        *mine, means, untold = kernel.kv_means(body, rows)
+        assert untold is None
         assert [bits(part) for part in mine] == [bits(part) for part in expected]
         assert bits(kernel.kv_expand(rows, *expected)) == bits(means)
         centre = kv.expand_means(*expected, tokens)
@@ -144,11 +145,25 @@ def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
     assert (out[:, :skip] == 7).all()
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 1, 64), (1, 150, 2, 200)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_of_squares_are_the_reference_s(kernel, dtype):
-    for n in (*SIZES, 255, 256, 257, 1 << 17):
-        x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
-        assert bits(kernel.kv_energy(x)) == bits(kv.energies(x))
+def test_content_and_distance_are_the_reference_s(kernel, dtype, shape):
+    """And bit for bit the portable kernel's; with the means of a group as without them."""
+    g = torch.Generator().manual_seed(shape[1])
+    t = torch.arange(shape[1], dtype=torch.float32)[:, None, None]
+    x = (torch.randn(shape, generator=g) + 20 * torch.cos(0.7 * t + torch.arange(shape[-1]))).to(dtype)
+    y = x + torch.randn(shape, generator=g).to(dtype)
+    outer, tokens, inner, d = shape
+    groups = kv.group_count(tokens)
+    rows = cpu.Rows(outer, tokens, inner, d, tokens * inner * d, kv.rotation_size(d), kv.KEY_BLOCK, groups)
+    for rotary in (cpu.STILL, cpu.Rotary(d // 2 * 2, interleaved=False), cpu.Rotary(d // 4 * 2, interleaved=True)):
+        mine, expected = kernel.kv_content(x, rows, rotary), content.energies(x, rotary)
+        assert torch.allclose(mine, expected, rtol=1e-3)
+        assert bits(mine) == bits(KERNELS[0].kv_content(x, rows, rotary))
+        if groups:
+            assert bits(kernel.kv_means(x, rows, rotary)[3]) == bits(mine)
+    assert torch.allclose(kernel.kv_distance(x, y, rows), content.distances(x, y), rtol=1e-5)
+    assert bits(kernel.kv_distance(x, y, rows)) == bits(KERNELS[0].kv_distance(x, y, rows))
 
 
 @pytest.mark.parametrize("d", [64, 128, 8192])

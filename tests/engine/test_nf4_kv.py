@@ -12,10 +12,11 @@ from kvstore import record
 from kvstore.codecs import codec_named, decode_entry, encode_entry, kv_blocks
 from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive
-from kvstore.codecs.hints import Hints
+from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.codecs.receipt import errors_by_head
 from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
 from kvstore.errors import CodecError, ConfigError
 from kvstore.forms import raw_entry
@@ -104,7 +105,8 @@ def test_the_kernel_writes_the_bytes_of_the_reference(fast_path, dtype, shape, s
             patch.setattr(module, "kv_kernel", PATHS["reference"])
             slow = NF4KV().encode(name, x, hints)
             assert parts_of(fast) == parts_of(slow)
-            assert dict(fast.attrs) == dict(slow.attrs)
+            assert {**fast.attrs, "relative_error": 0} == {**slow.attrs, "relative_error": 0}
+            assert fast.relative_error == pytest.approx(slow.relative_error, rel=1e-3)
             assert bits(decoded) == bits(NF4KV().decode(slow))
 
 
@@ -156,7 +158,9 @@ def test_the_receipt_is_the_error(path):
     for name in ("k", "v", "kv", "other"):
         x = keys((3, 200, 2, 64))
         encoded = NF4KV().encode(name, x)
-        assert encoded.relative_error == pytest.approx(measured(encoded, x), rel=0.01)
+        by_head = errors_by_head(NF4KV(), name, x, encoded, NO_HINTS)
+        assert encoded.relative_error == pytest.approx(max(float(e.max()) for e in by_head), rel=0.01)
+        assert encoded.relative_error >= 0.99 * measured(encoded, x)
 
 
 def test_the_receipt_and_the_bytes_survive_a_record():
@@ -269,7 +273,7 @@ def test_adaptive_picks_the_cheapest_encoding_that_keeps_its_bound(bound, chosen
     encoded = Adaptive(bound).encode("k", x)
     assert encoded.encoding == chosen
     assert encoded.relative_error <= bound
-    assert relative_error(x, Adaptive(bound).decode(encoded)) == encoded.relative_error
+    assert relative_error(x, Adaptive(bound).decode(encoded)) <= encoded.relative_error
 
 
 def test_adaptive_chooses_for_each_tensor_of_an_entry():

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvstore.clock import ManualClock
-from kvstore.codecs.adaptive import relative_error
 from kvstore.codecs.hints import NO_HINTS
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import Layers, encode_runs
+from kvstore.codecs.nf4 import relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.policy import Policies
 from kvstore.codecs.raw import Raw

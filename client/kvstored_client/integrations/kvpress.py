@@ -7,7 +7,8 @@
 A pressed cache holds fewer rows than tokens, in each layer its own number, and cannot be cut or extended like a plain
 prefix: it is one entry under the hash of all its tokens, the model, the press and every parameter of it. Beside K and V
 it holds what continuing needs: the position of the next token (the true length, or the number of rows where the press
-rotated keys to new positions) and what head-wise presses (AdaKV, KVzip) only mark in the model's modules.
+rotated keys to new positions) and what head-wise presses (AdaKV, KVzip) only mark in the model's modules. It holds no
+channels that are zeros (ThinK) and no rows that are marked: they come back as zeros.
 Refused with ValueError: presses that go on in decoding, and those whose state or positions are not understood.
 Not thread-safe, as the model is not. Trouble of the cache is a miss.
 """
@@ -94,7 +95,7 @@ class PressedCache:
         heads, dim = identity.attention_shape(model)
         self._fields: dict[str, Any] = {
             "model": f"{type(model).__name__}/{fields}", "layers": layers, "kv_heads": heads, "head_dim": dim,
-            "layout": "pressed", "fidelity": fidelity,
+            "layout": "pressed-kept", "fidelity": fidelity,
         }  # fmt: skip
         self._watch = Watch(model, revision, besides=frozenset({_MARKS}))
         try:
@@ -172,13 +173,16 @@ class PressedCache:
         return chunk_keys(root, ids[0].tolist())[-1]
 
     def _keep(self, ids: torch.Tensor, found: Pressed) -> None:
-        tensors = {"position": torch.tensor([found.position], dtype=torch.int64)}
+        dim = int(found.cache.layers[0].keys.shape[-1])
+        tensors = {"position": torch.tensor([found.position]), "dim": torch.tensor([dim])}
         for i, (layer, module) in enumerate(zip(found.cache.layers, self._modules(), strict=True)):
-            # Copies: kvpress overwrites marked keys in place while it decodes.
-            tensors[f"k.{i}"], tensors[f"v.{i}"] = layer.keys.detach().clone(), layer.values.detach().clone()
             marks = getattr(module, _MARKS, None)
-            if marks is not None:
-                tensors[f"marks.{i}"] = torch.stack([x.to("cpu") for x in marks])
+            gone = None if marks is None else _marked(layer.keys, marks)
+            for name, x in ((f"k.{i}", layer.keys), (f"v.{i}", layer.values)):
+                # Copies: kvpress overwrites marked keys in place while it decodes.
+                tensors.update(_compact(name, x.detach(), gone))
+            if gone is not None:
+                tensors[f"gone.{i}"] = gone.to("cpu")
         key = self._key(ids)
         if key is None:
             return
@@ -187,13 +191,15 @@ class PressedCache:
 
     def _rebuilt(self, tensors: Any) -> Pressed:
         cache, device, modules = DynamicCache(), self.model.device, self._modules()
-        layers = [(tensors[f"k.{i}"], tensors[f"v.{i}"]) for i in range(len(modules))]
-        for i, (k, v) in enumerate(layers):
+        for i in range(len(modules)):
+            gone = tensors.get(f"gone.{i}")
             # Copies: see _keep. A view of the daemon's memory could not be written at all.
-            cache.update(k.to(device, copy=True), v.to(device, copy=True), i)
+            k, v = (_expanded(f"{role}.{i}", tensors, gone).to(device, copy=True) for role in ("k", "v"))
+            cache.update(k, v, i)
         for i, module in enumerate(modules):
-            marks = tensors.get(f"marks.{i}")
-            setattr(module, _MARKS, None if marks is None else tuple(marks.to(device, copy=True)))
+            gone = tensors.get(f"gone.{i}")
+            marks = None if gone is None else tuple(part.to(device) for part in gone[None].nonzero(as_tuple=True))
+            setattr(module, _MARKS, marks)
         return Pressed(cache, int(tensors["position"][0]), restored=True)
 
     def _body(self) -> Any:
@@ -201,6 +207,48 @@ class PressedCache:
 
     def _modules(self) -> list[Any]:
         return [layer.self_attn for layer in self._body().layers]
+
+
+def _marked(keys: torch.Tensor, marks: Any) -> torch.Tensor:
+    """Which rows a head-wise press marked as gone, bool (heads, rows). Decoding never looks at what they held."""
+    gone = torch.zeros(keys.shape[1:3], dtype=torch.bool, device=keys.device)
+    gone[marks[1], marks[2]] = True
+    return gone
+
+
+def _compact(name: str, x: torch.Tensor, gone: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """K or V (1, heads, rows, dim) of a layer without what a press took away: marked rows, and channels of zeros.
+
+    Returns under `name` what is kept: (1, heads, rows, channels), or (1, kept rows, channels), head by head, where rows
+    are gone; and where channels are, `name`.channels, int16 (heads, channels), which they were.
+    """
+    bits = x[0].contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    some = bits != 0  # by bits: what is rebuilt is +0.0
+    if gone is not None:
+        some &= ~gone[..., None]
+    used = some.any(dim=1)
+    count = max(int(used.sum(dim=1).max()), 1)
+    found = {}
+    kept = x[0]
+    if count < x.shape[-1]:
+        channels = (~used).to(torch.int8).argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+        kept = kept.gather(2, channels[:, None].expand(-1, x.shape[2], -1))
+        found[f"{name}.channels"] = channels.to("cpu", torch.int16)
+    found[name] = (kept if gone is None else kept[~gone])[None].clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def _expanded(name: str, tensors: Any, gone: torch.Tensor | None) -> torch.Tensor:
+    """K or V (1, heads, rows, dim) as `_compact` found it, zeros where rows are gone. Raises where parts disagree."""
+    kept, channels, dim = tensors[name][0], tensors.get(f"{name}.channels"), int(tensors["dim"][0])
+    if gone is not None:
+        rows = kept.new_zeros(*gone.shape, kept.shape[-1])
+        rows[~gone] = kept
+        kept = rows
+    if channels is None:
+        return kept[None]
+    whole = kept.new_zeros(*kept.shape[:2], dim)
+    return whole.scatter_(2, channels[:, None].expand(-1, kept.shape[1], -1).to(torch.int64), kept)[None]
 
 
 def _version() -> str:

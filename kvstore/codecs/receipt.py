@@ -1,0 +1,190 @@
+"""The receipt of an encoded tensor: how much of its content decoding loses, measured on what will be decoded.
+
+One rule at one place for every codec, so that a new one cannot forget it: nothing encoded leaves `codecs.encode_entry`
+but as `Measured`, which only this module makes. It decodes into the tensor's own type, refuses what is not finite where
+the input was, and writes the attribute relative_error: of keys and values the worst layer's and head's
+|x - decoded| / |content|, of other tensors |x - decoded| / |x|. 0.0 means bit for bit as put, and nothing else.
+nf4-kv alone may bring a measure of its own for float32, which no rounding follows (`from_sums`). Pure, any thread.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvstore.codecs import content
+from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
+from kvstore.codecs.planes import Part, others, planes_of, standing_apart
+from kvstore.entry import EncodedTensor
+from kvstore.errors import CodecError
+from kvstore.kernels import KvKernel, kv_kernel
+from kvstore.kernels.cpu import STILL, Rotary, Rows
+
+RESOLUTION = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-18}
+"""Of |x|: what lies below is not content but the rounding of whoever computed x in this type."""
+_TINY = 1e-28
+"""Content a value, squared: below, sums of float32 squares lose it, and float64 counts again."""
+_SAMPLE_OUTER, _SAMPLE_TOKENS = 8, 32
+_LEAST = sys.float_info.min
+"""The receipt of what differs by less than squares can tell: not bit for bit, so not 0.0."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured(EncodedTensor):
+    """An encoded tensor whose receipt was measured here."""
+
+    def after(self, error: float) -> "Measured":
+        """The same where what was encoded had an error already: the sum, which the whole error is never above."""
+        return self if not error else with_receipt(self, self.relative_error + error)
+
+
+class Decoder(Protocol):
+    """The half of a codec that a measurement needs."""
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor."""
+        ...
+
+
+def sealed(codec: Decoder, name: str, x: torch.Tensor, encoded: EncodedTensor, hints: Hints) -> Measured:
+    """The tensor with its receipt. Raises CodecError where it would decode to a value that is not finite."""
+    if isinstance(encoded, Measured):
+        return encoded
+    return with_receipt(encoded, max(float(e.max()) for e in errors_by_head(codec, name, x, encoded, hints)))
+
+
+def with_receipt(encoded: EncodedTensor, error: float) -> Measured:
+    """The tensor with this receipt."""
+    attrs = {**encoded.attrs, "relative_error": error}
+    return Measured(encoded.spec, encoded.encoding, encoded.parts, attrs)
+
+
+def role_in(name: str, x: torch.Tensor, hints: Hints) -> str:
+    """What the tensor holds; "plain" where it has no tokens to tell apart, or no two halves."""
+    role = role_of(name, hints)
+    return "plain" if x.dim() < 2 or (role == "packed" and x.shape[-1] % 2) else role
+
+
+def errors_by_head(
+    codec: Decoder, name: str, x: torch.Tensor, encoded: EncodedTensor, hints: Hints
+) -> list[torch.Tensor]:
+    """Of each plane (keys, values, or the one there is) the relative error of each head: float64 (outer, inner).
+
+    Raises CodecError where a decoded value is not finite.
+    """
+    x, decoded, role = x.detach(), codec.decode(encoded), role_in(name, x, hints)
+    if role == "plain":
+        return [_errors(x.reshape(1, 1, 1, -1), decoded.reshape(1, 1, 1, -1), "plain", ())]
+    axis = encoded.attrs.get("token_axis")
+    if not isinstance(axis, int):
+        axis = token_axis_of(x.shape) if hints is NO_HINTS else hints.token_axis
+    found = []
+    both = zip(planes_of(x, role, axis), planes_of(decoded, role, axis), strict=True)
+    for (prefix, part, rows), (_, _, got) in both:
+        stored = encoded.attrs.get(f"{prefix}kept")
+        kept = (
+            standing_apart(rows, part, hints)
+            if stored is None
+            else tuple(map(int, str(stored).split(",") if stored else ()))
+        )
+        found.append(_errors(rows, got, part, kept))
+    return found
+
+
+def from_sums(missed: torch.Tensor, energies: torch.Tensor, values: int) -> float | None:
+    """The receipt of float32 rows from the sums of whoever coded them; None where only decoding can tell.
+
+    missed: squared error of each head, (outer, inner); energies: `content.energies` of the coded rows, (outer, inner,
+    2); values: those of one head.
+    """
+    if not bool((energies[..., 0] >= _TINY * values).all() & (energies < torch.inf).all()):
+        return None
+    worst = float(_ratios(missed, energies, torch.float32).max())
+    # What four bits lose is 0.05 and more; far below, sums that cancel say little.
+    return worst if 0.01 <= worst < float("inf") else None
+
+
+def rotary_of(rows: torch.Tensor, kernel: KvKernel | None) -> Rotary:
+    """How keys turn: which channels in which pairs, by what leaves least of a sample of them.
+
+    Half apart (Llama, Qwen), neighbours (GPT-J, Cohere), all channels, a half (GLM) or a quarter (NeoX). rows: (outer,
+    tokens, inner, d).
+    """
+    outer, tokens, _inner, d = rows.shape
+    usual = Rotary(d - d % 2, interleaved=False)
+    if tokens < 8 or d < 8:
+        return usual
+    some = rows[:: max(1, outer // _SAMPLE_OUTER), :_SAMPLE_TOKENS].contiguous()
+    candidates = [Rotary(d // part // 2 * 2, interleaved=near) for part in (1, 2, 4) for near in (False, True)]
+    best, least = usual, float("inf")
+    for rotary in candidates:
+        left, whole = _energies(some, rotary, kernel).unbind(-1)
+        score = float((left / whole).log().nan_to_num(0.0, 0.0, 0.0).sum())
+        if score < least - 1e-3 * abs(least if least < float("inf") else 0.0):
+            best, least = rotary, score
+    return best
+
+
+def _errors(rows: torch.Tensor, got: torch.Tensor, part: Part, kept: tuple[int, ...]) -> torch.Tensor:
+    kernel = kv_kernel(rows)
+    coded = _without(rows, kept)
+    rotary = rotary_of(coded, kernel) if part == "key" else STILL
+    missed = distances(rows, got, kernel)
+    energies = _energies(coded, rotary, kernel) if part != "plain" else _whole(coded, kernel)
+    values = max(1, coded.shape[1] * coded.shape[3])
+    if not bool((energies[..., 0] >= _TINY * values).all() & (energies < torch.inf).all() & (missed < torch.inf).all()):
+        missed = content.distances(rows, got)
+        energies = content.energies(coded, rotary) if part != "plain" else _whole(coded, None)
+    if not bool(torch.isfinite(missed).all()):
+        raise CodecError("encoded, finite values would come back as infinities; keep these raw")
+    ratios = _ratios(missed, energies, rows.dtype)
+    if float(ratios.max()) == 0.0 and not _same_bits(rows, got):
+        ratios = ratios + _LEAST
+    return ratios
+
+
+def _ratios(missed: torch.Tensor, energies: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    left, whole = energies.unbind(-1)
+    left = torch.maximum(left, whole * RESOLUTION[dtype] ** 2)
+    return torch.where(missed > 0, (missed / left).sqrt(), torch.zeros_like(missed))
+
+
+def distances(rows: torch.Tensor, got: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
+    """Squared error of each head (outer, inner), by the kernel where there is one."""
+    if kernel is None:
+        return content.distances(rows, got)
+    return kernel.kv_distance(rows, got, _place(rows))
+
+
+def _energies(rows: torch.Tensor, rotary: Rotary, kernel: KvKernel | None) -> torch.Tensor:
+    return content.energies(rows, rotary) if kernel is None else kernel.kv_content(rows, _place(rows), rotary)
+
+
+def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
+    """Energy with nothing taken off, twice: (outer, inner, 2)."""
+    energy = distances(rows, torch.zeros_like(rows), kernel)
+    return torch.stack((energy, energy), dim=-1)
+
+
+def _without(rows: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
+    if not kept:
+        return rows
+    if kept == tuple(range(len(kept))) and rows.device.type == "cpu" and rows.shape[0] == 1:
+        return rows[:, len(kept) :]
+    return rows[:, others(rows.shape[1], kept, rows.device)]
+
+
+def _place(rows: torch.Tensor) -> Rows:
+    outer, tokens, inner, d = rows.shape
+    return Rows(outer, tokens, inner, d, tokens * inner * d, 1, 32, 0)
+
+
+def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    kind = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    return torch.equal(x.contiguous().view(kind), y.contiguous().view(kind))
+
+
+def by_layer(errors: list[torch.Tensor], layers: int) -> torch.Tensor:
+    """The worst error of each of a tensor's first `layers` slabs. errors: as `errors_by_head` gives them."""
+    return torch.stack([e.reshape(layers, -1).amax(dim=1) for e in errors]).amax(dim=0)
