@@ -118,7 +118,7 @@ def import_files(
                 now, now + ttl_s, ttl_s, entry.value_nbytes, exact=not entry.lossy, lossy=entry.lossy,
                 encoding=entry.encoding,
             )  # fmt: skip
-            cold.displace(entry.nbytes)
+            cold.displace(entry)
             cold.put(entry)
             progress(done, len(files))
         cold.flush()
