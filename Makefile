@@ -22,6 +22,7 @@ SETUP :=
 
 -include kernel/kernel.mk
 -include tests/crash/torture.mk
+-include tests/mutants.mk
 
 # Whatever is in SETUP installs into the environment, so that has to be there first, under make -j too.
 ifneq ($(SETUP),)

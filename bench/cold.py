@@ -146,7 +146,7 @@ def spill_and_read(report: Report, parent: Path, nbytes: int, total_nbytes: int,
 
             def spill(cold: Cold = cold) -> None:
                 for entry in entries:
-                    cold.displace(entry.nbytes)
+                    cold.displace(entry)
                     cold.put(entry)
                 cold.flush(600)
 
@@ -188,7 +188,7 @@ def churn(report: Report, parent: Path, capacity_nbytes: int, times: int) -> Non
             entry = entry_of(n, nbytes, data)
             if rng.random() < 0.3 and len(cold):
                 cold.remove(rng.choice(list(cold.keys())))
-            cold.displace(entry.nbytes)
+            cold.displace(entry)
             cold.put(entry)
             written += nbytes
             n += 1

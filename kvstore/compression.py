@@ -49,13 +49,14 @@ def compress(
     itemsize: bytes of the elements that most of the data is made of; 1 for codes, which are not tried.
     how: the way to take; None: decide by a sample.
     """
-    if how is None:
-        how = _choose(chunks, itemsize)
-    if how is Compression.NONE:
-        return how, chunks
+    chosen = _choose(chunks, itemsize) if how is None else how
+    if chosen is Compression.NONE:
+        return chosen, chunks
     data = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-    frame = _compressor().compress(group_bytes(data, _SHUFFLE[how]).data)
-    return how, [np.frombuffer(frame, np.uint8)]
+    frame = _compressor().compress(group_bytes(data, _SHUFFLE[chosen]).data)
+    if how is None and len(frame) >= data.size:
+        return Compression.NONE, chunks  # the samples were not like the rest: a record never grows by being compressed
+    return chosen, [np.frombuffer(frame, np.uint8)]
 
 
 def decompress_into(out: Bytes, stored: Bytes, how: Compression) -> None:

@@ -48,18 +48,18 @@ class Intake:
 
     def put(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None) -> bool:
         """Take one entry in. False: it names a parent that is not held."""
-        before = None if parent is None else Key(check_key(parent))
+        at, before = Key(check_key(key)), None if parent is None else Key(check_key(parent))
         with self._r.lock:
             if before is not None and self._r.live(before) is None:
                 self._r.counters.refused_chunks += 1
                 return False
-        entry, meta = self._admissible(key, tensors, options)
+        entry, meta = self._admissible(at, tensors, options)
         meta.parent = before
         with self._r.lock:
             above = None if before is None else self._r.index.get(before)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
         self._take(entry, meta, pin=options.pin)
-        return not self._settle([Key(key)])
+        return not self._settle([at])
 
     def put_chain(
         self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], options: PutOptions, parent: bytes | None
@@ -70,8 +70,9 @@ class Intake:
         """
         if not entries:
             return 0
-        keys = [Key(key) for key, _ in entries]
-        made = (self._admissible(key, tensors, options) for key, tensors in reversed(entries))
+        batch = [(Key(check_key(key)), tensors) for key, tensors in entries]
+        keys = [key for key, _ in batch]
+        made = (self._admissible(key, tensors, options) for key, tensors in reversed(batch))
         before = None if parent is None else Key(check_key(parent))
         return self.take_chain(keys, made, before, pin=options.pin, namespace=options.namespace)
 
@@ -134,8 +135,7 @@ class Intake:
                     r.forget(key, "orphaned")
             return [key for key in keys if key not in index]
 
-    def _admissible(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
-        checked = Key(check_key(key))
+    def _admissible(self, key: Key, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
         ttl = self._config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self._config)
         if options.fidelity not in FIDELITIES:
             raise InvalidEntry(f"fidelity must be one of {', '.join(FIDELITIES)}, got {options.fidelity!r}")
@@ -145,6 +145,7 @@ class Intake:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         exact = options.fidelity == "exact"
+        tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
         nbytes = arrays.check_specs(specs, self._config.entry_max_nbytes)
         r = self._r
@@ -154,7 +155,7 @@ class Intake:
         now = r.clock.now()
         meta = Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
         held = {name: self._owned(x, own=options.own) for name, x in tensors.items()}
-        return raw_entry(checked, held), meta
+        return raw_entry(key, held), meta
 
     def _owned(self, x: Any, *, own: bool) -> torch.Tensor:
         if not arrays.is_torch(x):

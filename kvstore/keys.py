@@ -33,22 +33,43 @@ def check_key(key: object) -> bytes:
         return key  # nearly every key, a thousand in a match: not a copy, not a second look
     if not isinstance(key, bytes | bytearray | memoryview):
         raise InvalidEntry(f"a key is bytes, got {type(key).__name__}")
-    nbytes = key.nbytes if isinstance(key, memoryview) else len(key)
-    if not 1 <= nbytes <= KEY_MAX_NBYTES:
-        raise InvalidEntry(f"a key has 1 to {KEY_MAX_NBYTES} bytes, got {nbytes}")
-    return bytes(key)
+    try:
+        nbytes = key.nbytes if isinstance(key, memoryview) else len(key)
+        # The copy is measured, too: the caller may change a bytearray meanwhile, and a subclass may lie about itself.
+        own = _copied(key) if nbytes <= KEY_MAX_NBYTES else b""
+    except ValueError as error:  # a memoryview that was released
+        raise InvalidEntry(f"a key is bytes: {error}") from None
+    if not 1 <= len(own) <= KEY_MAX_NBYTES:
+        raise InvalidEntry(f"a key has 1 to {KEY_MAX_NBYTES} bytes, got {max(nbytes, len(own))}")
+    return own
+
+
+def _copied(key: bytes | bytearray | memoryview) -> bytes:
+    # Not bytes(key) for a subclass of bytes: that calls its __bytes__, which may be another key.
+    return bytes.__getitem__(key, slice(None)) if isinstance(key, bytes) else bytes(key)
 
 
 def check_keys(keys: Iterable[object]) -> list[bytes]:
-    """All keys as bytes. Raises InvalidEntry for a bad one, or for more than 4096."""
+    """All keys as bytes. Raises InvalidEntry for a bad one, for more than 4096, or for what is no sequence.
+
+    Use what is returned, never `keys` again: it may be a generator, or hold a bytearray, which no index takes.
+    """
     if isinstance(keys, bytes | bytearray | memoryview | str):
         raise InvalidEntry("expected a sequence of keys, got one key: put it in a list")
+    if not isinstance(keys, Iterable):
+        raise InvalidEntry(f"expected a sequence of keys, got {type(keys).__name__}")
     checked: list[bytes] = list(keys)  # type: ignore[arg-type]  # looked at in the next line
     if set(map(type, checked)) != {bytes} or not _LENGTHS.issuperset(map(len, checked)):
         checked = [check_key(key) for key in checked]
     if len(checked) > KEYS_PER_CALL_MAX:
         raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {len(checked)}")
     return checked
+
+
+def check_prefix(prefix: object) -> bytes:
+    """What keys begin with, as bytes; it may be empty. Raises InvalidEntry where no key could begin so."""
+    empty = isinstance(prefix, bytes | bytearray | memoryview) and not len(prefix)
+    return b"" if empty else check_key(prefix)
 
 
 def check_namespace(name: str) -> str:

@@ -286,7 +286,7 @@ class Mover:
         The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.
         """
         try:
-            cold.displace(entry.nbytes, entry.key)
+            cold.displace(entry)
         except (OverQuota, TierUnavailable) as error:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False

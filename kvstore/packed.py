@@ -8,7 +8,7 @@ for, the tensors are made as views, without a copy.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,13 @@ class Part:
     start: int
     stop: int
 
+    @property
+    def spec(self) -> TensorSpec:
+        """Its type by name, and its shape."""
+        return TensorSpec(str(self.dtype).removeprefix("torch."), self.shape)
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """What all entries of one shape have in common. One object for one shape, as long as it is in use."""
 
@@ -44,6 +49,11 @@ class Layout:
     encodings: tuple[str, ...]
     attrs: tuple[tuple[str, ...], ...]
     parts: tuple[Part, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all parts, what lies between them left out."""
+        return sum(part.stop - part.start for part in self.parts)
 
 
 class PackedTensors(Mapping[str, EncodedTensor]):

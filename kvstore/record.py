@@ -13,8 +13,9 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +29,19 @@ from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec, erro
 from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
 from kvstore.index import Meta
 from kvstore.keys import check_key
+from kvstore.packed import Layout, PackedTensors, layout_of
 from kvstore.printable import printable
-from kvstore.safetensors_header import HEADER_MAX_NBYTES, RANK_MAX, Slot, no_duplicates, parse_header, write_header
-from kvstore.sealing import NO_SEALS, Seals
+from kvstore.safetensors_header import (
+    HEADER_MAX_NBYTES,
+    RANK_MAX,
+    Slot,
+    header_nbytes,
+    header_text,
+    no_duplicates,
+    parse_header,
+    write_header,
+)  # fmt: skip
+from kvstore.sealing import NO_SEALS, Seals, sealed_nbytes
 from kvstore.sealing import Key as SealKey
 
 MAGIC = b"KVSR"
@@ -134,6 +145,41 @@ def pack(entry: Entry, meta: Meta, *, compression: Compression | None = None, se
     checked = fixed(sum(chunk.size for chunk in stored), digest.intdigest())[_CHECKED_FROM:] + header
     prefix = _PREFIX.pack(MAGIC, VERSION, FIXED_NBYTES, xxhash.xxh3_64_intdigest(checked))
     return Record(prefix + checked, tuple(stored), used)
+
+
+def record_nbytes(entry: Entry, *, sealed: bool = False) -> int:
+    """Bytes of the record of an entry, worked out without making it: exact, or too many by what compression saves.
+
+    For a budget: an entry that waits to be written is counted as what it will take. Chunks of a namespace are alike,
+    so what all of one layout have in common is kept. An entry that `pack` refuses is given its data's bytes.
+    """
+    layout = layout_of(entry)
+    try:
+        text_nbytes = _text_nbytes(layout, len(entry.key), entry.lossy) + _attrs_nbytes(entry)
+    except (EntryTooLarge, ValueError, TypeError):
+        text_nbytes = 0
+    data_nbytes = layout.nbytes
+    stored_nbytes = sealed_nbytes(data_nbytes) if sealed else data_nbytes
+    return FIXED_NBYTES + header_nbytes(text_nbytes) + stored_nbytes
+
+
+@lru_cache(maxsize=1024)
+def _text_nbytes(layout: Layout, key_nbytes: int, lossy: bool) -> int:  # noqa: FBT001 - a key of the cache
+    """Bytes of the header's JSON without the attributes of the tensors."""
+    tensors = [
+        _Tensor(name, spec, encoding, {part.suffix: part.spec for part in layout.parts if part.tensor == at}, {})
+        for at, (name, spec, encoding) in enumerate(zip(layout.names, layout.specs, layout.encodings, strict=True))
+    ]
+    slots, metadata, _ = _table(Key(bytes(key_nbytes)), tensors, lossy=lossy)
+    return len(header_text(slots, metadata))
+
+
+def _attrs_nbytes(entry: Entry) -> int:
+    """Bytes that the attributes add: JSON in a text that is JSON."""
+    tensors = entry.tensors
+    found = tensors.attrs if isinstance(tensors, PackedTensors) else [t.attrs for t in tensors.values()]
+    said = "".join(f',"attrs":{_json(dict(attrs))}' for attrs in found if attrs)
+    return len(_json(said).encode()) - 2
 
 
 def unpack(
@@ -329,45 +375,82 @@ def _view(part: _Part, slots: Mapping[str, Slot], data: torch.Tensor) -> torch.T
 _BY_CODE = {code: d.name for code, d in FROM_SAFETENSORS.items()}
 
 
+class _Tensor(NamedTuple):
+    """What a record's header says of a tensor: `EncodedTensor` with the specs of its parts for the parts."""
+
+    name: str
+    spec: TensorSpec
+    encoding: str
+    parts: Mapping[str, TensorSpec]
+    attrs: Mapping[str, object]
+
+
 def _lay_out(entry: Entry) -> tuple[dict[str, Slot], dict[str, str], list[Bytes]]:
-    """Slots and their bytes, widest elements first, so that every part lies aligned in the data section."""
-    if len(entry.tensors) > TENSORS_MAX:
-        raise EntryTooLarge(f"an entry has at most {TENSORS_MAX} tensors, got {len(entry.tensors)}")
-    taken = set(entry.tensors)
+    """Slots, the metadata, and the bytes of the slots in their order."""
+    held = dict(entry.tensors)
+    tensors = [
+        _Tensor(name, t.spec, t.encoding, {suffix: _spec(x) for suffix, x in t.parts.items()}, t.attrs)
+        for name, t in held.items()
+    ]
+    slots, metadata, order = _table(entry.key, tensors, lossy=entry.lossy)
+    return slots, metadata, [as_bytes(held[name].parts[suffix]) for name, suffix in order]
+
+
+def _table(
+    key: Key, tensors: Sequence[_Tensor], *, lossy: bool
+) -> tuple[dict[str, Slot], dict[str, str], list[tuple[str, str]]]:
+    """Slots, the metadata, and which (tensor, part) lies in each slot.
+
+    Widest elements first, so that every part lies aligned in the data section.
+    """
+    if len(tensors) > TENSORS_MAX:
+        raise EntryTooLarge(f"an entry has at most {TENSORS_MAX} tensors, got {len(tensors)}")
+    taken = {tensor.name for tensor in tensors}
     rows: list[dict[str, object]] = []
-    found: list[tuple[int, str, TensorSpec, Bytes]] = []
-    for name, tensor in entry.tensors.items():
-        row, parts = _describe(name, tensor, taken)
+    found: list[_Found] = []
+    for tensor in tensors:
+        row, parts = _describe(tensor, taken)
         rows.append(row)
         found += parts
-    found.sort(key=lambda part: -part[0])
+    found.sort(key=lambda part: -BY_NAME[part.spec.dtype].itemsize)
     slots: dict[str, Slot] = {}
     at = 0
-    for _, slot, spec, data in found:
-        code = BY_NAME[spec.dtype].safetensors
-        slots[slot] = Slot(code or "U8", spec.shape if code else (data.size,), at, at + data.size)
-        at += data.size
-    facts = json.dumps(rows, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    metadata = {"format": "pt", "kvstored.key": entry.key.hex(), "kvstored.tensors": facts}
-    if entry.lossy:
+    for part in found:
+        code = BY_NAME[part.spec.dtype].safetensors
+        nbytes = part.spec.nbytes
+        slots[part.slot] = Slot(code or "U8", part.spec.shape if code else (nbytes,), at, at + nbytes)
+        at += nbytes
+    metadata = {"format": "pt", "kvstored.key": key.hex(), "kvstored.tensors": _json(rows)}
+    if lossy:
         metadata["kvstored.lossy"] = "true"
-    return slots, metadata, [data for _, _, _, data in found]
+    return slots, metadata, [(part.tensor, part.suffix) for part in found]
 
 
-def _describe(
-    name: str, tensor: EncodedTensor, taken: set[str]
-) -> tuple[dict[str, object], list[tuple[int, str, TensorSpec, Bytes]]]:
-    """A tensor's row of the metadata, and (itemsize, slot name, spec, bytes) of each part."""
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+class _Found(NamedTuple):
+    """A part on its way into the data section: the slot it gets, and which part of which tensor it is."""
+
+    slot: str
+    spec: TensorSpec
+    tensor: str
+    suffix: str
+
+
+def _describe(tensor: _Tensor, taken: set[str]) -> tuple[dict[str, object], list[_Found]]:
+    """A tensor's row of the metadata, and its parts."""
+    name = tensor.name
     if len(tensor.parts) > PARTS_MAX:
         raise EntryTooLarge(f"tensor {name!r}: at most {PARTS_MAX} parts, got {len(tensor.parts)}")
     parts: dict[str, object] = {}
     found = []
-    for suffix, x in tensor.parts.items():
+    for suffix, spec in tensor.parts.items():
         slot = name if suffix == "" else _free_name(f"{name}.{suffix}", taken)
-        spec = _spec(x)
         uncoded = BY_NAME[spec.dtype].safetensors is None
         parts[suffix] = [slot, spec.dtype, spec.shape] if uncoded else [slot]
-        found.append((BY_NAME[spec.dtype].itemsize, slot, spec, as_bytes(x)))
+        found.append(_Found(slot, spec, name, suffix))
     row: dict[str, object] = {
         "name": name,
         "encoding": tensor.encoding,

@@ -53,14 +53,24 @@ def open_regular(path: Path) -> BinaryIO:
 
 def write_header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON, padded with spaces to 8 bytes. Raises EntryTooLarge over HEADER_MAX_NBYTES."""
-    table: dict[str, object] = {METADATA: dict(metadata)}
-    for name, slot in slots.items():
-        table[name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": (slot.begin, slot.end)}
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = header_text(slots, metadata)
     text += b" " * (-len(text) % _ALIGN)
     if len(text) > HEADER_MAX_NBYTES:
         raise EntryTooLarge(f"names and attributes of a record have at most {HEADER_MAX_NBYTES} bytes, got {len(text)}")
     return len(text).to_bytes(_LENGTH_NBYTES, "little") + text
+
+
+def header_text(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
+    """The JSON alone, not padded."""
+    table: dict[str, object] = {METADATA: dict(metadata)}
+    for name, slot in slots.items():
+        table[name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": (slot.begin, slot.end)}
+    return json.dumps(table, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def header_nbytes(text_nbytes: int) -> int:
+    """Bytes of a whole header, its length field and padding included, whose JSON has so many."""
+    return _LENGTH_NBYTES + text_nbytes + -text_nbytes % _ALIGN
 
 
 def parse_header(header: bytes, data_nbytes: int) -> tuple[dict[str, Slot], dict[str, str]]:

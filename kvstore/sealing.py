@@ -40,6 +40,11 @@ _KEY = re.compile(r"[0-9a-fA-F]{64}")
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+def sealed_nbytes(nbytes: int) -> int:
+    """Bytes of the sealed form of so many."""
+    return nbytes + HEAD_NBYTES + TAG_NBYTES * max(1, -(-nbytes // PIECE_NBYTES))
+
+
 class UnknownSeal(RecordCorrupt):
     """Nothing is wrong with the record: the key it was sealed under is not among those given."""
 

@@ -209,9 +209,10 @@ class SizedCold:
         self._tier.put(entry)
         self.admission.wrote(entry.nbytes)
 
-    def displace(self, nbytes: int, key: Key) -> None:
+    def displace(self, entry: Entry) -> None:
         """Evict until an entry fits."""
-        while (victim := self._tier.displace(nbytes, key, self._owner_of(key))) is not None:
+        owner = self._owner_of(entry.key)
+        while (victim := self._tier.displace(entry.nbytes, entry.key, owner)) is not None:
             self.admission.left(victim.key)
             self._on_drop(victim.key, "evicted")
 

@@ -11,7 +11,7 @@ Leaves out: prefixes (`prefix`), the network (the daemon and its client offer th
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -32,7 +32,7 @@ from kvstore.forms import Room, TensorForms, specs_of
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.inspection import entries, entry_info, explain, snapshot
 from kvstore.intake import Intake, PutOptions, check_ttl
-from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
+from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
 from kvstore.prefix import Namespace
@@ -65,7 +65,7 @@ class Store:
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
         for name, prefixes in (tenants or {}).items():
-            r.register_tenant(name, prefixes)
+            r.register_tenant(name, check_keys(prefixes))
         self._forms = TensorForms(Policies(config.warm), self._device, r, room)
         self._mover = Mover(r, self._forms)
         self._intake = Intake(r, self._mover, config, self._device)
@@ -158,8 +158,9 @@ class Store:
         count. Returns how many were stored, 0 when `parent` is not held.
         """
         self._check_open()
-        keys = check_keys(key for key, _ in entries)
-        held = list(dict(zip(keys, (tensors for _, tensors in entries), strict=True)).items())
+        pairs = list(entries)
+        keys = check_keys(key for key, _ in pairs)
+        held = list(dict(zip(keys, (tensors for _, tensors in pairs), strict=True)).items())
         options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace)
         if chain:
             stored = self._intake.put_chain(held, options, parent)
@@ -183,16 +184,24 @@ class Store:
         found = self._read(check_keys(keys), leading=leading)
         return list(self._hits(found, leading=leading))
 
-    @contextmanager
-    def lease(self, key: bytes) -> Iterator[Hit | None]:
+    def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
         """The value without a copy: the tensors are those the store holds. Only read them, only inside the block."""
-        found = self._read([check_key(key)], leading=False)[0]
-        yield None if found is None else self._hit(found, copy=False)
+        return self._lease(check_key(key))
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[Iterator[Hit | None]]:
+    def _lease(self, key: bytes) -> Iterator[Hit | None]:
+        found = self._read([key], leading=False)[0]
+        yield None if found is None else self._hit(found, copy=False)
+
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False
+    ) -> AbstractContextManager[Iterator[Hit | None]]:
         """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
-        found = self._read(check_keys(keys), leading=leading)
+        return self._lease_many(check_keys(keys), leading=leading)
+
+    @contextmanager
+    def _lease_many(self, keys: list[bytes], *, leading: bool) -> Iterator[Iterator[Hit | None]]:
+        found = self._read(keys, leading=leading)
         yield self._hits(found, leading=leading, copy=False)
 
     @contextmanager
@@ -224,11 +233,12 @@ class Store:
 
         at_most_nbytes: as they are held, in all; with more they are not at hand.
         """
+        checked = check_keys(keys)
         with self._r.lock:
-            found = [self._r.lookup(Key(key)) for key in keys]
+            found = [self._r.lookup(Key(key)) for key in checked]
         entries = [at[1] for at in found if at is not None and at[1] is not None]
         return (
-            len(entries) == len(keys)
+            len(entries) == len(checked)
             and sum(entry.nbytes for entry in entries) <= at_most_nbytes
             and all(entry.encoding == "raw" or _stays(entry, accept, from_nbytes) for entry in entries)
         )
@@ -243,7 +253,8 @@ class Store:
         first; `settle` counts.
         """
         self._check_open()
-        return self._reader.resident(cast("Sequence[Key]", keys), at_most_nbytes, count_later=count_later)
+        checked = cast("list[Key]", check_keys(keys))
+        return self._reader.resident(checked, at_most_nbytes, count_later=count_later)
 
     def settle(self) -> None:
         """Count the gets that were to be counted later. A get and `stats` do so first; call it before other verbs."""
@@ -283,12 +294,13 @@ class Store:
 
     def evict(self, *keys: bytes) -> int:
         """Forget keys, counted as evictions. Returns how many were held."""
+        checked = check_keys(keys)
         with self._r.lock:
-            for key in check_keys(keys):
+            for key in checked:
                 tiers = self._r.tiers_of(Key(key))
                 if tiers:
                     self._r.counters.tiers[tiers[0]].evictions += 1
-        return self._forget(check_keys(keys), "evicted")
+        return self._forget(checked, "evicted")
 
     def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
         """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
@@ -322,8 +334,9 @@ class Store:
 
         For a server that puts the prefixes before its callers' keys itself. Raises InvalidEntry.
         """
+        checked = check_keys(prefixes)
         with self._r.lock:
-            self._r.register_tenant(name, prefixes)
+            self._r.register_tenant(name, checked)
 
     def tenants(self) -> dict[str, dict[str, int]]:
         """Bytes held by tier and tenant; "" is everybody outside the tenants."""
@@ -348,7 +361,8 @@ class Store:
 
         namespace: the name they were put under, its versions (NAME@...) included.
         """
-        return entries(self._r, tier=tier, key_prefix=key_prefix, tenant=tenant, namespace=namespace, limit=limit)
+        prefix = check_prefix(key_prefix)
+        return entries(self._r, tier=tier, key_prefix=prefix, tenant=tenant, namespace=namespace, limit=limit)
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""

@@ -22,7 +22,7 @@ import numpy as np
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
-from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys
+from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client import local
@@ -156,12 +156,13 @@ class Client:
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
         outlives the one it continues. namespace: as for `put`.
         """
-        keys = check_keys(key for key, _ in entries)
+        pairs = list(entries)
+        keys = check_keys(key for key, _ in pairs)
         options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
         parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
-            for (key, tensors), before in zip(entries, parents, strict=False)
+            for key, (_, tensors), before in zip(keys, pairs, parents, strict=True)
         ]
         return self._data(lambda: self._send(batch), 0) if batch else 0
 
@@ -310,7 +311,11 @@ class Client:
         if limit is not None and limit <= 0:
             return
         request = pb.ListRequest(
-            tier=tier_number(tier), key_prefix=key_prefix, limit=limit or 0, tenant=tenant, namespace=namespace
+            tier=tier_number(tier),
+            key_prefix=check_prefix(key_prefix),
+            limit=limit or 0,
+            tenant=tenant,
+            namespace=namespace,
         )
         with closing(self._transport.stream_in(ADMIN + "List", request)) as messages:
             for message in messages:

@@ -55,6 +55,7 @@ class Outgoing:
     ) -> None:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
+        tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
         specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
         self.nbytes = arrays.check_specs(specs)
         self.key = check_key(key)

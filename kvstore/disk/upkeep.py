@@ -132,7 +132,7 @@ def import_files(
                     now, now + ttl_s, ttl_s, entry.value_nbytes, exact=not entry.lossy, lossy=entry.lossy,
                     encoding=entry.encoding, parent=None if before is None else before.parent,
                 )  # fmt: skip
-                cold.displace(entry.nbytes)
+                cold.displace(entry)
                 cold.put(entry)
             progress(done, len(files))
         cold.flush()

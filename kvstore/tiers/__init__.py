@@ -67,8 +67,8 @@ class LastTier(Tier, Protocol):
 
     admission: Admission
 
-    def displace(self, nbytes: int, key: Key) -> None:
-        """Make room for an entry of a key, in the tier and in its owner's quotas, by evicting.
+    def displace(self, entry: Entry) -> None:
+        """Make room for an entry, in the tier and in its owner's quotas, by evicting.
 
         Raises OverQuota when only pins are left, TierUnavailable when the disk fails.
         """

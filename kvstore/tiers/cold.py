@@ -36,6 +36,7 @@ from kvstore.hit import Verified
 from kvstore.index import Meta
 from kvstore.owner import NOBODY, Owner
 from kvstore.printable import printable
+from kvstore.record import record_nbytes
 from kvstore.sealing import Key as SealKey
 from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
@@ -43,7 +44,6 @@ from kvstore.tiers.order import Order
 
 log = logging.getLogger(__name__)
 
-_NO_KEY = Key(b"")
 WAIT_S = 30.0
 """How long a durable call waits for the writer before it gives up: ten times the slowest commit seen."""
 SEGMENTS_PER_TIER = 16
@@ -315,23 +315,25 @@ class Cold:
         row = self._rows.get(key)
         return cost_of(row.place.nbytes) if row is not None else 0
 
-    def admits(self, nbytes: int) -> bool:
-        """Whether an entry of this size could be held if everything unpinned left."""
-        return cost_of(nbytes) <= self.capacity_nbytes - sum(self._pinned.values())
+    def _price(self, entry: Entry, meta: Meta | None) -> int:
+        """What an entry will cost once it is written; a little more where compression will save something.
 
-    def displace(self, nbytes: int, key: Key = _NO_KEY) -> None:
-        """Make room for an entry of `nbytes`: in the write buffer by waiting, in the budget by evicting.
+        Not `entry.nbytes`, which is what it takes in memory. Without the lock: see `record_nbytes`.
+        """
+        return cost_of(record_nbytes(entry, sealed=meta is not None and self._seal_of(meta) is not None))
 
-        key: whose it is to be; its owner's quotas are kept too.
+    def displace(self, entry: Entry) -> None:
+        """Make room for an entry: in the write buffer by waiting, in the budget and its owner's quotas by evicting.
 
         There is no tier below, so nothing is ever handed back: each evicted key goes to on_drop(key, "evicted").
         Call it without a lock that `on_drop` takes. Raises OverQuota when pinned entries or a quota leave no room, and
         TierUnavailable when the buffer is full and the disk refuses writes.
         """
+        cost = self._price(entry, self._meta_of(entry.key))
         with self._changed:
-            self._wait_for_buffer(nbytes)
+            self._wait_for_buffer(entry.nbytes)
             # What lies idle in shared blocks counts against the budget too, or the files would outgrow it.
-            owner, cost, slack = self._order.owner_of(key), cost_of(nbytes), self._segments.slack_nbytes
+            owner, slack = self._order.owner_of(entry.key), self._segments.slack_nbytes
 
             def fits(besides: int) -> bool:
                 return self.used_nbytes + cost + besides <= self.capacity_nbytes and self._order.within_quota(
@@ -344,7 +346,7 @@ class Cold:
             self._on_drop(victim, "evicted")
         if full:
             raise OverQuota(
-                f"{nbytes} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
+                f"{cost} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
                 f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small; "
                 "unpin something or enlarge the tier or the quota"
             )
@@ -375,11 +377,12 @@ class Cold:
         durable: return once the entry survives a power cut. Never waits otherwise.
         """
         meta = self._meta_of(entry.key)
+        cost = self._price(entry, meta)
         with self._changed:
             self._seq += 1
             row = self._rows.get(entry.key)
             owner = self._order.owner_of(entry.key)
-            put = Put(entry, self._seq, cost_of(entry.nbytes), durable=durable, owner=owner)
+            put = Put(entry, self._seq, cost, durable=durable, owner=owner)
             self._writer.dirty.pop(entry.key, None)
             ticket = self._pending.add(entry.key, put, cost_of(row.place.nbytes) if row else 0)
             self._forget(entry.key)

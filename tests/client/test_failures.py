@@ -72,8 +72,9 @@ def test_a_daemon_that_accepts_and_says_nothing_is_a_miss_within_the_deadline(tm
 
 
 def test_a_stopped_daemon_is_a_miss_within_the_deadline_and_is_found_again(daemon):
+    assert daemon.client(framework="numpy").put(b"k", X)
     client = daemon.client(on_error="miss", timeout_s=0.5, framework="numpy")
-    assert client.put(b"k", X)
+    wait_until(lambda: client.get(b"k") is not None)  # half a second may be too short on a busy machine
     daemon.signal(signal.SIGSTOP)
     for _ in range(3):
         started = time.monotonic()
@@ -157,15 +158,18 @@ def test_a_forked_child_has_a_connection_of_its_own(shared_daemon):
     client = shared_daemon.client(framework="numpy")
     client.put(b"k", X)
     stop = threading.Event()
+    calling = threading.Barrier(5)
 
     def busy():
+        client.get(b"k")
+        calling.wait(120)
         while not stop.is_set():
             client.get(b"k")
 
     threads = [threading.Thread(target=busy) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
+    calling.wait(120)
     pid = os.fork()
     if pid == 0:
         try:

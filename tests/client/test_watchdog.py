@@ -2,23 +2,31 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from kvstore.clock import ManualClock
+from kvstored_client import watchdog
 from kvstored_client.watchdog import Watchdog
 from tests.conftest import wait_until
 
 
-def test_a_silent_call_is_cancelled_and_one_that_moves_is_not() -> None:
+def test_a_silent_call_is_cancelled_and_one_that_moves_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualClock(0.0)
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock.now, sleep=lambda _: time.sleep(0.001)))
     dog = Watchdog()
     cancelled = threading.Event()
     moving = dog.watch(lambda: None, 0.3)
     silent = dog.watch(cancelled.set, 0.3)
     released = dog.watch(lambda: None, 0.3)
     dog.release(released)
-    until = time.monotonic() + 1.0
-    while time.monotonic() < until:
+    for _ in range(2):
+        assert not cancelled.is_set()
+        clock.advance(0.2)
         moving.progress()
-        time.sleep(0.01)
-    assert cancelled.is_set()
+    assert cancelled.wait(120)
+    clock.advance(0.2)
     assert (silent.expired, moving.expired, released.expired) == (True, False, False)
     dog.release(moving)
     dog.release(silent)

@@ -92,7 +92,7 @@ def work(cold: Cold, log: Log, rng: random.Random, version: int, operations: int
             durable = kind < 0.05
             entry = entry_of(n, version, int(2 ** rng.uniform(3, 18)) if rng.random() < 0.97 else 3 << 20)
             log.line("P", n, version)
-            cold.displace(entry.nbytes)
+            cold.displace(entry)
             cold.put(entry, durable=durable)
             log.line("d" if durable else "p", n, version)
             current[n] = version

@@ -113,7 +113,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def put_with_room(cold: Cold, n: int) -> None:
     entry = entry_of(n, 2 * n, 1 << 20)
-    cold.displace(entry.nbytes)
+    cold.displace(entry)
     cold.put(entry)
 
 

@@ -60,9 +60,9 @@ def judge_again(judge: Judge, path: Path, capacity_nbytes: int, told: str) -> No
     """Open what a dead process left, in time, and compare."""
     try:
         judge.read(path / "log")
-        start = time.monotonic()
+        start = time.process_time()  # what a busy machine adds says nothing
         cold = open_cold(path / "cold", None, capacity_nbytes)
-        took_s = time.monotonic() - start
+        took_s = time.process_time() - start
         judge.check(cold)
         assert cold.stats().quarantined is None
         assert cold.stats().counters.corrupt_total == 0

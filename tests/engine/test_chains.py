@@ -281,3 +281,21 @@ def test_orphans_and_rings_found_at_a_start_have_no_parent() -> None:
     assert links.first_children == [None, None, None, None]
     assert links.orphans == [d]
     assert links_of([], []).parents == []
+
+
+def test_a_key_put_again_as_a_chunk_continues_the_parent_it_names_then() -> None:
+    with Store.open(StoreConfig(), clock=ManualClock(), background=False) as store:
+        store.put(b"child", value(b"child"))
+        store.put(b"root", value(b"root"))
+        store.put(b"child", value(b"child"), parent=b"root")
+        assert store.delete(b"root") == 1
+        assert store.get(b"child") is None
+
+
+def test_a_key_cannot_continue_itself() -> None:
+    with Store.open(StoreConfig(), clock=ManualClock(), background=False) as store:
+        store.put(b"k", value(b"k"))
+        store.put(b"k", value(b"k"), parent=b"k")
+        assert store._r.index[Key(b"k")].parent is None
+        assert store._r.index[Key(b"k")].first_child is None
+        assert store.delete(b"k") == 1

@@ -61,7 +61,7 @@ class Holder:
         now = self.clock.now()
         entry = Entry(key, {"x": raw(torch.full((nbytes,), fill, dtype=torch.uint8))})
         self.metas[key] = Meta(now, now + ttl_s, ttl_s, nbytes, **meta)
-        self.cold.displace(entry.nbytes)
+        self.cold.displace(entry)
         self.cold.put(entry)
         return entry
 
@@ -366,7 +366,7 @@ def test_a_failing_disk_loses_nothing_and_recovers_by_itself(tmp_path: Path) -> 
     assert filled(holder.cold.get(key(1))) == 1
     entry = Entry(key(2), {"x": raw(torch.zeros(9 * MIB, dtype=torch.uint8))})
     with pytest.raises(TierUnavailable, match="waiting"):
-        holder.cold.displace(entry.nbytes)
+        holder.cold.displace(entry)
     holder.disk.broken = False
     holder.cold.flush()
     assert holder.cold.healthy
@@ -579,8 +579,9 @@ def test_the_index_map_grows_while_others_read(tmp_path: Path, monkeypatch: pyte
 
     reader = threading.Thread(target=read)
     reader.start()
-    for n in range(1, 2500):
-        holder.put(key(n), n % 256, nbytes=100)
+    with holder.cold._changed:  # the writer waits: it begins when all is there, and the map grows in its first commits
+        for n in range(1, 2500):
+            holder.put(key(n), n % 256, nbytes=100)
         holder.cold.touch([key(0)])
     holder.cold.flush()
     stop.set()

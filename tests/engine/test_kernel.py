@@ -87,6 +87,7 @@ def test_every_float_near_a_threshold_gets_the_reference_s_code(kernel):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes alone, for the portable form; a busy machine takes many times that
 def test_every_float_in_one_unit_gets_the_reference_s_code(kernel):
     """All 2^31 floats of magnitude up to 1, against thresholds by bisection."""
     thresholds = table("thresholds", torch.device("cpu"))

@@ -95,8 +95,10 @@ def test_garbage_connections_hurt_nobody(daemon, steady):
 
 
 def test_an_idle_flood_leaves_room_for_others(daemon, steady):
+    process = psutil.Process(daemon.pid)
+    before = process.num_fds()
     idle = [connect(daemon) for _ in range(200)]
-    time.sleep(1)
+    wait_until(lambda: process.num_fds() >= before + 200, "the daemon took every connection")
     assert daemon.client(framework="numpy").get(b"steady") is not None
     for peer in idle:
         peer.close()
