@@ -117,6 +117,45 @@ def test_a_property_that_was_asked_for_changes_nothing() -> None:
     assert digest(asked) == digest(Outer())
 
 
+class PerLayer:
+    """As transformers' configurations whose layers differ: a field is held, and an error where it is read."""
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "head_dim":
+            raise RuntimeError("'head_dim' is a per-layer attribute")
+        return super().__getattribute__(name)
+
+
+def test_a_field_that_its_class_does_not_let_be_read_is_in_the_digest_as_it_is_held() -> None:
+    assert digest(PerLayer(64)) == digest(PerLayer(64)) != digest(PerLayer(128))
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "qwen2_vl", "llama4", "deepseek_v3", "mamba2", "whisper"])
+def test_configurations_of_transformers_have_a_stable_form(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    quantized = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+    def made(**fields: Any) -> Any:
+        return transformers.AutoConfig.for_model(kind, dtype=torch.bfloat16, quantization_config=quantized, **fields)
+
+    assert digest(made()) == digest(made()) != digest(made(invented_by_a_later_version=1))
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert digest(made(scaled=scaled)) != digest(made(scaled={**scaled, "factor": 8.0}))
+
+
+class Unreadable(dict[str, int]):
+    def items(self) -> Any:
+        raise RuntimeError("gone")
+
+
+def test_what_cannot_be_read_is_no_exception_of_another_kind() -> None:
+    with pytest.raises(NoStableForm, match=r"x\.inner\.rank cannot be read: RuntimeError: gone"):
+        digest(Outer(Inner(rank=Unreadable())))  # type: ignore[arg-type]
+
+
 def test_an_object_inside_itself_has_a_digest_and_ends() -> None:
     ring = SimpleNamespace(name="a")
     ring.self = ring
@@ -127,7 +166,14 @@ def test_an_object_inside_itself_has_a_digest_and_ends() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [lambda: 1, threading.Lock(), object(), (i for i in ()), torch.nn.Linear(3000, 3000), functools.partial(lambda: 1)],
+    [
+        lambda: 1,
+        threading.Lock(),
+        object(),
+        (i for i in range(0)),
+        torch.nn.Linear(3000, 3000),
+        functools.partial(lambda: 1),
+    ],
     ids=["lambda", "lock", "object", "generator", "weights", "partial of a lambda"],
 )
 def test_what_has_no_stable_form_is_refused_and_the_error_says_where(value: Any) -> None:

@@ -138,7 +138,8 @@ def test_the_deepest_piece_goes_first(verb: str) -> None:
 
 def test_a_leading_get_of_pieces_leaves_the_root_most_recent() -> None:
     keys, cache = chain("c"), Recording()
-    assert Pieces(cache).get_many(keys, leading=True) == keys
+    found: Any = Pieces(cache).get_many(keys, leading=True)
+    assert found == keys
     assert [(name, found[0]) for name, found, _ in cache.calls[3:]] == [("touch", keys[4096]), ("touch", keys[0])]
 
 

@@ -29,6 +29,7 @@ NODES_MAX = 200_000
 """A configuration has some thousand values: what has more is a model or a cache that hangs on it."""
 ARRAY_MAX_NBYTES = 16 << 20
 """Tables of factors and scales are smaller; weights are not read by mistake."""
+_NOTHING = object()
 _TORCH_WORDS = frozenset({"dtype", "device", "layout", "memory_format", "Size"})
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]+|\b0x[0-9a-f]{8,}", re.IGNORECASE)
 
@@ -62,13 +63,22 @@ def state(value: Any) -> dict[str, Any] | None:
     named += getattr(kind, "__struct_fields__", ())
     if dataclasses.is_dataclass(value):
         named += [each.name for each in dataclasses.fields(value)]
-    found = {name: getattr(value, name) for name in named if hasattr(value, name)}
-    held = getattr(value, "__dict__", None)
+    held = _raw(value, "__dict__")
+    found = {name: x for name in named if (x := _raw(value, name)) is not _NOTHING}
     if isinstance(held, Mapping):
         found.update({str(name): x for name, x in held.items() if not _is_derived(kind, name)})
     for extra in ("__pydantic_extra__", "__pydantic_private__"):
-        found.update(getattr(value, extra, None) or {})
-    return found if found or held is not None or named else None
+        more = _raw(value, extra)
+        found.update(more if isinstance(more, Mapping) else {})
+    return found if found or held is not _NOTHING or named else None
+
+
+def _raw(value: Any, name: str) -> Any:
+    """A field as it is held, past what its class does when it is read (a warning, or an error where layers differ)."""
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        return _NOTHING
 
 
 def plain_attributes(value: Any, harmless: Harmless | None = None) -> dict[str, Any]:
@@ -163,6 +173,10 @@ class _Walk:
             return self._inner(x, at)
         except RecursionError:
             raise NoStableForm(f"{at[:200]} is nested too deeply") from None
+        except NoStableForm:
+            raise
+        except Exception as error:
+            raise NoStableForm(f"{at} cannot be read: {type(error).__name__}: {error}") from error
         finally:
             self._inside.pop()
 
