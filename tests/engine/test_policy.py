@@ -38,7 +38,8 @@ def test_named_layers_are_encoded_as_named_and_the_others_as_the_store_s(tmp_pat
         assert torch.equal(k[:2], K[:2])
         assert 0.002 < relative_error(K[2], k[2]) < 0.01
         assert 0.02 < relative_error(K[3:], k[3:]) < 0.12
-        assert first.receipt["k"] == pytest.approx(relative_error(K, k), rel=0.01)
+        heads = (K - k)[3:].square().sum(dim=(1, 3)) / (K - K.mean(dim=1, keepdim=True))[3:].square().sum(dim=(1, 3))
+        assert first.receipt["k"] == pytest.approx(float(heads.max().sqrt()), rel=0.1)
         assert torch.equal(first.tensors["ids"], torch.arange(64))
         store.demote(b"key")
         cold = store.get(b"key")

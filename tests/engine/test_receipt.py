@@ -8,7 +8,7 @@ from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive, runs_of
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
-from kvstore.codecs.nf4 import NF4
+from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.policy import Policies
 from kvstore.codecs.receipt import rotary_of
@@ -77,12 +77,14 @@ def test_by_default_a_store_does_not_ruin_biased_keys():
 
 
 def test_the_worst_head_counts_and_not_the_whole_tensor():
-    keys = torch.randn(4, 128, 4, 64, generator=torch.Generator().manual_seed(1))
-    quiet = keys.clone()
-    quiet[2, :, 1] *= 1e-4
-    plain = encode_measured(NF4(), "v", quiet.transpose(2, 3).reshape(4, 128, 64, 4).contiguous(), NO_HINTS)
-    assert plain.relative_error > 0.5
-    assert encode_measured(NF4KV(), "k", quiet).relative_error < 0.12
+    """One head of 32 is lost: of the tensor that is little."""
+    keys = torch.randn(8, 256, 4, 64, generator=torch.Generator().manual_seed(1))
+    assert encode_measured(NF4KV(), "k", keys).relative_error < 0.12
+    keys[2, :, 1] = biased(50, 64)[0][0, :, 0]
+    encoded = encode_measured(NF4KV(), "k", keys)
+    others = [head for head in range(4) if head != 1]
+    assert relative_error(keys[:, :, others], NF4KV().decode(encoded)[:, :, others]) < 0.12
+    assert encoded.relative_error > 0.4
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.8, 1.0])
@@ -145,14 +147,15 @@ def test_a_lost_sign_of_zero_is_not_bit_for_bit():
     assert encode_entry(raw_entry(Key(b"k"), {"v": torch.zeros(1, 64, 1, 64)}), NF4KV()).receipt["v"] == 0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_rounding_to_the_tensor_s_type_is_in_the_receipt(dtype):
-    """A large mean leaves a 16-bit type few bits for what the keys say."""
-    keys = (torch.randn(1, 128, 2, 64, generator=torch.Generator().manual_seed(5)) + 2000).to(dtype)
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float16, 600), (torch.bfloat16, 100)], ids=str)
+def test_rounding_to_the_tensor_s_type_is_in_the_receipt(dtype, mean):
+    """Beside a large mean a 16-bit type has few values: rounding takes most of the codec's own error of 0.08 away."""
+    keys = (torch.randn(1, 128, 2, 64, generator=torch.Generator().manual_seed(5)) + mean).to(dtype)
     encoded = encode_measured(NF4KV(), "k", keys)
     left = keys.double() - keys.double().mean(dim=1, keepdim=True)
     true = (NF4KV().decode(encoded).double() - keys.double()).norm() / left.norm()
     assert encoded.relative_error == pytest.approx(float(true), rel=0.25)
+    assert true < 0.05
 
 
 def test_what_was_lossy_before_keeps_its_error():
@@ -168,11 +171,11 @@ def test_how_keys_turn_is_found_in_the_keys(rotary):
     half = rotary.channels // 2
     for pair in range(half):
         a, b = (2 * pair, 2 * pair + 1) if rotary.interleaved else (pair, pair + half)
-        x[..., a] += 4 * torch.cos(t * 0.8**pair)[:, None]
-        x[..., b] += 4 * torch.sin(t * 0.8**pair)[:, None]
+        x[..., a] += 12 * torch.cos(t * 0.8**pair)[:, None]
+        x[..., b] += 12 * torch.sin(t * 0.8**pair)[:, None]
     assert rotary_of(x, None) == rotary
     left, whole = content.energies(x, rotary).sum(dim=(0, 1)).tolist()
-    assert left == pytest.approx(3 * 100 * 2 * 64, rel=0.1)
+    assert left == pytest.approx(3 * 100 * 2 * 64, rel=0.15)
     assert whole > 4 * left or rotary.channels < 64
     assert content.energies(x, STILL)[..., 0].sum() > 1.5 * left
 
