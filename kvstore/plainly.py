@@ -34,10 +34,10 @@ def plainly(work: Callable[_P, _R]) -> Callable[_P, _R]:
             return work(*args, **kwargs)
         with ExitStack() as without:
             without.enter_context(DisableTorchFunction())
-            without.enter_context(temporarily_clear_interpreter_stack())  # type: ignore[no-untyped-call]
+            without.enter_context(temporarily_clear_interpreter_stack())
             without.enter_context(_disable_current_modes())
             without.enter_context(torch.autocast("cpu", enabled=False))
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 without.enter_context(torch.autocast("cuda", enabled=False))
             return work(*args, **kwargs)
 
