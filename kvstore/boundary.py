@@ -31,11 +31,15 @@ class Blaming:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, KvstoreError | OSError):
-            raise self._blamed(error) from None
+            raise blamed(error, self._kind, self._what) from None
 
-    def _blamed(self, error: Exception) -> KvstoreError:
-        told = printable(error)[:_TOLD_MAX]
-        if isinstance(error, MemoryError) or any(words in told for words in _NO_MEMORY):
-            # It says nothing about the bytes: they must not be thrown away for it.
-            return TierUnavailable(f"{self._what}: memory ran out: {told}")
-        return self._kind(f"{self._what}: {type(error).__name__}: {told}")
+
+def blamed(error: Exception, kind: type[KvstoreError], what: str) -> Exception:
+    """What `Blaming` would raise, for an `except` where a context for each tensor would cost more than its work."""
+    if isinstance(error, KvstoreError | OSError):
+        return error
+    told = printable(error)[:_TOLD_MAX]
+    if isinstance(error, MemoryError) or any(words in told for words in _NO_MEMORY):
+        # It says nothing about the bytes: they must not be thrown away for it.
+        return TierUnavailable(f"{what}: memory ran out: {told}")
+    return kind(f"{what}: {type(error).__name__}: {told}")

@@ -273,7 +273,8 @@ def residency_of(config: StoreConfig, clock: Clock) -> Residency:
         return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
 
     hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    made = Residency(clock, chains, hot=hot, warm=warm, tenants=Tenants(config.quotas, config.namespaces))
+    tenants = Tenants(config.quotas, config.namespaces, config.warm.namespaces)
+    made = Residency(clock, chains, hot=hot, warm=warm, tenants=tenants)
     if config.split == "auto":
         made.balance = Balance(hot, warm)
     return made

@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 import torch
 
 from kvstore import arrays, pins
+from kvstore.boundary import Blaming
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import check_entry
 from kvstore.codecs.policy import Policies
@@ -35,6 +36,7 @@ from kvstore.intake import Intake, PutOptions, check_ttl
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
+from kvstore.plainly import plainly
 from kvstore.prefix import Namespace
 from kvstore.printable import printable
 from kvstore.reader import Found, Reader, Resident, leading_first
@@ -108,6 +110,7 @@ class Store:
         return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
                    tenants=tenants)  # fmt: skip
 
+    @plainly
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         key: bytes,
@@ -137,6 +140,7 @@ class Store:
             key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace), parent
         )
 
+    @plainly
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
@@ -317,10 +321,12 @@ class Store:
         """
         return pins.unpin(self._r, check_keys(keys))
 
+    @plainly
     def demote(self, *keys: bytes) -> int:
         """Move keys one tier down, the chunks that continue them first. Returns how many moved; pinned keys stay."""
         return sum(self._mover.demote(Key(key)) for key in reversed(check_keys(keys)))
 
+    @plainly
     def promote(self, *keys: bytes) -> int:
         """Copy keys to hot. Returns how many were copied."""
         return sum(self._mover.promote(Key(key)) for key in reversed(check_keys(keys)))
@@ -373,10 +379,12 @@ class Store:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
         return Namespace(self, identity_of(identity), chunk_tokens)
 
+    @plainly
     def maintain(self) -> None:
         """One turn of the maintainer: expiry sweep, queued promotions, periodic flushes."""
         self._maintainer.run_once()
 
+    @plainly
     def drain(self) -> int:
         """Write to cold whatever is only in memory. Returns entries written."""
         return self._mover.drain()
@@ -400,6 +408,7 @@ class Store:
         """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
         return self._r.hot.capacity_nbytes
 
+    @plainly
     def set_hot_capacity(self, nbytes: int) -> int:
         """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
         return set_hot_capacity(self._r, self._mover, nbytes)
@@ -408,6 +417,7 @@ class Store:
         """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""
         return self._r.clock.now() - self._maintainer.turned_at
 
+    @plainly
     def close(self) -> None:
         """Drain to cold, if there is one, and give everything back. Closing twice is harmless."""
         if self._closed:
@@ -479,6 +489,7 @@ class Store:
                 return
             yield hit
 
+    @plainly
     def _hit(
         self,
         found: Found,
@@ -493,6 +504,7 @@ class Store:
             self._undecodable(found, error)
             return None
 
+    @plainly
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:
@@ -532,9 +544,15 @@ class Store:
         # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
         direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
         if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
-            self._forms.decode(entry, direct)
-        else:
-            for name, x in self._forms.decode(entry).items():
+            try:
+                self._forms.decode(entry, direct)
+            except CodecError:
+                pass  # the entry's fault, or that of `out`: a leaf that requires a gradient cannot be written to
+            else:
+                return dict(out)
+        decoded = self._forms.decode(entry)
+        with Blaming(InvalidEntry, "out"):
+            for name, x in decoded.items():
                 direct[name].copy_(x)
         return dict(out)
 

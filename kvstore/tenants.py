@@ -7,7 +7,7 @@ of his own accounts to another. With tenants, or namespaces with a quota, the or
 Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
 
 from kvstore.config import QuotaConfig
@@ -23,7 +23,14 @@ OWNERS_MAX = 4096
 class Tenants:
     """Owners, made as they come."""
 
-    def __init__(self, quotas: Mapping[str, QuotaConfig], namespaces: Mapping[str, QuotaConfig]) -> None:
+    def __init__(
+        self,
+        quotas: Mapping[str, QuotaConfig],
+        namespaces: Mapping[str, QuotaConfig],
+        with_policy: Collection[str] = (),
+    ) -> None:
+        """with_policy: namespaces that have a codec of their own: past the limit, too, they keep their name."""
+        self._with_policy = frozenset(with_policy)
         self._quotas = {name: _limits(quota) for name, quota in quotas.items()}
         self._namespaces = {name: _limits(quota) for name, quota in namespaces.items()}
         self._by_prefix: dict[bytes, str] = {}
@@ -41,12 +48,16 @@ class Tenants:
 
     def _make(self, tenant: str, namespace: str) -> Owner:
         # "MODEL@DIGEST": a quota may name one identity, or the model, for each of its identities.
-        limits = self._namespaces.get(namespace) or self._namespaces.get(namespace.rpartition("@")[0])
+        model = namespace.rpartition("@")[0]
+        limits = self._namespaces.get(namespace) or self._namespaces.get(model)
         if len(self._owners) >= OWNERS_MAX and namespace and limits is None:
             for of in [of for of, owner in self._owners.items() if owner.idle]:
                 del self._owners[of]
             if len(self._owners) >= OWNERS_MAX:
-                return self._owners.get((tenant, "")) or self._make(tenant, "")
+                # The name in the configuration, not the caller's: these are no more than the configuration has.
+                known = next((name for name in (namespace, model) if name in self._with_policy), "")
+                if known != namespace:
+                    return self._owners.get((tenant, known)) or self._make(tenant, known)
         lane = tenant if limits is None else f"{tenant}/{namespace}"
         made = Owner(tenant, namespace, lane, limits or NO_LIMITS, self._quotas.get(tenant, NO_LIMITS))
         self._owners[tenant, namespace] = made

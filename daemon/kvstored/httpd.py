@@ -13,6 +13,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from ipaddress import ip_address
+from math import isfinite
 from socket import AF_INET6, socket
 from typing import Any
 
@@ -124,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/metrics":
             self._answer(HTTPStatus.OK, generate_latest(self.registry), CONTENT_TYPE_LATEST)
         elif path == "/status.json":
-            self._answer(HTTPStatus.OK, json.dumps(self.status_of()).encode(), "application/json")
+            self._answer(HTTPStatus.OK, json_bytes(self.status_of()), "application/json")
         elif path == "/health":
             self._answer(HTTPStatus.OK, b"ok\n")
         elif path in self.pages:
@@ -153,6 +154,19 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, form: str, *args: Any) -> None:
         """Scrapes are no events."""
         log.debug(form, *args)
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON as browsers read it: null for what JSON has no number for, NaN and infinity."""
+    return json.dumps(_finite(value), allow_nan=False).encode()
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _asset(name: str) -> bytes:

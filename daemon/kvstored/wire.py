@@ -88,7 +88,8 @@ class Incoming:
     def begin(self, room: Room) -> None:
         """Allocate the tensors: in `room` if there is any, else in ordinary memory."""
         self.tensors = room(self.specs) or {
-            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in self.specs.items()
+            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu")
+            for name, spec in self.specs.items()
         }
         self._scatter = None
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kvstore.boundary import Blaming
+from kvstore.boundary import blamed
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError
+from kvstore.plainly import plainly
 
 if TYPE_CHECKING:
     from kvstore.codecs.receipt import Measured
@@ -97,6 +98,7 @@ def encodable(x: torch.Tensor) -> bool:
     return str(x.dtype).removeprefix("torch.") in LOSSY_ALLOWED and x.numel() >= LOSSY_MIN_NUMEL
 
 
+@plainly
 def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None = None) -> Entry:
     """Encode each raw tensor the codec may touch; the others stay raw. `entry` itself if none may.
 
@@ -129,6 +131,7 @@ def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_
         return None
 
 
+@plainly
 def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given.
 
@@ -138,21 +141,24 @@ def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) ->
 
 
 def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
-    with Blaming(
-        CodecError, f"tensor {name!r:.80}"
-    ):  # the boundary: no codec has to foresee every attribute there could be
+    try:  # the boundary: no codec has to foresee every attribute there could be
         decoded = codec_named(tensor.encoding).decode(tensor, out)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is named
+        raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
     spec = tensor.spec
     if tuple(decoded.shape) != spec.shape or str(decoded.dtype) != f"torch.{spec.dtype}":
         raise CodecError(f"tensor {name!r:.80} is {decoded.dtype} {tuple(decoded.shape)}, not {spec}")
     return decoded
 
 
+@plainly
 def check_entry(entry: Entry) -> None:
     """Check an entry that is passed on as it is held, not decoded here. Raises CodecError as `decode_entry` would."""
     for name, tensor in entry.tensors.items():
-        with Blaming(CodecError, f"tensor {name!r:.80}"):  # the boundary, as above
+        try:  # the boundary, as above
             codec = codec_named(tensor.encoding)
             codec.check(tensor)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is named
+            raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
         if codec.lossy and not entry.lossy:
             raise CodecError(f"tensor {name!r:.80} is {tensor.encoding}, its entry says it was never lossy")

@@ -13,6 +13,7 @@ from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
 from kvstore.entry import Described, Entry, Key
 from kvstore.errors import RecordCorrupt
+from kvstore.plainly import plainly
 from kvstore.record import Head, assemble, parse_head, specs_of
 from kvstore.sealing import NO_SEALS, Seals
 
@@ -21,6 +22,7 @@ PIECE_NBYTES = 4 << 20
 and neither does a second thread that reads the other end (bench/RESULTS.md)."""
 
 
+@plainly
 def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
     """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError; TierUnavailable without memory."""
     with Blaming(RecordCorrupt, "record"):  # the boundary: whoever wrote the row or the record may have known checksums

@@ -198,3 +198,11 @@ def test_what_is_no_regular_file_is_refused_without_waiting(run, tmp_path):
     assert result.exit_code == 2
     assert result.stderr[:-1].isprintable()
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_the_status_page_is_json_that_a_browser_reads() -> None:
+    """NaN is no JSON: `JSON.parse` refuses the whole page for it."""
+    from kvstored.httpd import json_bytes
+
+    told = json_bytes({"a": float("nan"), "b": [float("inf"), 1.5, {"c": (float("-inf"), "x")}]})
+    assert told == b'{"a": null, "b": [null, 1.5, {"c": [null, "x"]}]}'

@@ -254,3 +254,36 @@ def test_a_caller_who_invents_namespaces_without_end_is_counted_under_none() -> 
     assert tenants.owner(Key(b"k"), "one more").namespace == ""
     tenants.owner(Key(b"k"), "n7").entries = 0
     assert tenants.owner(Key(b"k"), "one more").namespace == "one more"  # the idle one made room
+
+
+def test_past_the_limit_a_namespace_with_a_codec_policy_keeps_it() -> None:
+    """It was counted under none, and so encoded by the store's own codec."""
+    from kvstore.entry import Key
+    from kvstore.tenants import OWNERS_MAX, Tenants
+
+    tenants = Tenants({}, {}, {"model", "whole@name"})
+    for i in range(OWNERS_MAX):
+        tenants.owner(Key(b"k"), f"n{i}").entries = 1
+    for asked, counted in (("model@digest", "model"), ("model", "model"), ("whole@name", "whole@name"), ("m@x", "")):
+        assert tenants.owner(Key(b"k"), asked).namespace == counted
+    before = len(list(tenants))
+    for i in range(100):
+        tenants.owner(Key(b"k"), f"model@{i}").entries = 1
+    assert len(list(tenants)) == before
+
+
+@pytest.mark.parametrize("verb", ["put", "put_many", "a chain", "with a parent"])
+def test_the_namespace_of_a_put_reaches_its_codec_policy(verb: str) -> None:
+    policy = {"warm": {"codec": "nf4-kv", "namespaces": {"model": {"codec": "int8"}}}}
+    tensors = {"k": torch.randn(2, 64, 2, 32, generator=torch.Generator().manual_seed(3))}
+    with Store.open(from_mapping(StoreConfig, policy), background=False) as store:
+        if verb == "put":
+            store.put(b"k", tensors, namespace="model@digest")
+        elif verb == "with a parent":  # its namespace is the parent's
+            store.put(b"root", tensors, namespace="model@digest")
+            store.put(b"k", tensors, parent=b"root", namespace="another")
+        else:
+            store.put_many([(b"k", tensors)], namespace="model@digest", chain=verb == "a chain")
+        store.put(b"other", tensors)
+        store.demote(b"k", b"other")
+        assert [store.get(key).encoding for key in (b"k", b"other")] == ["int8", "nf4-kv"]

@@ -1,0 +1,53 @@
+"""Work on tensors that must mean what it says, whatever mode its caller has switched on in torch.
+
+A dispatch mode (FakeTensorMode, a tracer), a function mode (`torch.device("meta")`), a transformation of functions
+(`grad`, `vmap`) and autocast change what every operation of their thread does. Inside them a sound record would fail to
+decode, and be dropped as damaged, and an entry on its way to a lower tier would be lost. Any thread, no state.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch._C import (
+    DisableTorchFunction,
+    _functorch,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def plainly(work: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The same function, which sees no mode of its caller. Where none is on, it costs under a microsecond."""
+
+    @wraps(work)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not _any_mode():
+            return work(*args, **kwargs)
+        with ExitStack() as without:
+            without.enter_context(DisableTorchFunction())
+            without.enter_context(temporarily_clear_interpreter_stack())
+            without.enter_context(_disable_current_modes())
+            without.enter_context(torch.autocast("cpu", enabled=False))
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                without.enter_context(torch.autocast("cuda", enabled=False))
+            return work(*args, **kwargs)
+
+    return alone
+
+
+def _any_mode() -> bool:
+    return bool(
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _functorch.peek_interpreter_stack() is not None
+        or _is_any_autocast_enabled()
+    )
