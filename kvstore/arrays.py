@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from kvstore.boundary import Blaming
+from kvstore.boundary import blamed
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.hit import TensorInfo
@@ -37,6 +37,8 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     for name in BY_NAME
 }
 _NAME_OF_NUMPY = {dtype: name for name, dtype in _NUMPY.items()}
+_NAME_OF_TORCH: dict[Any, str] = {}
+"""Filled as dtypes come: torch may not be imported yet. Making the words of one takes longer than looking them up."""
 
 
 def _torch() -> Any:
@@ -98,8 +100,10 @@ def describe(name: str, x: object) -> TensorInfo:
 
     Refused are tensors on the meta device, fake, sparse, quantized and nested ones, and masked arrays.
     """
-    with Blaming(InvalidEntry, "tensor"):  # a subclass may answer anything
+    try:
         return _described(name, x)
+    except Exception as error:  # noqa: BLE001 - a subclass may answer anything, and raise anything
+        raise blamed(error, InvalidEntry, "tensor") from None
 
 
 def _described(name: str, x: object) -> TensorInfo:
@@ -109,9 +113,10 @@ def _described(name: str, x: object) -> TensorInfo:
         if x.layout is not torch.strided or x.is_quantized or x.is_nested:
             raise InvalidEntry(f"tensor {name!r}: only dense tensors can be stored, got {x.layout}")
         # A subclass that answers operations itself (FakeTensor, DTensor) is no memory of these numbers.
-        if x.is_meta or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        own = type(x) is not torch.Tensor and type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        if x.is_meta or own:
             raise InvalidEntry(f"tensor {name!r}: {type(x).__name__} on {x.device} holds no numbers here")
-        dtype = str(x.dtype).removeprefix("torch.")
+        dtype = _NAME_OF_TORCH.get(x.dtype) or _NAME_OF_TORCH.setdefault(x.dtype, str(x.dtype).removeprefix("torch."))
         shape = tuple(x.shape)
     elif isinstance(x, np.ma.MaskedArray):
         raise InvalidEntry(f"tensor {name!r}: a masked array's mask cannot be stored; fill it")
@@ -132,19 +137,25 @@ def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     Shares memory with x where x is dense, on the CPU and little-endian; a copy otherwise. Raises InvalidEntry where the
     tensor has no memory after all: freed, or made inside a transformation of functions (`vmap`, `grad`).
     """
-    with Blaming(InvalidEntry, "tensor"):
+    try:
         return _bytes_of(x)
+    except Exception as error:  # noqa: BLE001 - the boundary, as above
+        raise blamed(error, InvalidEntry, "tensor") from None
 
 
 def check_storage(x: Any) -> None:
     """Raise InvalidEntry for a torch tensor whose memory was freed under it: reading it would end the process."""
-    if x.numel() and x.untyped_storage().nbytes() < _reach(x) * x.element_size():
-        raise InvalidEntry(f"tensor of shape {tuple(x.shape)} has a storage of {x.untyped_storage().nbytes()} bytes")
+    count = x.numel()
+    if not count:
+        return
+    held_nbytes = x.untyped_storage().nbytes()
+    reach = x.storage_offset() + count if x.is_contiguous() else _reach(x)
+    if held_nbytes < reach * x.element_size():
+        raise InvalidEntry(f"tensor of shape {tuple(x.shape)} has a storage of {held_nbytes} bytes")
 
 
 def _reach(x: Any) -> int:
-    if x.is_contiguous():
-        return int(x.storage_offset() + x.numel())
+    """Elements of the storage up to and with the last one of x."""
     steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return int(x.storage_offset() + sum(steps) + 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvstore import arrays, pins
-from kvstore.boundary import Blaming
+from kvstore.boundary import blamed
 from kvstore.config import StoreConfig
 from kvstore.entry import Entry, Key
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
@@ -162,8 +162,10 @@ class Intake:
             info = arrays.describe("", x)
             # A numpy array is copied on the byte level: its NaN payloads and bfloat16 are bits like any other.
             return arrays.from_bytes(info, arrays.as_bytes(x).copy(), "torch").to(self._device)  # type: ignore[no-any-return]
-        with Blaming(InvalidEntry, "tensor"):
-            return self._owned_torch(x.as_subclass(torch.Tensor), own=own)
+        try:
+            return self._owned_torch(x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor), own=own)
+        except Exception as error:  # noqa: BLE001 - the boundary: a subclass may raise anything
+            raise blamed(error, InvalidEntry, "tensor") from None
 
     def _owned_torch(self, x: torch.Tensor, *, own: bool) -> torch.Tensor:
         arrays.check_storage(x)

@@ -100,7 +100,7 @@ _STORE = (
 )  # fmt: skip
 
 _ERRORS = Family("kvstored_relative_error", "histogram",
-                 "The receipt of each tensor encoded: the worst head's |x - decoded| / |content|.", "encoding")  # fmt: skip
+                 "Receipts of tensors encoded: |x - decoded| / |content| of the worst head.", "encoding")  # fmt: skip
 
 _DAEMON = (
     Family("kvstored_in_flight_bytes", "gauge", "Decoded bytes being received or sent.", value="in_flight_nbytes"),
