@@ -176,7 +176,7 @@ def _samples_here(tensors: Named, plans: dict[int, Plan]) -> dict[int, bytes]:
         steps = np.array([plans[key][1] * nbytes for key in keys], np.int64)
         low = int(starts.min())
         span = int((starts + steps * (SAMPLES - 1)).max()) + nbytes - low
-        memory = np.frombuffer((ctypes.c_uint8 * span).from_address(low), np.uint8)
+        memory = np.frombuffer(memoryview((ctypes.c_uint8 * span).from_address(low)), np.uint8)
         places = (starts - low)[:, None] + steps[:, None] * np.arange(SAMPLES)
         data = memory[places[:, :, None] + np.arange(nbytes)].tobytes()
         length = SAMPLES * nbytes
