@@ -13,7 +13,7 @@ LLAMA = {
 GPT2 = {**BASE, "n_embd": 32, "n_layer": 2, "n_head": 4}
 BERT = {**BASE, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
 BART = {
-    **BASE, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "eos_token_id": 2,
+    **BASE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "eos_token_id": 2,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "forced_eos_token_id": None,
     "max_position_embeddings": 256,
 }  # fmt: skip

@@ -5,6 +5,7 @@ A function is its own bytecode, that of what it wraps, and that of the functions
 Digests are kept for as long as the very same functions stand there.
 """
 
+import functools
 import hashlib
 import inspect
 import types
@@ -65,6 +66,7 @@ def _used(function: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=1024)
 def _digest(used: tuple[Any, ...]) -> str:
     found = hashlib.sha256()
     for piece in used:

@@ -48,7 +48,8 @@ _PLAIN = (type(None), bool, int, float, str, bytes, complex)
 _NAMED = (torch.dtype, torch.Size, torch.layout, torch.memory_format, enum.Enum, slice, range)
 _NOTHING = (torch.device, weakref.ref, type(sys), re.Pattern)
 """Where tensors lie, and what only refers to something else."""
-
+_OF_EACH = ("training", "_parameters", "_buffers", "_modules")
+"""What is compared of every module. An id that is another only makes the next pass read the whole again."""
 
 _EVEN_IN_TRAINING = frozenset({
     torch.nn.Linear, torch.nn.Embedding, torch.nn.Identity, torch.nn.LayerNorm, torch.nn.ModuleDict,
@@ -109,17 +110,16 @@ class Walk:
         if values["_forward_hooks"] or values["_forward_pre_hooks"]:
             _check_hooks(module, path)
         self.found.append(self._class(type(module)))
-        plain, others = [], []
+        names = []
         for name, value in values.items():
             if name in _OF_TORCH or name in self._inert:
                 continue
+            names.append(name)
             if type(value) in _PLAIN_TYPES:
-                plain.append(name)
                 self.found.append((name, value))
             else:
-                others.append(name)
                 self._attribute(module, name, value, path)
-        self._modules.append(_Module(module, plain, others))
+        self._modules.append(_Module(module, names))
         for kind in ("_parameters", "_buffers"):
             for name, x in values[kind].items():
                 self.found.append((name, None if x is None else self._tensor(x, f"{path}.{name}", adapter=adapter)))
@@ -227,21 +227,21 @@ class Walk:
 
 
 class _Module:
-    """What one module was like. Holds the module, not its tensors."""
+    """What one module was like. Holds the module and its plain attributes, so that no id is given out again."""
 
-    def __init__(self, module: Any, plain: list[str], others: list[str]) -> None:
+    def __init__(self, module: Any, names: list[str]) -> None:
         values = vars(module)
         self._values = values
         self._module = module
         self._class = type(module)
         self._count = len(values)
-        # itemgetter of one name gives no tuple, and of none is an error: "training" is there twice to spare both.
-        self._plain = itemgetter("training", "training", *plain)
-        self._was = self._plain(values)
-        self._types = tuple(map(type, self._was))
-        self._others = [(name, id(values[name])) for name in others]
-        self._children = list(values["_modules"].items())
-        self._tensors = [id(x) for kind in ("_parameters", "_buffers") for x in values[kind].values()]
+        self._named = itemgetter(*_OF_EACH, *names)
+        self._was = self._named(values)
+        self._ids = list(map(id, self._was))
+        self._hooks = (values["_forward_hooks"], values["_forward_pre_hooks"])
+        self._dicts = [values[kind] for kind in _OF_EACH[1:] if values[kind]]
+        self._held = [[(name, id(x)) for name, x in held.items()] for held in self._dicts]
+        self._rest = [values[kind] for kind in _OF_EACH[1:] if not values[kind]]
 
     def unchanged(self) -> bool:
         """Whether it is still like that, its tensors' contents and its other attributes' insides aside."""
@@ -249,18 +249,18 @@ class _Module:
         if len(values) != self._count or vars(self._module) is not values or type(self._module) is not self._class:
             return False
         try:
-            now = self._plain(values)
-            others = all(id(values[name]) == key for name, key in self._others)
+            if list(map(id, self._named(values))) != self._ids:
+                return False
         except KeyError:
             return False
-        if not others or tuple(map(type, now)) != self._types or now != self._was:
-            return False
-        if values["_forward_hooks"] or values["_forward_pre_hooks"]:
+        if any(self._hooks):
             _check_hooks(self._module, self._class.__name__)
-        if list(values["_modules"].items()) != self._children:
+        if any(self._rest):
             return False
-        now = [id(x) for x in values["_parameters"].values()]
-        return now + [id(x) for x in values["_buffers"].values()] == self._tensors
+        for held, was in zip(self._dicts, self._held, strict=True):
+            if [(name, id(x)) for name, x in held.items()] != was:
+                return False
+        return True
 
 
 _PLAIN_TYPES = frozenset(_PLAIN)
