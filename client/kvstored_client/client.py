@@ -437,7 +437,7 @@ class Client:
         if self._near is None:
             raise UseStream("another host, or switched off")
         self._transport.allow()
-        turn = self._near.turn()
+        turn = Turn(self._near)
         try:
             try:
                 result = call(turn, *args, **kwargs)

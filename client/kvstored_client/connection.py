@@ -175,7 +175,10 @@ class Connection:
         self._descriptors: deque[int] | None = None
 
     def open(self, path: Path, timeout_s: float) -> int:
-        """Connect and make sure that the daemon answers. Returns its boot epoch. Raises OSError and as `call`."""
+        """Connect and make sure that the daemon answers. Returns its boot epoch. Raises OSError and as `call`.
+
+        It is settled once who opened it has entered it where he will find it again.
+        """
         self._releases.start()
         sock = self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
@@ -188,7 +191,6 @@ class Connection:
         self.closed = False
         reply = self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)
         self._numbered = reply.number != 0
-        self.settled = True
         return reply.match.boot_epoch
 
     def call(self, call: pb.LeaseCall, timeout_s: float) -> pb.LeaseReply:
@@ -345,14 +347,16 @@ class Connection:
 
     def _take_releases(self) -> list[int]:
         numbers: list[int] = []
-        with suppress(IndexError):  # a call and the thread may take at once
+        try:
             while self._given_back and len(numbers) < RELEASES_MAX:
                 numbers.append(self._given_back.popleft())
-        with suppress(IndexError):
             while self._ended and len(numbers) < RELEASES_MAX:
                 number = self._ended.popleft().number
                 self._held.pop(number, None)
                 numbers.append(number)
+        except IndexError as error:
+            if is_foreign(error):
+                raise  # else a call and the thread took at once
         return numbers
 
     def abandon(self) -> None:

@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError
 
 from kvstore.errors import KvstoreError, RecordCorrupt
 
-_pop = methodcaller("pop")
+last_of = methodcaller("pop")
+"""target.extend(map(last_of, (source,))) moves the last item of a list or deque in one step. Raises IndexError."""
 _PACKAGES = frozenset(
     {
         *("kvstore", "kvstored_client", "kvstored_kernel", "google", "grpc", "numpy", "ml_dtypes", "torch"),
@@ -45,7 +46,7 @@ def moved(source: "deque[Any] | list[Any]", target: "list[Any] | deque[Any]") ->
     if not source:
         return False
     try:
-        target.extend(map(_pop, (source,)))
+        target.extend(map(last_of, (source,)))
     except IndexError as error:
         if is_foreign(error):
             raise

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 
 from kvstore.errors import KvstoreError
 from kvstored_client.connection import Connection, Releases, Segments, Silent, UseStream
-from kvstored_client.interrupts import is_foreign, moved
+from kvstored_client.interrupts import is_foreign, last_of, moved
 from kvstored_client.mapping import Copier
 
 __all__ = ["Connection", "Near", "Segments", "Silent", "Turn", "UseStream"]
@@ -41,9 +41,9 @@ class Near:
         for connection in self.connections():
             connection.close()
         self._made = []
-        self._idle: deque[Connection] = deque()
+        self.idle: deque[Connection] = deque()
         self._left: SimpleQueue[None] = SimpleQueue()
-        self._segments = Segments(0)
+        self.segments = Segments(0)
         self._releases = Releases()
         self._not_before = 0.0
         self._closed = False
@@ -54,18 +54,12 @@ class Near:
         made = [connection for ref in self._made if (connection := ref()) is not None]
         return [connection for connection in made if not connection.closed]
 
-    def turn(self) -> "Turn":
-        """The use of one connection at a time. Its owner puts it back, whatever happens."""
-        return Turn(self)
-
     def take(self, hand: list[Connection], wanted: Connection | None = None) -> Connection:
         """A connection, moved to `hand`: the wanted one if it is idle, another idle one, a new one, or one to wait for.
 
         Raises UseStream when there is none, Silent when none became free in time.
         """
-        if wanted is not None and self._take_wanted(hand, wanted):
-            return hand[-1]
-        if self._take_idle(hand):
+        if (wanted is not None and self._take_wanted(hand, wanted)) or self._take_idle(hand):
             return hand[-1]
         until = time.monotonic() + self.timeout_s
         while len(open_ones := self.connections()) >= CONNECTIONS_MAX:
@@ -83,15 +77,15 @@ class Near:
         return self._connect(hand)
 
     def _take_idle(self, hand: list[Connection]) -> bool:
-        while moved(self._idle, hand):
-            if not hand[-1].closed and hand[-1].segments is self._segments:
+        while moved(self.idle, hand):
+            if not hand[-1].closed and hand[-1].segments is self.segments:
                 return True
             hand[-1].abandon()
             hand.pop()
         return False
 
     def _take_wanted(self, hand: list[Connection], wanted: Connection) -> bool:
-        idle = self._idle
+        idle = self.idle
         if wanted not in idle or wanted.closed:
             return False
         try:
@@ -116,20 +110,22 @@ class Near:
                 raise
             self._not_before = time.monotonic() + RETRY_S
             raise UseStream(str(error)) from None
-        segments = self._segments
+        segments = self.segments
         if epoch != segments.epoch:
-            segments = self._segments = Segments(epoch)
+            segments = self.segments = Segments(epoch)
         connection.segments = segments
         # Of two threads that connect at once one may be left out of the list: then there is one connection more.
         self._made = [*(ref for ref in self._made if ref() is not None), weakref.ref(connection)]
+        connection.settled = True
         return connection
 
     def put_back(self, hand: list[Connection]) -> None:
         """Take back what is in a hand: to the idle ones, or, if it was left in the middle of something, abandoned."""
         while hand:
             connection = hand[-1]
-            if connection.settled and not connection.closed and not self._closed:
-                moved(hand, self._idle)
+            usable = connection.settled and not connection.closed and connection.segments is self.segments
+            if usable and not self._closed:
+                self.idle.extend(map(last_of, (hand,)))
                 if self._left.empty():
                     self._tell()
             else:
@@ -138,7 +134,7 @@ class Near:
 
     def _tell(self) -> None:
         """Somebody who waits may look: a connection may be idle."""
-        if self._idle:
+        if self.idle:
             self._left.put(None)
 
     def owner_of(self, address: int, nbytes: int) -> tuple[Connection, int, int] | None:
@@ -154,7 +150,7 @@ class Near:
         """End all connections."""
         self._closed = True
         hand: list[Connection] = []
-        while moved(self._idle, hand):
+        while moved(self.idle, hand):
             hand[-1].close()
             hand.pop()
         for connection in self.connections():
@@ -162,7 +158,7 @@ class Near:
 
 
 class Turn:
-    """The use of one connection at a time, by one thread."""
+    """The use of one connection at a time, by one thread. Its owner puts it back, whatever happens."""
 
     __slots__ = ("_hand", "near")
 
@@ -172,8 +168,21 @@ class Turn:
 
     def take(self, wanted: Connection | None = None) -> Connection:
         """A connection, to be put back. Raises as `Near.take`."""
-        return self.near.take(self._hand, wanted)
+        near, hand = self.near, self._hand
+        # The commonest case without another call: a few calls are what a get of a small entry notices.
+        if wanted is None and near.idle and not hand:
+            try:
+                hand.extend(map(last_of, (near.idle,)))
+            except IndexError as error:
+                if is_foreign(error):
+                    raise  # else another thread took it
+            else:
+                if not hand[-1].closed and hand[-1].segments is near.segments:
+                    return hand[-1]
+                near.put_back(hand)
+        return near.take(hand, wanted)
 
     def put_back(self) -> None:
         """The connection is of no more use here. Again is harmless: an interrupted one is to be called again."""
-        self.near.put_back(self._hand)
+        if self._hand:
+            self.near.put_back(self._hand)
