@@ -40,8 +40,8 @@ def _bytes(kernel: CpuKernel, x: torch.Tensor) -> list[bytes] | None:
         rows = Rows(1, TOKENS, HEADS, HEAD_DIM, x.numel(), size, block, groups)
         means = None
         if groups:
-            *stored, means, content = kernel.kv_means(x, rows, Rotary(HEAD_DIM, interleaved=False))
-            made += [*stored, means, content]
+            codes, scales, means, content = kernel.kv_means(x, rows, Rotary(HEAD_DIM, interleaved=False))
+            made += [codes, scales, means, *([] if content is None else [content])]
         rotated = kernel.kv_encode(x, rows, means)
         if rotated is None:
             return None

@@ -143,3 +143,33 @@ def test_a_faulty_cache_costs_no_token(
     cache = PressedCache(model, kvpress.KnormPress(0.5), Guard(faulty, fetch_timeout_s=1), revision="r")
     assert torch.equal(cache.generate(context, question, 4), computed)
     faulty.gate.set()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("channels", 0.8), ("head-wise", 0.6), ("composed", 0.4)])
+def test_what_a_press_took_away_is_not_stored_and_comes_back_as_zeros(
+    model: Any, context: torch.Tensor, store: Store, kind: str, most: float
+) -> None:
+    """ThinK leaves zeros in half the key channels, head-wise presses rows that decoding never looks at."""
+    make, _rows, _position = PRESSES[kind]
+    first = PressedCache(model, make(), patient(store))
+    made = first.prefill(context)
+    marks = [getattr(module, "masked_key_indices", None) for module in first._modules()]
+    assert first.flush(60)
+    hit = store.get(first._key(context))
+    assert hit is not None
+    dense = len(marks) * 2 * TOKENS * made.cache.layers[0].keys.shape[1] * made.cache.layers[0].keys.shape[3] * 4
+    assert sum(x.numel() * x.element_size() for x in hit.tensors.values()) <= most * dense
+    again = first.restore(context)
+    assert again is not None
+    for was, now, gone in zip(made.cache.layers, again.cache.layers, marks, strict=True):
+        for x, y in ((was.keys, now.keys), (was.values, now.values)):
+            due = x.clone()
+            if gone is not None:
+                due[gone] = 0
+            assert torch.equal(y, due)
+    for module, gone in zip(first._modules(), marks, strict=True):
+        found = module.masked_key_indices
+        assert (found is None) == (gone is None)
+        if gone is not None:
+            pairs = (set(zip(*(x.tolist() for x in marked), strict=True)) for marked in (gone, found))
+            assert next(pairs) == next(pairs)
