@@ -111,7 +111,7 @@ def start(tests: Sequence[str], mutant: Mutant, source: bytes, seconds: float) -
         os.environ["PYTHONPATH"] = os.pathsep.join([str(path), *sources, os.environ.get("PYTHONPATH", "")])
         os.chdir(ROOT)
         # A process of its own: in this one the program is imported already.
-        os.execv(sys.executable, [sys.executable, "-m", "pytest", *_PYTEST, f"--basetemp={directory}/t", *tests])
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *_PYTEST, f"--basetemp={directory}/t", *tests])  # noqa: S606
 
     return Run(fork(work, directory / "log"), directory, time.monotonic() + TIMEOUT_MIN_S + TIMEOUT_FACTOR * seconds)
 
