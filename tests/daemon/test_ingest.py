@@ -51,15 +51,15 @@ def peer(shared_daemon: DaemonProcess) -> Iterator[Peer]:
     peer.close()
 
 
-@pytest.mark.parametrize("beyond", [1, NBYTES - 1, NBYTES, 1 << 31, (1 << 63) - 1, (1 << 64) - 1 - (16 << 20)], ids=hex)
 def test_a_place_that_ends_outside_its_segment_is_refused_by_its_bounds(
-    shared_daemon: DaemonProcess, peer: Peer, beyond: int
+    shared_daemon: DaemonProcess, peer: Peer
 ) -> None:
     """One byte too far, all of it, and starts at which an end of 64 bits would wrap around to a small number."""
-    start = peer.segment.nbytes - NBYTES + beyond
-    error = peer.put(b"outside", (peer.segment.number, start)).error
-    assert error.kind == "InvalidEntry"
-    assert f"bytes {start} to {start + NBYTES}" in error.message
+    for beyond in (1, NBYTES - 1, NBYTES, 1 << 31, (1 << 63) - 1, (1 << 64) - 1 - (16 << 20)):
+        start = peer.segment.nbytes - NBYTES + beyond
+        error = peer.put(b"outside", (peer.segment.number, start)).error
+        assert error.kind == "InvalidEntry", hex(beyond)
+        assert f"bytes {start} to {start + NBYTES}" in error.message
     assert shared_daemon.client().get(b"outside") is None
 
 

@@ -298,3 +298,25 @@ def test_golden_records_are_still_read(name: str) -> None:
     assert_equal(unpack(golden, KEY), entry)
     if how is Compression.NONE:  # another zstd release may write another frame
         assert pack(entry, META, compression=how).to_bytes() == golden
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (rb"\"dtype\":\"float32\"", rb"\"dtype\":\"float99\""),
+        (rb"\"shape\":[1,1,1,1,1,1,10,10]", rb"\"shape\":[1,1,1,1,1,1,1,1,9]"),
+        (rb"\"shape\":[1,1,1,1,1,1,10,10]", rb"\"shape\":[1,1,1,1,1,1,10,-9]"),
+        (rb"\"shape\":[1,1,1,1,1,1,10,10]", rb"\"shape\":[1,1,1,1,1,1,10,9.]"),
+        (rb"\"shape\":[1,1,1,1,1,1,10,10]", rb"\"shape\":[1,1,1,1,1,1,1,1e1]"),
+        (rb"\"shape\":[1,1,1,1,1,1,10,10]", rb"\"shape\":[1,1,1,1,1,1,1,9.5]"),
+        (rb"\"shape\":[1,1,1,1,1,1,10,10]", rb"\"shape\":[1,1,1,1,1,true,99]"),
+    ],
+)
+def test_a_tensor_of_an_unknown_type_or_an_impossible_shape_is_corrupt(good: bytes, bad: bytes) -> None:
+    """The header is read before the data: what it says of an encoded tensor decides what is made of it."""
+    spec = TensorSpec("float32", (1, 1, 1, 1, 1, 1, 10, 10))
+    entry = Entry(KEY, {"k": EncodedTensor(spec, "other", {"": torch.zeros(50, dtype=torch.uint8)})}, lossy=True)
+    record = pack(entry, META, compression=Compression.NONE).to_bytes()
+    assert record.count(good) == 1
+    with pytest.raises(RecordCorrupt):
+        unpack(reseal(record.replace(good, bad)), KEY)

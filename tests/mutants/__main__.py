@@ -24,8 +24,10 @@ LAW = (
     "kvstore/*.py", "kvstore/codecs/*.py", "kvstore/disk/*.py", "kvstore/tiers/*.py", "kvstore/policies/*.py",
     "daemon/kvstored/lease.py", "daemon/kvstored/wire.py", "daemon/kvstored/servicer.py", "daemon/kvstored/budget.py",
     "daemon/kvstored/scope.py", "daemon/kvstored/gate.py", "daemon/kvstored/cards.py", "daemon/kvstored/parcels.py",
-    "daemon/kvstored/verbs.py", "client/kvstored_client/near.py", "client/kvstored_client/local.py",
-    "client/kvstored_client/mapping.py", "client/kvstored_client/receive.py", "client/kvstored_client/frames.py",
+    "daemon/kvstored/verbs.py", "daemon/kvstored/tokens.py", "client/kvstored_client/messages.py",
+    "client/kvstored_client/decoding.py", "client/kvstored_client/transport.py", "client/kvstored_client/near.py",
+    "client/kvstored_client/local.py", "client/kvstored_client/mapping.py", "client/kvstored_client/receive.py",
+    "client/kvstored_client/frames.py",
 )  # fmt: skip
 NOT_LAW = ("kvstore/simulate.py", "kvstore/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
 """They answer no get: forecasts, recordings, counters."""
@@ -43,7 +45,7 @@ DOORS = {
     "kvstore/region.py": ("tests/daemon/test_lease.py",),
 }
 """Files whose lines run in a daemon's own process, and the tests that talk to one: after those that were measured."""
-BASELINE_MAX_S = 40.0
+BASELINE_MAX_S = 6.0
 """Of the tests against one change, as measured: the fastest that execute the line."""
 
 
@@ -63,7 +65,9 @@ def main() -> int:
     chosen = [m for file in files for m in mutants_of(file, (ROOT / file).read_bytes())]
     if options.line:
         chosen = [m for m in chosen if m.line in options.line]
-    if options.count and options.count < len(chosen):
+    if options.each:
+        chosen = _some_of_each(chosen, options.each, options.seed)
+    elif options.count and options.count < len(chosen):
         chosen = sorted(random.Random(options.seed).sample(chosen, options.count), key=lambda m: (m.file, m.at))
     if options.list:
         click.echo("\n".join([*(m.name for m in chosen), f"{len(chosen)} changes"]))
@@ -93,6 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--file", action="append", help="a source file, from the root of the work tree; again for more")
     parser.add_argument("--line", action="append", type=int, help="only changes of this line")
     parser.add_argument("--count", type=int, default=300, help="how many changes, chosen by --seed; 0: all")
+    parser.add_argument("--each", type=int, help="at most so many changes of each file, instead of --count")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="how many at once")
     parser.add_argument("--json", help="write the results here, while it runs, too")
@@ -105,6 +110,18 @@ def _options() -> argparse.Namespace:
 def _law_files() -> list[str]:
     found = {str(path.relative_to(ROOT)) for pattern in LAW for path in ROOT.glob(pattern)}
     return sorted(found.difference(NOT_LAW))
+
+
+def _some_of_each(mutants: list[Mutant], most: int, seed: int) -> list[Mutant]:
+    """The same number of changes of every file: a long one does not crowd out the others."""
+    files: dict[str, list[Mutant]] = {}
+    for mutant in mutants:
+        files.setdefault(mutant.file, []).append(mutant)
+    chosen: list[Mutant] = []
+    for file, found in files.items():
+        some = random.Random(f"{seed} {file}").sample(found, min(most, len(found)))
+        chosen += sorted(some, key=lambda m: m.at)
+    return chosen
 
 
 def _measure(target: Path, tests: tuple[str, ...] | list[str]) -> None:
@@ -122,31 +139,40 @@ def _measure(target: Path, tests: tuple[str, ...] | list[str]) -> None:
 
 def _results(mutants: list[Mutant], lines: Lines, session: Session, jobs: int) -> Iterator[Result]:
     """Run changes, several at once; results as they come."""
-    at_work: list[tuple[Mutant, int, running.Run]] = []
+    at_work: list[tuple[Mutant, list[list[str]], int, running.Run]] = []
     waiting = iter(mutants)
     more = True
+
+    def begin(mutant: Mutant, steps: list[list[str]], before: int) -> None:
+        source, tests = (ROOT / mutant.file).read_bytes(), steps[0]
+        in_session = session.has(mutant) and all("::" in test for test in tests)
+        seconds = lines.seconds([t for t in tests if "::" in t]) + 30 * sum("::" not in t for t in tests)
+        run = (session.start if in_session else running.start)(tests, mutant, source, seconds)
+        at_work.append((mutant, steps[1:], before + len(tests), run))
+
     while more or at_work:
         while more and len(at_work) < jobs:
             mutant = next(waiting, None)
             if mutant is None:
                 more = False
-                break
-            source = (ROOT / mutant.file).read_bytes()
-            tests, seconds = _tests_for(mutant, lines)
-            if not tests:
+            elif steps := _steps_for(mutant, lines):
+                begin(mutant, steps, 0)
+            else:
                 yield Result(mutant, "no test", 0)
-                continue
-            start = session.start if session.has(mutant) and mutant.file not in DOORS else running.start
-            at_work.append((mutant, len(tests), start(tests, mutant, source, seconds)))
         for item in list(at_work):
-            outcome = item[2].ended()
-            if outcome is not None:
-                at_work.remove(item)
-                yield Result(item[0], outcome, item[1])
+            outcome = item[3].ended()
+            if outcome is None:
+                continue
+            at_work.remove(item)
+            if outcome == "survived" and item[1]:
+                begin(item[0], item[1], item[2])
+            else:
+                yield Result(item[0], outcome, item[2])
         time.sleep(0.02)
 
 
-def _tests_for(mutant: Mutant, lines: Lines) -> tuple[list[str], float]:
+def _steps_for(mutant: Mutant, lines: Lines) -> list[list[str]]:
+    """The measured tests that execute the line; then, for what they leave alive, the files that talk to a daemon."""
     height = mutant.before.count("\n") + 1
     found = lines.tests_of(mutant.file, range(mutant.line, mutant.line + height), outside=mutant.outside)
     chosen: list[str] = []
@@ -154,9 +180,8 @@ def _tests_for(mutant: Mutant, lines: Lines) -> tuple[list[str], float]:
         if chosen and lines.seconds([*chosen, test]) > BASELINE_MAX_S:
             break
         chosen.append(test)
-    seconds = lines.seconds(chosen)
     files = [file for file in DOORS.get(mutant.file, ()) if (ROOT / file).exists()]
-    return [*chosen, *files], seconds + 30 * len(files)
+    return [step for step in (chosen, files) if step]
 
 
 def _show(results: list[Result], total: int) -> None:

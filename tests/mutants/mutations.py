@@ -60,17 +60,34 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             inside.update(range(node.body[0].lineno, (node.end_lineno or node.lineno) + 1))
     maker = _Maker(file, source, inside)
+    functions = [maker.lines_of(at) for at in _outermost(tree)]
     found: dict[tuple[tuple[int, int], str], Mutant] = {}
     for node in _program(tree):
         for mutant in maker.of(node):
-            if mutant.before != mutant.after and _compiles(mutant.applied(source)):
+            if mutant.before != mutant.after and _compiles(mutant, source, functions):
                 found.setdefault((mutant.at, mutant.after), mutant)
     return sorted(found.values(), key=lambda m: (m.at, m.after))
 
 
-def _compiles(source: bytes) -> bool:
+def _outermost(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _outermost(node)
+
+
+def _compiles(mutant: Mutant, source: bytes, functions: list[tuple[int, int]]) -> bool:
+    """Whether it is still Python. Only the function around it is parsed: a file has hundreds of changes."""
+    start, stop = mutant.at
+    text = mutant.applied(source)
+    for first, last in functions:
+        if first <= start and stop <= last:
+            function = text[first : last + len(text) - len(source)]
+            text = b"if 1:\n" + function if function[:1].isspace() else function
+            break
     try:
-        ast.parse(source)
+        ast.parse(text)
     except SyntaxError:
         return False
     return True
@@ -123,6 +140,10 @@ class _Maker:
         self._starts = [0]
         for line in source.splitlines(keepends=True):
             self._starts.append(self._starts[-1] + len(line))
+
+    def lines_of(self, node: ast.stmt) -> tuple[int, int]:
+        """The bytes of a statement's whole lines."""
+        return self._starts[node.lineno - 1], self._span(node)[1]
 
     def of(self, node: ast.AST) -> Iterator[Mutant]:
         """Every change of this node, its children's left out."""

@@ -107,10 +107,11 @@ def start(tests: Sequence[str], mutant: Mutant, source: bytes, seconds: float) -
     def work() -> int:
         os.environ[hook.ROOT], os.environ[hook.FILE] = str(ROOT), mutant.file
         os.environ[hook.SOURCE] = str(directory / "source.py")
-        sys.path.insert(0, str(path))
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
-        hook.install_from_environment()
-        return run_pytest([*_PYTEST, f"--basetemp={directory}/t", *tests])
+        sources = [str(ROOT / folder) for folder in ("", "daemon", "client")]
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(path), *sources, os.environ.get("PYTHONPATH", "")])
+        os.chdir(ROOT)
+        # A process of its own: in this one the program is imported already.
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *_PYTEST, f"--basetemp={directory}/t", *tests])  # noqa: S606
 
     return Run(fork(work, directory / "log"), directory, time.monotonic() + TIMEOUT_MIN_S + TIMEOUT_FACTOR * seconds)
 
