@@ -64,6 +64,10 @@ struct Content {
             s += v;
             e += v * v;
         }
+        finish(first, s, e, n, left, whole);
+    }
+
+    static void finish(const Eight& first, const Eight& s, const Eight& e, int n, Eight* left, Eight* whole) {
         const float count = static_cast<float>(n);
         *whole = e + (s + s) * first + first * first * count;
         const Eight about = (e - s * s / count) * (count / static_cast<float>(n - 1));
@@ -146,15 +150,51 @@ struct Content {
         for (int64_t i = 0; i < count * size && i < kAhead; i += 64) __builtin_prefetch(from + i, 0, 2);
     }
     static constexpr int64_t kAhead = 256 << 10;
+    static constexpr int kStrip = 256;  // channels at a time: their sums stay in L1
+
+    // One group of tokens, all its channels standing still: row after row, as they lie. `d` a multiple of 8.
+    template <int kDtype>
+    static void flat(const void* x, int64_t at, int64_t width, int n, int64_t inner, int d, double* out) {
+        Eight first[kStrip / 8], s[kStrip / 8], e[kStrip / 8];
+        for (int64_t i = 0; i < 2 * inner; ++i) out[i] = 0.0;
+        for (int64_t c = 0; c < width; c += kStrip) {
+            const int eights = static_cast<int>(width - c < kStrip ? width - c : kStrip) / 8;
+            for (int w = 0; w < eights; ++w) {
+                eight<kDtype>(x, at + c + 8 * w, first + w);
+                s[w] = e[w] = Eight{};
+            }
+            for (int t = 1; t < n; ++t)
+                for (int w = 0; w < eights; ++w) {
+                    Eight v;
+                    eight<kDtype>(x, at + t * width + c + 8 * w, &v);
+                    v -= first[w];
+                    s[w] += v;
+                    e[w] += v * v;
+                }
+            for (int w = 0; w < eights; ++w) {
+                Eight left, whole;
+                finish(first[w], s[w], e[w], n, &left, &whole);
+                double* to = out + 2 * ((c + 8 * w) / d);
+                to[0] += sum(left);
+                to[1] += sum(whole);
+            }
+        }
+    }
 
     // Groups [begin, end) of outer * groups; out: two numbers for each of their heads.
     static void energy(int dtype, const void* x, const kvk_rows& rows, int rotary, bool interleaved, int64_t groups,
                        int64_t begin, int64_t end, double* out) {
         const int64_t width = rows.inner * rows.d;
         const auto one = dtype == KVK_F32 ? head<KVK_F32> : dtype == KVK_F16 ? head<KVK_F16> : head<KVK_BF16>;
+        const auto still_of = dtype == KVK_F32 ? flat<KVK_F32> : dtype == KVK_F16 ? flat<KVK_F16> : flat<KVK_BF16>;
         for (int64_t at = begin; at < end; ++at) {
             const int64_t slab = at / groups, group = at % groups, start = group * kvk::kGroup;
             const int n = static_cast<int>((group == groups - 1 ? rows.tokens : start + kvk::kGroup) - start);
+            if (!rotary && n >= kShort && rows.d % 8 == 0) {
+                still_of(x, slab * rows.stride + start * width, width, n, rows.inner, static_cast<int>(rows.d),
+                         out + 2 * at * rows.inner);
+                continue;
+            }
             ahead(dtype, x, slab * rows.stride + start * width, n * width);
             for (int64_t i = 0; i < rows.inner; ++i) {
                 const int64_t value = slab * rows.stride + start * width + i * rows.d;

@@ -18,6 +18,8 @@ PROMISE = 1.25
 SHORT = 4
 """Fewer tokens have no mean to speak of."""
 
+_CHUNK_NUMEL = 1 << 18
+
 
 def groups_of(tokens: int) -> list[tuple[int, int]]:
     """Where each group of tokens begins and ends."""
@@ -51,8 +53,9 @@ def energies(x: torch.Tensor, rotary: Rotary = STILL) -> torch.Tensor:
 
 def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Squared distance of two tensors (outer, tokens, inner, d), head by head. Returns float64 (outer, inner)."""
-    squares = [(a.double() - b.double()).square().sum(dim=(0, 2)) for a, b in zip(x, y, strict=True)]
-    return torch.stack(squares)
+    slabs = max(1, _CHUNK_NUMEL // max(1, x[0].numel()))
+    both = zip(x.split(slabs), y.split(slabs), strict=True)
+    return torch.cat([(a.double() - b.double()).square_().sum(dim=(1, 3)) for a, b in both])
 
 
 def _paired(x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ RESOLUTION = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2
 """Of |x|: what lies below is not content but the rounding of whoever computed x in this type."""
 _TINY = 1e-28
 """Content a value, squared: below, sums of float32 squares lose it, and float64 counts again."""
-_SAMPLE_OUTER, _SAMPLE_TOKENS = 8, 32
+_SAMPLE_OUTER, _SAMPLE_TOKENS = 4, 32
 _LEAST = sys.float_info.min
 """The receipt of what differs by less than squares can tell: not bit for bit, so not 0.0."""
 
@@ -115,7 +115,7 @@ def rotary_of(rows: torch.Tensor, kernel: KvKernel | None) -> Rotary:
     usual = Rotary(d - d % 2, interleaved=False)
     if tokens < 8 or d < 8:
         return usual
-    some = rows[:: max(1, outer // _SAMPLE_OUTER), :_SAMPLE_TOKENS].contiguous()
+    some = rows[:: max(1, -(-outer // _SAMPLE_OUTER)), :_SAMPLE_TOKENS].contiguous()
     candidates = [Rotary(d // part // 2 * 2, interleaved=near) for part in (1, 2, 4) for near in (False, True)]
     best, least = usual, float("inf")
     for rotary in candidates:
