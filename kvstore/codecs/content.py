@@ -54,7 +54,7 @@ def energies(x: torch.Tensor, rotary: Rotary = STILL) -> torch.Tensor:
 def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Squared distance of two tensors (outer, tokens, inner, d), head by head. Returns float64 (outer, inner)."""
     slabs = max(1, _CHUNK_NUMEL // max(1, x[0].numel()))
-    both = zip(x.split(slabs), y.split(slabs), strict=True)
+    both = zip(torch.split(x, slabs), torch.split(y, slabs), strict=True)
     return torch.cat([(a.double() - b.double()).square_().sum(dim=(1, 3)) for a, b in both])
 
 

@@ -240,7 +240,8 @@ def _compact(name: str, x: torch.Tensor, gone: torch.Tensor | None) -> dict[str,
 
 def _expanded(name: str, tensors: Any, gone: torch.Tensor | None) -> torch.Tensor:
     """K or V (1, heads, rows, dim) as `_compact` found it, zeros where rows are gone. Raises where parts disagree."""
-    kept, channels, dim = tensors[name][0], tensors.get(f"{name}.channels"), int(tensors["dim"][0])
+    kept: torch.Tensor = tensors[name][0]
+    channels, dim = tensors.get(f"{name}.channels"), int(tensors["dim"][0])
     if gone is not None:
         rows = kept.new_zeros(*gone.shape, kept.shape[-1])
         rows[~gone] = kept
