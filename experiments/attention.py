@@ -1,6 +1,8 @@
 """K and V as the model made them: the controls, the store's own codecs, grouped heads, the adapter for transformers."""
 
-from typing import ClassVar
+import copy
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 
@@ -180,25 +182,14 @@ class OneHead(MultiHead):
 
     def state(self, lab: Lab) -> Tensors:
         """The one head that is left."""
-        k, v = lab.prefill(lab.ids, self._pooled(lab))
+        k, v = lab.prefill(lab.ids, _pooled(lab.model))
         return keys_and_values(k[:, :, :1], v[:, :, :1])
 
     def resume(self, lab: Lab, tensors: Tensors) -> Step:
         """The pooled model, its head repeated."""
         heads = int(lab.model.config.num_key_value_heads)
         k, v = (tensors[n].expand(-1, -1, heads, -1) for n in ("k", "v"))
-        return lab.step(k, v, model=self._pooled(lab))
-
-    def _pooled(self, lab: Lab) -> torch.nn.Module:
-        import copy
-
-        model: torch.nn.Module = copy.deepcopy(lab.model)
-        heads = int(lab.model.config.num_key_value_heads)
-        for layer in model.model.layers:  # type: ignore[union-attr]
-            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-                weight = projection.weight.data.unflatten(0, (heads, -1))
-                weight.copy_(weight.mean(0, keepdim=True).expand_as(weight))
-        return model
+        return lab.step(k, v, model=_pooled(lab.model))
 
 
 class AdaptiveBits(Baseline):
@@ -212,5 +203,54 @@ class AdaptiveBits(Baseline):
     policy = CodecPolicy("nf4-kv", layers={"0-2": LayerCodec("int8")})
 
 
+class TwoModels(Baseline):
+    """Two models' states of one text in one entry of one daemon: attention's K and V, and a recurrent state.
+
+    A whole run has more: each strategy is a namespace, with a codec of its own, of one of five models.
+    """
+
+    row = 39
+    name = "multi-model"
+    category = "roadmap"
+    source = "kvstored namespaces"
+    kept = "ours: the lab's model beside the taught RWKV; the figures are those of the first"
+
+    def state(self, lab: Lab) -> Tensors:
+        """Both."""
+        from experiments.recurrent import RWKV
+
+        recurrent = {f"rwkv.{name}": x for name, x in RWKV().state(_bytes_of(lab)).items()}
+        return {**super().state(lab), **recurrent}
+
+    def resume(self, lab: Lab, tensors: Tensors) -> Step:
+        """The first. Raises RuntimeError where the second does not go on as it would have without the store."""
+        from experiments.recurrent import RWKV
+
+        own = {name.removeprefix("rwkv."): x for name, x in tensors.items() if name.startswith("rwkv.")}
+        there, here = _bytes_of(lab), RWKV().state(_bytes_of(lab))
+        if not all(torch.equal(own[name], x) for name, x in here.items()):
+            raise RuntimeError("the second model's state is not what it was")
+        RWKV().resume(there, own)(there.rest)
+        return super().resume(lab, tensors)
+
+
+def _bytes_of(lab: Lab) -> Lab:
+    """The document's text as bytes, for a model that reads those: the first 64 of the prefix, 4 of the continuation."""
+    text = lab.tokenizer.decode(lab.ids[0]).encode()
+    return Lab(None, None, torch.tensor([list(text[:64])]), torch.tensor([list(text[64:68])]), ())
+
+
 def _group(lab: Lab) -> int:
     return int(lab.model.config.num_attention_heads) // int(lab.model.config.num_key_value_heads)
+
+
+@lru_cache(maxsize=1)
+def _pooled(model: Any) -> Any:
+    """A copy of the model whose heads of K and V all are their mean."""
+    found = copy.deepcopy(model)
+    heads = int(model.config.num_key_value_heads)
+    for layer in found.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            weight = projection.weight.data.unflatten(0, (heads, -1))
+            weight.copy_(weight.mean(0, keepdim=True).expand_as(weight))
+    return found

@@ -3,7 +3,21 @@
 import difflib
 from collections.abc import Mapping, Sequence
 
-from experiments import ExperimentFailed, Strategy, attention, eviction
+from experiments import (
+    ExperimentFailed,
+    Strategy,
+    attention,
+    depth,
+    engines,
+    eviction,
+    order,
+    prompt,
+    rank,
+    recurrent,
+    smooth,
+    sparse,
+    training,
+)
 
 ENGINES: Mapping[str, Sequence[str]] = {"": (), "kvpress": ("kvpress", "shared")}
 """For each engine the folders of wheels that its workers have on the path."""
@@ -12,6 +26,8 @@ STRATEGIES: tuple[Strategy, ...] = (
     attention.Baseline(),
     attention.NoContext(),
     eviction.AttentionSink(),
+    depth.MiniCache(),
+    engines.VLLM(),
     attention.Transformers(),
     eviction.H2O(),
     eviction.PyramidKV(),
@@ -20,13 +36,34 @@ STRATEGIES: tuple[Strategy, ...] = (
     attention.FourBit(),
     eviction.SlidingWindow(),
     attention.GroupedQuery(),
+    rank.LoRCEightBit(),
+    rank.LoRCEightBitUniform(),
+    rank.LoRC(),
+    order.FirstCome(),
+    order.PrefixAware(),
+    smooth.SmoothQuant(),
+    smooth.SmoothQuantTensor(),
+    smooth.SmoothQuant8(),
+    recurrent.RWKV(),
+    recurrent.Mamba(),
+    prompt.Selective2x(),
+    prompt.Selective10x(),
+    prompt.Selective20x(),
     attention.PlainNF4(),
     eviction.H2OFourBit(),
     eviction.ExpectedAttention10x(),
     eviction.ExpectedAttention20x(),
     attention.MultiHead(),
     attention.OneHead(),
+    depth.MiniCacheFourBit(),
+    smooth.SmoothKeys(),
     attention.AdaptiveBits(),
+    sparse.SparseBits(),
+    sparse.SparseDrop(),
+    training.Cartridge10x(),
+    training.Cartridge20x(),
+    attention.TwoModels(),
+    training.TrainedForNF4(),
 )
 
 _BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
