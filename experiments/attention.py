@@ -1,6 +1,7 @@
 """K and V as the model made them: the controls, the store's own codecs, grouped heads, the adapter for transformers."""
 
 import copy
+import math
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -70,13 +71,13 @@ class Transformers(Baseline):
     source = "kvstored_client.integrations.transformers"
 
     def state(self, lab: Lab) -> Tensors:
-        """What PrefixCache puts: chunks of 64 tokens under their keys."""
+        """What PrefixCache puts: chunks of up to 64 tokens under their keys."""
         from transformers import DynamicCache
 
         from kvstored_client.integrations.transformers import PrefixCache
 
         carried = Carried()
-        prefixes = PrefixCache(lab.model, carried.guard, chunk_tokens=64)
+        prefixes = PrefixCache(lab.model, carried.guard, chunk_tokens=_chunk(lab))
         cache = DynamicCache(config=lab.model.config)
         with torch.inference_mode():
             lab.model(lab.ids, past_key_values=cache, logits_to_keep=1)
@@ -90,7 +91,7 @@ class Transformers(Baseline):
         from kvstored_client.integrations.transformers import PrefixCache
 
         carried = Carried(tensors)
-        prefixes = PrefixCache(lab.model, carried.guard, chunk_tokens=64)
+        prefixes = PrefixCache(lab.model, carried.guard, chunk_tokens=_chunk(lab))
         cache = prefixes.restore(torch.cat((lab.ids, lab.ids[:, :1]), dim=1))
         if cache.restored != lab.ids.shape[1]:
             raise RuntimeError(f"{cache.restored} of {lab.ids.shape[1]} tokens were restored")
@@ -232,6 +233,11 @@ class TwoModels(Baseline):
             raise RuntimeError("the second model's state is not what it was")
         RWKV().resume(there, own)(there.rest)
         return super().resume(lab, tensors)
+
+
+def _chunk(lab: Lab) -> int:
+    """Tokens of a chunk, at most 64, that cut the prefix evenly: an uneven end is found by its own prompt only."""
+    return math.gcd(int(lab.ids.shape[1]), 64)
 
 
 def _bytes_of(lab: Lab) -> Lab:

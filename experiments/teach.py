@@ -101,7 +101,7 @@ def taught(kind: str, steps: int) -> tuple[Any, float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        last = [*last[-49:], float(loss)]
+        last = [*last[-49:], float(loss.detach())]
         if step % 50 == 49:
             print(f"{step + 1}/{steps} {time.monotonic() - started:.0f} s {sum(last) / len(last):.3f} nats", flush=True)
     return model.eval(), sum(last) / len(last)

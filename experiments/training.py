@@ -130,7 +130,7 @@ class TrainedForNF4(Baseline):
     policy = CodecPolicy("nf4")
     steps: ClassVar[int] = 12
     tokens: ClassVar[int] = 128
-    rate: ClassVar[float] = 2e-3
+    rate: ClassVar[float] = 3e-4
 
     def __init__(self) -> None:
         self._norms: torch.Tensor | None = None
