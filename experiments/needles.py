@@ -1,10 +1,9 @@
 """Facts hidden in a text, and questions about them: what compression costs a user.
 
-A needle is a sentence ("The code of Lisbon is 471."), put into the text at even distances. A question is its beginning;
-it is answered when the model's greedy continuation is the number, exactly. The numbers cannot be guessed: 1 of 900.
+A needle is a sentence ("The password of Lisbon is walnut."), put into the text at even distances. A question is its
+beginning; it is answered when the model's greedy continuation is that word, exactly. No context gives it away.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from experiments import Step
 
 PLACES = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Delhi", "Seoul", "Quito")
+WORDS = ("walnut", "marble", "saffron", "copper", "velvet", "tiger", "lantern", "orchid")
 TOKENS_A_NEEDLE = 64
 """Of text for each needle, so that a short prefix is not made of needles alone."""
 
@@ -29,9 +29,8 @@ class Question:
 
 def hidden(encode: Encode, filler: Sequence[int], prefix: int) -> tuple[list[int], tuple[Question, ...]]:
     """`prefix` tokens of filler with needles in it, and the questions about them."""
-    numbers = random.Random(0).sample(range(100, 1000), len(PLACES))  # noqa: S311 - drawn, not secret
-    facts = list(zip(PLACES, numbers, strict=True))[: max(1, prefix // TOKENS_A_NEEDLE)]
-    needles = [list(encode(f"\nThe code of {place} is {number}.\n")) for place, number in facts]
+    facts = list(zip(PLACES, WORDS, strict=True))[: max(1, prefix // TOKENS_A_NEEDLE)]
+    needles = [list(encode(f"\nThe password of {place} is {word}.\n")) for place, word in facts]
     room = prefix - sum(map(len, needles))
     if room < 0:
         raise ValueError(f"{prefix} tokens hold no needle of {len(needles[0])}")
@@ -41,14 +40,14 @@ def hidden(encode: Encode, filler: Sequence[int], prefix: int) -> tuple[list[int
         ids += filler[i * room // (len(needles) + 1) : (i + 1) * room // (len(needles) + 1)]
         ids += needle
     ids += filler[len(needles) * room // (len(needles) + 1) :][: prefix - len(ids)]
-    return ids, tuple(_question(encode, place, number) for place, number in facts)
+    return ids, tuple(_question(encode, place, word) for place, word in facts)
 
 
-def _question(encode: Encode, place: str, number: int) -> Question:
-    whole = list(encode(f"\n\nThe code of {place} is {number}"))
-    asked = list(encode(f"\n\nThe code of {place} is"))
+def _question(encode: Encode, place: str, word: str) -> Question:
+    whole = list(encode(f"\n\nThe password of {place} is {word}"))
+    asked = list(encode(f"\n\nThe password of {place} is"))
     if whole[: len(asked)] != asked:  # the tokenizer joins the answer to the word before it
-        raise ValueError(f"the tokenizer does not split before {number}")
+        raise ValueError(f"the tokenizer does not split before {word!r}")
     return Question(torch.tensor([asked]), torch.tensor(whole[len(asked) :]))
 
 

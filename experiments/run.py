@@ -229,7 +229,7 @@ def environment(engine: str) -> dict[str, str]:
     OMP_WAIT_POLICY: torch's threads otherwise spin while they wait, which on shared cores takes longer than the work.
     Raises ExperimentFailed, saying how to get it, where the engine is not there.
     """
-    kept = {n: x for n, x in os.environ.items() if not n.startswith("KVSTORED_") or n.startswith("KVSTORED_EXPERIM")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORED_")}
     wheels = [cache_directory() / "engines" / "side" / folder for folder in ENGINES[engine]]
     missing = [folder for folder in wheels if not folder.is_dir()]
     if missing and importlib.util.find_spec(engine) is None:

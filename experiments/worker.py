@@ -31,7 +31,7 @@ DECODED_TOKENS = 6
 """Tokens whose time is compared with the baseline's, in turns, after one to warm up."""
 RESTORES = 2
 TIMEOUT_S = 120.0
-KILL = "KVSTORED_EXPERIMENTS_KILL"
+KILL = "EXPERIMENTS_KILL"
 """For tests: ROLE:NAME, the strategy in whose middle the worker kills itself, as the kernel does when memory is out."""
 Document = Literal["text", "needles"]
 

@@ -33,7 +33,7 @@ class TestAStrategyKilledInTheMiddle:
     def done(self, tiny_model: Path, text: Path):
         pytest.importorskip("transformers")
         asked = ("run", *self.NAMES, "--model", tiny_model, "--text", text, "--tokens", "96+12", "--json")
-        return command(*asked, "--kl", "0.5", KVSTORED_EXPERIMENTS_KILL="get:4-bit")
+        return command(*asked, "--kl", "0.5", EXPERIMENTS_KILL="get:4-bit")
 
     def test_leaves_the_others_their_rows_and_is_named(self, done):
         rows = rows_of(done)
@@ -117,7 +117,7 @@ class TestTheRealModel:
         if missing := why_missing("kvpress"):
             pytest.skip(missing)
         names = ("minicache", "lorc-fp16", "4-bit", "attention-sink", "sliding-window", "h2o", "h2o-4-bit", "pyramidkv")
-        whole = os.environ.get("KVSTORED_EXPERIMENTS_ALL") == "1"
+        whole = os.environ.get("EXPERIMENTS_ALL") == "1"
         done = command("run", *(("all",) if whole else names), "--text", gpl, "--tokens", "256+64", "--json")
         assert done.returncode == 0, done.stderr
         return rows_of(done)

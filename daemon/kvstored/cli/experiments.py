@@ -113,7 +113,10 @@ def _run(  # noqa: PLR0913 - one for each option
         if plot is not None and not plot.parent.is_dir():
             raise ExperimentFailed(f"{plot.parent} is no directory to write {plot.name} to")
         with click.progressbar(
-            length=2 * len(strategies), label="experiments", file=sys.stderr, item_show_func=lambda name: name or ""
+            length=2 * sum(not hasattr(s, "recorded") for s in strategies),
+            label="experiments",
+            file=sys.stderr,
+            item_show_func=lambda name: name or "",
         ) as bar:
             rows = list(rows_of(plan, lambda name: bar.update(1, name)))
     except ExperimentFailed as error:
