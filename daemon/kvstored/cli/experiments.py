@@ -1,6 +1,7 @@
 """`kvstored experiments`: strategies to hold a KV cache with, put through a store and a restart, and their figures."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,8 @@ def run(what: tuple[str, ...], **given: Any) -> None:
 
 def start(what: tuple[str, ...], **given: Any) -> None:
     """The run, for both commands."""
+    # Left at its default the signal would leave the daemon and a worker behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _or_the_extra(lambda: _run(what, **given))
 
 
