@@ -9,7 +9,7 @@ report; `run` drives the processes; `report` prints. Only clients and integratio
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """The next tokens (1, n) in, logits (n, vocabulary) out; moves on by n tokens at each call."""
-Category = Literal[
-    "control", "attention", "eviction", "quantization", "depth", "rank", "scheduling", "smoothing", "recurrent",
-    "prompt", "engine", "roadmap",
-]  # fmt: skip
-Units = Literal["tokens", "bytes"]
-"""What a strategy's model reads: tokens of the lab's model, or bytes."""
+Category: TypeAlias = str
+"""One of the keys of `report.COLOURS`."""
+Units: TypeAlias = str
+"""What a strategy's model reads: "tokens" of the lab's model, or "bytes"."""
 
 
 class Strategy(Protocol):
@@ -37,14 +35,45 @@ class Strategy(Protocol):
     process needs on the path. units: what its model reads.
     """
 
-    row: ClassVar[int]
-    name: ClassVar[str]
-    category: ClassVar[Category]
-    source: ClassVar[str]
-    kept: ClassVar[str]
-    policy: ClassVar[CodecPolicy | None]
-    engine: ClassVar[str]
-    units: ClassVar[Units]
+    @property
+    def row(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What a user calls it by."""
+        ...
+
+    @property
+    def category(self) -> Category:
+        """What it is like."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The paper or library."""
+        ...
+
+    @property
+    def kept(self) -> str:
+        """What differs from that."""
+        ...
+
+    @property
+    def policy(self) -> CodecPolicy | None:
+        """How the daemon may encode it."""
+        ...
+
+    @property
+    def engine(self) -> str:
+        """Whose wheels its process needs."""
+        ...
+
+    @property
+    def units(self) -> Units:
+        """What its model reads."""
+        ...
 
     def state(self, lab: "Lab") -> Tensors:
         """In worker A: everything that is needed to continue after `lab.ids`. Nothing else crosses the restart."""

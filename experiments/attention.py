@@ -81,7 +81,7 @@ class Transformers(Baseline):
         cache = DynamicCache(config=lab.model.config)
         with torch.inference_mode():
             lab.model(lab.ids, past_key_values=cache, logits_to_keep=1)
-        prefixes.commit(cache, lab.ids)  # type: ignore[arg-type]  # any cache of transformers' does
+        prefixes.commit(cache, lab.ids)
         if not prefixes.flush(60):
             raise RuntimeError("the integration did not put its chunks within 60 s")
         return carried.tensors()

@@ -75,7 +75,8 @@ class Lab:
         cos, sin = cos[0][None, :, None], sin[0][None, :, None]
         half = keys.shape[-1] // 2
         turned = torch.cat((-keys[..., half:], keys[..., :half]), dim=-1)
-        return keys * cos + turned * (-sin if back else sin)
+        found: torch.Tensor = keys * cos + turned * (-sin if back else sin)
+        return found
 
 
 def stepper(model: Any, cache: Any, position: int, *, at_once: bool = True) -> Step:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -141,7 +141,10 @@ class FirstCome(Baseline):
     category = "scheduling"
     source = "vLLM's default order"
     kept = "faithful: one worker; an order changes which tokens are computed, not what one costs"
-    order: ClassVar[Order] = staticmethod(first_come)
+
+    def order(self, queue: Sequence[Waiting], held: Callable[[list[int]], int]) -> int:
+        """The oldest."""
+        return first_come(queue, held)
 
     def notes(self, lab: Lab) -> str:
         """The queue with and without a disk."""
@@ -163,4 +166,7 @@ class PrefixAware(FirstCome):
     name = "scheduling-prefix-aware"
     source = "arXiv 2312.07104 (SGLang's longest prefix match), over kvstored's match"
     kept = "ours adds a bound: SGLang's order lets a request wait for ever"
-    order: ClassVar[Order] = staticmethod(longest_prefix)
+
+    def order(self, queue: Sequence[Waiting], held: Callable[[list[int]], int]) -> int:
+        """The one with the longest prefix held."""
+        return longest_prefix(queue, held)

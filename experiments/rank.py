@@ -47,7 +47,7 @@ class LoRC(Baseline):
             torch.stack([tensors[f"{name}.{i}"].float() @ basis.T for i, basis in enumerate(bases)])
             for name, bases in self._bases(lab).items()
         )
-        return lab.step(lab.rotated(k.unflatten(-1, (heads, -1))), v.unflatten(-1, (heads, -1)))
+        return lab.step(lab.rotated(k.view(*k.shape[:2], heads, -1)), v.view(*v.shape[:2], heads, -1))
 
     def _bases(self, lab: Lab) -> dict[str, list[torch.Tensor]]:
         whole = _decomposed(lab.model)

@@ -96,7 +96,8 @@ def found(strategy: Strategy, outcome: dict[str, Any]) -> Found:
     row = Found(strategy.row, strategy.name, strategy.category, strategy.kept)
     recorded = getattr(strategy, "recorded", None)
     if recorded is not None:
-        return recorded(row)
+        from_record: Found = recorded(row)
+        return from_record
     failed = next((half["failed"] for half in outcome.values() if "failed" in half), "")
     if failed:
         return replace(row, failed=failed)

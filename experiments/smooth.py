@@ -103,9 +103,10 @@ class SmoothKeys(Baseline):
             for hook in hooks:
                 hook.remove()
         config = lab.model.config
-        q = lab.rotated(torch.stack(seen).unflatten(-1, (config.num_attention_heads, -1)))
-        grouped = q.square().mean(1).unflatten(1, (config.num_key_value_heads, -1))
-        return grouped.mean(2).sqrt()
+        queries = torch.stack(seen)
+        q = lab.rotated(queries.view(*queries.shape[:2], config.num_attention_heads, -1))
+        layers, heads, dim = q.shape[0], int(config.num_key_value_heads), q.shape[-1]
+        return q.square().mean(1).view(layers, heads, -1, dim).mean(2).sqrt()
 
 
 @lru_cache(maxsize=1)

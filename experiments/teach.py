@@ -89,7 +89,8 @@ def taught(kind: str, steps: int) -> tuple[Any, float]:
     """A model after `steps` steps, and its loss over the last 50 of them."""
     model, data, length = configured(kind), corpus(), LENGTHS[kind]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    generator, started, last = torch.Generator().manual_seed(SEED), time.monotonic(), []
+    generator, started = torch.Generator().manual_seed(SEED), time.monotonic()
+    last: list[float] = []
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -98,7 +99,7 @@ def taught(kind: str, steps: int) -> tuple[Any, float]:
         starts = torch.randint(0, len(data) - length - 1, (BATCH,), generator=generator)
         loss = loss_of(model, torch.stack([data[at : at + length + 1] for at in starts.tolist()]))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         last = [*last[-49:], float(loss.detach())]

@@ -84,8 +84,8 @@ class Cartridge10x(Baseline):
             ids = lab.ids[:, at : at + piece]
             with torch.inference_mode():
                 teacher = after(lab.model, *lab.prefix, ids, tokens)
-            now = [torch.cat((x[:, :1], y), dim=1) for x, y in zip((k, v), learned, strict=True)]
-            loss = divergence(teacher.clone(), after(lab.model, *now, ids, tokens))
+            k_now, v_now = (torch.cat((x[:, :1], y), dim=1) for x, y in zip((k, v), learned, strict=True))
+            loss = divergence(teacher.clone(), after(lab.model, k_now, v_now, ids, tokens))
             grads = torch.autograd.grad(loss, learned)
             for x, grad in zip(learned, grads, strict=True):
                 x.grad = grad

@@ -20,7 +20,7 @@ PREFIX_MAX = 32_768
 """Tokens of prefix and continuation together: more is hours on a CPU."""
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click we allow
     """PREFIX+CONTINUATION."""
 
     name = "PREFIX+CONTINUATION"
