@@ -12,13 +12,13 @@ from tests.conftest import ROOT, environment
 from tests.experiments.test_report import KEYS
 from tests.side import why_missing
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def command(*words: object, **more: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "kvstored", "experiments", *map(str, words)],
-        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=290, check=False,
+        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=850, check=False,
     )  # fmt: skip
 
 
@@ -26,15 +26,18 @@ def rows_of(done: "subprocess.CompletedProcess[str]") -> dict[str, dict]:
     return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
+KILLED = ("8-bit", "4-bit", "lorc-fp16", "vllm", "rwkv")
+
+
+@pytest.fixture(scope="module")
+def done(tiny_model: Path, text: Path) -> "subprocess.CompletedProcess[str]":
+    """A run in which the worker that restores dies in the middle of one strategy."""
+    pytest.importorskip("transformers")
+    asked = ("run", *KILLED, "--model", tiny_model, "--text", text, "--tokens", "96+12", "--json")
+    return command(*asked, "--kl", "0.5", EXPERIMENTS_KILL="get:4-bit")
+
+
 class TestAStrategyKilledInTheMiddle:
-    NAMES = ("8-bit", "4-bit", "lorc-fp16", "vllm", "rwkv")
-
-    @pytest.fixture(scope="class")
-    def done(self, tiny_model: Path, text: Path):
-        pytest.importorskip("transformers")
-        asked = ("run", *self.NAMES, "--model", tiny_model, "--text", text, "--tokens", "96+12", "--json")
-        return command(*asked, "--kl", "0.5", EXPERIMENTS_KILL="get:4-bit")
-
     def test_leaves_the_others_their_rows_and_is_named(self, done):
         rows = rows_of(done)
         assert list(rows) == ["baseline", "no-context", "vllm", "8-bit", "4-bit", "lorc-fp16", "rwkv"], done.stderr
@@ -102,25 +105,27 @@ def test_the_alias_and_the_list_know_the_same_strategies():
     assert [line.split()[0] for line in listed.stdout.splitlines()[1:4]] == ["1", "0", "2"]
 
 
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict]:
+    """The real model's, of the strategies that promises were made about; of all with EXPERIMENTS_ALL=1."""
+    pytest.importorskip("transformers")
+    from examples.model import gguf_file
+
+    gpl = Path("/usr/share/common-licenses/GPL-3")
+    if gguf_file() is None or not gpl.exists():
+        pytest.skip("the model is not installed: make demo" if gpl.exists() else f"{gpl} is not there")
+    if missing := why_missing("kvpress"):
+        pytest.skip(missing)
+    names = ("minicache", "lorc-fp16", "4-bit", "attention-sink", "sliding-window", "h2o", "h2o-4-bit", "pyramidkv")
+    whole = os.environ.get("EXPERIMENTS_ALL") == "1"
+    done = command("run", *(("all",) if whole else names), "--text", gpl, "--tokens", "256+64", "--json")
+    assert done.returncode == 0, done.stderr
+    return rows_of(done)
+
+
 @pytest.mark.model
 class TestTheRealModel:
     """What the issue of this package promised, at 256 + 64 tokens of GPL-3."""
-
-    @pytest.fixture(scope="class")
-    def rows(self):
-        pytest.importorskip("transformers")
-        from examples.model import gguf_file
-
-        gpl = Path("/usr/share/common-licenses/GPL-3")
-        if gguf_file() is None or not gpl.exists():
-            pytest.skip("the model is not installed: make demo" if gpl.exists() else f"{gpl} is not there")
-        if missing := why_missing("kvpress"):
-            pytest.skip(missing)
-        names = ("minicache", "lorc-fp16", "4-bit", "attention-sink", "sliding-window", "h2o", "h2o-4-bit", "pyramidkv")
-        whole = os.environ.get("EXPERIMENTS_ALL") == "1"
-        done = command("run", *(("all",) if whole else names), "--text", gpl, "--tokens", "256+64", "--json")
-        assert done.returncode == 0, done.stderr
-        return rows_of(done)
 
     def test_half_of_h2os_rows_in_nf4_are_13_times_smaller_at_a_kl_of_at_most_0_012(self, rows):
         assert rows["baseline"]["bytes_per_token"] >= 13 * rows["h2o-4-bit"]["bytes_per_token"]
