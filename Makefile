@@ -51,7 +51,8 @@ engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of 
 	@tools/model.sh $(BIN)/python
 	@tools/engines/llama.sh $(BIN)/python >/dev/null
 	$(BIN)/python -m pytest tests/e2e/test_engines.py -k llama
-	$(BIN)/python tools/engines/run_vllm.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))"
+	$(BIN)/python tools/engines/run_vllm.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))" \
+		--record experiments/vllm.json
 
 quick: install  ## The tests that take less than about ten seconds each
 	$(BIN)/python -m pytest -m "not slow and not model" $(PYTEST_ARGS)

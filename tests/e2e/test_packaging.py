@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
+PACKAGES = ("kvstore", "kvstored", "kvstored_client")
 HEAVY = ("torch", "lmdb", "zstandard", "safetensors", "transformers", "grpc_health")
 
 
@@ -53,11 +54,11 @@ def run(venv, *command, **more):
     )  # fmt: skip
 
 
-def test_the_wheel_has_three_typed_packages_and_nothing_else(wheel):
+def test_the_wheel_has_its_typed_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"kvstore", "kvstored", "kvstored_client"}
-    assert {f"{top}/py.typed" for top in ("kvstore", "kvstored", "kvstored_client")} <= set(names)
+    assert {top for top in tops if not top.endswith(".dist-info")} == {*PACKAGES, "experiments"}
+    assert {f"{top}/py.typed" for top in (*PACKAGES, "experiments")} <= set(names)
     assert "kvstored_client/_pb/cache_pb2.pyi" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith((".pyc", ".so", ".toml.orig"))]
@@ -95,6 +96,9 @@ def test_the_command_of_a_bare_install_runs_and_serve_names_the_extra(bare_venv,
     serve = run(bare_venv, "kvstored", "serve", "--data-dir", str(tmp_path), "--address", f"unix:{tmp_path}/s")
     assert serve.returncode == 2
     assert "pip install 'kvstored[daemon]'" in serve.stderr
+    experiments = run(bare_venv, "kvstored", "experiments", "run", "all")
+    assert experiments.returncode == 2
+    assert "pip install 'kvstored[experiments]'" in experiments.stderr
 
 
 def test_the_engine_of_a_bare_install_says_what_is_missing(bare_venv):

@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--engine-python", required=True)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", type=Path, help="where `kvstored experiments` reads its row of vLLM from")
     options = parser.parse_args()
     from examples.model import convert, gguf_file
 
@@ -96,7 +97,18 @@ def main() -> int:
     same = all(result["tokens"] == found["base"]["tokens"] for result in found.values())
     loaded = found["load"]["cached"] > 0
     print(f"same tokens: {same}; loaded from the store: {found['load']['cached']} of {len(ids)}", file=sys.stderr)
+    if options.record is not None:
+        options.record.write_text(json.dumps(record(found, same=same, tokens=len(ids))) + "\n")
     return 0 if same and loaded else 1
+
+
+def record(found: dict[str, dict[str, Any]], *, same: bool, tokens: int) -> dict[str, Any]:
+    """What experiments/vllm.json holds."""
+    load = found["load"]
+    return {
+        "date": time.strftime("%Y-%m-%d"), "tokens": tokens, "cached": load["cached"],
+        "base_s": round(found["base"]["ttft_s"], 2), "load_s": round(load["ttft_s"], 2), "same": same,
+    }  # fmt: skip
 
 
 def show(case: str, result: dict[str, Any], *, as_json: bool) -> None:

@@ -6,7 +6,21 @@ Exit codes are in `exits`, what a key looks like in `keytext`, tables in `show`,
 
 import click
 
-from kvstored.cli import completion, config, directory, doctor, evict, install, look, move, serve, token, top, traces
+from kvstored.cli import (
+    completion,
+    config,
+    directory,
+    doctor,
+    evict,
+    experiments,
+    install,
+    look,
+    move,
+    serve,
+    token,
+    top,
+    traces,
+)
 
 _EPILOG = """\b
 Keys: text is taken as UTF-8; hex:00ff... stands for any bytes.
@@ -20,7 +34,7 @@ def cli() -> None:
     """KV caches of language models, kept: run the daemon, look into it, move entries."""
 
 
-_MODULES = (look, top, traces, move, evict, config, doctor, directory, token, install, completion)
+_MODULES = (look, top, traces, move, evict, config, doctor, directory, token, install, completion, experiments)
 
 for _command in (serve.serve, *(command for module in _MODULES for command in module.COMMANDS)):
     cli.add_command(_command)

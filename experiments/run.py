@@ -1,0 +1,275 @@
+"""The run: worker A puts every state, the daemon restarts, worker B restores and judges.
+
+Strategies whose libraries want another path on PYTHONPATH have workers of their own, so there is a pair of workers for
+each engine; all speak to one daemon. A worker that dies in the middle of a strategy costs that row: another worker goes
+on with the next. Not thread-safe.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pydoc_data.topics
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import ExperimentFailed, Found, Strategy
+from experiments.catalogue import ENGINES
+from experiments.smollm import cache_directory, default_model
+from experiments.worker import Job
+from kvstore.config import CodecPolicy
+from kvstore.errors import KvstoreError
+from kvstored_client import Client
+
+START_S = STOP_S = 120.0
+ROW_S = 300.0
+"""One strategy in one role; a worker that takes longer is ended, and the row is a failure."""
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. model: a directory. text: a file. prefix, continuation: tokens."""
+
+    model: Path
+    text: Path
+    prefix: int
+    continuation: int
+    strategies: tuple[Strategy, ...]
+
+
+TEXTS = (Path("/usr/share/common-licenses/GPL-3"), Path(str(pydoc_data.topics.__file__)))
+"""What is read where no text is named: a licence on Debian, else Python's own manual."""
+
+
+def checked_text(path: Path | None) -> Path:
+    """The text to read. Raises ExperimentFailed for a file that is none."""
+    if path is None:
+        return next(text for text in TEXTS if text.is_file())
+    try:
+        with path.open("rb") as file:
+            binary = b"\0" in file.read(4096)
+    except OSError as error:
+        raise ExperimentFailed(f"{path}: {error.strerror or error}") from None
+    if binary:
+        raise ExperimentFailed(f"{path} is not plain text: there are zero bytes in it")
+    return path.resolve()
+
+
+def checked_model(path: Path | None) -> Path:
+    """The model's directory. Raises ExperimentFailed where there is none."""
+    if path is None:
+        return default_model()
+    if not (path / "config.json").is_file():
+        raise ExperimentFailed(f"{path} is no model: a directory with config.json, weights and tokenizer is wanted")
+    return path.resolve()
+
+
+def run(plan: Plan, tick: Tick) -> Iterator[Found]:
+    """Every strategy's row, in the plan's order. tick: called after each strategy in each role, with its name.
+
+    Raises ExperimentFailed where nothing can be run at all.
+    """
+    outcomes: dict[str, dict[str, Any]] = {s.name: {} for s in plan.strategies}
+    with tempfile.TemporaryDirectory(prefix="kvx-") as top:
+        home = Path(top)
+        (home / "kvstored.toml").write_text(settings(plan.strategies))
+        for role in ("put", "get"):
+            with daemon(home) as address:
+                for name, outcome in _all(plan, role, address, home / "workers.log", outcomes):
+                    outcomes[name][role] = outcome
+                    tick(name)
+    for strategy in plan.strategies:
+        yield found(strategy, outcomes[strategy.name])
+
+
+def found(strategy: Strategy, outcome: dict[str, Any]) -> Found:
+    """A row from what the two workers said."""
+    row = Found(strategy.row, strategy.name, strategy.category, strategy.kept)
+    recorded = getattr(strategy, "recorded", None)
+    if recorded is not None:
+        from_record: Found = recorded(row)
+        return from_record
+    failed = next((half["failed"] for half in outcome.values() if "failed" in half), "")
+    if failed:
+        return replace(row, failed=failed)
+    a, b = outcome["put"], dict(outcome["get"])
+    same = a["logits"] == b.pop("logits")
+    if not same and strategy.policy is None:
+        row = replace(row, failed="an exact state came back, and its logits are others than before it was stored")
+    return replace(row, bit_equal=same, **b)
+
+
+def _all(
+    plan: Plan, role: Literal["put", "get"], address: str, log: Path, outcomes: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All strategies in one role, engine by engine; those that failed before are passed by."""
+    for engine in ENGINES:
+        names = [
+            s.name
+            for s in plan.strategies
+            if s.engine == engine and not hasattr(s, "recorded")
+            and not any("failed" in half for half in outcomes[s.name].values())
+        ]  # fmt: skip
+        job = Job(role, address, str(plan.model), str(plan.text), plan.prefix, plan.continuation, ())
+        try:
+            env = environment(engine)
+        except ExperimentFailed as error:
+            yield from ((name, {"failed": str(error)}) for name in names)
+            continue
+        yield from work(job, names, env, log)
+
+
+def work(job: Job, names: Sequence[str], env: dict[str, str], log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each strategy's outcome, {"failed": why} among them, from as many worker processes as it takes."""
+    left = list(names)
+    while left:
+        began = ""
+        for line in _lines(replace(job, strategies=tuple(left)), env, log):
+            if "fatal" in line:
+                raise ExperimentFailed(line["fatal"])
+            if "begin" in line:
+                began = line["begin"]
+            elif "end" in line:
+                # Died before its first strategy: none of the others would fare better.
+                dead = [began] if began in left else list(left) if not began else []
+                for name in dead:
+                    left.remove(name)
+                    yield name, {"failed": line["end"]}
+            else:
+                name = line.pop("found", None) or line["failed"]
+                left.remove(name)
+                yield name, {"failed": line["why"]} if "why" in line else line
+
+
+def _lines(job: Job, env: dict[str, str], log: Path) -> Iterator[dict[str, Any]]:
+    """What one worker says, line by line, and at last {"end": why} where it did not end well."""
+    with log.open("a") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.worker", json.dumps(asdict(job))],
+            stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
+        )  # fmt: skip
+    assert process.stdout is not None
+    late = threading.Event()
+
+    def overdue() -> None:
+        late.set()
+        process.kill()
+
+    watch = threading.Timer(ROW_S, overdue)
+    watch.start()
+    try:
+        for text in process.stdout:
+            watch.cancel()
+            watch = threading.Timer(ROW_S, overdue)
+            watch.start()
+            yield json.loads(text)
+        if process.wait() != 0:
+            yield {"end": f"it took longer than {ROW_S:.0f} s" if late.is_set() else _why(process.returncode, log)}
+    finally:
+        watch.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _why(code: int, log: Path) -> str:
+    if code < 0:
+        return f"the worker was ended by {signal.Signals(-code).name}"
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"the worker ended with exit code {code}: {said[-1] if said else 'it said nothing'}"
+
+
+@contextlib.contextmanager
+def daemon(home: Path) -> Iterator[str]:
+    """A daemon over `home` until the block ends; then SIGTERM, which writes everything to disk."""
+    address, log = f"unix:{home / 'kvstored.sock'}", home / "daemon.log"
+    command = [sys.executable, "-m", "kvstored", "serve", "--config", str(home / "kvstored.toml")]
+    with log.open("a") as errors:
+        process = subprocess.Popen(
+            [*command, "--data-dir", str(home / "data"), "--address", address],
+            stdout=errors, stderr=errors, env=environment(""),
+        )  # fmt: skip
+    try:
+        _wait_until_ready(process, address, log)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with Client(address, timeout_s=1, on_error="raise") as client:
+                client.stats()
+        except KvstoreError:
+            time.sleep(0.1)
+        else:
+            return
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    raise ExperimentFailed(f"the daemon did not start: {said[-1] if said else 'it said nothing'}")
+
+
+def environment(engine: str) -> dict[str, str]:
+    """This process's, with this distribution and an engine's wheels on the path, and no settings of another daemon.
+
+    OMP_WAIT_POLICY: torch's threads otherwise spin while they wait, which on shared cores takes longer than the work.
+    Raises ExperimentFailed, saying how to get it, where the engine is not there.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORED_")}
+    wheels = [cache_directory() / "engines" / "side" / folder for folder in ENGINES[engine]]
+    missing = [folder for folder in wheels if not folder.is_dir()]
+    if missing and importlib.util.find_spec(engine) is None:
+        raise ExperimentFailed(f"{engine} is not at {missing[0]}: run tools/engines/side.sh PYTHON in a checkout")
+    packages = ("kvstore", "kvstored", "kvstored_client", "experiments")
+    path = [*wheels, *dict.fromkeys(_home(package) for package in packages)]
+    outer = kept.get("PYTHONPATH")
+    joined = os.pathsep.join([*map(str, path), *([outer] if outer else [])])
+    return kept | {"PYTHONPATH": joined, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _home(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[1]
+
+
+def settings(strategies: Iterable[Strategy]) -> str:
+    """The daemon's TOML: a namespace for each strategy that lets its state be encoded."""
+    lines = [
+        "[store]",
+        "promote_after = 0  # what is measured is the disk",
+        "[store.hot]",
+        'capacity_nbytes = "1GiB"',
+        "[store.warm]",
+        'capacity_nbytes = "256MiB"',
+        "[store.cold]",
+        'capacity_nbytes = "16GiB"',
+    ]
+    for strategy in strategies:
+        if strategy.policy is not None:
+            lines += _table(f'store.warm.namespaces."{strategy.name}"', strategy.policy)
+    return "\n".join(lines) + "\n"
+
+
+def _table(name: str, policy: CodecPolicy) -> list[str]:
+    lines = [f"[{name}]", f'codec = "{policy.codec}"', f"max_relative_error = {policy.max_relative_error}"]
+    if policy.layers:
+        lines.append(f"[{name}.layers]")
+        lines += [f'"{at}" = {{ codec = "{one.codec}" }}' for at, one in policy.layers.items()]
+    return lines
