@@ -17,7 +17,7 @@ from collections import OrderedDict
 from itertools import accumulate
 from typing import Literal
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 from kvstore.tiers.memory import MemoryTier
 
 STEPS = 32

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.keys import Key
 
 
 class Chains:

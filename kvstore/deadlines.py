@@ -10,8 +10,8 @@ import heapq
 from collections.abc import Mapping
 from math import floor, inf
 
-from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.keys import Key
 
 
 class Deadlines:

@@ -11,13 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
 from types import MappingProxyType
-from typing import NewType
 
 import torch
 
 from kvstore.dtypes import BY_NAME
-
-Key = NewType("Key", bytes)
+from kvstore.keys import Key
 
 ENTRY_OVERHEAD_NBYTES = 512
 """Counted for an entry beside its payload: Entry, Meta, key and three dictionary slots, as measured

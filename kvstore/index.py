@@ -7,7 +7,7 @@ The cold tier writes Metas down from time to time and gives them back at the nex
 from dataclasses import dataclass
 from math import inf
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 from kvstore.owner import NOBODY, Owner
 
 

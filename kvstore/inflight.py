@@ -8,7 +8,7 @@ Not thread-safe: the store's lock covers each call.
 
 from dataclasses import dataclass
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 
 @dataclass(slots=True)

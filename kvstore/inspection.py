@@ -7,8 +7,9 @@ it was at some moment of the call.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from kvstore.entry import Described, Key
+from kvstore.entry import Described
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
+from kvstore.keys import Key
 from kvstore.owner import Owner
 from kvstore.residency import Residency
 from kvstore.stats import Stats, TierStats, accounts_of, values_of

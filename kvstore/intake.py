@@ -14,12 +14,12 @@ import torch
 from kvstore import arrays, pins
 from kvstore.boundary import blamed
 from kvstore.config import StoreConfig
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.forms import raw_entry
 from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
 from kvstore.index import Meta
-from kvstore.keys import check_key, check_namespace
+from kvstore.keys import Key, check_key, check_namespace
 from kvstore.mover import Mover
 from kvstore.residency import Residency
 

@@ -11,9 +11,13 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NewType
 
 from kvstore.errors import InvalidEntry
 from kvstore.hit import FIDELITIES
+
+Key = NewType("Key", bytes)
+"""What a key is below the verbs: bytes that `check_key` has seen."""
 
 KEY_MAX_NBYTES = 256
 """LMDB keys end at 511 bytes; half of that leaves room for what a later version may put before them."""

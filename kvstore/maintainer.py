@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvstore.config import StoreConfig
-from kvstore.entry import Key
+from kvstore.keys import Key
 from kvstore.mover import Mover
 from kvstore.residency import Residency
 from kvstore.resizing import rebalance

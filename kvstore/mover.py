@@ -12,10 +12,11 @@ import threading
 from collections.abc import Callable
 
 from kvstore.balance import DENSITY
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable
 from kvstore.forms import Forms
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.printable import printable
 from kvstore.residency import Residency
 from kvstore.tiers import LastTier, TierName

@@ -8,9 +8,9 @@ unpin takes it off whoever set it. How many bytes pins may take is the tier's ow
 from collections.abc import Sequence
 from math import inf
 
-from kvstore.entry import Key
 from kvstore.errors import OverQuota
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.residency import Residency
 
 

@@ -11,9 +11,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from kvstore.config import StoreConfig
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.hit import Held
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.residency import Residency
 from kvstore.stats import MissCause
 from kvstore.tiers import TierName

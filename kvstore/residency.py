@@ -19,9 +19,10 @@ from kvstore.chains import Chains
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
 from kvstore.deadlines import Deadlines
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.index import Meta
 from kvstore.inflight import InFlight
+from kvstore.keys import Key
 from kvstore.owner import NOBODY, Owner
 from kvstore.policies import policy_named
 from kvstore.stats import Counters, MissCause, TierCounters

@@ -27,13 +27,13 @@ from kvstore.codecs import check_entry
 from kvstore.codecs.policy import Policies
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.errors import CodecError, InvalidEntry, TierUnavailable
 from kvstore.forms import Room, TensorForms, specs_of
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.inspection import entries, entry_info, explain, snapshot
 from kvstore.intake import Intake, PutOptions, check_ttl
-from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
+from kvstore.keys import CHUNK_TOKENS, Identity, Key, check_key, check_keys, check_prefix
 from kvstore.maintainer import Maintainer
 from kvstore.mover import Mover
 from kvstore.plainly import plainly

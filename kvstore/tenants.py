@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
 
 from kvstore.config import QuotaConfig
-from kvstore.entry import Key
 from kvstore.errors import InvalidEntry
+from kvstore.keys import Key
 from kvstore.owner import NO_LIMITS, Limits, Owner
 
 TENANT_PREFIX_NBYTES = 16

@@ -8,7 +8,7 @@ Not thread-safe: the store's lock covers each call.
 from collections import OrderedDict
 from typing import Literal, NamedTuple
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 GoneCause = Literal["expired", "evicted", "corrupt", "over quota", "deleted", "orphaned", "write failed"]
 """orphaned: the chunk before it left, so nothing could match it any more."""

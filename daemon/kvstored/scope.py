@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.config import StoreConfig
-from kvstore.entry import Key
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
+from kvstore.keys import Key
 from kvstore.reader import Found, Resident
 from kvstore.store import Store
 from kvstored.tokens import LOCAL, Identity

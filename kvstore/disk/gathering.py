@@ -14,7 +14,7 @@ import numpy as np
 from kvstore.disk import Buffer
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place, Segments
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 SLACK_MAX = 0.15
 """Idle share of the bytes held above which gathering begins: files then stay under 1.2 times the live bytes."""

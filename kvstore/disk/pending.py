@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
+from kvstore.keys import Key
 from kvstore.owner import NOBODY, Owner
 
 

@@ -11,8 +11,9 @@ from kvstore.boundary import Blaming
 from kvstore.disk import Bytes
 from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
-from kvstore.entry import Described, Entry, Key
+from kvstore.entry import Described, Entry
 from kvstore.errors import RecordCorrupt
+from kvstore.keys import Key
 from kvstore.plainly import plainly
 from kvstore.record import Head, assemble, parse_head, specs_of
 from kvstore.sealing import NO_SEALS, Seals

@@ -18,8 +18,8 @@ import numpy as np
 from kvstore.chains import Links, links_of
 from kvstore.disk.blocks import PlaceTable, places_nbytes
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
-from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.owner import labelled
 
 log = logging.getLogger(__name__)

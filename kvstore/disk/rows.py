@@ -22,8 +22,8 @@ import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES
 from kvstore.disk.segments import Place
-from kvstore.entry import Key
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.owner import labelled
 
 MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30

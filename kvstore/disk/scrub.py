@@ -6,8 +6,9 @@ A read does all the work: it checks, and drops, counts and names what is corrupt
 from collections.abc import Iterator
 from typing import Protocol
 
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.hit import Verified
+from kvstore.keys import Key
 
 SCRUB_NBYTES = 64 << 20
 """Checked in one turn, once a minute: 90 GiB a day for a few hundredths of a second of disk time each minute."""

@@ -20,11 +20,11 @@ from kvstore.codecs import check_entry, decode_entry
 from kvstore.config import ColdConfig
 from kvstore.disk.opening import take
 from kvstore.disk.scrub import verify
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.errors import ConfigError, EntryTooLarge, KvstoreError
 from kvstore.hit import TensorInfo
 from kvstore.index import Meta
-from kvstore.keys import check_key
+from kvstore.keys import Key, check_key
 from kvstore.printable import printable
 from kvstore.record import from_safetensors, to_safetensors
 from kvstore.safetensors_header import HEADER_MAX_NBYTES, open_regular

@@ -19,9 +19,9 @@ from kvstore.disk.gathering import Gatherer
 from kvstore.disk.pending import Delete, Operation, Pending, Put
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place, Segments
-from kvstore.entry import Key
 from kvstore.errors import KvstoreError
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.record import pack
 from kvstore.sealing import Key as SealKey
 

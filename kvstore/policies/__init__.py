@@ -9,7 +9,7 @@ evicts a victim's deepest descendant in its place (`tiers.order`), so none can l
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 
 class Policy(Protocol):

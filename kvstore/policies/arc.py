@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 
 class ARC:

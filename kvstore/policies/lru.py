@@ -7,7 +7,7 @@ leaf-first LRU would: an ancestor is always more recent than its descendants. So
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 
 class LRU:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from kvstore.entry import Key
+from kvstore.keys import Key
 
 SMALL_SHARE = 0.1
 """Of the keys tracked. The paper's choice; on the Mooncake trace 0.05 to 0.2 differ by less than a point."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
-from kvstore.entry import Described, Entry, Key
+from kvstore.entry import Described, Entry
 from kvstore.hit import Verified
+from kvstore.keys import Key
 
 TierName = Literal["hot", "warm", "cold"]
 

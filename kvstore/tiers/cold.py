@@ -30,10 +30,11 @@ from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
 from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
-from kvstore.entry import Described, Entry, Key
+from kvstore.entry import Described, Entry
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import Verified
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.owner import NOBODY, Owner
 from kvstore.printable import printable
 from kvstore.record import record_nbytes

@@ -7,8 +7,9 @@ holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from kvstore.entry import Entry, Key
+from kvstore.entry import Entry
 from kvstore.errors import OverQuota
+from kvstore.keys import Key
 from kvstore.owner import NOBODY, Owner
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order

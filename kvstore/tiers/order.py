@@ -13,7 +13,7 @@ from itertools import chain
 from math import inf
 
 from kvstore.chains import Chains
-from kvstore.entry import Key
+from kvstore.keys import Key
 from kvstore.owner import NOBODY, TIERS, Owner
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU

@@ -9,8 +9,8 @@ import xxhash
 
 from kvstore.arrays import as_bytes
 from kvstore.codecs import codec_for, encode_entry
-from kvstore.entry import Key
 from kvstore.forms import raw_entry
+from kvstore.keys import Key
 from kvstore.packed import packed as packed_entry
 from kvstore.reader import Found
 from kvstored.parcels import parcel

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.config import POLICIES
-from kvstore.entry import Key
+from kvstore.keys import Key
 from kvstore.policies import Policy, policy_named
 
 

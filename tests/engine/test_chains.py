@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.chains import Chains, links_of
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
-from kvstore.entry import Key
 from kvstore.errors import OverQuota
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.store import Store
 
 MIB = 1 << 20

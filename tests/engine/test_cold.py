@@ -21,9 +21,10 @@ from kvstore.config import ColdConfig
 from kvstore.disk import SystemDisk
 from kvstore.disk.reading import read_entry
 from kvstore.disk.writer import ROW_NBYTES
-from kvstore.entry import Described, EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import Described, EncodedTensor, Entry, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.tiers.cold import Cold
 
 MIB = 1 << 20

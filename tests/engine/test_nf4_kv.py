@@ -17,11 +17,12 @@ from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.receipt import errors_by_head
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, ConfigError
 from kvstore.forms import raw_entry
 from kvstore.index import Meta
 from kvstore.kernels import cpu_kernel
+from kvstore.keys import Key
 
 PATHS = {"kernel": cpu_kernel, "reference": lambda _x: None}
 """Ways to the same bytes; the first is the second where no kernel is installed."""

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from kvstore.codecs import codec_for, encode_entry
 from kvstore.compression import Compression, compress
 from kvstore.disk.writer import ROW_NBYTES, cost_of
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec
+from kvstore.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.forms import raw_entry
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.packed import packed
 from kvstore.record import pack, record_nbytes
 from kvstore.sealing import Key as SealKey

@@ -15,9 +15,9 @@ from kvstore.clock import ManualClock
 from kvstore.codecs import decode_entry, encode_entry
 from kvstore.codecs.by_role import ByRole
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
-from kvstore.entry import Key
 from kvstore.errors import OverQuota
 from kvstore.forms import raw_entry
+from kvstore.keys import Key
 from kvstore.store import Store
 
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])

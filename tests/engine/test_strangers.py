@@ -31,9 +31,10 @@ from kvstore.compression import Compression
 from kvstore.disk.rows import Rows, pack_row, parse_row
 from kvstore.disk.segments import Place
 from kvstore.disk.upkeep import export, import_files
-from kvstore.entry import EncodedTensor, Entry, Key, TensorSpec, error_in
+from kvstore.entry import EncodedTensor, Entry, TensorSpec, error_in
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.index import Meta
+from kvstore.keys import Key
 from kvstore.sealing import Seals
 
 KEY = Key(b"a stranger's")
