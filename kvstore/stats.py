@@ -5,13 +5,11 @@ Counters only grow; gauges are read at the moment of the snapshot. All under the
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from math import inf
 from typing import Literal
-
-from kvstore.owner import Owner
 
 MissCause = Literal["absent", "expired", "corrupt", "lost"]
 """absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read."""
@@ -134,39 +132,6 @@ class Stats:
     def as_dict(self) -> dict[str, object]:
         """Plain dictionaries, for JSON."""
         return {"values": dict(self.values), "tiers": {name: asdict(tier) for name, tier in self.tiers.items()}}
-
-
-NAMESPACES_SHOWN = 16
-"""A name is a time series in whatever collects the numbers: the hottest will do."""
-
-
-def accounts_of(owners: Iterable[Owner], tenants: Iterable[str]) -> dict[str, float]:
-    """Bytes in all tiers, entries and hits by tenant, and by namespace for those with the most hits."""
-    sums = {tenant: [0, 0, 0] for tenant in sorted(tenants)}
-    named: list[tuple[int, int, int, str]] = []
-    for owner in owners:
-        nbytes = sum(owner.nbytes)
-        if owner.namespace and not owner.idle:
-            named.append((owner.hits, nbytes, owner.entries, owner.name))
-        if owner.tenant in sums:
-            sums[owner.tenant] = [
-                a + b for a, b in zip(sums[owner.tenant], (nbytes, owner.entries, owner.hits), strict=True)
-            ]
-    named.sort(reverse=True)
-    values: dict[str, float] = {}
-    for tenant, (nbytes, entries, hits) in sums.items():
-        values |= {
-            f"tenant_nbytes_{tenant}": nbytes,
-            f"tenant_entries_{tenant}": entries,
-            f"tenant_hits_{tenant}": hits,
-        }
-    for hits, nbytes, entries, name in named[:NAMESPACES_SHOWN]:
-        values |= {
-            f"namespace_nbytes_{name}": nbytes,
-            f"namespace_entries_{name}": entries,
-            f"namespace_hits_{name}": hits,
-        }
-    return values
 
 
 def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, float]:
