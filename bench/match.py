@@ -8,8 +8,8 @@ import json
 import time
 
 from kvstore.config import HotConfig, StoreConfig
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.simulate import LAYOUTS, Setup, SizedForms
 from kvstore.store import Store
 from kvstore.trace import block_key

@@ -3,7 +3,7 @@
 Invariant: an Entry and everything it reaches is never changed after it is made, so any thread may
 read it without a lock and a tier may hand out the very object it holds. Who puts tensors in owns no
 part of them afterwards: `Store.put` copies.
-Leaves out: when it expires and how often it was used (`index.Meta`), and how it looks as bytes
+Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), and how it looks as bytes
 (`record`).
 """
 

@@ -96,8 +96,8 @@ class EntryInfo:
 class Explanation:
     """Where a key is, or why it is gone.
 
-    state: "held", a `tombstones.GoneCause`, or "never put" (or so long ago that nobody remembers). tier: the uppermost
-    that holds it, or the lowest that last did. gone_s: seconds since it left. entry: what is held.
+    state: "held", a `metadata.tombstones.GoneCause`, or "never put" (or so long ago that nobody remembers). tier: the
+    uppermost that holds it, or the lowest that last did. gone_s: seconds since it left. entry: what is held.
     """
 
     key: bytes

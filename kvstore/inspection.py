@@ -7,11 +7,11 @@ it was at some moment of the call.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from kvstore.accounts import accounts_of
 from kvstore.entry import Described
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.keys import Key
-from kvstore.owner import Owner
+from kvstore.metadata.accounts import accounts_of
+from kvstore.metadata.owner import Owner
 from kvstore.residency import Residency
 from kvstore.stats import Stats, TierStats, values_of
 from kvstore.tiers import TierName

@@ -18,8 +18,8 @@ from kvstore.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.forms import raw_entry
 from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
-from kvstore.index import Meta
 from kvstore.keys import Key, check_key, check_namespace
+from kvstore.metadata.meta import Meta
 from kvstore.mover import Mover
 from kvstore.residency import Residency
 

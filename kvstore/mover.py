@@ -15,8 +15,8 @@ from kvstore.balance import DENSITY
 from kvstore.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable
 from kvstore.forms import Forms
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
 from kvstore.residency import Residency
 from kvstore.tiers import LastTier, TierName

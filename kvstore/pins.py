@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from math import inf
 
 from kvstore.errors import OverQuota
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.residency import Residency
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from kvstore.config import StoreConfig
 from kvstore.entry import Entry
 from kvstore.hit import Held
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.residency import Residency
 from kvstore.stats import MissCause
 from kvstore.tiers import TierName

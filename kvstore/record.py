@@ -27,8 +27,8 @@ from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
 from kvstore.entry import Described, EncodedTensor, Entry, TensorSpec, error_in
 from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
-from kvstore.index import Meta
 from kvstore.keys import Key, check_key
+from kvstore.metadata.meta import Meta
 from kvstore.packed import Layout, PackedTensors, layout_of
 from kvstore.printable import printable
 from kvstore.safetensors_header import (

@@ -15,22 +15,22 @@ from collections.abc import Iterable, Sequence
 from math import inf
 
 from kvstore.balance import Balance
-from kvstore.chains import Chains
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
-from kvstore.deadlines import Deadlines
 from kvstore.entry import Entry
-from kvstore.index import Meta
-from kvstore.inflight import InFlight
 from kvstore.keys import Key
-from kvstore.owner import NOBODY, Owner
+from kvstore.metadata.chains import Chains
+from kvstore.metadata.deadlines import Deadlines
+from kvstore.metadata.inflight import InFlight
+from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import NOBODY, Owner
+from kvstore.metadata.tenants import Tenants
+from kvstore.metadata.tombstones import GoneCause, Tombstone, Tombstones
 from kvstore.policies import policy_named
 from kvstore.stats import Counters, MissCause, TierCounters
-from kvstore.tenants import Tenants
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
-from kvstore.tombstones import GoneCause, Tombstone, Tombstones
 
 
 class Residency:

@@ -21,10 +21,10 @@ from kvstore.disk.admission import Admission
 from kvstore.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry
 from kvstore.errors import ConfigError
 from kvstore.hit import Verified
-from kvstore.index import Meta
 from kvstore.intake import Intake
 from kvstore.keys import Key
 from kvstore.maintainer import Maintainer
+from kvstore.metadata.meta import Meta
 from kvstore.mover import Mover
 from kvstore.packed import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
 from kvstore.reader import Reader

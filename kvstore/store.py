@@ -35,6 +35,7 @@ from kvstore.inspection import entries, entry_info, explain, snapshot
 from kvstore.intake import Intake, PutOptions, check_ttl
 from kvstore.keys import CHUNK_TOKENS, Identity, Key, check_key, check_keys, check_prefix
 from kvstore.maintainer import Maintainer
+from kvstore.metadata.tombstones import GoneCause
 from kvstore.mover import Mover
 from kvstore.plainly import plainly
 from kvstore.prefix import Namespace
@@ -43,7 +44,6 @@ from kvstore.reader import Found, Reader, Resident, leading_first
 from kvstore.residency import residency_of
 from kvstore.resizing import set_hot_capacity
 from kvstore.stats import Stats
-from kvstore.tombstones import GoneCause
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ hit at least once is written. A pinned entry is always written. Holds no lock: t
 from collections import OrderedDict
 
 from kvstore.clock import Clock
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 
 GHOSTS_MAX = 65_536
 """Keys remembered after they left: 6 MiB, and at a chunk of 256 tokens 16 million tokens' worth of prefixes."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvstore.entry import Entry
 from kvstore.keys import Key
-from kvstore.owner import NOBODY, Owner
+from kvstore.metadata.owner import NOBODY, Owner
 
 
 @dataclass(slots=True)

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.chains import Links, links_of
 from kvstore.disk.blocks import PlaceTable, places_nbytes
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
-from kvstore.index import Meta
 from kvstore.keys import Key
-from kvstore.owner import labelled
+from kvstore.metadata.chains import Links, links_of
+from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import labelled
 
 log = logging.getLogger(__name__)
 

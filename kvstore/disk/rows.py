@@ -22,9 +22,9 @@ import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES
 from kvstore.disk.segments import Place
-from kvstore.index import Meta
 from kvstore.keys import Key
-from kvstore.owner import labelled
+from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import labelled
 
 MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
 """A map is address space only, but no process has petabytes of it; a map that is full grows."""

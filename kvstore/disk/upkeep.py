@@ -23,8 +23,8 @@ from kvstore.disk.scrub import verify
 from kvstore.entry import Entry
 from kvstore.errors import ConfigError, EntryTooLarge, KvstoreError
 from kvstore.hit import TensorInfo
-from kvstore.index import Meta
 from kvstore.keys import Key, check_key
+from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
 from kvstore.record import from_safetensors, to_safetensors
 from kvstore.safetensors_header import HEADER_MAX_NBYTES, open_regular

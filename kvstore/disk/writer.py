@@ -20,8 +20,8 @@ from kvstore.disk.pending import Delete, Operation, Pending, Put
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place, Segments
 from kvstore.errors import KvstoreError
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.record import pack
 from kvstore.sealing import Key as SealKey
 

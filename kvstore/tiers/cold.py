@@ -33,9 +33,9 @@ from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entry import Described, Entry
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import Verified
-from kvstore.index import Meta
 from kvstore.keys import Key
-from kvstore.owner import NOBODY, Owner
+from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.printable import printable
 from kvstore.record import record_nbytes
 from kvstore.sealing import Key as SealKey

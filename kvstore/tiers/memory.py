@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from kvstore.entry import Entry
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
-from kvstore.owner import NOBODY, Owner
+from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import inf
 
-from kvstore.chains import Chains
 from kvstore.keys import Key
-from kvstore.owner import NOBODY, TIERS, Owner
+from kvstore.metadata.chains import Chains
+from kvstore.metadata.owner import NOBODY, TIERS, Owner
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU
 

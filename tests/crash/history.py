@@ -16,8 +16,8 @@ from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk
 from kvstore.entry import EncodedTensor, Entry, TensorSpec
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.tiers.cold import Cold
 
 SEED = os.environ.get("KVSTORED_TORTURE_SEED")

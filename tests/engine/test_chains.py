@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstore.chains import Chains, links_of
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.errors import OverQuota
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.chains import Chains, links_of
+from kvstore.metadata.meta import Meta
 from kvstore.store import Store
 
 MIB = 1 << 20

@@ -23,8 +23,8 @@ from kvstore.disk.reading import read_entry
 from kvstore.disk.writer import ROW_NBYTES
 from kvstore.entry import Described, EncodedTensor, Entry, TensorSpec
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.tiers.cold import Cold
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.entry import Entry
 from kvstore.keys import Key
-from kvstore.owner import NO_LIMITS, Owner
+from kvstore.metadata.owner import NO_LIMITS, Owner
 from kvstore.store import Store
 from kvstore.tiers.order import Order
 

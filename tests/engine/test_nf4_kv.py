@@ -20,9 +20,9 @@ from kvstore.codecs.receipt import errors_by_head
 from kvstore.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, ConfigError
 from kvstore.forms import raw_entry
-from kvstore.index import Meta
 from kvstore.kernels import cpu_kernel
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 
 PATHS = {"kernel": cpu_kernel, "reference": lambda _x: None}
 """Ways to the same bytes; the first is the second where no kernel is installed."""

@@ -14,8 +14,8 @@ from kvstore.compression import Compression, compress
 from kvstore.disk.writer import ROW_NBYTES, cost_of
 from kvstore.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.forms import raw_entry
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.packed import packed
 from kvstore.record import pack, record_nbytes
 from kvstore.sealing import Key as SealKey

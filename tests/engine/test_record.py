@@ -18,8 +18,8 @@ from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME
 from kvstore.entry import Described, EncodedTensor, Entry, TensorSpec
 from kvstore.errors import EntryTooLarge, RecordCorrupt
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.record import FIXED_NBYTES, pack, parse_head, specs_of, unpack
 from kvstore.safetensors_header import HEADER_MAX_NBYTES, parse_header
 

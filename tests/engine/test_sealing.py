@@ -13,8 +13,8 @@ from kvstore.config import ColdConfig, StoreConfig
 from kvstore.entry import Entry
 from kvstore.errors import ConfigError, RecordCorrupt
 from kvstore.forms import raw_entry
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.record import FIXED_NBYTES, pack, unpack
 from kvstore.sealing import HEAD_NBYTES, TAG_NBYTES, Seals, read_keys
 from kvstore.store import Store

@@ -33,8 +33,8 @@ from kvstore.disk.segments import Place
 from kvstore.disk.upkeep import export, import_files
 from kvstore.entry import EncodedTensor, Entry, TensorSpec, error_in
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.sealing import Seals
 
 KEY = Key(b"a stranger's")

@@ -246,7 +246,7 @@ def test_a_namespaces_name_is_short_and_printable() -> None:
 
 def test_a_caller_who_invents_namespaces_without_end_is_counted_under_none() -> None:
     from kvstore.keys import Key
-    from kvstore.tenants import OWNERS_MAX, Tenants
+    from kvstore.metadata.tenants import OWNERS_MAX, Tenants
 
     tenants = Tenants({}, {})
     for i in range(OWNERS_MAX):
@@ -259,7 +259,7 @@ def test_a_caller_who_invents_namespaces_without_end_is_counted_under_none() -> 
 def test_past_the_limit_a_namespace_with_a_codec_policy_keeps_it() -> None:
     """It was counted under none, and so encoded by the store's own codec."""
     from kvstore.keys import Key
-    from kvstore.tenants import OWNERS_MAX, Tenants
+    from kvstore.metadata.tenants import OWNERS_MAX, Tenants
 
     tenants = Tenants({}, {}, {"model", "whole@name"})
     for i in range(OWNERS_MAX):

@@ -12,7 +12,7 @@ from kvstore.clock import ManualClock
 from kvstore.disk.admission import Admission
 from kvstore.disk.upkeep import compact, export, fsck, import_files
 from kvstore.errors import ConfigError
-from kvstore.index import Meta
+from kvstore.metadata.meta import Meta
 from tests.engine.test_cold import Holder, filled, flip, key, segment_files
 
 MIB = 1 << 20

@@ -10,8 +10,8 @@ import heapq
 from collections.abc import Mapping
 from math import floor, inf
 
-from kvstore.index import Meta
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 
 
 class Deadlines:

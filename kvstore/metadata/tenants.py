@@ -13,7 +13,7 @@ from math import inf
 from kvstore.config import QuotaConfig
 from kvstore.errors import InvalidEntry
 from kvstore.keys import Key
-from kvstore.owner import NO_LIMITS, Limits, Owner
+from kvstore.metadata.owner import NO_LIMITS, Limits, Owner
 
 TENANT_PREFIX_NBYTES = 16
 OWNERS_MAX = 4096

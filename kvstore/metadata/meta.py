@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from kvstore.keys import Key
-from kvstore.owner import NOBODY, Owner
+from kvstore.metadata.owner import NOBODY, Owner
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from kvstore.owner import Owner
+from kvstore.metadata.owner import Owner
 
 NAMESPACES_SHOWN = 16
 """A name is a time series in whatever collects the numbers: the hottest will do."""
