@@ -31,10 +31,10 @@ from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place
 from kvstore.disk.writer import ROWS_PER_COMMIT
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.record import pack
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.record import pack
 from kvstore.store import Store
 from kvstore.tiers.cold import Cold
 

@@ -19,7 +19,7 @@ import zstandard
 from bench.fidelity import Model
 from kvstore.arrays import as_bytes
 from kvstore.codecs import codec_named
-from kvstore.compression import Bytes, group_bytes, ungroup_bytes
+from kvstore.entries.compression import Bytes, group_bytes, ungroup_bytes
 
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 TOKENS = 256

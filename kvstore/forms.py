@@ -14,10 +14,10 @@ import torch
 from kvstore.codecs import decode_entry, encode_entry
 from kvstore.codecs.hints import Hints, token_axis_of
 from kvstore.codecs.policy import Policies
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.compact import packed
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.keys import Key
-from kvstore.packed import packed
 from kvstore.residency import Residency
 
 _RAM = torch.device("cpu")

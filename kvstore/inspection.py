@@ -7,7 +7,7 @@ it was at some moment of the call.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from kvstore.entry import Described
+from kvstore.entries.entry import Described
 from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.keys import Key
 from kvstore.metadata.accounts import accounts_of

@@ -14,7 +14,7 @@ import torch
 from kvstore import arrays, pins
 from kvstore.boundary import blamed
 from kvstore.config import StoreConfig
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.forms import raw_entry
 from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority

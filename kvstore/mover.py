@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from kvstore.balance import DENSITY
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable
 from kvstore.forms import Forms
 from kvstore.keys import Key

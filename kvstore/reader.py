@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from kvstore.config import StoreConfig
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.hit import Held
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta

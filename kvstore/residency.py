@@ -17,7 +17,7 @@ from math import inf
 from kvstore.balance import Balance
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
 from kvstore.metadata.deadlines import Deadlines

@@ -18,7 +18,8 @@ import torch
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
 from kvstore.disk.admission import Admission
-from kvstore.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry
+from kvstore.entries.compact import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
+from kvstore.entries.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry
 from kvstore.errors import ConfigError
 from kvstore.hit import Verified
 from kvstore.intake import Intake
@@ -26,7 +27,6 @@ from kvstore.keys import Key
 from kvstore.maintainer import Maintainer
 from kvstore.metadata.meta import Meta
 from kvstore.mover import Mover
-from kvstore.packed import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
 from kvstore.reader import Reader
 from kvstore.residency import Residency, residency_of
 from kvstore.tiers import TierName

@@ -27,7 +27,7 @@ from kvstore.codecs import check_entry
 from kvstore.codecs.policy import Policies
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, InvalidEntry, TierUnavailable
 from kvstore.forms import Room, TensorForms, specs_of
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvstore.arena import Arena, Place, Segment
-from kvstore.entry import Entry, TensorSpec
+from kvstore.entries.entry import Entry, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.region import layout
 from kvstored_client._pb import cache_pb2 as pb

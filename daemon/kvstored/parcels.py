@@ -10,9 +10,9 @@ from typing import NamedTuple
 import xxhash
 
 from kvstore import arrays
-from kvstore.entry import Entry
+from kvstore.entries.compact import Layout, PackedTensors, layout_of
+from kvstore.entries.entry import Entry
 from kvstore.hit import TensorInfo
-from kvstore.packed import Layout, PackedTensors, layout_of
 from kvstore.reader import Found
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import Bytes, submessage

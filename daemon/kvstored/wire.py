@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from kvstore import arrays
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit, Priority

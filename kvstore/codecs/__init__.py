@@ -13,7 +13,7 @@ import torch
 from kvstore.boundary import blamed
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entry import EncodedTensor, Entry
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError
 from kvstore.plainly import plainly
 

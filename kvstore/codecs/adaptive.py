@@ -17,7 +17,7 @@ from kvstore.codecs.layers import encode_runs
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.receipt import by_layer, errors_by_head, role_in
 from kvstore.config import LAYER_RUNS_MAX
-from kvstore.entry import EncodedTensor
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import ConfigError
 
 _RANK = 4

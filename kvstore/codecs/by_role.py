@@ -8,7 +8,7 @@ import torch
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
 from kvstore.codecs.nf4 import NF4
 from kvstore.codecs.nf4_kv import NF4KV
-from kvstore.entry import EncodedTensor
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 _TOKENS_MIN = 16

@@ -12,7 +12,7 @@ import torch
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_part
 from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 
 SHORT_ROW = 64

@@ -17,7 +17,7 @@ from kvstore.codecs import blocks
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.tables import table
 from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
-from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 from kvstore.kernels import cpu_kernel
 from kvstore.kernels.cpu import CpuKernel

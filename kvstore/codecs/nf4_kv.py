@@ -19,7 +19,7 @@ from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_part
 from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 from kvstore.kernels import kv_kernel
 from kvstore.kernels.cpu import STILL, Rows

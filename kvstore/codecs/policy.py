@@ -10,7 +10,7 @@ from kvstore.codecs.adaptive import Adaptive
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of
 from kvstore.codecs.layers import encode_runs
 from kvstore.config import CodecPolicy, WarmConfig, layer_range
-from kvstore.entry import EncodedTensor
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 _RANK = 4

@@ -3,7 +3,7 @@
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 
 

@@ -16,7 +16,7 @@ import torch
 from kvstore.codecs import content
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
 from kvstore.codecs.planes import Part, others, planes_of, standing_apart
-from kvstore.entry import EncodedTensor
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import KvKernel, kv_kernel
 from kvstore.kernels.cpu import STILL, Rotary, Rows

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.owner import NOBODY, Owner
 

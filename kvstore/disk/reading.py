@@ -11,12 +11,12 @@ from kvstore.boundary import Blaming
 from kvstore.disk import Bytes
 from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
-from kvstore.entry import Described, Entry
+from kvstore.entries.entry import Described, Entry
+from kvstore.entries.record import Head, assemble, parse_head, specs_of
+from kvstore.entries.sealing import NO_SEALS, Seals
 from kvstore.errors import RecordCorrupt
 from kvstore.keys import Key
 from kvstore.plainly import plainly
-from kvstore.record import Head, assemble, parse_head, specs_of
-from kvstore.sealing import NO_SEALS, Seals
 
 PIECE_NBYTES = 4 << 20
 """Read and hashed at once. Smaller pieces gain nothing from the cache, where the kernel's copy does not leave the data,

@@ -6,7 +6,7 @@ A read does all the work: it checks, and drops, counts and names what is corrupt
 from collections.abc import Iterator
 from typing import Protocol
 
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.hit import Verified
 from kvstore.keys import Key
 

@@ -20,14 +20,14 @@ from kvstore.codecs import check_entry, decode_entry
 from kvstore.config import ColdConfig
 from kvstore.disk.opening import take
 from kvstore.disk.scrub import verify
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
+from kvstore.entries.record import from_safetensors, to_safetensors
+from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, open_regular
 from kvstore.errors import ConfigError, EntryTooLarge, KvstoreError
 from kvstore.hit import TensorInfo
 from kvstore.keys import Key, check_key
 from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
-from kvstore.record import from_safetensors, to_safetensors
-from kvstore.safetensors_header import HEADER_MAX_NBYTES, open_regular
 from kvstore.tiers.cold import Cold
 
 Progress = Callable[[int, int], None]

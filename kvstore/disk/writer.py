@@ -19,11 +19,11 @@ from kvstore.disk.gathering import Gatherer
 from kvstore.disk.pending import Delete, Operation, Pending, Put
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place, Segments
+from kvstore.entries.record import pack
+from kvstore.entries.sealing import Key as SealKey
 from kvstore.errors import KvstoreError
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.record import pack
-from kvstore.sealing import Key as SealKey
 
 log = logging.getLogger(__name__)
 

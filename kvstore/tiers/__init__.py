@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.disk.admission import Admission
-from kvstore.entry import Described, Entry
+from kvstore.entries.entry import Described, Entry
 from kvstore.hit import Verified
 from kvstore.keys import Key
 

@@ -30,16 +30,16 @@ from kvstore.disk.rows import Row, Rows
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
 from kvstore.disk.segments import Segments
 from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
-from kvstore.entry import Described, Entry
+from kvstore.entries.entry import Described, Entry
+from kvstore.entries.record import record_nbytes
+from kvstore.entries.sealing import Key as SealKey
+from kvstore.entries.sealing import Seals, UnknownSeal
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import Verified
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.printable import printable
-from kvstore.record import record_nbytes
-from kvstore.sealing import Key as SealKey
-from kvstore.sealing import Seals, UnknownSeal
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order
 

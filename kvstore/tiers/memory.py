@@ -7,7 +7,7 @@ holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.owner import NOBODY, Owner

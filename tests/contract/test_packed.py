@@ -9,9 +9,9 @@ import xxhash
 
 from kvstore.arrays import as_bytes
 from kvstore.codecs import codec_for, encode_entry
+from kvstore.entries.compact import packed as packed_entry
 from kvstore.forms import raw_entry
 from kvstore.keys import Key
-from kvstore.packed import packed as packed_entry
 from kvstore.reader import Found
 from kvstored.parcels import parcel
 from kvstored.wire import hit_frames, hit_header

@@ -15,7 +15,7 @@ import torch
 from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.tiers.cold import Cold

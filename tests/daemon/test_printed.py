@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from kvstore.entries.safetensors_header import Slot, write_header
 from kvstore.errors import InvalidEntry, KvstoreError, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Hit, TensorInfo
 from kvstore.printable import printable
-from kvstore.safetensors_header import Slot, write_header
 from kvstore.stats import Stats, TierStats
 from kvstored.cli import cli, remote
 from kvstored.cli.tensorfile import read_tensors

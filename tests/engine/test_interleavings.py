@@ -15,7 +15,7 @@ import kvstore.forms
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.owner import NO_LIMITS, Owner
 from kvstore.store import Store

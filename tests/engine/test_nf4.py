@@ -9,7 +9,7 @@ import torch
 
 from kvstore.codecs import codec_named, nf4
 from kvstore.codecs.nf4 import NF4, bitsandbytes_tensors
-from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "nf4.json"

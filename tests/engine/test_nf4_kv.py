@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore import record
 from kvstore.codecs import codec_named, decode_entry, encode_entry, kv_blocks
 from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive
@@ -17,7 +16,8 @@ from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.receipt import errors_by_head
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries import record
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, ConfigError
 from kvstore.forms import raw_entry
 from kvstore.kernels import cpu_kernel

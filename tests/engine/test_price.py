@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codecs import codec_for, encode_entry
-from kvstore.compression import Compression, compress
 from kvstore.disk.writer import ROW_NBYTES, cost_of
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.compact import packed
+from kvstore.entries.compression import Compression, compress
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.record import pack, record_nbytes
+from kvstore.entries.sealing import Key as SealKey
 from kvstore.forms import raw_entry
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.packed import packed
-from kvstore.record import pack, record_nbytes
-from kvstore.sealing import Key as SealKey
 from kvstore.tiers.cold import Cold
 
 from .test_cold import Holder, key
@@ -64,7 +64,7 @@ def test_the_price_holds_whatever_a_codec_notes(attrs: dict[str, object]) -> Non
 
 def test_what_samples_promise_and_the_rest_does_not_keep_is_stored_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a record could be larger than its price."""
-    monkeypatch.setattr("kvstore.compression.GAIN_MIN", -1.0)
+    monkeypatch.setattr("kvstore.entries.compression.GAIN_MIN", -1.0)
     noise = np.random.default_rng(1).integers(0, 256, 1 << 20, np.uint8)
     assert compress([noise], 2) == (Compression.NONE, [noise])
     assert compress([noise], 2, Compression.ZSTD)[0] is Compression.ZSTD, "who asks for a way gets it"

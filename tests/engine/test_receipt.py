@@ -13,7 +13,7 @@ from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.policy import Policies
 from kvstore.codecs.receipt import rotary_of
 from kvstore.config import MAX_RELATIVE_ERROR, WarmConfig
-from kvstore.entry import EncodedTensor, TensorSpec
+from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.forms import raw_entry
 from kvstore.kernels import cpu_kernel
 from kvstore.kernels.cpu import STILL, Rotary

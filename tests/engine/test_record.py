@@ -14,14 +14,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME
-from kvstore.entry import Described, EncodedTensor, Entry, TensorSpec
+from kvstore.entries.compression import Compression, compress, decompress_into
+from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec
+from kvstore.entries.record import FIXED_NBYTES, pack, parse_head, specs_of, unpack
+from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, parse_header
 from kvstore.errors import EntryTooLarge, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.record import FIXED_NBYTES, pack, parse_head, specs_of, unpack
-from kvstore.safetensors_header import HEADER_MAX_NBYTES, parse_header
 
 KEY = Key(b"a key")
 META = Meta(created_at=1000.0, expires_at=4600.0, ttl_s=3600.0, value_nbytes=0)

@@ -7,16 +7,16 @@ import pytest
 import torch
 import xxhash
 
-from kvstore import sealing
-from kvstore.compression import Compression
 from kvstore.config import ColdConfig, StoreConfig
-from kvstore.entry import Entry
+from kvstore.entries import sealing
+from kvstore.entries.compression import Compression
+from kvstore.entries.entry import Entry
+from kvstore.entries.record import FIXED_NBYTES, pack, unpack
+from kvstore.entries.sealing import HEAD_NBYTES, TAG_NBYTES, Seals, read_keys
 from kvstore.errors import ConfigError, RecordCorrupt
 from kvstore.forms import raw_entry
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.record import FIXED_NBYTES, pack, unpack
-from kvstore.sealing import HEAD_NBYTES, TAG_NBYTES, Seals, read_keys
 from kvstore.store import Store
 
 META = Meta(1.0, 2.0, 1.0, 0)

@@ -14,7 +14,7 @@ import kvstore.forms
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
-from kvstore.entry import Entry
+from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, ConfigError, EntryTooLarge, OverQuota, TierUnavailable
 from kvstore.store import Store
 

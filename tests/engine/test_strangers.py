@@ -22,20 +22,20 @@ import torch
 import xxhash
 
 from kvstore import Store
-from kvstore import record as records
 from kvstore.clock import ManualClock
 from kvstore.codecs import check_entry, codec_named, decode_entry, encode_entry
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.layers import encode_runs
-from kvstore.compression import Compression
 from kvstore.disk.rows import Rows, pack_row, parse_row
 from kvstore.disk.segments import Place
 from kvstore.disk.upkeep import export, import_files
-from kvstore.entry import EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.entries import record as records
+from kvstore.entries.compression import Compression
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.entries.sealing import Seals
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.sealing import Seals
 
 KEY = Key(b"a stranger's")
 META = Meta(created_at=1000.0, expires_at=4e9, ttl_s=3600.0, value_nbytes=0)

@@ -12,12 +12,12 @@ import torch
 import xxhash
 from google.protobuf.message import DecodeError
 
-from kvstore import record as records
-from kvstore.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries import record as records
+from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.safetensors_header import Slot, parse_header, write_header
 from kvstore.errors import ConfigError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.safetensors_header import Slot, parse_header, write_header
 from kvstored.budget import Budget
 from kvstored.tokens import read_tokens
 from kvstored.wire import PutStream

@@ -374,7 +374,7 @@ class Nf4Deserializer(Deserializer):
         """Fill dst. Raises CodecError for bytes that are no NF4 tensor of its shape."""
         del key
         from kvstore.codecs import codec_named
-        from kvstore.entry import EncodedTensor, TensorSpec
+        from kvstore.entries.entry import EncodedTensor, TensorSpec
 
         data, target = _bytes_of(src), dst.tensor
         head = json.loads(data[:_HEAD_NBYTES].numpy().tobytes())

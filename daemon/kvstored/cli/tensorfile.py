@@ -2,7 +2,7 @@
 
 Reading maps the file, so putting a large one needs no second copy in memory. Element types the format has no code for
 (complex, some float8) are written as U8 with one more dimension, their name under `kvstored.dtype.<tensor>` in the
-file's metadata. The header itself is `kvstore.safetensors_header`'s: strict, and capped before it is parsed.
+file's metadata. The header itself is `kvstore.entries.safetensors_header`'s: strict, and capped before it is parsed.
 """
 
 import os
@@ -17,9 +17,9 @@ import numpy as np
 from kvstore import arrays
 from kvstore.boundary import Blaming
 from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
+from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, Slot, open_regular, parse_header, write_header
 from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.hit import TensorInfo
-from kvstore.safetensors_header import HEADER_MAX_NBYTES, Slot, open_regular, parse_header, write_header
 
 _LENGTH_NBYTES = 8
 _PIECE_NBYTES = 8 << 20

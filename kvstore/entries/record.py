@@ -23,15 +23,11 @@ import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes, check_name
 from kvstore.boundary import Blaming
-from kvstore.compression import Compression, compress, decompress_into
 from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
-from kvstore.entry import Described, EncodedTensor, Entry, TensorSpec, error_in
-from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
-from kvstore.keys import Key, check_key
-from kvstore.metadata.meta import Meta
-from kvstore.packed import Layout, PackedTensors, layout_of
-from kvstore.printable import printable
-from kvstore.safetensors_header import (
+from kvstore.entries.compact import Layout, PackedTensors, layout_of
+from kvstore.entries.compression import Compression, compress, decompress_into
+from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.entries.safetensors_header import (  # fmt: skip
     HEADER_MAX_NBYTES,
     RANK_MAX,
     Slot,
@@ -40,9 +36,13 @@ from kvstore.safetensors_header import (
     no_duplicates,
     parse_header,
     write_header,
-)  # fmt: skip
-from kvstore.sealing import NO_SEALS, Seals, sealed_nbytes
-from kvstore.sealing import Key as SealKey
+)
+from kvstore.entries.sealing import NO_SEALS, Seals, sealed_nbytes
+from kvstore.entries.sealing import Key as SealKey
+from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
+from kvstore.keys import Key, check_key
+from kvstore.metadata.meta import Meta
+from kvstore.printable import printable
 
 MAGIC = b"KVSR"
 VERSION = 1

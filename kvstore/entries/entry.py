@@ -109,7 +109,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
-        # A mapping that knows its own size (`packed`) need not make its tensors to be counted.
+        # A mapping that knows its own size (`compact`) need not make its tensors to be counted.
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)

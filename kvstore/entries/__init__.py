@@ -1,0 +1,1 @@
+"""One entry: its tensors in memory, in one compact buffer, and as a record of bytes."""
