@@ -20,9 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from kvstore.codecs import blocks, nf4, nf4_kv
+from kvstore.codecs import nf4, nf4_kv
 from kvstore.codecs.nf4 import NF4
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.kernels import reference
 
 MIB = 1 << 20
 ROUNDS = 11
@@ -138,7 +139,7 @@ def main() -> None:
     if args.quick:
         args.mib, args.threads, args.dtype = [16], [1], ["float32"]
     keep_freed_memory()
-    blocks.quantize(torch.randn(1 << 16))
+    reference.quantize(torch.randn(1 << 16))
     for mib in args.mib:
         for dtype in args.dtype:
             for threads in args.threads:

@@ -137,8 +137,8 @@ def bitsandbytes_nf4(k: torch.Tensor, v: torch.Tensor) -> Coded:
 
 def one_scale(k: torch.Tensor, v: torch.Tensor) -> Coded:
     """NF4 levels under one scale for the whole tensor: the naive design."""
-    from kvstore.codecs.blocks import codes_of
-    from kvstore.codecs.tables import table
+    from kvstore.kernels.reference import codes_of
+    from kvstore.kernels.tables import table
 
     def both(x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().max()

@@ -1,5 +1,5 @@
 // What the receipt of nf4-kv is a fraction of: the energy of rows without their mean over a group of tokens, standing
-// still or turning. The arithmetic is kvstore/codecs/content.py's; sums are floats, so its last digits are not.
+// still or turning. The arithmetic is kvstore/kernels/reference_content.py's; sums are floats, so its last digits are not.
 // Every operation is elementwise over eight channels, so all instruction sets give the same bits.
 #pragma once
 #include "kv.h"

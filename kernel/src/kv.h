@@ -1,5 +1,5 @@
 // nf4-kv over one instruction set: centre, rotate, search, code, in one pass over pieces that stay in L1.
-// The arithmetic and its order are kvstore/codecs/kv_blocks.py's.
+// The arithmetic and its order are kvstore/kernels/reference_kv.py's.
 #pragma once
 #include "ops.h"
 #include "vec_any.h"

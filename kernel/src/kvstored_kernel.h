@@ -3,7 +3,7 @@
 //
 // REQUIRES of every call: lengths as stated below. The caller (kvstore/kernels/cpu.py) checks them against
 // the tensor's spec; the kernel computes every offset from them and reads nothing outside.
-// Bytes are those of kvstore/codecs/blocks.py and kv_blocks.py, on every instruction set.
+// Bytes are those of kvstore/kernels/reference.py and reference_kv.py, on every instruction set.
 #pragma once
 #include <stdint.h>
 

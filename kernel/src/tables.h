@@ -1,4 +1,4 @@
-// Constant tables, as bits: the same as kvstore/codecs/tables.py and kv_blocks.py, which explain them.
+// Constant tables, as bits: the same as kvstore/kernels/tables.py and reference_kv.py, which explain them.
 #pragma once
 #include <stdint.h>
 

@@ -4,7 +4,7 @@ Bit-compatible with bitsandbytes 0.50 on the CPU: same packed bytes, same scales
 Invariant: a record or an entry in memory holds codes and scales only; the constant tables
 (`quant_map`, `nested_quant_map`, 1.1 KB a tensor) are added by `bitsandbytes_tensors` for an export.
 Pure, any thread. Leaves out: which tensors may be touched (`codecs.encode_entry`) and the arithmetic
-itself (`blocks`; `kvstore.kernels` repeats it faster).
+itself (`reference`; `kvstore.kernels` repeats it faster).
 """
 
 import json
@@ -13,14 +13,13 @@ from math import prod, sqrt
 
 import torch
 
-from kvstore.codecs import blocks
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.tables import table
 from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
 from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
-from kvstore.kernels import cpu_kernel
+from kvstore.kernels import cpu_kernel, reference
 from kvstore.kernels.cpu import CpuKernel
+from kvstore.kernels.tables import table
 
 _OFFSET_LIMIT = 2.0**128
 """A scale is a float32: beyond it, and not a number, an offset is nobody's mean."""
@@ -62,8 +61,8 @@ class NF4:
         _refuse_overflow(scales, x.dtype)
         error, energy = squares.clamp(min=0.0).tolist()
         attrs: dict[str, object] = {
-            "blocksize": blocks.BLOCK,
-            "nested_blocksize": blocks.NESTED_BLOCK,
+            "blocksize": reference.BLOCK,
+            "nested_blocksize": reference.NESTED_BLOCK,
             "nested_offset": scales.offset,
             "relative_error": sqrt(error / energy) if energy else 0.0,
         }
@@ -78,10 +77,10 @@ class NF4:
         scales = _checked(encoded)
         codes = encoded.parts[""]
         out = prepared_out(encoded.spec, codes.device, out)
-        absmax = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset)
+        absmax = reference.dequantize_scales(scales.codes, scales.nested, scales.offset)
         kernel = cpu_kernel(codes)
         if kernel is None:
-            blocks.dequantize(codes, absmax, out.view(-1))
+            reference.dequantize(codes, absmax, out.view(-1))
         else:
             kernel.nf4_decode(codes, absmax, out.view(-1))
         return out
@@ -102,12 +101,12 @@ def _measured(kernel: CpuKernel, flat: torch.Tensor) -> tuple[torch.Tensor, Scal
 
 
 def _measured_reference(flat: torch.Tensor) -> tuple[torch.Tensor, Scales, torch.Tensor] | None:
-    codes, absmax = blocks.quantize(flat)
+    codes, absmax = reference.quantize(flat)
     if not bool(torch.isfinite(absmax).all()):
         return None
-    scales = Scales(*blocks.quantize_scales(absmax))
-    decoded = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset)
-    return codes, scales, blocks.squares(absmax, blocks.sums(flat, codes, absmax), decoded)
+    scales = Scales(*reference.quantize_scales(absmax))
+    decoded = reference.dequantize_scales(scales.codes, scales.nested, scales.offset)
+    return codes, scales, reference.squares(absmax, reference.sums(flat, codes, absmax), decoded)
 
 
 def _refuse_overflow(scales: Scales, dtype: torch.dtype) -> None:
@@ -118,7 +117,7 @@ def _refuse_overflow(scales: Scales, dtype: torch.dtype) -> None:
     # No level of the map is above 1, so this bound settles it without decoding the scales.
     if float(scales.nested.max()) + abs(scales.offset) < torch.finfo(dtype).max / 2:
         return
-    largest = blocks.dequantize_scales(scales.codes, scales.nested, scales.offset).abs().max()
+    largest = reference.dequantize_scales(scales.codes, scales.nested, scales.offset).abs().max()
     if not bool(torch.isfinite(largest.to(dtype))):
         raise CodecError(f"nf4 cannot hold values whose scale is {float(largest)} in {dtype}; keep them raw")
 
@@ -128,16 +127,18 @@ def _checked(encoded: EncodedTensor) -> Scales:
     spec, attrs = encoded.spec, encoded.attrs
     if spec.dtype not in LOSSY_ALLOWED:
         raise CodecError(f"nf4 decodes to {sorted(LOSSY_ALLOWED)}, not {spec.dtype}")
-    if attrs.get("blocksize") != blocks.BLOCK or attrs.get("nested_blocksize") != blocks.NESTED_BLOCK:
-        raise CodecError(f"nf4 has blocks of {blocks.BLOCK} and {blocks.NESTED_BLOCK}, not {dict(attrs)}")
+    if attrs.get("blocksize") != reference.BLOCK or attrs.get("nested_blocksize") != reference.NESTED_BLOCK:
+        raise CodecError(f"nf4 has blocks of {reference.BLOCK} and {reference.NESTED_BLOCK}, not {dict(attrs)}")
     offset = attrs.get("nested_offset")
     if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _OFFSET_LIMIT:
         raise CodecError(f"nf4 needs a number nested_offset, not {offset!r}")
     n = prod(spec.shape)
-    b = (n + blocks.BLOCK - 1) // blocks.BLOCK
+    b = (n + reference.BLOCK - 1) // reference.BLOCK
     require_part(encoded, "", torch.uint8, (n + 1) // 2)
     codes = require_part(encoded, "absmax", torch.uint8, b)
-    nested = require_part(encoded, "nested_absmax", torch.float32, (b + blocks.NESTED_BLOCK - 1) // blocks.NESTED_BLOCK)
+    nested = require_part(
+        encoded, "nested_absmax", torch.float32, (b + reference.NESTED_BLOCK - 1) // reference.NESTED_BLOCK
+    )
     return Scales(codes, nested, float(offset))
 
 
@@ -182,10 +183,10 @@ def bitsandbytes_tensors(name: str, encoded: EncodedTensor) -> dict[str, torch.T
     cpu = torch.device("cpu")
     state = {
         "quant_type": "nf4",
-        "blocksize": blocks.BLOCK,
+        "blocksize": reference.BLOCK,
         "dtype": encoded.spec.dtype,
         "shape": list(encoded.spec.shape),
-        "nested_blocksize": blocks.NESTED_BLOCK,
+        "nested_blocksize": reference.NESTED_BLOCK,
         "nested_dtype": "float32",
         "nested_offset": scales.offset,
     }

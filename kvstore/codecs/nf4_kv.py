@@ -3,8 +3,8 @@
 Keys are centred per channel over 64 tokens (means in 8 bits), keys and values rotated by a Hadamard
 transform along head_dim, scales searched; the first tokens of a prefix, to which attention always
 returns, and outlying tokens elsewhere are kept in 16 bits and left out of all statistics.
-Invariant: the bytes are those of `kv_blocks`, whichever kernel wrote them. Pure, any thread.
-Leaves out: the arithmetic (`kv_blocks`) and which tensors may be touched (`codecs.encode_entry`).
+Invariant: the bytes are those of `reference_kv`, whichever kernel wrote them. Pure, any thread.
+Leaves out: the arithmetic (`reference_kv`) and which tensors may be touched (`codecs.encode_entry`).
 The format and its figures: docs/codecs.md.
 """
 
@@ -14,14 +14,14 @@ from math import isfinite, prod
 
 import torch
 
-from kvstore.codecs import content, kv_blocks, receipt
+from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_part
 from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
-from kvstore.kernels import kv_kernel
+from kvstore.kernels import kv_kernel, reference_content, reference_kv
 from kvstore.kernels.cpu import STILL, Rows
 
 _TOP_LIMIT = 0x7F800000 >> 17
@@ -55,7 +55,7 @@ class Plane:
     @property
     def block(self) -> int:
         """Values a scale."""
-        return kv_blocks.KEY_BLOCK if self.role == "key" else kv_blocks.VALUE_BLOCK
+        return reference_kv.KEY_BLOCK if self.role == "key" else reference_kv.VALUE_BLOCK
 
     @property
     def blocks(self) -> int:
@@ -65,7 +65,7 @@ class Plane:
     @property
     def groups(self) -> int:
         """Means an outer slab has."""
-        return kv_blocks.group_count(self.coded) if self.role == "key" else 0
+        return reference_kv.group_count(self.coded) if self.role == "key" else 0
 
     @property
     def leading(self) -> bool:
@@ -74,7 +74,7 @@ class Plane:
 
     def rows(self, stride_tokens: int) -> Rows:
         """The coded tokens for the kernel, slabs lying stride_tokens tokens apart."""
-        size = kv_blocks.rotation_size(self.d)
+        size = reference_kv.rotation_size(self.d)
         stride = stride_tokens * self.inner * self.d
         return Rows(self.outer, self.coded, self.inner, self.d, stride, size, self.block, self.groups)
 
@@ -191,14 +191,14 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
             )
         found = kernel.kv_encode(coded, where, means)
         if found is None:
-            raise CodecError(kv_blocks.REFUSED)
-        blocks = kv_blocks.RotatedBlocks(*found)
+            raise CodecError(reference_kv.REFUSED)
+        blocks = reference_kv.RotatedBlocks(*found)
         if telling and energies is None:
             energies = kernel.kv_content(coded, where, rotary)
     else:
         blocks = _encode_reference(coded.to(torch.float32), plane, prefix, parts)
         if telling:
-            energies = content.energies(coded, rotary)
+            energies = reference_content.energies(coded, rotary)
     parts[prefix] = blocks.codes
     parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = blocks.scales, blocks.tops
     if not telling or energies is None:
@@ -207,32 +207,32 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
 
 
 def _missed(
-    rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor], blocks: kv_blocks.RotatedBlocks
+    rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor], blocks: reference_kv.RotatedBlocks
 ) -> torch.Tensor:
     """The squared error of each head (outer, inner): of its blocks, and of its kept tokens."""
     by_row = blocks.error.view(plane.outer, plane.coded, plane.inner, plane.d // plane.block)
-    missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / kv_blocks.rotation_size(plane.d)
+    missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / reference_kv.rotation_size(plane.d)
     if plane.kept:
-        missed = missed + content.distances(rows[:, list(plane.kept)], parts[f"{prefix}kept"])
+        missed = missed + reference_content.distances(rows[:, list(plane.kept)], parts[f"{prefix}kept"])
     return missed
 
 
 def _encode_reference(
     coded: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]
-) -> kv_blocks.RotatedBlocks:
+) -> reference_kv.RotatedBlocks:
     if plane.groups:
-        codes, scales = kv_blocks.group_means(coded)
+        codes, scales = reference_kv.group_means(coded)
         parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"] = codes, scales
-        coded = coded - kv_blocks.expand_means(codes, scales, plane.coded)
-    rotated = kv_blocks.rotate(coded, kv_blocks.rotation_size(plane.d))
-    return kv_blocks.encode_rotated(rotated.reshape(-1), plane.block)
+        coded = coded - reference_kv.expand_means(codes, scales, plane.coded)
+    rotated = reference_kv.rotate(coded, reference_kv.rotation_size(plane.d))
+    return reference_kv.encode_rotated(rotated.reshape(-1), plane.block)
 
 
 def _halves(kept: torch.Tensor) -> torch.Tensor:
     """Kept rows in 16 bits: as they are, or float32 as float16, or as bfloat16 out of float16's range."""
     largest = float(kept.abs().max())
     if not isfinite(largest):
-        raise CodecError(kv_blocks.REFUSED)
+        raise CodecError(reference_kv.REFUSED)
     if kept.dtype != torch.float32:
         return kept.contiguous()
     # From 2**-10 up, what float16 loses of smaller values is below its error on the largest.
@@ -262,10 +262,10 @@ def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Te
         means = None if mean is None else kernel.kv_expand(rows, *mean)
         kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, rows, coded)
     else:
-        size = kv_blocks.rotation_size(plane.d)
-        flat = kv_blocks.decode_rotated(blocks, plane.block, size)[: coded.numel()]
-        values = kv_blocks.rotate(flat, size).view(coded.shape)
-        coded.copy_(values if mean is None else values + kv_blocks.expand_means(*mean, plane.coded))
+        size = reference_kv.rotation_size(plane.d)
+        flat = reference_kv.decode_rotated(blocks, plane.block, size)[: coded.numel()]
+        values = reference_kv.rotate(flat, size).view(coded.shape)
+        coded.copy_(values if mean is None else values + reference_kv.expand_means(*mean, plane.coded))
     if not direct:
         out[:, plane.others(out.device)] = coded
 
@@ -279,7 +279,9 @@ def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
     parts = dict(encoded.parts)
     for suffix, dtype in _JOINED.items():
         lengths = [
-            {"": p.blocks * p.block // 2, "scale": p.blocks, "scale_top": -(-p.blocks // kv_blocks.SCALE_GROUP)}[suffix]
+            {"": p.blocks * p.block // 2, "scale": p.blocks, "scale_top": -(-p.blocks // reference_kv.SCALE_GROUP)}[
+                suffix
+            ]
             for p in planes
         ]
         joined = require_part(encoded, suffix, dtype, sum(lengths))
@@ -287,15 +289,15 @@ def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
     return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
 
 
-def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> kv_blocks.RotatedBlocks:
+def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> reference_kv.RotatedBlocks:
     """Codes, scales and tops of exactly the lengths the plane has, with tops that are finite scales."""
     b = plane.blocks
     codes = require_part(encoded, prefix, torch.uint8, b * plane.block // 2)
     scales = require_part(encoded, f"{prefix}scale", torch.uint8, b)
-    tops = require_part(encoded, f"{prefix}scale_top", torch.int16, -(-b // kv_blocks.SCALE_GROUP))
+    tops = require_part(encoded, f"{prefix}scale_top", torch.int16, -(-b // reference_kv.SCALE_GROUP))
     if not tops.clamp(0, _TOP_LIMIT - 1).equal(tops):
         raise CodecError(f"nf4-kv scale tops lie in [0, {_TOP_LIMIT})")
-    return kv_blocks.RotatedBlocks(codes, scales, tops, scales)
+    return reference_kv.RotatedBlocks(codes, scales, tops, scales)
 
 
 def _checked_kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from kvstore.codecs.hints import Hints
-from kvstore.codecs.kv_blocks import GROUP
+from kvstore.kernels.reference_kv import GROUP
 
 KEPT_KEYS = 4
 """Tokens at the start of a prefix whose keys stay in 16 bits; elsewhere at most so many outlying ones."""

@@ -13,12 +13,11 @@ from typing import Protocol
 
 import torch
 
-from kvstore.codecs import content
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
 from kvstore.codecs.planes import Part, others, planes_of, standing_apart
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
-from kvstore.kernels import KvKernel, kv_kernel
+from kvstore.kernels import KvKernel, kv_kernel, reference_content
 from kvstore.kernels.cpu import STILL, Rotary, Rows
 
 RESOLUTION = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-18}
@@ -134,8 +133,8 @@ def _errors(rows: torch.Tensor, got: torch.Tensor, part: Part, kept: tuple[int, 
     energies = _energies(coded, rotary, kernel) if part != "plain" else _whole(coded, kernel)
     values = max(1, coded.shape[1] * coded.shape[3])
     if not bool((energies[..., 0] >= _TINY * values).all() & (energies < torch.inf).all() & (missed < torch.inf).all()):
-        missed = content.distances(rows, got)
-        energies = content.energies(coded, rotary) if part != "plain" else _whole(coded, None)
+        missed = reference_content.distances(rows, got)
+        energies = reference_content.energies(coded, rotary) if part != "plain" else _whole(coded, None)
     if not bool(torch.isfinite(missed).all()):
         raise CodecError("encoded, finite values would come back as infinities; keep these raw")
     ratios = _ratios(missed, energies, rows.dtype)
@@ -153,12 +152,12 @@ def _ratios(missed: torch.Tensor, energies: torch.Tensor, dtype: torch.dtype) ->
 def distances(rows: torch.Tensor, got: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
     """Squared error of each head (outer, inner), by the kernel where there is one."""
     if kernel is None:
-        return content.distances(rows, got)
+        return reference_content.distances(rows, got)
     return kernel.kv_distance(rows, got, _place(rows))
 
 
 def _energies(rows: torch.Tensor, rotary: Rotary, kernel: KvKernel | None) -> torch.Tensor:
-    return content.energies(rows, rotary) if kernel is None else kernel.kv_content(rows, _place(rows), rotary)
+    return reference_content.energies(rows, rotary) if kernel is None else kernel.kv_content(rows, _place(rows), rotary)
 
 
 def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:

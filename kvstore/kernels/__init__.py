@@ -1,6 +1,6 @@
 """Which kernel answers for a tensor: compiled C++ on the CPU, Triton on CUDA, else the torch reference.
 
-Every kernel gives the reference's bytes (`codecs.blocks`, `codecs.kv_blocks`), so a choice here is only
+Every kernel gives the reference's bytes (`kernels.reference`, `kernels.reference_kv`), so a choice here is only
 one of speed, and a missing kernel never means a broken codec.
 """
 
@@ -36,7 +36,7 @@ class KvKernel(Protocol):
     def kv_means(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
+        """`reference_kv.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
 
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
@@ -50,7 +50,9 @@ class KvKernel(Protocol):
     def kv_encode(
         self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Codes, scales, tops and errors as `kv_blocks.encode_rotated` gives; None or CodecError where not finite."""
+        """Codes, scales, tops and errors as `reference_kv.encode_rotated` gives; None or CodecError where not
+        finite.
+        """
 
     def kv_decode(
         self,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvstore.codecs.tables import table
+from kvstore.kernels.tables import table
 
 ABI = 5
 THREADED_NBYTES = 4 << 20
@@ -82,7 +82,7 @@ class CpuKernel:
     isa: int
 
     def nf4_encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """`blocks.quantize`, or None where a value is not finite. x: flat, contiguous, on the CPU."""
+        """`reference.quantize`, or None where a value is not finite. x: flat, contiguous, on the CPU."""
         n = x.numel()
         codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
         absmax = torch.empty((n + 63) // 64, dtype=torch.float32, device="cpu")
@@ -92,7 +92,7 @@ class CpuKernel:
         return None if _checked(status) == NOT_FINITE else (codes, absmax, sums)
 
     def nf4_decode(self, codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
-        """`blocks.dequantize` into out, flat and contiguous, whose lengths the caller has checked."""
+        """`reference.dequantize` into out, flat and contiguous, whose lengths the caller has checked."""
         _checked(
             self.library.kvk_nf4_decode(
                 self.isa,
@@ -108,9 +108,9 @@ class CpuKernel:
     def nf4_scales(
         self, absmax: torch.Tensor, sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
-        """`blocks.quantize_scales` of float32 (b,), and of each group (squared error, energy), float64 (groups, 2).
+        """`reference.quantize_scales` of float32 (b,), and of each group (squared error, energy), float64 (groups, 2).
 
-        sums: as `nf4_encode` returns them. The squares are those of `blocks.squares`.
+        sums: as `nf4_encode` returns them. The squares are those of `reference.squares`.
         """
         b, offset = absmax.numel(), float(absmax.mean())
         codes = torch.empty(b, dtype=torch.uint8, device="cpu")
@@ -125,7 +125,7 @@ class CpuKernel:
     def kv_means(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
+        """`reference_kv.group_means` of rows of x, the decoded means of each group, and with a rotary `kv_content`."""
         shape = (rows.outer, rows.groups, rows.inner)
         codes = torch.empty(*shape, rows.d, dtype=torch.int8, device="cpu")
         scales = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -159,7 +159,7 @@ class CpuKernel:
     def kv_encode(
         self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Codes, scales, tops and errors as `kv_blocks.encode_rotated` gives; None where not finite."""
+        """Codes, scales, tops and errors as `reference_kv.encode_rotated` gives; None where not finite."""
         blocks = -(-rows.outer * rows.tokens * rows.inner * rows.d // rows.block)
         codes = torch.empty(blocks * rows.block // 2, dtype=torch.uint8, device="cpu")
         scales = torch.empty(blocks, dtype=torch.uint8, device="cpu")

@@ -4,9 +4,9 @@
 """nf4-kv in Triton: the reference's bytes on CUDA. Never imported without a CUDA tensor in hand.
 
 Three kernels: means by channel, coding, decoding, each one pass over the tensor; scales become bytes in torch
-(`kv_blocks.under_tops`), whose groups of 256 are larger than a program's tile. Sums of floats are written out in the
+(`reference_kv.under_tops`), whose groups of 256 are larger than a program's tile. Sums of floats are written out in the
 reference's order, and products are never contracted into sums (`EXACT`): both would change bytes.
-Written against `codecs.kv_blocks`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is, and of
+Written against `kernels.reference_kv`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is, and of
 tests/engine/test_triton.py, which runs these kernels in Triton's interpreter and compiles them for a GPU. No GPU has
 run them yet.
 """
@@ -15,19 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kvstore.codecs import kv_blocks
-from kvstore.codecs.content import distances, energies
-from kvstore.codecs.tables import table
+from kvstore.kernels import reference_kv
 from kvstore.kernels.cpu import STILL, Rotary, Rows
 from kvstore.kernels.cuda import EXACT, _codes, _rounded
+from kvstore.kernels.reference_content import distances, energies
+from kvstore.kernels.tables import table
 
 TILE = 2048
 """Values a program: whole rotations and blocks, 16 for each thread of four warps."""
-_FINE = tl.constexpr(kv_blocks.FINE)
-_CLIPS = tl.constexpr(len(kv_blocks.CLIPS))
-_GROUP = tl.constexpr(kv_blocks.GROUP)
-_MIN_MAGNITUDE = tl.constexpr(kv_blocks.MIN_MAGNITUDE)
-_ZERO_CODE = tl.constexpr(kv_blocks.ZERO_CODE)
+_FINE = tl.constexpr(reference_kv.FINE)
+_CLIPS = tl.constexpr(len(reference_kv.CLIPS))
+_GROUP = tl.constexpr(reference_kv.GROUP)
+_MIN_MAGNITUDE = tl.constexpr(reference_kv.MIN_MAGNITUDE)
+_ZERO_CODE = tl.constexpr(reference_kv.ZERO_CODE)
 _NOT_FINITE = tl.constexpr(0x7F800000)
 _TO_INTEGER = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds to the nearest even integer, on every device alike."""
@@ -35,7 +35,7 @@ _TO_INTEGER = tl.constexpr(12582912.0)
 
 @triton.jit
 def _rotated(x, N: tl.constexpr, STAGES: tl.constexpr):
-    """N values, each run of 2**STAGES of them by the Hadamard transform: `kv_blocks.rotate`."""
+    """N values, each run of 2**STAGES of them by the Hadamard transform: `reference_kv.rotate`."""
     for stage in tl.static_range(STAGES):
         first, second = tl.split(tl.permute(tl.reshape(x, [N >> (stage + 1), 2, 1 << stage]), [0, 2, 1]))
         x = tl.reshape(tl.permute(tl.join(first + second, first - second), [0, 2, 1]), [N])
@@ -44,7 +44,7 @@ def _rotated(x, N: tl.constexpr, STAGES: tl.constexpr):
 
 @triton.jit
 def _tree(x, ROWS: tl.constexpr, STAGES: tl.constexpr):
-    """Sums of rows of 2**STAGES by adding halves: `kv_blocks.tree_sum`."""
+    """Sums of rows of 2**STAGES by adding halves: `reference_kv.tree_sum`."""
     for stage in tl.static_range(STAGES):
         first, second = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, 1 << (STAGES - 1 - stage)]), [0, 2, 1]))
         x = first + second
@@ -86,7 +86,7 @@ def _mean_of(means, slab, within, width, groups, inside):
 
 @triton.jit
 def _best_clips(rows, absmax, search, clips):
-    """`kv_blocks.best_clips`: sums of integers, exact in any order."""
+    """`reference_kv.best_clips`: sums of integers, exact in any order."""
     by = tl.div_rn(tl.full(absmax.shape, 127.0, tl.float32), absmax)
     u = (rows * by[:, None] + _TO_INTEGER) - _TO_INTEGER
     u = tl.minimum(tl.maximum(u, -127.0), 127.0).to(tl.int32)
@@ -142,7 +142,7 @@ def _decode(
     codes, scales, tops, means, levels, out, slab_values, width, stride, groups, n, blocks,
     TILE: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program: scales from their bytes (`kv_blocks.decode_scales`), levels, rotation, means."""
+    """One tile a program: scales from their bytes (`reference_kv.decode_scales`), levels, rotation, means."""
     ROWS: tl.constexpr = TILE >> BLOCK
     tile = tl.program_id(0).to(tl.int64)
     block = tile * ROWS + tl.arange(0, ROWS)
@@ -166,7 +166,9 @@ def _decode(
 def kv_means(
     x: torch.Tensor, rows: Rows, rotary: Rotary | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`kv_blocks.group_means` of rows of x, the decoded means of each group, and with a rotary their `kv_content`."""
+    """`reference_kv.group_means` of rows of x, the decoded means of each group, and with a rotary their
+    `kv_content`.
+    """
     shape = (rows.outer, rows.groups, rows.inner)
     codes = torch.empty(*shape, rows.d, dtype=torch.int8, device=x.device)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -204,15 +206,15 @@ def _seen(x: torch.Tensor, rows: Rows) -> torch.Tensor:
 def kv_encode(
     x: torch.Tensor, rows: Rows, means: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Codes, scales, tops and errors as `kv_blocks.encode_rotated` gives; CodecError where not finite."""
+    """Codes, scales, tops and errors as `reference_kv.encode_rotated` gives; CodecError where not finite."""
     n, blocks = _lengths(rows)
     codes = torch.empty(blocks * rows.block // 2, dtype=torch.uint8, device=x.device)
     sums = torch.empty(3, blocks, dtype=torch.float32, device=x.device)
-    tables = (table("thresholds", x.device), table("code", x.device), *kv_blocks.search_tables(x.device))
+    tables = (table("thresholds", x.device), table("code", x.device), *reference_kv.search_tables(x.device))
     mean = sums if means is None else means  # never read where there are none
     with torch.cuda.device(x.get_device()):
         _encode[(triton.cdiv(n, TILE),)](x, mean, codes, sums, *tables, *_place(rows), n, blocks, **_sizes(rows))
-    coded = kv_blocks.under_tops(codes, sums)
+    coded = reference_kv.under_tops(codes, sums)
     return coded.codes, coded.scales, coded.tops, coded.error
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kvstore.codecs import blocks, nf4_kv
+from kvstore.codecs import nf4_kv
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.kernels import reference
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here: the Triton kernels are not run", allow_module_level=True)
@@ -19,11 +20,11 @@ def bits(x):
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 64 * 17, 100_001])
 def test_nf4_on_cuda_writes_and_reads_the_bytes_of_the_cpu(dtype, n):
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
-    codes, absmax = blocks.quantize(x)
-    on_cuda = blocks.quantize(x.cuda())
+    codes, absmax = reference.quantize(x)
+    on_cuda = reference.quantize(x.cuda())
     assert [bits(part) for part in on_cuda] == [bits(codes), bits(absmax)]
-    expected = blocks.dequantize(codes, absmax, torch.empty_like(x))
-    assert bits(blocks.dequantize(*on_cuda, torch.empty_like(x).cuda())) == bits(expected)
+    expected = reference.dequantize(codes, absmax, torch.empty_like(x))
+    assert bits(reference.dequantize(*on_cuda, torch.empty_like(x).cuda())) == bits(expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 200, 3, 64), (1, 70, 2, 80), (3, 40, 2, 128), (5, 130, 33)], ids=str)

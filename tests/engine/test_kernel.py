@@ -9,10 +9,9 @@ import threading
 import pytest
 import torch
 
-from kvstore.codecs import blocks, content
-from kvstore.codecs import kv_blocks as kv
-from kvstore.codecs.tables import table
-from kvstore.kernels import best, cpu
+from kvstore.kernels import best, cpu, reference, reference_content
+from kvstore.kernels import reference_kv as kv
+from kvstore.kernels.tables import table
 
 KERNELS = cpu.kernels()
 if not KERNELS:
@@ -49,13 +48,13 @@ def kernel(request):
 def test_nf4_codes_scales_and_decoded_bits_are_the_reference_s(kernel, dtype, scale):
     for n in SIZES:
         x = torch.randn(n, generator=torch.Generator().manual_seed(n)).clamp(-3, 3).mul(scale).to(dtype)
-        codes, absmax = blocks.quantize(x)
+        codes, absmax = reference.quantize(x)
         mine = kernel.nf4_encode(x)
-        expected = codes, absmax, blocks.sums(x, codes, absmax)
+        expected = codes, absmax, reference.sums(x, codes, absmax)
         assert [bits(part) for part in mine] == [bits(part) for part in expected]
         expected, out = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
         kernel.nf4_decode(codes, absmax, out)
-        assert bits(out) == bits(blocks.dequantize(codes, absmax, expected))
+        assert bits(out) == bits(reference.dequantize(codes, absmax, expected))
 
 
 @pytest.mark.parametrize("b", [1, 255, 256, 257, 5000])
@@ -64,12 +63,12 @@ def test_nested_scales_are_the_reference_s_bytes(kernel, b):
     random = torch.rand(b, generator=torch.Generator().manual_seed(b))
     for absmax in (random, random.pow(8) * 1e3, torch.full((b,), 2.5), torch.zeros(b)):
         codes, nested, offset, squares = kernel.nf4_scales(absmax, sums)
-        expected = blocks.quantize_scales(absmax)
+        expected = reference.quantize_scales(absmax)
         assert bits(codes) == bits(expected[0])
         assert bits(nested) == bits(expected[1])
         assert offset == expected[2]
-        decoded = blocks.dequantize_scales(*expected)
-        assert squares.sum(dim=0).tolist() == pytest.approx(blocks.squares(absmax, sums, decoded).tolist(), rel=1e-9)
+        decoded = reference.dequantize_scales(*expected)
+        assert squares.sum(dim=0).tolist() == pytest.approx(reference.squares(absmax, sums, decoded).tolist(), rel=1e-9)
 
 
 def test_every_float_near_a_threshold_gets_the_reference_s_code(kernel):
@@ -83,7 +82,7 @@ def test_every_float_near_a_threshold_gets_the_reference_s_code(kernel):
     body = torch.nn.functional.pad(z, (0, -z.numel() % 63)).view(-1, 63)
     x = torch.cat((torch.ones(body.shape[0], 1), body), dim=1).view(-1)
     codes, _absmax, _sums = kernel.nf4_encode(x)
-    assert bits(codes) == bits(blocks.packed(blocks.codes_of(x)))
+    assert bits(codes) == bits(reference.packed(reference.codes_of(x)))
 
 
 @pytest.mark.slow
@@ -99,7 +98,7 @@ def test_every_float_in_one_unit_gets_the_reference_s_code(kernel):
             x = torch.cat((torch.ones(body.shape[0], 1), body * sign), dim=1).view(-1)
             codes, _absmax, _sums = kernel.nf4_encode(x)
             expected = torch.bucketize(x, thresholds, out_int32=True).to(torch.uint8)
-            assert bits(codes) == bits(blocks.packed(expected))
+            assert bits(codes) == bits(reference.packed(expected))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -158,12 +157,12 @@ def test_content_and_distance_are_the_reference_s(kernel, dtype, shape):
     groups = kv.group_count(tokens)
     rows = cpu.Rows(outer, tokens, inner, d, tokens * inner * d, kv.rotation_size(d), kv.KEY_BLOCK, groups)
     for rotary in (cpu.STILL, cpu.Rotary(d // 2 * 2, interleaved=False), cpu.Rotary(d // 4 * 2, interleaved=True)):
-        mine, expected = kernel.kv_content(x, rows, rotary), content.energies(x, rotary)
+        mine, expected = kernel.kv_content(x, rows, rotary), reference_content.energies(x, rotary)
         assert torch.allclose(mine, expected, rtol=1e-3)
         assert bits(mine) == bits(KERNELS[0].kv_content(x, rows, rotary))
         if groups:
             assert bits(kernel.kv_means(x, rows, rotary)[3]) == bits(mine)
-    assert torch.allclose(kernel.kv_distance(x, y, rows), content.distances(x, y), rtol=1e-5)
+    assert torch.allclose(kernel.kv_distance(x, y, rows), reference_content.distances(x, y), rtol=1e-5)
     assert bits(kernel.kv_distance(x, y, rows)) == bits(KERNELS[0].kv_distance(x, y, rows))
 
 
@@ -188,7 +187,7 @@ def test_scales_between_two_bfloat16_are_rounded_to_the_even_one(kernel):
     codes = torch.arange(256, dtype=torch.uint8).repeat(absmax.numel() * 32 // 256)
     out = torch.empty(absmax.numel() * 64, dtype=torch.bfloat16)
     kernel.nf4_decode(codes, absmax, out)
-    assert bits(out) == bits(blocks.dequantize(codes, absmax, torch.empty_like(out)))
+    assert bits(out) == bits(reference.dequantize(codes, absmax, torch.empty_like(out)))
 
 
 def test_many_threads_write_the_same_bytes_as_one(kernel):
@@ -204,7 +203,7 @@ def test_many_threads_write_the_same_bytes_as_one(kernel):
     finally:
         torch.set_num_threads(before)
     assert [bits(part) for part in one] == [bits(part) for part in three]
-    assert bits(out) == bits(blocks.dequantize(*one[:2], torch.empty_like(x)))
+    assert bits(out) == bits(reference.dequantize(*one[:2], torch.empty_like(x)))
 
 
 def test_a_thread_that_stays_single_is_never_split_and_nobody_else_with_it(monkeypatch):

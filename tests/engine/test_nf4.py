@@ -98,8 +98,8 @@ def test_an_export_is_read_back_by_bitsandbytes() -> None:
 
 def test_every_threshold_splits_exactly_where_it_should() -> None:
     """One float below, at, and above each threshold: a tie takes the lower code."""
-    from kvstore.codecs.blocks import codes_of
-    from kvstore.codecs.tables import table
+    from kvstore.kernels.reference import codes_of
+    from kvstore.kernels.tables import table
 
     thresholds = table("thresholds", torch.device("cpu"))
     expected = torch.arange(15, dtype=torch.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.codecs import codec_named, decode_entry, encode_entry, kv_blocks
+from kvstore.codecs import codec_named, decode_entry, encode_entry
 from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive
 from kvstore.codecs.hints import NO_HINTS, Hints
@@ -20,7 +20,7 @@ from kvstore.entries import record
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, ConfigError
 from kvstore.forms import raw_entry
-from kvstore.kernels import cpu_kernel
+from kvstore.kernels import cpu_kernel, reference_kv
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 
@@ -260,9 +260,9 @@ def test_golden_vectors_are_written_and_read_the_same_for_ever(path):
 
 def test_the_search_tables_have_at_most_two_thresholds_a_bucket():
     """What the AVX2 search looks up: 16 runs of 16 integers, two thresholds each."""
-    from kvstore.codecs.tables import table
+    from kvstore.kernels.tables import table
 
-    for clip in kv_blocks.CLIPS:
+    for clip in reference_kv.CLIPS:
         below = torch.floor(table("thresholds", torch.device("cpu")).double() * (127 * clip))
         counts = torch.bincount(((below + 128) // 16).long(), minlength=16)
         assert counts.max() <= 2

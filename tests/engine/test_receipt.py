@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvstore.codecs import LOSSY_MIN_NUMEL, codec_for, codec_named, content, decode_entry, encode_entry, encode_measured
+from kvstore.codecs import LOSSY_MIN_NUMEL, codec_for, codec_named, decode_entry, encode_entry, encode_measured
 from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive, runs_of
 from kvstore.codecs.hints import NO_HINTS, Hints
@@ -15,7 +15,7 @@ from kvstore.codecs.receipt import rotary_of
 from kvstore.config import MAX_RELATIVE_ERROR, WarmConfig
 from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.forms import raw_entry
-from kvstore.kernels import cpu_kernel
+from kvstore.kernels import cpu_kernel, reference_content
 from kvstore.kernels.cpu import STILL, Rotary
 from kvstore.keys import Key
 
@@ -175,10 +175,10 @@ def test_how_keys_turn_is_found_in_the_keys(rotary):
         x[..., a] += 12 * torch.cos(t * 0.8**pair)[:, None]
         x[..., b] += 12 * torch.sin(t * 0.8**pair)[:, None]
     assert rotary_of(x, None) == rotary
-    left, whole = content.energies(x, rotary).sum(dim=(0, 1)).tolist()
+    left, whole = reference_content.energies(x, rotary).sum(dim=(0, 1)).tolist()
     assert left == pytest.approx(3 * 100 * 2 * 64, rel=0.15)
     assert whole > 4 * left or rotary.channels < 64
-    assert content.energies(x, STILL)[..., 0].sum() > 1.5 * left
+    assert reference_content.energies(x, STILL)[..., 0].sum() > 1.5 * left
 
 
 def test_runs_of_layers_are_merged_upwards_until_they_are_few():

@@ -21,7 +21,7 @@ if missing := why_missing("triton"):
 INTERPRETED = """
 import torch
 from kvstore.codecs import blocks
-from kvstore.codecs.tables import table
+from kvstore.kernels.tables import table
 from kvstore.kernels import cuda
 
 cpu = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from kvstore.kernels.cpu import STILL, Rotary
 
 GROUP = 64
-"""Tokens with one mean, as in `kv_blocks`; a rest below 32 joins the last group."""
+"""Tokens with one mean, as in `reference_kv`; a rest below 32 joins the last group."""
 PROMISE = 1.25
 """Times |sum z[t+1] conj z[t]|: what a turning mean may take at most, noise included."""
 SHORT = 4

@@ -8,8 +8,8 @@ Source: Dettmers et al. 2023; bitsandbytes 0.50's CPU path, whose bits these are
 
 import torch
 
-from kvstore.codecs.tables import SCALE_LUT_SIZE, table
 from kvstore.kernels import cuda_kernel
+from kvstore.kernels.tables import SCALE_LUT_SIZE, table
 
 BLOCK = 64
 NESTED_BLOCK = 256

@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import torch
 
-from kvstore.codecs.blocks import codes_of, packed
-from kvstore.codecs.tables import table
 from kvstore.errors import CodecError
+from kvstore.kernels.reference import codes_of, packed
+from kvstore.kernels.tables import table
 
 GROUP = 64
 """Tokens that share a mean. A last group has 32 to 95."""
