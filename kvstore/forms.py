@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 from kvstore.codecs import decode_entry, encode_entry
+from kvstore.codecs.choice import Policies
 from kvstore.codecs.hints import Hints, token_axis_of
-from kvstore.codecs.policy import Policies
 from kvstore.entries.compact import packed
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.hit import TensorInfo

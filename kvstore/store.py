@@ -24,7 +24,7 @@ from kvstore import arrays, pins
 from kvstore.boundary import Blaming
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import check_entry
-from kvstore.codecs.policy import Policies
+from kvstore.codecs.choice import Policies
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entries.entry import Entry

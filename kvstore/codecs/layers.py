@@ -1,6 +1,6 @@
 """layers: one tensor whose layers are encoded differently, each run of alike layers by a codec of its own.
 
-Written where a policy names codecs for some layers of (layers, tokens, heads, dim) tensors (`codecs.policy`); the first
+Written where a policy names codecs for some layers of (layers, tokens, heads, dim) tensors (`codecs.choice`); the first
 layers of a model often need more bits than the rest. Nothing is nested: a run's encoding is any but this one.
 Pure, any thread.
 """

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kvstore.clock import ManualClock
+from kvstore.codecs.choice import Policies
 from kvstore.codecs.hints import NO_HINTS
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import Layers, encode_runs
 from kvstore.codecs.nf4 import relative_error
 from kvstore.codecs.nf4_kv import NF4KV
-from kvstore.codecs.policy import Policies
 from kvstore.codecs.raw import Raw
 from kvstore.config import CodecPolicy, ColdConfig, HotConfig, LayerCodec, StoreConfig, WarmConfig, from_mapping
 from kvstore.errors import CodecError, ConfigError

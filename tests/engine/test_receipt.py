@@ -6,11 +6,11 @@ import torch
 from kvstore.codecs import LOSSY_MIN_NUMEL, codec_for, codec_named, decode_entry, encode_entry, encode_measured
 from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive, runs_of
+from kvstore.codecs.choice import Policies
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
-from kvstore.codecs.policy import Policies
 from kvstore.codecs.receipt import rotary_of
 from kvstore.config import MAX_RELATIVE_ERROR, WarmConfig
 from kvstore.entries.entry import EncodedTensor, TensorSpec
