@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import KvstoreError
-from kvstore.freelist import FreeList
+from kvstore.shm.freelist import FreeList
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import fixed64s
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign

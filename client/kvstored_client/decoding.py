@@ -23,7 +23,7 @@ from kvstore import arrays
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import TensorInfo
-from kvstore.region import layout
+from kvstore.shm.layout import layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.aside import Aside, Job, call_off
 from kvstored_client.frames import BadFrame, Bytes, Scatter

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from kvstore import arrays
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
-from kvstore.region import ALIGN
+from kvstore.shm.layout import ALIGN
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.frames import Bytes, get_request, submessage

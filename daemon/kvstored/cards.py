@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvstore.arena import Arena, Place, Segment
 from kvstore.entries.entry import Entry, TensorSpec
 from kvstore.hit import TensorInfo
-from kvstore.region import layout
+from kvstore.shm.arena import Arena, Place, Segment
+from kvstore.shm.layout import layout
 from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.frames import submessage
 from kvstored_client.messages import relative_errors, tensor_specs
@@ -25,7 +25,7 @@ class Card:
 class Shape:
     """What all raw entries of one shape have in common: a namespace's chunks are alike.
 
-    places, nbytes: as `region.layout`. said: the fields of a GetHeader that depend on nothing else.
+    places, nbytes: as `shm.layout.layout`. said: the fields of a GetHeader that depend on nothing else.
     """
 
     places: Mapping[str, tuple[int, int]]

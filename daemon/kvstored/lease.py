@@ -23,13 +23,13 @@ import torch
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
-from kvstore.arena import Arena, Place, Segment
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
 from kvstore.reader import Resident
-from kvstore.region import layout
+from kvstore.shm.arena import Arena, Place, Segment
+from kvstore.shm.layout import layout
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.cards import Card, leased, new_card

@@ -24,9 +24,9 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.arena import Arena
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
+from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.gate import Access, Gate, Records

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from kvstore.arena import Arena
 from kvstore.arrays import describe
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.hit import TensorInfo
-from kvstore.region import HEADER_NBYTES, layout
+from kvstore.shm.arena import Arena
+from kvstore.shm.layout import HEADER_NBYTES, layout
 from kvstore.store import Store
 
 MIB = 1 << 20

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.freelist import FreeList
 from kvstore.hit import TensorInfo
-from kvstore.region import ALIGN, HEADER_NBYTES, layout
+from kvstore.shm.freelist import FreeList
+from kvstore.shm.layout import ALIGN, HEADER_NBYTES, layout
 
 SIZE = 1 << 16
 

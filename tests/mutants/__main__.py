@@ -41,8 +41,8 @@ DOORS = {
     "daemon/kvstored/budget.py": ("tests/operate/test_abuse.py",),
     "daemon/kvstored/scope.py": ("tests/operate/test_access.py", "tests/operate/test_indistinguishable.py"),
     "daemon/kvstored/gate.py": ("tests/operate/test_access.py",),
-    "kvstore/arena.py": ("tests/daemon/test_lease.py",),
-    "kvstore/region.py": ("tests/daemon/test_lease.py",),
+    "kvstore/shm/arena.py": ("tests/daemon/test_lease.py",),
+    "kvstore/shm/layout.py": ("tests/daemon/test_lease.py",),
 }
 """Files whose lines run in a daemon's own process, and the tests that talk to one: after those that were measured."""
 BASELINE_MAX_S = 6.0

@@ -1,4 +1,4 @@
-"""How tensors lie in shared memory: one block an entry, and the list of free room. No torch: clients use it too.
+"""How tensors lie in shared memory: one block an entry. No torch: clients use it too.
 
     block := generation (u64, little-endian) | unused to 64 bytes | tensor | padding to 64 | tensor | ...
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 
-from kvstore.region import aligned
+from kvstore.shm.layout import aligned
 
 
 class FreeList:

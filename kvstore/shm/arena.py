@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore.freelist import FreeList
 from kvstore.hit import TensorInfo
-from kvstore.region import aligned, layout
+from kvstore.shm.freelist import FreeList
+from kvstore.shm.layout import aligned, layout
 
 SEGMENT_NBYTES = 128 << 20
 """Mapped by a client in 7 ms; a larger entry gets a segment of its own size."""

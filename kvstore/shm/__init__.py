@@ -1,0 +1,1 @@
+"""Shared memory: how a block lies in it, free room, and the arena that tensors are made in."""
