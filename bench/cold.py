@@ -27,7 +27,7 @@ import xxhash
 
 from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
-from kvstore.disk.blocks import place_nbytes
+from kvstore.disk.occupancy import place_nbytes
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place
 from kvstore.disk.writer import ROWS_PER_COMMIT

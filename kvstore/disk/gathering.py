@@ -1,7 +1,7 @@
 """Gathering small records: a segment whose blocks are kept by a few of them is written again elsewhere and unlinked.
 
-Large records give their blocks back as holes and never need it (`blocks`). Records move as they are, checksum and all;
-only their rows change. Each step moves one batch, so that puts and deletes wait for a few milliseconds at most.
+Large records give their blocks back as holes and never need it (`occupancy`). Records move as they are, checksum and
+all; only their rows change. Each step moves one batch, so that puts and deletes wait for a few milliseconds at most.
 Thread rule: the writer's thread only. It is the one who changes rows, so what a row says at the beginning of a step
 holds until its end.
 """

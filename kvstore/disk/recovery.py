@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.disk.blocks import PlaceTable, places_nbytes
+from kvstore.disk.occupancy import PlaceTable, places_nbytes
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
 from kvstore.keys import Key
 from kvstore.metadata.chains import Links, links_of

@@ -3,7 +3,7 @@
 Invariants: a byte once written is never written again, and a segment's number is never used twice while a row may name
 it, so a stale place reads as zeros or as nothing, never as another record. The blocks of a record that left go back to
 the file system at once (a hole), and a segment with nothing left is unlinked: large records are never moved, the file
-system, which is good at it, places the blocks. Small records share blocks (`blocks`); what holes cannot give back of
+system, which is good at it, places the blocks. Small records share blocks (`occupancy`); what holes cannot give back of
 theirs is `slack_nbytes`, and `sparsest` says whose move would give it back.
 LMDB as the place for values was measured and left (docs/decisions/0001-values-in-segment-files.md).
 Thread rule: one writer; `read` may be called by any thread.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore.disk import Buffer, Bytes, Disk
-from kvstore.disk.blocks import BLOCK_NBYTES, Blocks, PlaceTable, align_of, place_nbytes, round_up
+from kvstore.disk.occupancy import BLOCK_NBYTES, Blocks, PlaceTable, align_of, place_nbytes, round_up
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import lmdb
 
 from kvstore.disk import Buffer
-from kvstore.disk.blocks import place_nbytes
 from kvstore.disk.gathering import Gatherer
+from kvstore.disk.occupancy import place_nbytes
 from kvstore.disk.pending import Delete, Operation, Pending, Put
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place, Segments

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from kvstore.disk.blocks import ALIGN_NBYTES, BLOCK_NBYTES, SHARED_BELOW_NBYTES, Blocks, align_of, place_nbytes
+from kvstore.disk.occupancy import ALIGN_NBYTES, BLOCK_NBYTES, SHARED_BELOW_NBYTES, Blocks, align_of, place_nbytes
 
 
 def laid_out(rng: random.Random, count: int) -> list[tuple[int, int]]:
