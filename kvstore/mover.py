@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable
 
-from kvstore.balance import DENSITY
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable
 from kvstore.forms import Forms
@@ -20,6 +19,7 @@ from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
 from kvstore.residency import Residency
 from kvstore.tiers import LastTier, TierName
+from kvstore.tiers.balance import DENSITY
 from kvstore.tiers.memory import MemoryTier
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from math import inf
 
-from kvstore.balance import Balance
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
 from kvstore.entries.entry import Entry
@@ -29,6 +28,7 @@ from kvstore.metadata.tombstones import GoneCause, Tombstone, Tombstones
 from kvstore.policies import policy_named
 from kvstore.stats import Counters, MissCause, TierCounters
 from kvstore.tiers import LastTier, TierName
+from kvstore.tiers.balance import Balance
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
 

@@ -17,7 +17,6 @@ import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
-from kvstore.disk.admission import Admission
 from kvstore.entries.compact import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
 from kvstore.entries.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry
 from kvstore.errors import ConfigError
@@ -30,6 +29,7 @@ from kvstore.mover import Mover
 from kvstore.reader import Reader
 from kvstore.residency import Residency, residency_of
 from kvstore.tiers import TierName
+from kvstore.tiers.admission import Admission
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
 from kvstore.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key

@@ -8,10 +8,10 @@ because its reads and writes take milliseconds and must not hold up the others.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
-from kvstore.disk.admission import Admission
 from kvstore.entries.entry import Described, Entry
 from kvstore.hit import Verified
 from kvstore.keys import Key
+from kvstore.tiers.admission import Admission
 
 TierName = Literal["hot", "warm", "cold"]
 

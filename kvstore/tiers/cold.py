@@ -20,7 +20,6 @@ import lmdb
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
-from kvstore.disk.admission import Admission
 from kvstore.disk.occupancy import place_nbytes
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.pending import Delete, Pending, Put
@@ -41,6 +40,7 @@ from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.printable import printable
 from kvstore.tiers import TierName
+from kvstore.tiers.admission import Admission
 from kvstore.tiers.order import Order
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,6 @@ from kvstore.codecs.hints import Hints
 from kvstore.codecs.layers import encode_runs
 from kvstore.disk.rows import Rows, pack_row, parse_row
 from kvstore.disk.segments import Place
-from kvstore.disk.upkeep import export, import_files
 from kvstore.entries import record as records
 from kvstore.entries.compression import Compression
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec, error_in
@@ -36,6 +35,7 @@ from kvstore.entries.sealing import Seals
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.tiers.offline import export, import_files
 
 KEY = Key(b"a stranger's")
 META = Meta(created_at=1000.0, expires_at=4e9, ttl_s=3600.0, value_nbytes=0)

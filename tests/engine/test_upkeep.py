@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 
 from kvstore.clock import ManualClock
-from kvstore.disk.admission import Admission
-from kvstore.disk.upkeep import compact, export, fsck, import_files
 from kvstore.errors import ConfigError
 from kvstore.metadata.meta import Meta
+from kvstore.tiers.admission import Admission
+from kvstore.tiers.offline import compact, export, fsck, import_files
 from tests.engine.test_cold import Holder, filled, flip, key, segment_files
 
 MIB = 1 << 20

@@ -54,7 +54,7 @@ def fsck(data_dir: Path, as_json: bool) -> None:  # noqa: FBT001 - a flag
     """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
-        from kvstore.disk.upkeep import fsck as check
+        from kvstore.tiers.offline import fsck as check
 
         with _bar("checking") as progress:
             found = check(_cold(data_dir), SystemClock(), progress)
@@ -77,7 +77,7 @@ def compact(data_dir: Path, as_json: bool) -> None:  # noqa: FBT001 - a flag
     """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
-        from kvstore.disk.upkeep import compact as shrink
+        from kvstore.tiers.offline import compact as shrink
 
         before, after = shrink(_cold(data_dir), SystemClock())
     if as_json:
@@ -94,7 +94,7 @@ def export(data_dir: Path, target: Path, as_json: bool) -> None:  # noqa: FBT001
     """Write each entry to TARGET as a safetensors file that any reader opens."""
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
-        from kvstore.disk.upkeep import export as write
+        from kvstore.tiers.offline import export as write
 
         with _bar("exporting") as progress:
             written = write(_cold(data_dir), target, SystemClock(), progress)
@@ -117,7 +117,7 @@ def import_(data_dir: Path, files: tuple[Path, ...], ttl_s: float, as_json: bool
     """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
-        from kvstore.disk.upkeep import import_files
+        from kvstore.tiers.offline import import_files
 
         where = data_dir / "cold" if not (data_dir / "STATE").exists() else data_dir
         with _bar("importing") as progress:
