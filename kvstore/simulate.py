@@ -21,13 +21,13 @@ from kvstore.entries.compact import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
 from kvstore.entries.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry
 from kvstore.errors import ConfigError
 from kvstore.hit import Verified
-from kvstore.intake import Intake
 from kvstore.keys import Key
-from kvstore.maintainer import Maintainer
 from kvstore.metadata.meta import Meta
-from kvstore.mover import Mover
-from kvstore.reader import Reader
-from kvstore.residency import Residency, residency_of
+from kvstore.residency.maintainer import Maintainer
+from kvstore.residency.mover import Mover
+from kvstore.residency.read_path import Reader
+from kvstore.residency.state import Residency, residency_of
+from kvstore.residency.write_path import Intake
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.memory import MemoryTier
@@ -147,7 +147,7 @@ class SizedEntry:
 
 
 class SizedForms:
-    """`mover.Forms` of blocks that are all alike."""
+    """`transcode.Forms` of blocks that are all alike."""
 
     def __init__(self, setup: Setup, residency: Residency) -> None:
         self._r = residency

@@ -3,7 +3,7 @@
     put -> hot; what it displaces sinks to warm (NF4) and on to cold (records on disk)   (mover)
     get -> hot, warm, cold: the first that has it; a second hit within a minute asks for a copy in hot
     every get refreshes the sliding deadline; an expired entry is never returned
-    what is where, and what must hold of it: residency
+    what is where, and what must hold of it: residency.state
 
 Thread rule: any thread may call any verb. A get copies; `lease` hands out the held tensors themselves.
 Leaves out: prefixes (`prefix`), the network (the daemon and its client offer these same verbs).
@@ -20,7 +20,7 @@ from typing import Any, Self, cast
 
 import torch
 
-from kvstore import arrays, pins
+from kvstore import arrays
 from kvstore.boundary import Blaming
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import check_entry
@@ -29,20 +29,21 @@ from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, InvalidEntry, TierUnavailable
-from kvstore.forms import Room, TensorForms, specs_of
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
-from kvstore.inspection import entries, entry_info, explain, snapshot
-from kvstore.intake import Intake, PutOptions, check_ttl
 from kvstore.keys import CHUNK_TOKENS, Identity, Key, check_key, check_keys, check_prefix
-from kvstore.maintainer import Maintainer
 from kvstore.metadata.tombstones import GoneCause
-from kvstore.mover import Mover
 from kvstore.plainly import plainly
 from kvstore.prefix import Namespace
 from kvstore.printable import printable
-from kvstore.reader import Found, Reader, Resident, leading_first
-from kvstore.residency import residency_of
-from kvstore.resizing import set_hot_capacity
+from kvstore.residency import pins
+from kvstore.residency.inspection import entries, entry_info, explain, snapshot
+from kvstore.residency.maintainer import Maintainer
+from kvstore.residency.mover import Mover
+from kvstore.residency.read_path import Found, Reader, Resident, leading_first
+from kvstore.residency.resizing import set_hot_capacity
+from kvstore.residency.state import residency_of
+from kvstore.residency.transcode import Room, TensorForms, specs_of
+from kvstore.residency.write_path import Intake, PutOptions, check_ttl
 from kvstore.stats import Stats
 
 log = logging.getLogger(__name__)

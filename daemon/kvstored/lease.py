@@ -27,7 +27,7 @@ from kvstore.dtypes import BY_NAME
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
-from kvstore.reader import Resident
+from kvstore.residency.read_path import Resident
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.store import Store

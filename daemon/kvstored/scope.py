@@ -20,7 +20,7 @@ from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
 from kvstore.keys import Key
-from kvstore.reader import Found, Resident
+from kvstore.residency.read_path import Found, Resident
 from kvstore.store import Store
 from kvstored.tokens import LOCAL, Identity
 

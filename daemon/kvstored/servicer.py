@@ -22,10 +22,10 @@ from google.protobuf.message import DecodeError, Message
 
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
-from kvstore.forms import Room
 from kvstore.hit import Hit, Verified
 from kvstore.keys import check_key, check_keys
-from kvstore.reader import Resident
+from kvstore.residency.read_path import Resident
+from kvstore.residency.transcode import Room
 from kvstore.stats import Stats
 from kvstored.budget import Budget
 from kvstored.metrics import Meter

@@ -16,10 +16,10 @@ import xxhash
 from kvstore import arrays
 from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.forms import Room
 from kvstore.hit import Fidelity, Hit, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_keys, check_namespace
-from kvstore.reader import Found, Resident
+from kvstore.residency.read_path import Found, Resident
+from kvstore.residency.transcode import Room
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.parcels import Parcel, parcel

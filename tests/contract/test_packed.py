@@ -10,9 +10,9 @@ import xxhash
 from kvstore.arrays import as_bytes
 from kvstore.codecs import codec_for, encode_entry
 from kvstore.entries.compact import packed as packed_entry
-from kvstore.forms import raw_entry
 from kvstore.keys import Key
-from kvstore.reader import Found
+from kvstore.residency.read_path import Found
+from kvstore.residency.transcode import raw_entry
 from kvstored.parcels import parcel
 from kvstored.wire import hit_frames, hit_header
 from kvstored_client import Client

@@ -11,7 +11,7 @@ import lmdb
 import pytest
 import torch
 
-import kvstore.forms
+import kvstore.residency.transcode
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
@@ -49,7 +49,7 @@ def while_encoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -
         act()
         return encode_entry(entry, codec, hints)
 
-    monkeypatch.setattr(kvstore.forms, "encode_entry", encode)
+    monkeypatch.setattr(kvstore.residency.transcode, "encode_entry", encode)
 
 
 @pytest.mark.parametrize("fidelity", ["auto", "exact"])

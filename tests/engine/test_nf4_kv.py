@@ -19,10 +19,10 @@ from kvstore.codecs.receipt import errors_by_head
 from kvstore.entries import record
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, ConfigError
-from kvstore.forms import raw_entry
 from kvstore.kernels import cpu_kernel, reference_kv
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.residency.transcode import raw_entry
 
 PATHS = {"kernel": cpu_kernel, "reference": lambda _x: None}
 """Ways to the same bytes; the first is the second where no kernel is installed."""

@@ -16,9 +16,9 @@ from kvstore.entries.compression import Compression, compress
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.entries.record import pack, record_nbytes
 from kvstore.entries.sealing import Key as SealKey
-from kvstore.forms import raw_entry
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.residency.transcode import raw_entry
 from kvstore.tiers.cold import Cold
 
 from .test_cold import Holder, key

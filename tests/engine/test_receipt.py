@@ -14,10 +14,10 @@ from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.receipt import rotary_of
 from kvstore.config import MAX_RELATIVE_ERROR, WarmConfig
 from kvstore.entries.entry import EncodedTensor, TensorSpec
-from kvstore.forms import raw_entry
 from kvstore.kernels import cpu_kernel, reference_content
 from kvstore.kernels.cpu import STILL, Rotary
 from kvstore.keys import Key
+from kvstore.residency.transcode import raw_entry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CODECS = [NF4KV(), NF4(), Int8(), codec_for("auto"), codec_for("auto", MAX_RELATIVE_ERROR)]

@@ -14,9 +14,9 @@ from kvstore.entries.entry import Entry
 from kvstore.entries.record import FIXED_NBYTES, pack, unpack
 from kvstore.entries.sealing import HEAD_NBYTES, TAG_NBYTES, Seals, read_keys
 from kvstore.errors import ConfigError, RecordCorrupt
-from kvstore.forms import raw_entry
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
 
 META = Meta(1.0, 2.0, 1.0, 0)

@@ -16,8 +16,8 @@ from kvstore.codecs import decode_entry, encode_entry
 from kvstore.codecs.by_role import ByRole
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.errors import OverQuota
-from kvstore.forms import raw_entry
 from kvstore.keys import Key
+from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
 
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import kvstore.forms
+import kvstore.residency.transcode
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
@@ -186,13 +186,13 @@ def test_a_key_deleted_during_promotion_stays_deleted(monkeypatch: pytest.Monkey
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.forms.decode_entry
+        decode = kvstore.residency.transcode.decode_entry
 
         def delete_meanwhile(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             store.delete(b"k")
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.forms, "decode_entry", delete_meanwhile)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", delete_meanwhile)
         assert store.promote(b"k") == 0
         monkeypatch.undo()
         assert store.get(b"k") is None
@@ -203,7 +203,7 @@ def test_a_key_replaced_during_promotion_keeps_the_new_value(monkeypatch: pytest
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.forms.decode_entry
+        decode = kvstore.residency.transcode.decode_entry
 
         def replace_meanwhile(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_a_key_replaced_during_promotion_keeps_the_new_value(monkeypatch: pytest
             store.demote(b"k")
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.forms, "decode_entry", replace_meanwhile)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", replace_meanwhile)
         assert store.promote(b"k") == 0
         assert store.promote(b"k") == 1
         hit = store.get(b"k")
@@ -236,7 +236,7 @@ def test_a_key_deleted_or_replaced_during_demotion_is_not_brought_back(
                 store.put(b"k", {"k": chunk(1)})
             return encode_entry(entry, codec, hints)
 
-        monkeypatch.setattr(kvstore.forms, "encode_entry", meanwhile)
+        monkeypatch.setattr(kvstore.residency.transcode, "encode_entry", meanwhile)
         store.demote(b"k")
         hit = store.get(b"k")
         if verb == "delete":
@@ -251,14 +251,14 @@ def test_one_promotion_a_key_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.forms.decode_entry
+        decode = kvstore.residency.transcode.decode_entry
         inner: list[int] = []
 
         def promote_again(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             inner.append(store.promote(b"k"))
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.forms, "decode_entry", promote_again)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", promote_again)
         assert store.promote(b"k") == 1
         assert inner == [0]
 
@@ -490,7 +490,7 @@ def test_a_failure_while_moving_leaves_nothing_in_transit(monkeypatch: pytest.Mo
         def fail(entry: Entry, codec: Any, hints: Any) -> Entry:
             raise MemoryError
 
-        monkeypatch.setattr(kvstore.forms, "encode_entry", fail)
+        monkeypatch.setattr(kvstore.residency.transcode, "encode_entry", fail)
         with pytest.raises(MemoryError):
             store.demote(b"k")
         monkeypatch.undo()
@@ -509,7 +509,7 @@ def test_an_entry_that_cannot_be_decoded_is_a_miss_and_gone(monkeypatch: pytest.
         def unknown(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             raise CodecError("unknown encoding")
 
-        monkeypatch.setattr(kvstore.forms, "decode_entry", unknown)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", unknown)
         assert store.get(b"a") is None
         assert store.get_many([b"b"], leading=True) == []
         monkeypatch.undo()

@@ -15,7 +15,7 @@ from kvstore.entries.entry import Entry
 from kvstore.hit import Held
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.residency import Residency
+from kvstore.residency.state import Residency
 from kvstore.stats import MissCause
 from kvstore.tiers import TierName
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable
-from kvstore.forms import Forms
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
-from kvstore.residency import Residency
+from kvstore.residency.state import Residency
+from kvstore.residency.transcode import Forms
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.balance import DENSITY
 from kvstore.tiers.memory import MemoryTier

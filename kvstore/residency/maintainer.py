@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from kvstore.config import StoreConfig
 from kvstore.keys import Key
-from kvstore.mover import Mover
-from kvstore.residency import Residency
-from kvstore.resizing import rebalance
+from kvstore.residency.mover import Mover
+from kvstore.residency.resizing import rebalance
+from kvstore.residency.state import Residency
 
 log = logging.getLogger(__name__)
 

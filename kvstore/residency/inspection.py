@@ -12,7 +12,7 @@ from kvstore.hit import EntryInfo, Explanation, TensorInfo
 from kvstore.keys import Key
 from kvstore.metadata.accounts import accounts_of
 from kvstore.metadata.owner import Owner
-from kvstore.residency import Residency
+from kvstore.residency.state import Residency
 from kvstore.stats import Stats, TierStats, values_of
 from kvstore.tiers import TierName
 

@@ -11,7 +11,7 @@ from math import inf
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.residency import Residency
+from kvstore.residency.state import Residency
 
 
 def pin(r: Residency, keys: Sequence[bytes], ttl_s: float | None) -> int:

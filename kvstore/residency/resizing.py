@@ -4,8 +4,8 @@ Any thread may call. Pinned entries stay, so a tier may remain over a budget sma
 room there and go below.
 """
 
-from kvstore.mover import Mover
-from kvstore.residency import Residency
+from kvstore.residency.mover import Mover
+from kvstore.residency.state import Residency
 
 
 def rebalance(r: Residency, mover: Mover) -> int:

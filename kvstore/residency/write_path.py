@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from kvstore import arrays, pins
+from kvstore import arrays
 from kvstore.boundary import blamed
 from kvstore.config import StoreConfig
 from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
-from kvstore.forms import raw_entry
 from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
 from kvstore.keys import Key, check_key, check_namespace
 from kvstore.metadata.meta import Meta
-from kvstore.mover import Mover
-from kvstore.residency import Residency
+from kvstore.residency import pins
+from kvstore.residency.mover import Mover
+from kvstore.residency.state import Residency
+from kvstore.residency.transcode import raw_entry
 
 
 @dataclass(frozen=True, slots=True)

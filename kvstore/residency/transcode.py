@@ -18,7 +18,7 @@ from kvstore.entries.compact import packed
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.keys import Key
-from kvstore.residency import Residency
+from kvstore.residency.state import Residency
 
 _RAM = torch.device("cpu")
 _EXACT: Mapping[str, object] = MappingProxyType({})
