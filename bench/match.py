@@ -10,9 +10,9 @@ import time
 from kvstore.config import HotConfig, StoreConfig
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.simulate import LAYOUTS, Setup, SizedForms
+from kvstore.simulation.simulator import LAYOUTS, Setup, SizedForms
+from kvstore.simulation.trace import block_key
 from kvstore.store import Store
-from kvstore.trace import block_key
 
 DUE_MS = 2.0
 CHAIN = 1000

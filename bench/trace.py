@@ -23,8 +23,8 @@ import torch
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.hit import Hit
+from kvstore.simulation.trace import Request, read_trace, replay
 from kvstore.store import Store
-from kvstore.trace import Request, read_trace, replay
 
 TRACE = Path(__file__).parent.parent / "tests" / "data" / "mooncake_conversation.jsonl.xz"
 VALUES = 8192

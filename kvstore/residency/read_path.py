@@ -1,7 +1,7 @@
 """The read side: find keys in the tiers, count hits and misses, move deadlines, touch, ask for promotions.
 
 One lock for a whole chain of keys, so a get of a prefix sees one moment. Reading from disk happens after it, without
-the lock; what left its tier meanwhile becomes a miss. Knows no tensors: `simulate` reads through it as well.
+the lock; what left its tier meanwhile becomes a miss. Knows no tensors: `simulation` reads through it as well.
 """
 
 from collections import deque

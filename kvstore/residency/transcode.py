@@ -1,6 +1,6 @@
 """The forms an entry takes on its way between tiers: as put, encoded below hot, a raw copy when it comes back up.
 
-`Mover` decides when; this is how. `TensorForms` does it to tensors; `simulate` has a double that only reckons sizes,
+`Mover` decides when; this is how. `TensorForms` does it to tensors; `simulation` has a double that only reckons sizes,
 so the same mover, tiers and policies can be asked what they would do with a terabyte.
 """
 

@@ -6,9 +6,9 @@ import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
-from kvstore.simulate import Layout, Report, Setup, simulate
+from kvstore.simulation.simulator import Layout, Report, Setup, simulate
+from kvstore.simulation.trace import Request, read_trace
 from kvstore.store import Store
-from kvstore.trace import Request, read_trace
 
 TRACE = Path(__file__).parent.parent / "data" / "mooncake_conversation.jsonl.xz"
 BLOCK = Layout(1, 1, 8)

@@ -8,9 +8,9 @@ import torch
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.errors import ConfigError, InvalidEntry
-from kvstore.simulate import Layout, Setup, layout_of, optimum, simulate
+from kvstore.simulation.simulator import Layout, Setup, layout_of, optimum, simulate
+from kvstore.simulation.trace import Request, read_trace, replay
 from kvstore.store import Store
-from kvstore.trace import Request, read_trace, replay
 
 TRACE = Path(__file__).parent.parent / "data" / "mooncake_conversation.jsonl.xz"
 SMALL = Layout(1, 1, 1)

@@ -29,7 +29,7 @@ LAW = (
     "client/kvstored_client/local.py", "client/kvstored_client/mapping.py", "client/kvstored_client/receive.py",
     "client/kvstored_client/frames.py",
 )  # fmt: skip
-NOT_LAW = ("kvstore/simulate.py", "kvstore/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
+NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
 """They answer no get: forecasts, recordings, counters."""
 TESTS = ("tests/engine", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
 DOORS = {

@@ -14,7 +14,7 @@ from kvstore.config import ADMISSIONS, POLICIES, ColdConfig, StoreConfig, parse_
 from kvstore.errors import ConfigError
 from kvstore.hit import Explanation
 from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
-from kvstore.trace import Request, read_trace, replay
+from kvstore.simulation.trace import Request, read_trace, replay
 from kvstored.cli.exits import BadUsage
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.look import info_dict
@@ -24,7 +24,7 @@ from kvstored.cli.remote import print_json, remote
 from kvstored.cli.show import duration, table
 
 if TYPE_CHECKING:
-    from kvstore.simulate import Report, Setup
+    from kvstore.simulation.simulator import Report, Setup
     from kvstored_client import Client
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -182,7 +182,7 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: int | None, **how: Any) -> None:  # noqa: FBT001
     """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors."""
-    from kvstore.simulate import Setup, layout_of, optimum
+    from kvstore.simulation.simulator import Setup, layout_of, optimum
 
     split, share = ("auto", 0.1) if how["hot"] == "auto" else ("fixed", _share(how["hot"]))
     store = StoreConfig(policy=how["policy"], split=split, cold=ColdConfig(admission=how["admission"]))
@@ -210,7 +210,7 @@ def _share(text: str) -> float:
 
 
 def _run(asked: Sequence[Request], setup: "Setup", label: str, *, quiet: bool) -> "Report":
-    from kvstore.simulate import Simulation
+    from kvstore.simulation.simulator import Simulation
 
     simulation = Simulation(setup)
     with click.progressbar(asked, label=label, hidden=quiet) as bar:
@@ -237,7 +237,7 @@ def _print(report: "Report", best: float) -> None:
 
 def _lines(asked: Sequence[Request], setup: "Setup", *, quiet: bool) -> Iterator[Line]:
     """Hit ratio against RAM: all as put in float32 and bfloat16, mixes with NF4, and the optimum's ceiling."""
-    from kvstore.simulate import optimum
+    from kvstore.simulation.simulator import optimum
 
     steps = [max(1, int(setup.ram_nbytes * step)) for step in _RAM_STEPS]
     blocks = max(1, sum(len(request.blocks) for request in asked))

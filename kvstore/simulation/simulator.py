@@ -28,11 +28,11 @@ from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import Reader
 from kvstore.residency.state import Residency, residency_of
 from kvstore.residency.write_path import Intake
+from kvstore.simulation.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
-from kvstore.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key
 
 DAY_S = 86_400.0
 DTYPE_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
