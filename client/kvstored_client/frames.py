@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
@@ -194,3 +195,23 @@ class Scatter:
             if self._at == target.size:
                 self._arrays.pop(0)
                 self._at = 0
+
+
+def cut_frames(header: bytes, payload: Gather, xxh3: int | None = None) -> Iterator[bytes]:
+    """The frames of an entry: the header rides with the first chunk, the checksum with the last.
+
+    xxh3: the checksum, where it is known.
+    """
+    checksum = xxhash.xxh3_64()
+    head: bytes | None = header
+    left = payload.nbytes
+    for pieces in payload.chunks():
+        for piece in pieces:
+            if xxh3 is None:
+                checksum.update(piece)
+            left -= len(piece)
+        end = None
+        if not left:
+            end = pb.EntryEnd(xxh3=checksum.intdigest() if xxh3 is None else xxh3).SerializeToString()
+        yield build_frame(head, pieces, end)
+        head = None

@@ -5,14 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
-
 from kvstore import arrays
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity, Priority
 from kvstore.keys import check_key, check_namespace
 from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import CHUNK_NBYTES, Gather, build_frame
+from kvstored_client.frames import CHUNK_NBYTES, Gather, cut_frames
 from kvstored_client.messages import fidelity_number, priority_number, tensor_specs
 
 
@@ -83,23 +81,3 @@ class Outgoing:
         # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
         payload = Gather([arrays.as_bytes(x) for x in self.tensors.values()])
         return cut_frames(self.header.SerializeToString(), payload)
-
-
-def cut_frames(header: bytes, payload: Gather, xxh3: int | None = None) -> Iterator[bytes]:
-    """The frames of an entry: the header rides with the first chunk, the checksum with the last.
-
-    xxh3: the checksum, where it is known.
-    """
-    checksum = xxhash.xxh3_64()
-    head: bytes | None = header
-    left = payload.nbytes
-    for pieces in payload.chunks():
-        for piece in pieces:
-            if xxh3 is None:
-                checksum.update(piece)
-            left -= len(piece)
-        end = None
-        if not left:
-            end = pb.EntryEnd(xxh3=checksum.intdigest() if xxh3 is None else xxh3).SerializeToString()
-        yield build_frame(head, pieces, end)
-        head = None

@@ -14,13 +14,13 @@ from kvstored_client.frames import (
     Scatter,
     build_frame,
     build_miss,
+    cut_frames,
     fixed64s,
     get_request,
     parse_frame,
     submessage,
 )
 from kvstored_client.messages import GetOptions
-from kvstored_client.send import cut_frames
 
 maybe_bytes = st.none() | st.binary(max_size=300)
 
