@@ -72,7 +72,7 @@ format: install  ## Rewrite the sources as `make lint` wants them
 bench: install  ## put and get against Redis, where redis-server is installed
 	$(BIN)/python bench/transport.py $(BENCH_ARGS)
 
-proto: .venv-proto/.installed  ## Generate client/kvstored_client/_pb from proto/
+proto: .venv-proto/.installed  ## Generate client/kvstored_client/wire/_pb from proto/
 	@tools/proto.sh .venv-proto/bin/python client
 
 proto-check: .venv-proto/.installed  ## Fail if generating again would change the committed code

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import grpc
 
-from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 CHUNK_NBYTES = 1 << 20
 

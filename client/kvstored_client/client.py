@@ -26,12 +26,16 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_pr
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client import local
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.address import default_address, lease_path, socket_path
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
-from kvstored_client.frames import BadFrame
 from kvstored_client.interrupts import damage
-from kvstored_client.messages import (
+from kvstored_client.near import Near, Silent, Turn, UseStream
+from kvstored_client.receive import Out, Receiver
+from kvstored_client.send import Outgoing, PutOptions
+from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.address import default_address, lease_path, socket_path
+from kvstored_client.wire.frames import BadFrame
+from kvstored_client.wire.messages import (
     GetOptions,
     read_entry_info,
     read_explanation,
@@ -39,10 +43,6 @@ from kvstored_client.messages import (
     read_stats,
     tier_number,
 )
-from kvstored_client.near import Near, Silent, Turn, UseStream
-from kvstored_client.receive import Out, Receiver
-from kvstored_client.send import Outgoing, PutOptions
-from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
 
 logger = logging.getLogger(__name__)
 

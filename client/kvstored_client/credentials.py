@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from kvstored_client.address import parse_address, socket_path, wants_tls
+from kvstored_client.wire.address import parse_address, socket_path, wants_tls
 
 TOKEN_FILE_MAX_NBYTES = 4096
 

@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from kvstored_client.aside import Aside, Job, call_off
-from kvstored_client.frames import Bytes
+from kvstored_client.wire.frames import Bytes
 
 PARALLEL_NBYTES = 8 << 20
 """Below this a second thread costs more than it brings."""

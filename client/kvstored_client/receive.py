@@ -14,11 +14,11 @@ from kvstore import arrays
 from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
-from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import Packed, Unpacking, shape_of
-from kvstored_client.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
 from kvstored_client.interrupts import damage
-from kvstored_client.messages import TIER_NAMES, read_receipt
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
+from kvstored_client.wire.messages import TIER_NAMES, read_receipt
 
 Tensors = Mapping[str, Any]
 Out = Sequence[Tensors | None] | None

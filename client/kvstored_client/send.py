@@ -9,9 +9,9 @@ from kvstore import arrays
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity, Priority
 from kvstore.keys import check_key, check_namespace
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import CHUNK_NBYTES, Gather, cut_frames
-from kvstored_client.messages import fidelity_number, priority_number, tensor_specs
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames
+from kvstored_client.wire.messages import fidelity_number, priority_number, tensor_specs
 
 
 @dataclass(frozen=True, slots=True)

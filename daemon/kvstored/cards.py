@@ -8,9 +8,9 @@ from kvstore.entries.entry import Entry, TensorSpec
 from kvstore.hit import TensorInfo
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import submessage
-from kvstored_client.messages import relative_errors, tensor_specs
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import submessage
+from kvstored_client.wire.messages import relative_errors, tensor_specs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

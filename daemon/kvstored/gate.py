@@ -17,7 +17,7 @@ from kvstored.metrics import Meter
 from kvstored.scope import CALLER
 from kvstored.spans import Metadata, Spans
 from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
-from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 audit = logging.getLogger("kvstored.audit")
 

@@ -40,7 +40,7 @@ from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
 from kvstored.wire import Incoming, Reading, hit_header, put_ready, resident_hits
-from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)
 

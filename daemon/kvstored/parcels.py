@@ -14,9 +14,9 @@ from kvstore.entries.compact import Layout, PackedTensors, layout_of
 from kvstore.entries.entry import Entry
 from kvstore.hit import TensorInfo
 from kvstore.residency.read_path import Found
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import Bytes, submessage
-from kvstored_client.messages import relative_errors, tensor_specs
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import Bytes, submessage
+from kvstored_client.wire.messages import relative_errors, tensor_specs
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ from kvstored.tls import Certificates
 from kvstored.tokens import Tokens, read_tokens
 from kvstored.verbs import Verbs
 from kvstored.watch import Watch
-from kvstored_client.address import lease_path, socket_path
+from kvstored_client.wire.address import lease_path, socket_path
 
 logger = logging.getLogger(__name__)
 

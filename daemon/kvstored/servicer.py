@@ -33,9 +33,9 @@ from kvstored.parcels import Parcel
 from kvstored.scope import Scopes
 from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import BadFrame, build_miss, parse_frame
-from kvstored_client.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import BadFrame, build_miss, parse_frame
+from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
 
 logger = logging.getLogger(__name__)
 

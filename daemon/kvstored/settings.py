@@ -14,7 +14,7 @@ from typing import Any
 from kvstore.config import MIB, StoreConfig, check_range, from_mapping, read_toml
 from kvstore.errors import ConfigError
 from kvstored.logs import FORMATS, LEVELS
-from kvstored_client.address import default_address, parse_address, socket_path, wants_tls
+from kvstored_client.wire.address import default_address, parse_address, socket_path, wants_tls
 
 ENVIRONMENT_PREFIX = "KVSTORED_"
 

@@ -2,8 +2,8 @@
 
 from kvstore.keys import check_keys
 from kvstore.store import Store
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.messages import held_message
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.messages import held_message
 
 
 class Verbs:

@@ -23,16 +23,9 @@ from kvstore.residency.transcode import Room
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.parcels import Parcel, parcel
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import BadFrame, Frame, Gather, Scatter, cut_frames
-from kvstored_client.messages import (
-    TIERS,
-    fidelity_name,
-    priority_name,
-    read_specs,
-    relative_errors,
-    tensor_specs,
-)
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import BadFrame, Frame, Gather, Scatter, cut_frames
+from kvstored_client.wire.messages import TIERS, fidelity_name, priority_name, read_specs, relative_errors, tensor_specs
 
 HEADER_MAX_NBYTES = 64 << 10
 """256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""

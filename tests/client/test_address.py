@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from kvstored_client.address import default_address, parse_address, runtime_directory, socket_path
+from kvstored_client.wire.address import default_address, parse_address, runtime_directory, socket_path
 
 
 def test_the_environment_names_the_address():

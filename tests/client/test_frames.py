@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import (
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import (
     BadFrame,
     Gather,
     Scatter,
@@ -20,7 +20,7 @@ from kvstored_client.frames import (
     parse_frame,
     submessage,
 )
-from kvstored_client.messages import GetOptions
+from kvstored_client.wire.messages import GetOptions
 
 maybe_bytes = st.none() | st.binary(max_size=300)
 

@@ -23,8 +23,8 @@ import xxhash
 
 from kvstore.errors import KvstoreError
 from kvstored_client import Client
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import build_frame
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import build_frame
 from tests.conftest import environment, wait_until
 
 KEY = b"asked for"

@@ -4,8 +4,8 @@ from math import inf, nan
 
 import pytest
 
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.messages import read_receipt, relative_errors
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.messages import read_receipt, relative_errors
 
 TENSORS = [pb.TensorSpec(name=name, dtype=pb.DTYPE_FLOAT32, shape=[64]) for name in ("k", "v")]
 

@@ -16,9 +16,9 @@ from kvstore.residency.transcode import raw_entry
 from kvstored.parcels import parcel
 from kvstored.wire import hit_frames, hit_header
 from kvstored_client import Client
-from kvstored_client._pb import cache_pb2 as pb
 from kvstored_client.decoding import ENCODINGS, Packed, Unpacking, accepted, shape_of
-from kvstored_client.frames import EARLY_NBYTES, BadFrame, parse_frame
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import EARLY_NBYTES, BadFrame, parse_frame
 
 DOORS = ("shared memory", "stream")
 

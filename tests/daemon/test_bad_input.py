@@ -11,8 +11,8 @@ from kvstore.errors import OverQuota
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.wire import Reading
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.address import parse_address
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.address import parse_address
 from tests.conftest import free_port, wait_until
 from tests.operate.conftest import http_get
 from tests.raw import RawClient, entry_frames, header, spec

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import DaemonProcess
 
 NBYTES = 5

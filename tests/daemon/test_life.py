@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstored_client.address import parse_address
+from kvstored_client.wire.address import parse_address
 from tests.conftest import START_S, free_port, wait_until
 
 MIB = 1 << 20

@@ -59,7 +59,7 @@ def test_the_wheel_has_its_typed_packages_and_nothing_else(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {*PACKAGES, "experiments"}
     assert {f"{top}/py.typed" for top in (*PACKAGES, "experiments")} <= set(names)
-    assert "kvstored_client/_pb/cache_pb2.pyi" in names
+    assert "kvstored_client/wire/_pb/cache_pb2.pyi" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith((".pyc", ".so", ".toml.orig"))]
 

@@ -21,8 +21,8 @@ from kvstore.metadata.meta import Meta
 from kvstored.budget import Budget
 from kvstored.tokens import read_tokens
 from kvstored.wire import PutStream
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.frames import BadFrame, parse_frame
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import BadFrame, parse_frame
 
 KEY = Key(b"fuzz")
 LIMIT_NBYTES = 1 << 20

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from kvstored_client import Client
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.address import parse_address
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.address import parse_address
 from tests.conftest import environment, wait_until
 from tests.raw import RawClient, header, spec
 

@@ -9,8 +9,8 @@ import pytest
 
 from kvstored.tokens import digest, make_token
 from kvstored_client import Client
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.address import parse_address
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.address import parse_address
 
 from .conftest import running_daemon
 

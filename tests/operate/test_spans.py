@@ -24,8 +24,8 @@ from kvstored.settings import ServerSettings, load_settings
 from kvstored.spans import Spans, open_spans
 from kvstored.tokens import digest, make_token
 from kvstored_client import Client
-from kvstored_client._pb import cache_pb2 as pb
-from kvstored_client.address import parse_address
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.address import parse_address
 from tests.conftest import START_S, environment, wait_until
 
 from .conftest import running_daemon

@@ -221,7 +221,7 @@ def _memory(settings: "Settings") -> Iterator[Finding]:
 
 
 def _sockets(settings: "Settings") -> Iterator[Finding]:
-    from kvstored_client.address import socket_path
+    from kvstored_client.wire.address import socket_path
 
     for target, tls in settings.server.listeners:
         path = socket_path(target)

@@ -25,7 +25,7 @@ def remote(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
     @functools.wraps(function)
     def command(address: str | None, timeout_s: float, as_json: bool, **arguments: Any) -> None:  # noqa: FBT001 - a flag
-        from kvstored_client.address import default_address
+        from kvstored_client.wire.address import default_address
 
         where = address or default_address()
         with errors_as_exit_codes(where), _client(where, timeout_s) as client:

@@ -8,7 +8,7 @@ from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
 from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Held, Priority, TensorInfo
 from kvstore.stats import Stats, TierStats
-from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 TIER_NAMES = {pb.TIER_HOT: "hot", pb.TIER_WARM: "warm", pb.TIER_COLD: "cold"}
 TIERS = {name: number for number, name in TIER_NAMES.items()}

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from kvstore.keys import KEY_MAX_NBYTES
-from kvstored_client._pb import cache_pb2 as pb
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 CHUNK_NBYTES = 2 << 20
 """Payload of one frame. Measured over a unix socket, 16 MiB entries: see bench/RESULTS.md, Transport."""
