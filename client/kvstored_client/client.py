@@ -26,10 +26,11 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_pr
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client import local
+from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
 from kvstored_client.near import Near, Silent, Turn, UseStream
-from kvstored_client.receive import Out, Receiver
+from kvstored_client.receive import Receiver
 from kvstored_client.send import Outgoing, PutOptions
 from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb

@@ -25,8 +25,8 @@ from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import TensorInfo
 from kvstore.shm.layout import layout
 from kvstored_client.aside import Aside, Job, call_off
+from kvstored_client.buffers import Window
 from kvstored_client.interrupts import damage
-from kvstored_client.mapping import Window
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Bytes, Scatter
 from kvstored_client.wire.messages import read_specs

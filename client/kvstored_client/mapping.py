@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from kvstored_client.aside import Aside, Job, call_off
+from kvstored_client.buffers import Window
 from kvstored_client.wire.frames import Bytes
 
 PARALLEL_NBYTES = 8 << 20
@@ -48,30 +49,6 @@ class Mapping:
             for start in range(0, self.nbytes, PARALLEL_NBYTES):
                 if madvise(self.address + start, min(PARALLEL_NBYTES, self.nbytes - start), _POPULATE_READ):
                     return  # an older kernel: the reader pays
-
-
-class Window:
-    """A run of somebody's bytes. It keeps `owner` for as long as any array or tensor over it is.
-
-    writable: for torch also what is not. It warns of a read-only array and offers no read-only tensor, so it is told
-    nothing: writing to what is mapped for reading ends the process, as the documentation of `lease` says.
-    """
-
-    __slots__ = ("__array_interface__", "__weakref__", "_owner")
-
-    def __init__(self, address: int, nbytes: int, owner: object, *, writable: bool) -> None:
-        self._owner = owner
-        self.__array_interface__ = {
-            "data": (address, not writable),
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "version": 3,
-        }
-
-    @property
-    def array(self) -> Bytes:
-        """The bytes. All that is made of the array keeps the window."""
-        return np.asarray(self)
 
 
 class Copier:

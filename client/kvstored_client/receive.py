@@ -3,26 +3,18 @@
 One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from math import prod
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
 import xxhash
 
-from kvstore import arrays
-from kvstore.dtypes import BY_NAME
-from kvstore.errors import CodecError, InvalidEntry, KvstoreError
-from kvstore.hit import Hit, TensorInfo
+from kvstore.errors import CodecError, KvstoreError
+from kvstore.hit import Hit
+from kvstored_client.buffers import Out, OutMismatch, Target, Tensors
 from kvstored_client.decoding import Packed, Unpacking, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import BadFrame, Bytes, Frame, Scatter, parse_frame
+from kvstored_client.wire.frames import BadFrame, Frame, Scatter, parse_frame
 from kvstored_client.wire.messages import TIER_NAMES, read_receipt
-
-Tensors = Mapping[str, Any]
-Out = Sequence[Tensors | None] | None
-"""For each key the tensors to fill, or None for fresh ones."""
 
 
 class Receiver:
@@ -130,52 +122,3 @@ class _Incoming:
         head = self.header
         tier = TIER_NAMES.get(head.tier, "unknown")
         return Hit(key, self._target.tensors, tier, head.encoding, head.lossy, head.age_s, read_receipt(head))
-
-
-class Target:
-    """Where an entry's tensors go. bytes: what to fill, by name; tensors: what the caller gets after `finish`."""
-
-    def __init__(self, specs: Mapping[str, TensorInfo], framework: str, out: Tensors | None) -> None:
-        """out: the caller's own tensors, or None for fresh ones. Raises OutMismatch."""
-        if out is not None:
-            check_out(specs, out)
-        self._aside: dict[str, Any] = {}
-        self.bytes: dict[str, Bytes] = {}
-        self.tensors: dict[str, Any] = {}
-        for name, spec in specs.items():
-            given = None if out is None else out[name]
-            if given is not None and is_direct(given):
-                self.bytes[name] = arrays.as_bytes(given)
-                self.tensors[name] = given
-                continue
-            nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
-            self.bytes[name] = np.empty(nbytes, dtype=np.uint8)
-            fresh = arrays.from_bytes(spec, self.bytes[name], framework if given is None else "torch")
-            self.tensors[name] = fresh if given is None else given
-            if given is not None:
-                self._aside[name] = fresh
-
-    def finish(self) -> None:
-        """All bytes are filled: those tensors that could not be filled directly get them now."""
-        for name, fresh in self._aside.items():
-            self.tensors[name].copy_(fresh)
-
-
-class OutMismatch(InvalidEntry):
-    """The tensors given as `out` cannot take the entry."""
-
-
-def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:
-    """Raise OutMismatch unless `out` holds exactly these tensors, each of them writable."""
-    given = {name: arrays.describe(name, x) for name, x in out.items()}
-    if given != specs:
-        raise OutMismatch(f"out must hold exactly the entry's tensors {dict(specs)}, got {given}")
-    for name, x in out.items():
-        if not arrays.is_torch(x) and not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
-            raise OutMismatch(f"out[{name!r}]: a numpy array must be C-contiguous, writeable and of native byte order")
-
-
-def is_direct(x: Any) -> bool:
-    """Whether bytes can be written right into x."""
-    # What is on another device or strided is filled through a tensor aside.
-    return not arrays.is_torch(x) or bool(x.is_contiguous() and x.device.type == "cpu")
