@@ -26,7 +26,7 @@ from rivals import MIB, Servers, Subject, environment, memcached_subject, payloa
 
 from kvstored_client import Client
 from kvstored_client.decoding import Decode
-from kvstored_client.mapping import Copier
+from kvstored_client.shm.mapping import Copier
 
 SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROTATION_NBYTES = 256 * MIB

@@ -25,13 +25,13 @@ from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Prio
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
-from kvstored_client import local
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
-from kvstored_client.near import Near, Silent, Turn, UseStream
 from kvstored_client.receive import Receiver
 from kvstored_client.send import Outgoing, PutOptions
+from kvstored_client.shm import calls
+from kvstored_client.shm.pool import Near, Silent, Turn, UseStream
 from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import default_address, lease_path, socket_path
@@ -241,7 +241,7 @@ class Client:
         framework = arrays.resolve_framework(self._framework)
         arrays.check_specs({"x": spec})
         try:
-            return self._nearby(local.empty, spec, framework)
+            return self._nearby(calls.empty, spec, framework)
         except (UseStream, *_SOFT):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
@@ -350,7 +350,7 @@ class Client:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch, commits = self._nearby(local.put, batch)
+            stored, epoch, commits = self._nearby(calls.put, batch)
         except UseStream:
             return self._send_stream(batch)
         if commits > 1:
@@ -380,7 +380,7 @@ class Client:
         from_nbytes = NEAR_FROM_NBYTES if self._near is not None and self._decode == "auto" else 0
         how = _how_to_get(leading, accepted(self._decode), from_nbytes)
         try:
-            hits[:], stale, epoch = self._nearby(local.get, keys, how, framework, out)
+            hits[:], stale, epoch = self._nearby(calls.get, keys, how, framework, out)
         except UseStream:
             self._read_stream(Receiver(keys, framework, out, hits), how.request(keys))
             return
@@ -405,7 +405,7 @@ class Client:
     def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
         try:
-            return self._nearby(local.lease, keys, _how_to_get(leading, (), 0), framework)
+            return self._nearby(calls.lease, keys, _how_to_get(leading, (), 0), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
             self._read_stream(receiver, _how_to_get(leading, accepted(self._decode), 0).request(keys))
@@ -428,7 +428,7 @@ class Client:
         """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
         name = verb.lower()
         try:
-            near_reply = self._nearby(local.ask, pb.LeaseCall(**{name: request}))
+            near_reply = self._nearby(calls.ask, pb.LeaseCall(**{name: request}))
         except UseStream:
             return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
         return self._noted(getattr(near_reply, name))  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ import pytest
 
 import kvstored_client
 from kvstored_client import Client
-from kvstored_client.near import CONNECTIONS_MAX
+from kvstored_client.shm.pool import CONNECTIONS_MAX
 from tests.conftest import wait_until
 
 CLIENT = str(Path(kvstored_client.__file__).parent)

@@ -20,10 +20,10 @@ from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
-from kvstored_client.mapping import Copier
-from kvstored_client.mapping import Mapping as MappedSegment
-from kvstored_client.near import Connection, Near, Segments, Turn, UseStream
 from kvstored_client.send import Outgoing
+from kvstored_client.shm.mapping import Copier
+from kvstored_client.shm.mapping import Mapping as MappedSegment
+from kvstored_client.shm.pool import Connection, Near, Segments, Turn, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt

@@ -27,7 +27,7 @@ from kvstore.errors import KvstoreError
 from kvstore.shm.freelist import FreeList
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
-from kvstored_client.mapping import Mapping
+from kvstored_client.shm.mapping import Mapping
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import fixed64s
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from kvstore.errors import KvstoreError
-from kvstored_client.connection import Connection, Releases, Segments, Silent, UseStream
 from kvstored_client.interrupts import is_foreign, last_of, moved
-from kvstored_client.mapping import Copier
+from kvstored_client.shm.connection import Connection, Releases, Segments, Silent, UseStream
+from kvstored_client.shm.mapping import Copier
 
 __all__ = ["Connection", "Near", "Segments", "Silent", "Turn", "UseStream"]
 

@@ -1,0 +1,1 @@
+"""The same host: calls over the lease socket, tensors through shared memory."""
