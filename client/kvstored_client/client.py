@@ -28,11 +28,11 @@ from kvstore.stats import Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
-from kvstored_client.receive import Receiver
 from kvstored_client.send import Outgoing, PutOptions
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Near, Silent, Turn, UseStream
-from kvstored_client.transport import ADMIN, CACHE, ReplyType, Transport
+from kvstored_client.stream.receiver import Receiver
+from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import default_address, lease_path, socket_path
 from kvstored_client.wire.frames import BadFrame

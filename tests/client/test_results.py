@@ -11,7 +11,7 @@ import xxhash
 
 from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstored_client import Client
-from kvstored_client.receive import Receiver
+from kvstored_client.stream.receiver import Receiver
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
 from kvstored_client.wire.frames import BadFrame, build_frame, build_miss

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from kvstore.clock import ManualClock
-from kvstored_client import watchdog
-from kvstored_client.watchdog import Watchdog
+from kvstored_client.stream import watchdog
+from kvstored_client.stream.watchdog import Watchdog
 from tests.conftest import wait_until
 
 

@@ -25,8 +25,8 @@ LAW = (
     "daemon/kvstored/lease.py", "daemon/kvstored/wire.py", "daemon/kvstored/servicer.py", "daemon/kvstored/budget.py",
     "daemon/kvstored/scope.py", "daemon/kvstored/gate.py", "daemon/kvstored/cards.py", "daemon/kvstored/parcels.py",
     "daemon/kvstored/verbs.py", "daemon/kvstored/tokens.py", "client/kvstored_client/wire/messages.py",
-    "client/kvstored_client/decoding.py", "client/kvstored_client/transport.py", "client/kvstored_client/shm/pool.py",
-    "client/kvstored_client/shm/calls.py", "client/kvstored_client/shm/mapping.py", "client/kvstored_client/receive.py",
+    "client/kvstored_client/decoding.py", "client/kvstored_client/stream/transport.py", "client/kvstored_client/shm/pool.py",
+    "client/kvstored_client/shm/calls.py", "client/kvstored_client/shm/mapping.py", "client/kvstored_client/stream/receiver.py",
     "client/kvstored_client/wire/frames.py",
 )  # fmt: skip
 NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kvstore/stats.py", "kvstore/__init__.py")

@@ -17,9 +17,9 @@ from kvstore import errors
 from kvstore.errors import KvstoreError, OverQuota, TierUnavailable
 from kvstored_client.aside import Aside, Job
 from kvstored_client.breaker import Breaker
-from kvstored_client.credentials import check_credentials, open_channel
 from kvstored_client.interrupts import damage, is_foreign
-from kvstored_client.watchdog import Watchdog
+from kvstored_client.stream.credentials import check_credentials, open_channel
+from kvstored_client.stream.watchdog import Watchdog
 from kvstored_client.wire.address import parse_address
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S
 

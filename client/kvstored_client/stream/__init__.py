@@ -1,0 +1,1 @@
+"""Any host: gRPC channels, the frames of a Get, deadlines and watchdogs."""
