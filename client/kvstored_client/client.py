@@ -28,7 +28,7 @@ from kvstore.stats import Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
-from kvstored_client.send import Outgoing, PutOptions
+from kvstored_client.puts import Outgoing, PutOptions
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Near, Silent, Turn, UseStream
 from kvstored_client.stream.receiver import Receiver

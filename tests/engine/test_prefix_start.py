@@ -6,7 +6,7 @@ from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 from kvstored.wire import Incoming, put_ready
-from kvstored_client.send import Outgoing, PutOptions
+from kvstored_client.puts import Outgoing, PutOptions
 
 KEYS = [b"first", b"second", b"third"]
 K = torch.randn(2, 64, 2, 16, generator=torch.Generator().manual_seed(1))

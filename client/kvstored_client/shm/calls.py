@@ -20,7 +20,7 @@ from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
-from kvstored_client.send import Outgoing
+from kvstored_client.puts import Outgoing
 from kvstored_client.shm.mapping import Copier
 from kvstored_client.shm.mapping import Mapping as MappedSegment
 from kvstored_client.shm.pool import Connection, Near, Segments, Turn, UseStream
