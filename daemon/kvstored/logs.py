@@ -17,9 +17,6 @@ from collections.abc import Mapping
 
 from kvstore.printable import printable
 
-LEVELS = ("debug", "info", "warning", "error")
-FORMATS = ("auto", "text", "json")
-
 TOKEN_PREFIX = "kvd_"  # noqa: S105 - what every token begins with, so that it can be recognised where it must not be
 _SECRET = re.compile(TOKEN_PREFIX + r"[A-Za-z0-9_-]{8,}|(?i:bearer)\s+\S+")
 _PAIR = re.compile(r"(?:^|\s)([a-z_]+)=(\S+)")

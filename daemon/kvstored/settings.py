@@ -13,8 +13,10 @@ from typing import Any
 
 from kvstore.config import MIB, StoreConfig, check_range, from_mapping, read_toml
 from kvstore.errors import ConfigError
-from kvstored.logs import FORMATS, LEVELS
 from kvstored_client.wire.address import default_address, parse_address, socket_path, wants_tls
+
+LEVELS = ("debug", "info", "warning", "error")
+FORMATS = ("auto", "text", "json")
 
 ENVIRONMENT_PREFIX = "KVSTORED_"
 
