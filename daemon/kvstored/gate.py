@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvstored.metrics import Meter
 from kvstored.scope import CALLER
-from kvstored.spans import Metadata, Spans
+from kvstored.telemetry.metrics import Meter
+from kvstored.telemetry.spans import Metadata, Spans
 from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored_client.wire._pb import cache_pb2 as pb
 

@@ -36,7 +36,7 @@ from kvstored.scope import Scopes, read_secret, tenant_prefixes
 from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
-from kvstored.spans import Spans, open_spans
+from kvstored.telemetry.spans import Spans, open_spans
 from kvstored.tls import Certificates
 from kvstored.tokens import Tokens, read_tokens
 from kvstored.verbs import Verbs

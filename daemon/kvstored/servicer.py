@@ -28,9 +28,9 @@ from kvstore.residency.read_path import Resident
 from kvstore.residency.transcode import Room
 from kvstore.stats import Stats
 from kvstored.budget import Budget
-from kvstored.metrics import Meter
 from kvstored.parcels import Parcel
 from kvstored.scope import Scopes
+from kvstored.telemetry.metrics import Meter
 from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits
 from kvstored_client.wire._pb import cache_pb2 as pb

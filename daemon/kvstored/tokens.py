@@ -26,7 +26,7 @@ from typing import Any
 
 from kvstore.config import read_toml
 from kvstore.errors import ConfigError
-from kvstored.logs import TOKEN_PREFIX
+from kvstored.telemetry.logs import TOKEN_PREFIX
 
 RIGHTS = ("read", "write", "admin")
 TOKENS_MAX = 256

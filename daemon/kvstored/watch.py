@@ -18,12 +18,12 @@ from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.heap import INTERVAL_S as HEAP_INTERVAL_S
 from kvstored.heap import Heap
-from kvstored.history import INTERVAL_S, History
-from kvstored.httpd import MetricsPort
-from kvstored.metrics import Meter, StoreCollector
 from kvstored.pressure import INTERVAL_S as PRESSURE_INTERVAL_S
 from kvstored.pressure import PressureValve
 from kvstored.settings import ServerSettings
+from kvstored.telemetry.history import INTERVAL_S, History
+from kvstored.telemetry.metrics import Meter, StoreCollector
+from kvstored.telemetry.metrics_port import MetricsPort
 
 log = logging.getLogger(__name__)
 

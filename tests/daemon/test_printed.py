@@ -18,7 +18,7 @@ from kvstore.printable import printable
 from kvstore.stats import Stats, TierStats
 from kvstored.cli import cli, remote
 from kvstored.cli.tensorfile import read_tensors
-from kvstored.logs import JsonFormatter, TextFormatter
+from kvstored.telemetry.logs import JsonFormatter, TextFormatter
 
 EVIL = "a\x1b[31mred\r\n\u202egnp.exe\x9b2J\ud800\0\u2028"
 
@@ -202,7 +202,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(run, tmp_path):
 
 def test_the_status_page_is_json_that_a_browser_reads() -> None:
     """NaN is no JSON: `JSON.parse` refuses the whole page for it."""
-    from kvstored.httpd import json_bytes
+    from kvstored.telemetry.metrics_port import json_bytes
 
     told = json_bytes({"a": float("nan"), "b": [float("inf"), 1.5, {"c": (float("-inf"), "x")}]})
     assert told == b'{"a": null, "b": [null, 1.5, {"c": [null, "x"]}]}'

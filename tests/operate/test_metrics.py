@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.errors import ConfigError
 from kvstored.cli import cli
-from kvstored.metrics import FAMILIES
 from kvstored.settings import check_metrics_address, load_settings
+from kvstored.telemetry.metrics import FAMILIES
 from tests.conftest import ROOT, free_port, wait_until
 
 from .conftest import http_get, running_daemon
@@ -102,7 +102,8 @@ def test_the_error_of_a_codec_is_a_histogram_of_what_it_measured(busy, port):
 
 
 def test_every_number_of_the_store_has_a_metric(busy, port):
-    """A counter added to the store needs a line in kvstored/metrics.py: until then it is under kvstored_other."""
+    """A counter added to the store needs a line in kvstored/telemetry/metrics.py: until then it is under
+    kvstored_other."""
     left = [labels for (name, labels) in samples(port) if name == "kvstored_other"]
     assert left == []
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kvstored.httpd import MetricsPort
+from kvstored.telemetry.metrics_port import MetricsPort
 from tests.conftest import ROOT, free_port
 
 from .conftest import running_daemon
@@ -20,7 +20,7 @@ from .conftest import running_daemon
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
-PAGE = ROOT / "daemon/kvstored/page"
+PAGE = ROOT / "daemon/kvstored/telemetry/page"
 
 
 @pytest.fixture(scope="module")

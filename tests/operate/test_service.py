@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from kvstored.cli import cli
 from kvstored.cli.install import render, resources
-from kvstored.logs import JsonFormatter, TextFormatter, redact
+from kvstored.telemetry.logs import JsonFormatter, TextFormatter, redact
 
 EXPOSURE_MAX = 2.0
 

@@ -21,7 +21,7 @@ from kvstore.errors import ConfigError
 from kvstored.cli import cli
 from kvstored.server import Daemon
 from kvstored.settings import ServerSettings, load_settings
-from kvstored.spans import Spans, open_spans
+from kvstored.telemetry.spans import Spans, open_spans
 from kvstored.tokens import digest, make_token
 from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -169,7 +169,7 @@ def test_a_collector_that_is_not_there_holds_up_no_call_and_no_stop():
 
 def test_nothing_of_opentelemetry_is_imported_where_traces_are_off(tmp_path):
     code = (
-        "import sys, kvstored.server, kvstored.cli, kvstored.spans as s\n"
+        "import sys, kvstored.server, kvstored.cli, kvstored.telemetry.spans as s\n"
         "spans = s.open_spans('', '1'); spans.record('Cache/Get', 'OK', 0.1, (), {}); spans.close()\n"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )

@@ -5,7 +5,7 @@ import sys
 import click
 
 from kvstored.cli.exits import BadUsage, errors_as_exit_codes
-from kvstored.logs import set_up
+from kvstored.telemetry.logs import set_up
 
 _ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health", "prometheus_client"})
 

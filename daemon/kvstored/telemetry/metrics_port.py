@@ -170,4 +170,4 @@ def _finite(value: object) -> object:
 
 
 def _asset(name: str) -> bytes:
-    return files("kvstored").joinpath("page").joinpath(name).read_bytes()
+    return files("kvstored.telemetry").joinpath("page").joinpath(name).read_bytes()
