@@ -30,10 +30,10 @@ from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.budget import Budget
 from kvstored.gate import Access, Gate, Records
+from kvstored.host.process import DirectoryLock, tune
+from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.lease import LeaseServer, Shared
-from kvstored.process import DirectoryLock, tune
 from kvstored.scope import Scopes, read_secret, tenant_prefixes
-from kvstored.sdnotify import notify, watchdog_interval_s
 from kvstored.servicer import AdminService, CacheService
 from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.spans import Spans, open_spans

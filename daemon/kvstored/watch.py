@@ -16,10 +16,10 @@ from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from kvstore.stats import Stats
 from kvstore.store import Store
 from kvstored.budget import Budget
-from kvstored.heap import INTERVAL_S as HEAP_INTERVAL_S
-from kvstored.heap import Heap
-from kvstored.pressure import INTERVAL_S as PRESSURE_INTERVAL_S
-from kvstored.pressure import PressureValve
+from kvstored.host.heap import INTERVAL_S as HEAP_INTERVAL_S
+from kvstored.host.heap import Heap
+from kvstored.host.pressure import INTERVAL_S as PRESSURE_INTERVAL_S
+from kvstored.host.pressure import PressureValve
 from kvstored.settings import ServerSettings
 from kvstored.telemetry.history import INTERVAL_S, History
 from kvstored.telemetry.metrics import Meter, StoreCollector

@@ -8,7 +8,7 @@ import pytest
 
 from kvstore import Store
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
-from kvstored.pressure import CALM_S, PressureValve, Sensor, stall_percent
+from kvstored.host.pressure import CALM_S, PressureValve, Sensor, stall_percent
 from tests.conftest import environment
 
 MIB = 1 << 20
@@ -101,8 +101,8 @@ def test_a_machine_without_these_files_presses_nobody(tmp_path):
 
 _BURST = """
 import sys, torch
-from kvstored.heap import Heap
-from kvstored.process import tune
+from kvstored.host.heap import Heap
+from kvstored.host.process import tune
 tune()
 heap = Heap(32 << 20)
 blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(300)]
