@@ -31,12 +31,12 @@ from kvstore.residency.read_path import Resident
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.store import Store
+from kvstored.access.interceptor import Access, Records, Refusal
+from kvstored.access.tenant_view import Scopes
+from kvstored.access.tokens import Identity
 from kvstored.budget import Budget
 from kvstored.cards import Card, leased, new_card
-from kvstored.gate import Access, Records, Refusal
 from kvstored.parcels import Parcel
-from kvstored.scope import Scopes
-from kvstored.tokens import Identity
 from kvstored.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
 from kvstored.wire import Incoming, Reading, hit_header, put_ready, resident_hits

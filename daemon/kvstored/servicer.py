@@ -27,9 +27,9 @@ from kvstore.keys import check_key, check_keys
 from kvstore.residency.read_path import Resident
 from kvstore.residency.transcode import Room
 from kvstore.stats import Stats
+from kvstored.access.tenant_view import Scopes
 from kvstored.budget import Budget
 from kvstored.parcels import Parcel
-from kvstored.scope import Scopes
 from kvstored.telemetry.metrics import Meter
 from kvstored.verbs import Verbs
 from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits

@@ -18,8 +18,8 @@ from kvstore.entries.safetensors_header import Slot, parse_header, write_header
 from kvstore.errors import ConfigError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstored.access.tokens import read_tokens
 from kvstored.budget import Budget
-from kvstored.tokens import read_tokens
 from kvstored.wire import PutStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, parse_frame

@@ -23,8 +23,8 @@ from tests.mutants.session import Session
 LAW = (
     "kvstore/*.py", "kvstore/codecs/*.py", "kvstore/disk/*.py", "kvstore/tiers/*.py", "kvstore/policies/*.py",
     "daemon/kvstored/lease.py", "daemon/kvstored/wire.py", "daemon/kvstored/servicer.py", "daemon/kvstored/budget.py",
-    "daemon/kvstored/scope.py", "daemon/kvstored/gate.py", "daemon/kvstored/cards.py", "daemon/kvstored/parcels.py",
-    "daemon/kvstored/verbs.py", "daemon/kvstored/tokens.py", "client/kvstored_client/wire/messages.py",
+    "daemon/kvstored/access/tenant_view.py", "daemon/kvstored/access/interceptor.py", "daemon/kvstored/cards.py", "daemon/kvstored/parcels.py",
+    "daemon/kvstored/verbs.py", "daemon/kvstored/access/tokens.py", "client/kvstored_client/wire/messages.py",
     "client/kvstored_client/decoding.py", "client/kvstored_client/stream/transport.py", "client/kvstored_client/shm/pool.py",
     "client/kvstored_client/shm/calls.py", "client/kvstored_client/shm/mapping.py", "client/kvstored_client/stream/receiver.py",
     "client/kvstored_client/wire/frames.py",
@@ -39,8 +39,11 @@ DOORS = {
     "daemon/kvstored/wire.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_lease.py"),
     "daemon/kvstored/servicer.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_life.py"),
     "daemon/kvstored/budget.py": ("tests/operate/test_abuse.py",),
-    "daemon/kvstored/scope.py": ("tests/operate/test_access.py", "tests/operate/test_indistinguishable.py"),
-    "daemon/kvstored/gate.py": ("tests/operate/test_access.py",),
+    "daemon/kvstored/access/tenant_view.py": (
+        "tests/operate/test_access.py",
+        "tests/operate/test_indistinguishable.py",
+    ),
+    "daemon/kvstored/access/interceptor.py": ("tests/operate/test_access.py",),
     "kvstore/shm/arena.py": ("tests/daemon/test_lease.py",),
     "kvstore/shm/layout.py": ("tests/daemon/test_lease.py",),
 }

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError, PermissionDenied, TierUnavailable
-from kvstored.scope import ScopedStore
-from kvstored.tokens import Tokens, digest, make_token, read_tokens
+from kvstored.access.tenant_view import ScopedStore
+from kvstored.access.tokens import Tokens, digest, make_token, read_tokens
 from kvstored_client import Client
 from tests.conftest import free_port, wait_until
 

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from kvstore.stats import Stats, TierStats
+from kvstored.access.tokens import digest, read_tokens
 from kvstored.cli import cli
 from kvstored.cli.manual import manual
 from kvstored.cli.top import accounts, rates, screen
-from kvstored.tokens import digest, read_tokens
 from tests.conftest import ROOT
 
 from .conftest import running_daemon

@@ -7,7 +7,7 @@ import grpc
 import numpy as np
 import pytest
 
-from kvstored.tokens import digest, make_token
+from kvstored.access.tokens import digest, make_token
 from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address

@@ -18,11 +18,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from kvstore import Store
 from kvstore.errors import ConfigError
+from kvstored.access.tokens import digest, make_token
 from kvstored.cli import cli
 from kvstored.server import Daemon
 from kvstored.settings import ServerSettings, load_settings
 from kvstored.telemetry.spans import Spans, open_spans
-from kvstored.tokens import digest, make_token
 from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address

@@ -25,9 +25,9 @@ def config() -> None:
 def check(file: Path | None) -> None:
     """Read FILE and the environment as `serve` would, tokens and certificates too. Exit code 2: something is wrong."""
     with errors_as_exit_codes("the configured address"):
+        from kvstored.access.tokens import read_tokens
         from kvstored.settings import load_settings
         from kvstored.telemetry.spans import open_spans
-        from kvstored.tokens import read_tokens
 
         server = load_settings(file).server
         entries = 0

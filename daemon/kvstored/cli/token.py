@@ -21,7 +21,7 @@ def token(name: str, rights: tuple[str, ...], tenant: str | None, output: str | 
     """
     import os
 
-    from kvstored.tokens import digest, make_token
+    from kvstored.access.tokens import digest, make_token
 
     if tenant and "admin" in rights:
         raise BadUsage("the admin right sees every tenant, so it cannot go with --tenant")

@@ -13,10 +13,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvstored.scope import CALLER
+from kvstored.access.tenant_view import CALLER
+from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
 from kvstored.telemetry.spans import Metadata, Spans
-from kvstored.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 audit = logging.getLogger("kvstored.audit")

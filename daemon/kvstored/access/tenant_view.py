@@ -22,7 +22,7 @@ from kvstore.hit import Held, Hit, Match
 from kvstore.keys import Key
 from kvstore.residency.read_path import Found, Resident
 from kvstore.store import Store
-from kvstored.tokens import LOCAL, Identity
+from kvstored.access.tokens import LOCAL, Identity
 
 CALLER: contextvars.ContextVar[Identity] = contextvars.ContextVar("kvstored_caller", default=LOCAL)
 """Who the call under way is for; set by the gate."""
