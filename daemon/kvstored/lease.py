@@ -37,9 +37,10 @@ from kvstored.access.tokens import Identity
 from kvstored.budget import Budget
 from kvstored.cards import Card, leased, new_card
 from kvstored.parcels import Parcel
+from kvstored.puts import Incoming, put_ready
 from kvstored.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
-from kvstored.wire import Incoming, Reading, hit_header, put_ready, resident_hits
+from kvstored.wire import Reading, hit_header, resident_hits
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)

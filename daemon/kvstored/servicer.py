@@ -30,9 +30,10 @@ from kvstore.stats import Stats
 from kvstored.access.tenant_view import Scopes
 from kvstored.budget import Budget
 from kvstored.parcels import Parcel
+from kvstored.puts import PutStream, put_ready
 from kvstored.telemetry.metrics import Meter
 from kvstored.verbs import Verbs
-from kvstored.wire import PutStream, Reading, hit_frames, put_ready, resident_hits
+from kvstored.wire import Reading, hit_frames, resident_hits
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, build_miss, parse_frame
 from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message

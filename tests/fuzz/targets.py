@@ -20,7 +20,7 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstored.access.tokens import read_tokens
 from kvstored.budget import Budget
-from kvstored.wire import PutStream
+from kvstored.puts import PutStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, parse_frame
 
