@@ -34,13 +34,13 @@ from kvstore.store import Store
 from kvstored.access.interceptor import Access, Records, Refusal
 from kvstored.access.tenant_view import Scopes
 from kvstored.access.tokens import Identity
-from kvstored.budget import Budget
-from kvstored.cards import Card, leased, new_card
-from kvstored.parcels import Parcel
-from kvstored.puts import Incoming, put_ready
-from kvstored.verbs import Verbs
+from kvstored.calls.budget import Budget
+from kvstored.calls.encoded_reply import Parcel
+from kvstored.calls.gets import Reading, hit_header, resident_hits
+from kvstored.calls.puts import Incoming, put_ready
+from kvstored.calls.shared_memory_reply import Card, leased, new_card
+from kvstored.calls.verbs import Verbs
 from kvstored.waiting import Callers, Waiting
-from kvstored.wire import Reading, hit_header, resident_hits
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)

@@ -28,12 +28,12 @@ from kvstore.residency.read_path import Resident
 from kvstore.residency.transcode import Room
 from kvstore.stats import Stats
 from kvstored.access.tenant_view import Scopes
-from kvstored.budget import Budget
-from kvstored.parcels import Parcel
-from kvstored.puts import PutStream, put_ready
+from kvstored.calls.budget import Budget
+from kvstored.calls.encoded_reply import Parcel
+from kvstored.calls.gets import Reading, hit_frames, resident_hits
+from kvstored.calls.puts import PutStream, put_ready
+from kvstored.calls.verbs import Verbs
 from kvstored.telemetry.metrics import Meter
-from kvstored.verbs import Verbs
-from kvstored.wire import Reading, hit_frames, resident_hits
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, build_miss, parse_frame
 from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message

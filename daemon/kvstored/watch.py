@@ -15,7 +15,7 @@ from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
 from kvstore.stats import Stats
 from kvstore.store import Store
-from kvstored.budget import Budget
+from kvstored.calls.budget import Budget
 from kvstored.host.heap import INTERVAL_S as HEAP_INTERVAL_S
 from kvstored.host.heap import Heap
 from kvstored.host.pressure import INTERVAL_S as PRESSURE_INTERVAL_S

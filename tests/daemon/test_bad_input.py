@@ -9,8 +9,8 @@ import pytest
 
 from kvstore.errors import OverQuota
 from kvstore.store import Store
-from kvstored.budget import Budget
-from kvstored.wire import Reading
+from kvstored.calls.budget import Budget
+from kvstored.calls.gets import Reading
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
 from tests.conftest import free_port, wait_until

@@ -5,7 +5,7 @@ import torch
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
-from kvstored.puts import Incoming, put_ready
+from kvstored.calls.puts import Incoming, put_ready
 from kvstored_client.puts import Outgoing, PutOptions
 
 KEYS = [b"first", b"second", b"third"]

@@ -19,8 +19,8 @@ from kvstore.errors import ConfigError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstored.access.tokens import read_tokens
-from kvstored.budget import Budget
-from kvstored.puts import PutStream
+from kvstored.calls.budget import Budget
+from kvstored.calls.puts import PutStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, parse_frame
 

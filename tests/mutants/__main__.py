@@ -22,9 +22,9 @@ from tests.mutants.session import Session
 
 LAW = (
     "kvstore/*.py", "kvstore/codecs/*.py", "kvstore/disk/*.py", "kvstore/tiers/*.py", "kvstore/policies/*.py",
-    "daemon/kvstored/lease.py", "daemon/kvstored/wire.py", "daemon/kvstored/servicer.py", "daemon/kvstored/budget.py",
-    "daemon/kvstored/access/tenant_view.py", "daemon/kvstored/access/interceptor.py", "daemon/kvstored/cards.py", "daemon/kvstored/parcels.py",
-    "daemon/kvstored/verbs.py", "daemon/kvstored/access/tokens.py", "client/kvstored_client/wire/messages.py",
+    "daemon/kvstored/lease.py", "daemon/kvstored/calls/gets.py", "daemon/kvstored/servicer.py", "daemon/kvstored/calls/budget.py",
+    "daemon/kvstored/access/tenant_view.py", "daemon/kvstored/access/interceptor.py", "daemon/kvstored/calls/shared_memory_reply.py", "daemon/kvstored/calls/encoded_reply.py",
+    "daemon/kvstored/calls/verbs.py", "daemon/kvstored/access/tokens.py", "client/kvstored_client/wire/messages.py",
     "client/kvstored_client/decoding.py", "client/kvstored_client/stream/transport.py", "client/kvstored_client/shm/pool.py",
     "client/kvstored_client/shm/calls.py", "client/kvstored_client/shm/mapping.py", "client/kvstored_client/stream/receiver.py",
     "client/kvstored_client/wire/frames.py",
@@ -34,11 +34,11 @@ NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kv
 TESTS = ("tests/engine", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
 DOORS = {
     "daemon/kvstored/lease.py": ("tests/daemon/test_lease.py", "tests/daemon/test_killed_clients.py"),
-    "daemon/kvstored/cards.py": ("tests/daemon/test_lease.py",),
-    "daemon/kvstored/parcels.py": ("tests/contract/test_packed.py", "tests/daemon/test_lease.py"),
-    "daemon/kvstored/wire.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_lease.py"),
+    "daemon/kvstored/calls/shared_memory_reply.py": ("tests/daemon/test_lease.py",),
+    "daemon/kvstored/calls/encoded_reply.py": ("tests/contract/test_packed.py", "tests/daemon/test_lease.py"),
+    "daemon/kvstored/calls/gets.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_lease.py"),
     "daemon/kvstored/servicer.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_life.py"),
-    "daemon/kvstored/budget.py": ("tests/operate/test_abuse.py",),
+    "daemon/kvstored/calls/budget.py": ("tests/operate/test_abuse.py",),
     "daemon/kvstored/access/tenant_view.py": (
         "tests/operate/test_access.py",
         "tests/operate/test_indistinguishable.py",

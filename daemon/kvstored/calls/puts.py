@@ -16,7 +16,7 @@ from kvstore.hit import Fidelity, Priority
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_namespace
 from kvstore.residency.transcode import Room
 from kvstore.store import Store
-from kvstored.budget import Budget
+from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Frame, Scatter
 from kvstored_client.wire.messages import fidelity_name, priority_name, read_specs

@@ -14,8 +14,8 @@ from kvstore.keys import check_keys
 from kvstore.residency.read_path import Found, Resident
 from kvstore.residency.transcode import Room
 from kvstore.store import Store
-from kvstored.budget import Budget
-from kvstored.parcels import Parcel, parcel
+from kvstored.calls.budget import Budget
+from kvstored.calls.encoded_reply import Parcel, parcel
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Gather, cut_frames
 from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
