@@ -32,12 +32,13 @@ from kvstored.access.interceptor import Access, Gate, Records
 from kvstored.access.tenant_view import Scopes, read_secret, tenant_prefixes
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
+from kvstored.admin_service import AdminService
 from kvstored.calls.budget import Budget
 from kvstored.calls.verbs import Verbs
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.lease import LeaseServer, Shared
-from kvstored.servicer import AdminService, CacheService
+from kvstored.servicer import CacheService
 from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored.watch import Watch

@@ -1,107 +1,44 @@
-"""The services Cache and Admin: what a call does, from the socket to the store and back.
+"""The service Cache: what a call does, from the socket to the store and back.
 
     put: frames -> PutStream (checked, allocated, filled) -> Store.put_many on a worker thread -> reply
     get: request -> Reading (leases, on a worker thread) -> frames -> socket
 
-Runs on the event loop; whatever may block runs on the worker threads. Errors of the engine become a status here, once.
+Runs on the event loop; whatever may block runs on the worker threads.
 """
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial, wraps
-from itertools import islice
-from time import monotonic
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from kvstore import errors
-from kvstore.errors import InvalidEntry, KvstoreError
-from kvstore.hit import Hit, Verified
-from kvstore.keys import check_key, check_keys
+from kvstore.errors import InvalidEntry
+from kvstore.hit import Hit
+from kvstore.keys import check_keys
 from kvstore.residency.read_path import Resident
 from kvstore.residency.transcode import Room
-from kvstore.stats import Stats
 from kvstored.access.tenant_view import Scopes
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import Parcel
 from kvstored.calls.gets import Reading, hit_frames, resident_hits
 from kvstored.calls.puts import PutStream, put_ready
 from kvstored.calls.verbs import Verbs
+from kvstored.service import Context, Service, answering
 from kvstored.telemetry.metrics import Meter
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import BadFrame, build_miss, parse_frame
-from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
-
-logger = logging.getLogger(__name__)
+from kvstored_client.wire.frames import build_miss, parse_frame
 
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
-LIST_GROUP = 256
-VERIFY_REPORT_S = 0.2
-"""Between two reports of a check: a bar that moves, and far less than a client's patience."""
 RESIDENT_MAX = 64
 """Keys looked up on the event loop itself: some 0.1 ms."""
 REPORT_MAX_S = 86400
 """More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = Callable[[Any, bytes, Context], Awaitable[Any]]
-R = TypeVar("R")
 M = TypeVar("M", bound=Message)
-
-
-def answering(handler: Handler) -> Handler:
-    """The boundary: an error of the engine becomes its status, any other one INTERNAL with a line in the log."""
-
-    @wraps(handler)
-    async def answer(self: Any, request: bytes, context: Context) -> Any:
-        try:
-            return await handler(self, request, context)
-        except KvstoreError as error:
-            refusal = error
-        except (BadFrame, DecodeError) as error:
-            refusal = InvalidEntry(str(error))
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            logger.exception("call failed method=%s", handler.__name__)
-            refusal = KvstoreError("internal error, see the daemon's log")
-        return await refuse(context, refusal)
-
-    return answer
-
-
-async def refuse(context: Context, error: KvstoreError) -> NoReturn:
-    """End a call with an error's status; its class travels in the trailing metadata."""
-    name = next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
-    metadata = [("kvstored-error", name)]
-    retry_after_ms = getattr(error, "retry_after_ms", None)
-    if retry_after_ms is not None:
-        metadata.append(("retry-after-ms", str(retry_after_ms)))
-    await context.abort(grpc.StatusCode[error.grpc_code], str(error), tuple(metadata))
-
-
-class _Service:
-    """What both services share: the store, and the threads that may wait for it."""
-
-    def __init__(self, scopes: Scopes, threads: Executor, boot_epoch: int) -> None:
-        self._scopes = scopes
-        self._threads = threads
-        self._epoch = boot_epoch
-
-    @property
-    def _store(self) -> Any:
-        """The store as the caller may see it. Only on the event loop: the caller is the running task's."""
-        return self._scopes.current()
-
-    async def _run(self, work: Callable[..., R], *args: Any) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
 
 
 def _next_lot(reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
@@ -112,7 +49,7 @@ def _next_lot(reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
     return lot
 
 
-class CacheService(_Service):
+class CacheService(Service):
     """Tensors under keys."""
 
     def __init__(
@@ -276,119 +213,3 @@ class CacheService(_Service):
                 "Report": unary(self.report),
             },
         )
-
-
-class AdminService(_Service):
-    """What an operator does."""
-
-    def __init__(
-        self, scopes: Scopes, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
-    ) -> None:
-        super().__init__(scopes, threads, boot_epoch)
-        self._version = version
-        self._snapshot = snapshot
-
-    @answering
-    async def stats(self, request: bytes, _: Context) -> bytes:
-        """Counters and gauges, the daemon's own among them."""
-        pb.StatsRequest.FromString(request)
-        found = await self._run(self._snapshot)
-        reply = stats_message(found)
-        reply.uptime_s = found.values["uptime_s"]
-        reply.version = self._version
-        reply.boot_epoch = self._epoch
-        return reply.SerializeToString()
-
-    @answering
-    async def list(self, request: bytes, context: Context) -> None:
-        """Entries in order of key."""
-        asked = pb.ListRequest.FromString(request)
-        if asked.tier and asked.tier not in TIER_NAMES:
-            raise InvalidEntry(f"unknown tier {asked.tier}")
-        found = self._store.entries(
-            tier=TIER_NAMES.get(asked.tier),
-            key_prefix=asked.key_prefix,
-            tenant=asked.tenant,
-            namespace=asked.namespace,
-            limit=asked.limit or None,
-        )
-        while group := await self._run(lambda: [*islice(found, LIST_GROUP)]):
-            await context.write(pb.ListReply(entries=map(entry_info_message, group)).SerializeToString())
-
-    @answering
-    async def inspect(self, request: bytes, _: Context) -> bytes:
-        """One entry."""
-        key = check_key(pb.InspectRequest.FromString(request).key)
-        info = await self._run(self._store.inspect, key)
-        return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
-
-    @answering
-    async def explain(self, request: bytes, _: Context) -> bytes:
-        """Where keys are, or why they are gone."""
-        asked = pb.ExplainRequest.FromString(request)
-        keys = check_keys(asked.keys)
-        own = self._scopes.keys_of(asked.tenant, keys) if asked.tenant else keys
-        found = await self._run(self._store.explain, *own)
-        explained = [replace(of, key=key) for of, key in zip(found, keys, strict=True)]
-        return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()
-
-    @answering
-    async def evict(self, request: bytes, _: Context) -> bytes:
-        """Forget keys, counted as evictions."""
-        keys = check_keys(pb.EvictRequest.FromString(request).keys)
-        return pb.EvictReply(evicted=await self._run(self._store.evict, *keys)).SerializeToString()
-
-    @answering
-    async def demote(self, request: bytes, _: Context) -> bytes:
-        """One tier down."""
-        keys = check_keys(pb.DemoteRequest.FromString(request).keys)
-        return pb.MoveReply(moved=await self._run(self._store.demote, *keys)).SerializeToString()
-
-    @answering
-    async def promote(self, request: bytes, _: Context) -> bytes:
-        """Copy to hot."""
-        keys = check_keys(pb.PromoteRequest.FromString(request).keys)
-        return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
-
-    @answering
-    async def drain(self, request: bytes, _: Context) -> bytes:
-        """Write to cold what is only in memory."""
-        pb.DrainRequest.FromString(request)
-        return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
-
-    @answering
-    async def verify(self, request: bytes, context: Context) -> None:
-        """Check every record on disk."""
-        pb.VerifyRequest.FromString(request)
-        steps = self._store.verify()
-        while (found := await self._run(_last_within, steps, VERIFY_REPORT_S)) is not None:
-            await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The service, by the names of the proto."""
-        unary = grpc.unary_unary_rpc_method_handler
-        return grpc.method_handlers_generic_handler(
-            "kvstored.v1.Admin",
-            {
-                "Stats": unary(self.stats),
-                "List": grpc.unary_stream_rpc_method_handler(self.list),
-                "Inspect": unary(self.inspect),
-                "Explain": unary(self.explain),
-                "Evict": unary(self.evict),
-                "Demote": unary(self.demote),
-                "Promote": unary(self.promote),
-                "Drain": unary(self.drain),
-                "Verify": grpc.unary_stream_rpc_method_handler(self.verify),
-            },
-        )
-
-
-def _last_within(steps: Iterator[Verified], seconds: float) -> Verified | None:
-    """Go on for so long; where that led. None: there was no step left."""
-    until = monotonic() + seconds
-    last: Verified | None = None
-    for step in steps:
-        last = step
-        if monotonic() >= until:
-            break
-    return last

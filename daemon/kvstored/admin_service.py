@@ -1,0 +1,140 @@
+"""The service Admin: what an operator asks of a running daemon. On the event loop; what may block, on threads."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import replace
+from itertools import islice
+from time import monotonic
+
+import grpc
+
+from kvstore.errors import InvalidEntry
+from kvstore.hit import Verified
+from kvstore.keys import check_key, check_keys
+from kvstore.stats import Stats
+from kvstored.access.tenant_view import Scopes
+from kvstored.service import Context, Service, answering
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
+
+LIST_GROUP = 256
+
+
+VERIFY_REPORT_S = 0.2
+"""Between two reports of a check: a bar that moves, and far less than a client's patience."""
+
+
+class AdminService(Service):
+    """What an operator does."""
+
+    def __init__(
+        self, scopes: Scopes, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
+    ) -> None:
+        super().__init__(scopes, threads, boot_epoch)
+        self._version = version
+        self._snapshot = snapshot
+
+    @answering
+    async def stats(self, request: bytes, _: Context) -> bytes:
+        """Counters and gauges, the daemon's own among them."""
+        pb.StatsRequest.FromString(request)
+        found = await self._run(self._snapshot)
+        reply = stats_message(found)
+        reply.uptime_s = found.values["uptime_s"]
+        reply.version = self._version
+        reply.boot_epoch = self._epoch
+        return reply.SerializeToString()
+
+    @answering
+    async def list(self, request: bytes, context: Context) -> None:
+        """Entries in order of key."""
+        asked = pb.ListRequest.FromString(request)
+        if asked.tier and asked.tier not in TIER_NAMES:
+            raise InvalidEntry(f"unknown tier {asked.tier}")
+        found = self._store.entries(
+            tier=TIER_NAMES.get(asked.tier),
+            key_prefix=asked.key_prefix,
+            tenant=asked.tenant,
+            namespace=asked.namespace,
+            limit=asked.limit or None,
+        )
+        while group := await self._run(lambda: [*islice(found, LIST_GROUP)]):
+            await context.write(pb.ListReply(entries=map(entry_info_message, group)).SerializeToString())
+
+    @answering
+    async def inspect(self, request: bytes, _: Context) -> bytes:
+        """One entry."""
+        key = check_key(pb.InspectRequest.FromString(request).key)
+        info = await self._run(self._store.inspect, key)
+        return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
+
+    @answering
+    async def explain(self, request: bytes, _: Context) -> bytes:
+        """Where keys are, or why they are gone."""
+        asked = pb.ExplainRequest.FromString(request)
+        keys = check_keys(asked.keys)
+        own = self._scopes.keys_of(asked.tenant, keys) if asked.tenant else keys
+        found = await self._run(self._store.explain, *own)
+        explained = [replace(of, key=key) for of, key in zip(found, keys, strict=True)]
+        return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()
+
+    @answering
+    async def evict(self, request: bytes, _: Context) -> bytes:
+        """Forget keys, counted as evictions."""
+        keys = check_keys(pb.EvictRequest.FromString(request).keys)
+        return pb.EvictReply(evicted=await self._run(self._store.evict, *keys)).SerializeToString()
+
+    @answering
+    async def demote(self, request: bytes, _: Context) -> bytes:
+        """One tier down."""
+        keys = check_keys(pb.DemoteRequest.FromString(request).keys)
+        return pb.MoveReply(moved=await self._run(self._store.demote, *keys)).SerializeToString()
+
+    @answering
+    async def promote(self, request: bytes, _: Context) -> bytes:
+        """Copy to hot."""
+        keys = check_keys(pb.PromoteRequest.FromString(request).keys)
+        return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
+
+    @answering
+    async def drain(self, request: bytes, _: Context) -> bytes:
+        """Write to cold what is only in memory."""
+        pb.DrainRequest.FromString(request)
+        return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
+
+    @answering
+    async def verify(self, request: bytes, context: Context) -> None:
+        """Check every record on disk."""
+        pb.VerifyRequest.FromString(request)
+        steps = self._store.verify()
+        while (found := await self._run(_last_within, steps, VERIFY_REPORT_S)) is not None:
+            await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service, by the names of the proto."""
+        unary = grpc.unary_unary_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            "kvstored.v1.Admin",
+            {
+                "Stats": unary(self.stats),
+                "List": grpc.unary_stream_rpc_method_handler(self.list),
+                "Inspect": unary(self.inspect),
+                "Explain": unary(self.explain),
+                "Evict": unary(self.evict),
+                "Demote": unary(self.demote),
+                "Promote": unary(self.promote),
+                "Drain": unary(self.drain),
+                "Verify": grpc.unary_stream_rpc_method_handler(self.verify),
+            },
+        )
+
+
+def _last_within(steps: Iterator[Verified], seconds: float) -> Verified | None:
+    """Go on for so long; where that led. None: there was no step left."""
+    until = monotonic() + seconds
+    last: Verified | None = None
+    for step in steps:
+        last = step
+        if monotonic() >= until:
+            break
+    return last
