@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ from kvstored_client.wire._pb import cache_pb2 as pb
 logger = logging.getLogger(__name__)
 
 PACKET_MAX_NBYTES = 256 << 10
-CONNECTIONS_MAX = 256
 INGEST_MIN_NBYTES = 16 << 20
 VERBS = {
     "get": "Cache/Get",
@@ -59,7 +57,6 @@ VERBS = {
 """Fields of a LeaseCall, and the method each of them is: rights are the method's."""
 _LEASE = "Lease/"
 SEND_TIMEOUT_S = 5.0
-JANITOR_INTERVAL_S = 0.5
 _GIVEN = struct.Struct("<BQBdBQ")
 _LEASE_TAG, _NOW_TAG, _NUMBER_TAG = 3 << 3 | 1, 13 << 3 | 1, 14 << 3 | 1  # fields of a LeaseReply of 8 bytes
 _NUMBERED = struct.Struct("<BQ")
@@ -406,79 +403,3 @@ def _number_of(packet: bytes) -> int:
         return 0
     tag, number = _NUMBERED.unpack_from(packet)
     return int(number) if tag == _CALL_NUMBER_TAG else 0
-
-
-class LeaseServer:
-    """Listens beside a unix socket. start and stop from one thread."""
-
-    def __init__(self, path: Path, shared: Shared) -> None:
-        self._path = path
-        self._shared = shared
-        self._connections = shared.connections
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
-
-    def start(self) -> None:
-        """Bind and listen. The caller sets the umask."""
-        with suppress(FileNotFoundError):
-            self._path.unlink()
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._sock.bind(str(self._path))
-        self._sock.listen(64)
-        for work in (self._accept, self._watch_ages):
-            self._threads.append(threading.Thread(target=work, name=f"kvstored-lease{work.__name__}", daemon=True))
-            self._threads[-1].start()
-
-    def stop(self) -> None:
-        """Hang up on everybody; calls under way end first."""
-        self._stopping.set()
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-        with self._lock:
-            connections, threads = list(self._connections), list(self._threads)
-        for connection in connections:
-            connection.hang_up()
-        for thread in threads:
-            thread.join(SEND_TIMEOUT_S)
-        with suppress(FileNotFoundError):
-            self._path.unlink()
-
-    def _accept(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                sock, _ = self._sock.accept()
-            except OSError:
-                return
-            with self._lock:
-                if len(self._connections) >= CONNECTIONS_MAX:
-                    sock.close()  # the client uses the stream
-                    continue
-                # For sending only: a stopped client must not hold this thread, an idle one may stay.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SEND_TIMEOUT_S), 0))
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
-                try:
-                    connection = Connection(sock, self._shared)
-                except PermissionError:
-                    sock.close()  # the client uses the stream, where it can show a token
-                    continue
-                self._connections.add(connection)
-                thread = threading.Thread(target=self._run, args=(connection,), name="kvstored-lease", daemon=True)
-                self._threads = [t for t in self._threads if t.is_alive()]
-                self._threads.append(thread)
-                thread.start()
-
-    def _run(self, connection: Connection) -> None:
-        try:
-            connection.run()
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
-
-    def _watch_ages(self) -> None:
-        while not self._stopping.wait(JANITOR_INTERVAL_S):
-            with self._lock:
-                connections = list(self._connections)
-            for connection in connections:
-                connection.expire(time.monotonic())

@@ -37,7 +37,8 @@ from kvstored.calls.budget import Budget
 from kvstored.calls.verbs import Verbs
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
-from kvstored.lease import LeaseServer, Shared
+from kvstored.lease import Shared
+from kvstored.lease_server import LeaseServer
 from kvstored.servicer import CacheService
 from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.spans import Spans, open_spans
