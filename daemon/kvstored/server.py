@@ -32,14 +32,14 @@ from kvstored.access.interceptor import Access, Gate, Records
 from kvstored.access.tenant_view import Scopes, read_secret, tenant_prefixes
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
-from kvstored.admin_service import AdminService
 from kvstored.calls.budget import Budget
 from kvstored.calls.verbs import Verbs
+from kvstored.doors.admin_service import AdminService
+from kvstored.doors.cache_service import CacheService
+from kvstored.doors.lease_connection import Shared
+from kvstored.doors.lease_server import LeaseServer
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
-from kvstored.lease import Shared
-from kvstored.lease_server import LeaseServer
-from kvstored.servicer import CacheService
 from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored.watch import Watch

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstored import waiting
-from kvstored.waiting import LOOK_S, PAUSE_MAX_S, Callers, Waiting
+from kvstored.doors import busy_wait
+from kvstored.doors.busy_wait import LOOK_S, PAUSE_MAX_S, Callers, Waiting
 
 LOOK_TAKES_S = 2e-6
 SOON_S = 20e-6
@@ -56,7 +56,7 @@ class Client:
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=1.0)
-    monkeypatch.setattr(waiting, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(busy_wait, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -22,7 +22,7 @@ from tests.mutants.session import Session
 
 LAW = (
     "kvstore/*.py", "kvstore/codecs/*.py", "kvstore/disk/*.py", "kvstore/tiers/*.py", "kvstore/policies/*.py",
-    "daemon/kvstored/lease.py", "daemon/kvstored/calls/gets.py", "daemon/kvstored/servicer.py", "daemon/kvstored/calls/budget.py",
+    "daemon/kvstored/doors/lease_connection.py", "daemon/kvstored/calls/gets.py", "daemon/kvstored/doors/cache_service.py", "daemon/kvstored/calls/budget.py",
     "daemon/kvstored/access/tenant_view.py", "daemon/kvstored/access/interceptor.py", "daemon/kvstored/calls/shared_memory_reply.py", "daemon/kvstored/calls/encoded_reply.py",
     "daemon/kvstored/calls/verbs.py", "daemon/kvstored/access/tokens.py", "client/kvstored_client/wire/messages.py",
     "client/kvstored_client/decoding.py", "client/kvstored_client/stream/transport.py", "client/kvstored_client/shm/pool.py",
@@ -33,11 +33,11 @@ NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kv
 """They answer no get: forecasts, recordings, counters."""
 TESTS = ("tests/engine", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
 DOORS = {
-    "daemon/kvstored/lease.py": ("tests/daemon/test_lease.py", "tests/daemon/test_killed_clients.py"),
+    "daemon/kvstored/doors/lease_connection.py": ("tests/daemon/test_lease.py", "tests/daemon/test_killed_clients.py"),
     "daemon/kvstored/calls/shared_memory_reply.py": ("tests/daemon/test_lease.py",),
     "daemon/kvstored/calls/encoded_reply.py": ("tests/contract/test_packed.py", "tests/daemon/test_lease.py"),
     "daemon/kvstored/calls/gets.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_lease.py"),
-    "daemon/kvstored/servicer.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_life.py"),
+    "daemon/kvstored/doors/cache_service.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_life.py"),
     "daemon/kvstored/calls/budget.py": ("tests/operate/test_abuse.py",),
     "daemon/kvstored/access/tenant_view.py": (
         "tests/operate/test_access.py",

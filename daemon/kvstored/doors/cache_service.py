@@ -26,7 +26,7 @@ from kvstored.calls.encoded_reply import Parcel
 from kvstored.calls.gets import Reading, hit_frames, resident_hits
 from kvstored.calls.puts import PutStream, put_ready
 from kvstored.calls.verbs import Verbs
-from kvstored.service import Context, Service, answering
+from kvstored.doors.service import Context, Service, answering
 from kvstored.telemetry.metrics import Meter
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import build_miss, parse_frame

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from kvstored.lease import PACKET_MAX_NBYTES, SEND_TIMEOUT_S, Connection, Shared
+from kvstored.doors.lease_connection import PACKET_MAX_NBYTES, SEND_TIMEOUT_S, Connection, Shared
 
 CONNECTIONS_MAX = 256
 

@@ -1,4 +1,4 @@
-"""The lease socket: tensors in shared memory for clients on this host. The proto describes the exchange.
+"""One client of the lease socket: tensors in shared memory. The proto describes the exchange.
 
 One thread a connection: a call is answered in about 50 us, where a hop to another thread would double it. What a client
 holds (leases, ingest segments) hangs on its connection and goes with it, however it ends; a lease also ends by age.
@@ -39,7 +39,7 @@ from kvstored.calls.gets import Reading, hit_header, resident_hits
 from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import Card, leased, new_card
 from kvstored.calls.verbs import Verbs
-from kvstored.waiting import Callers, Waiting
+from kvstored.doors.busy_wait import Callers, Waiting
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)

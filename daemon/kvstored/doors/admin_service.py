@@ -13,7 +13,7 @@ from kvstore.hit import Verified
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
 from kvstored.access.tenant_view import Scopes
-from kvstored.service import Context, Service, answering
+from kvstored.doors.service import Context, Service, answering
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
 

@@ -1,0 +1,1 @@
+"""Where calls come in: the gRPC services, and the lease socket for clients on this host."""
