@@ -40,9 +40,9 @@ from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
+from kvstored.sampler import Watch
 from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.spans import Spans, open_spans
-from kvstored.watch import Watch
 from kvstored_client.wire.address import lease_path, socket_path
 
 logger = logging.getLogger(__name__)
