@@ -22,7 +22,7 @@ from typing import Any
 from examples.model import MODEL_NAME, convert, gguf_file
 from examples.worker import Job
 from kvstore.errors import KvstoreError
-from kvstored.cli.show import size, table
+from kvstored.cli.text import size, table
 from kvstored_client import Client
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from kvstored.cli import cli
 from kvstored.cli.keytext import parse_key, show_key
-from kvstored.cli.show import duration, size, table
 from kvstored.cli.tensorfile import read_tensors, write_tensors
+from kvstored.cli.text import duration, size, table
 from kvstored_client import Client
 from tests.conftest import DaemonProcess, environment
 

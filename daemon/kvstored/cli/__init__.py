@@ -1,7 +1,7 @@
 """The command line: one verb a command, each a thin turn from words to a `Client` call and back to words.
 
 Client verbs run with the base install; only `serve` needs the engine, and imports it when it is called.
-Exit codes are in `exits`, what a key looks like in `keytext`, tables in `show`, safetensors files in `tensorfile`.
+Exit codes are in `exits`, what a key looks like in `keytext`, tables in `text`, safetensors files in `tensorfile`.
 """
 
 import click
@@ -11,15 +11,15 @@ from kvstored.cli import (
     config,
     directory,
     doctor,
+    entries,
     evict,
     experiments,
     install,
-    look,
-    move,
     serve,
     token,
     top,
     traces,
+    views,
 )
 
 _EPILOG = """\b
@@ -34,7 +34,7 @@ def cli() -> None:
     """KV caches of language models, kept: run the daemon, look into it, move entries."""
 
 
-_MODULES = (look, top, traces, move, evict, config, doctor, directory, token, install, completion, experiments)
+_MODULES = (views, top, traces, entries, evict, config, doctor, directory, token, install, completion, experiments)
 
 for _command in (serve.serve, *(command for module in _MODULES for command in module.COMMANDS)):
     cli.add_command(_command)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kvstored.cli.exits import errors_as_exit_codes
-from kvstored.cli.show import table
+from kvstored.cli.text import table
 
 _FILE = click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 

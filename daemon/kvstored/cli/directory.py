@@ -11,7 +11,7 @@ import click
 from kvstore.printable import printable
 from kvstored.cli.exits import REFUSED, BadUsage, errors_as_exit_codes
 from kvstored.cli.remote import print_json
-from kvstored.cli.show import size
+from kvstored.cli.text import size
 
 _DIRECTORY = click.option(
     "--data-dir", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -17,7 +17,7 @@ import click
 
 from kvstore.errors import KvstoreError
 from kvstored.cli.exits import REFUSED, errors_as_exit_codes
-from kvstored.cli.show import size
+from kvstored.cli.text import size
 
 if TYPE_CHECKING:
     from kvstored.settings import Settings

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import Verified
-from kvstored.cli.choose import Filters, filtered
 from kvstored.cli.exits import NOT_HELD, REFUSED, BadUsage
+from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY
+from kvstored.cli.progress import waiting
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import size
-from kvstored.cli.waiting import waiting
+from kvstored.cli.text import size
 
 if TYPE_CHECKING:
     from kvstored_client import Client

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstored.cli.exits import BadUsage
-from kvstored.cli.show import table
+from kvstored.cli.text import table
 
 if TYPE_CHECKING:
     from experiments import Found

@@ -13,7 +13,7 @@ from kvstore.errors import TierUnavailable
 from kvstore.printable import printable
 from kvstore.stats import Stats
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import duration, size, table
+from kvstored.cli.text import duration, size, table
 
 if TYPE_CHECKING:
     from kvstored_client import Client

@@ -17,11 +17,11 @@ from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
 from kvstore.simulation.trace import Request, read_trace, replay
 from kvstored.cli.exits import BadUsage
 from kvstored.cli.keytext import KEY, show_key
-from kvstored.cli.look import info_dict
 from kvstored.cli.plot import Line, chart
 from kvstored.cli.prompt import read_identity, read_token_ids
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import duration, table
+from kvstored.cli.text import duration, table
+from kvstored.cli.views import info_dict
 
 if TYPE_CHECKING:
     from kvstore.simulation.simulator import Report, Setup

@@ -12,10 +12,10 @@ from kvstore.hit import Fidelity
 from kvstore.printable import printable
 from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.progress import waiting
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import accuracy, duration, receipt_dict, size
 from kvstored.cli.tensorfile import read_tensors, write_tensors
-from kvstored.cli.waiting import waiting
+from kvstored.cli.text import accuracy, duration, receipt_dict, size
 
 if TYPE_CHECKING:
     from kvstored_client import Client

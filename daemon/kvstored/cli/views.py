@@ -11,11 +11,11 @@ import click
 from kvstore.hit import EntryInfo
 from kvstore.printable import printable
 from kvstore.stats import ERRORS, errors_of
-from kvstored.cli.choose import Filters, filtered
 from kvstored.cli.exits import NotHeld
+from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.show import accuracy, duration, quantity, receipt_dict, size, table
+from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, size, table
 from kvstored.cli.top import repeat
 
 if TYPE_CHECKING:

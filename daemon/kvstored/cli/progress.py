@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from kvstored.cli.show import duration, size
+from kvstored.cli.text import duration, size
 
 _SHOW_AFTER_S = 0.5
 """Shorter work needs no sign."""
