@@ -21,14 +21,35 @@ from tests.mutants.running import ROOT
 from tests.mutants.session import Session
 
 LAW = (
-    "kvstore/*.py", "kvstore/codecs/*.py", "kvstore/disk/*.py", "kvstore/tiers/*.py", "kvstore/policies/*.py",
-    "daemon/kvstored/doors/lease_connection.py", "daemon/kvstored/calls/gets.py", "daemon/kvstored/doors/cache_service.py", "daemon/kvstored/calls/budget.py",
-    "daemon/kvstored/access/tenant_view.py", "daemon/kvstored/access/interceptor.py", "daemon/kvstored/calls/shared_memory_reply.py", "daemon/kvstored/calls/encoded_reply.py",
-    "daemon/kvstored/calls/verbs.py", "daemon/kvstored/access/tokens.py", "client/kvstored_client/wire/messages.py",
-    "client/kvstored_client/decoding.py", "client/kvstored_client/stream/transport.py", "client/kvstored_client/shm/pool.py",
-    "client/kvstored_client/shm/calls.py", "client/kvstored_client/shm/mapping.py", "client/kvstored_client/stream/receiver.py",
+    "kvstore/*.py",
+    "kvstore/entries/*.py",
+    "kvstore/metadata/*.py",
+    "kvstore/residency/*.py",
+    "kvstore/shm/*.py",
+    "kvstore/codecs/*.py",
+    "kvstore/disk/*.py",
+    "kvstore/tiers/*.py",
+    "kvstore/policies/*.py",
+    "daemon/kvstored/doors/lease_connection.py",
+    "daemon/kvstored/calls/gets.py",
+    "daemon/kvstored/calls/puts.py",
+    "daemon/kvstored/doors/cache_service.py",
+    "daemon/kvstored/calls/budget.py",
+    "daemon/kvstored/access/tenant_view.py",
+    "daemon/kvstored/access/interceptor.py",
+    "daemon/kvstored/calls/shared_memory_reply.py",
+    "daemon/kvstored/calls/encoded_reply.py",
+    "daemon/kvstored/calls/verbs.py",
+    "daemon/kvstored/access/tokens.py",
+    "client/kvstored_client/wire/messages.py",
+    "client/kvstored_client/decoding.py",
+    "client/kvstored_client/stream/transport.py",
+    "client/kvstored_client/shm/pool.py",
+    "client/kvstored_client/shm/calls.py",
+    "client/kvstored_client/shm/mapping.py",
+    "client/kvstored_client/stream/receiver.py",
     "client/kvstored_client/wire/frames.py",
-)  # fmt: skip
+)
 NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
 """They answer no get: forecasts, recordings, counters."""
 TESTS = ("tests/engine", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
