@@ -18,7 +18,7 @@ struct Avx512 : Avx2 {
     }
 
     // Codes by buckets of round(15.49 z): each of the 31 holds one threshold, so a lookup and a comparison
-    // find the code. Exact: no threshold is within 1e-3 of a bucket's edge (tests/engine/test_kernel.py).
+    // find the code. Exact: no threshold is within 1e-3 of a bucket's edge (tests/kvstore/kernels/test_cpu.py).
     struct Buckets {
         alignas(64) uint32_t base[32], threshold[32];
         constexpr Buckets() : base(), threshold() {

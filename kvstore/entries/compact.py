@@ -19,7 +19,7 @@ from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec, error_in
 PACK_MAX_NBYTES = 256 << 10
 """Above this the overhead is under 1%, and copying once more would cost more than it saves."""
 PACKED_OVERHEAD_NBYTES = 224
-"""Counted beside the bytes: the mapping, its bytearray and the attributes (tests/engine/test_overhead.py)."""
+"""Counted beside the bytes: the mapping, its bytearray and the attributes (tests/kvstore/entries/test_overhead.py)."""
 _ALIGN = 16
 
 

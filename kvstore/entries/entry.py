@@ -19,7 +19,7 @@ from kvstore.keys import Key
 
 ENTRY_OVERHEAD_NBYTES = 512
 """Counted for an entry beside its payload: Entry, Meta, key and three dictionary slots, as measured
-with tracemalloc over 100,000 entries (tests/engine/test_overhead.py keeps it honest)."""
+with tracemalloc over 100,000 entries (tests/kvstore/entries/test_overhead.py keeps it honest)."""
 TENSOR_OVERHEAD_NBYTES = 864
 """Counted for each tensor part beside its payload: the torch.Tensor, its storage and its names."""
 

@@ -3,8 +3,8 @@
 # ruff: noqa: ANN001, ANN202, N803
 """NF4 in Triton: the reference's bytes on CUDA. Never imported without a CUDA tensor in hand.
 
-Written against `kernels.reference`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is, and of
-tests/engine/test_triton.py, which runs these kernels in Triton's interpreter and compiles them for a GPU.
+Written against `kernels.reference`, the oracle of tests/kvstore/kernels/test_cuda.py, which runs wherever a GPU is, and
+of tests/kvstore/kernels/test_triton.py, which runs these kernels in Triton's interpreter and compiles them for a GPU.
 No GPU has run them yet. nf4-kv is `cuda_kv`.
 """
 

@@ -6,9 +6,9 @@
 Three kernels: means by channel, coding, decoding, each one pass over the tensor; scales become bytes in torch
 (`reference_kv.under_tops`), whose groups of 256 are larger than a program's tile. Sums of floats are written out in the
 reference's order, and products are never contracted into sums (`EXACT`): both would change bytes.
-Written against `kernels.reference_kv`, the oracle of tests/engine/test_cuda.py, which runs wherever a GPU is, and of
-tests/engine/test_triton.py, which runs these kernels in Triton's interpreter and compiles them for a GPU. No GPU has
-run them yet.
+Written against `kernels.reference_kv`, the oracle of tests/kvstore/kernels/test_cuda.py, which runs wherever a GPU is,
+and of tests/kvstore/kernels/test_triton.py, which runs these kernels in Triton's interpreter and compiles them for a
+GPU. No GPU has run them yet.
 """
 
 import torch

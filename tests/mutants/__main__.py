@@ -52,7 +52,7 @@ LAW = (
 )
 NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
 """They answer no get: forecasts, recordings, counters."""
-TESTS = ("tests/engine", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
+TESTS = ("tests/kvstore", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
 DOORS = {
     "daemon/kvstored/doors/lease_connection.py": ("tests/daemon/test_lease.py", "tests/daemon/test_killed_clients.py"),
     "daemon/kvstored/calls/shared_memory_reply.py": ("tests/daemon/test_lease.py",),

@@ -10,7 +10,7 @@ from kvstore.simulation.simulator import Layout, Report, Setup, simulate
 from kvstore.simulation.trace import Request, read_trace
 from kvstore.store import Store
 
-TRACE = Path(__file__).parent.parent / "data" / "mooncake_conversation.jsonl.xz"
+TRACE = Path(__file__).parents[2] / "data" / "mooncake_conversation.jsonl.xz"
 BLOCK = Layout(1, 1, 8)
 """8192 values a block: NF4 takes a seventh of the float32 block's memory, all counted."""
 RAW_NBYTES = 4 * 8192 + 2 * 864 + 512 + 32

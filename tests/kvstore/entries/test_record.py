@@ -25,7 +25,7 @@ from kvstore.metadata.meta import Meta
 
 KEY = Key(b"a key")
 META = Meta(created_at=1000.0, expires_at=4600.0, ttl_s=3600.0, value_nbytes=0)
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def raw(x: torch.Tensor) -> EncodedTensor:

@@ -13,7 +13,7 @@ from kvstore.errors import ConfigError
 from kvstore.metadata.meta import Meta
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.offline import compact, export, fsck, import_files
-from tests.engine.test_cold import Holder, filled, flip, key, segment_files
+from tests.kvstore.tiers.test_cold import Holder, filled, flip, key, segment_files
 
 MIB = 1 << 20
 

@@ -20,8 +20,7 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.residency.transcode import raw_entry
 from kvstore.tiers.cold import Cold
-
-from .test_cold import Holder, key
+from tests.kvstore.tiers.test_cold import Holder, key
 
 META = Meta(1.0, 2.0, 1.0, 0)
 SHAPES = [(2, 16, 2, 64), (1, 3, 1, 128), (4, 64), (7,), (), (0, 3), (2, 256, 4, 64)]

@@ -12,7 +12,7 @@ from kvstore.simulation.simulator import Layout, Setup, layout_of, optimum, simu
 from kvstore.simulation.trace import Request, read_trace, replay
 from kvstore.store import Store
 
-TRACE = Path(__file__).parent.parent / "data" / "mooncake_conversation.jsonl.xz"
+TRACE = Path(__file__).parents[2] / "data" / "mooncake_conversation.jsonl.xz"
 SMALL = Layout(1, 1, 1)
 """1024 values a block of 512 tokens."""
 RAW_NBYTES = 4096 + 512 + 32 + 2 * 640

@@ -92,7 +92,7 @@ def test_nf4_kv_passes_the_codec_s_own_tests() -> None:
     found = in_a_process(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
         # numpy, which interprets, warns where a product overflows; the values are refused, as the tests want.
-        "-W", "ignore::RuntimeWarning", "tests/engine/test_nf4_kv.py", "-k", "triton and not comes_back_close",
+        "-W", "ignore::RuntimeWarning", "tests/kvstore/codecs/test_nf4_kv.py", "-k", "triton and not comes_back_close",
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
     assert " passed" in found.stdout

@@ -20,9 +20,8 @@ from kvstore.keys import Key
 from kvstore.metadata.owner import NO_LIMITS, Owner
 from kvstore.store import Store
 from kvstore.tiers.order import Order
-
-from .power import PowerCuts
-from .test_cold import Holder, filled, key
+from tests.kvstore.power import PowerCuts
+from tests.kvstore.tiers.test_cold import Holder, filled, key
 
 MIB = 1 << 20
 

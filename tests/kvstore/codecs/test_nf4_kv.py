@@ -26,13 +26,13 @@ from kvstore.residency.transcode import raw_entry
 
 PATHS = {"kernel": cpu_kernel, "reference": lambda _x: None}
 """Ways to the same bytes; the first is the second where no kernel is installed."""
-if os.environ.get("TRITON_INTERPRET") == "1":  # as tests/engine/test_triton.py runs this file
+if os.environ.get("TRITON_INTERPRET") == "1":  # as tests/kvstore/kernels/test_triton.py runs this file
     from kvstore.kernels import cuda_kv
 
     cuda_kv.TILE = 1 << 14  # the interpreter takes as long for a large tile as for a small one
     PATHS["triton"] = lambda _x: cuda_kv
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "nf4-kv.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "nf4-kv.json"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (2, 256, 3, 64),

@@ -12,7 +12,7 @@ from kvstore.codecs.nf4 import NF4, bitsandbytes_tensors
 from kvstore.entries.entry import EncodedTensor, TensorSpec
 from kvstore.errors import CodecError
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "nf4.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "nf4.json"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [1, 2, 3, 63, 64, 65, 128, 4097, 64 * 1000, 64 * 256 * 5 + 33]
 
