@@ -52,21 +52,27 @@ LAW = (
 )
 NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
 """They answer no get: forecasts, recordings, counters."""
-TESTS = ("tests/kvstore", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/daemon")
+TESTS = ("tests/kvstore", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/kvstored")
 DOORS = {
-    "daemon/kvstored/doors/lease_connection.py": ("tests/daemon/test_lease.py", "tests/daemon/test_killed_clients.py"),
-    "daemon/kvstored/calls/shared_memory_reply.py": ("tests/daemon/test_lease.py",),
-    "daemon/kvstored/calls/encoded_reply.py": ("tests/contract/test_packed.py", "tests/daemon/test_lease.py"),
-    "daemon/kvstored/calls/gets.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_lease.py"),
-    "daemon/kvstored/doors/cache_service.py": ("tests/daemon/test_bad_input.py", "tests/daemon/test_life.py"),
-    "daemon/kvstored/calls/budget.py": ("tests/operate/test_abuse.py",),
-    "daemon/kvstored/access/tenant_view.py": (
-        "tests/operate/test_access.py",
-        "tests/operate/test_indistinguishable.py",
+    "daemon/kvstored/doors/lease_connection.py": (
+        "tests/kvstored/doors/test_lease.py",
+        "tests/kvstored/doors/test_killed_clients.py",
     ),
-    "daemon/kvstored/access/interceptor.py": ("tests/operate/test_access.py",),
-    "kvstore/shm/arena.py": ("tests/daemon/test_lease.py",),
-    "kvstore/shm/layout.py": ("tests/daemon/test_lease.py",),
+    "daemon/kvstored/calls/shared_memory_reply.py": ("tests/kvstored/doors/test_lease.py",),
+    "daemon/kvstored/calls/encoded_reply.py": ("tests/contract/test_packed.py", "tests/kvstored/doors/test_lease.py"),
+    "daemon/kvstored/calls/gets.py": ("tests/kvstored/doors/test_bad_input.py", "tests/kvstored/doors/test_lease.py"),
+    "daemon/kvstored/doors/cache_service.py": (
+        "tests/kvstored/doors/test_bad_input.py",
+        "tests/kvstored/test_server.py",
+    ),
+    "daemon/kvstored/calls/budget.py": ("tests/kvstored/doors/test_abuse.py",),
+    "daemon/kvstored/access/tenant_view.py": (
+        "tests/kvstored/access/test_access.py",
+        "tests/kvstored/access/test_tenant_view.py",
+    ),
+    "daemon/kvstored/access/interceptor.py": ("tests/kvstored/access/test_access.py",),
+    "kvstore/shm/arena.py": ("tests/kvstored/doors/test_lease.py",),
+    "kvstore/shm/layout.py": ("tests/kvstored/doors/test_lease.py",),
 }
 """Files whose lines run in a daemon's own process, and the tests that talk to one: after those that were measured."""
 BASELINE_MAX_S = 6.0

@@ -13,8 +13,7 @@ from kvstored.access.tenant_view import ScopedStore
 from kvstored.access.tokens import Tokens, digest, make_token, read_tokens
 from kvstored_client import Client
 from tests.conftest import free_port, wait_until
-
-from .conftest import running_daemon
+from tests.kvstored.conftest import running_daemon
 
 TENSORS = {"x": np.arange(64, dtype=np.uint8)}
 PEOPLE = {

@@ -27,8 +27,7 @@ from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
 from tests.conftest import START_S, environment, wait_until
-
-from .conftest import running_daemon
+from tests.kvstored.conftest import running_daemon
 
 X = {"x": np.arange(64, dtype=np.uint8)}
 

@@ -14,7 +14,7 @@ from kvstored.calls.gets import Reading
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
 from tests.conftest import free_port, wait_until
-from tests.operate.conftest import http_get
+from tests.kvstored.conftest import http_get
 from tests.raw import RawClient, entry_frames, header, spec
 
 MIB = 1 << 20

@@ -17,8 +17,7 @@ from kvstored.cli import cli
 from kvstored.cli.manual import manual
 from kvstored.cli.top import accounts, rates, screen
 from tests.conftest import ROOT
-
-from .conftest import running_daemon
+from tests.kvstored.conftest import running_daemon
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstored.telemetry.metrics_port import MetricsPort
 from tests.conftest import ROOT, free_port
-
-from .conftest import running_daemon
+from tests.kvstored.conftest import running_daemon
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

@@ -12,7 +12,7 @@ from kvstored.cli import cli
 from kvstored_client import Client
 from tests.conftest import DaemonProcess
 
-TRACE = Path(__file__).parent.parent / "data" / "mooncake_conversation.jsonl.xz"
+TRACE = Path(__file__).parents[2] / "data" / "mooncake_conversation.jsonl.xz"
 
 
 def test_simulate_prints_one_json_object_and_draws_the_plot(tmp_path: Path) -> None:

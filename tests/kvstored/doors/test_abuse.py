@@ -22,9 +22,8 @@ from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
 from tests.conftest import environment, wait_until
+from tests.kvstored.conftest import running_daemon
 from tests.raw import RawClient, header, spec
-
-from .conftest import running_daemon
 
 MIB = 1 << 20
 NOTICED_S = 10.0

@@ -15,8 +15,7 @@ from kvstored.cli import cli
 from kvstored.settings import check_metrics_address, load_settings
 from kvstored.telemetry.metrics import FAMILIES
 from tests.conftest import ROOT, free_port, wait_until
-
-from .conftest import http_get, running_daemon
+from tests.kvstored.conftest import http_get, running_daemon
 
 EXPORTED = {family.name for family in FAMILIES}
 PROCESS = {"process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds", "up"}

@@ -11,8 +11,7 @@ from kvstored.access.tokens import digest, make_token
 from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
-
-from .conftest import running_daemon
+from tests.kvstored.conftest import running_daemon
 
 N = 2000
 P_MIN = 0.01
