@@ -52,7 +52,7 @@ LAW = (
 )
 NOT_LAW = ("kvstore/simulation/simulator.py", "kvstore/simulation/trace.py", "kvstore/stats.py", "kvstore/__init__.py")
 """They answer no get: forecasts, recordings, counters."""
-TESTS = ("tests/kvstore", "tests/contract", "tests/client", "tests/fuzz", "tests/crash", "tests/kvstored")
+TESTS = ("tests/kvstore", "tests/contract", "tests/kvstored_client", "tests/fuzz", "tests/crash", "tests/kvstored")
 DOORS = {
     "daemon/kvstored/doors/lease_connection.py": (
         "tests/kvstored/doors/test_lease.py",

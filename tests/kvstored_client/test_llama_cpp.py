@@ -12,8 +12,8 @@ import pytest
 from kvstore.store import Store
 from kvstored_client.integrations.configured import NoStableForm
 from kvstored_client.integrations.guard import Guard
-from tests.client import llama_stand_in
-from tests.client.llama_stand_in import Llama
+from tests.kvstored_client import llama_stand_in
+from tests.kvstored_client.llama_stand_in import Llama
 
 ADAPTER = "kvstored_client.integrations.llama_cpp"
 PROMPT = [i * 7 % 97 for i in range(100)]
