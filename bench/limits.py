@@ -89,7 +89,7 @@ def empty_packet() -> Iterator[Callable[[], object]]:
 
 
 def empty_call(address: str) -> Callable[[], object]:
-    """An empty unary call of gRPC: the daemon's health check, which passes neither gate nor store."""
+    """An empty unary call of gRPC: the daemon's health check, which passes neither interceptor nor store."""
     channel = grpc.insecure_channel(address.removeprefix("tcp:"))
     check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
     request = health_pb2.HealthCheckRequest().SerializeToString()

@@ -10,7 +10,7 @@ import time
 from kvstore.config import HotConfig, StoreConfig
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.simulation.simulator import LAYOUTS, Setup, SizedForms
+from kvstore.simulation.simulator import LAYOUTS, Setup, SizedTranscoder
 from kvstore.simulation.trace import block_key
 from kvstore.store import Store
 
@@ -26,12 +26,12 @@ def main() -> None:
     args = parser.parse_args()
     with Store.open(StoreConfig(hot=HotConfig(1 << 50)), background=False) as store:
         # Entries without tensors: the index, the tiers and the chains are the store's own, a match reads no values.
-        forms = SizedForms(Setup(1 << 40, layout=LAYOUTS["smollm2-135m"]), store._r)  # noqa: SLF001 - fills it without tensors
+        transcoder = SizedTranscoder(Setup(1 << 40, layout=LAYOUTS["smollm2-135m"]), store._r)  # noqa: SLF001 - fills it without tensors
         now = time.time()
         for start in range(0, args.entries, CHAIN):
             keys = [Key(block_key(start + i)) for i in range(CHAIN)]
-            made = ((forms.raw(key), Meta(now, now + 3600, 3600.0, 1)) for key in reversed(keys))
-            store._intake.take_chain(keys, made, None)  # noqa: SLF001
+            made = ((transcoder.raw(key), Meta(now, now + 3600, 3600.0, 1)) for key in reversed(keys))
+            store._write_path.take_chain(keys, made, None)  # noqa: SLF001
         asked = [bytes(block_key(args.entries // 2 // CHAIN * CHAIN + i)) for i in range(CHAIN)]
         took: list[float] = []
         for _ in range(200):

@@ -24,7 +24,7 @@ from kvstore import arrays
 from kvstore.boundary import Blaming
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import check_entry
-from kvstore.codecs.choice import Policies
+from kvstore.codecs.choice import CodecChoice
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.dtypes import BY_NAME
 from kvstore.entries.entry import Entry
@@ -39,11 +39,11 @@ from kvstore.residency import pins
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
-from kvstore.residency.read_path import Found, Reader, Resident, leading_first
+from kvstore.residency.read_path import Found, ReadPath, Resident, leading_first
 from kvstore.residency.resizing import set_hot_capacity
 from kvstore.residency.state import residency_of
-from kvstore.residency.transcode import Room, TensorForms, specs_of
-from kvstore.residency.write_path import Intake, PutOptions, check_ttl
+from kvstore.residency.transcode import Room, TensorTranscoder, specs_of
+from kvstore.residency.write_path import PutOptions, WritePath, check_ttl
 from kvstore.stats import Stats
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ class Store:
         self._r = r = residency_of(config, clock)
         for name, prefixes in (tenants or {}).items():
             r.register_tenant(name, check_keys(prefixes))
-        self._forms = TensorForms(Policies(config.warm), self._device, r, room)
-        self._mover = Mover(r, self._forms)
-        self._intake = Intake(r, self._mover, config, self._device)
+        self._transcoder = TensorTranscoder(CodecChoice(config.warm), self._device, r, room)
+        self._mover = Mover(r, self._transcoder)
+        self._write_path = WritePath(r, self._mover, config, self._device)
         self._closed = False
         if config.cold.path is not None:
             self._open_cold(Path(config.cold.path))
         self._maintainer = Maintainer(r, self._mover, config)
-        self._reader = Reader(r, config, self._maintainer.request_promotions)
+        self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
         if background:
             self._maintainer.start()
 
@@ -137,7 +137,7 @@ class Store:
         Raises InvalidEntry, EntryTooLarge, OverQuota.
         """
         self._check_open()
-        return self._intake.put(
+        return self._write_path.put(
             key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace), parent
         )
 
@@ -168,9 +168,9 @@ class Store:
         held = list(dict(zip(keys, (tensors for _, tensors in pairs), strict=True)).items())
         options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace)
         if chain:
-            stored = self._intake.put_chain(held, options, parent)
+            stored = self._write_path.put_chain(held, options, parent)
         else:
-            stored = sum(self._intake.put(key, tensors, options) for key, tensors in reversed(held))
+            stored = sum(self._write_path.put(key, tensors, options) for key, tensors in reversed(held))
         return len(keys) if stored == len(held) else stored
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
@@ -259,15 +259,15 @@ class Store:
         """
         self._check_open()
         checked = cast("list[Key]", check_keys(keys))
-        return self._reader.resident(checked, at_most_nbytes, count_later=count_later)
+        return self._read_path.resident(checked, at_most_nbytes, count_later=count_later)
 
     def settle(self) -> None:
         """Count the gets that were to be counted later. A get and `stats` do so first; call it before other verbs."""
-        self._reader.settle()
+        self._read_path.settle()
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
-        return Match(tuple(self._reader.leading(check_keys(keys))))
+        return Match(tuple(self._read_path.leading(check_keys(keys))))
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
@@ -373,7 +373,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        self._reader.settle()
+        self._read_path.settle()
         return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
@@ -469,7 +469,7 @@ class Store:
 
     def _read(self, keys: list[bytes], *, leading: bool) -> list[Found | None]:
         self._check_open()
-        return self._reader.read(keys, leading=leading)
+        return self._read_path.read(keys, leading=leading)
 
     def _hits(
         self,
@@ -532,7 +532,7 @@ class Store:
         elif out is not None:
             tensors = self._decode_into(entry, out)
         else:
-            tensors = self._forms.decode(entry, None if room is None else room(specs_of(entry)))
+            tensors = self._transcoder.decode(entry, None if room is None else room(specs_of(entry)))
         if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
             tensors = {name: _to_numpy(x) for name, x in tensors.items()}
         return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
@@ -546,12 +546,12 @@ class Store:
         direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
         if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
             try:
-                self._forms.decode(entry, direct)
+                self._transcoder.decode(entry, direct)
             except CodecError:
                 pass  # the entry's fault, or that of `out`: a leaf that requires a gradient cannot be written to
             else:
                 return dict(out)
-        decoded = self._forms.decode(entry)
+        decoded = self._transcoder.decode(entry)
         with Blaming(InvalidEntry, "out"):
             for name, x in decoded.items():
                 direct[name].copy_(x)

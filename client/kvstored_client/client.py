@@ -26,11 +26,11 @@ from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_pr
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client.buffers import Out
-from kvstored_client.decoding import DECODES, NEAR_FROM_NBYTES, Decode, accepted
+from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing, PutOptions
 from kvstored_client.shm import calls
-from kvstored_client.shm.pool import Near, Silent, Turn, UseStream
+from kvstored_client.shm.pool import ConnectionPool, Silent, Turn, UseStream
 from kvstored_client.stream.receiver import Receiver
 from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -94,9 +94,9 @@ class Client:
         self._transport = Transport(address or default_address(), timeout_s, _log_change)
         path = socket_path(self._transport.target)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
-        self._near = Near(lease_path(path), timeout_s) if shared_memory and path is not None else None
-        if self._near is not None:
-            self._transport.on_fork = self._near.start_afresh
+        self._pool = ConnectionPool(lease_path(path), timeout_s) if shared_memory and path is not None else None
+        if self._pool is not None:
+            self._transport.on_fork = self._pool.start_afresh
         self.failures = 0
 
     @property
@@ -241,7 +241,7 @@ class Client:
         framework = arrays.resolve_framework(self._framework)
         arrays.check_specs({"x": spec})
         try:
-            return self._nearby(calls.empty, spec, framework)
+            return self._through_shared_memory(calls.empty, spec, framework)
         except (UseStream, *_SOFT):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
@@ -336,8 +336,8 @@ class Client:
 
     def close(self) -> None:
         """End the connection. Closing twice is harmless. Tensors of `empty` stay readable."""
-        if self._near is not None:
-            self._near.close()
+        if self._pool is not None:
+            self._pool.close()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -350,7 +350,7 @@ class Client:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch, commits = self._nearby(calls.put, batch)
+            stored, epoch, commits = self._through_shared_memory(calls.put, batch)
         except UseStream:
             return self._send_stream(batch)
         if commits > 1:
@@ -377,10 +377,10 @@ class Client:
 
     def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
         framework = arrays.resolve_framework(self._framework)
-        from_nbytes = NEAR_FROM_NBYTES if self._near is not None and self._decode == "auto" else 0
+        from_nbytes = SHM_FROM_NBYTES if self._pool is not None and self._decode == "auto" else 0
         how = _how_to_get(leading, accepted(self._decode), from_nbytes)
         try:
-            hits[:], stale, epoch = self._nearby(calls.get, keys, how, framework, out)
+            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
         except UseStream:
             self._read_stream(Receiver(keys, framework, out, hits), how.request(keys))
             return
@@ -405,7 +405,7 @@ class Client:
     def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
         try:
-            return self._nearby(calls.lease, keys, _how_to_get(leading, (), 0), framework)
+            return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
             self._read_stream(receiver, _how_to_get(leading, accepted(self._decode), 0).request(keys))
@@ -428,17 +428,17 @@ class Client:
         """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
         name = verb.lower()
         try:
-            near_reply = self._nearby(calls.ask, pb.LeaseCall(**{name: request}))
+            reply_message = self._through_shared_memory(calls.ask, pb.LeaseCall(**{name: request}))
         except UseStream:
             return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
-        return self._noted(getattr(near_reply, name))  # type: ignore[no-any-return]
+        return self._noted(getattr(reply_message, name))  # type: ignore[no-any-return]
 
-    def _nearby(self, call: Callable[Concatenate[Turn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _through_shared_memory(self, call: Callable[Concatenate[Turn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
-        if self._near is None:
+        if self._pool is None:
             raise UseStream("another host, or switched off")
         self._transport.allow()
-        turn = Turn(self._near)
+        turn = Turn(self._pool)
         try:
             try:
                 result = call(turn, *args, **kwargs)

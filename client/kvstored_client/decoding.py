@@ -34,7 +34,7 @@ from kvstored_client.wire.messages import read_specs
 Decode = Literal["auto", "client", "daemon"]
 DECODES: tuple[Decode, ...] = ("auto", "client", "daemon")
 ENCODINGS = ("nf4", "nf4-kv", "int8")
-NEAR_FROM_NBYTES = 8 << 20
+SHM_FROM_NBYTES = 8 << 20
 """Decoded bytes from which decoding here beats decoding by a daemon on the same host (bench/RESULTS.md, get.nf4); from
 another host an eighth of the bytes is worth it at any size."""
 PARTS_MAX = 16

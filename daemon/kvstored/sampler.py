@@ -1,4 +1,4 @@
-"""What watches the daemon while it serves: counters for the scrape, samples for the page, the pressure valve.
+"""Samples the daemon while it serves: counters for the scrape, samples for the page, the pressure valve.
 
 One thread turns every few seconds; the metrics port has threads of its own. Nothing here is on a call's path but
 `Meter`.
@@ -28,7 +28,7 @@ from kvstored.telemetry.metrics_port import MetricsPort
 log = logging.getLogger(__name__)
 
 
-class Watch:
+class Sampler:
     """Everything that looks at a store and its daemon."""
 
     def __init__(self, store: Store, settings: ServerSettings, version: str) -> None:

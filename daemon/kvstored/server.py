@@ -28,8 +28,8 @@ from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
-from kvstored.access.interceptor import Access, Gate, Records
-from kvstored.access.tenant_view import Scopes, read_secret, tenant_prefixes
+from kvstored.access.interceptor import Access, Interceptor, Records
+from kvstored.access.tenant_view import TenantViews, read_secret, tenant_prefixes
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
 from kvstored.calls.budget import Budget
@@ -40,7 +40,7 @@ from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
-from kvstored.sampler import Watch
+from kvstored.sampler import Sampler
 from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored_client.wire.address import lease_path, socket_path
@@ -176,11 +176,11 @@ class Daemon:
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config))
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
-        self.watch = Watch(store, settings, own_version())
+        self.watch = Sampler(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
         self._server = grpc.aio.server(
-            interceptors=[Gate(self._access, self.watch.meter, records)],
+            interceptors=[Interceptor(self._access, self.watch.meter, records)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=settings.calls_max,
         )
@@ -188,7 +188,7 @@ class Daemon:
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
         ingest = Budget(settings.in_flight_nbytes)
-        scopes = Scopes(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
+        views = TenantViews(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
         self._shared = Shared(
             store,
             self._arena,
@@ -197,7 +197,7 @@ class Daemon:
             Verbs(store, epoch),
             settings.lease_max_s,
             records,
-            scopes,
+            views,
             self._access.of_user,
             threading.Semaphore(settings.threads),
         )
@@ -209,8 +209,8 @@ class Daemon:
             lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
         )
         room = self._arena.empty
-        cache = CacheService(scopes, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
-        admin = AdminService(scopes, self._threads, epoch, own_version(), self.watch.admin_stats)
+        cache = CacheService(views, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
+        admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats)
         self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 

@@ -1,6 +1,6 @@
 """Which codec an entry below hot gets: by its namespace, and by layer.
 
-`Policies` is made once of a configuration. A namespace's own policy replaces the store's. Pure, any thread.
+`CodecChoice` is made once of a configuration. A namespace's own policy replaces the store's. Pure, any thread.
 """
 
 import torch
@@ -51,7 +51,7 @@ class ByLayer:
         return self._rest if layer is None else self._layers.get(layer, self._rest)
 
 
-class Policies:
+class CodecChoice:
     """The codec of each namespace."""
 
     def __init__(self, config: WarmConfig) -> None:

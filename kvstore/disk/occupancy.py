@@ -41,7 +41,7 @@ def round_up(nbytes: int, unit: int) -> int:
     return -(-nbytes // unit) * unit
 
 
-class Blocks:
+class Occupancy:
     """The blocks of one segment. live_nbytes: of the places in use. count: blocks with something live in them."""
 
     __slots__ = ("_touching", "count", "live_nbytes")

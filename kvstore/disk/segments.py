@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore.disk import Buffer, Bytes, Disk
-from kvstore.disk.occupancy import BLOCK_NBYTES, Blocks, PlaceTable, align_of, place_nbytes, round_up
+from kvstore.disk.occupancy import BLOCK_NBYTES, Occupancy, PlaceTable, align_of, place_nbytes, round_up
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Segments:
         self.path = path
         self._disk = disk
         self._segment_nbytes = segment_nbytes
-        self._blocks: dict[int, Blocks] = {}
+        self._blocks: dict[int, Occupancy] = {}
         self.slack_nbytes = 0
         self._next = 1
         self._active: int | None = None
@@ -89,7 +89,7 @@ class Segments:
             self._disk.unlink(self._file(number))
         self._next = max([*found, *extents, 0]) + 1
         for number, rows in extents.items():
-            blocks = self._blocks[number] = Blocks()
+            blocks = self._blocks[number] = Occupancy()
             gaps = blocks.recover(rows)
             self.slack_nbytes += blocks.slack_nbytes
             end = round_up(int((rows[:, 0] + rows[:, 1]).max()), BLOCK_NBYTES)
@@ -201,7 +201,7 @@ class Segments:
         self._next += 1
         fd = self._disk.open(self._file(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._active, self._fd, self._tail = number, fd, 0
-        self._blocks[number] = Blocks()
+        self._blocks[number] = Occupancy()
         self._disk.sync_directory(self.path)
 
     def _drop_active(self) -> None:
@@ -239,7 +239,7 @@ class Segments:
         finally:
             self._disk.close(fd)
 
-    def _trim(self, number: int, blocks: Blocks, gaps: list[tuple[int, int]], end: int) -> None:
+    def _trim(self, number: int, blocks: Occupancy, gaps: list[tuple[int, int]], end: int) -> None:
         """Punch the blocks that no row needs, if the segment holds more than those that rows do."""
         path = self._file(number)
         if _allocated(path) <= (blocks.count + 1) * BLOCK_NBYTES:

@@ -98,14 +98,14 @@ class Entry:
 
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
     nbytes: bytes counted against a tier's budget, metadata included.
-    card: what a server says of this very object each time it is asked for, kept so that it is worked out once.
+    kept_reply: what a server answers with for this very object, kept so that it is built once.
     """
 
     key: Key
     tensors: Mapping[str, EncodedTensor]
     lossy: bool = False
     nbytes: int = field(init=False)
-    card: object = field(init=False, repr=False)
+    kept_reply: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
@@ -113,11 +113,11 @@ class Entry:
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
-        object.__setattr__(self, "card", None)
+        object.__setattr__(self, "kept_reply", None)
 
-    def keep_card(self, card: object) -> None:
-        """Keep a card: worked out from what never changes, so whoever is second keeps an equal one."""
-        object.__setattr__(self, "card", card)
+    def keep_reply(self, kept_reply: object) -> None:
+        """Keep a reply. It is built from what never changes, so two threads that build it build equal ones."""
+        object.__setattr__(self, "kept_reply", kept_reply)
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device: itself where they are there already."""

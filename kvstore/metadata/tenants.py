@@ -1,7 +1,7 @@
 """Who is who: owners by the secret prefix the daemon puts before a key, and by the namespace its caller named.
 
-The prefix comes from the authenticated identity on the server's side (the daemon's scopes), never from a caller; the
-engine is only told which prefixes are whose. Keys outside all of them belong to nobody in particular, who is one
+The prefix comes from the authenticated identity on the server's side (the daemon's tenant views), never from a caller;
+the engine is only told which prefixes are whose. Keys outside all of them belong to nobody in particular, who is one
 tenant like the others. A namespace is named by the caller, within his tenant: naming another one moves bytes from one
 of his own accounts to another. With tenants, or namespaces with a quota, the order of each tier keeps them apart.
 Not thread-safe: the store's lock covers each call.

@@ -17,7 +17,7 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Forms
+from kvstore.residency.transcode import Transcoder
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.balance import DENSITY
 from kvstore.tiers.memory import MemoryTier
@@ -30,9 +30,9 @@ _NO_KEY = Key(b"")
 class Mover:
     """The only one who moves entries. Any thread may call; movements queue up."""
 
-    def __init__(self, residency: Residency, forms: Forms) -> None:
+    def __init__(self, residency: Residency, transcoder: Transcoder) -> None:
         self._r = residency
-        self._forms = forms
+        self._transcoder = transcoder
         self._moving = threading.Lock()
 
     def admit(self, entry: Entry, meta: Meta) -> None:
@@ -96,7 +96,7 @@ class Mover:
             if entry is None:
                 return False
             try:
-                copy = self._forms.restore(entry)
+                copy = self._transcoder.restore(entry)
             except CodecError as error:
                 # As for a get: nobody can ever decode it, so it is not met again. Uncounted as a miss: nobody asked.
                 log.warning("entry cannot be decoded key=%s error=%s", key.hex(), printable(error))
@@ -336,9 +336,9 @@ class Mover:
         """What an entry looks like under hot: encoded unless it must stay exact or is encoded already."""
         keep = meta.exact or entry.encoding != "raw"
         return (
-            self._forms.exact(entry)
+            self._transcoder.exact(entry)
             if keep
-            else self._forms.encode(entry, prefix_start=meta.prefix_start, namespace=meta.owner.namespace)
+            else self._transcoder.encode(entry, prefix_start=meta.prefix_start, namespace=meta.owner.namespace)
         )
 
     def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:

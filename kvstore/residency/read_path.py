@@ -54,7 +54,7 @@ class Resident(NamedTuple):
         return sum(map(_VALUE_NBYTES, self.metas))
 
 
-class Reader:
+class ReadPath:
     """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
 
     def __init__(

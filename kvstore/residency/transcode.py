@@ -1,7 +1,8 @@
-"""The forms an entry takes on its way between tiers: as put, encoded below hot, a raw copy when it comes back up.
+"""Raw entries into encoded ones and back, on the way between tiers: as put, encoded below hot, a raw copy when it comes
+back up.
 
-`Mover` decides when; this is how. `TensorForms` does it to tensors; `simulation` has a double that only reckons sizes,
-so the same mover, tiers and policies can be asked what they would do with a terabyte.
+`Mover` decides when; this is how. `TensorTranscoder` does it to tensors; `simulation` has a double that only reckons
+sizes, so the same mover, tiers and policies can be asked what they would do with a terabyte.
 """
 
 import time
@@ -12,7 +13,7 @@ from typing import Protocol
 import torch
 
 from kvstore.codecs import decode_entry, encode_entry
-from kvstore.codecs.choice import Policies
+from kvstore.codecs.choice import CodecChoice
 from kvstore.codecs.hints import Hints, token_axis_of
 from kvstore.entries.compact import packed
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
@@ -28,7 +29,7 @@ Room = Callable[[Mapping[str, TensorInfo]], dict[str, torch.Tensor] | None]
 """Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
 
 
-class Forms(Protocol):
+class Transcoder(Protocol):
     """Pure but for counting. Any thread, without the residency lock."""
 
     def encode(self, entry: Entry, *, prefix_start: bool | None = None, namespace: str = "") -> Entry:
@@ -77,11 +78,11 @@ def raw_entry(
     return Entry(key, raw, lossy=lossy)
 
 
-class TensorForms:
+class TensorTranscoder:
     """Forms of real tensors, under the policies of one configuration and one hot device."""
 
     def __init__(
-        self, policies: Policies, device: torch.device, residency: Residency, room: Room | None = None
+        self, policies: CodecChoice, device: torch.device, residency: Residency, room: Room | None = None
     ) -> None:
         self._room = room
         self._policies = policies

@@ -38,7 +38,7 @@ class PutOptions:
     namespace: str = ""
 
 
-class Intake:
+class WritePath:
     """Takes entries in. Any thread."""
 
     def __init__(self, residency: Residency, mover: Mover, config: StoreConfig, device: torch.device) -> None:

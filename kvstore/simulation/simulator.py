@@ -1,7 +1,8 @@
-"""What a store of some size would do with a trace: the real reader, intake, mover, tiers and policies, without tensors.
+"""What a store of some size would do with a trace: the real read path, write path, mover, tiers and policies, without
+tensors.
 
-Nothing here decides anything: entries are sizes (`SizedTensors`), forms reckon them (`SizedForms`), the disk is a tier
-in memory (`SizedCold`). So a terabyte is asked on a laptop, and what is measured is what the daemon runs.
+Nothing here decides anything: entries are sizes (`SizedTensors`), forms reckon them (`SizedTranscoder`), the disk is a
+tier in memory (`SizedCold`). So a terabyte is asked on a laptop, and what is measured is what the daemon runs.
 Also the ceiling: the offline optimum for prefix chains (`optimum`), which knows the future.
 What bounds its speed is Python: a put goes through every check and counter of the store. docs/prefixes.md has figures.
 """
@@ -25,9 +26,9 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
-from kvstore.residency.read_path import Reader
+from kvstore.residency.read_path import ReadPath
 from kvstore.residency.state import Residency, residency_of
-from kvstore.residency.write_path import Intake
+from kvstore.residency.write_path import WritePath
 from kvstore.simulation.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
@@ -136,7 +137,7 @@ class SizedTensors(Mapping[str, EncodedTensor]):
 class SizedEntry:
     """In place of an `Entry`: its size and its key. A frozen dataclass takes four times as long to make."""
 
-    __slots__ = ("card", "encoding", "key", "lossy", "nbytes", "tensors")
+    __slots__ = ("encoding", "kept_reply", "key", "lossy", "nbytes", "tensors")
 
     def __init__(self, key: Key, tensors: SizedTensors, *, lossy: bool) -> None:
         self.key = key
@@ -146,7 +147,7 @@ class SizedEntry:
         self.encoding = tensors.encoding
 
 
-class SizedForms:
+class SizedTranscoder:
     """`transcode.Forms` of blocks that are all alike."""
 
     def __init__(self, setup: Setup, residency: Residency) -> None:
@@ -297,11 +298,11 @@ class Simulation:
             admission = Admission(config.cold.admission, config.cold.write_nbytes_per_day, self._clock)
             order = Order(chains=r.chains, owner_of=r.owner_of, tier="cold")
             r.cold = SizedCold(setup.disk_nbytes, order, admission, r.dropped_from_cold)
-        self._forms = SizedForms(setup, r)
-        mover = Mover(r, self._forms)
-        self._intake = Intake(r, mover, config, torch.device("cpu"))
+        self._transcoder = SizedTranscoder(setup, r)
+        mover = Mover(r, self._transcoder)
+        self._write_path = WritePath(r, mover, config, torch.device("cpu"))
         self._maintainer = Maintainer(r, mover, config)
-        self._reader = Reader(r, config, self._maintainer.request_promotions)
+        self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
         self._ttl_s = config.ttl_s
         self._value_nbytes = setup.value_nbytes
         self._now = self._start_s
@@ -316,14 +317,14 @@ class Simulation:
         self._now = self._clock.now()
         self._maintainer.run_once()
         keys = [self._key(block) for block in request.blocks]
-        places = [place for place in self._reader.find(keys, leading=True) if place is not None]
+        places = [place for place in self._read_path.find(keys, leading=True) if place is not None]
         counted = self._r.counters.hits_in
         for place in places:
             counted[place.tier, place.meta.encoding if place.tier != "hot" else "raw"] += 1
         rest = keys[len(places) :]
         if rest:
             parent = keys[len(places) - 1] if places else None
-            self._puts += self._intake.take_chain(rest, map(self._made, reversed(rest)), parent)
+            self._puts += self._write_path.take_chain(rest, map(self._made, reversed(rest)), parent)
         self._requests += 1
         self._blocks += len(keys)
         self._hits += len(places)
@@ -337,12 +338,12 @@ class Simulation:
 
     def _made(self, key: Key) -> tuple[Entry, Meta]:
         now, ttl_s = self._now, self._ttl_s
-        return self._forms.raw(key), Meta(now, now + ttl_s, ttl_s, self._value_nbytes)
+        return self._transcoder.raw(key), Meta(now, now + ttl_s, ttl_s, self._value_nbytes)
 
     def report(self) -> Report:
         """What happened so far."""
         c = self._r.counters
-        below = self._forms.encode(self._forms.raw(Key(b""))).nbytes - ENTRY_OVERHEAD_NBYTES
+        below = self._transcoder.encode(self._transcoder.raw(Key(b""))).nbytes - ENTRY_OVERHEAD_NBYTES
         writes = c.tiers["cold"].puts
         by_encoding: Counter[str] = Counter()
         for (_, encoding), hits in c.hits_in.items():

@@ -13,7 +13,7 @@ from kvstore.entries.compact import packed as packed_entry
 from kvstore.keys import Key
 from kvstore.residency.read_path import Found
 from kvstore.residency.transcode import raw_entry
-from kvstored.calls.encoded_reply import parcel
+from kvstored.calls.encoded_reply import encoded_reply
 from kvstored.calls.gets import hit_frames, hit_header
 from kvstored_client import Client
 from kvstored_client.decoding import ENCODINGS, Packed, Unpacking, accepted, shape_of
@@ -213,13 +213,14 @@ def found(tensors: dict[str, torch.Tensor]) -> tuple[Found, bytes]:
     """An entry that stays encoded, and the bytes that follow its header."""
     entry = encode_entry(raw_entry(Key(b"k"), tensors), codec_for("auto"))
     frames = [
-        parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, parcel(Found(Key(b"k"), "warm", entry, 0.0)), 1)
+        parse_frame(frame, pb.GetFrame)
+        for frame in hit_frames(0, encoded_reply(Found(Key(b"k"), "warm", entry, 0.0)), 1)
     ]
     return Found(Key(b"k"), "warm", entry, 0.0), b"".join(bytes(frame.chunk) for frame in frames)
 
 
 def unpacking(of: Found) -> tuple[Unpacking, dict[str, np.ndarray]]:
-    header = pb.GetHeader.FromString(hit_header(0, parcel(of)))
+    header = pb.GetHeader.FromString(hit_header(0, encoded_reply(of)))
     targets = {name: np.full(t.spec.nbytes, 7, np.uint8) for name, t in of.entry.tensors.items()}
     return Unpacking(Packed(header, shape_of(header)), targets), targets
 
@@ -254,12 +255,12 @@ def test_more_or_fewer_bytes_than_an_encoded_entry_has_are_no_entry():
 
 def test_a_large_tensor_ends_its_frame_so_that_it_is_decoded_while_the_next_one_comes():
     of, data = found({name: torch.randn(4, 2048, 2, 64) for name in ("k", "v")})
-    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, parcel(of), 1)]
+    frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(0, encoded_reply(of), 1)]
     first = sum(part.nbytes for part in of.entry.tensors["k"].parts.values())
     assert first >= EARLY_NBYTES
     assert [len(frame.chunk) for frame in frames] == [first, len(data) - first]
     small, _ = found(values(torch.float32))
-    assert len(list(hit_frames(0, parcel(small), 1))) == 1
+    assert len(list(hit_frames(0, encoded_reply(small), 1))) == 1
 
 
 @pytest.mark.parametrize("tokens", [96, 4096])
@@ -275,7 +276,7 @@ def test_what_is_said_of_an_entry_is_what_it_is_whether_it_is_kept_or_not(tokens
     entry = packed_entry(loose)
     assert (entry is loose) == (tokens == 4096)
     for _ in range(2):
-        sent = parcel(Found(Key(b"k"), "warm", entry, 1.5))
+        sent = encoded_reply(Found(Key(b"k"), "warm", entry, 1.5))
         head = pb.GetHeader.FromString(hit_header(3, sent, 9))
         assert (head.index, head.tier, head.age_s, head.boot_epoch) == (3, pb.TIER_WARM, 1.5, 9)
         assert (head.nbytes, head.encoding, head.lossy) == (loose.value_nbytes, "nf4-kv", True)
@@ -292,7 +293,7 @@ def test_what_is_said_of_an_entry_is_what_it_is_whether_it_is_kept_or_not(tokens
         frames = [parse_frame(frame, pb.GetFrame) for frame in hit_frames(3, sent, 9)]
         assert b"".join(bytes(frame.chunk) for frame in frames) == payload
         assert pb.EntryEnd.FromString(bytes(frames[-1].end)).xxh3 == xxhash.xxh3_64(payload).intdigest()
-    assert (entry.card is None) == (tokens == 96)
+    assert (entry.kept_reply is None) == (tokens == 96)
 
 
 def test_a_shape_is_known_by_all_that_is_alike_and_by_nothing_else():

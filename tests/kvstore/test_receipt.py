@@ -6,7 +6,7 @@ import torch
 from kvstore.codecs import LOSSY_MIN_NUMEL, codec_for, codec_named, decode_entry, encode_entry, encode_measured
 from kvstore.codecs import nf4_kv as module
 from kvstore.codecs.adaptive import Adaptive, runs_of
-from kvstore.codecs.choice import Policies
+from kvstore.codecs.choice import CodecChoice
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
@@ -69,10 +69,12 @@ def test_a_bound_sends_biased_layers_to_a_better_encoding_and_no_others(bias):
 
 def test_by_default_a_store_does_not_ruin_biased_keys():
     keys, said = biased(150, 64, layers=3)
-    entry = encode_entry(raw_entry(Key(b"k"), {"k": keys}), Policies(WarmConfig()).codec_of(""))
+    entry = encode_entry(raw_entry(Key(b"k"), {"k": keys}), CodecChoice(WarmConfig()).codec_of(""))
     error = (decode_entry(entry)["k"] - keys).norm() / said.norm()
     assert error <= MAX_RELATIVE_ERROR
-    unbound = encode_entry(raw_entry(Key(b"k"), {"k": keys}), Policies(WarmConfig(max_relative_error=0)).codec_of(""))
+    unbound = encode_entry(
+        raw_entry(Key(b"k"), {"k": keys}), CodecChoice(WarmConfig(max_relative_error=0)).codec_of("")
+    )
     assert unbound.encoding == "nf4-kv"
     assert unbound.receipt["k"] > 0.7
 

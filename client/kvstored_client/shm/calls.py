@@ -21,9 +21,8 @@ from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import Copier
-from kvstored_client.shm.mapping import Mapping as MappedSegment
-from kvstored_client.shm.pool import Connection, Near, Segments, Turn, UseStream
+from kvstored_client.shm.mapping import Copier, MappedSegment
+from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, Turn, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
@@ -176,7 +175,7 @@ class LeasedHits(Sequence[Hit | None]):
 def ask(turn: Turn, call: pb.LeaseCall) -> pb.LeaseReply:
     """One small call and its answer."""
     connection = turn.take()
-    reply = connection.call(call, turn.near.timeout_s)
+    reply = connection.call(call, turn.pool.timeout_s)
     connection.give_back(reply.lease)
     return reply
 
@@ -193,16 +192,16 @@ def get(
     connection = turn.take()
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = connection.exchange(_get_call(part, how), turn.near.timeout_s)
+        reply = connection.exchange(_get_call(part, how), turn.pool.timeout_s)
         epoch = reply.boot_epoch
         try:
             _check_count(reply, len(part))
-            for at, said in enumerate(reply.leased):
-                item = said if reply.complete else _taken_apart(said)
+            for at, serialized in enumerate(reply.leased):
+                item = serialized if reply.complete else _taken_apart(serialized)
                 index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
                 target = out[index] if out is not None else None
                 block = _block(connection.segments, item)
-                tensors = _copied(turn.near.copier, block, framework, target)
+                tensors = _copied(turn.pool.copier, block, framework, target)
                 if tensors is None:
                     stale += 1
                 else:
@@ -220,10 +219,10 @@ def _check_count(reply: pb.LeaseReply, keys: int) -> None:
         raise UseStream(f"{found} answers to {keys} keys")
 
 
-def _index(said: int, keys: int) -> int:
-    if said >= keys:
-        raise UseStream(f"an answer to key {said} of {keys}")
-    return said
+def _index(serialized: int, keys: int) -> int:
+    if serialized >= keys:
+        raise UseStream(f"an answer to key {serialized} of {keys}")
+    return serialized
 
 
 def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
@@ -284,9 +283,9 @@ class Block:
         return Hit(key, tensors, tier, self.encoding, self.lossy, age_s, self.receipt.copy())
 
 
-def _taken_apart(said: bytes) -> pb.Leased:
+def _taken_apart(serialized: bytes) -> pb.Leased:
     try:
-        return pb.Leased.FromString(said)
+        return pb.Leased.FromString(serialized)
     except DecodeError as error:
         raise UseStream(str(error)) from None
 
@@ -339,7 +338,7 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
 def lease(turn: Turn, keys: list[bytes], how: GetOptions, framework: str) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
     connection = turn.take()
-    reply = connection.exchange(_get_call(keys, how), turn.near.timeout_s)
+    reply = connection.exchange(_get_call(keys, how), turn.pool.timeout_s)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
@@ -360,15 +359,15 @@ def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
 
 def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
     nbytes = sum(entry.nbytes for entry in entries)
-    timeout_s = turn.near.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
-    connection = turn.take(_owner(turn.near, entries))
+    timeout_s = turn.pool.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
+    connection = turn.take(_owner(turn.pool, entries))
     connection.settled = False  # its room is in use
     windows: list[Window] = []  # kept until the daemon has copied
     call = pb.LeaseCall()
     for entry in entries:
         item = call.put.entries.add(header=entry.header)
         for x in entry.tensors.values():
-            segment, start = _ingested(turn.near, connection, x, windows, timeout_s)
+            segment, start = _ingested(turn.pool, connection, x, windows, timeout_s)
             item.places.add(segment=segment, start=start)
     reply = connection.call(call, timeout_s)
     connection.give_back(reply.lease)
@@ -376,14 +375,14 @@ def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
     return reply.put
 
 
-def _owner(near: Near, entries: Sequence[Outgoing]) -> Connection | None:
+def _owner(pool: ConnectionPool, entries: Sequence[Outgoing]) -> Connection | None:
     """The connection whose ingest segment the first tensor already lies in."""
     x = next(iter(entries[0].tensors.values()))
-    found = _lies_in(near, x)
+    found = _lies_in(pool, x)
     return found[0] if found is not None else None
 
 
-def _lies_in(near: Near, x: Any) -> tuple[Connection, int, int] | None:
+def _lies_in(pool: ConnectionPool, x: Any) -> tuple[Connection, int, int] | None:
     if arrays.is_torch(x):
         if x.device.type != "cpu" or not x.is_contiguous() or x.is_conj() or x.is_neg():
             return None
@@ -392,11 +391,13 @@ def _lies_in(near: Near, x: Any) -> tuple[Connection, int, int] | None:
         if not (x.flags.c_contiguous and x.dtype.isnative):
             return None
         address, nbytes = x.ctypes.data, x.nbytes
-    return near.owner_of(address, nbytes) if nbytes else None
+    return pool.owner_of(address, nbytes) if nbytes else None
 
 
-def _ingested(near: Near, connection: Connection, x: Any, windows: list[Window], timeout_s: float) -> tuple[int, int]:
-    found = _lies_in(near, x)
+def _ingested(
+    pool: ConnectionPool, connection: Connection, x: Any, windows: list[Window], timeout_s: float
+) -> tuple[int, int]:
+    found = _lies_in(pool, x)
     if found is not None and found[0] is connection:
         return found[1], found[2]
     data = arrays.as_bytes(x)
@@ -404,7 +405,7 @@ def _ingested(near: Near, connection: Connection, x: Any, windows: list[Window],
         return 0, 0
     window, segment, start = connection.room(data.size, timeout_s)
     windows.append(window)
-    near.copier.copy(window.array, data)
+    pool.copier.copy(window.array, data)
     return segment, start
 
 
@@ -413,6 +414,6 @@ def empty(turn: Turn, spec: TensorInfo, framework: str) -> Any:
     nbytes = arrays.check_specs({"x": spec})
     connection = turn.take()
     connection.settled = False
-    window, _, _ = connection.room(max(nbytes, 1), turn.near.timeout_s)
+    window, _, _ = connection.room(max(nbytes, 1), turn.pool.timeout_s)
     connection.settled = True
     return arrays.from_bytes(spec, window.array[:nbytes], framework)

@@ -27,7 +27,7 @@ from kvstore.errors import KvstoreError
 from kvstore.shm.freelist import FreeList
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
-from kvstored_client.shm.mapping import Mapping
+from kvstored_client.shm.mapping import MappedSegment
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import fixed64s
 
@@ -75,10 +75,10 @@ class _Ended(weakref.ref[Any]):
     number: int
 
 
-class Room:
+class IngestSegment:
     """An ingest segment: room for puts, given back when the last tensor over it is gone."""
 
-    def __init__(self, number: int, mapping: Mapping) -> None:
+    def __init__(self, number: int, mapping: MappedSegment) -> None:
         self.number = number
         self.mapping = mapping
         self._free = FreeList(mapping.nbytes)
@@ -165,7 +165,7 @@ class Connection:
         self._ended: deque[_Ended] = deque()
         self._held: dict[int, _Ended] = {}
         self.segments = Segments(0)
-        self.ingest: list[Room] = []
+        self.ingest: list[IngestSegment] = []
         self._poll = select.poll()
         self._number = 0
         self._numbered = False
@@ -273,12 +273,12 @@ class Connection:
             for segment in reply.segments:
                 mapping = None
                 if segment.writable or segment.number not in self.segments:
-                    mapping = Mapping(descriptors[0], segment.nbytes, writable=segment.writable)
+                    mapping = MappedSegment(descriptors[0], segment.nbytes, writable=segment.writable)
                 close_first(descriptors)
                 if mapping is None:
                     continue
                 if segment.writable:
-                    self.ingest.append(Room(segment.number, mapping))
+                    self.ingest.append(IngestSegment(segment.number, mapping))
                 else:
                     self.segments.add(segment.number, mapping)
         except Exception as error:
@@ -404,18 +404,18 @@ class Segments:
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        self._mappings: dict[int, Mapping] = {}
+        self._mappings: dict[int, MappedSegment] = {}
         self.blocks: dict[tuple[int, int, int] | bytes, Any] = {}
 
     def __contains__(self, number: int) -> bool:
         return number in self._mappings
 
-    def add(self, number: int, mapping: Mapping) -> None:
+    def add(self, number: int, mapping: MappedSegment) -> None:
         """Keep a mapping, unless another connection was handed the segment meanwhile."""
         if self._mappings.setdefault(number, mapping) is mapping:
             mapping.populate()
 
-    def get(self, number: int) -> Mapping:
+    def get(self, number: int) -> MappedSegment:
         """The mapping of a segment. Raises UseStream for one that was never handed over."""
         mapping = self._mappings.get(number)
         if mapping is None:

@@ -19,7 +19,7 @@ PARALLEL_NBYTES = 8 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ
 
 
-class Mapping:
+class MappedSegment:
     """One segment, mapped. words: all of it, 8 bytes at a time; writable only for an ingest segment."""
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:

@@ -1,6 +1,6 @@
 """The same host: calls over the lease socket, tensors through shared memory. The proto describes the exchange.
 
-A Near keeps a few connections; each serves one call at a time and has its own ingest segments. Whatever goes wrong with
+A pool keeps a few connections; each serves one call at a time and has its own ingest segments. Whatever goes wrong with
 a connection closes it; the call then goes over the stream, unless the daemon was silent too long already. Thread-safe,
 without a lock: a connection moves from the idle ones into a Turn's hand and back, each time in one step of C code.
 """
@@ -18,7 +18,7 @@ from kvstored_client.interrupts import is_foreign, last_of, moved
 from kvstored_client.shm.connection import Connection, Releases, Segments, Silent, UseStream
 from kvstored_client.shm.mapping import Copier
 
-__all__ = ["Connection", "Near", "Segments", "Silent", "Turn", "UseStream"]
+__all__ = ["Connection", "ConnectionPool", "Segments", "Silent", "Turn", "UseStream"]
 
 CONNECTIONS_MAX = 4
 """Calls under way at once; more wait. Two cores are busy with two copies."""
@@ -27,7 +27,7 @@ LOOK_AGAIN_S = 0.05
 """How often to look for an idle connection unasked: an interrupted thread need not have told that it left one."""
 
 
-class Near:
+class ConnectionPool:
     """Connections to one daemon's lease socket, made as needed."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
@@ -160,29 +160,29 @@ class Near:
 class Turn:
     """The use of one connection at a time, by one thread. Its owner puts it back, whatever happens."""
 
-    __slots__ = ("_hand", "near")
+    __slots__ = ("_hand", "pool")
 
-    def __init__(self, near: Near) -> None:
-        self.near = near
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.pool = pool
         self._hand: list[Connection] = []
 
     def take(self, wanted: Connection | None = None) -> Connection:
-        """A connection, to be put back. Raises as `Near.take`."""
-        near, hand = self.near, self._hand
+        """A connection, to be put back. Raises as `ConnectionPool.take`."""
+        pool, hand = self.pool, self._hand
         # The commonest case without another call: a few calls are what a get of a small entry notices.
-        if wanted is None and near.idle and not hand:
+        if wanted is None and pool.idle and not hand:
             try:
-                hand.extend(map(last_of, (near.idle,)))
+                hand.extend(map(last_of, (pool.idle,)))
             except IndexError as error:
                 if is_foreign(error):
                     raise  # else another thread took it
             else:
-                if not hand[-1].closed and hand[-1].segments is near.segments:
+                if not hand[-1].closed and hand[-1].segments is pool.segments:
                     return hand[-1]
-                near.put_back(hand)
-        return near.take(hand, wanted)
+                pool.put_back(hand)
+        return pool.take(hand, wanted)
 
     def put_back(self) -> None:
         """The connection is of no more use here. Again is harmless: an interrupted one is to be called again."""
         if self._hand:
-            self.near.put_back(self._hand)
+            self.pool.put_back(self._hand)

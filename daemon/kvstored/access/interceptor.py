@@ -1,4 +1,4 @@
-"""The gate every call passes: who is it, may it, how long did it take, and what an operator changed.
+"""What every gRPC call passes: who is it, may it, how long did it take, and what an operator changed.
 
 One interceptor around all methods of kvstored's services; health checking stays open. Refusals say what to do and
 nothing about what is held. A verb that changes what others see leaves a line in the audit log, refused or not.
@@ -129,7 +129,7 @@ class Records:
             _audit(method, identity, peer, b"" if refused else request, code)
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Interceptor(grpc.aio.ServerInterceptor):
     """Around every method of kvstored's services."""
 
     def __init__(self, access: Access, meter: Meter, records: Records) -> None:
@@ -139,7 +139,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler, behind the gate."""
+        """The method's handler, behind the interceptor."""
         handler = await continuation(details)
         path = str(details.method)
         if handler is None or not path.startswith(PREFIX):

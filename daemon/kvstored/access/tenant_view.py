@@ -25,7 +25,7 @@ from kvstore.store import Store
 from kvstored.access.tokens import LOCAL, Identity
 
 CALLER: contextvars.ContextVar[Identity] = contextvars.ContextVar("kvstored_caller", default=LOCAL)
-"""Who the call under way is for; set by the gate."""
+"""Who the call under way is for; set by the interceptor."""
 
 PREFIX_NBYTES = 16
 _KEY_MAX_NBYTES = 256
@@ -48,7 +48,7 @@ def read_secret(path: Path) -> bytes:
     return found
 
 
-class ScopedStore:
+class TenantView:
     """The verbs of Store that a tenant's token can reach."""
 
     def __init__(self, store: Store, secret: bytes, tenant: str) -> None:
@@ -121,17 +121,17 @@ class ScopedStore:
         raise PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
 
 
-class Scopes:
+class TenantViews:
     """The store as each caller may see it."""
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._store = store
         self._secret = secret
-        self._by_tenant: dict[str, ScopedStore] = {}
+        self._by_tenant: dict[str, TenantView] = {}
 
     def keys_of(self, tenant: str, keys: Sequence[bytes]) -> list[bytes]:
         """Where a tenant's keys stand: for an operator who asks after them."""
-        scope = ScopedStore(self._store, self._secret, tenant)
+        scope = TenantView(self._store, self._secret, tenant)
         return [scope.own(key) for key in keys]
 
     def current(self) -> Any:
@@ -146,7 +146,7 @@ class Scopes:
             return self._store
         found = self._by_tenant.get(tenant)  # as many as the tokens file has tenants
         if found is None:
-            found = self._by_tenant[tenant] = ScopedStore(self._store, self._secret, tenant)
+            found = self._by_tenant[tenant] = TenantView(self._store, self._secret, tenant)
             self._store.register_tenant(tenant, found.prefixes)
         return found
 

@@ -1,4 +1,4 @@
-"""What is said and sent of an entry that travels as it is held. No state but what an entry keeps of its own."""
+"""Header and payload of an entry that is sent without decoding. Large entries keep theirs."""
 
 import json
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from kvstored_client.wire.messages import relative_errors, tensor_specs
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """said: the fields of a GetHeader that are the same each time. payload: the bytes behind it, by part.
+    """serialized: the fields of a GetHeader that are the same each time. payload: the bytes behind it, by part.
 
     ends: where each tensor's bytes end: one that is there whole can be decoded. value_nbytes: once decoded.
     """
 
-    said: bytes
+    serialized: bytes
     payload: Sequence[Bytes]
     nbytes: int
     ends: frozenset[int]
@@ -41,26 +41,26 @@ class Contents:
         return int(checksum.intdigest())
 
 
-class Parcel(NamedTuple):
-    """An entry found, on its way as it is held."""
+class EncodedReply(NamedTuple):
+    """An entry found, to be sent as it is held."""
 
     tier: str
     age_s: float
     contents: Contents
 
 
-def parcel(found: Found) -> Parcel:
-    """What is sent of an entry found; a large one keeps what was worked out: for a small one it is a third of it."""
+def encoded_reply(found: Found) -> EncodedReply:
+    """The reply for an entry found. A large entry keeps it; for a small one it would cost a third of its size."""
     entry = found.entry
-    if isinstance(entry.card, Contents):
-        return Parcel(found.tier, found.age_s, entry.card)
+    if isinstance(entry.kept_reply, Contents):
+        return EncodedReply(found.tier, found.age_s, entry.kept_reply)
     if isinstance(entry.tensors, PackedTensors):
-        return Parcel(found.tier, found.age_s, _contents(entry, entry.tensors.payload, entry.tensors.attrs))
+        return EncodedReply(found.tier, found.age_s, _contents(entry, entry.tensors.payload, entry.tensors.attrs))
     tensors = entry.tensors.values()
     payload = [arrays.as_bytes(part) for held in tensors for part in held.parts.values()]
     contents = _contents(entry, payload, [dict(held.attrs) for held in tensors])
-    entry.keep_card(contents)
-    return Parcel(found.tier, found.age_s, contents)
+    entry.keep_reply(contents)
+    return EncodedReply(found.tier, found.age_s, contents)
 
 
 def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, object]]) -> Contents:
@@ -72,17 +72,17 @@ def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, 
         relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
     )
     # Messages one behind the other are one message.
-    said = [head, own.SerializeToString()]
+    serialized = [head, own.SerializeToString()]
     for described, facts in zip(packed, attrs, strict=True):
         written = pb.PackedTensor(attrs=json.dumps(facts, allow_nan=False)) if facts else pb.PackedTensor()
-        said.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
+        serialized.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
     ends = [0, *accumulate(part.size for part in payload)]
-    return Contents(b"".join(said), payload, ends[-1], frozenset(ends[n] for n in counts), entry.value_nbytes)
+    return Contents(b"".join(serialized), payload, ends[-1], frozenset(ends[n] for n in counts), entry.value_nbytes)
 
 
 @lru_cache(maxsize=1024)
 def _alike(layout: Layout) -> tuple[bytes, tuple[bytes, ...], tuple[int, ...]]:
-    """What is said of all entries of one shape, of each of their tensors, and how many parts there are up to each."""
+    """What all entries of one shape share: header bytes, bytes a tensor, the running count of parts."""
     specs = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in zip(layout.names, layout.specs, strict=True)}
     head = pb.GetHeader(tensors=tensor_specs(specs))
     packed: list[bytes] = []

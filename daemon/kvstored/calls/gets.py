@@ -15,7 +15,7 @@ from kvstore.residency.read_path import Found, Resident
 from kvstore.residency.transcode import Room
 from kvstore.store import Store
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import Parcel, parcel
+from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Gather, cut_frames
 from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
@@ -58,7 +58,7 @@ class Reading:
         self._counted_nbytes = 0
         self._lease = ExitStack()
 
-    def next_lot(self) -> list[tuple[int, Hit | Parcel | None]]:
+    def next_lot(self) -> list[tuple[int, Hit | EncodedReply | None]]:
         """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
         self._end_lot()
         if self._ended:
@@ -75,7 +75,7 @@ class Reading:
             room=self._room,
         )
         self._lots += 1
-        hits = [parcel(hit) if isinstance(hit, Found) else hit for hit in self._lease.enter_context(found)]
+        hits = [encoded_reply(hit) if isinstance(hit, Found) else hit for hit in self._lease.enter_context(found)]
         if start + len(hits) < stop:  # a chain ends at its first miss
             hits.append(None)
             stop = len(self._keys)
@@ -83,7 +83,7 @@ class Reading:
         nbytes = 0
         for hit in hits:
             if hit is not None:
-                if isinstance(hit, Parcel):
+                if isinstance(hit, EncodedReply):
                     size = hit.contents.nbytes
                     self._give_back(hit.contents.value_nbytes - size)  # counted as if it were decoded
                 else:
@@ -149,11 +149,11 @@ def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
     return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
 
 
-def hit_header(index: int, hit: Hit | Parcel, boot_epoch: int = 0) -> bytes:
+def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:
     """What is said of a hit before its bytes: a GetHeader, serialized."""
-    if isinstance(hit, Parcel):
+    if isinstance(hit, EncodedReply):
         own = pb.GetHeader(index=index, tier=TIERS[hit.tier], age_s=hit.age_s, boot_epoch=boot_epoch)
-        return hit.contents.said + own.SerializeToString()
+        return hit.contents.serialized + own.SerializeToString()
     specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
     return pb.GetHeader(
         index=index,
@@ -168,10 +168,10 @@ def hit_header(index: int, hit: Hit | Parcel, boot_epoch: int = 0) -> bytes:
     ).SerializeToString()
 
 
-def hit_frames(index: int, hit: Hit | Parcel, boot_epoch: int) -> Iterator[bytes]:
+def hit_frames(index: int, hit: Hit | EncodedReply, boot_epoch: int) -> Iterator[bytes]:
     """The frames that answer one key of a Get."""
     header = hit_header(index, hit, boot_epoch)
-    if isinstance(hit, Parcel):
+    if isinstance(hit, EncodedReply):
         contents = hit.contents
         return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
     return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))

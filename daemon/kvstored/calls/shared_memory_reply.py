@@ -1,4 +1,4 @@
-"""What is said of an entry that lies in shared memory: written once, sent with every get of it. No state."""
+"""The serialized reply for an entry in shared memory, built once and reused by every get. No state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from kvstored_client.wire.messages import relative_errors, tensor_specs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Card:
-    """An entry that lies in a segment, and what is said of it: a LeaseReply with this one block."""
+class SharedMemoryReply:
+    """The segment an entry lies in, and a serialized LeaseReply with this one block."""
 
     segment: Segment
-    said: bytes
+    serialized: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What all raw entries of one shape have in common: a namespace's chunks are alike.
 
-    places, nbytes: as `shm.layout.layout`. said: the fields of a GetHeader that depend on nothing else.
+    places, nbytes: as `shm.layout.layout`. serialized: the fields of a GetHeader that depend on nothing else.
     """
 
     places: Mapping[str, tuple[int, int]]
     nbytes: int
-    said: bytes
+    serialized: bytes
 
 
 @lru_cache(maxsize=1024)
@@ -42,8 +42,10 @@ def _shape_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Shape:
     return Shape(*layout(infos), header.SerializeToString())
 
 
-def new_card(arena: Arena, owner: int, entry: Entry, put_at: float) -> Card | None:
-    """The card of an entry held raw; None where it does not lie in a segment of this user's. put_at: store's clock."""
+def new_reply(arena: Arena, owner: int, entry: Entry, put_at: float) -> SharedMemoryReply | None:
+    """The reply for an entry held raw; None where it does not lie in a segment of this user's. put_at: store's
+    clock.
+    """
     held = entry.tensors.items()
     shape = _shape_of(tuple((name, tensor.spec) for name, tensor in held))
     place = arena.place_in({name: tensor.parts[""] for name, tensor in held}, shape.places, shape.nbytes, owner)
@@ -53,11 +55,11 @@ def new_card(arena: Arena, owner: int, entry: Entry, put_at: float) -> Card | No
     if entry.lossy:
         own.lossy = True
         own.relative_errors.extend(relative_errors(entry.receipt, lossy=True))
-    header = shape.said + own.SerializeToString()  # messages one behind the other are one message
-    return Card(place.segment, submessage(pb.LeaseReply.LEASED_FIELD_NUMBER, leased(header, place)))
+    header = shape.serialized + own.SerializeToString()  # messages one behind the other are one message
+    return SharedMemoryReply(place.segment, submessage(pb.LeaseReply.LEASED_FIELD_NUMBER, leased(header, place)))
 
 
 def leased(header: bytes, place: Place) -> bytes:
-    """What is said of a block: a Leased, serialized. header: a GetHeader, serialized."""
+    """A serialized Leased, which describes one block. header: a GetHeader, serialized."""
     rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
     return submessage(pb.Leased.HEADER_FIELD_NUMBER, header) + rest.SerializeToString()

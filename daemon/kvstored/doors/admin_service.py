@@ -12,7 +12,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import Verified
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
-from kvstored.access.tenant_view import Scopes
+from kvstored.access.tenant_view import TenantViews
 from kvstored.doors.service import Context, Service, answering
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
@@ -28,9 +28,9 @@ class AdminService(Service):
     """What an operator does."""
 
     def __init__(
-        self, scopes: Scopes, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
+        self, views: TenantViews, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
     ) -> None:
-        super().__init__(scopes, threads, boot_epoch)
+        super().__init__(views, threads, boot_epoch)
         self._version = version
         self._snapshot = snapshot
 
@@ -73,7 +73,7 @@ class AdminService(Service):
         """Where keys are, or why they are gone."""
         asked = pb.ExplainRequest.FromString(request)
         keys = check_keys(asked.keys)
-        own = self._scopes.keys_of(asked.tenant, keys) if asked.tenant else keys
+        own = self._views.keys_of(asked.tenant, keys) if asked.tenant else keys
         found = await self._run(self._store.explain, *own)
         explained = [replace(of, key=key) for of, key in zip(found, keys, strict=True)]
         return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()

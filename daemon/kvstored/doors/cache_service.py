@@ -20,9 +20,9 @@ from kvstore.hit import Hit
 from kvstore.keys import check_keys
 from kvstore.residency.read_path import Resident
 from kvstore.residency.transcode import Room
-from kvstored.access.tenant_view import Scopes
+from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import Parcel
+from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_frames, resident_hits
 from kvstored.calls.puts import PutStream, put_ready
 from kvstored.calls.verbs import Verbs
@@ -41,10 +41,10 @@ REPORT_MAX_S = 86400
 M = TypeVar("M", bound=Message)
 
 
-def _next_lot(reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
+def _next_lot(reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
     lot = reading.next_lot()
     for _, hit in lot:
-        if isinstance(hit, Parcel):
+        if isinstance(hit, EncodedReply):
             _ = hit.contents.xxh3  # summed here: a large one would hold up the event loop
     return lot
 
@@ -54,7 +54,7 @@ class CacheService(Service):
 
     def __init__(
         self,
-        scopes: Scopes,
+        views: TenantViews,
         threads: Executor,
         boot_epoch: int,
         budget: Budget,
@@ -62,7 +62,7 @@ class CacheService(Service):
         meter: Meter,
         room: Room,
     ) -> None:
-        super().__init__(scopes, threads, boot_epoch)
+        super().__init__(views, threads, boot_epoch)
         self._meter = meter
         self._budget = budget
         self._silence_s = silence_s
@@ -142,7 +142,7 @@ class CacheService(Service):
         finally:
             self._budget.give_back(nbytes)
 
-    async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | Parcel | None]]) -> None:
+    async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | EncodedReply | None]]) -> None:
         for index, hit in lot:
             if hit is None:
                 await self._write(context, build_miss(pb.GetMiss(index=index, boot_epoch=self._epoch)))

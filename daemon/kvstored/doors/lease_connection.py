@@ -31,13 +31,13 @@ from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.store import Store
 from kvstored.access.interceptor import Access, Records, Refusal
-from kvstored.access.tenant_view import Scopes
+from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import Parcel
+from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_header, resident_hits
 from kvstored.calls.puts import Incoming, put_ready
-from kvstored.calls.shared_memory_reply import Card, leased, new_card
+from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Callers, Waiting
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -67,7 +67,7 @@ class UseStream(Exception):
     """This call cannot be served here: the client asks again over gRPC."""
 
 
-_CARD, _SEGMENT, _SAID = attrgetter("card"), attrgetter("segment"), attrgetter("said")
+_KEPT_REPLY, _SEGMENT, _SERIALIZED = attrgetter("kept_reply"), attrgetter("segment"), attrgetter("serialized")
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Shared:
     verbs: Verbs
     lease_max_s: float
     records: Records
-    scopes: Scopes
+    views: TenantViews
     identify: Callable[[int], Identity | None]
     reads: threading.Semaphore
     """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""
@@ -111,7 +111,7 @@ class Connection:
             raise PermissionError(f"user {self.uid} has no entry in the tokens file")
         self._identity = identity
         self._peer = f"lease:{self.uid}"
-        self._store = shared.scopes.of(identity)
+        self._store = shared.views.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._next = 1
@@ -120,7 +120,7 @@ class Connection:
         self._ingest: dict[int, Segment] = {}
         self._fds: dict[Segment, int] = {}
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
-        self._said_always = always.SerializeToString()
+        self._serialized_always = always.SerializeToString()
 
     @property
     def leases(self) -> int:
@@ -242,11 +242,12 @@ class Connection:
     def _get(self, asked: pb.GetRequest) -> bytes:
         keys = check_keys(asked.keys)
         resident: Resident | None = self._store.resident(keys, count_later=True)
-        cards = None if resident is None else self._cards(resident)
-        new = set(map(_SEGMENT, cards or ())) - self._handed
-        if resident is None or cards is None or any(segment.owner != self.uid for segment in new):
+        kept_replies = None if resident is None else self._kept_replies(resident)
+        new = set(map(_SEGMENT, kept_replies or ())) - self._handed
+        if resident is None or kept_replies is None or any(segment.owner != self.uid for segment in new):
             return self._read(asked, resident)
-        # The commonest reply of all, written by hand: what is always said, what is said now, what each card says.
+        # The commonest reply of all, written by hand: the constant part, the part of this call, the kept reply of each
+        # entry.
         held = self._hold(resident.entries)
         now = _GIVEN.pack(_LEASE_TAG, held, _NOW_TAG, resident.now, _NUMBER_TAG, self._number)
         if new:
@@ -254,20 +255,20 @@ class Connection:
             for segment in new:
                 self._hand(handed, segment)
             now += handed.SerializeToString()
-        return b"".join((self._said_always, now, *map(_SAID, cards)))
+        return b"".join((self._serialized_always, now, *map(_SERIALIZED, kept_replies)))
 
-    def _cards(self, resident: Resident) -> list[Card] | None:
-        """What is said of each entry; None where one does not lie in a segment that this user could be handed."""
-        cards: list[Card] = list(map(_CARD, resident.entries))
-        if not all(cards):
+    def _kept_replies(self, resident: Resident) -> list[SharedMemoryReply] | None:
+        """The kept reply of each entry; None where one does not lie in a segment that this user could be handed."""
+        kept_replies: list[SharedMemoryReply] = list(map(_KEPT_REPLY, resident.entries))
+        if not all(kept_replies):
             for i, (entry, meta) in enumerate(zip(resident.entries, resident.metas, strict=True)):
-                if cards[i] is None:
-                    card = new_card(self._shared.arena, self.uid, entry, meta.created_at)
-                    if card is None:
+                if kept_replies[i] is None:
+                    kept_reply = new_reply(self._shared.arena, self.uid, entry, meta.created_at)
+                    if kept_reply is None:
                         return None
-                    entry.keep_card(card)
-                    cards[i] = card
-        return cards
+                    entry.keep_reply(kept_reply)
+                    kept_replies[i] = kept_reply
+        return kept_replies
 
     def _hold(self, held: Sequence[Any]) -> int:
         """The number of a new lease; 0 for one that would hold nothing."""
@@ -306,11 +307,11 @@ class Connection:
         reply.number = self._number
         return reply.SerializeToString()
 
-    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | Parcel | None]]:
+    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
         with self._shared.reads:
             return reading.next_lot()
 
-    def _placed(self, hit: Hit | Parcel) -> tuple[Mapping[str, Any], Place]:
+    def _placed(self, hit: Hit | EncodedReply) -> tuple[Mapping[str, Any], Place]:
         """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
         arena = self._shared.arena
         if isinstance(hit, Hit):

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
-from kvstored.access.tenant_view import Scopes
+from kvstored.access.tenant_view import TenantViews
 from kvstored_client.wire.frames import BadFrame
 
 logger = logging.getLogger(__name__)
@@ -61,15 +61,15 @@ async def refuse(context: Context, error: KvstoreError) -> NoReturn:
 class Service:
     """What both services share: the store, and the threads that may wait for it."""
 
-    def __init__(self, scopes: Scopes, threads: Executor, boot_epoch: int) -> None:
-        self._scopes = scopes
+    def __init__(self, views: TenantViews, threads: Executor, boot_epoch: int) -> None:
+        self._views = views
         self._threads = threads
         self._epoch = boot_epoch
 
     @property
     def _store(self) -> Any:
         """The store as the caller may see it. Only on the event loop: the caller is the running task's."""
-        return self._scopes.current()
+        return self._views.current()
 
     async def _run(self, work: Callable[..., R], *args: Any) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))

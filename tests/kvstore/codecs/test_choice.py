@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvstore.clock import ManualClock
-from kvstore.codecs.choice import Policies
+from kvstore.codecs.choice import CodecChoice
 from kvstore.codecs.hints import NO_HINTS
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import Layers, encode_runs
@@ -73,20 +73,20 @@ def test_layers_of_a_namespace_replace_the_store_s(tmp_path):
 
 
 def test_layers_that_are_all_alike_are_one_encoding():
-    codec = Policies(WarmConfig(layers={"0-9": LayerCodec("int8")})).codec_of("")
+    codec = CodecChoice(WarmConfig(layers={"0-9": LayerCodec("int8")})).codec_of("")
     assert codec.encode("k", K).encoding == "int8"
-    other = Policies(WarmConfig(layers={"7": LayerCodec("int8")})).codec_of("")
+    other = CodecChoice(WarmConfig(layers={"7": LayerCodec("int8")})).codec_of("")
     assert other.encode("k", K).encoding == "nf4-kv"
 
 
 def test_a_layer_in_the_name_counts_where_each_layer_has_a_key():
-    codec = Policies(WarmConfig(layers={"3": LayerCodec("int8")})).codec_of("")
+    codec = CodecChoice(WarmConfig(layers={"3": LayerCodec("int8")})).codec_of("")
     assert codec.encode("layers.3.k", K[0]).encoding == "int8"
     assert codec.encode("layers.4.k", K[0]).encoding == "nf4-kv"
 
 
 def test_a_bound_for_some_layers_is_kept_by_them():
-    codec = Policies(WarmConfig(layers={"0-1": LayerCodec(max_relative_error=0.01)})).codec_of("")
+    codec = CodecChoice(WarmConfig(layers={"0-1": LayerCodec(max_relative_error=0.01)})).codec_of("")
     decoded = Layers().decode(codec.encode("k", K))
     assert relative_error(K[:2], decoded[:2]) <= 0.01 < relative_error(K[2:], decoded[2:])
 

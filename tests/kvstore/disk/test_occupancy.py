@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from kvstore.disk.occupancy import ALIGN_NBYTES, BLOCK_NBYTES, SHARED_BELOW_NBYTES, Blocks, align_of, place_nbytes
+from kvstore.disk.occupancy import ALIGN_NBYTES, BLOCK_NBYTES, SHARED_BELOW_NBYTES, Occupancy, align_of, place_nbytes
 
 
 def laid_out(rng: random.Random, count: int) -> list[tuple[int, int]]:
@@ -31,7 +31,7 @@ def touched(places: list[tuple[int, int]]) -> set[int]:
 def test_exactly_the_blocks_that_nothing_touches_are_given_back(seed: int) -> None:
     rng = random.Random(seed)
     live = laid_out(rng, 60)
-    blocks = Blocks()
+    blocks = Occupancy()
     for place in live:
         blocks.add(*place)
     held = touched(live)
@@ -52,10 +52,10 @@ def test_exactly_the_blocks_that_nothing_touches_are_given_back(seed: int) -> No
 def test_a_start_counts_what_the_process_before_it_counted() -> None:
     rng = random.Random(7)
     live = laid_out(rng, 80)[::2]
-    counted = Blocks()
+    counted = Occupancy()
     for place in live:
         counted.add(*place)
-    found = Blocks()
+    found = Occupancy()
     gaps = found.recover(np.array(live, np.int64))
     assert (found.count, found.live_nbytes) == (counted.count, counted.live_nbytes)
     held = touched(live)
@@ -67,7 +67,7 @@ def test_a_start_counts_what_the_process_before_it_counted() -> None:
 
 def test_records_of_blocks_of_their_own_are_a_special_case() -> None:
     # As the first format laid them out: every one at a block, small ones too.
-    blocks = Blocks()
+    blocks = Occupancy()
     blocks.recover(np.array([(0, 4800), (8192, 300), (12288, 100_000)], np.int64))
     assert blocks.remove(0, 4800) == (0, 8192)
     assert blocks.remove(8192, 300) == (8192, 4096)

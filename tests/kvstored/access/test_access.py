@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError, PermissionDenied, TierUnavailable
-from kvstored.access.tenant_view import ScopedStore
+from kvstored.access.tenant_view import TenantView
 from kvstored.access.tokens import Tokens, digest, make_token, read_tokens
 from kvstored_client import Client
 from tests.conftest import free_port, wait_until
@@ -201,13 +201,13 @@ def test_the_file_holds_no_token_and_a_token_is_found_by_its_digest(tmp_path):
 
 
 def test_a_tenants_view_has_no_verb_that_sees_others():
-    view = ScopedStore(None, bytes(32), "a")
+    view = TenantView(None, bytes(32), "a")
     for verb in ("entries", "inspect", "stats", "evict", "drain", "namespace", "close"):
         with pytest.raises(PermissionDenied):
             getattr(view, verb)
-    other = ScopedStore(None, bytes(32), "b")
+    other = TenantView(None, bytes(32), "b")
     assert view.own(b"k") != other.own(b"k")
-    assert view.own(b"k") != ScopedStore(None, os.urandom(32), "a").own(b"k")
+    assert view.own(b"k") != TenantView(None, os.urandom(32), "a").own(b"k")
 
 
 def test_tls_with_a_token_and_a_certificate_replaced_without_a_restart(authority, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def client(shared_daemon):
     return shared_daemon.client()
 
 
-def near_only(client, monkeypatch):
+def shared_memory_only(client, monkeypatch):
     """From here on a call that falls back to the stream fails the test."""
 
     def refuse(*args):
@@ -43,7 +43,7 @@ def near_only(client, monkeypatch):
 
 @pytest.mark.parametrize("nbytes", [1, 4097, MIB, 20 * MIB + 1])
 def test_put_and_get_go_through_shared_memory_and_come_back_exact(client, monkeypatch, nbytes):
-    near_only(client, monkeypatch)
+    shared_memory_only(client, monkeypatch)
     x = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     assert client.put(b"near", {"x": x, "y": torch.tensor(2.5), "z": torch.empty(0, 3)})
     hit = client.get(b"near")
@@ -56,7 +56,7 @@ def test_put_and_get_go_through_shared_memory_and_come_back_exact(client, monkey
 
 
 def test_a_view_is_the_daemons_own_memory_and_ends_with_the_block(client, monkeypatch):
-    near_only(client, monkeypatch)
+    shared_memory_only(client, monkeypatch)
     x = torch.randn(1000)
     client.put(b"view", {"x": x})
     with client.lease(b"view") as hit:
@@ -110,7 +110,7 @@ def test_a_leased_block_is_not_used_again_when_its_entry_is_deleted(client):
 
 
 def test_warm_and_cold_entries_are_decoded_where_the_client_reads(client, monkeypatch):
-    near_only(client, monkeypatch)
+    shared_memory_only(client, monkeypatch)
     x = torch.randn(4, 64)
     client.put(b"sinks", {"x": x}, fidelity="exact")
     assert client.demote(b"sinks") == 1
@@ -125,7 +125,7 @@ def test_warm_and_cold_entries_are_decoded_where_the_client_reads(client, monkey
 def test_tensors_of_empty_are_put_without_a_copy_on_this_side(client, monkeypatch):
     x = client.empty((1000, 1000), "float32")
     x[:] = torch.randn(1000, 1000)
-    monkeypatch.setattr(client._near.copier, "copy", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(client._pool.copier, "copy", lambda *_: pytest.fail("copied"))
     assert client.put(b"empty", {"x": x})
     monkeypatch.undo()
     assert torch.equal(client.get(b"empty").tensors["x"], x)
@@ -138,7 +138,7 @@ def test_an_abandoned_tensor_of_empty_gives_its_room_back(client):
         x = client.empty((4 * MIB,), "float32")
         assert x.numel() == 4 * MIB
         del x
-    ingest = client._near.connections()[0].ingest
+    ingest = client._pool.connections()[0].ingest
     assert sum(room.mapping.nbytes for room in ingest) <= 32 * MIB
 
 
@@ -218,7 +218,7 @@ def test_a_read_that_outlives_its_lease_is_a_miss_and_never_other_bytes(daemon_f
     daemon = daemon_factory(server="lease_max_s = 0.2")
     client = daemon.client(framework="numpy")
     client.put(b"slow", {"x": np.ones(MIB, dtype=np.uint8)})
-    copy = client._near.copier.copy
+    copy = client._pool.copier.copy
     other = daemon.client(framework="numpy")
 
     def slowly(target, source):
@@ -228,7 +228,7 @@ def test_a_read_that_outlives_its_lease_is_a_miss_and_never_other_bytes(daemon_f
             other.put(b"new%d" % i, {"x": np.zeros(MIB, dtype=np.uint8)})
         copy(target, source)
 
-    monkeypatch.setattr(client._near.copier, "copy", slowly)
+    monkeypatch.setattr(client._pool.copier, "copy", slowly)
     assert client.get(b"slow") is None
     assert client.failures == 1
 
@@ -333,7 +333,7 @@ def test_a_block_that_outlives_its_lease_ends_with_an_error_and_not_with_other_b
 
 
 def test_hits_of_a_lease_are_made_when_they_are_looked_at(client, monkeypatch):
-    near_only(client, monkeypatch)
+    shared_memory_only(client, monkeypatch)
     keys = [b"lazy%d" % i for i in range(100)]
     client.put_many([(key, {"x": torch.full((10,), float(i))}) for i, key in enumerate(keys)])
     with client.lease_many([*keys, b"nobody put this"]) as hits:
@@ -383,7 +383,7 @@ def test_a_block_that_cannot_be_taken_apart_comes_over_the_stream(client, monkey
 
 def test_a_release_goes_with_the_next_call_or_by_itself(client, monkeypatch):
     """One packet less a get; a client that calls no more lets go all the same."""
-    near_only(client, monkeypatch)
+    shared_memory_only(client, monkeypatch)
     client.put(b"let go", {"x": torch.ones(10)})
     for _ in range(50):
         assert client.get(b"let go") is not None
@@ -435,7 +435,7 @@ def test_a_segment_of_a_reply_that_was_too_large_comes_with_the_next_one(daemon)
 
 def test_an_entry_that_sank_as_it_is_is_said_to_be_where_it_is(client, monkeypatch):
     """What a client remembers of a block is not where the entry is: hot and warm may hold the very same bytes."""
-    near_only(client, monkeypatch)
+    shared_memory_only(client, monkeypatch)
     client.put(b"integers", {"x": torch.arange(1000)})
     tiers = []
     for _ in range(2):
