@@ -10,7 +10,7 @@ Leaves out: prefixes (`prefix`), the network (the daemon and its client offer th
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import inf
@@ -20,29 +20,24 @@ from typing import Any, Self, cast
 
 import torch
 
-from kvstore import arrays
-from kvstore.boundary import Blaming
 from kvstore.clock import Clock, SystemClock
-from kvstore.codecs import check_entry
 from kvstore.codecs.choice import CodecChoice
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
-from kvstore.dtypes import BY_NAME
-from kvstore.entries.entry import Entry
-from kvstore.errors import CodecError, InvalidEntry, TierUnavailable
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
+from kvstore.errors import InvalidEntry, TierUnavailable
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, Key, check_key, check_keys, check_prefix
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.plainly import plainly
 from kvstore.prefix import Namespace
-from kvstore.printable import printable
 from kvstore.residency import pins
+from kvstore.residency.answers import Answers, is_sent_encoded
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import Found, ReadPath, Resident, leading_first
 from kvstore.residency.resizing import set_hot_capacity
 from kvstore.residency.state import residency_of
-from kvstore.residency.transcode import Room, TensorTranscoder, specs_of
+from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.residency.write_path import PutOptions, WritePath, check_ttl
 from kvstore.stats import Stats
 
@@ -70,6 +65,7 @@ class Store:
         for name, prefixes in (tenants or {}).items():
             r.register_tenant(name, check_keys(prefixes))
         self._transcoder = TensorTranscoder(CodecChoice(config.warm), self._device, r, room)
+        self._answers = Answers(r, self._transcoder, framework, self._device, self._forget)
         self._mover = Mover(r, self._transcoder)
         self._write_path = WritePath(r, self._mover, config, self._device)
         self._closed = False
@@ -179,7 +175,7 @@ class Store:
         out: tensors to copy into, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
         """
         found = self._read([check_key(key)], leading=False)[0]
-        return None if found is None else self._hit(found, out=out)
+        return None if found is None else self._answers.hit(found, out=out)
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
@@ -187,7 +183,7 @@ class Store:
         Keys are touched deepest first.
         """
         found = self._read(check_keys(keys), leading=leading)
-        return list(self._hits(found, leading=leading))
+        return list(self._answers.hits(found, leading=leading))
 
     def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
         """The value without a copy: the tensors are those the store holds. Only read them, only inside the block."""
@@ -196,7 +192,7 @@ class Store:
     @contextmanager
     def _lease(self, key: bytes) -> Iterator[Hit | None]:
         found = self._read([key], leading=False)[0]
-        yield None if found is None else self._hit(found, copy=False)
+        yield None if found is None else self._answers.hit(found, copy=False)
 
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
@@ -207,7 +203,7 @@ class Store:
     @contextmanager
     def _lease_many(self, keys: list[bytes], *, leading: bool) -> Iterator[Iterator[Hit | None]]:
         found = self._read(keys, leading=leading)
-        yield self._hits(found, leading=leading, copy=False)
+        yield self._answers.hits(found, leading=leading, copy=False)
 
     @contextmanager
     def lease_as_held(
@@ -226,10 +222,10 @@ class Store:
         """
 
         def stays(at: Found) -> bool:
-            return _stays(at.entry, accept, from_nbytes)
+            return is_sent_encoded(at.entry, accept, from_nbytes)
 
         found = self._read(check_keys(keys), leading=leading)
-        yield self._hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
+        yield self._answers.hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
 
     def at_hand(
         self, keys: Sequence[bytes], accept: Collection[str], *, from_nbytes: int = 0, at_most_nbytes: float = inf
@@ -245,7 +241,7 @@ class Store:
         return (
             len(entries) == len(checked)
             and sum(entry.nbytes for entry in entries) <= at_most_nbytes
-            and all(entry.encoding == "raw" or _stays(entry, accept, from_nbytes) for entry in entries)
+            and all(entry.encoding == "raw" or is_sent_encoded(entry, accept, from_nbytes) for entry in entries)
         )
 
     def resident(
@@ -471,92 +467,8 @@ class Store:
         self._check_open()
         return self._read_path.read(keys, leading=leading)
 
-    def _hits(
-        self,
-        found: list[Found | None],
-        *,
-        leading: bool,
-        copy: bool = True,
-        room: Room | None = None,
-        stays: Callable[[Found], bool] | None = None,
-    ) -> Iterator[Any]:
-        for place in found:
-            hit: Hit | Found | None = place
-            if place is not None and stays is not None and stays(place):
-                hit = self._as_held(place)
-            elif place is not None:
-                hit = self._hit(place, copy=copy, room=room)
-            if hit is None and leading:
-                return
-            yield hit
-
     @plainly
-    def _hit(
-        self,
-        found: Found,
-        *,
-        out: Mapping[str, Any] | None = None,
-        copy: bool = True,
-        room: Room | None = None,
-    ) -> Hit | None:
-        try:
-            return self._hit_or_raise(found, out=out, copy=copy, room=room)
-        except CodecError as error:
-            self._undecodable(found, error)
-            return None
-
     @plainly
-    def _as_held(self, found: Found) -> Found | None:
-        """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
-        try:
-            if found.tier == "cold":
-                check_entry(found.entry)
-        except CodecError as error:
-            self._undecodable(found, error)
-            return None
-        return found
-
-    def _undecodable(self, found: Found, error: CodecError) -> None:
-        """Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone."""
-        log.warning("entry cannot be decoded key=%s error=%s", found.key.hex(), printable(error))
-        with self._r.lock:
-            self._r.counters.tiers[found.tier].hits -= 1
-            self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
-            self._r.counters.misses["corrupt"] += 1
-        self._forget([found.key], "corrupt")
-
-    def _hit_or_raise(self, found: Found, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None) -> Hit:
-        key, tier, entry, age_s = found
-        if not copy and entry.encoding == "raw":
-            tensors: Mapping[str, Any] = {name: t.parts[""] for name, t in entry.tensors.items()}
-        elif out is not None:
-            tensors = self._decode_into(entry, out)
-        else:
-            tensors = self._transcoder.decode(entry, None if room is None else room(specs_of(entry)))
-        if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
-            tensors = {name: _to_numpy(x) for name, x in tensors.items()}
-        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
-
-    def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: arrays.describe(name, x) for name, x in out.items()}
-        held = specs_of(entry)
-        if given != held:
-            raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
-        # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
-        direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
-        if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
-            try:
-                self._transcoder.decode(entry, direct)
-            except CodecError:
-                pass  # the entry's fault, or that of `out`: a leaf that requires a gradient cannot be written to
-            else:
-                return dict(out)
-        decoded = self._transcoder.decode(entry)
-        with Blaming(InvalidEntry, "out"):
-            for name, x in decoded.items():
-                direct[name].copy_(x)
-        return dict(out)
-
     def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
         with self._r.lock:
             for key in map(Key, keys):
@@ -586,20 +498,3 @@ def identity_of(fields: Mapping[str, Any]) -> Identity:
         return Identity(**fields)
     except TypeError as error:
         raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
-
-
-def _as_torch(x: Any) -> torch.Tensor:
-    """A tensor over the memory of a numpy array. Raises InvalidEntry where they cannot share it."""
-    if not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
-        raise InvalidEntry("out: a numpy array must be C-contiguous, writeable and of native byte order")
-    return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
-
-
-def _stays(entry: Entry, accept: Collection[str], from_nbytes: int) -> bool:
-    return entry.value_nbytes >= from_nbytes and entry.is_encoded_in(accept)
-
-
-def _to_numpy(x: torch.Tensor) -> Any:
-    spec = TensorInfo(str(x.dtype).removeprefix("torch."), tuple(x.shape))
-    assert spec.dtype in BY_NAME
-    return arrays.from_bytes(spec, arrays.as_bytes(x), "numpy")

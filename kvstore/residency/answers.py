@@ -1,0 +1,146 @@
+"""What a caller gets of what was found: decoded, copied or as it is held. Any thread, without the store's lock."""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from kvstore import arrays
+from kvstore.boundary import Blaming
+from kvstore.codecs import check_entry
+from kvstore.dtypes import BY_NAME
+from kvstore.entries.entry import Entry
+from kvstore.errors import CodecError, InvalidEntry
+from kvstore.hit import Hit, TensorInfo
+from kvstore.metadata.tombstones import GoneCause
+from kvstore.printable import printable
+from kvstore.residency.read_path import Found
+from kvstore.residency.state import Residency
+from kvstore.residency.transcode import Room, TensorTranscoder, specs_of
+
+log = logging.getLogger(__name__)
+
+
+class Answers:
+    """Turns what was found into hits. forget: removes keys for a cause, with the store's lock not held."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        transcoder: TensorTranscoder,
+        framework: str,
+        device: torch.device,
+        forget: Callable[[list[bytes], GoneCause], int],
+    ) -> None:
+        self._r = residency
+        self._transcoder = transcoder
+        self._framework = framework
+        self._device = device
+        self._forget = forget
+
+    def hits(
+        self,
+        found: list[Found | None],
+        *,
+        leading: bool,
+        copy: bool = True,
+        room: Room | None = None,
+        stays: Callable[[Found], bool] | None = None,
+    ) -> Iterator[Any]:
+        """Hits in the order they were found; `leading`: up to the first miss. stays: which are given out as they are
+        held.
+        """
+        for place in found:
+            hit: Hit | Found | None = place
+            if place is not None and stays is not None and stays(place):
+                hit = self._as_held(place)
+            elif place is not None:
+                hit = self.hit(place, copy=copy, room=room)
+            if hit is None and leading:
+                return
+            yield hit
+
+    def hit(
+        self,
+        found: Found,
+        *,
+        out: Mapping[str, Any] | None = None,
+        copy: bool = True,
+        room: Room | None = None,
+    ) -> Hit | None:
+        """A hit of what was found; None where it cannot be decoded, which also removes it."""
+        try:
+            return self._hit_or_raise(found, out=out, copy=copy, room=room)
+        except CodecError as error:
+            self._undecodable(found, error)
+            return None
+
+    def _as_held(self, found: Found) -> Found | None:
+        """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
+        try:
+            if found.tier == "cold":
+                check_entry(found.entry)
+        except CodecError as error:
+            self._undecodable(found, error)
+            return None
+        return found
+
+    def _undecodable(self, found: Found, error: CodecError) -> None:
+        """Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone."""
+        log.warning("entry cannot be decoded key=%s error=%s", found.key.hex(), printable(error))
+        with self._r.lock:
+            self._r.counters.tiers[found.tier].hits -= 1
+            self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
+            self._r.counters.misses["corrupt"] += 1
+        self._forget([found.key], "corrupt")
+
+    def _hit_or_raise(self, found: Found, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None) -> Hit:
+        key, tier, entry, age_s = found
+        if not copy and entry.encoding == "raw":
+            tensors: Mapping[str, Any] = {name: t.parts[""] for name, t in entry.tensors.items()}
+        elif out is not None:
+            tensors = self._decode_into(entry, out)
+        else:
+            tensors = self._transcoder.decode(entry, None if room is None else room(specs_of(entry)))
+        if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
+            tensors = {name: _to_numpy(x) for name, x in tensors.items()}
+        return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
+
+    def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: arrays.describe(name, x) for name, x in out.items()}
+        held = specs_of(entry)
+        if given != held:
+            raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
+        # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
+        direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
+        if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
+            try:
+                self._transcoder.decode(entry, direct)
+            except CodecError:
+                pass  # the entry's fault, or that of `out`: a leaf that requires a gradient cannot be written to
+            else:
+                return dict(out)
+        decoded = self._transcoder.decode(entry)
+        with Blaming(InvalidEntry, "out"):
+            for name, x in decoded.items():
+                direct[name].copy_(x)
+        return dict(out)
+
+
+def _as_torch(x: Any) -> torch.Tensor:
+    """A tensor over the memory of a numpy array. Raises InvalidEntry where they cannot share it."""
+    if not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
+        raise InvalidEntry("out: a numpy array must be C-contiguous, writeable and of native byte order")
+    return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
+
+
+def is_sent_encoded(entry: Entry, accept: Collection[str], from_nbytes: int) -> bool:
+    """Whether an entry is given out encoded: large enough, and every tensor in an encoding the caller accepts."""
+    return entry.value_nbytes >= from_nbytes and entry.is_encoded_in(accept)
+
+
+def _to_numpy(x: torch.Tensor) -> Any:
+    spec = TensorInfo(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+    assert spec.dtype in BY_NAME
+    return arrays.from_bytes(spec, arrays.as_bytes(x), "numpy")
