@@ -14,26 +14,24 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
-from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes, check_name
+from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
 from kvstore.boundary import Blaming
-from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
+from kvstore.dtypes import BY_NAME
 from kvstore.entries.compact import Layout, PackedTensors, layout_of
 from kvstore.entries.compression import Compression, compress, decompress_into
 from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.entries.facts import PARTS_MAX, Row, spec_of_part, tensor_rows
 from kvstore.entries.safetensors_header import (  # fmt: skip
     HEADER_MAX_NBYTES,
-    RANK_MAX,
     Slot,
     header_nbytes,
     header_text,
-    no_duplicates,
     parse_header,
     write_header,
 )
@@ -51,12 +49,6 @@ FIXED_NBYTES = _FIXED.size
 _CHECKED_FROM = 16
 _PREFIX = struct.Struct("<4sHHQ")
 HEAD_MAX_NBYTES = FIXED_NBYTES + 8 + HEADER_MAX_NBYTES
-PARTS_MAX = 64
-"""Parts of one encoded tensor: nf4 has 3, nf4-kv up to 7, and `layers` those of 8 runs."""
-_ATTRS_DEPTH_MAX = 6
-"""The deepest attributes are those of `layers`: a list of runs, each a list that holds a codec's own attributes."""
-_INT_LIMIT = 1 << 63
-_ENCODING_MAX_NBYTES = 32
 _SIDE_NBYTES = 1 << 20
 """Data beside twice the value's bytes: scales of the smallest tensors. What says it decompresses to more is a bomb."""
 
@@ -248,7 +240,7 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
 
 def _assembled(head: Head, head_bytes: bytes, stored: Bytes, key: Key, seals: Seals) -> Entry:
     slots, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
-    rows = _tensor_rows(facts)
+    rows = tensor_rows(facts)
     if head.flags & _SEALED:
         stored = seals.open(stored, key + head_bytes[_BOUND] + head_bytes[FIXED_NBYTES:])
     if head.compression is Compression.NONE:
@@ -289,14 +281,14 @@ def _from_safetensors(file: bytes) -> Entry:
         key = Key(check_key(bytes.fromhex(facts["kvstored.key"])))
     except (KeyError, ValueError, InvalidEntry) as error:
         raise RecordCorrupt(f"not a file that was exported from here: {printable(repr(error)):.200}") from None
-    return Entry(key, _tensors(_tensor_rows(facts), slots, data), lossy=facts.get("kvstored.lossy") == "true")
+    return Entry(key, _tensors(tensor_rows(facts), slots, data), lossy=facts.get("kvstored.lossy") == "true")
 
 
 def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
     """What a checked head alone says of each tensor. Raises RecordCorrupt."""
     with Blaming(RecordCorrupt, "record"):  # the boundary, as in `assemble`
         _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
-        rows = _tensor_rows(facts)
+        rows = tensor_rows(facts)
         return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
 
 
@@ -316,63 +308,13 @@ def _widest(entry: Entry) -> int:
     return BY_NAME[largest.spec.dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One part of one tensor: the slot it is in, and what it is in truth where safetensors has no code for it."""
-
-    slot: str
-    spec: TensorSpec | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """What the metadata says of one tensor."""
-
-    name: str
-    spec: TensorSpec
-    encoding: str
-    parts: Mapping[str, _Part]
-    attrs: Mapping[str, object]
-
-    def tensor(self, slots: Mapping[str, Slot], data: torch.Tensor) -> EncodedTensor:
-        """The tensor, its parts views of `data`. Raises RecordCorrupt when the metadata and the slots disagree."""
-        parts = {suffix: _view(part, slots, data) for suffix, part in self.parts.items()}
-        if self.encoding == "raw":
-            whole = parts.get("")
-            if len(parts) != 1 or whole is None or _spec(whole) != self.spec:
-                raise RecordCorrupt(f"tensor {self.name!r:.80} is not {self.spec}")
-        return EncodedTensor(self.spec, self.encoding, parts, self.attrs)
-
-
-def _tensors(rows: Sequence[_Row], slots: Mapping[str, Slot], data: torch.Tensor) -> dict[str, EncodedTensor]:
+def _tensors(rows: Sequence[Row], slots: Mapping[str, Slot], data: torch.Tensor) -> dict[str, EncodedTensor]:
     """The tensors of all rows. Raises RecordCorrupt unless each slot is one part of one tensor."""
     tensors = {row.name: row.tensor(slots, data) for row in rows}
     used = [part.slot for row in rows for part in row.parts.values()]
     if len(tensors) != len(rows) or len(used) != len(slots) or len(set(used)) != len(used):
         raise RecordCorrupt("tensors and parts do not add up")
     return tensors
-
-
-def _spec(x: torch.Tensor) -> TensorSpec:
-    return TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
-
-
-def _view(part: _Part, slots: Mapping[str, Slot], data: torch.Tensor) -> torch.Tensor:
-    slot = slots.get(part.slot)
-    if slot is None:
-        raise RecordCorrupt(f"part {part.slot!r:.80} is missing")
-    spec = part.spec or TensorSpec(_BY_CODE[slot.dtype], slot.shape)
-    if spec.nbytes != slot.end - slot.begin:
-        raise RecordCorrupt(f"part {part.slot!r:.80} of {slot.end - slot.begin} bytes is not {spec}")
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if slot.begin == slot.end:
-        return torch.empty(spec.shape, dtype=dtype, device="cpu")
-    if slot.begin % BY_NAME[spec.dtype].itemsize:
-        raise RecordCorrupt(f"part {part.slot!r:.80} is not aligned")
-    return data[slot.begin : slot.end].view(dtype).view(spec.shape)
-
-
-_BY_CODE = {code: d.name for code, d in FROM_SAFETENSORS.items()}
 
 
 class _Tensor(NamedTuple):
@@ -389,7 +331,7 @@ def _lay_out(entry: Entry) -> tuple[dict[str, Slot], dict[str, str], list[Bytes]
     """Slots, the metadata, and the bytes of the slots in their order."""
     held = dict(entry.tensors)
     tensors = [
-        _Tensor(name, t.spec, t.encoding, {suffix: _spec(x) for suffix, x in t.parts.items()}, t.attrs)
+        _Tensor(name, t.spec, t.encoding, {suffix: spec_of_part(x) for suffix, x in t.parts.items()}, t.attrs)
         for name, t in held.items()
     ]
     slots, metadata, order = _table(entry.key, tensors, lossy=entry.lossy)
@@ -471,56 +413,3 @@ def _free_name(name: str, taken: set[str]) -> str:
         free = f"{name}~{n}"
     taken.add(free)
     return free
-
-
-def _tensor_rows(facts: Mapping[str, str]) -> list[_Row]:
-    try:
-        rows = json.loads(facts["kvstored.tensors"], object_pairs_hook=no_duplicates)
-        if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
-            raise ValueError(f"expected 1 to {TENSORS_MAX} tensors")
-        return [_row(row) for row in rows]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, InvalidEntry) as error:
-        raise RecordCorrupt(f"kvstored.tensors cannot be read: {printable(repr(error)):.120}") from None
-
-
-def _row(row: dict[str, Any]) -> _Row:
-    parts = {suffix: _part_of(p) for suffix, p in row["parts"].items()}
-    attrs, encoding = row.get("attrs", {}), row["encoding"]
-    if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
-        raise ValueError("bad parts or attrs")
-    _check_fact(attrs, _ATTRS_DEPTH_MAX)
-    if not isinstance(encoding, str) or not encoding.isascii() or not encoding.isprintable():
-        raise ValueError(f"bad encoding {encoding!r:.40}")
-    if not 1 <= len(encoding) <= _ENCODING_MAX_NBYTES:
-        raise ValueError(f"an encoding's name has 1 to {_ENCODING_MAX_NBYTES} characters, got {len(encoding)}")
-    return _Row(check_name(row["name"]), _spec_of(row["dtype"], row["shape"]), encoding, parts, attrs)
-
-
-def _part_of(part: object) -> _Part:
-    match part:
-        case [str(slot)]:
-            return _Part(slot, None)
-        case [str(slot), str(dtype), list(shape)]:
-            return _Part(slot, _spec_of(dtype, shape))
-    raise ValueError(f"not a part: {part!r:.80}")
-
-
-def _check_fact(value: object, depth: int) -> None:
-    """Raise ValueError for an attribute that no codec writes: it would stop being JSON, or overflow, further on."""
-    if depth == 0:
-        raise ValueError(f"attributes are nested more than {_ATTRS_DEPTH_MAX} deep")
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_fact(inner, depth - 1)
-    elif (isinstance(value, int) and not -_INT_LIMIT <= value < _INT_LIMIT) or (
-        isinstance(value, float) and not isfinite(value)
-    ):
-        raise ValueError(f"an attribute is a finite number of 64 bits, got {value!r:.40}")
-
-
-def _spec_of(dtype: object, shape: object) -> TensorSpec:
-    if not isinstance(dtype, str) or dtype not in BY_NAME or not isinstance(shape, list) or len(shape) > RANK_MAX:
-        raise ValueError(f"bad spec {dtype!r:.40}")
-    if not all(type(d) is int and 0 <= d <= ENTRY_MAX_NBYTES for d in shape) or prod(shape) > 1 << 62:
-        raise ValueError(f"bad shape {shape!r:.80}")
-    return TensorSpec(dtype, tuple(shape))
