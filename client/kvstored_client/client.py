@@ -28,6 +28,7 @@ from kvstore.stats import Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
+from kvstored_client.leasing import NOTHING_LEASED, Leases, OneLease, leading_hits
 from kvstored_client.puts import Outgoing, PutOptions
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import ConnectionPool, Silent, Turn, UseStream
@@ -55,7 +56,6 @@ _SOFT = (TierUnavailable, OverQuota, RecordCorrupt)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-_NOTHING_LEASED: AbstractContextManager[Sequence[Hit | None]] = nullcontext(())
 _how_to_get = lru_cache(maxsize=64)(GetOptions)
 
 
@@ -181,7 +181,7 @@ class Client:
         Keys are touched deepest first.
         """
         checked = check_keys(keys)
-        return _leading(self._receive(checked, leading=leading), leading=leading)
+        return leading_hits(self._receive(checked, leading=leading), leading=leading)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
@@ -224,13 +224,13 @@ class Client:
         and one that is still referred to after the block raises LeaseKept. A block that takes longer than
         `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         """
-        return _OneLease(self._lease, [check_key(key)], leading=False)
+        return OneLease(self._lease, [check_key(key)], leading=False)
 
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
     ) -> AbstractContextManager[Sequence[Hit | None]]:
         """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
-        return _Leases(self._lease, check_keys(keys), leading=leading)
+        return Leases(self._lease, check_keys(keys), leading=leading)
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.
@@ -400,7 +400,7 @@ class Client:
             raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
     def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(lambda: self._leased(keys, leading=leading), _NOTHING_LEASED)
+        return self._data(lambda: self._leased(keys, leading=leading), NOTHING_LEASED)
 
     def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
@@ -409,7 +409,7 @@ class Client:
         except UseStream:
             receiver = Receiver(keys, framework)
             self._read_stream(receiver, _how_to_get(leading, accepted(self._decode), 0).request(keys))
-            return nullcontext(_leading(receiver.hits, leading=leading))
+            return nullcontext(leading_hits(receiver.hits, leading=leading))
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
@@ -490,39 +490,6 @@ class Client:
                 raise
             logger.debug("answered as a miss: %s", error)
             return otherwise
-
-
-class _Leases:
-    """A lease that begins with its block."""
-
-    def __init__(
-        self, begin: Callable[..., AbstractContextManager[Sequence[Hit | None]]], keys: list[bytes], *, leading: bool
-    ) -> None:
-        self._begin = begin
-        self._keys = keys
-        self._leading = leading
-
-    def __enter__(self) -> Sequence[Hit | None]:
-        self._block = self._begin(self._keys, leading=self._leading)
-        return self._block.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._block.__exit__(kind, error, traceback)
-
-
-class _OneLease(_Leases):
-    """The same of one key."""
-
-    def __enter__(self) -> Hit | None:  # type: ignore[override]  # one hit for many
-        hits = super().__enter__()
-        return hits[0] if hits else None
-
-
-def _leading(hits: list[Hit | None], *, leading: bool) -> list[Hit | None]:
-    """Of a chain, the hits before the first miss."""
-    return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))] if leading else hits
 
 
 def _log_change(state: str, detail: str) -> None:
