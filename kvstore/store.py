@@ -23,11 +23,11 @@ import torch
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs.choice import CodecChoice
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
+from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import InvalidEntry, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, Key, check_key, check_keys, check_prefix
 from kvstore.metadata.tombstones import GoneCause
-from kvstore.plainly import plainly
 from kvstore.prefix import Namespace
 from kvstore.residency import pins
 from kvstore.residency.answers import Answers, is_sent_encoded
@@ -107,7 +107,7 @@ class Store:
         return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
                    tenants=tenants)  # fmt: skip
 
-    @plainly
+    @without_torch_modes
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         key: bytes,
@@ -137,7 +137,7 @@ class Store:
             key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace), parent
         )
 
-    @plainly
+    @without_torch_modes
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
@@ -318,12 +318,12 @@ class Store:
         """
         return pins.unpin(self._r, check_keys(keys))
 
-    @plainly
+    @without_torch_modes
     def demote(self, *keys: bytes) -> int:
         """Move keys one tier down, the chunks that continue them first. Returns how many moved; pinned keys stay."""
         return sum(self._mover.demote(Key(key)) for key in reversed(check_keys(keys)))
 
-    @plainly
+    @without_torch_modes
     def promote(self, *keys: bytes) -> int:
         """Copy keys to hot. Returns how many were copied."""
         return sum(self._mover.promote(Key(key)) for key in reversed(check_keys(keys)))
@@ -376,12 +376,12 @@ class Store:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
         return Namespace(self, identity_of(identity), chunk_tokens)
 
-    @plainly
+    @without_torch_modes
     def maintain(self) -> None:
         """One turn of the maintainer: expiry sweep, queued promotions, periodic flushes."""
         self._maintainer.run_once()
 
-    @plainly
+    @without_torch_modes
     def drain(self) -> int:
         """Write to cold whatever is only in memory. Returns entries written."""
         return self._mover.drain()
@@ -405,7 +405,7 @@ class Store:
         """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
         return self._r.hot.capacity_nbytes
 
-    @plainly
+    @without_torch_modes
     def set_hot_capacity(self, nbytes: int) -> int:
         """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
         return set_hot_capacity(self._r, self._mover, nbytes)
@@ -414,7 +414,7 @@ class Store:
         """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""
         return self._r.clock.now() - self._maintainer.turned_at
 
-    @plainly
+    @without_torch_modes
     def close(self) -> None:
         """Drain to cold, if there is one, and give everything back. Closing twice is harmless."""
         if self._closed:
@@ -467,8 +467,8 @@ class Store:
         self._check_open()
         return self._read_path.read(keys, leading=leading)
 
-    @plainly
-    @plainly
+    @without_torch_modes
+    @without_torch_modes
     def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
         with self._r.lock:
             for key in map(Key, keys):

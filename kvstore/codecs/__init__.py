@@ -14,8 +14,8 @@ from kvstore.boundary import blamed
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
 from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import CodecError
-from kvstore.plainly import plainly
 
 if TYPE_CHECKING:
     from kvstore.codecs.receipt import Measured
@@ -98,7 +98,7 @@ def encodable(x: torch.Tensor) -> bool:
     return str(x.dtype).removeprefix("torch.") in LOSSY_ALLOWED and x.numel() >= LOSSY_MIN_NUMEL
 
 
-@plainly
+@without_torch_modes
 def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None = None) -> Entry:
     """Encode each raw tensor the codec may touch; the others stay raw. `entry` itself if none may.
 
@@ -131,7 +131,7 @@ def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_
         return None
 
 
-@plainly
+@without_torch_modes
 def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given.
 
@@ -151,7 +151,7 @@ def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torc
     return decoded
 
 
-@plainly
+@without_torch_modes
 def check_entry(entry: Entry) -> None:
     """Check an entry that is passed on as it is held, not decoded here. Raises CodecError as `decode_entry` would."""
     for name, tensor in entry.tensors.items():

@@ -14,16 +14,16 @@ from kvstore.disk.segments import Segments
 from kvstore.entries.entry import Described, Entry
 from kvstore.entries.record import Head, assemble, parse_head, specs_of
 from kvstore.entries.sealing import NO_SEALS, Seals
+from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import RecordCorrupt
 from kvstore.keys import Key
-from kvstore.plainly import plainly
 
 PIECE_NBYTES = 4 << 20
 """Read and hashed at once. Smaller pieces gain nothing from the cache, where the kernel's copy does not leave the data,
 and neither does a second thread that reads the other end (bench/RESULTS.md)."""
 
 
-@plainly
+@without_torch_modes
 def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
     """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError; TierUnavailable without memory."""
     with Blaming(RecordCorrupt, "record"):  # the boundary: whoever wrote the row or the record may have known checksums

@@ -25,7 +25,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def plainly(work: Callable[_P, _R]) -> Callable[_P, _R]:
+def without_torch_modes(work: Callable[_P, _R]) -> Callable[_P, _R]:
     """The same function, which sees no mode of its caller."""
 
     @wraps(work)
