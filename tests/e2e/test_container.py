@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 
 import pytest
 from click.testing import CliRunner
@@ -33,11 +34,11 @@ def test_every_file_it_copies_is_in_the_tree_and_is_sent():
 def test_what_the_build_reads_is_sent():
     """The tree's own build file is run: its packages, and what it includes by force."""
     text = (ROOT / "pyproject.toml").read_text()
-    wheel = re.search(r'packages = \["kvstore", "daemon/kvstored", "client/kvstored_client"\]', text)
+    wheel = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     forced = re.findall(r'^"([a-z/.]+)" = "kvstored/', text, re.MULTILINE)
     assert wheel
     assert forced
-    for path in (*forced, "README.md", "LICENSE", "constraints.txt", "kvstore", "daemon", "client"):
+    for path in (*forced, *wheel, "README.md", "LICENSE", "constraints.txt"):
         assert (ROOT / path).exists(), path
         assert path.split("/")[0] not in IGNORED, path
 
