@@ -68,14 +68,14 @@ class Box:
         unit = render(program, Path("/run/systemd/system/kvstored.toml"))
         python = f"{ENVIRONMENT}/bin/{Path(sys.executable).name}"
         start = f"{python} -m kvstored serve --config /run/systemd/system/kvstored.toml"
-        (units / "kvstored.doors.service").write_text(unit.replace(unit[unit.index("ExecStart=") :].splitlines()[0],
+        (units / "kvstored.service").write_text(unit.replace(unit[unit.index("ExecStart=") :].splitlines()[0],
                                                              f"ExecStart={start}"))  # fmt: skip
         (units / "kvstored.toml").write_text(
             '[server]\naddress = "unix:/run/kvstored/kvstored.sock"\nmetrics_address = "127.0.0.1:9411"\n'
             'log_format = "json"\n[store.hot]\ncapacity_nbytes = "64MiB"\n[store.warm]\ncapacity_nbytes = "16MiB"\n'
         )
         # Only what the place needs: sources and an interpreter that may be in a home directory, no journald, less time.
-        drop = units / "kvstored.doors.service.d"
+        drop = units / "kvstored.service.d"
         drop.mkdir()
         (drop / "box.conf").write_text(
             f"[Service]\nWatchdogSec={WATCHDOG_S}\nStandardError=append:/run/kvstored.log\nProtectHome=tmpfs\n"

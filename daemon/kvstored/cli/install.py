@@ -33,7 +33,7 @@ def resources() -> Path:
 
 def render(program: Path, config: Path) -> str:
     """The unit, starting this program with this configuration."""
-    text = (resources() / "kvstored.doors.service").read_text()
+    text = (resources() / "kvstored.service").read_text()
     return text.replace("@EXECSTART@", f"{_quoted(program)} serve --config {_quoted(config)}")
 
 
@@ -62,7 +62,7 @@ def install_service(*, dry_run: bool, root: Path, program: Path | None, gpu: boo
     files = _files(root, program or _this_program(), gpu=gpu)
     commands = [["systemd-sysusers"], ["systemctl", "daemon-reload"]]
     if start:
-        commands.append(["systemctl", "enable", "--now", "kvstored.doors.service"])
+        commands.append(["systemctl", "enable", "--now", "kvstored.service"])
     for file in files:
         kept = file.keep and file.path.exists()
         if dry_run:
@@ -92,13 +92,13 @@ def _files(root: Path, program: Path, *, gpu: bool) -> list[_File]:
     found = resources()
     example = found / "kvstored.toml" if (found / "kvstored.toml").exists() else found.parent / "kvstored.toml"
     files = [
-        _File(units / "kvstored.doors.service", render(program, Path("/etc/kvstored/kvstored.toml")), 0o644),
+        _File(units / "kvstored.service", render(program, Path("/etc/kvstored/kvstored.toml")), 0o644),
         _File(root / "usr/lib/sysusers.d/kvstored.conf", (found / "kvstored.sysusers").read_text(), 0o644),
         # World-readable: it holds no secret (tokens are in a file of their own) and `config check` needs no root.
         _File(config, example.read_text(), 0o644, keep=True),
     ]
     if gpu:
-        files.append(_File(units / "kvstored.doors.service.d/gpu.conf", (found / "gpu.conf").read_text(), 0o644))
+        files.append(_File(units / "kvstored.service.d/gpu.conf", (found / "gpu.conf").read_text(), 0o644))
     return files
 
 

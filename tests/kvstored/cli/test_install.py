@@ -19,7 +19,7 @@ EXPOSURE_MAX = 2.0
 
 
 def unit_file(directory):
-    path = directory / "kvstored.doors.service"
+    path = directory / "kvstored.service"
     path.write_text(render(Path("/bin/true"), Path("/etc/kvstored/kvstored.toml")))
     return path
 
@@ -46,7 +46,7 @@ def test_the_unit_has_no_mistakes(tmp_path):
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit_file(tmp_path))], capture_output=True, text=True, check=False
     )
-    complaints = [line for line in done.stderr.splitlines() if "kvstored.doors.service" in line]
+    complaints = [line for line in done.stderr.splitlines() if "kvstored.service" in line]
     assert complaints == []
 
 
@@ -54,7 +54,7 @@ def test_every_setting_of_the_unit_has_its_reason_above_it():
     """A block of settings begins with a comment; the few lines of [Unit] and [Install] that need none aside."""
     plain = ("Description", "Documentation", "WantedBy")
     explained = False
-    for line in (resources() / "kvstored.doors.service").read_text().splitlines():
+    for line in (resources() / "kvstored.service").read_text().splitlines():
         if not line or line.startswith("["):
             explained = False
         elif line.startswith("#"):
