@@ -11,6 +11,7 @@ from kvstore.boundary import Blaming
 from kvstore.codecs import check_entry
 from kvstore.dtypes import BY_NAME
 from kvstore.entries.entry import Entry
+from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import Hit, TensorInfo
 from kvstore.metadata.tombstones import GoneCause
@@ -61,6 +62,7 @@ class Answers:
                 return
             yield hit
 
+    @without_torch_modes
     def hit(
         self,
         found: Found,
@@ -76,6 +78,7 @@ class Answers:
             self._undecodable(found, error)
             return None
 
+    @without_torch_modes
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:

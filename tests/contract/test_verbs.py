@@ -223,8 +223,11 @@ def test_every_hit_carries_the_error_measured_at_encoding(harness: Harness) -> N
     assert first is not None
     assert first.receipt["ids"] == 0.0
     for name, x in tensors.items():
-        error = float((first.tensors[name] - x).norm() / x.norm())
-        assert first.receipt[name] == pytest.approx(error, rel=0.01)
+        # Of keys and values the worst head of a layer, (layers, tokens, heads, dim), as a part of what is left of it
+        # without its mean: of random ones nearly all.
+        of = (1, 3) if x.dim() == 4 else (0,)
+        error = float(((first.tensors[name] - x).norm(dim=of) / x.norm(dim=of)).max())
+        assert first.receipt[name] == pytest.approx(error, rel=0.02)
     assert first.relative_error == max(first.receipt.values())
     harness.cache.promote(b"key")
     hot = harness.cache.get(b"key")

@@ -160,10 +160,10 @@ def storm(daemon, door):
         for call in CALLS:
             call(client)
         if door == "lease":
-            assert 1 <= len(client._near.connections()) <= CONNECTIONS_MAX
-            served = client._near.connections()[0]._number
+            assert 1 <= len(client._pool.connections()) <= CONNECTIONS_MAX
+            served = client._pool.connections()[0]._number
             get(client)
-            assert max(c._number for c in client._near.connections()) > served - 1, "over shared memory again"
+            assert max(c._number for c in client._pool.connections()) > served - 1, "over shared memory again"
         wait_until(lambda: watcher.stats().values["leases"] == 0)
         wait_until(lambda: watcher.stats().values["lease_connections"] <= others + CONNECTIONS_MAX)
         wait_until(lambda: descriptors() <= before + 3 * CONNECTIONS_MAX)
@@ -368,7 +368,7 @@ def test_a_thread_that_an_exception_ended_is_replaced(shared_daemon, monkeypatch
         put_many(client)
         client.put(b"large", {"x": large})
         assert np.array_equal(client.get(b"large").tensors["x"], large)
-        aside, releases = client._near.copier._aside, client._near._releases
+        aside, releases = client._pool.copier._aside, client._pool._releases
         for queue in (aside._queue, releases._queue):
             queue.put(None)  # ends its thread, as an exception in it would
         wait_until(lambda: aside._running() is None and releases._running() is None)
@@ -416,7 +416,7 @@ def test_an_interrupted_copy_writes_to_the_caller_s_tensor_no_more(shared_daemon
         client.put(b"large", {"x": large})
         out = {"x": np.zeros_like(large)}
         client.get(b"large", out=out)
-        aside = client._near.copier._aside
+        aside = client._pool.copier._aside
         begun, go_on = threading.Event(), threading.Event()
 
         def slowly(target, source):

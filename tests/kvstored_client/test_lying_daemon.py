@@ -248,8 +248,8 @@ def test_false_answers_over_the_lease_socket_are_misses(shared_daemon, tmp_path_
                 front.honest = False
                 for _ in range(5):
                     each_call(client, rng)
-                    if client._near is not None:
-                        client._near._not_before = 0.0  # a daemon that begins badly is left alone for a second
+                    if client._pool is not None:
+                        client._pool._not_before = 0.0  # a daemon that begins badly is left alone for a second
     finally:
         front.close()
     wait_until(lambda: len(list(DESCRIPTORS.iterdir())) <= descriptors + 4)

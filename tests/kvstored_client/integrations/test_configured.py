@@ -191,7 +191,7 @@ def test_a_configuration_of_a_million_values_is_refused() -> None:
 def test_the_digest_is_that_of_every_other_process() -> None:
     """Sets and dicts come in another order there, and objects lie elsewhere."""
     code = (
-        "from tests.client import test_configured as t; import torch;"
+        "from tests.kvstored_client.integrations import test_configured as t; import torch;"
         "print(t.digest(t.Outer(table={'s': {'a', 'b', 'c', 'd'}, 'f': len, 'c': t.Inner, 't': torch.ones(2)})).hex())"
     )
     found = set()
