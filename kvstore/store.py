@@ -467,8 +467,6 @@ class Store:
         self._check_open()
         return self._read_path.read(keys, leading=leading)
 
-    @without_torch_modes
-    @without_torch_modes
     def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
         with self._r.lock:
             for key in map(Key, keys):

@@ -20,7 +20,7 @@ if missing := why_missing("triton"):
 
 INTERPRETED = """
 import torch
-from kvstore.codecs import blocks
+from kvstore.kernels import reference as blocks
 from kvstore.kernels.tables import table
 from kvstore.kernels import cuda
 
