@@ -6,6 +6,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
+# A process a core, two at most: the tests start daemons and measure memory, and some run engines of 2 GB.
+TEST_PROCESSES ?= $(shell [ "$$(nproc)" -ge 2 ] && echo 2 || echo 0)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -42,7 +44,7 @@ demo: install  ## A real model, its prefill stored, the daemon restarted, restor
 test: packages install  ## All tests
 	@tools/model.sh $(BIN)/python
 	@tools/engines/side.sh $(BIN)/python >/dev/null
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 packages:  ## The Debian packages that the tests call, where root may install them
 	@tools/packages.sh

@@ -202,6 +202,14 @@ def wait_until(condition: Callable[[], object], sentence: str = "did not happen"
         time.sleep(0.01)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, a file goes to one of them, as it shares a daemon. Heavy ones first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say in words, as the log's last lines, what was not tested and why: a skip among 1,800 dots is seen by nobody."""
     reasons = Counter(

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT, DaemonProcess
 from tests.side import side, why_missing
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(1800)]
 ENGINES = {
     "drop-in": [], "transformers": [], "lmcache": ["shared", "lmcache"], "sglang": ["shared", "sglang"],
     "vllm": ["shared", "vllm"], "kvpress": ["kvpress", "shared"], "llama": ["llama"],
@@ -17,7 +17,7 @@ ENGINES = {
 """Each engine's folders of wheels."""
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ENGINES])
 def test_adapter(engine: str, daemon: DaemonProcess) -> None:
     for folder in ENGINES[engine]:
         if missing := why_missing(folder):
@@ -28,7 +28,7 @@ def test_adapter(engine: str, daemon: DaemonProcess) -> None:
             sys.executable, "-m", "pytest", "tests/e2e/adapters", "-q", "--engine", engine, "-W", "ignore",
             "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=560, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=1700, check=False,
         env={
             **os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "KVSTORED_TEST_ADDRESS": daemon.address,
             "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR",
