@@ -106,10 +106,17 @@ def describe(name: str, x: object) -> TensorInfo:
         raise blamed(error, InvalidEntry, "tensor") from None
 
 
+def describe_all(tensors: Mapping[str, object]) -> tuple[tuple[str, TensorInfo], ...]:
+    """(name, dtype and shape) of each tensor, as `describe`."""
+    try:
+        return tuple([(name, _described(name, x)) for name, x in tensors.items()])
+    except Exception as error:  # noqa: BLE001 - the boundary, as above
+        raise blamed(error, InvalidEntry, "tensor") from None
+
+
 def _described(name: str, x: object) -> TensorInfo:
-    if is_torch(x):
-        torch = _torch()
-        assert isinstance(x, torch.Tensor)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
         if x.layout is not torch.strided or x.is_quantized or x.is_nested:
             raise InvalidEntry(f"tensor {name!r}: only dense tensors can be stored, got {x.layout}")
         # A subclass that answers operations itself (FakeTensor, DTensor) is no memory of these numbers.
@@ -161,8 +168,8 @@ def _reach(x: Any) -> int:
 
 
 def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    if is_torch(x):
-        torch = _torch()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
         if type(x) is not torch.Tensor:
             x = x.as_subclass(torch.Tensor)
         check_storage(x)

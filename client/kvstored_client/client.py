@@ -29,7 +29,7 @@ from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
 from kvstored_client.leasing import NOTHING_LEASED, Leases, OneLease, leading_hits
-from kvstored_client.puts import Outgoing, PutOptions
+from kvstored_client.puts import Outgoing, PutOptions, put_options
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import ConnectionPool, Silent, Turn, UseStream
 from kvstored_client.stream.receiver import Receiver
@@ -135,9 +135,10 @@ class Client:
         it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        batch = [Outgoing(check_key(key), tensors, options, parent)]
-        return bool(self._data(lambda: self._send(batch), 0))
+        options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
+        before = None if parent is None else check_key(parent)
+        batch = [Outgoing(check_key(key), tensors, options, before)]
+        return bool(self._data(self._send, 0, batch))
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -159,13 +160,14 @@ class Client:
         """
         pairs = list(entries)
         keys = check_keys(key for key, _ in pairs)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
+        options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
+        before_first = check_key(parent) if chain and parent is not None else None
+        parents = [before_first, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
             for key, (_, tensors), before in zip(keys, pairs, parents, strict=True)
         ]
-        return self._data(lambda: self._send(batch), 0) if batch else 0
+        return self._data(self._send, 0, batch) if batch else 0
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key; None on a miss.
@@ -372,7 +374,7 @@ class Client:
         """Hits by position. out: for each key tensors to fill, or None."""
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(lambda: self._read(hits, keys, leading=leading, out=out), None)
+            self._data(self._read, None, hits, keys, leading=leading, out=out)
         return hits
 
     def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
@@ -400,7 +402,7 @@ class Client:
             raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
     def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(lambda: self._leased(keys, leading=leading), NOTHING_LEASED)
+        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading)
 
     def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework = arrays.resolve_framework(self._framework)
@@ -413,7 +415,7 @@ class Client:
 
     def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
-        return self._data(lambda: self._held(request), [])
+        return self._data(self._held, [], request)
 
     def _held(self, request: pb.MatchRequest) -> list[Held | None]:
         reply = self._ask("Match", request, pb.MatchReply)
@@ -481,11 +483,12 @@ class Client:
             self.failures += 1
             raise
 
-    def _data(self, call: Callable[[], T], otherwise: T) -> T:
+    def _data(self, call: Callable[P, T], otherwise: T, *args: P.args, **kwargs: P.kwargs) -> T:
         """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
         try:
-            return self._counted(call)
+            return call(*args, **kwargs)
         except _SOFT as error:
+            self.failures += 1
             if self._on_error == "raise":
                 raise
             logger.debug("answered as a miss: %s", error)

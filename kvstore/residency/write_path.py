@@ -14,6 +14,7 @@ import torch
 from kvstore import arrays
 from kvstore.boundary import blamed
 from kvstore.config import StoreConfig
+from kvstore.entries.arriving import ArrivingTensors
 from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
@@ -146,15 +147,21 @@ class WritePath:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         exact = options.fidelity == "exact"
-        tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
-        specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
-        nbytes = arrays.check_specs(specs, self._config.entry_max_nbytes)
+        arriving = tensors if isinstance(tensors, ArrivingTensors) else None  # checked by the door it came through
+        if arriving is None:
+            tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
+            specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
+            nbytes = arrays.check_specs(specs, self._config.entry_max_nbytes)
+        else:
+            nbytes = arriving.value_nbytes
         r = self._r
         largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
         if nbytes > largest and (exact or nbytes > 9 * largest):
             raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts")
         now = r.clock.now()
         meta = Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
+        if arriving is not None:
+            return Entry(key, arriving), meta
         held = {name: self._owned(x, own=options.own) for name, x in tensors.items()}
         return raw_entry(key, held), meta
 

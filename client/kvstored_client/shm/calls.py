@@ -14,7 +14,7 @@ from typing import Any, Self, cast, overload
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
-from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
@@ -30,6 +30,9 @@ from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOp
 KEYS_PER_PACKET = 512
 BLOCKS_MAX = 4096
 """Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
+_PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
+_HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
+_COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
 
@@ -358,31 +361,59 @@ def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
 
 
 def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
-    nbytes = sum(entry.nbytes for entry in entries)
-    timeout_s = turn.pool.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
-    connection = turn.take(_owner(turn.pool, entries))
+    pool = turn.pool
+    timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
+    # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
+    wanted = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
+    connection = turn.take(None if wanted is None else wanted[0])
     connection.settled = False  # its room is in use
-    windows: list[Window] = []  # kept until the daemon has copied
-    call = pb.LeaseCall()
-    for entry in entries:
-        item = call.put.entries.add(header=entry.header)
-        for x in entry.tensors.values():
-            segment, start = _ingested(turn.pool, connection, x, windows, timeout_s)
-            item.places.add(segment=segment, start=start)
-    reply = connection.call(call, timeout_s)
+    there = _lying(connection, entries) if pool.lent else {}
+    rooms = [0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in entries]
+    window, segment, start = connection.room(sum(rooms), timeout_s)
+    data, serialized, at = window.array, [], 0
+    for entry, room_nbytes in zip(entries, rooms, strict=True):
+        item = pb.IngestedEntry()
+        for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
+            place = there.get(id(x))
+            if place is not None:
+                item.places.add(segment=place[0], start=place[1])
+                continue
+            item.places.add(segment=segment, start=start + at + offset)
+            if nbytes:
+                source = arrays.as_bytes(x)
+                if source.size != nbytes:
+                    raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
+                pool.copier.copy(data[at + offset : at + offset + nbytes], source)
+        at += room_nbytes
+        serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
+    # What the caller made with `empty` it may write to as soon as the put returns; the windows here nobody writes to.
+    if not there:
+        serialized.append(_COPY_LATER)
+    reply = connection.exchange(submessage(_PUT, b"".join(serialized)), timeout_s)
+    connection.uncopied = window
     connection.give_back(reply.lease)
     turn.put_back()
     return reply.put
 
 
-def _owner(pool: ConnectionPool, entries: Sequence[Outgoing]) -> Connection | None:
-    """The connection whose ingest segment the first tensor already lies in."""
-    x = next(iter(entries[0].tensors.values()))
-    found = _lies_in(pool, x)
-    return found[0] if found is not None else None
+def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:
+    """(segment, start) of the tensors that lie in this connection's ingest segments, by their identity."""
+    there: dict[int, tuple[int, int]] = {}
+    for x in (x for entry in entries for x in entry.tensors.values()):
+        address = _address_of(x)
+        found = connection.ingest_at(*address) if address is not None else None
+        if found is not None:
+            there[id(x)] = found
+    return there
 
 
 def _lies_in(pool: ConnectionPool, x: Any) -> tuple[Connection, int, int] | None:
+    address = _address_of(x)
+    return pool.owner_of(*address) if address is not None else None
+
+
+def _address_of(x: Any) -> tuple[int, int] | None:
+    """(address, nbytes) of a tensor that can be read as it lies."""
     if arrays.is_torch(x):
         if x.device.type != "cpu" or not x.is_contiguous() or x.is_conj() or x.is_neg():
             return None
@@ -391,22 +422,7 @@ def _lies_in(pool: ConnectionPool, x: Any) -> tuple[Connection, int, int] | None
         if not (x.flags.c_contiguous and x.dtype.isnative):
             return None
         address, nbytes = x.ctypes.data, x.nbytes
-    return pool.owner_of(address, nbytes) if nbytes else None
-
-
-def _ingested(
-    pool: ConnectionPool, connection: Connection, x: Any, windows: list[Window], timeout_s: float
-) -> tuple[int, int]:
-    found = _lies_in(pool, x)
-    if found is not None and found[0] is connection:
-        return found[1], found[2]
-    data = arrays.as_bytes(x)
-    if not data.size:
-        return 0, 0
-    window, segment, start = connection.room(data.size, timeout_s)
-    windows.append(window)
-    pool.copier.copy(window.array, data)
-    return segment, start
+    return (address, nbytes) if nbytes else None
 
 
 def empty(turn: Turn, spec: TensorInfo, framework: str) -> Any:
@@ -414,6 +430,7 @@ def empty(turn: Turn, spec: TensorInfo, framework: str) -> Any:
     nbytes = arrays.check_specs({"x": spec})
     connection = turn.take()
     connection.settled = False
+    turn.pool.lent = True
     window, _, _ = connection.room(max(nbytes, 1), turn.pool.timeout_s)
     connection.settled = True
     return arrays.from_bytes(spec, window.array[:nbytes], framework)

@@ -48,6 +48,8 @@ class ConnectionPool:
         self._not_before = 0.0
         self._closed = False
         self.copier = Copier()
+        self.lent = False
+        """Whether `empty` ever handed out a tensor in an ingest segment."""
 
     def connections(self) -> list[Connection]:
         """Those that are open."""
@@ -140,10 +142,9 @@ class ConnectionPool:
     def owner_of(self, address: int, nbytes: int) -> tuple[Connection, int, int] | None:
         """Whose ingest segment holds these bytes: (connection, segment, start). None: nobody's that is open."""
         for connection in self.connections():
-            for room in connection.ingest:
-                start = address - room.mapping.address
-                if start >= 0 and start + nbytes <= room.mapping.nbytes:
-                    return connection, room.number, start
+            found = connection.ingest_at(address, nbytes)
+            if found is not None:
+                return connection, *found
         return None
 
     def close(self) -> None:

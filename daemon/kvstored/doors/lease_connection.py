@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
 from kvstore.dtypes import BY_NAME
+from kvstore.entries.arriving import ArrivingTensors
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit, TensorInfo
 from kvstore.keys import check_keys
@@ -119,6 +120,8 @@ class Connection:
         self._handed: set[Segment] = set()
         self._ingest: dict[int, Segment] = {}
         self._fds: dict[Segment, int] = {}
+        self._arriving: list[ArrivingTensors] = []
+        self._room = partial(shared.arena.empty, owner=self.uid)
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._serialized_always = always.SerializeToString()
 
@@ -138,6 +141,8 @@ class Connection:
                 reply = self.answer(bytes(packet[:nbytes]))
                 if reply is not None:
                     self._send(reply)
+                    if self._arriving:
+                        self._copy_arriving()
                     self._shared.store.settle()
         except OSError as error:
             logger.debug("lease connection ended error=%s", error)
@@ -149,6 +154,7 @@ class Connection:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+        self._copy_arriving()  # the client is gone, what it put stays
         self._drop(list(self._leases))
         for segment in self._ingest.values():
             segment.close()
@@ -285,8 +291,7 @@ class Connection:
         reply = pb.LeaseReply(boot_epoch=shared.verbs.epoch, lease_max_s=shared.lease_max_s)
         held: list[Any] = []
         # What must be decoded is decoded into this user's own segments: that is where it will be read.
-        room = partial(shared.arena.empty, owner=self.uid)
-        reading = Reading(self._store, shared.budget, asked, room=room)
+        reading = Reading(self._store, shared.budget, asked, room=self._room)
         # Hot may let go of them before they are copied.
         counted_nbytes = 0 if resident is None else resident.nbytes
         shared.budget.take(counted_nbytes)
@@ -354,28 +359,40 @@ class Connection:
 
     def _put(self, asked: pb.LeasePut) -> pb.PutReply:
         shared = self._shared
+        limit_nbytes = shared.store.config.entry_max_nbytes
         ready: list[Incoming] = []
-        taken = 0
+        arriving: list[ArrivingTensors] = []
+        taken = stored = 0
         try:
             for item in asked.entries:
-                entry = Incoming(item.header, shared.store.config.entry_max_nbytes)
+                entry = Incoming(item.header, limit_nbytes)
                 shared.budget.take(entry.nbytes)
                 taken += entry.nbytes
-                self._ingested(entry, item.places)
+                arriving.append(entry.arriving(self._room, self._sources(entry, item.places)))
                 ready.append(entry)
-            return pb.PutReply(stored=put_ready(self._store, ready), boot_epoch=shared.verbs.epoch)
+            self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
+            stored = put_ready(self._store, ready)
         finally:
             shared.budget.give_back(taken)
+            # Before any answer but the one that lets the client go on: in its ingest segment it may write again then.
+            if not (stored and asked.copy_later):
+                self._copy_arriving()
+        return pb.PutReply(stored=stored, boot_epoch=shared.verbs.epoch)
 
-    def _ingested(self, entry: Incoming, places: Any) -> None:
-        """Copy an entry out of the client's ingest segments. He may still write there: the copy is what counts."""
+    def _copy_arriving(self) -> None:
+        """Copy what was put and is not copied yet out of the client's ingest segments."""
+        while self._arriving:
+            tensors = self._arriving.pop()
+            try:
+                tensors.arrive()
+            except Exception:  # memory ran out: whoever reads the entry finds it undecodable, a miss
+                logger.exception("an entry was not copied when it was put")
+
+    def _sources(self, entry: Incoming, places: Any) -> list[torch.Tensor | None]:
+        """The bytes of an entry in the client's ingest segments. It may still write there: the copy is what counts."""
         if len(places) != len(entry.specs):
             raise InvalidEntry(f"{len(entry.specs)} tensors in {len(places)} places")
-        sources = [self._source(spec, place) for spec, place in zip(entry.specs.values(), places, strict=True)]
-        entry.begin(partial(self._shared.arena.empty, owner=self.uid))
-        for target, source in zip(entry.tensors.values(), sources, strict=True):
-            if source is not None:
-                target.reshape(-1).view(torch.uint8).copy_(source)
+        return [self._source(spec, place) for spec, place in zip(entry.specs.values(), places, strict=True)]
 
     def _source(self, spec: TensorInfo, place: pb.TensorPlace) -> torch.Tensor | None:
         nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
