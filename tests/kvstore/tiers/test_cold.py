@@ -21,7 +21,8 @@ from kvstore.config import ColdConfig
 from kvstore.disk import SystemDisk
 from kvstore.disk.reading import read_entry
 from kvstore.disk.writer import ROW_NBYTES
-from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import Described, EncodedTensor, Entry
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
