@@ -1,46 +1,20 @@
 """Cuts an entry into the frames of a Put. Checks everything that can be refused before anything is sent."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from kvstore import arrays
+from kvstore.dtypes import TensorSpec
 from kvstore.errors import InvalidEntry
-from kvstore.hit import Fidelity, Priority, TensorInfo
-from kvstore.keys import check_namespace
+from kvstore.options import PutOptions
 from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames, submessage
 from kvstored_client.wire.messages import fidelity_number, priority_number, tensor_specs
 
 _KEY, _PARENT = pb.PutHeader.KEY_FIELD_NUMBER, pb.PutHeader.PARENT_FIELD_NUMBER
-
-
-@dataclass(frozen=True, slots=True)
-class PutOptions:
-    """How entries are kept; the meaning is that of `Store.put`. Raises InvalidEntry for what no store accepts."""
-
-    ttl_s: float | None = None
-    sliding: bool = True
-    pin: bool = False
-    fidelity: Fidelity = "auto"
-    priority: Priority = "normal"
-    namespace: str = ""
-
-    def __post_init__(self) -> None:
-        ttl = self.ttl_s
-        if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
-            raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
-        fidelity_number(self.fidelity)
-        priority_number(self.priority)
-        check_namespace(self.namespace)
-
-    @property
-    def wire_ttl_s(self) -> float:
-        """Seconds to live as the proto has them: 0 stands for the store's default."""
-        return self.ttl_s or 0.0
 
 
 _known_options = lru_cache(maxsize=64, typed=True)(PutOptions)
@@ -68,7 +42,7 @@ class Description:
     serialized: bytes
 
 
-def _describe(specs: tuple[tuple[str, TensorInfo], ...], options: PutOptions, root: bool) -> Description:  # noqa: FBT001 - for a cache
+def _describe(specs: tuple[tuple[str, TensorSpec], ...], options: PutOptions, root: bool) -> Description:  # noqa: FBT001 - for a cache
     """Raises InvalidEntry, EntryTooLarge."""
     by_name = dict(specs)
     nbytes = arrays.check_specs(by_name)
@@ -76,7 +50,7 @@ def _describe(specs: tuple[tuple[str, TensorInfo], ...], options: PutOptions, ro
     header = pb.PutHeader(
         tensors=tensor_specs(by_name),
         nbytes=nbytes,
-        ttl_s=options.wire_ttl_s,
+        ttl_s=options.ttl_s or 0.0,
         absolute_ttl=not options.sliding,
         pin=options.pin,
         fidelity=fidelity_number(options.fidelity),

@@ -13,7 +13,7 @@ import torch
 from kvstore.boundary import blamed
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.entry import EncodedTensor, Entry, is_of
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import CodecError
 
@@ -131,13 +131,21 @@ def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_
         return None
 
 
-@without_torch_modes
-def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given.
+def decode_all(entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given; `out` itself is returned.
 
-    Raises CodecError, and nothing else for what the parts and attributes say: they may be a stranger's.
+    For a caller who sees no torch mode already. Raises CodecError, and nothing else for what the parts and attributes
+    say: they may be a stranger's.
     """
-    return {name: _decoded(name, t, None if out is None else out.get(name)) for name, t in entry.tensors.items()}
+    if out is None:
+        return {name: _decoded(name, tensor, None) for name, tensor in entry.tensors.items()}
+    for name, tensor in entry.tensors.items():
+        out[name] = _decoded(name, tensor, out.get(name))
+    return out
+
+
+decode_entry = without_torch_modes(decode_all)
+"""`decode_all` for any caller."""
 
 
 def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -146,9 +154,11 @@ def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torc
     except Exception as error:  # noqa: BLE001 - whatever it is, it is named
         raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
     spec = tensor.spec
-    if tuple(decoded.shape) != spec.shape or str(decoded.dtype) != f"torch.{spec.dtype}":
+    if not is_of(decoded, spec):
         raise CodecError(f"tensor {name!r:.80} is {decoded.dtype} {tuple(decoded.shape)}, not {spec}")
-    return decoded
+    if out is None or decoded is out:
+        return decoded
+    return out.copy_(decoded)  # a codec of somebody else's need not know `out`
 
 
 @without_torch_modes

@@ -16,7 +16,8 @@ from kvstore.codecs.nf4 import prepared_out
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.receipt import with_receipt
 from kvstore.config import LAYER_RUNS_MAX as RUNS_MAX
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from kvstore.entries.entry import TENSOR_OVERHEAD_NBYTES, EncodedTensor, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import TENSOR_OVERHEAD_NBYTES, EncodedTensor
 from kvstore.errors import CodecError
 
 
 class ArrivingTensors(Mapping[str, EncodedTensor]):
     """The tensors of an entry, by name. copy: makes them in memory that nobody else can write to; called once."""
 
-    __slots__ = ("_copy", "_lock", "_tensors", "nbytes", "specs", "value_nbytes")
+    __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "specs", "value_nbytes")
     device = torch.device("cpu")
 
     def __init__(self, specs: Mapping[str, TensorSpec], copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -26,6 +27,7 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
         self.nbytes = self.value_nbytes + sum(len(name) + TENSOR_OVERHEAD_NBYTES for name in specs)
         self._copy: Callable[[], Mapping[str, torch.Tensor]] | None = copy
         self._tensors: Mapping[str, EncodedTensor] | None = None
+        self._place: object = None
         self._lock = threading.Lock()
 
     @property
@@ -38,6 +40,12 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
         """`Entry.receipt`, without waiting."""
         return dict.fromkeys(self.specs, 0.0)
 
+    @property
+    def place(self) -> object:
+        """Where in shared memory the copy lies (`shm.arena.Place`); None: in ordinary memory."""
+        self.arrive()
+        return self._place
+
     def arrive(self) -> Mapping[str, EncodedTensor]:
         """The tensors; the copy is made before this returns. Raises CodecError where it could not be made."""
         tensors = self._tensors
@@ -49,6 +57,7 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
                 if copy is None:
                     raise CodecError("the bytes of this entry could not be copied when it was put")
                 made = copy()
+                self._place = getattr(made, "place", None)
                 self._tensors = {
                     name: EncodedTensor(spec, "raw", {"": made[name]}) for name, spec in self.specs.items()
                 }

@@ -2,8 +2,8 @@
 
 A get copies out of the daemon's segment and checks afterwards that the block was not used again meanwhile; a lease
 hands out the bytes themselves; a put fills the connection's own ingest segment and the daemon copies from there.
-A call takes its connections through a Turn, which its caller puts back whatever happens: what is left unsettled then
-was interrupted, and is abandoned.
+A call takes its connections into a hand, which its caller puts back whatever happens: what is left unsettled then was
+interrupted, and is abandoned.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.mapping import Copier, MappedSegment
-from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, Turn, UseStream
+from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
@@ -121,7 +121,7 @@ class LeasedHits(Sequence[Hit | None]):
     """The hits of a lease, by position, each made when it is looked at: who reads one of a hundred pays for one."""
 
     def __init__(
-        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: list[bytes], *, leading: bool
+        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: Sequence[bytes], *, leading: bool
     ) -> None:
         self._lease: Lease | None = lease
         self._segments = segments
@@ -175,16 +175,21 @@ class LeasedHits(Sequence[Hit | None]):
             lease.end()
 
 
-def ask(turn: Turn, call: pb.LeaseCall) -> pb.LeaseReply:
+def ask(pool: ConnectionPool, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
     """One small call and its answer."""
-    connection = turn.take()
-    reply = connection.call(call, turn.pool.timeout_s)
+    connection = pool.take(hand)
+    reply = connection.call(call, pool.timeout_s)
     connection.give_back(reply.lease)
     return reply
 
 
 def get(
-    turn: Turn, keys: list[bytes], how: GetOptions, framework: str, out: Out = None
+    pool: ConnectionPool,
+    hand: list[Connection],
+    keys: Sequence[bytes],
+    how: GetOptions,
+    framework: str,
+    out: Out = None,
 ) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
@@ -192,10 +197,10 @@ def get(
     """
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
-    connection = turn.take()
+    connection = pool.take(hand)
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = connection.exchange(_get_call(part, how), turn.pool.timeout_s)
+        reply = connection.exchange(_get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
         try:
             _check_count(reply, len(part))
@@ -204,7 +209,7 @@ def get(
                 index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
                 target = out[index] if out is not None else None
                 block = _block(connection.segments, item)
-                tensors = _copied(turn.pool.copier, block, framework, target)
+                tensors = _copied(pool.copier, block, framework, target)
                 if tensors is None:
                     stale += 1
                 else:
@@ -247,7 +252,8 @@ def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, An
     else:
         for name, (_, at, nbytes) in block.tensors.items():
             copier.copy(target.bytes[name], block.data[at : at + nbytes])
-    target.finish()
+    if target.aside:
+        target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
     return None if block.is_gone() else target.tensors
 
@@ -338,16 +344,18 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
     )
 
 
-def lease(turn: Turn, keys: list[bytes], how: GetOptions, framework: str) -> LeasedHits:
+def lease(
+    pool: ConnectionPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
+) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
-    connection = turn.take()
-    reply = connection.exchange(_get_call(keys, how), turn.pool.timeout_s)
+    connection = pool.take(hand)
+    reply = connection.exchange(_get_call(keys, how), pool.timeout_s)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
 
 
-def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
+def put(pool: ConnectionPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
     stored = epoch = commits = start = 0
     while start < len(batch):
@@ -355,17 +363,16 @@ def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
         while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
             nbytes += batch[stop].nbytes
             stop += 1
-        reply = _commit(turn, batch[start:stop])
+        reply = _commit(pool, hand, batch[start:stop])
         stored, epoch, commits, start = stored + reply.stored, reply.boot_epoch, commits + 1, stop
     return stored, epoch, commits
 
 
-def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
-    pool = turn.pool
+def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
     timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
     # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
     wanted = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
-    connection = turn.take(None if wanted is None else wanted[0])
+    connection = pool.take(hand, None if wanted is None else wanted[0])
     connection.settled = False  # its room is in use
     there = _lying(connection, entries) if pool.lent else {}
     rooms = [0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in entries]
@@ -392,7 +399,7 @@ def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
     reply = connection.exchange(submessage(_PUT, b"".join(serialized)), timeout_s)
     connection.uncopied = window
     connection.give_back(reply.lease)
-    turn.put_back()
+    pool.put_back(hand)
     return reply.put
 
 
@@ -425,12 +432,12 @@ def _address_of(x: Any) -> tuple[int, int] | None:
     return (address, nbytes) if nbytes else None
 
 
-def empty(turn: Turn, spec: TensorInfo, framework: str) -> Any:
+def empty(pool: ConnectionPool, hand: list[Connection], spec: TensorInfo, framework: str) -> Any:
     """A tensor in this client's own shared memory, not cleared: filling it is all a put has to copy."""
     nbytes = arrays.check_specs({"x": spec})
-    connection = turn.take()
+    connection = pool.take(hand)
     connection.settled = False
-    turn.pool.lent = True
-    window, _, _ = connection.room(max(nbytes, 1), turn.pool.timeout_s)
+    pool.lent = True
+    window, _, _ = connection.room(max(nbytes, 1), pool.timeout_s)
     connection.settled = True
     return arrays.from_bytes(spec, window.array[:nbytes], framework)

@@ -231,21 +231,17 @@ class Connection:
 
     def _receive(self, timeout_s: float) -> None:
         """Put the next packet into `_packets`."""
-        receive, buffers, packets, clock = self._receive_into, self._buffers, self._packets, time.perf_counter
+        poll, clock = self._poll.poll, time.perf_counter
         until = clock() + LOOK_S
-        while clock() < until:
-            try:
-                packets.extend(map(receive, buffers, _ANCILLARY, _AT_ONCE))
-            except BlockingIOError as error:
-                if is_foreign(error):
-                    raise
-                continue
-            return
-        # Not a time limit of the socket's: each signal, of a profiler's timer for one, would start it anew.
-        if not self._poll.poll(timeout_s * 1e3):
-            self.abandon()
-            raise Silent(f"no answer within {timeout_s} s")
-        packets.extend(map(receive, buffers, _ANCILLARY, _AT_ONCE))
+        # Looked for by poll, not by receiving what is not there: an exception each time took longer than the look.
+        while not poll(0):
+            if clock() >= until:
+                # Not a time limit of the socket's: each signal, of a profiler's timer for one, would start it anew.
+                if not poll(timeout_s * 1e3):
+                    self.abandon()
+                    raise Silent(f"no answer within {timeout_s} s")
+                break
+        self._packets.extend(map(self._receive_into, self._buffers, _ANCILLARY, _AT_ONCE))
 
     def _read(self, number: int) -> pb.LeaseReply:
         """The answer to call `number` out of the packet received."""

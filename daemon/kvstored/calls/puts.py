@@ -3,22 +3,21 @@
 `Incoming` is one entry by any door; `PutStream` reads the frames of a Put. Each belongs to one call. Knows no gRPC.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import xxhash
 
 from kvstore import arrays
+from kvstore.dtypes import TensorSpec
 from kvstore.entries.arriving import ArrivingTensors
-from kvstore.entries.entry import TensorSpec
+from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.hit import Fidelity, Priority, TensorInfo
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_namespace
-from kvstore.residency.transcode import Room
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key
+from kvstore.options import PutOptions
+from kvstore.residency.transcode import Room, made_entry
 from kvstore.store import Store
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -32,24 +31,11 @@ KNOWN_MAX_NBYTES = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How an entry is kept; entries with equal options can be put together."""
-
-    ttl_s: float | None
-    sliding: bool
-    pin: bool
-    fidelity: Fidelity
-    priority: Priority
-    namespace: str
-
-
-@dataclass(frozen=True, slots=True)
 class Description:
     """What a PutHeader says beside its keys, checked: the same for all entries of one shape that are kept alike."""
 
-    specs: Mapping[str, TensorInfo]
-    nbytes: int
-    options: Options
+    specs: arrays.CheckedSpecs
+    options: PutOptions
     root: bool
 
 
@@ -58,21 +44,18 @@ def _read_description(rest: bytes) -> Description:
     header = pb.PutHeader.FromString(rest)
     if len(header.tensors) > arrays.TENSORS_MAX:
         raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
-    specs = read_specs(header.tensors)
-    nbytes = arrays.check_specs(specs)
-    if header.nbytes != nbytes:
-        raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {nbytes}")
-    if not (math.isfinite(header.ttl_s) and header.ttl_s >= 0):
-        raise InvalidEntry(f"ttl_s must be finite and at least 0, got {header.ttl_s}")
-    options = Options(
+    specs = arrays.CheckedSpecs(read_specs(header.tensors))
+    if header.nbytes != specs.nbytes:
+        raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {specs.nbytes}")
+    options = PutOptions(
         header.ttl_s or None,
         not header.absolute_ttl,
         header.pin,
         fidelity_name(header.fidelity),
         priority_name(header.priority),
-        check_namespace(header.namespace),
+        header.namespace,
     )
-    return Description(specs, nbytes, options, header.root)
+    return Description(specs, options, header.root)
 
 
 _known_description = lru_cache(maxsize=256)(_read_description)
@@ -89,11 +72,12 @@ class Incoming:
         header.ClearField("parent")
         rest = header.SerializeToString()
         found = (_known_description if len(rest) <= KNOWN_MAX_NBYTES else _read_description)(rest)
-        if found.nbytes > limit_nbytes:
-            arrays.check_specs(found.specs, limit_nbytes)
-        self.specs, self.nbytes, self.options = found.specs, found.nbytes, found.options
+        self.specs, self.options, self.nbytes = found.specs, found.options, found.specs.nbytes
+        if self.nbytes > limit_nbytes:
+            arrays.check_specs(self.specs, limit_nbytes)
         self.root = found.root and self.parent is None
-        self.tensors: Mapping[str, Any] = {}
+        self.tensors: Mapping[str, torch.Tensor] = {}
+        self._entry: Entry | None = None
         self._scatter: Scatter | None = None
         self._sum = xxhash.xxh3_64()
 
@@ -113,10 +97,14 @@ class Incoming:
                     target.reshape(-1).view(torch.uint8).copy_(source)
             return tensors
 
-        self.tensors = arriving = ArrivingTensors(
-            {name: TensorSpec(spec.dtype, spec.shape) for name, spec in specs.items()}, copy
-        )
-        return arriving
+        tensors = ArrivingTensors(specs, copy)
+        self._entry = Entry(self.key, tensors)
+        return tensors
+
+    @property
+    def entry(self) -> Entry:
+        """What to put, once it is whole or arriving. Its tensors are handed over."""
+        return self._entry or made_entry(self.key, self.specs, self.tensors)
 
     def take(self, chunk: memoryview) -> None:
         """The next bytes. Raises BadFrame for more than were announced."""
@@ -223,7 +211,7 @@ class PutStream:
         self._taken_nbytes = 0
 
 
-def made_in(room: Room, specs: Mapping[str, TensorInfo]) -> Mapping[str, torch.Tensor]:
+def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> Mapping[str, torch.Tensor]:
     """Tensors to fill: in `room` if there is any, else in ordinary memory."""
     return room(specs) or {
         name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu") for name, spec in specs.items()
@@ -233,20 +221,13 @@ def made_in(room: Room, specs: Mapping[str, TensorInfo]) -> Mapping[str, torch.T
 def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
     """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
     stored = 0
-    for run in _runs(entries):
-        how = run[0].options
-        stored += store.put_many(
-            [(entry.key, entry.tensors) for entry in run],
-            ttl_s=how.ttl_s,
-            sliding=how.sliding,
-            pin=how.pin,
-            fidelity=how.fidelity,
-            priority=how.priority,
-            namespace=how.namespace,
-            own=True,
-            chain=run[0].root or run[-1].parent is not None,
-            parent=run[0].parent,
-        )
+    for run in _runs(entries) if len(entries) > 1 else (entries,):
+        first = run[0]
+        chain = first.root or run[-1].parent is not None
+        made = [incoming.entry for incoming in run]
+        if store.config.hot.device != "cpu":
+            made = [entry.to(torch.device(store.config.hot.device)) for entry in made]
+        stored += store.put_entries(made, first.options, chain=chain, parent=first.parent)
     return stored
 
 
