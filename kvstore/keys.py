@@ -11,7 +11,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NewType, Self
+from typing import Any, NewType, Self
 
 from kvstore.errors import InvalidEntry
 from kvstore.hit import FIDELITIES
@@ -157,6 +157,14 @@ class Identity:
         except (TypeError, ValueError) as error:
             raise InvalidEntry(f"identity: rope must be JSON-able, {error}") from None
         return hashlib.sha256(text.encode()).digest()
+
+
+def identity_of(fields: Mapping[str, Any]) -> Identity:
+    """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
+    try:
+        return Identity(**fields)
+    except TypeError as error:
+        raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:

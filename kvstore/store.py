@@ -25,9 +25,9 @@ from kvstore.codecs.choice import CodecChoice
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
-from kvstore.errors import InvalidEntry, TierUnavailable
+from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
-from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Identity, Key, check_key, check_prefix, named
+from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Key, check_key, check_prefix, identity_of, named
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
@@ -39,7 +39,7 @@ from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, Resident, leading_first
 from kvstore.residency.resizing import set_hot_capacity
-from kvstore.residency.state import residency_of
+from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.stats import Stats
@@ -73,7 +73,7 @@ class Store:
         self._write_path = WritePath(r, self._mover, config, self._device)
         self._closed = False
         if config.cold.path is not None:
-            self._open_cold(Path(config.cold.path))
+            open_cold(r, Path(config.cold.path), config.cold)
         self._maintainer = Maintainer(r, self._mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
         if background:
@@ -474,26 +474,6 @@ class Store:
     ) -> None:
         self.close()
 
-    def _open_cold(self, path: Path) -> None:
-        from kvstore.tiers.cold import Cold
-        from kvstore.tiers.order import Order
-
-        r = self._r
-        cold = Cold.open(
-            path,
-            self.config.cold,
-            r.clock,
-            meta_of=r.index.get,
-            on_drop=r.dropped_from_cold,
-            order=Order(owner_of=r.owner_of, tier="cold"),
-            owner_of=r.recovered_owner,
-        )
-        r.cold = cold
-        with r.lock:
-            found = cold.recovered()
-            r.recover(zip(found.keys, found.metas, strict=True))
-            r.forget_orphans(found.orphans)
-
     def _check_open(self) -> None:
         if self._closed:
             raise TierUnavailable("the store is closed")
@@ -516,11 +496,3 @@ class Store:
             if r.cold is not None:
                 r.cold.wait(ticket)
         return gone
-
-
-def identity_of(fields: Mapping[str, Any]) -> Identity:
-    """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
-    try:
-        return Identity(**fields)
-    except TypeError as error:
-        raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None

@@ -15,9 +15,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
+from pathlib import Path
 
 from kvstore.clock import Clock
-from kvstore.config import StoreConfig
+from kvstore.config import ColdConfig, StoreConfig
 from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
@@ -301,3 +302,23 @@ def residency_of(config: StoreConfig, clock: Clock) -> Residency:
     if config.split == "auto":
         made.balance = Balance(hot, warm)
     return made
+
+
+def open_cold(r: Residency, path: Path, config: ColdConfig) -> None:
+    """Take a directory into use as the cold tier, with what a restart finds in it. Raises as `Cold.open`."""
+    from kvstore.tiers.cold import Cold  # lmdb is loaded only where there is a disk
+
+    cold = Cold.open(
+        path,
+        config,
+        r.clock,
+        meta_of=r.index.get,
+        on_drop=r.dropped_from_cold,
+        order=Order(owner_of=r.owner_of, tier="cold"),
+        owner_of=r.recovered_owner,
+    )
+    r.cold = cold
+    with r.lock:
+        found = cold.recovered()
+        r.recover(zip(found.keys, found.metas, strict=True))
+        r.forget_orphans(found.orphans)

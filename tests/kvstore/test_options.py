@@ -1,6 +1,8 @@
 """What a door has checked has a type that says so, and nobody behind it checks again."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -165,6 +167,11 @@ def test_a_block_that_no_tensor_holds_is_no_place():
         assert arena.empty({"k": TensorSpec("int8", (0,))}).place is None
     finally:
         arena.close()
+
+
+def test_what_a_door_needs_to_name_a_store_loads_no_torch():
+    code = "import kvstore.view, kvstore.options, kvstore.pieces, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_numpy_arrays_are_stored_as_their_spec_says():
