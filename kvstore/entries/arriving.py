@@ -7,12 +7,15 @@ memory later changes nothing, and no two readers see different bytes. Thread-saf
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 
-from kvstore.dtypes import TensorSpec
+from kvstore.arrays import CheckedSpecs
 from kvstore.entries.entry import TENSOR_OVERHEAD_NBYTES, EncodedTensor
 from kvstore.errors import CodecError
+
+_EXACT: Mapping[str, object] = MappingProxyType({})
 
 
 class ArrivingTensors(Mapping[str, EncodedTensor]):
@@ -21,9 +24,9 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
     __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "specs", "value_nbytes")
     device = torch.device("cpu")
 
-    def __init__(self, specs: Mapping[str, TensorSpec], copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         self.specs = specs
-        self.value_nbytes = sum(spec.nbytes for spec in specs.values())
+        self.value_nbytes = specs.nbytes
         self.nbytes = self.value_nbytes + sum(len(name) + TENSOR_OVERHEAD_NBYTES for name in specs)
         self._copy: Callable[[], Mapping[str, torch.Tensor]] | None = copy
         self._tensors: Mapping[str, EncodedTensor] | None = None
@@ -59,7 +62,7 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
                 made = copy()
                 self._place = getattr(made, "place", None)
                 self._tensors = {
-                    name: EncodedTensor(spec, "raw", {"": made[name]}) for name, spec in self.specs.items()
+                    name: EncodedTensor(spec, "raw", {"": made[name]}, _EXACT) for name, spec in self.specs.items()
                 }
             return self._tensors
 

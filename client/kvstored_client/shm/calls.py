@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
@@ -21,7 +22,7 @@ from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import Copier, MappedSegment
+from kvstored_client.shm.mapping import PARALLEL_NBYTES, Copier, MappedSegment
 from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
@@ -251,7 +252,7 @@ def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, An
             return None
     else:
         for name, (_, at, nbytes) in block.tensors.items():
-            copier.copy(target.bytes[name], block.data[at : at + nbytes])
+            _copy(copier, target.bytes[name], block.data[at : at + nbytes])
     if target.aside:
         target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
@@ -377,20 +378,17 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
     there = _lying(connection, entries) if pool.lent else {}
     rooms = [0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in entries]
     window, segment, start = connection.room(sum(rooms), timeout_s)
-    data, serialized, at = window.array, [], 0
+    data, serialized, copies, at = window.array, [], [], 0
     for entry, room_nbytes in zip(entries, rooms, strict=True):
         item = pb.IngestedEntry()
         for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
             place = there.get(id(x))
-            if place is not None:
-                item.places.add(segment=place[0], start=place[1])
-                continue
-            item.places.add(segment=segment, start=start + at + offset)
-            if nbytes:
-                source = arrays.as_bytes(x)
-                if source.size != nbytes:
-                    raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
-                pool.copier.copy(data[at + offset : at + offset + nbytes], source)
+            if place is None:
+                place = segment, start + at + offset
+                copies.append((x, at + offset, nbytes))
+            item.places.add(segment=place[0], start=place[1])
+        _copy_in(pool.copier, data, copies)
+        copies.clear()
         at += room_nbytes
         serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
     # What the caller made with `empty` it may write to as soon as the put returns; the windows here nobody writes to.
@@ -401,6 +399,22 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put
+
+
+def _copy_in(copier: Copier, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
+    """Copy tensors to their (start, nbytes). Dense bytes only now, entry by entry: a strided tensor is copied twice."""
+    sources = [arrays.as_bytes(x) for x, _, _ in copies]
+    for source, (_, start, nbytes) in zip(sources, copies, strict=True):
+        if source.size != nbytes:
+            raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
+        _copy(copier, data[start : start + nbytes], source)
+
+
+def _copy(copier: Copier, target: Bytes, source: Bytes) -> None:
+    if target.size < PARALLEL_NBYTES:
+        np.copyto(target, source)
+    else:
+        copier.copy(target, source)
 
 
 def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:

@@ -24,6 +24,7 @@ from kvstore.options import PutOptions
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.transcode import Room
 from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored.access.tokens import LOCAL, Identity
 
 CALLER: contextvars.ContextVar[Identity] = contextvars.ContextVar("kvstored_caller", default=LOCAL)
@@ -128,11 +129,11 @@ class TenantViews:
         scope = TenantView(self._store, self._secret, tenant)
         return [scope.own(key) for key in keys]
 
-    def current(self) -> Any:
+    def current(self) -> StoreView:
         """The store of the call under way: the whole one, or its tenant's part."""
         return self.of(CALLER.get())
 
-    def of(self, identity: Identity) -> Any:
+    def of(self, identity: Identity) -> StoreView:
         """The store as this caller may see it."""
         tenant = identity.tenant
         if tenant is None:

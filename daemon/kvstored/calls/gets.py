@@ -10,7 +10,7 @@ from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.transcode import Room
-from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -31,7 +31,7 @@ class Reading:
 
     def __init__(
         self,
-        store: Store,
+        store: StoreView,
         budget: Budget,
         asked: pb.GetRequest,
         keys: CheckedKeys,

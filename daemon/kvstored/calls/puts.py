@@ -18,7 +18,7 @@ from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
 from kvstore.residency.transcode import Room, made_entry
-from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Frame, Scatter
@@ -32,9 +32,13 @@ KNOWN_MAX_NBYTES = 4 << 10
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a PutHeader says beside its keys, checked: the same for all entries of one shape that are kept alike."""
+    """What a PutHeader says beside its keys, checked: the same for all entries of one shape that are kept alike.
+
+    sizes: bytes of each tensor.
+    """
 
     specs: arrays.CheckedSpecs
+    sizes: tuple[int, ...]
     options: PutOptions
     root: bool
 
@@ -55,7 +59,7 @@ def _read_description(rest: bytes) -> Description:
         priority_name(header.priority),
         header.namespace,
     )
-    return Description(specs, options, header.root)
+    return Description(specs, tuple(spec.nbytes for spec in specs.values()), options, header.root)
 
 
 _known_description = lru_cache(maxsize=256)(_read_description)
@@ -72,7 +76,8 @@ class Incoming:
         header.ClearField("parent")
         rest = header.SerializeToString()
         found = (_known_description if len(rest) <= KNOWN_MAX_NBYTES else _read_description)(rest)
-        self.specs, self.options, self.nbytes = found.specs, found.options, found.specs.nbytes
+        self.specs, self.sizes, self.options = found.specs, found.sizes, found.options
+        self.nbytes = found.specs.nbytes
         if self.nbytes > limit_nbytes:
             arrays.check_specs(self.specs, limit_nbytes)
         self.root = found.root and self.parent is None
@@ -218,7 +223,7 @@ def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> Mapping[str, torch.T
     }
 
 
-def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
+def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
     """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
     stored = 0
     for run in _runs(entries) if len(entries) > 1 else (entries,):

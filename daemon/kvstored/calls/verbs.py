@@ -1,7 +1,7 @@
 """The small verbs, message in and message out: one code path behind gRPC and the lease socket. They block."""
 
 from kvstore.keys import CheckedKeys
-from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import held_message
 
@@ -9,7 +9,7 @@ from kvstored_client.wire.messages import held_message
 class Verbs:
     """Match, touch, delete and pin on a store. Raise KvstoreError."""
 
-    def __init__(self, store: Store, boot_epoch: int) -> None:
+    def __init__(self, store: StoreView, boot_epoch: int) -> None:
         self._store = store
         self.epoch = boot_epoch
 

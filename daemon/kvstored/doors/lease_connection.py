@@ -30,6 +30,7 @@ from kvstore.residency.read_path import NOTHING, Plan
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored.access.interceptor import RIGHT_OF, Access, Records, Refusal
 from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
@@ -112,7 +113,7 @@ class Connection:
         self._identity = identity
         self._rights = frozenset(verb for verb, method in VERBS.items() if RIGHT_OF[method] in identity.rights)
         self._peer = f"lease:{self.uid}"
-        self._store = shared.views.of(identity)
+        self._store: StoreView = shared.views.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._next = 1
@@ -418,20 +419,18 @@ class Connection:
 
     def _sources(self, entry: Incoming, places: Any) -> list[torch.Tensor | None]:
         """The bytes of an entry in the client's ingest segments. It may still write there: the copy is what counts."""
-        if len(places) != len(entry.specs):
-            raise InvalidEntry(f"{len(entry.specs)} tensors in {len(places)} places")
-        return [self._source(spec, place) for spec, place in zip(entry.specs.values(), places, strict=True)]
-
-    def _source(self, spec: TensorSpec, place: pb.TensorPlace) -> torch.Tensor | None:
-        nbytes = spec.nbytes
-        if not nbytes:
-            return None
-        segment = self._ingest.get(place.segment)
-        if segment is None or place.start + nbytes > segment.nbytes:
-            raise InvalidEntry(
-                f"bytes {place.start} to {place.start + nbytes} are in no ingest segment {place.segment}"
-            )
-        return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
+        if len(places) != len(entry.sizes):
+            raise InvalidEntry(f"{len(entry.sizes)} tensors in {len(places)} places")
+        sources: list[torch.Tensor | None] = []
+        for nbytes, place in zip(entry.sizes, places, strict=True):
+            segment, start = self._ingest.get(place.segment), place.start
+            if not nbytes:
+                sources.append(None)
+            elif segment is None or start + nbytes > segment.nbytes:
+                raise InvalidEntry(f"bytes {start} to {start + nbytes} are in no ingest segment {place.segment}")
+            else:
+                sources.append(torch.from_numpy(segment.bytes[start : start + nbytes]))
+        return sources
 
 
 def _refusal(kind: str, message: str) -> bytes:

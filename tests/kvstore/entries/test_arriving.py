@@ -5,16 +5,18 @@ import threading
 import pytest
 import torch
 
+from kvstore.arrays import CheckedSpecs
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+from kvstore.dtypes import TensorSpec
 from kvstore.entries.arriving import ArrivingTensors
-from kvstore.entries.entry import Entry, TensorSpec
+from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError
 from kvstore.keys import Key
 from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
 
-SPECS = {"x": TensorSpec("float32", (64,))}
+SPECS = CheckedSpecs({"x": TensorSpec("float32", (64,))})
 
 
 class Source:
