@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from kvstore import arrays
+from kvstore.dtypes import TensorSpec
 from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.hit import Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import (
@@ -294,14 +295,15 @@ class Namespace:
 
     def _tokens_of(self, hit: Hit) -> int | None:
         # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.
+        tensors = hit.tensors
         try:
-            k, v = (arrays.describe(name, hit.tensors[name]) for name in ("k", "v"))
+            (_, k), (_, v) = arrays.describe_all({"k": tensors["k"], "v": tensors["v"]})
             tokens = int(k.shape[TOKEN_AXIS])
-            self._check("k", hit.tensors["k"], tokens)
-            self._check("v", hit.tensors["v"], tokens)
         except (KeyError, IndexError, InvalidEntry):
             return None
-        return tokens if k.shape == v.shape else None
+        own = self.identity
+        due = TensorSpec(own.dtype, (own.layers, tokens, own.kv_heads, own.head_dim))
+        return tokens if k == v == due else None
 
     def _check(self, name: str, x: Any, tokens: int) -> None:
         info = arrays.describe(name, x)

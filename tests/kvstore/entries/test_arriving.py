@@ -12,7 +12,9 @@ from kvstore.dtypes import TensorSpec
 from kvstore.entries.arriving import ArrivingTensors
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError
+from kvstore.hit import Fidelity
 from kvstore.keys import Key
+from kvstore.options import PutOptions
 from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
 
@@ -34,6 +36,10 @@ class Source:
         return ArrivingTensors(SPECS, self.copy)
 
 
+def put(store: Store, arriving: ArrivingTensors, fidelity: Fidelity = "auto") -> int:
+    return store.put_entries([Entry(Key(b"k"), arriving)], PutOptions(fidelity=fidelity))
+
+
 def opened(path: object = None) -> Store:
     cold = ColdConfig() if path is None else ColdConfig(path=str(path), capacity_nbytes=64 << 20)
     config = StoreConfig(HotConfig(1 << 20), WarmConfig(1 << 20), cold)
@@ -43,7 +49,7 @@ def opened(path: object = None) -> Store:
 def test_the_first_look_copies_and_later_changes_of_the_source_are_not_seen() -> None:
     source = Source()
     with opened() as store:
-        assert store.put_many([(b"k", source.arriving())], own=True) == 1
+        assert put(store, source.arriving()) == 1
         assert source.copies == 0, "a put does not wait for the copy"
         first = store.get(b"k")
         source.x.fill_(2.0)
@@ -59,7 +65,7 @@ def test_the_first_look_copies_and_later_changes_of_the_source_are_not_seen() ->
 def test_whatever_a_store_does_with_it_uses_one_copy(tmp_path: object, way: str) -> None:
     source = Source()
     with opened(tmp_path) as store:
-        store.put_many([(b"k", source.arriving())], own=True, fidelity="exact")
+        put(store, source.arriving(), "exact")
         if way == "lease":
             with store.lease(b"k") as hit:
                 assert hit is not None
@@ -115,7 +121,7 @@ def test_a_copy_that_fails_is_an_entry_that_cannot_be_decoded_and_never_the_sour
     with pytest.raises(CodecError, match="could not be copied"):
         arriving["x"]
     with opened() as store:
-        store.put_many([(b"k", arriving)], own=True)
+        put(store, arriving)
         assert store.get(b"k") is None
         assert store.get(b"k") is None
     assert source.copies == 0
