@@ -23,7 +23,7 @@ import numpy as np
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
-from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Identity, check_key, check_keys, check_prefix
+from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -375,14 +375,14 @@ class Client:
             data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
         return self._at_most(len(batch), int(self._noted(self._understood(pb.PutReply.FromString, data)).stored))
 
-    def _receive(self, keys: CheckedKeys, *, leading: bool, out: Out = None) -> list[Hit | None]:
+    def _receive(self, keys: Sequence[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
         """Hits by position. out: for each key tensors to fill, or None."""
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
             self._data(self._read, None, hits, keys, leading=leading, out=out)
         return hits
 
-    def _read(self, hits: list[Hit | None], keys: CheckedKeys, *, leading: bool, out: Out) -> None:
+    def _read(self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out) -> None:
         framework, accept = self._resolved()
         how = _how_to_get(leading, accept, SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0)
         try:
@@ -415,10 +415,10 @@ class Client:
             self._resolved_for = torch_there, resolved
         return resolved
 
-    def _lease(self, keys: CheckedKeys, *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+    def _lease(self, keys: Sequence[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         return self._data(self._leased, NOTHING_LEASED, keys, leading=leading)
 
-    def _leased(self, keys: CheckedKeys, *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+    def _leased(self, keys: Sequence[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
         framework, accept = self._resolved()
         try:
             return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0), framework)
@@ -427,7 +427,7 @@ class Client:
             self._read_stream(receiver, _how_to_get(leading, accept, 0).request(keys))
             return nullcontext(leading_hits(receiver.hits, leading=leading))
 
-    def _match(self, keys: CheckedKeys, *, every: bool) -> list[Held | None]:
+    def _match(self, keys: Sequence[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
         return self._data(self._held, [], request)
 
