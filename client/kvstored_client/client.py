@@ -35,10 +35,9 @@ from kvstored_client.puts import Outgoing, put_options
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
 from kvstored_client.stream.receiver import Receiver
-from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport
+from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport, log_change
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import default_address, lease_path, socket_path
-from kvstored_client.wire.frames import BadFrame
 from kvstored_client.wire.messages import (
     GetOptions,
     read_entry_info,
@@ -93,7 +92,7 @@ class Client:
         self._decode = decode
         self._framework = framework
         self._on_error = on_error
-        self._transport = Transport(address or default_address(), timeout_s, _log_change)
+        self._transport = Transport(address or default_address(), timeout_s, log_change)
         path = socket_path(self._transport.target)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
         self._pool = ConnectionPool(lease_path(path), timeout_s) if shared_memory and path is not None else None
@@ -254,23 +253,21 @@ class Client:
     def evict(self, *keys: bytes) -> int:
         """Forget keys, counted as evictions. Returns how many were held. Raises if the daemon cannot answer."""
         request = pb.EvictRequest(keys=check_keys(keys))
-        return self._counted(lambda: self._transport.unary(ADMIN + "Evict", request, pb.EvictReply)).evicted
+        return self._operate("Evict", request, pb.EvictReply).evicted
 
     def demote(self, *keys: bytes) -> int:
         """Move keys one tier down. Returns how many moved. Raises if the daemon cannot answer."""
         request = pb.DemoteRequest(keys=check_keys(keys))
-        return self._counted(lambda: self._transport.unary(ADMIN + "Demote", request, pb.MoveReply)).moved
+        return self._operate("Demote", request, pb.MoveReply).moved
 
     def promote(self, *keys: bytes) -> int:
         """Copy keys to hot. Returns how many were copied. Raises if the daemon cannot answer."""
         request = pb.PromoteRequest(keys=check_keys(keys))
-        return self._counted(lambda: self._transport.unary(ADMIN + "Promote", request, pb.MoveReply)).moved
+        return self._operate("Promote", request, pb.MoveReply).moved
 
     def drain(self) -> int:
         """Have everything that is only in memory written to cold. Returns entries written. Raises if it cannot."""
-        return int(
-            self._counted(lambda: self._transport.unary(ADMIN + "Drain", pb.DrainRequest(), pb.DrainReply)).written
-        )
+        return int(self._operate("Drain", pb.DrainRequest(), pb.DrainReply).written)
 
     def verify(self) -> Iterator[Verified]:
         """Have every record on disk read and checked; how far it is, a few times a second. Damaged ones are dropped.
@@ -290,7 +287,7 @@ class Client:
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""
         request = pb.InspectRequest(key=check_key(key))
-        reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
+        reply = self._operate("Inspect", request, pb.InspectReply)
         return self._understood(read_entry_info, reply.entry) if reply.HasField("entry") else None
 
     def explain(self, *keys: bytes, tenant: str = "") -> list[Explanation]:
@@ -299,7 +296,7 @@ class Client:
         tenant: the keys are as this tenant names them.
         """
         request = pb.ExplainRequest(keys=check_keys(keys), tenant=tenant)
-        reply = self._counted(lambda: self._transport.unary(ADMIN + "Explain", request, pb.ExplainReply))
+        reply = self._operate("Explain", request, pb.ExplainReply)
         return [self._understood(read_explanation, message) for message in reply.explanations]
 
     def entries(
@@ -331,7 +328,8 @@ class Client:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now. Raises if the daemon cannot answer."""
-        return self._understood(read_stats, self._noted(self._counted(self._ask_stats)))
+        reply = self._operate("Stats", pb.StatsRequest(), pb.StatsReply)
+        return self._understood(read_stats, self._noted(reply))
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -366,14 +364,8 @@ class Client:
         return self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
-        nbytes = sum(entry.nbytes for entry in batch)
-        single = batch[0].single_frame() if len(batch) == 1 else None
-        if single is not None:
-            data = self._transport.send(CACHE + "Put", single, nbytes)
-        else:
-            frames = (frame for entry in batch for frame in entry.frames())
-            data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
-        return self._at_most(len(batch), int(self._noted(self._understood(pb.PutReply.FromString, data)).stored))
+        reply = self._noted(self._understood(pb.PutReply.FromString, self._transport.put(batch)))
+        return self._at_most(len(batch), int(reply.stored))
 
     def _receive(self, keys: Sequence[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
         """Hits by position. out: for each key tensors to fill, or None."""
@@ -388,23 +380,12 @@ class Client:
         try:
             hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
         except UseStream:
-            self._read_stream(Receiver(keys, framework, out, hits), how.request(keys))
+            Receiver(keys, framework, out, hits).read_from(self._transport, how.request(keys))
             return
         if epoch != self._epoch:
             self._saw_epoch(epoch)
         if stale:
             self.failures += stale
-
-    def _read_stream(self, receiver: Receiver, request: pb.GetRequest) -> None:
-        try:
-            with closing(self._transport.stream_in(CACHE + "Get", request)) as messages:
-                receiver.read(messages)
-        except BadFrame as error:
-            raise RecordCorrupt(f"{self.address} sent a damaged stream: {error}") from None
-        finally:
-            self._transport.saw_epoch(receiver.boot_epoch)
-        if receiver.corrupt:
-            raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
     def _resolved(self) -> tuple[str, tuple[str, ...]]:
         """The framework of what is returned, and the encodings to ask for: both change when torch is imported."""
@@ -424,7 +405,7 @@ class Client:
             return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
-            self._read_stream(receiver, _how_to_get(leading, accept, 0).request(keys))
+            receiver.read_from(self._transport, _how_to_get(leading, accept, 0).request(keys))
             return nullcontext(leading_hits(receiver.hits, leading=leading))
 
     def _match(self, keys: Sequence[bytes], *, every: bool) -> list[Held | None]:
@@ -489,9 +470,6 @@ class Client:
             raise RecordCorrupt(f"{self.address} answered {answered} of {asked}")
         return answered
 
-    def _ask_stats(self) -> pb.StatsReply:
-        return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
-
     def _saw_epoch(self, epoch: int) -> None:
         self._transport.saw_epoch(epoch)
         self._epoch = epoch
@@ -500,9 +478,10 @@ class Client:
         self._transport.saw_epoch(reply.boot_epoch)
         return reply
 
-    def _counted(self, call: Callable[[], T]) -> T:
+    def _operate(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
+        """A verb of the operator's."""
         try:
-            return call()
+            return self._transport.unary(ADMIN + verb, request, reply)
         except _SOFT:
             self.failures += 1
             raise
@@ -517,11 +496,3 @@ class Client:
                 raise
             logger.debug("answered as a miss: %s", error)
             return otherwise
-
-
-def _log_change(state: str, detail: str) -> None:
-    # Once for each change of state, whatever the number of calls that met it.
-    if state == "down":
-        logger.warning("cache down, answering misses until it is back: %s", detail)
-    else:
-        logger.info("cache up: %s", detail)
