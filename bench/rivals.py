@@ -170,12 +170,12 @@ def start_mooncake(processes: list[subprocess.Popen[bytes]], top: str) -> str | 
 
 
 def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.05)
-    sys.exit(f"nothing listens on port {port} within 60 s")
+    sys.exit(f"nothing listens on port {port} within 180 s")
 
 
 def mooncake_subject(up: Servers) -> Subject | None:
