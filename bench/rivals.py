@@ -1,9 +1,10 @@
-"""The servers measured beside each other: kvstored, Redis and memcached, each a process of its own on this host.
+"""The servers measured beside each other: kvstored, Redis, memcached and Mooncake, each with processes of its own here.
 
 A Subject is one client of one server and can put and get payloads of float32 under keys. Rivals that are not installed
 are left out.
 """
 
+import ctypes
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ class Servers:
     redis_unix: str | None
     redis_port: int
     memcached: str | None
+    mooncake: str | None
 
 
 @contextmanager
@@ -81,6 +84,7 @@ def servers() -> Iterator[Servers]:
         if memcached:
             user = ["-u", "root"] if os.geteuid() == 0 else []
             processes.append(subprocess.Popen([memcached, "-s", f"{top}/m.sock", "-I", "128m", "-m", "4096", *user]))
+        mooncake = start_mooncake(processes, top)
         try:
             _wait_for(
                 Path(top) / "k.sock", bool(redis) and Path(top) / "r.sock", bool(memcached) and Path(top) / "m.sock"
@@ -92,6 +96,7 @@ def servers() -> Iterator[Servers]:
                 f"{top}/r.sock" if redis else None,
                 redis_port,
                 f"{top}/m.sock" if memcached else None,
+                mooncake,
             )
         finally:
             for process in processes:
@@ -133,6 +138,76 @@ def memcached_subject(up: Servers) -> Subject | None:
         return None
     client = Client(up.memcached, no_delay=True)
     return Subject(lambda key, x: client.set(key, x, noreply=False), client.get)
+
+
+def start_mooncake(processes: list[subprocess.Popen[bytes]], top: str) -> str | None:
+    """Mooncake's master and the client that holds the shared memory, both up; where the latter listens.
+
+    None: not installed. The wheel is mooncake-transfer-engine-non-cuda, which needs the system's libibverbs1; it brings
+    both programs, without the right to be executed.
+    """
+    try:
+        found = find_spec("mooncake.store")
+    except ImportError:
+        return None
+    if found is None or found.origin is None:
+        return None
+    programs = {name: Path(top) / name for name in ("mooncake_master", "mooncake_client")}
+    for name, path in programs.items():
+        shutil.copyfile(Path(found.origin).with_name(name), path)
+        path.chmod(0o700)
+    master, metrics, port = free_port(), free_port(), free_port()
+    log = (Path(top) / "mooncake.log").open("wb")
+    quiet = {"stdout": log, "stderr": log}
+    ports = [f"--rpc_port={master}", f"--metrics_port={metrics}"]
+    processes.append(subprocess.Popen([programs["mooncake_master"], *ports], **quiet))
+    _wait_for_port(master)
+    where = [f"--master_server_address=127.0.0.1:{master}", "--metadata_server=P2PHANDSHAKE", "--host=127.0.0.1"]
+    sizes = ["--global_segment_size=2 GB", "--local_buffer_size=256 MB", f"--port={port}", "--protocol=tcp"]
+    processes.append(subprocess.Popen([programs["mooncake_client"], *where, *sizes], **quiet))
+    _wait_for_port(port)
+    return f"127.0.0.1:{port}"
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    sys.exit(f"nothing listens on port {port} within 180 s")
+
+
+def mooncake_subject(up: Servers) -> Subject | None:
+    """Mooncake's client of a process on the same host, with tensors in its shared memory. None: not installed.
+
+    A put copies the payload into that memory and has it stored; a get has it brought there and copies it out, as a
+    worker does whose tensors lie elsewhere. Keys are replaced (`upsert`), as all other subjects replace theirs.
+    """
+    if up.mooncake is None:
+        return None
+    from mooncake.store import MooncakeDistributedStore
+
+    store = MooncakeDistributedStore()
+    if store.setup_dummy(4 * VALUE_MAX_NBYTES, VALUE_MAX_NBYTES, up.mooncake):
+        return None
+    address = store.alloc_from_mem_pool(VALUE_MAX_NBYTES)
+    if not address or store.register_buffer(address, VALUE_MAX_NBYTES):
+        return None
+    pool = np.ctypeslib.as_array((ctypes.c_uint8 * VALUE_MAX_NBYTES).from_address(address))
+
+    def put(key: bytes, x: np.ndarray) -> None:
+        np.copyto(pool[: x.nbytes], x.view(np.uint8).reshape(-1))
+        if (code := store.upsert_from(key.decode(), address, x.nbytes)) != 0:
+            sys.exit(f"mooncake: put of {x.nbytes} bytes ended with {code}")
+
+    def get(key: bytes) -> np.ndarray:
+        nbytes = store.get_into(key.decode(), address, VALUE_MAX_NBYTES)
+        if nbytes < 0:
+            sys.exit(f"mooncake: get ended with {nbytes}")
+        return pool[:nbytes].copy()
+
+    return Subject(put, get)
 
 
 def payloads(nbytes: int, copies: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Put, get and view against Redis, memcached and a bare copy: `bench/transport.py [--json]`.
+"""Put, get and view against Redis, memcached, Mooncake and a bare copy: `bench/transport.py [--json]`.
 
 At two paces. `rotation`: every subject of a size makes one call in each round, so that each finds its code and data
 gone cold and its server asleep, as a worker does that computes between two calls. `steady`: in each round every subject
@@ -22,7 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 from limits import data_port, empty_call, empty_packet
-from rivals import MIB, Servers, Subject, environment, memcached_subject, payloads, redis_subject, servers
+from rivals import (
+    MIB,
+    Servers,
+    Subject,
+    environment,
+    memcached_subject,
+    mooncake_subject,
+    payloads,
+    redis_subject,
+    servers,
+)
 
 from kvstored_client import Client
 from kvstored_client.decoding import Decode
@@ -59,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--seconds", type=float, default=SECONDS_A_SIZE, help="for each size")
+    parser.add_argument("--mib", type=float, nargs="+", help="these sizes only, and nothing but them")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
 
@@ -69,6 +80,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with servers() as up:
+        if args.mib:
+            for mib in args.mib:
+                show(measure(up, int(mib * MIB), args.seconds))
+            if not args.json:
+                print_table(rows)
+            return
         show(floors(up))
         for nbytes in SIZES:
             show(measure(up, nbytes, args.seconds))
@@ -141,6 +158,7 @@ def rows_of(
                 taken,
                 redis=min(redis[: 1 if path == "tcp" else 2], key=np.median) if redis else None,
                 memcached=times.get(("memcached", rival, "unix")),
+                mooncake=times.get(("mooncake", rival, "shm")) if path == "unix" else None,
                 memcpy=times["memcpy", "copy", ""],
             )
         )
@@ -194,6 +212,7 @@ def subjects(up: Servers) -> list[tuple[str, str, Subject]]:
     for path in ("unix", "tcp"):
         found += [("kvstored", path, kvstored_subject(up, path)), ("redis", path, redis_subject(up, path))]
     found.append(("memcached", "unix", memcached_subject(up)))
+    found.append(("mooncake", "shm", mooncake_subject(up)))
     return [(system, path, subject) for system, path, subject in found if subject is not None]
 
 

@@ -9,16 +9,14 @@ All bytes are dense, row-major and little-endian.
 
 import sys
 from collections.abc import Mapping
-from math import prod
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from kvstore.boundary import blamed
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.hit import TensorInfo
 
 Framework = Literal["auto", "torch", "numpy"]
 
@@ -69,7 +67,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_specs(specs: Mapping[str, TensorInfo], limit_nbytes: int = ENTRY_MAX_NBYTES) -> int:
+def check_specs(specs: Mapping[str, TensorSpec], limit_nbytes: int = ENTRY_MAX_NBYTES) -> int:
     """Check names, dtypes, shapes and sizes before anything is allocated. Returns the bytes in all.
 
     Raises InvalidEntry, or EntryTooLarge over 256 tensors or `limit_nbytes`, with the value and the limit.
@@ -89,13 +87,26 @@ def check_specs(specs: Mapping[str, TensorInfo], limit_nbytes: int = ENTRY_MAX_N
         bad = next((d for d in spec.shape if not 0 <= d <= ENTRY_MAX_NBYTES), None)
         if bad is not None:
             raise InvalidEntry(f"tensor {name!r}: a dimension is 0 to {ENTRY_MAX_NBYTES}, got {bad}")
-        total += prod(spec.shape) * BY_NAME[spec.dtype].itemsize
+        total += spec.nbytes
         if total > limit_nbytes:
             raise EntryTooLarge(f"an entry has at most {limit_nbytes} bytes, got {total} by tensor {name!r}")
     return total
 
 
-def describe(name: str, x: object) -> TensorInfo:
+class CheckedSpecs(dict[str, TensorSpec]):
+    """The specs of an entry's tensors, checked when made: whoever is given one does not check again.
+
+    Raises as `check_specs`. nbytes: of all tensors. Not to be changed.
+    """
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self, specs: Mapping[str, TensorSpec], limit_nbytes: int = ENTRY_MAX_NBYTES) -> None:
+        super().__init__(specs)
+        self.nbytes = check_specs(self, limit_nbytes)
+
+
+def describe(name: str, x: object) -> TensorSpec:
     """Dtype and shape of a torch tensor or numpy array. Raises InvalidEntry for anything else.
 
     Refused are tensors on the meta device, fake, sparse, quantized and nested ones, and masked arrays.
@@ -106,10 +117,17 @@ def describe(name: str, x: object) -> TensorInfo:
         raise blamed(error, InvalidEntry, "tensor") from None
 
 
-def _described(name: str, x: object) -> TensorInfo:
-    if is_torch(x):
-        torch = _torch()
-        assert isinstance(x, torch.Tensor)
+def describe_all(tensors: Mapping[str, object]) -> tuple[tuple[str, TensorSpec], ...]:
+    """(name, dtype and shape) of each tensor, as `describe`."""
+    try:
+        return tuple([(name, _described(name, x)) for name, x in tensors.items()])
+    except Exception as error:  # noqa: BLE001 - the boundary, as above
+        raise blamed(error, InvalidEntry, "tensor") from None
+
+
+def _described(name: str, x: object) -> TensorSpec:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
         if x.layout is not torch.strided or x.is_quantized or x.is_nested:
             raise InvalidEntry(f"tensor {name!r}: only dense tensors can be stored, got {x.layout}")
         # A subclass that answers operations itself (FakeTensor, DTensor) is no memory of these numbers.
@@ -128,7 +146,7 @@ def _described(name: str, x: object) -> TensorInfo:
         raise InvalidEntry(f"tensor {name!r}: expected a torch tensor or a numpy array, got {type(x).__name__}")
     if dtype not in BY_NAME:
         raise InvalidEntry(f"tensor {name!r}: dtype {dtype} cannot be stored")
-    return TensorInfo(dtype, shape)
+    return TensorSpec(dtype, shape)
 
 
 def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -141,6 +159,14 @@ def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return _bytes_of(x)
     except Exception as error:  # noqa: BLE001 - the boundary, as above
         raise blamed(error, InvalidEntry, "tensor") from None
+
+
+def bytes_in_place(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+    """`as_bytes` of what can be read and written as it lies; None for a tensor that is strided or on another device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor) and not (x.is_contiguous() and x.device.type == "cpu"):
+        return None
+    return as_bytes(x)
 
 
 def check_storage(x: Any) -> None:
@@ -161,8 +187,8 @@ def _reach(x: Any) -> int:
 
 
 def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    if is_torch(x):
-        torch = _torch()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
         if type(x) is not torch.Tensor:
             x = x.as_subclass(torch.Tensor)
         check_storage(x)
@@ -176,7 +202,7 @@ def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return native.reshape(-1).view(np.uint8)
 
 
-def from_bytes(spec: TensorInfo, data: np.ndarray[Any, np.dtype[np.uint8]], framework: str) -> Any:
+def from_bytes(spec: TensorSpec, data: np.ndarray[Any, np.dtype[np.uint8]], framework: str) -> Any:
     """A torch tensor or numpy array over `data` (flat uint8, just the right length), sharing its memory."""
     if framework == "torch":
         torch = _import_torch()

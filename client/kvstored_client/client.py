@@ -11,6 +11,7 @@ Thread-safe. A forked child gets a connection of its own.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
@@ -23,20 +24,20 @@ from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
+from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
 from kvstored_client.leasing import NOTHING_LEASED, Leases, OneLease, leading_hits
-from kvstored_client.puts import Outgoing, PutOptions
+from kvstored_client.puts import Outgoing, put_options
 from kvstored_client.shm import calls
-from kvstored_client.shm.pool import ConnectionPool, Silent, Turn, UseStream
+from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
 from kvstored_client.stream.receiver import Receiver
-from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport
+from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport, log_change
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import default_address, lease_path, socket_path
-from kvstored_client.wire.frames import BadFrame
 from kvstored_client.wire.messages import (
     GetOptions,
     read_entry_info,
@@ -91,13 +92,15 @@ class Client:
         self._decode = decode
         self._framework = framework
         self._on_error = on_error
-        self._transport = Transport(address or default_address(), timeout_s, _log_change)
+        self._transport = Transport(address or default_address(), timeout_s, log_change)
         path = socket_path(self._transport.target)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
         self._pool = ConnectionPool(lease_path(path), timeout_s) if shared_memory and path is not None else None
         if self._pool is not None:
             self._transport.on_fork = self._pool.start_afresh
         self.failures = 0
+        self._resolved_for: tuple[bool | None, tuple[str, tuple[str, ...]]] = (None, ("", ()))
+        self._epoch = 0  # the last one seen over shared memory
 
     @property
     def address(self) -> str:
@@ -135,9 +138,10 @@ class Client:
         it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        batch = [Outgoing(check_key(key), tensors, options, parent)]
-        return bool(self._data(lambda: self._send(batch), 0))
+        options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
+        before = None if parent is None else check_key(parent)
+        batch = [Outgoing(check_key(key), tensors, options, before)]
+        return bool(self._data(self._send, 0, batch))
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -159,13 +163,14 @@ class Client:
         """
         pairs = list(entries)
         keys = check_keys(key for key, _ in pairs)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
+        options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
+        before_first = check_key(parent) if chain and parent is not None else None
+        parents = [before_first, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
             for key, (_, tensors), before in zip(keys, pairs, parents, strict=True)
         ]
-        return self._data(lambda: self._send(batch), 0) if batch else 0
+        return self._data(self._send, 0, batch) if batch else 0
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key; None on a miss.
@@ -195,7 +200,7 @@ class Client:
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
-        request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).wire_ttl_s)
+        request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
         return self._data(lambda: self._at_most(len(keys), self._ask("Touch", request, pb.TouchReply).touched), 0)
 
     def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
@@ -248,23 +253,21 @@ class Client:
     def evict(self, *keys: bytes) -> int:
         """Forget keys, counted as evictions. Returns how many were held. Raises if the daemon cannot answer."""
         request = pb.EvictRequest(keys=check_keys(keys))
-        return self._counted(lambda: self._transport.unary(ADMIN + "Evict", request, pb.EvictReply)).evicted
+        return self._operate("Evict", request, pb.EvictReply).evicted
 
     def demote(self, *keys: bytes) -> int:
         """Move keys one tier down. Returns how many moved. Raises if the daemon cannot answer."""
         request = pb.DemoteRequest(keys=check_keys(keys))
-        return self._counted(lambda: self._transport.unary(ADMIN + "Demote", request, pb.MoveReply)).moved
+        return self._operate("Demote", request, pb.MoveReply).moved
 
     def promote(self, *keys: bytes) -> int:
         """Copy keys to hot. Returns how many were copied. Raises if the daemon cannot answer."""
         request = pb.PromoteRequest(keys=check_keys(keys))
-        return self._counted(lambda: self._transport.unary(ADMIN + "Promote", request, pb.MoveReply)).moved
+        return self._operate("Promote", request, pb.MoveReply).moved
 
     def drain(self) -> int:
         """Have everything that is only in memory written to cold. Returns entries written. Raises if it cannot."""
-        return int(
-            self._counted(lambda: self._transport.unary(ADMIN + "Drain", pb.DrainRequest(), pb.DrainReply)).written
-        )
+        return int(self._operate("Drain", pb.DrainRequest(), pb.DrainReply).written)
 
     def verify(self) -> Iterator[Verified]:
         """Have every record on disk read and checked; how far it is, a few times a second. Damaged ones are dropped.
@@ -284,7 +287,7 @@ class Client:
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry. Does not count as use. Raises if the daemon cannot answer."""
         request = pb.InspectRequest(key=check_key(key))
-        reply = self._counted(lambda: self._transport.unary(ADMIN + "Inspect", request, pb.InspectReply))
+        reply = self._operate("Inspect", request, pb.InspectReply)
         return self._understood(read_entry_info, reply.entry) if reply.HasField("entry") else None
 
     def explain(self, *keys: bytes, tenant: str = "") -> list[Explanation]:
@@ -293,7 +296,7 @@ class Client:
         tenant: the keys are as this tenant names them.
         """
         request = pb.ExplainRequest(keys=check_keys(keys), tenant=tenant)
-        reply = self._counted(lambda: self._transport.unary(ADMIN + "Explain", request, pb.ExplainReply))
+        reply = self._operate("Explain", request, pb.ExplainReply)
         return [self._understood(read_explanation, message) for message in reply.explanations]
 
     def entries(
@@ -325,7 +328,8 @@ class Client:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now. Raises if the daemon cannot answer."""
-        return self._understood(read_stats, self._noted(self._counted(self._ask_stats)))
+        reply = self._operate("Stats", pb.StatsRequest(), pb.StatsReply)
+        return self._understood(read_stats, self._noted(reply))
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -355,65 +359,58 @@ class Client:
             return self._send_stream(batch)
         if commits > 1:
             self.touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
-        self._transport.saw_epoch(epoch)
+        if epoch != self._epoch:
+            self._saw_epoch(epoch)
         return self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
-        nbytes = sum(entry.nbytes for entry in batch)
-        single = batch[0].single_frame() if len(batch) == 1 else None
-        if single is not None:
-            data = self._transport.send(CACHE + "Put", single, nbytes)
-        else:
-            frames = (frame for entry in batch for frame in entry.frames())
-            data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
-        return self._at_most(len(batch), int(self._noted(self._understood(pb.PutReply.FromString, data)).stored))
+        reply = self._noted(self._understood(pb.PutReply.FromString, self._transport.put(batch)))
+        return self._at_most(len(batch), int(reply.stored))
 
-    def _receive(self, keys: list[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
+    def _receive(self, keys: Sequence[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
         """Hits by position. out: for each key tensors to fill, or None."""
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(lambda: self._read(hits, keys, leading=leading, out=out), None)
+            self._data(self._read, None, hits, keys, leading=leading, out=out)
         return hits
 
-    def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
-        framework = arrays.resolve_framework(self._framework)
-        from_nbytes = SHM_FROM_NBYTES if self._pool is not None and self._decode == "auto" else 0
-        how = _how_to_get(leading, accepted(self._decode), from_nbytes)
+    def _read(self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out) -> None:
+        framework, accept = self._resolved()
+        how = _how_to_get(leading, accept, SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0)
         try:
             hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
         except UseStream:
-            self._read_stream(Receiver(keys, framework, out, hits), how.request(keys))
+            Receiver(keys, framework, out, hits).read_from(self._transport, how.request(keys))
             return
-        self._transport.saw_epoch(epoch)
+        if epoch != self._epoch:
+            self._saw_epoch(epoch)
         if stale:
             self.failures += stale
 
-    def _read_stream(self, receiver: Receiver, request: pb.GetRequest) -> None:
-        try:
-            with closing(self._transport.stream_in(CACHE + "Get", request)) as messages:
-                receiver.read(messages)
-        except BadFrame as error:
-            raise RecordCorrupt(f"{self.address} sent a damaged stream: {error}") from None
-        finally:
-            self._transport.saw_epoch(receiver.boot_epoch)
-        if receiver.corrupt:
-            raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
+    def _resolved(self) -> tuple[str, tuple[str, ...]]:
+        """The framework of what is returned, and the encodings to ask for: both change when torch is imported."""
+        torch_there = "torch" in sys.modules
+        known, resolved = self._resolved_for
+        if known is not torch_there:
+            resolved = arrays.resolve_framework(self._framework), accepted(self._decode)
+            self._resolved_for = torch_there, resolved
+        return resolved
 
-    def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(lambda: self._leased(keys, leading=leading), NOTHING_LEASED)
+    def _lease(self, keys: Sequence[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading)
 
-    def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        framework = arrays.resolve_framework(self._framework)
+    def _leased(self, keys: Sequence[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+        framework, accept = self._resolved()
         try:
             return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
-            self._read_stream(receiver, _how_to_get(leading, accepted(self._decode), 0).request(keys))
+            receiver.read_from(self._transport, _how_to_get(leading, accept, 0).request(keys))
             return nullcontext(leading_hits(receiver.hits, leading=leading))
 
-    def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
+    def _match(self, keys: Sequence[bytes], *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
-        return self._data(lambda: self._held(request), [])
+        return self._data(self._held, [], request)
 
     def _held(self, request: pb.MatchRequest) -> list[Held | None]:
         reply = self._ask("Match", request, pb.MatchReply)
@@ -421,7 +418,7 @@ class Client:
         return [read_held(held) for held in reply.held]
 
     def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
-        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).wire_ttl_s)
+        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
         return self._data(lambda: self._at_most(len(keys), self._ask("Pin", request, pb.PinReply).changed), 0)
 
     def _ask(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
@@ -433,24 +430,30 @@ class Client:
             return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
         return self._noted(getattr(reply_message, name))  # type: ignore[no-any-return]
 
-    def _through_shared_memory(self, call: Callable[Concatenate[Turn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _through_shared_memory(
+        self, call: Callable[Concatenate[ConnectionPool, list[Connection], P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
-        if self._pool is None:
+        pool, breaker = self._pool, self._transport.breaker
+        if pool is None:
             raise UseStream("another host, or switched off")
-        self._transport.allow()
-        turn = Turn(self._pool)
+        if breaker.failures or breaker.openings:
+            self._transport.allow()
+        hand: list[Connection] = []
         try:
             try:
-                result = call(turn, *args, **kwargs)
+                result = call(pool, hand, *args, **kwargs)
             finally:
-                turn.put_back()
+                if hand:
+                    pool.put_back(hand)
         except Silent as error:
-            turn.put_back()
+            pool.put_back(hand)
             raise self._transport.silent(str(error)) from None
         except BaseException:
-            turn.put_back()  # the first time it may have been interrupted
+            pool.put_back(hand)  # the first time it may have been interrupted
             raise
-        self._transport.answered()
+        if breaker.failures or breaker.openings:
+            self._transport.answered()
         return result
 
     def _understood(self, read: Callable[[Any], T], answer: Any) -> T:
@@ -467,34 +470,29 @@ class Client:
             raise RecordCorrupt(f"{self.address} answered {answered} of {asked}")
         return answered
 
-    def _ask_stats(self) -> pb.StatsReply:
-        return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
+    def _saw_epoch(self, epoch: int) -> None:
+        self._transport.saw_epoch(epoch)
+        self._epoch = epoch
 
     def _noted(self, reply: Any) -> Any:
         self._transport.saw_epoch(reply.boot_epoch)
         return reply
 
-    def _counted(self, call: Callable[[], T]) -> T:
+    def _operate(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
+        """A verb of the operator's."""
         try:
-            return call()
+            return self._transport.unary(ADMIN + verb, request, reply)
         except _SOFT:
             self.failures += 1
             raise
 
-    def _data(self, call: Callable[[], T], otherwise: T) -> T:
+    def _data(self, call: Callable[P, T], otherwise: T, *args: P.args, **kwargs: P.kwargs) -> T:
         """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
         try:
-            return self._counted(call)
+            return call(*args, **kwargs)
         except _SOFT as error:
+            self.failures += 1
             if self._on_error == "raise":
                 raise
             logger.debug("answered as a miss: %s", error)
             return otherwise
-
-
-def _log_change(state: str, detail: str) -> None:
-    # Once for each change of state, whatever the number of calls that met it.
-    if state == "down":
-        logger.warning("cache down, answering misses until it is back: %s", detail)
-    else:
-        logger.info("cache up: %s", detail)

@@ -3,15 +3,17 @@
 One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 import xxhash
 
-from kvstore.errors import CodecError, KvstoreError
+from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit
 from kvstored_client.buffers import Out, OutMismatch, Target, Tensors
 from kvstored_client.decoding import Packed, Unpacking, shape_of
 from kvstored_client.interrupts import damage
+from kvstored_client.stream.transport import CACHE, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Frame, Scatter, parse_frame
 from kvstored_client.wire.messages import TIER_NAMES, read_receipt
@@ -21,7 +23,7 @@ class Receiver:
     """Collects the hits of one Get. hits: by position; corrupt: entries dropped for a wrong checksum."""
 
     def __init__(
-        self, keys: list[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
+        self, keys: Sequence[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
     ) -> None:
         self.hits: list[Hit | None] = [None] * len(keys) if hits is None else hits
         self.corrupt = 0
@@ -30,6 +32,18 @@ class Receiver:
         self._framework = framework
         self._out = out
         self._entry: _Incoming | None = None
+
+    def read_from(self, transport: Transport, request: pb.GetRequest) -> None:
+        """Make the call and take its answer. Raises KvstoreError; what was complete by then is in `hits`."""
+        try:
+            with closing(transport.stream_in(CACHE + "Get", request)) as messages:
+                self.read(messages)
+        except BadFrame as error:
+            raise RecordCorrupt(f"{transport.address} sent a damaged stream: {error}") from None
+        finally:
+            transport.saw_epoch(self.boot_epoch)
+        if self.corrupt:
+            raise RecordCorrupt(f"{self.corrupt} entries from {transport.address} failed their checksum")
 
     def read(self, messages: Iterable[bytes]) -> None:
         """Take all frames. Raises OutMismatch, and BadFrame for a stream that is not one.

@@ -5,10 +5,11 @@ belongs to the process that made it: a forked child starts with a fresh one. Thr
 (see `interrupts`); gRPC, which has many, is called in threads that nothing interrupts.
 """
 
+import logging
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -18,10 +19,13 @@ from kvstore.errors import KvstoreError, OverQuota, TierUnavailable
 from kvstored_client.aside import Aside, Job
 from kvstored_client.breaker import Breaker
 from kvstored_client.interrupts import damage, is_foreign
+from kvstored_client.puts import Outgoing
 from kvstored_client.stream.credentials import check_credentials, open_channel
 from kvstored_client.stream.watchdog import Watchdog
 from kvstored_client.wire.address import parse_address
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S
+
+logger = logging.getLogger(__name__)
 
 CACHE = "/kvstored.v1.Cache/"
 ADMIN = "/kvstored.v1.Admin/"
@@ -176,6 +180,14 @@ class Transport:
         except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
             raise damage(error, f"what {self.address} answered") from None
 
+    def put(self, batch: Sequence[Outgoing]) -> bytes:
+        """Entries there, a PutReply back, serialized. Raises KvstoreError."""
+        nbytes = sum(entry.nbytes for entry in batch)
+        single = batch[0].single_frame() if len(batch) == 1 else None
+        if single is not None:
+            return self.send(CACHE + "Put", single, nbytes)
+        return self.stream_out(CACHE + "Put", (frame for entry in batch for frame in entry.frames()), nbytes)
+
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
         """A put of a single frame: on the wire the stream of one message, without gRPC's thread for sending."""
         return self._attempt("unary_unary", path, frame, self._deadline_s(nbytes))
@@ -329,3 +341,12 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def log_change(state: str, detail: str) -> None:
+    """Tell of a breaker that opened or closed."""
+    # Once for each change of state, whatever the number of calls that met it.
+    if state == "down":
+        logger.warning("cache down, answering misses until it is back: %s", detail)
+    else:
+        logger.info("cache up: %s", detail)
