@@ -58,7 +58,7 @@ engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of 
 # train long (state machines, the simulator, whole codecs, counted allocations). A file is added here if `make quick`
 # stays under a minute with it.
 QUICK := tests/kvstore/metadata/test_tenants.py tests/kvstore/residency/test_read_path.py tests/kvstore/shm \
-	tests/kvstore/entries tests/kvstore/test_options.py tests/kvstore/test_extensions.py tests/kvstore/test_pieces.py \
+	tests/kvstore/entries tests/kvstore/test_options.py tests/kvstore/test_extensions.py \
 	tests/kvstore/test_store.py tests/contract/test_policies.py tests/kvstored_client/wire tests/kvstored/test_settings.py
 QUICK_NOT := tests/kvstore/entries/test_overhead.py tests/kvstore/entries/test_strangers.py
 

@@ -152,9 +152,9 @@ def written() -> int:
     return int(next(line for line in lines if line.startswith("write_bytes:")).split()[1])
 
 
-def batches(numbers: list[int], nbytes: int) -> Iterator[list[int]]:
-    """As many as the writer takes at once."""
-    size = min(BATCH_MAX, max(1, BATCH_NBYTES // nbytes))
+def batches(numbers: list[int], nbytes: int, live: int) -> Iterator[list[int]]:
+    """As many as the writer takes at once, but a small part of what lives: LMDB copies what a transaction changes."""
+    size = min(BATCH_MAX, max(1, BATCH_NBYTES // nbytes), max(1, live // 16))
     for start in range(0, len(numbers), size):
         yield numbers[start : start + size]
 
@@ -168,7 +168,7 @@ def measured(kind: str, path: Path, nbytes: int, count: int) -> dict[str, float]
     store = KINDS[kind](path)
     found: dict[str, float] = {}
     start, cpu, before = time.perf_counter(), time.process_time(), written()
-    for batch in batches(list(range(count)), nbytes):
+    for batch in batches(list(range(count)), nbytes, count):
         store.write([entry_of(n, nbytes, data) for n in batch], [], live_nbytes)
     found["spill_mb_s"] = live_nbytes / (time.perf_counter() - start) / 1e6
     found["spill_cpu_us"] = (time.process_time() - cpu) / count * 1e6
@@ -187,7 +187,7 @@ def measured(kind: str, path: Path, nbytes: int, count: int) -> dict[str, float]
     held = list(range(count))
     fresh, before = count, written()
     start = time.perf_counter()
-    for batch in batches(list(range(count, count * (1 + CHURN))), nbytes):
+    for batch in batches(list(range(count, count * (1 + CHURN))), nbytes, count):
         order.shuffle(held)
         gone, held = held[: len(batch)], held[len(batch) :] + batch
         store.write([entry_of(n, nbytes, data) for n in batch], [Key(b"%032d" % n) for n in gone], live_nbytes)
