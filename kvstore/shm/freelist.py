@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 
-from kvstore.shm.layout import aligned
+from kvstore.shm.layout import ALIGN
 
 
 class FreeList:
@@ -30,7 +30,7 @@ class FreeList:
 
     def take(self, nbytes: int) -> int | None:
         """The start of a block of at least `nbytes`; None when no hole is large enough."""
-        size = aligned(max(nbytes, 1))
+        size = -(-max(nbytes, 1) // ALIGN) * ALIGN
         i = bisect_left(self._by_size, (size, 0))
         if i == len(self._by_size):
             return None

@@ -171,10 +171,14 @@ class Meter:
 
     def end(self, method: str, code: str, seconds: float) -> None:
         """A call that may have begun elsewhere ended: the lease socket's are not counted as running."""
+        self.observer(method, code)(seconds)
+
+    def observer(self, method: str, code: str) -> Callable[[float], None]:
+        """Takes the seconds of each call of a method that ended so."""
         found = self._series.get((method, code))
         if found is None:  # `labels` takes as long as the smallest call's whole lookup
             found = self._series[method, code] = self._seconds.labels(method, code)
-        found.observe(seconds)
+        return found.observe
 
     def leave(self, method: str) -> None:
         """A call that `begin` counted is over."""
