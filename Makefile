@@ -56,13 +56,22 @@ engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of 
 	$(BIN)/python tools/engines/run_vllm.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))" \
 		--record experiments/vllm.json
 
-quick: install  ## The tests that take less than about ten seconds each
-	$(BIN)/python -m pytest -m "not slow and not model" $(PYTEST_ARGS)
+# The folders whose tests start no daemon, no second process and no disk that is synced, and of those not the files that
+# train long (state machines, the simulator, whole codecs, counted allocations). A file is added here if `make quick`
+# stays under a minute with it.
+QUICK := tests/kvstore/metadata/test_tenants.py tests/kvstore/residency/test_read_path.py tests/kvstore/shm \
+	tests/kvstore/entries tests/kvstore/test_options.py tests/kvstore/test_extensions.py \
+	tests/kvstore/test_store.py tests/contract/test_policies.py tests/kvstored_client/wire tests/kvstored/test_settings.py
+QUICK_NOT := tests/kvstore/entries/test_overhead.py tests/kvstore/entries/test_strangers.py
 
-lint: install proto-check  ## ruff, the layers between packages, the generated code
+quick: install  ## The engine and the wire without daemon, second process and model: under a minute
+	$(BIN)/python -m pytest -m "not slow and not model" $(QUICK) $(QUICK_NOT:%=--ignore %) $(PYTEST_ARGS)
+
+lint: install proto-check  ## ruff, the layers between packages, the generated code, the length of modules and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/sizes.py
 
 type: install  ## mypy, strict
 	$(BIN)/mypy

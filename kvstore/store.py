@@ -16,7 +16,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
@@ -28,7 +28,6 @@ from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Key, check_key, check_prefix, identity_of, named
-from kvstore.metadata.meta import Meta
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
@@ -37,7 +36,7 @@ from kvstore.residency.answers import Answers
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
-from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, Resident, leading_first
+from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
 from kvstore.residency.resizing import set_hot_capacity
 from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
@@ -260,38 +259,6 @@ class Store:
         """
         self._check_open()
         return self._answers.of_plan(plan, self._read_path.fetch(plan), room)
-
-    @contextmanager
-    def lease_as_held(
-        self,
-        keys: Sequence[bytes],
-        accept: Collection[str],
-        *,
-        from_nbytes: int = 0,
-        leading: bool = False,
-        room: Room | None = None,
-    ) -> Iterator[Iterator[Hit | Found | None]]:
-        """`plan` and `read` in one, for callers who have not changed yet."""
-        yield self.read(self.plan(keys, leading=leading, accept=accept, from_nbytes=from_nbytes), room=room)
-
-    def at_hand(
-        self, keys: Sequence[bytes], accept: Collection[str], *, from_nbytes: int = 0, at_most_nbytes: float = inf
-    ) -> bool:
-        """Whether `lease_as_held` would have nothing to read or decode: for callers who have not changed yet."""
-        with self._r.lock:
-            plan = self._read_path.look(CheckedKeys(keys))
-        plan.accept, plan.from_nbytes = accept, from_nbytes
-        return not plan.misses and plan.at_hand and plan.held_nbytes <= at_most_nbytes
-
-    def resident(
-        self, keys: Sequence[bytes], *, at_most_nbytes: float = inf, count_later: bool = False
-    ) -> Resident | None:
-        """A plan of what hot holds, or None, counted as nothing: for callers who have not changed yet."""
-        self._check_open()
-        plan = self._read_path.resident(CheckedKeys(keys), at_most_nbytes, count_later=count_later)
-        if plan is None:
-            return None
-        return Resident(plan.keys, cast("list[Entry]", plan.entries), cast("list[Meta]", plan.metas), plan.now)
 
     def settle(self) -> None:
         """Count the gets that were to be counted later. Nobody has to: whoever takes the lock does."""

@@ -81,20 +81,6 @@ class Plan:
         return bool(self.accept) and entry.value_nbytes >= self.from_nbytes and entry.is_encoded_in(self.accept)
 
 
-class Resident(NamedTuple):
-    """Values found in hot, each with its Meta, and the time of the store's clock."""
-
-    keys: Sequence[Key]
-    entries: list[Entry]
-    metas: list[Meta]
-    now: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all their tensors."""
-        return sum(map(_VALUE_NBYTES, self.metas))
-
-
 class ReadPath:
     """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
 
@@ -131,22 +117,6 @@ class ReadPath:
                 self._count(plan)
             elif count_later:
                 r.lock.owed.append(partial(self._count_hot, plan))
-            else:
-                self._count_hot(plan)
-        return plan
-
-    def look(self, keys: Sequence[Key]) -> Plan:
-        """A plan that is not counted, with the lock held: for `Store.at_hand`."""
-        return self._look(keys, leading=False, at_most_nbytes=inf, whole_if_hot=True)
-
-    def resident(self, keys: Sequence[Key], at_most_nbytes: float, *, count_later: bool) -> Plan | None:
-        """The plan of what hot holds, or nothing, not counted: for `Store.resident`."""
-        with self._r.lock:
-            plan = self._all_hot(keys, at_most_nbytes)
-            if plan is None:
-                return None
-            if count_later:
-                self._r.lock.owed.append(partial(self._count_hot, plan))
             else:
                 self._count_hot(plan)
         return plan

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 import subprocess
 import tomllib
 
@@ -51,6 +52,24 @@ def test_every_verb_and_each_of_its_options_is_documented():
             if option.param_type_name == "option":
                 assert all(word in MANUAL for word in option.opts), option.opts
     assert set(re.findall(r"`kvstored ([a-z-]+)", OPERATIONS)) <= set(cli.commands)
+
+
+def test_what_is_too_long_is_named_with_the_limit(tmp_path, capsys):
+    sizes = runpy.run_path(str(ROOT / "tools" / "sizes.py"))
+    folder = tmp_path / "kvstore" / "folder"
+    (folder / "_pb").mkdir(parents=True)
+    (folder / "_pb" / "generated.py").write_text("\n" * 501)
+    (folder / "short.py").write_text("x = 1\n" * 500)
+    long = ["async def f():", *["    x = 1"] * 60, "class C:", "    def g(self):", *["        x = 1"] * 59]
+    (folder / "functions.py").write_text("\n".join(long))
+    assert list(sizes["too_long"](tmp_path)) == ["kvstore/folder/functions.py:1 f: 61 lines, at most 60; split it"]
+    assert sizes["main"](tmp_path) == 1
+    assert "functions.py:1" in capsys.readouterr().out
+    (folder / "functions.py").write_text("x = 1\n" * 501)
+    (found,) = sizes["too_long"](tmp_path)
+    assert found == "kvstore/folder/functions.py: 501 lines, at most 500; split it by subject"
+    (folder / "functions.py").unlink()
+    assert sizes["main"](tmp_path) == 0
 
 
 def test_every_exit_code_is_documented():

@@ -60,40 +60,17 @@ def test_a_get_counted_later_counts_the_same() -> None:
             for i in range(3):
                 store.put(b"k%d" % i, {"k": chunk(i)}, ttl_s=100)
         keys = [b"k0", b"k1"]
-        assert at_once.resident(keys) is not None
-        assert later.resident(keys, count_later=True) is not None
+        assert at_once.plan(keys).hot
+        assert later.plan(keys, count_later=True).hot
         assert list(later._r.hot.keys()) != list(at_once._r.hot.keys())
         assert later.get(b"absent") is at_once.get(b"absent") is None
         assert list(later._r.hot.keys()) == list(at_once._r.hot.keys())
-        assert at_once.resident(keys) is not None
-        assert later.resident(keys, count_later=True) is not None
+        assert at_once.plan(keys).hot
+        assert later.plan(keys, count_later=True).hot
         later.settle()
         found = [store.stats() for store in (at_once, later)]
         assert found[0].values == found[1].values
         assert found[0].tiers["hot"].hits == found[1].tiers["hot"].hits == 4
-        assert later.resident([b"k0", b"absent"], count_later=True) is None
-        assert later.stats().values["gets"] == found[1].values["gets"]
-
-
-def test_at_hand_is_what_needs_no_disk_and_no_decoding(tmp_path: Path) -> None:
-    with open_store(path=tmp_path) as store:
-        for key in (b"hot", b"warm", b"cold"):
-            store.put(key, {"k": chunk(1)})
-        store.demote(b"warm", b"cold")
-        store.demote(b"cold")
-        accept = ("nf4-kv",)
-        assert [store.at_hand([key], accept) for key in (b"hot", b"warm", b"cold", b"absent")] == [
-            True,
-            True,
-            False,
-            False,
-        ]
-        assert store.at_hand([b"hot", b"warm"], accept)
-        assert not store.at_hand([b"hot", b"cold"], accept)
-        assert not store.at_hand([b"warm"], ())
-        assert not store.at_hand([b"warm"], accept, from_nbytes=64 * MIB)
-        assert store.at_hand([b"warm"], accept, at_most_nbytes=MIB)
-        assert not store.at_hand([b"warm", b"hot"], accept, at_most_nbytes=MIB)
 
 
 def test_an_exact_entry_skips_warm(tmp_path: Path) -> None:

@@ -235,8 +235,7 @@ def by_get(store: Store) -> object:
 
 
 def by_held(store: Store) -> object:
-    with store.lease_as_held([KEY], {"nf4", "nf4-kv", "int8", "layers"}) as hits:
-        return next(hits)
+    return next(store.read(store.plan([KEY], accept={"nf4", "nf4-kv", "int8", "layers"})))
 
 
 def by_promote(store: Store) -> object:

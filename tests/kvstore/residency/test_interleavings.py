@@ -80,8 +80,8 @@ def test_a_key_deleted_during_a_drain_is_not_on_the_disk_afterwards(
 
 READS: dict[str, Callable[[Store, list[bytes]], object]] = {
     "get_many": lambda store, keys: store.get_many(keys, leading=True),
-    "resident": lambda store, keys: store.resident(keys),
-    "resident, counted later": lambda store, keys: [store.resident(keys, count_later=True), store.settle()],
+    "plan": lambda store, keys: store.plan(keys),
+    "plan, counted later": lambda store, keys: [store.plan(keys, count_later=True), store.settle()],
     "touch": lambda store, keys: store.touch(keys),
 }
 
