@@ -1,7 +1,7 @@
 """Whether and how the data section of a record is compressed: zstd where a sample shows that it pays.
 
 Level 1 without long distance: higher levels cost two to ten times the time and save no more, negative ones save nothing
-(docs/decisions/0004-zstd.md). Floats are grouped by byte first (all lowest bytes, then the next, ...): exponents
+(docs/decisions/0006-zstd.md). Floats are grouped by byte first (all lowest bytes, then the next, ...): exponents
 repeat, mantissas do not. Decompression is bounded before it starts: python-zstandard ignores `max_output_size` when a
 frame states its size, so the size is read and compared first. Pure, any thread.
 """
