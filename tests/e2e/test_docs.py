@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def rows(page: str) -> list[list[str]]:
 
 
 def resolved(name: str) -> object:
-    """What a dotted name stands for: a module, a class, or a field of one."""
+    """The object that a dotted name stands for: a module, a class, or a field of a class."""
     parts = name.split(".")
     for at in range(len(parts), 0, -1):
         try:
@@ -36,18 +37,19 @@ def resolved(name: str) -> object:
         except ModuleNotFoundError:
             continue
         for part in parts[at:]:
-            found = found.__annotations__[part] if part in vars(found).get("__annotations__", {}) else getattr(found, part)
+            fields = vars(found).get("__annotations__", {})
+            found = fields[part] if part in fields else getattr(found, part)
         return found
     raise ModuleNotFoundError(name)
 
 
-def test_the_glossary_has_at_most_thirty_words_and_each_stands_once():
+def test_the_glossary_has_at_most_thirty_words_and_no_word_twice():
     words = [word for word, *_ in rows((DOCS / "glossary.md").read_text())[1:]]
     assert len(words) <= WORDS_MAX
     assert len(set(words)) == len(words)
 
 
-def test_each_word_of_the_glossary_has_one_class_that_exists_and_is_no_other_word_s():
+def test_each_word_of_the_glossary_has_one_class_that_exists_and_that_no_other_word_has():
     named = {}
     for word, _, where in rows((DOCS / "glossary.md").read_text())[1:]:
         names = re.findall(r"`([\w.]+)`", where)
@@ -91,7 +93,7 @@ def arrows() -> list[tuple[str, str]]:
     picture = ARCHITECTURE.split("```mermaid")[1].split("```")[0]
     for line in picture.splitlines():
         steps = [re.findall(r"\b(\w+)(?:\[[^\]]*\])?(?= &|$)", step.strip()) for step in line.split("-->")]
-        plain += [(a, b) for one, two in zip(steps, steps[1:], strict=False) for a in one for b in two]
+        plain += [(a, b) for one, two in pairwise(steps) for a in one for b in two]
     return [(modules[a], modules[b]) for a, b in plain]
 
 
@@ -117,7 +119,8 @@ def test_a_page_links_and_names_only_files_that_exist(page):
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     if page.name != "CHANGELOG.md":  # it tells of files as they were
-        named = re.findall(r"(?<![\w/.])((?:kvstore|daemon|client|tests|docs|bench|examples|tools)/[\w/]+\.\w+)\b", text)
+        folder = "kvstore|daemon|client|tests|docs|bench|examples|tools"
+        named = re.findall(rf"(?<![\w/.])((?:{folder})/[\w/]+\.\w+)\b", text)
         assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -125,7 +128,8 @@ def test_a_page_links_and_names_only_files_that_exist(page):
 def test_a_link_to_a_heading_finds_it(page):
     for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text()):
         text = (page.parent / target).read_text() if target else page.read_text()
-        anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-") for words in headings}
         assert heading in anchors, f"{target}#{heading}"
 
 
