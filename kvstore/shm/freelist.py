@@ -8,7 +8,7 @@ from kvstore.shm.layout import aligned
 class FreeList:
     """Free room of one run of bytes: best fit, neighbours joined when freed. Not thread-safe.
 
-    Best fit, because KV chunks of one model have one size and fall into the holes their like left.
+    Best fit, because KV chunks of one model have one size and fit the holes that such chunks left.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -29,7 +29,7 @@ class FreeList:
         return start in self._taken
 
     def take(self, nbytes: int) -> int | None:
-        """The start of a block of at least `nbytes`; None when no hole is large enough."""
+        """The start of a block of at least `nbytes` bytes; None if no hole is large enough."""
         size = aligned(max(nbytes, 1))
         i = bisect_left(self._by_size, (size, 0))
         if i == len(self._by_size):
