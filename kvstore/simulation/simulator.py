@@ -2,9 +2,9 @@
 without tensors.
 
 Only sizes are simulated: entries are sizes (`SizedTensors`), the transcoder computes sizes (`SizedTranscoder`), the
-disk is a tier in memory (`SizedCold`). So a laptop can simulate a terabyte, and all decisions are made by the daemon's code.
-Also the upper bound: the offline optimum for prefix chains (`optimum`), which knows the future.
-Python bounds its speed: a put goes through every check and counter of the store. docs/prefixes.md has figures.
+disk is a tier in memory (`SizedCold`). So a laptop can simulate a terabyte, and all decisions are made by the daemon's
+code. Also the upper bound: the offline optimum for prefix chains (`optimum`), which knows the future. Python bounds its
+speed: a put goes through every check and counter of the store. docs/prefixes.md has figures.
 """
 
 import heapq
