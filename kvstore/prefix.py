@@ -116,8 +116,8 @@ class Namespace:
         """Put the K and V of a prefix, cut into chunks; chunks already held are touched, not sent.
 
         k, v: (layers, tokens, kv_heads, head_dim), tokens == len(token_ids). Returns the chunks sent and stored.
-        no_store: no prompt will continue this one; held chunks are touched, none is added. priority: "low" is
-        evicted before others unless it is hit. pin: pin the whole prefix. Raises InvalidEntry if shapes or dtype are not the
+        no_store: no prompt will continue this one; held chunks are touched, none is added. priority: "low" is evicted
+        before others unless it is hit. pin: pin the whole prefix. Raises InvalidEntry if shapes or dtype are not the
         identity's.
         """
         tokens = len(token_ids)
