@@ -31,7 +31,8 @@ from kvstore.disk.occupancy import place_nbytes
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Place
 from kvstore.disk.writer import ROWS_PER_COMMIT
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.entries.record import pack
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta

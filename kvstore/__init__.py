@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvstore.codecs.outside import register_codec
     from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
     from kvstore.errors import (
         CodecError,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     )
     from kvstore.hit import EntryInfo, Held, Hit, Match, TensorInfo
     from kvstore.keys import Identity, chunk_keys
+    from kvstore.options import PutOptions
+    from kvstore.policies import register_policy
     from kvstore.prefix import Namespace
     from kvstore.store import Store
 
@@ -53,6 +56,9 @@ _HOME = {
     "Identity": "keys",
     "chunk_keys": "keys",
     "Namespace": "prefix",
+    "PutOptions": "options",
+    "register_codec": "codecs.outside",
+    "register_policy": "policies",
     "Store": "store",
 }
 
@@ -72,6 +78,7 @@ __all__ = [
     "Namespace",
     "OverQuota",
     "PermissionDenied",
+    "PutOptions",
     "RecordCorrupt",
     "Store",
     "StoreConfig",
@@ -79,6 +86,8 @@ __all__ = [
     "TierUnavailable",
     "WarmConfig",
     "chunk_keys",
+    "register_codec",
+    "register_policy",
 ]
 
 

@@ -9,16 +9,14 @@ All bytes are dense, row-major and little-endian.
 
 import sys
 from collections.abc import Mapping
-from math import prod
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from kvstore.boundary import blamed
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.hit import TensorInfo
 
 Framework = Literal["auto", "torch", "numpy"]
 
@@ -69,7 +67,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_specs(specs: Mapping[str, TensorInfo], limit_nbytes: int = ENTRY_MAX_NBYTES) -> int:
+def check_specs(specs: Mapping[str, TensorSpec], limit_nbytes: int = ENTRY_MAX_NBYTES) -> int:
     """Check names, dtypes, shapes and sizes before anything is allocated. Returns the bytes in all.
 
     Raises InvalidEntry, or EntryTooLarge over 256 tensors or `limit_nbytes`, with the value and the limit.
@@ -89,13 +87,26 @@ def check_specs(specs: Mapping[str, TensorInfo], limit_nbytes: int = ENTRY_MAX_N
         bad = next((d for d in spec.shape if not 0 <= d <= ENTRY_MAX_NBYTES), None)
         if bad is not None:
             raise InvalidEntry(f"tensor {name!r}: a dimension is 0 to {ENTRY_MAX_NBYTES}, got {bad}")
-        total += prod(spec.shape) * BY_NAME[spec.dtype].itemsize
+        total += spec.nbytes
         if total > limit_nbytes:
             raise EntryTooLarge(f"an entry has at most {limit_nbytes} bytes, got {total} by tensor {name!r}")
     return total
 
 
-def describe(name: str, x: object) -> TensorInfo:
+class CheckedSpecs(dict[str, TensorSpec]):
+    """The specs of an entry's tensors, checked when made: whoever is given one does not check again.
+
+    Raises as `check_specs`. nbytes: of all tensors. Not to be changed.
+    """
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self, specs: Mapping[str, TensorSpec], limit_nbytes: int = ENTRY_MAX_NBYTES) -> None:
+        super().__init__(specs)
+        self.nbytes = check_specs(self, limit_nbytes)
+
+
+def describe(name: str, x: object) -> TensorSpec:
     """Dtype and shape of a torch tensor or numpy array. Raises InvalidEntry for anything else.
 
     Refused are tensors on the meta device, fake, sparse, quantized and nested ones, and masked arrays.
@@ -106,7 +117,7 @@ def describe(name: str, x: object) -> TensorInfo:
         raise blamed(error, InvalidEntry, "tensor") from None
 
 
-def _described(name: str, x: object) -> TensorInfo:
+def _described(name: str, x: object) -> TensorSpec:
     if is_torch(x):
         torch = _torch()
         assert isinstance(x, torch.Tensor)
@@ -128,7 +139,7 @@ def _described(name: str, x: object) -> TensorInfo:
         raise InvalidEntry(f"tensor {name!r}: expected a torch tensor or a numpy array, got {type(x).__name__}")
     if dtype not in BY_NAME:
         raise InvalidEntry(f"tensor {name!r}: dtype {dtype} cannot be stored")
-    return TensorInfo(dtype, shape)
+    return TensorSpec(dtype, shape)
 
 
 def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -176,7 +187,7 @@ def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return native.reshape(-1).view(np.uint8)
 
 
-def from_bytes(spec: TensorInfo, data: np.ndarray[Any, np.dtype[np.uint8]], framework: str) -> Any:
+def from_bytes(spec: TensorSpec, data: np.ndarray[Any, np.dtype[np.uint8]], framework: str) -> Any:
     """A torch tensor or numpy array over `data` (flat uint8, just the right length), sharing its memory."""
     if framework == "torch":
         torch = _import_torch()

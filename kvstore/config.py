@@ -15,13 +15,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from kvstore import extensions
 from kvstore.errors import ConfigError
 
 MIB = 1 << 20
 GIB = 1 << 30
 
-POLICIES = ("lru", "arc", "s3fifo")
-"""Which key leaves a memory tier next; `policies` has one module for each."""
+POLICIES = extensions.OWN_POLICIES
+"""Which key leaves a memory tier next; `policies` has one module for each. Others may be registered (`extensions`)."""
 SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
 """Which entries may be written to disk (`tiers.admission`)."""
@@ -178,7 +179,7 @@ class StoreConfig:
                     if nbytes is not None:
                         check_range(f"{table}.{name}.{limit}", nbytes, 0, 1 << 50)
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
-        check_choice("policy", self.policy, POLICIES)
+        _check_known("policy", self.policy, POLICIES, extensions.POLICIES)
         check_choice("split", self.split, SPLITS)
         check_codecs("warm", self.warm)
         for name, policy in self.warm.namespaces.items():
@@ -202,7 +203,7 @@ def check_codecs(name: str, policy: CodecPolicy | WarmConfig) -> None:
         f"{name}.layers.{text}": (choice.codec, choice.max_relative_error) for text, choice in policy.layers.items()
     }
     for where, (codec, bound) in {name: (policy.codec, policy.max_relative_error), **by_layer}.items():
-        check_choice(f"{where}.codec", codec, CODECS)
+        _check_known(f"{where}.codec", codec, CODECS, extensions.CODECS)
         check_range(f"{where}.max_relative_error", bound, 0, 0.99)
     chosen: dict[int, tuple[str, float]] = {}
     for text, choice in policy.layers.items():
@@ -227,6 +228,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ConfigError, naming the choices, unless value is one of them."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_known(name: str, value: object, own: Sequence[str], others: extensions.Registry[Any]) -> None:
+    """As `check_choice`, of what may also be registered from outside."""
+    if value not in own and not others.knows(value):
+        check_choice(name, value, (*own, *others.names()))
 
 
 def from_mapping(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:

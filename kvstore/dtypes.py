@@ -1,4 +1,4 @@
-"""The element types of tensors: one table for the engine, the records and the wire.
+"""The element types of tensors: one table for the engine, the records and the wire. And a tensor's spec.
 
 It holds names, sizes and codes only, so that a client without torch can import it.
 `wire` numbers are frozen: add, never renumber. A type whose `safetensors` code is None travels in a
@@ -6,6 +6,7 @@ record as U8 bytes, with its real type in the record's metadata.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +60,16 @@ never written, because an older version of kvstored would refuse the file."""
 
 LOSSY_ALLOWED = frozenset({"float32", "float16", "bfloat16"})
 """Types that a lossy codec may encode. float64 is not KV data: its bits are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's element type (a name in `BY_NAME`) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense, row-major tensor."""
+        return prod(self.shape) * BY_NAME[self.dtype].itemsize

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
+from kvstore.dtypes import TensorSpec
+
 Fidelity = Literal["auto", "exact"]
 FIDELITIES: tuple[Fidelity, ...] = ("auto", "exact")
 Priority = Literal["low", "normal"]
 PRIORITIES: tuple[Priority, ...] = ("low", "normal")
+
+TensorInfo = TensorSpec
+"""What an `EntryInfo` says of each tensor, by its name for callers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +63,6 @@ class Match(int):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor's element type and shape, as text and numbers."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class EntryInfo:
     """The facts about an entry, without its value.
 
@@ -78,7 +75,7 @@ class EntryInfo:
     key: bytes
     tiers: tuple[str, ...]
     tier_nbytes: tuple[int, ...]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorSpec]
     encoding: str
     lossy: bool
     fidelity: str

@@ -11,7 +11,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NewType
+from typing import Any, NewType, Self
 
 from kvstore.errors import InvalidEntry
 from kvstore.hit import FIDELITIES
@@ -31,10 +31,10 @@ IDENTITY_VERSION = 1
 """Raised when what a chunk holds changes meaning: old chunks are then never found again."""
 
 
-def check_key(key: object) -> bytes:
+def check_key(key: object) -> Key:
     """The key as bytes. Raises InvalidEntry unless it is 1 to 256 bytes."""
     if type(key) is bytes and 1 <= len(key) <= KEY_MAX_NBYTES:
-        return key  # nearly every key, a thousand in a match: not a copy, not a second look
+        return Key(key)  # nearly every key, a thousand in a match: not a copy, not a second look
     if not isinstance(key, bytes | bytearray | memoryview):
         raise InvalidEntry(f"a key is bytes, got {type(key).__name__}")
     try:
@@ -45,7 +45,7 @@ def check_key(key: object) -> bytes:
         raise InvalidEntry(f"a key is bytes: {error}") from None
     if not 1 <= len(own) <= KEY_MAX_NBYTES:
         raise InvalidEntry(f"a key has 1 to {KEY_MAX_NBYTES} bytes, got {max(nbytes, len(own))}")
-    return own
+    return Key(own)
 
 
 def _copied(key: bytes | bytearray | memoryview) -> bytes:
@@ -53,21 +53,44 @@ def _copied(key: bytes | bytearray | memoryview) -> bytes:
     return bytes.__getitem__(key, slice(None)) if isinstance(key, bytes) else bytes(key)
 
 
-def check_keys(keys: Iterable[object]) -> list[bytes]:
-    """All keys as bytes. Raises InvalidEntry for a bad one, for more than 4096, or for what is no sequence.
+class CheckedKeys(tuple[Key, ...]):
+    """The keys of one call, checked: a door makes it once, and whoever is given one does not look again.
 
-    Use what is returned, never `keys` again: it may be a generator, or hold a bytearray, which no index takes.
+    CheckedKeys(keys): raises InvalidEntry for a bad key, for more than 4096, or for what is no sequence. Use what is
+    made, never `keys` again: it may be a generator, or hold a bytearray, which no index takes.
     """
-    if isinstance(keys, bytes | bytearray | memoryview | str):
-        raise InvalidEntry("expected a sequence of keys, got one key: put it in a list")
-    if not isinstance(keys, Iterable):
-        raise InvalidEntry(f"expected a sequence of keys, got {type(keys).__name__}")
-    checked: list[bytes] = list(keys)  # type: ignore[arg-type]  # looked at in the next line
-    if set(map(type, checked)) != {bytes} or not _LENGTHS.issuperset(map(len, checked)):
-        checked = [check_key(key) for key in checked]
-    if len(checked) > KEYS_PER_CALL_MAX:
-        raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {len(checked)}")
-    return checked
+
+    __slots__ = ()
+
+    def __new__(cls, keys: Iterable[object] = ()) -> Self:
+        """The keys as bytes; those that are checked already as they are."""
+        if type(keys) is cls:
+            return keys
+        if isinstance(keys, bytes | bytearray | memoryview | str):
+            raise InvalidEntry("expected a sequence of keys, got one key: put it in a list")
+        if not isinstance(keys, Iterable):
+            raise InvalidEntry(f"expected a sequence of keys, got {type(keys).__name__}")
+        checked: list[Key] = list(keys)  # type: ignore[arg-type]  # looked at in the next line
+        if set(map(type, checked)) != {bytes} or not _LENGTHS.issuperset(map(len, checked)):
+            checked = [check_key(key) for key in checked]
+        if len(checked) > KEYS_PER_CALL_MAX:
+            raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {len(checked)}")
+        return super().__new__(cls, checked)
+
+    def part(self, start: int, stop: int | None = None) -> "CheckedKeys":
+        """self[start:stop], which need not be checked again."""
+        return tuple.__new__(CheckedKeys, self[start:stop])
+
+
+def check_keys(keys: Iterable[object]) -> CheckedKeys:
+    """`CheckedKeys(keys)`, for those who think of it as a check."""
+    return CheckedKeys(keys)
+
+
+def named(keys: Sequence[bytes | CheckedKeys]) -> CheckedKeys:
+    """The keys of a verb that takes them one by one: `delete(b"a", b"b")`, or one `CheckedKeys` from a door."""
+    only = keys[0] if len(keys) == 1 else None
+    return only if isinstance(only, CheckedKeys) else CheckedKeys(keys)
 
 
 def check_prefix(prefix: object) -> bytes:
@@ -134,6 +157,14 @@ class Identity:
         except (TypeError, ValueError) as error:
             raise InvalidEntry(f"identity: rope must be JSON-able, {error}") from None
         return hashlib.sha256(text.encode()).digest()
+
+
+def identity_of(fields: Mapping[str, Any]) -> Identity:
+    """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
+    try:
+        return Identity(**fields)
+    except TypeError as error:
+        raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:

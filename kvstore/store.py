@@ -10,7 +10,7 @@ Leaves out: prefixes (`prefix`), the network (the daemon and its client offer th
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import inf
@@ -23,22 +23,25 @@ import torch
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs.choice import CodecChoice
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
+from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
-from kvstore.errors import InvalidEntry, TierUnavailable
+from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
-from kvstore.keys import CHUNK_TOKENS, Identity, Key, check_key, check_keys, check_prefix
+from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Key, check_key, check_prefix, identity_of, named
+from kvstore.metadata.meta import Meta
 from kvstore.metadata.tombstones import GoneCause
+from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.residency import pins
-from kvstore.residency.answers import Answers, is_sent_encoded
+from kvstore.residency.answers import Answers
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
-from kvstore.residency.read_path import Found, ReadPath, Resident, leading_first
+from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, Resident, leading_first
 from kvstore.residency.resizing import set_hot_capacity
-from kvstore.residency.state import residency_of
+from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
-from kvstore.residency.write_path import PutOptions, WritePath, check_ttl
+from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.stats import Stats
 
 log = logging.getLogger(__name__)
@@ -63,14 +66,14 @@ class Store:
         self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
         for name, prefixes in (tenants or {}).items():
-            r.register_tenant(name, check_keys(prefixes))
+            r.register_tenant(name, CheckedKeys(prefixes))
         self._transcoder = TensorTranscoder(CodecChoice(config.warm), self._device, r, room)
         self._answers = Answers(r, self._transcoder, framework, self._device, self._forget)
         self._mover = Mover(r, self._transcoder)
         self._write_path = WritePath(r, self._mover, config, self._device)
         self._closed = False
         if config.cold.path is not None:
-            self._open_cold(Path(config.cold.path))
+            open_cold(r, Path(config.cold.path), config.cold)
         self._maintainer = Maintainer(r, self._mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
         if background:
@@ -133,9 +136,9 @@ class Store:
         Raises InvalidEntry, EntryTooLarge, OverQuota.
         """
         self._check_open()
-        return self._write_path.put(
-            key, tensors, PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace), parent
-        )
+        options = PutOptions(ttl_s, sliding, pin, fidelity, priority, namespace)
+        at, before = check_key(key), None if parent is None else check_key(parent)
+        return self._write_path.put(at, tensors, options, before, own=own)
 
     @without_torch_modes
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
@@ -160,21 +163,38 @@ class Store:
         """
         self._check_open()
         pairs = list(entries)
-        keys = check_keys(key for key, _ in pairs)
+        keys = CheckedKeys(key for key, _ in pairs)
         held = list(dict(zip(keys, (tensors for _, tensors in pairs), strict=True)).items())
-        options = PutOptions(ttl_s, sliding, pin, fidelity, own, priority, namespace)
+        options = PutOptions(ttl_s, sliding, pin, fidelity, priority, namespace)
         if chain:
-            stored = self._write_path.put_chain(held, options, parent)
+            before = None if parent is None else check_key(parent)
+            stored = self._write_path.put_chain(held, options, before, own=own)
         else:
-            stored = sum(self._write_path.put(key, tensors, options) for key, tensors in reversed(held))
+            stored = sum(self._write_path.put(key, tensors, options, own=own) for key, tensors in reversed(held))
         return len(keys) if stored == len(held) else stored
+
+    @without_torch_modes
+    def put_entries(
+        self, entries: Sequence[Entry], options: PutOptions, *, chain: bool = False, parent: Key | None = None
+    ) -> int:
+        """As `put_many`, of entries that a door has made and checked (`residency.transcode.made_entry`).
+
+        Nothing is copied and nothing is checked twice: the tensors are handed over.
+        """
+        self._check_open()
+        held = list({entry.key: entry for entry in entries}.values())
+        if chain:
+            stored = self._write_path.take_entries(held, options, parent)
+        else:
+            stored = sum(self._write_path.take(entry, options) for entry in reversed(held))
+        return len(entries) if stored == len(held) else stored
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key, copied; None on a miss.
 
         out: tensors to copy into, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
         """
-        found = self._read([check_key(key)], leading=False)[0]
+        found = self._read((check_key(key),))[0]
         return None if found is None else self._answers.hit(found, out=out)
 
     def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
@@ -182,7 +202,7 @@ class Store:
 
         Keys are touched deepest first.
         """
-        found = self._read(check_keys(keys), leading=leading)
+        found = self._read(CheckedKeys(keys), leading=leading)
         return list(self._answers.hits(found, leading=leading))
 
     def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
@@ -190,20 +210,56 @@ class Store:
         return self._lease(check_key(key))
 
     @contextmanager
-    def _lease(self, key: bytes) -> Iterator[Hit | None]:
-        found = self._read([key], leading=False)[0]
+    def _lease(self, key: Key) -> Iterator[Hit | None]:
+        found = self._read((key,))[0]
         yield None if found is None else self._answers.hit(found, copy=False)
 
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
     ) -> AbstractContextManager[Iterator[Hit | None]]:
         """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
-        return self._lease_many(check_keys(keys), leading=leading)
+        return self._lease_many(CheckedKeys(keys), leading=leading)
 
     @contextmanager
-    def _lease_many(self, keys: list[bytes], *, leading: bool) -> Iterator[Iterator[Hit | None]]:
+    def _lease_many(self, keys: CheckedKeys, *, leading: bool) -> Iterator[Iterator[Hit | None]]:
         found = self._read(keys, leading=leading)
         yield self._answers.hits(found, leading=leading, copy=False)
+
+    def plan(
+        self,
+        keys: Sequence[bytes],
+        *,
+        leading: bool = False,
+        accept: Collection[str] = NOTHING,
+        from_nbytes: int = 0,
+        at_most_nbytes: float = inf,
+        whole_if_hot: bool = False,
+        charge: Callable[[Plan], None] | None = None,
+        count_later: bool = False,
+    ) -> Plan:
+        """The one look of a get, for a server: what is where, how big it is and what it needs; `read` then reads it.
+
+        All under one lock: finds the keys, calls `charge` with the plan, and counts hits, misses and use. What `charge`
+        raises is raised, and nothing was counted. leading: a chain, root first, up to the first miss. accept: encodings
+        that the caller decodes itself, from `from_nbytes` decoded bytes on. at_most_nbytes: of one lot, once decoded:
+        the plan covers the first key, and as many more as fit; ask again for the rest. whole_if_hot: what lies in hot
+        and needs no copy is no lot. count_later: where all is in hot, whoever is waiting is answered first; it is
+        counted as soon as anybody takes the lock, or by `settle`.
+        """
+        self._check_open()
+        return self._read_path.plan(
+            CheckedKeys(keys), leading=leading, accept=accept, from_nbytes=from_nbytes, at_most_nbytes=at_most_nbytes,
+            whole_if_hot=whole_if_hot, charge=charge, count_later=count_later,
+        )  # fmt: skip
+
+    def read(self, plan: Plan, *, room: Room | None = None) -> Iterator[Hit | Found | None]:
+        """The hits of a plan, in the order of its keys, not copied: only read them. None: a miss, or lost meanwhile.
+
+        A chain ends before what was lost. What the plan's caller decodes itself comes as the `Found` it is. room: where
+        what must be decoded is made, by default ordinary memory. One is decoded at a time; the disk is read at once.
+        """
+        self._check_open()
+        return self._answers.of_plan(plan, self._read_path.fetch(plan), room)
 
     @contextmanager
     def lease_as_held(
@@ -215,129 +271,109 @@ class Store:
         leading: bool = False,
         room: Room | None = None,
     ) -> Iterator[Iterator[Hit | Found | None]]:
-        """As `lease_many`; an entry in one of the encodings `accept` is not decoded but given out as the `Found` it is.
-
-        from_nbytes: decoded bytes below which it is decoded all the same. room: where what must be decoded is made, by
-        default ordinary memory.
-        """
-
-        def stays(at: Found) -> bool:
-            return is_sent_encoded(at.entry, accept, from_nbytes)
-
-        found = self._read(check_keys(keys), leading=leading)
-        yield self._answers.hits(found, leading=leading, copy=False, room=room, stays=stays if accept else None)
+        """`plan` and `read` in one, for callers who have not changed yet."""
+        yield self.read(self.plan(keys, leading=leading, accept=accept, from_nbytes=from_nbytes), room=room)
 
     def at_hand(
         self, keys: Sequence[bytes], accept: Collection[str], *, from_nbytes: int = 0, at_most_nbytes: float = inf
     ) -> bool:
-        """Whether `lease_as_held` of these would have nothing to read from a disk and nothing to decode, just now.
-
-        at_most_nbytes: as they are held, in all; with more they are not at hand.
-        """
-        checked = check_keys(keys)
+        """Whether `lease_as_held` would have nothing to read or decode: for callers who have not changed yet."""
         with self._r.lock:
-            found = [self._r.lookup(Key(key)) for key in checked]
-        entries = [at[1] for at in found if at is not None and at[1] is not None]
-        return (
-            len(entries) == len(checked)
-            and sum(entry.nbytes for entry in entries) <= at_most_nbytes
-            and all(entry.encoding == "raw" or is_sent_encoded(entry, accept, from_nbytes) for entry in entries)
-        )
+            plan = self._read_path.look(CheckedKeys(keys))
+        plan.accept, plan.from_nbytes = accept, from_nbytes
+        return not plan.misses and plan.at_hand and plan.held_nbytes <= at_most_nbytes
 
     def resident(
         self, keys: Sequence[bytes], *, at_most_nbytes: float = inf, count_later: bool = False
     ) -> Resident | None:
-        """The held entries themselves where hot has every one of the keys: a get of all of them, counted as one.
-
-        None, counted as nothing: at least one is elsewhere or missing, or several have more bytes than at most wanted.
-        Only read the tensors; they live as long as they are referred to. count_later: whoever is waiting gets them
-        first; `settle` counts.
-        """
+        """A plan of what hot holds, or None, counted as nothing: for callers who have not changed yet."""
         self._check_open()
-        checked = cast("list[Key]", check_keys(keys))
-        return self._read_path.resident(checked, at_most_nbytes, count_later=count_later)
+        plan = self._read_path.resident(CheckedKeys(keys), at_most_nbytes, count_later=count_later)
+        if plan is None:
+            return None
+        return Resident(plan.keys, cast("list[Entry]", plan.entries), cast("list[Meta]", plan.metas), plan.now)
 
     def settle(self) -> None:
-        """Count the gets that were to be counted later. A get and `stats` do so first; call it before other verbs."""
-        self._read_path.settle()
+        """Count the gets that were to be counted later. Nobody has to: whoever takes the lock does."""
+        with self._r.lock:
+            pass
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use."""
-        return Match(tuple(self._read_path.leading(check_keys(keys))))
+        return Match(tuple(self._read_path.leading(CheckedKeys(keys))))
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
-        return list(self._locate(check_keys(keys)))
+        return self._read_path.peek(CheckedKeys(keys))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
         ttl = None if ttl_s is None else check_ttl(ttl_s, self.config)
-        checked = check_keys(keys)
+        checked = CheckedKeys(keys)
         with self._r.lock:
             now = self._r.clock.now()
-            live = [(Key(key), meta) for key in checked if (meta := self._r.live(Key(key))) is not None]
+            live = [(key, meta) for key in checked if (meta := self._r.live(key)) is not None]
             for key, meta in live:
                 meta.refresh(now, ttl)
                 self._r.deadlines.watch(key, meta)
             self._r.touch(leading_first(key for key, _ in live))
             return len(live)
 
-    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
+    def delete(self, *keys: bytes | CheckedKeys, keep_shared: bool = False) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
 
         Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
         Name a prefix deepest first then.
         """
-        gone = self._forget(check_keys(keys), "deleted", keep_shared=keep_shared)
+        gone = self._forget(named(keys), "deleted", keep_shared=keep_shared)
         with self._r.lock:
             self._r.counters.deletes += gone
         return gone
 
-    def evict(self, *keys: bytes) -> int:
+    def evict(self, *keys: bytes | CheckedKeys) -> int:
         """Forget keys, counted as evictions. Returns how many were held."""
-        checked = check_keys(keys)
+        checked = named(keys)
         with self._r.lock:
             for key in checked:
-                tiers = self._r.tiers_of(Key(key))
+                tiers = self._r.tiers_of(key)
                 if tiers:
                     self._r.counters.tiers[tiers[0]].evictions += 1
         return self._forget(checked, "evicted")
 
-    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+    def pin(self, *keys: bytes | CheckedKeys, ttl_s: float | None = None) -> int:
         """Keep keys, and the chunks before them, from eviction and expiry until `unpin`, or for `ttl_s` seconds.
 
         Returns how many are held. Raises OverQuota, with none newly pinned.
         """
-        checked = check_keys(keys)
-        return pins.pin(self._r, checked, None if ttl_s is None else check_ttl(ttl_s, self.config))
+        return pins.pin(self._r, named(keys), None if ttl_s is None else check_ttl(ttl_s, self.config))
 
-    def unpin(self, *keys: bytes) -> int:
+    def unpin(self, *keys: bytes | CheckedKeys) -> int:
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held and unpinned now.
 
         A chunk stays pinned while one that continues it is: name a prefix whole, root first.
         """
-        return pins.unpin(self._r, check_keys(keys))
+        return pins.unpin(self._r, named(keys))
 
     @without_torch_modes
-    def demote(self, *keys: bytes) -> int:
+    def demote(self, *keys: bytes | CheckedKeys) -> int:
         """Move keys one tier down, the chunks that continue them first. Returns how many moved; pinned keys stay."""
-        return sum(self._mover.demote(Key(key)) for key in reversed(check_keys(keys)))
+        return sum(self._mover.demote(key) for key in reversed(named(keys)))
 
     @without_torch_modes
-    def promote(self, *keys: bytes) -> int:
+    def promote(self, *keys: bytes | CheckedKeys) -> int:
         """Copy keys to hot. Returns how many were copied."""
-        return sum(self._mover.promote(Key(key)) for key in reversed(check_keys(keys)))
+        return sum(self._mover.promote(key) for key in reversed(named(keys)))
 
     def inspect(self, key: bytes) -> EntryInfo | None:
         """What is known of an entry, its tensors' types and shapes included. Does not count as use."""
-        return entry_info(self._r, Key(check_key(key)), with_tensors=True)
+        return entry_info(self._r, check_key(key), with_tensors=True)
 
     def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
         """Keys that begin with one of these 16-byte prefixes are this tenant's: its quotas hold, and fair eviction.
 
         For a server that puts the prefixes before its callers' keys itself. Raises InvalidEntry.
         """
-        checked = check_keys(prefixes)
+        checked = CheckedKeys(prefixes)
         with self._r.lock:
             self._r.register_tenant(name, checked)
 
@@ -347,9 +383,9 @@ class Store:
             tiers = (self._r.hot, self._r.warm, self._r.cold)
             return {tier.name: tier.tenants() for tier in tiers if tier is not None}
 
-    def explain(self, *keys: bytes) -> list[Explanation]:
+    def explain(self, *keys: bytes | CheckedKeys) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
-        return explain(self._r, check_keys(keys))
+        return explain(self._r, named(keys))
 
     def entries(
         self,
@@ -369,7 +405,6 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        self._read_path.settle()
         return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
@@ -439,47 +474,20 @@ class Store:
     ) -> None:
         self.close()
 
-    def _open_cold(self, path: Path) -> None:
-        from kvstore.tiers.cold import Cold
-        from kvstore.tiers.order import Order
-
-        r = self._r
-        cold = Cold.open(
-            path,
-            self.config.cold,
-            r.clock,
-            meta_of=r.index.get,
-            on_drop=r.dropped_from_cold,
-            order=Order(owner_of=r.owner_of, tier="cold"),
-            owner_of=r.recovered_owner,
-        )
-        r.cold = cold
-        with r.lock:
-            found = cold.recovered()
-            r.recover(zip(found.keys, found.metas, strict=True))
-            r.forget_orphans(found.orphans)
-
     def _check_open(self) -> None:
         if self._closed:
             raise TierUnavailable("the store is closed")
 
-    def _read(self, keys: list[bytes], *, leading: bool) -> list[Found | None]:
+    def _read(self, keys: Sequence[Key], *, leading: bool = False) -> list[Found | None]:
         self._check_open()
-        return self._read_path.read(keys, leading=leading)
+        return self._read_path.fetch(self._read_path.plan(keys, leading=leading))
 
-    def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
-        with self._r.lock:
-            for key in map(Key, keys):
-                meta = self._r.peek(key)
-                place = self._r.lookup(key) if meta is not None else None
-                yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
-
-    def _forget(self, keys: list[bytes], cause: GoneCause, *, keep_shared: bool = False) -> int:
+    def _forget(self, keys: Sequence[Key], cause: GoneCause, *, keep_shared: bool = False) -> int:
         r = self._r
         gone = 0
         tickets: list[int | None] = []
         with r.lock:
-            for key in map(Key, keys):
+            for key in keys:
                 if keep_shared and any(r.chains.children(key)):
                     continue
                 gone += r.live(key) is not None
@@ -488,11 +496,3 @@ class Store:
             if r.cold is not None:
                 r.cold.wait(ticket)
         return gone
-
-
-def identity_of(fields: Mapping[str, Any]) -> Identity:
-    """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
-    try:
-        return Identity(**fields)
-    except TypeError as error:
-        raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None

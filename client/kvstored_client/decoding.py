@@ -240,7 +240,8 @@ os.register_at_fork(after_in_child=_aside.cache_clear)
 def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], target: Bytes) -> None:
     """Raise CodecError for whatever a codec makes of parts that no codec wrote."""
     from kvstore.codecs import codec_named
-    from kvstore.entries.entry import EncodedTensor, TensorSpec
+    from kvstore.dtypes import TensorSpec
+    from kvstore.entries.entry import EncodedTensor
 
     try:
         tensors = {

@@ -13,7 +13,7 @@ import torch
 from kvstore.boundary import blamed
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.entry import EncodedTensor, Entry, is_of
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import CodecError
 
@@ -67,14 +67,18 @@ _CODECS: dict[str, Stored] = {}
 
 
 def codec_named(name: str) -> Stored:
-    """The codec with this encoding name. Raises CodecError for an unknown name."""
+    """The codec with this encoding name: one of kvstored's, registered, or offered by a package.
+
+    Raises CodecError for an unknown name, or one that cannot be loaded: a record may have come from another host.
+    """
     if not _CODECS:
         _CODECS.update(_registry())
-    try:
-        return _CODECS[name]
-    except KeyError:
-        known = ", ".join(sorted(_CODECS))
-        raise CodecError(f"unknown encoding {name!r}; this version knows {known}") from None
+    found = _CODECS.get(name)
+    if found is not None:
+        return found
+    from kvstore.codecs.outside import outside_codec
+
+    return outside_codec(name)
 
 
 def codec_for(choice: str, max_relative_error: float | None = None) -> Codec:
@@ -113,7 +117,11 @@ def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None =
         changed = changed or encoded is not None
         # A decoded copy has an error already: both together are no larger than their sum.
         tensors[name] = tensor if encoded is None else encoded.after(tensor.relative_error)
-    return Entry(entry.key, tensors, lossy=entry.lossy or codec.lossy) if changed else entry
+    if not changed:
+        return entry
+    # A codec of somebody else's may lose something without saying so: its receipt says so.
+    lossy = entry.lossy or codec.lossy or any(tensor.relative_error for tensor in tensors.values())
+    return Entry(entry.key, tensors, lossy=lossy)
 
 
 def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> "Measured | None":
@@ -131,24 +139,41 @@ def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_
         return None
 
 
-@without_torch_modes
-def decode_entry(entry: Entry, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given.
+def decode_all(entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given; `out` itself is returned.
 
-    Raises CodecError, and no other error, whatever the parts and attributes are: they may come from an attacker.
+    For a caller outside all torch modes. Raises CodecError, and no other error, whatever the parts and attributes are:
+    they may come from an attacker.
     """
-    return {name: _decoded(name, t, None if out is None else out.get(name)) for name, t in entry.tensors.items()}
+    if out is None:
+        return {name: _decoded(name, tensor, None) for name, tensor in entry.tensors.items()}
+    for name, tensor in entry.tensors.items():
+        out[name] = _decoded(name, tensor, out.get(name))
+    return out
+
+
+decode_entry = without_torch_modes(decode_all)
+"""`decode_all` for any caller."""
 
 
 def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
     try:  # the boundary: no codec can foresee every attribute
-        decoded = codec_named(tensor.encoding).decode(tensor, out)
+        return decode_tensor(tensor, out)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is named
         raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
-    spec = tensor.spec
-    if tuple(decoded.shape) != spec.shape or str(decoded.dtype) != f"torch.{spec.dtype}":
-        raise CodecError(f"tensor {name!r:.80} is {decoded.dtype} {tuple(decoded.shape)}, not {spec}")
-    return decoded
+
+
+def decode_tensor(tensor: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """One tensor decoded, into `out` where given, which is returned then. Raises CodecError, or whatever a codec does.
+
+    Whatever a codec returns, a caller gets a tensor of the spec, and in `out` what was decoded.
+    """
+    decoded = codec_named(tensor.encoding).decode(tensor, out)
+    if not is_of(decoded, tensor.spec):
+        raise CodecError(f"decoded to {decoded.dtype} {tuple(decoded.shape)}, not {tensor.spec}")
+    if out is None or decoded is out:
+        return decoded
+    return out.copy_(decoded)  # a codec of somebody else's need not know `out`
 
 
 @without_torch_modes

@@ -11,8 +11,8 @@ import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_part
-from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 SHORT_ROW = 64

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstore.codecs import Codec, codec_named, encode_measured
+from kvstore.codecs import Codec, codec_named, decode_tensor, encode_measured
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.receipt import with_receipt
 from kvstore.config import LAYER_RUNS_MAX as RUNS_MAX
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 
@@ -49,7 +50,7 @@ class Layers:
             raise CodecError("layers without parts")
         out = prepared_out(spec, next(iter(encoded.parts.values())).device, out)
         for at, run in enumerate(runs):
-            codec_named(run.encoding).decode(_tensor_of(encoded, at, run), out[run.start : run.stop])
+            decode_tensor(_tensor_of(encoded, at, run), out[run.start : run.stop])
         return out
 
     def check(self, encoded: EncodedTensor) -> None:

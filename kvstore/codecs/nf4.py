@@ -14,8 +14,8 @@ from math import prod, sqrt
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED, TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import cpu_kernel, reference
 from kvstore.kernels.cpu import CpuKernel

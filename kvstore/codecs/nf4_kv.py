@@ -18,8 +18,8 @@ from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_part
 from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apart
-from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import kv_kernel, reference_content, reference_kv
 from kvstore.kernels.cpu import STILL, Rows

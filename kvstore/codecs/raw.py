@@ -3,7 +3,8 @@
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor, is_of
 from kvstore.errors import CodecError
 
 
@@ -32,11 +33,6 @@ class Raw:
     def check(self, encoded: EncodedTensor) -> None:
         """Raise CodecError unless the one part is a tensor of the spec."""
         x, spec = encoded.parts.get(""), encoded.spec
-        if (
-            x is None
-            or len(encoded.parts) != 1
-            or tuple(x.shape) != spec.shape
-            or str(x.dtype) != f"torch.{spec.dtype}"
-        ):
+        if x is None or len(encoded.parts) != 1 or not is_of(x, spec):
             found = sorted(encoded.parts) if x is None else f"{x.dtype} {tuple(x.shape)}"
             raise CodecError(f"raw holds {found}, expected {spec}")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry, error_in
 
 PACK_MAX_NBYTES = 256 << 10
 """Above this size the overhead is under 1%, and one more copy would cost more than it saves."""

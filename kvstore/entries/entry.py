@@ -9,12 +9,12 @@ Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), an
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 from types import MappingProxyType
 
 import torch
 
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.keys import Key
 
 ENTRY_OVERHEAD_NBYTES = 512
@@ -24,17 +24,12 @@ TENSOR_OVERHEAD_NBYTES = 864
 """Counted for each tensor part in addition to its payload: the torch.Tensor, its storage and its names."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor's element type (a name in `dtypes.BY_NAME`) and shape."""
+_TORCH = {name: getattr(torch, name, None) for name in BY_NAME}
 
-    dtype: str
-    shape: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense, row-major tensor."""
-        return prod(self.shape) * BY_NAME[self.dtype].itemsize
+def is_of(x: torch.Tensor, spec: TensorSpec) -> bool:
+    """Whether a tensor has this type and shape. Asked twice of every tensor of a get: no words are made for it."""
+    return x.dtype is _TORCH.get(spec.dtype) and x.shape == spec.shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +94,7 @@ class Entry:
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
     nbytes: bytes counted against a tier's budget, metadata included.
     kept_reply: a server's serialized reply for this object, kept so that it is built once.
+    block: where in shared memory its tensors lie (`shm.arena.Place`); None: in ordinary memory, or unknown.
     """
 
     key: Key
@@ -106,6 +102,7 @@ class Entry:
     lossy: bool = False
     nbytes: int = field(init=False)
     kept_reply: object = field(init=False, repr=False)
+    block: object = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, check_name
-from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS, TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.entries.safetensors_header import (  # fmt: skip
     RANK_MAX,
     Slot,

@@ -22,10 +22,10 @@ import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
 from kvstore.boundary import Blaming
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.entries.compact import Layout, PackedTensors, layout_of
 from kvstore.entries.compression import Compression, compress, decompress_into
-from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.entries.entry import Described, EncodedTensor, Entry, error_in
 from kvstore.entries.facts import PARTS_MAX, Row, spec_of_part, tensor_rows
 from kvstore.entries.safetensors_header import (  # fmt: skip
     HEADER_MAX_NBYTES,

@@ -1,7 +1,7 @@
 """What a caller gets of what was found: decoded, copied or as it is held. Any thread, without the store's lock."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,16 +9,18 @@ import torch
 from kvstore import arrays
 from kvstore.boundary import Blaming
 from kvstore.codecs import check_entry
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import CodecError, InvalidEntry
-from kvstore.hit import Hit, TensorInfo
+from kvstore.hit import Hit
+from kvstore.keys import Key
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.printable import printable
-from kvstore.residency.read_path import Found
+from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Room, TensorTranscoder, specs_of
+from kvstore.residency.transcode import Room, TensorTranscoder
+from kvstore.shm.arena import BlockTensors, Place
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class Answers:
         transcoder: TensorTranscoder,
         framework: str,
         device: torch.device,
-        forget: Callable[[list[bytes], GoneCause], int],
+        forget: Callable[[Sequence[Key], GoneCause], int],
     ) -> None:
         self._r = residency
         self._transcoder = transcoder
@@ -42,23 +44,26 @@ class Answers:
 
     def hits(
         self,
-        found: list[Found | None],
+        found: Iterable[Found | None],
         *,
         leading: bool,
         copy: bool = True,
-        room: Room | None = None,
-        stays: Callable[[Found], bool] | None = None,
-    ) -> Iterator[Any]:
-        """Hits in the order they were found; `leading`: up to the first miss. stays: which are given out as they are
-        held.
-        """
+    ) -> Iterator[Hit | None]:
+        """Hits in the order they were found; `leading`: up to the first miss."""
         for place in found:
-            hit: Hit | Found | None = place
-            if place is not None and stays is not None and stays(place):
-                hit = self._as_held(place)
-            elif place is not None:
-                hit = self.hit(place, copy=copy, room=room)
+            hit = None if place is None else self.hit(place, copy=copy)
             if hit is None and leading:
+                return
+            yield hit
+
+    def of_plan(self, plan: Plan, found: Iterable[Found | None], room: Room | None) -> Iterator[Hit | Found | None]:
+        """As `hits`, not copied; what its plan says may stay encoded is given out as it is held."""
+        for place in found:
+            hit: Hit | Found | None = None
+            if place is not None:
+                stays = place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
+                hit = self._as_held(place) if stays else self.hit(place, copy=False, room=room)
+            if hit is None and plan.leading:
                 return
             yield hit
 
@@ -102,17 +107,19 @@ class Answers:
         key, tier, entry, age_s = found
         if not copy and entry.encoding == "raw":
             tensors: Mapping[str, Any] = {name: t.parts[""] for name, t in entry.tensors.items()}
+            if isinstance(entry.block, Place):
+                tensors = BlockTensors(tensors, entry.block)
         elif out is not None:
             tensors = self._decode_into(entry, out)
         else:
-            tensors = self._transcoder.decode(entry, None if room is None else room(specs_of(entry)))
+            tensors = self._transcoder.decode(entry, None if room is None else room(entry.specs))
         if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
             tensors = {name: _to_numpy(x) for name, x in tensors.items()}
         return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
 
     def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: arrays.describe(name, x) for name, x in out.items()}
-        held = specs_of(entry)
+        held = entry.specs
         if given != held:
             raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
         # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
@@ -138,12 +145,7 @@ def _as_torch(x: Any) -> torch.Tensor:
     return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
 
 
-def is_sent_encoded(entry: Entry, accept: Collection[str], from_nbytes: int) -> bool:
-    """Whether an entry is given out encoded: large enough, and every tensor in an encoding the caller accepts."""
-    return entry.value_nbytes >= from_nbytes and entry.is_encoded_in(accept)
-
-
 def _to_numpy(x: torch.Tensor) -> Any:
-    spec = TensorInfo(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+    spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
     assert spec.dtype in BY_NAME
     return arrays.from_bytes(spec, arrays.as_bytes(x), "numpy")

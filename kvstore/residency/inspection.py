@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from kvstore.entries.entry import Described
-from kvstore.hit import EntryInfo, Explanation, TensorInfo
+from kvstore.hit import EntryInfo, Explanation
 from kvstore.keys import Key
 from kvstore.metadata.accounts import accounts_of
 from kvstore.metadata.owner import Owner
@@ -68,7 +68,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         key=key,
         tiers=tuple(tiers),
         tier_nbytes=sizes,
-        tensors={name: TensorInfo(of.spec.dtype, of.spec.shape) for name, of in specs.items()},
+        tensors={name: of.spec for name, of in specs.items()},
         encoding=entry.encoding if entry is not None else meta.encoding,
         lossy=entry.lossy if entry is not None else meta.lossy,
         fidelity="exact" if meta.exact else "auto",
@@ -83,10 +83,10 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
     )
 
 
-def explain(r: Residency, keys: Sequence[bytes]) -> list[Explanation]:
+def explain(r: Residency, keys: Sequence[Key]) -> list[Explanation]:
     """For each key where it is held, or why it is gone. Does not count as use."""
     found: list[Explanation] = []
-    for key in map(Key, keys):
+    for key in keys:
         info = entry_info(r, key, with_tensors=True)
         with r.lock:
             stone = r.tombstones.get(key)

@@ -14,7 +14,7 @@ from kvstore.metadata.meta import Meta
 from kvstore.residency.state import Residency
 
 
-def pin(r: Residency, keys: Sequence[bytes], ttl_s: float | None) -> int:
+def pin(r: Residency, keys: Sequence[Key], ttl_s: float | None) -> int:
     """Pin keys and the chunks before them, for `ttl_s` seconds, None: until unpinned. Returns how many keys are held.
 
     Raises OverQuota, with nothing newly pinned.
@@ -23,7 +23,7 @@ def pin(r: Residency, keys: Sequence[bytes], ttl_s: float | None) -> int:
     fresh: list[Key] = []
     changed = 0
     with r.lock:
-        for key in map(Key, keys):
+        for key in keys:
             if r.live(key) is None:
                 continue
             changed += 1
@@ -51,11 +51,11 @@ def _pin_one(r: Residency, key: Key, meta: Meta, until: float, fresh: list[Key])
     r.deadlines.watch(key, meta)
 
 
-def unpin(r: Residency, keys: Sequence[bytes]) -> int:
+def unpin(r: Residency, keys: Sequence[Key]) -> int:
     """Unpin keys, the deepest first. Returns how many of them are held and not pinned any more."""
     changed = 0
     with r.lock:
-        for key in map(Key, reversed(keys)):
+        for key in reversed(keys):
             if r.live(key) is None or continued_by_a_pin(r, key):
                 continue
             r.unpin(key)

@@ -1,11 +1,14 @@
-"""The read side: find keys in the tiers, count hits and misses, move deadlines, touch, ask for promotions.
+"""The read side: one look says what is where, how big it is and what it needs; then it is counted, and then read.
 
-One lock for a whole chain of keys, so a get of a prefix sees one moment. Reading from disk happens after it, without
-the lock; what left its tier meanwhile becomes a miss. Knows no tensors: `simulation` reads through it as well.
+`plan` takes the lock once for all keys of a call, so a get of a prefix sees one moment. Under it the keys are found,
+the caller's budget is charged, and hits, misses, use and deadlines are counted. Nobody looks the keys up again: what is
+in memory is in the plan, and what is on disk is read by `fetch`, without the lock; what left its tier meanwhile becomes
+a miss. Knows no tensors: `simulation` reads through it as well.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from operator import attrgetter
 from typing import NamedTuple
@@ -20,15 +23,8 @@ from kvstore.stats import MissCause
 from kvstore.tiers import TierName
 
 _VALUE_NBYTES = attrgetter("value_nbytes")
-
-
-class Place(NamedTuple):
-    """Where a key was found. entry: None for cold, which is read outside the lock."""
-
-    key: Key
-    tier: TierName
-    entry: Entry | None
-    meta: Meta
+NOTHING: frozenset[str] = frozenset()
+_HOT: tuple[TierName] = ("hot",)
 
 
 class Found(NamedTuple):
@@ -38,6 +34,51 @@ class Found(NamedTuple):
     tier: TierName
     entry: Entry
     age_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """Where the keys of a call were at one moment. The lists are parallel; a Meta that is None is a miss.
+
+    keys: those covered, from the first on: fewer than asked for where a lot is full, or a chain ends. entries: as held;
+    None on disk. now: the store's clock, Unix seconds. nbytes: of all tensors once decoded. hot: all that was found
+    lies in hot as it was put, and nothing was missing but the end of a chain. ended: a chain ended at a miss, which is
+    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told.
+    The entries live as long as the plan does, whatever happens to their keys.
+    """
+
+    keys: Sequence[Key]
+    tiers: Sequence[TierName | None]
+    entries: Sequence[Entry | None]
+    metas: Sequence[Meta | None]
+    now: float
+    nbytes: int
+    hot: bool
+    leading: bool = False
+    ended: bool = False
+    misses: Sequence[MissCause] = ()
+    accept: Collection[str] = field(default=NOTHING)
+    from_nbytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of what is in memory, in the form it is held in."""
+        return sum(entry.nbytes for entry in self.entries if entry is not None)
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether `fetch` has nothing to read from a disk, and there is nothing to decode."""
+        return self.hot or all(
+            meta is None or (entry is not None and (entry.encoding == "raw" or self.stays_encoded(entry)))
+            for entry, meta in zip(self.entries, self.metas, strict=True)
+        )
+
+    def stays_encoded(self, entry: Entry) -> bool:
+        """Whether an entry is given out encoded: large enough, and every tensor in an encoding the caller accepts."""
+        return bool(self.accept) and entry.value_nbytes >= self.from_nbytes and entry.is_encoded_in(self.accept)
 
 
 class Resident(NamedTuple):
@@ -64,76 +105,81 @@ class ReadPath:
         self._promote_after = config.promote_after
         self._promote_window_s = config.promote_window_s
         self._request_promotions = request_promotions
-        self._due: deque[Resident] = deque()
 
-    def read(self, keys: Sequence[bytes], *, leading: bool) -> list[Found | None]:
-        """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss."""
-        now = self._r.clock.now()
-        found: list[Found | None] = []
-        for place in self.find(keys, leading=leading):
-            found.append(self._fetch(place, now) if place is not None else None)
-            if found[-1] is None and leading:
-                found.pop()
-                break
-        return found
-
-    def resident(
-        self, keys: Sequence[Key], at_most_nbytes: float = inf, *, count_later: bool = False
-    ) -> Resident | None:
-        """What `read` would find where hot holds all of the keys, counted the same; None, uncounted: `read` them.
-
-        at_most_nbytes: of their tensors; a single key may have more. count_later: `settle` counts them.
-        The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
-        """
+    def plan(
+        self,
+        keys: Sequence[Key],
+        *,
+        leading: bool = False,
+        accept: Collection[str] = NOTHING,
+        from_nbytes: int = 0,
+        at_most_nbytes: float = inf,
+        whole_if_hot: bool = False,
+        charge: Callable[[Plan], None] | None = None,
+        count_later: bool = False,
+    ) -> Plan:
+        """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
         r = self._r
         with r.lock:
-            entries = r.hot.held(keys)
-            if not all(entries):
-                return None
-            now = r.clock.now()
-            metas = list(map(r.index.__getitem__, keys))
-            for meta in metas:
-                if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
-                    return None  # `read` forgets and counts it
-            found = Resident(keys, entries, metas, now)  # type: ignore[arg-type]  # no None among them
-            if at_most_nbytes < inf and len(keys) > 1 and found.nbytes > at_most_nbytes:
+            plan = self._all_hot(keys, inf if whole_if_hot else at_most_nbytes) or self._look(
+                keys, leading=leading, at_most_nbytes=at_most_nbytes, whole_if_hot=whole_if_hot
+            )
+            plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
+            if charge is not None:
+                charge(plan)
+            if not plan.hot or plan.ended:
+                self._count(plan)
+            elif count_later:
+                r.lock.owed.append(partial(self._count_hot, plan))
+            else:
+                self._count_hot(plan)
+        return plan
+
+    def look(self, keys: Sequence[Key]) -> Plan:
+        """A plan that is not counted, with the lock held: for `Store.at_hand`."""
+        return self._look(keys, leading=False, at_most_nbytes=inf, whole_if_hot=True)
+
+    def resident(self, keys: Sequence[Key], at_most_nbytes: float, *, count_later: bool) -> Plan | None:
+        """The plan of what hot holds, or nothing, not counted: for `Store.resident`."""
+        with self._r.lock:
+            plan = self._all_hot(keys, at_most_nbytes)
+            if plan is None:
                 return None
             if count_later:
-                self._due.append(found)
+                self._r.lock.owed.append(partial(self._count_hot, plan))
             else:
-                self._count_resident(found)
+                self._count_hot(plan)
+        return plan
+
+    def fetch(self, plan: Plan) -> list[Found | None]:
+        """The values of a plan, None for a miss; a chain stops before the first that was lost. Reads from the disk."""
+        found: list[Found | None] = []
+        now = plan.now
+        if plan.hot:
+            pairs = zip(plan.keys, plan.entries, plan.metas, strict=True)
+            return [Found(key, "hot", entry, now - meta.created_at) for key, entry, meta in pairs if entry and meta]
+        for key, tier, entry, meta in zip(plan.keys, plan.tiers, plan.entries, plan.metas, strict=True):
+            if tier is None or meta is None:
+                found.append(None)
+                continue
+            value = entry if entry is not None else self._from_disk(key, meta)
+            if value is None and plan.leading:
+                break
+            found.append(None if value is None else Found(key, tier, value, now - meta.created_at))
         return found
 
-    def settle(self) -> None:
-        """Count what was found and is to be counted later. Cheap where there is nothing."""
-        if self._due:
-            with self._r.lock:
-                self._settle()
-
-    def _settle(self) -> None:
-        while self._due:
-            self._count_resident(self._due.popleft())
-
-    def _count_resident(self, found: Resident) -> None:
+    def peek(self, keys: Sequence[Key]) -> list[Held | None]:
+        """Where each key is held; None where it is not. Counts nothing, and leaves what has expired where it is."""
         r = self._r
-        keys, _, metas, now = found
-        if r.balance is not None:
-            for meta in metas:
-                r.balance.hit("hot", now - meta.used_at)
-        for meta in metas:
-            meta.hits += 1
-            meta.owner.hits += 1
-            meta.last_hit_at = now
-            if meta.sliding:
-                meta.expires_at = now + meta.ttl_s
-        c = r.counters
-        c.gets += len(keys)
-        c.tiers["hot"].hits += len(keys)
-        c.hit_nbytes += found.nbytes
-        c.hits_in["hot", "raw"] += len(keys)  # hot holds nothing else
-        r.touch(keys[::-1])
+        held: list[Held | None] = []
+        with r.lock:
+            for key in keys:
+                meta = r.peek(key)
+                place = r.lookup(key) if meta is not None else None
+                held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
+        return held
 
-    def leading(self, keys: Sequence[bytes]) -> list[Held]:
+    def leading(self, keys: Sequence[Key]) -> list[Held]:
         """Where the leading keys of a chain are held, up to the first miss. Does not count as use.
 
         The hottest question there is, a thousand keys at a time: so one look at the clock, and one Held for all chunks
@@ -144,7 +190,7 @@ class ReadPath:
         made: dict[tuple[str, int], Held] = {}
         with r.lock:
             now, index, hot = r.clock.now(), r.index, r.hot
-            for key in map(Key, keys):
+            for key in keys:
                 meta = index.get(key)
                 if meta is None or meta.expired(now):
                     break
@@ -158,87 +204,127 @@ class ReadPath:
                 held.append(found)
         return held
 
-    def find(self, keys: Sequence[bytes], *, leading: bool) -> list[Place | None]:
-        """Places in the order of keys, counted as hits, misses and use; `leading`: up to the first miss."""
-        r = self._r
-        with r.lock:
-            self._settle()
-            now, index, hot = r.clock.now(), r.index, r.hot
-            places: list[Place | None] = []
-            used: list[Key] = []
-            wanted: list[Key] = []
-            hits_in_hot = 0
-            for key in map(Key, keys):
-                meta = index.get(key)
-                entry = hot.get(key) if meta is not None and now < meta.deadline else None
-                if meta is not None and entry is not None:
-                    place: Place | None = Place(key, "hot", entry, meta)
-                    if r.balance is not None:
-                        r.balance.hit("hot", now - meta.used_at)
-                    self._count_use(meta, now)
-                    hits_in_hot += 1
-                else:
-                    place = self._find(key)
-                    if place is not None and self._count_hit(place, now):
-                        wanted.append(key)
-                if place is not None:
-                    used.append(key)
-                elif leading:
-                    break
-                places.append(place)
-            r.counters.gets += hits_in_hot
-            r.counters.tiers["hot"].hits += hits_in_hot
-            if wanted:
-                self._request_promotions(wanted)
-            if used:
-                used.reverse()
-                r.touch(used)
-        return places
+    def _all_hot(self, keys: Sequence[Key], at_most_nbytes: float) -> Plan | None:
+        """The plan where hot holds all of the keys and they are one lot. Else None, with nothing changed.
 
-    def _find(self, key: Key) -> Place | None:
+        The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
+        """
         r = self._r
-        r.counters.gets += 1
-        cause: MissCause = r.miss_cause(key)
-        meta = r.live(key)
-        place = r.lookup(key) if meta is not None else None
-        if meta is None or place is None:
-            r.counters.misses[cause] += 1
+        entries = r.hot.held(keys)
+        if not all(entries):
             return None
-        return Place(key, place[0], place[1], meta)
+        now = r.clock.now()
+        metas = list(map(r.index.__getitem__, keys))
+        for meta in metas:
+            if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
+                return None  # `_look` forgets it
+        nbytes = sum(map(_VALUE_NBYTES, metas))
+        if nbytes > at_most_nbytes and len(keys) > 1:
+            return None
+        return Plan(keys, _HOT * len(keys), entries, metas, now, nbytes, hot=True)
 
-    def _count_use(self, meta: Meta, now: float) -> None:
-        self._r.counters.hit_nbytes += meta.value_nbytes
+    def _look(self, keys: Sequence[Key], *, leading: bool, at_most_nbytes: float, whole_if_hot: bool) -> Plan:
+        """The plan of any keys, as many as make one lot. Forgets those whose deadline has passed."""
+        r = self._r
+        now = r.clock.now()
+        tiers: list[TierName | None] = []
+        entries: list[Entry | None] = []
+        metas: list[Meta | None] = []
+        misses: list[MissCause] = []
+        nbytes, hot, ended = 0, True, False
+        for key in keys:
+            cause = r.miss_cause(key)
+            meta = r.live(key)
+            place = r.lookup(key) if meta is not None else None
+            if meta is None or place is None:
+                misses.append(cause)
+                if leading:
+                    ended = True
+                    break
+                hot = False
+                tiers.append(None)
+                entries.append(None)
+                metas.append(None)
+                continue
+            tier, entry = place
+            more, still_hot = nbytes + meta.value_nbytes, hot and tier == "hot"
+            if nbytes and more > at_most_nbytes and not (whole_if_hot and still_hot):
+                break
+            nbytes, hot = more, still_hot
+            tiers.append(tier)
+            entries.append(entry)
+            metas.append(meta)
+        covered = keys if len(metas) == len(keys) else keys[: len(metas)]
+        return Plan(covered, tiers, entries, metas, now, nbytes, hot=hot, ended=ended, misses=misses)
+
+    def _count_hot(self, plan: Plan) -> None:
+        r, now, metas = self._r, plan.now, plan.metas
+        for meta in metas:
+            assert meta is not None
+            if r.balance is not None:
+                r.balance.hit("hot", now - meta.used_at)
+            meta.hits += 1
+            meta.owner.hits += 1
+            meta.last_hit_at = now
+            if meta.sliding:
+                meta.expires_at = now + meta.ttl_s
+        c, count = r.counters, len(metas)
+        c.gets += count
+        c.tiers["hot"].hits += count
+        c.hit_nbytes += plan.nbytes
+        c.hits_in["hot", "raw"] += count  # hot holds nothing else
+        r.touch(plan.keys[::-1])
+
+    def _count(self, plan: Plan) -> None:
+        c = self._r.counters
+        used: list[Key] = []
+        wanted: list[Key] = []
+        for key, tier, entry, meta in zip(plan.keys, plan.tiers, plan.entries, plan.metas, strict=True):
+            if meta is None or tier is None:
+                continue
+            used.append(key)
+            if self._count_hit(tier, meta, plan.now):
+                wanted.append(key)
+            if entry is not None:
+                c.hits_in[tier, entry.encoding] += 1
+        c.gets += len(used) + len(plan.misses)
+        for cause in plan.misses:
+            c.misses[cause] += 1
+        if wanted:
+            self._request_promotions(wanted)
+        if used:
+            used.reverse()
+            self._r.touch(used)
+
+    def _count_hit(self, tier: TierName, meta: Meta, now: float) -> bool:
+        """Count; True: the key should be promoted."""
+        r = self._r
+        if r.balance is not None and tier != "cold":
+            r.balance.hit(tier, now - meta.used_at)
+        r.counters.tiers[tier].hits += 1
+        r.counters.hit_nbytes += meta.value_nbytes
+        recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
         meta.hits += 1
         meta.owner.hits += 1
         meta.last_hit_at = now
         if meta.sliding:
             meta.expires_at = now + meta.ttl_s
+        return tier != "hot" and (self._promote_after == 1 or (self._promote_after == 2 and bool(recent)))
 
-    def _count_hit(self, place: Place, now: float) -> bool:
-        """Count; True: the key should be promoted."""
-        r, meta = self._r, place.meta
-        if r.balance is not None and place.tier != "cold":
-            r.balance.hit(place.tier, now - meta.used_at)
-        r.counters.tiers[place.tier].hits += 1
-        recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s
-        self._count_use(meta, now)
-        return place.tier != "hot" and (self._promote_after == 1 or (self._promote_after == 2 and bool(recent)))
-
-    def _fetch(self, place: Place, now: float) -> Found | None:
-        key, tier, entry, meta = place
-        if entry is None:
-            assert self._r.cold is not None
-            entry = self._r.cold.get(key)
-        with self._r.lock:
-            c = self._r.counters
-            if entry is None:
-                # Counted as a hit when it was found; what it was found in has dropped it since.
-                c.tiers[tier].hits -= 1
-                c.hit_nbytes -= meta.value_nbytes
-                c.misses["corrupt" if key not in self._r.index else "lost"] += 1
-                return None
-            c.hits_in[tier, entry.encoding] += 1
-        return Found(key, tier, entry, now - meta.created_at)
+    def _from_disk(self, key: Key, meta: Meta) -> Entry | None:
+        r = self._r
+        assert r.cold is not None
+        entry = r.cold.get(key)
+        with r.lock:
+            c = r.counters
+            if entry is not None:
+                c.hits_in["cold", entry.encoding] += 1
+                return entry
+            # Counted as a hit when it was found; cold has dropped it since.
+            c.tiers["cold"].hits -= 1
+            c.hit_nbytes -= meta.value_nbytes
+            c.misses["corrupt" if key not in r.index else "lost"] += 1
+            return None
 
 
 def leading_first(keys: Iterable[Key]) -> list[Key]:

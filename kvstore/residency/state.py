@@ -7,15 +7,18 @@ Invariants, all under `lock`:
 - A lossy copy in hot never outlives the encoded form below it. So an entry is encoded once in its life, and after any
   number of trips its bytes are those of the first encoding.
 - What the cold tier drops by itself it reports through `dropped_from_cold`, not holding its own lock.
-Thread rule: hold `lock` for every call here; the cold tier is read and flushed outside it.
+Thread rule: hold `lock` for every call here; the cold tier is read and flushed outside it. Whoever takes the lock finds
+every get counted that was answered before.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
+from pathlib import Path
 
 from kvstore.clock import Clock
-from kvstore.config import StoreConfig
+from kvstore.config import ColdConfig, StoreConfig
 from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
@@ -33,11 +36,31 @@ from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
 
 
+class Lock(type(threading.RLock())):  # type: ignore[misc]  # CPython's own class, which has no public name
+    """The store's lock. owed: what a get left to be counted after its answer, which is done before anything else.
+
+    So no verb can see the store without it, and none has to ask for it. Taken by `with` alone.
+    """
+
+    def __init__(self) -> None:
+        self.owed: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> bool:
+        self.acquire()
+        try:
+            while self.owed:
+                self.owed.popleft()()
+        except BaseException:
+            self.release()
+            raise
+        return True
+
+
 class Residency:
     """The store's state. `hot` and `warm` are memory; `cold` is None for a store without a disk."""
 
     def __init__(self, clock: Clock, chains: Chains, *, hot: MemoryTier, warm: MemoryTier, tenants: Tenants) -> None:
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.clock = clock
         self.hot = hot
         self.warm = warm
@@ -279,3 +302,23 @@ def residency_of(config: StoreConfig, clock: Clock) -> Residency:
     if config.split == "auto":
         made.balance = Balance(hot, warm)
     return made
+
+
+def open_cold(r: Residency, path: Path, config: ColdConfig) -> None:
+    """Take a directory into use as the cold tier, with what a restart finds in it. Raises as `Cold.open`."""
+    from kvstore.tiers.cold import Cold  # lmdb is loaded only where there is a disk
+
+    cold = Cold.open(
+        path,
+        config,
+        r.clock,
+        meta_of=r.index.get,
+        on_drop=r.dropped_from_cold,
+        order=Order(owner_of=r.owner_of, tier="cold"),
+        owner_of=r.recovered_owner,
+    )
+    r.cold = cold
+    with r.lock:
+        found = cold.recovered()
+        r.recover(zip(found.keys, found.metas, strict=True))
+        r.forget_orphans(found.orphans)

@@ -6,7 +6,6 @@ arrive a chunk waits for them, and if they do not arrive it is forgotten again.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +13,16 @@ import torch
 from kvstore import arrays
 from kvstore.boundary import blamed
 from kvstore.config import StoreConfig
+from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
-from kvstore.hit import FIDELITIES, PRIORITIES, Fidelity, Priority
-from kvstore.keys import Key, check_key, check_namespace
+from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.options import PutOptions
 from kvstore.residency import pins
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import raw_entry
-
-
-@dataclass(frozen=True, slots=True)
-class PutOptions:
-    """How to keep what is put; `Store.put` says what each means."""
-
-    ttl_s: float | None = None
-    sliding: bool = True
-    pin: bool = False
-    fidelity: Fidelity = "auto"
-    own: bool = False
-    priority: Priority = "normal"
-    namespace: str = ""
+from kvstore.residency.transcode import made_entry
 
 
 class WritePath:
@@ -47,35 +34,37 @@ class WritePath:
         self._config = config
         self._device = device
 
-    def put(self, key: bytes, tensors: Mapping[str, Any], options: PutOptions, parent: bytes | None = None) -> bool:
-        """Take one entry in. False: it names a parent that is not held."""
-        at, before = Key(check_key(key)), None if parent is None else Key(check_key(parent))
-        with self._r.lock:
-            if before is not None and self._r.live(before) is None:
-                self._r.counters.refused_chunks += 1
-                return False
-        entry, meta = self._admissible(at, tensors, options)
-        meta.parent = before
-        with self._r.lock:
-            above = None if before is None else self._r.index.get(before)
-            meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
-        self._take(entry, meta, pin=options.pin)
-        return not self._settle([at])
+    def put(
+        self, key: Key, tensors: Mapping[str, Any], options: PutOptions, parent: Key | None = None, *, own: bool
+    ) -> bool:
+        """Take one entry in. False: it names a parent that is not held, and nothing was copied."""
+        if parent is not None and not self._continues(parent):
+            return False
+        return self._take_one(*self._copied(key, tensors, options, own=own), options, parent)
+
+    def take(self, entry: Entry, options: PutOptions, parent: Key | None = None) -> bool:
+        """Take in an entry that is made already. False: it names a parent that is not held."""
+        if parent is not None and not self._continues(parent):
+            return False
+        return self._take_one(entry, self._meta(entry.value_nbytes, options), options, parent)
 
     def put_chain(
-        self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], options: PutOptions, parent: bytes | None
+        self, entries: Sequence[tuple[Key, Mapping[str, Any]]], options: PutOptions, parent: Key | None, *, own: bool
     ) -> int:
         """Take a chain in, root first, which continues `parent`. Returns how many were stored; 0: parent is not held.
 
         Counts as use of the chunks before it.
         """
-        if not entries:
-            return 0
-        batch = [(Key(check_key(key)), tensors) for key, tensors in entries]
-        keys = [key for key, _ in batch]
-        made = (self._admissible(key, tensors, options) for key, tensors in reversed(batch))
-        before = None if parent is None else Key(check_key(parent))
-        return self.take_chain(keys, made, before, pin=options.pin, namespace=options.namespace)
+        copied = (self._copied(key, tensors, options, own=own) for key, tensors in reversed(entries))
+        return self.take_chain(
+            [key for key, _ in entries], copied, parent, pin=options.pin, namespace=options.namespace
+        )
+
+    def take_entries(self, entries: Sequence[Entry], options: PutOptions, parent: Key | None) -> int:
+        """As `put_chain`, of entries that are made already."""
+        made = ((entry, self._meta(entry.value_nbytes, options)) for entry in reversed(entries))
+        keys = [entry.key for entry in entries]
+        return self.take_chain(keys, made, parent, pin=options.pin, namespace=options.namespace)
 
     def take_chain(
         self,
@@ -86,7 +75,9 @@ class WritePath:
         pin: bool = False,
         namespace: str = "",
     ) -> int:
-        """Like `put_chain`, of entries made already, or while they are taken: only one need be in memory at a time."""
+        """Like `put_chain`, of entries with their Metas. They may be made while they are taken, one at a time."""
+        if not keys:
+            return 0
         r = self._r
         with r.lock:
             if parent is not None and r.live(parent) is None:
@@ -106,6 +97,22 @@ class WritePath:
             if parent is not None:
                 r.touch([parent, *r.chains.ancestors(parent)])
         return len(keys) - len(lost)
+
+    def _continues(self, parent: Key) -> bool:
+        """Whether a chunk may continue `parent`; counted where it may not."""
+        with self._r.lock:
+            if self._r.live(parent) is not None:
+                return True
+            self._r.counters.refused_chunks += 1
+            return False
+
+    def _take_one(self, entry: Entry, meta: Meta, options: PutOptions, parent: Key | None) -> bool:
+        meta.parent = parent
+        with self._r.lock:
+            above = None if parent is None else self._r.index.get(parent)
+            meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
+        self._take(entry, meta, pin=options.pin)
+        return not self._settle([entry.key])
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
         r = self._r
@@ -136,35 +143,37 @@ class WritePath:
                     r.forget(key, "orphaned")
             return [key for key in keys if key not in index]
 
-    def _admissible(self, key: Key, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
-        ttl = self._config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self._config)
-        if options.fidelity not in FIDELITIES:
-            raise InvalidEntry(f"fidelity must be one of {', '.join(FIDELITIES)}, got {options.fidelity!r}")
-        if options.priority not in PRIORITIES:
-            raise InvalidEntry(f"priority must be one of {', '.join(PRIORITIES)}, got {options.priority!r}")
-        check_namespace(options.namespace)
+    def _copied(self, key: Key, tensors: Mapping[str, Any], options: PutOptions, *, own: bool) -> tuple[Entry, Meta]:
+        """An entry of a caller's tensors, copied unless they are handed over. Nothing is copied of what is refused."""
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
-        exact = options.fidelity == "exact"
         tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
-        specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
-        nbytes = arrays.check_specs(specs, self._config.entry_max_nbytes)
-        r = self._r
+        described = {name: arrays.describe(name, x) for name, x in tensors.items()}
+        specs = arrays.CheckedSpecs(described, self._config.entry_max_nbytes)
+        meta = self._meta(specs.nbytes, options)
+        return made_entry(key, specs, {name: self._owned(x, specs[name], own=own) for name, x in tensors.items()}), meta
+
+    def _meta(self, nbytes: int, options: PutOptions) -> Meta:
+        """The Meta of a new value. Raises InvalidEntry or EntryTooLarge for what only a store knows to be too much."""
+        ttl = self._config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self._config)
+        r, exact = self._r, options.fidelity == "exact"
         largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
         if nbytes > largest and (exact or nbytes > 9 * largest):
             raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts")
         now = r.clock.now()
-        meta = Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
-        held = {name: self._owned(x, own=options.own) for name, x in tensors.items()}
-        return raw_entry(key, held), meta
+        return Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
 
-    def _owned(self, x: Any, *, own: bool) -> torch.Tensor:
+    def _owned(self, x: Any, spec: TensorSpec, *, own: bool) -> torch.Tensor:
         if not arrays.is_torch(x):
-            info = arrays.describe("", x)
             # A numpy array is copied on the byte level: its NaN payloads and bfloat16 are bits like any other.
-            return arrays.from_bytes(info, arrays.as_bytes(x).copy(), "torch").to(self._device)  # type: ignore[no-any-return]
+            return arrays.from_bytes(spec, arrays.as_bytes(x).copy(), "torch").to(self._device)  # type: ignore[no-any-return]
         try:
-            return self._owned_torch(x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor), own=own)
+            if type(x) is torch.Tensor:
+                return self._owned_torch(x, own=own)
+            plain = x.as_subclass(torch.Tensor)
+            if arrays.describe("", plain) != spec:
+                raise InvalidEntry(f"{type(x).__name__} says it is {spec}, and is {arrays.describe('', plain)}")
+            return self._owned_torch(plain, own=own)
         except Exception as error:  # noqa: BLE001 - the boundary: a subclass may raise anything
             raise blamed(error, InvalidEntry, "tensor") from None
 

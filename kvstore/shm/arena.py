@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore.hit import TensorInfo
+from kvstore.dtypes import TensorSpec
 from kvstore.shm.freelist import FreeList
 from kvstore.shm.layout import aligned, layout
 
@@ -79,6 +79,16 @@ class Place:
     generation: int
 
 
+class BlockTensors(dict[str, torch.Tensor]):
+    """The tensors of one entry in one block. place: where that is; None where no tensor has a byte to hold it by."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], place: Place | None) -> None:
+        super().__init__(tensors)
+        self.place = place
+
+
 class Arena:
     """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory."""
 
@@ -111,8 +121,11 @@ class Arena:
                 "arena_fragmentation": 1 - largest / free if free else 0.0,
             }
 
-    def empty(self, specs: Mapping[str, TensorInfo], owner: int | None = None) -> dict[str, torch.Tensor] | None:
-        """Tensors of one entry in one block of a user's segments (by default this process's user). None: no room."""
+    def empty(self, specs: Mapping[str, TensorSpec], owner: int | None = None) -> BlockTensors | None:
+        """Tensors of one entry in one block of a user's own segments (this process's by default). None: no room.
+
+        What is returned says where the block is (`place`), so that nobody has to look for it afterwards.
+        """
         places, nbytes = layout(specs)
         found = self._take(os.geteuid() if owner is None else owner, nbytes)
         if found is None:
@@ -130,7 +143,8 @@ class Arena:
             # A tensor without bytes needs no place and must not keep the block alive.
             flat = whole[at : at + size].view(dtype) if size else torch.empty(0, dtype=dtype, device="cpu")
             tensors[name] = flat.reshape(spec.shape)
-        return tensors
+        holds = any(size for _, size in places.values())
+        return BlockTensors(tensors, Place(segment, start, generation) if holds else None)
 
     def place_in(
         self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: int

@@ -7,10 +7,8 @@ generation is unchanged after a copy out of the block, the copy is of the reques
 """
 
 from collections.abc import Mapping
-from math import prod
 
-from kvstore.dtypes import BY_NAME
-from kvstore.hit import TensorInfo
+from kvstore.dtypes import TensorSpec
 
 ALIGN = 64
 """A cache line, and the alignment of the widest vector loads."""
@@ -22,12 +20,12 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def layout(specs: Mapping[str, TensorInfo]) -> tuple[dict[str, tuple[int, int]], int]:
+def layout(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, tuple[int, int]], int]:
     """(start, nbytes) of each tensor from its block's start, and the bytes of the whole block."""
     places: dict[str, tuple[int, int]] = {}
     at = HEADER_NBYTES
     for name, spec in specs.items():
-        nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
+        nbytes = spec.nbytes
         places[name] = (at, nbytes)
         at += aligned(nbytes)
     return places, at

@@ -317,18 +317,19 @@ class Simulation:
         self._now = self._clock.now()
         self._maintainer.run_once()
         keys = [self._key(block) for block in request.blocks]
-        places = [place for place in self._read_path.find(keys, leading=True) if place is not None]
-        counted = self._r.counters.hits_in
-        for place in places:
-            counted[place.tier, place.meta.encoding if place.tier != "hot" else "raw"] += 1
-        rest = keys[len(places) :]
+        plan = self._read_path.plan(keys, leading=True)
+        for tier, meta in zip(plan.tiers, plan.metas, strict=True):
+            if tier == "cold" and meta is not None:  # never read, so counted here
+                self._r.counters.hits_in["cold", meta.encoding] += 1
+        found = len(plan)
+        rest = keys[found:]
         if rest:
-            parent = keys[len(places) - 1] if places else None
+            parent = keys[found - 1] if found else None
             self._puts += self._write_path.take_chain(rest, map(self._made, reversed(rest)), parent)
         self._requests += 1
         self._blocks += len(keys)
-        self._hits += len(places)
-        return len(places)
+        self._hits += found
+        return found
 
     def _key(self, block: int) -> Key:
         key = self._keys.get(block)

@@ -24,7 +24,6 @@ from kvstore.entries.entry import Entry
 from kvstore.entries.record import from_safetensors, to_safetensors
 from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, open_regular
 from kvstore.errors import ConfigError, EntryTooLarge, KvstoreError
-from kvstore.hit import TensorInfo
 from kvstore.keys import Key, check_key
 from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
@@ -147,7 +146,7 @@ def _imported(file: Path) -> Entry:
             raise EntryTooLarge(f"a file has at most {FILE_MAX_NBYTES} bytes, got {nbytes}")
         entry = from_safetensors(opened.read(nbytes))
     check_key(entry.key)
-    check_specs({name: TensorInfo(spec.dtype, spec.shape) for name, spec in entry.specs.items()})
+    check_specs(entry.specs)
     check_entry(entry)
     decode_entry(entry)
     return entry

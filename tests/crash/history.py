@@ -15,7 +15,8 @@ import torch
 from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.tiers.cold import Cold

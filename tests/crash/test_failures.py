@@ -177,8 +177,8 @@ def test_the_slot_of_a_reader_that_died_is_freed(tmp_path: Path) -> None:
     while not (tmp_path / "reading").exists():
         time.sleep(0.002)
     cold = open_cold(tmp_path / "cold")
-    assert cold._rows.check_readers() == 0
+    assert cold._records._rows.check_readers() == 0
     os.kill(pid, signal.SIGKILL)
     ended(pid)
-    assert cold._rows.check_readers() == 1
+    assert cold._records._rows.check_readers() == 1
     cold.close()

@@ -12,8 +12,9 @@ import torch
 import xxhash
 from google.protobuf.message import DecodeError
 
+from kvstore.dtypes import TensorSpec
 from kvstore.entries import record as records
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.entries.safetensors_header import Slot, parse_header, write_header
 from kvstore.errors import ConfigError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key

@@ -27,7 +27,7 @@ class PowerCuts:
         self._top = top
         self._durable = True
         self.copies: list[Path] = []
-        write, sync, free = cold._rows.write, cold._rows.sync, cold._segments.free
+        write, sync, free = cold._records._rows.write, cold._records._rows.sync, cold._records._segments.free
 
         def written(*args: object) -> list[Place]:
             freed = write(*args)  # type: ignore[arg-type]  # passed on as they come
@@ -44,9 +44,9 @@ class PowerCuts:
             if places:
                 self.copies.append(self.cut(durable=self._durable))
 
-        cold._rows.write = written  # type: ignore[method-assign]
-        cold._rows.sync = synced  # type: ignore[method-assign]
-        cold._segments.free = given_back  # type: ignore[method-assign]
+        cold._records._rows.write = written  # type: ignore[method-assign]
+        cold._records._rows.sync = synced  # type: ignore[method-assign]
+        cold._records._segments.free = given_back  # type: ignore[method-assign]
 
     def cut(self, *, durable: bool) -> Path:
         """A copy of the directory now, without the last transaction if that was not durable yet."""

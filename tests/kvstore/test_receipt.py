@@ -13,7 +13,8 @@ from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.receipt import rotary_of
 from kvstore.config import MAX_RELATIVE_ERROR, WarmConfig
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.kernels import cpu_kernel, reference_content
 from kvstore.kernels.cpu import STILL, Rotary
 from kvstore.keys import Key

@@ -186,13 +186,13 @@ def test_a_key_deleted_during_promotion_stays_deleted(monkeypatch: pytest.Monkey
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.residency.transcode.decode_entry
+        decode = kvstore.residency.transcode.decode_all
 
         def delete_meanwhile(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             store.delete(b"k")
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", delete_meanwhile)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_all", delete_meanwhile)
         assert store.promote(b"k") == 0
         monkeypatch.undo()
         assert store.get(b"k") is None
@@ -203,7 +203,7 @@ def test_a_key_replaced_during_promotion_keeps_the_new_value(monkeypatch: pytest
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.residency.transcode.decode_entry
+        decode = kvstore.residency.transcode.decode_all
 
         def replace_meanwhile(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_a_key_replaced_during_promotion_keeps_the_new_value(monkeypatch: pytest
             store.demote(b"k")
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", replace_meanwhile)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_all", replace_meanwhile)
         assert store.promote(b"k") == 0
         assert store.promote(b"k") == 1
         hit = store.get(b"k")
@@ -251,14 +251,14 @@ def test_one_promotion_a_key_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store() as store:
         store.put(b"k", {"k": chunk(0)})
         store.demote(b"k")
-        decode = kvstore.residency.transcode.decode_entry
+        decode = kvstore.residency.transcode.decode_all
         inner: list[int] = []
 
         def promote_again(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             inner.append(store.promote(b"k"))
             return decode(entry, out)
 
-        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", promote_again)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_all", promote_again)
         assert store.promote(b"k") == 1
         assert inner == [0]
 
@@ -509,7 +509,7 @@ def test_an_entry_that_cannot_be_decoded_is_a_miss_and_gone(monkeypatch: pytest.
         def unknown(entry: Entry, out: Any = None) -> dict[str, torch.Tensor]:
             raise CodecError("unknown encoding")
 
-        monkeypatch.setattr(kvstore.residency.transcode, "decode_entry", unknown)
+        monkeypatch.setattr(kvstore.residency.transcode, "decode_all", unknown)
         assert store.get(b"a") is None
         assert store.get_many([b"b"], leading=True) == []
         monkeypatch.undo()

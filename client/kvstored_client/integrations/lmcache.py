@@ -374,7 +374,8 @@ class Nf4Deserializer(Deserializer):
         """Fill dst. Raises CodecError for bytes that are no NF4 tensor of its shape."""
         del key
         from kvstore.codecs import codec_named
-        from kvstore.entries.entry import EncodedTensor, TensorSpec
+        from kvstore.dtypes import TensorSpec
+        from kvstore.entries.entry import EncodedTensor
 
         data, target = _bytes_of(src), dst.tensor
         head = json.loads(data[:_HEAD_NBYTES].numpy().tobytes())

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvstore.entries.entry import Entry, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import Entry
 from kvstore.hit import TensorInfo
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout

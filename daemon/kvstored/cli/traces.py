@@ -12,6 +12,7 @@ import numpy as np
 
 from kvstore.config import ADMISSIONS, POLICIES, ColdConfig, StoreConfig, parse_nbytes
 from kvstore.errors import ConfigError
+from kvstore.extensions import imported
 from kvstore.hit import Explanation
 from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
 from kvstore.simulation.trace import Request, read_trace, replay
@@ -175,7 +176,7 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
 @click.option("--hot", default="0.1", help='Share of RAM for tensors as put, the rest NF4; "auto": learned.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
-@click.option("--policy", default="lru", type=click.Choice(POLICIES))
+@click.option("--policy", default="lru", help=f"{', '.join(POLICIES)}, one that a package offers, or module:Class.")
 @click.option("--admission", default="all", type=click.Choice(ADMISSIONS), help="The rule for writing to disk.")
 @click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG of hit ratio against RAM.")
@@ -184,6 +185,10 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
     """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors."""
     from kvstore.simulation.simulator import Setup, layout_of, optimum
 
+    if ":" in how["policy"]:
+        from kvstore.policies import register_policy
+
+        register_policy(how["policy"], imported(how["policy"], "policy"))
     split, share = ("auto", 0.1) if how["hot"] == "auto" else ("fixed", _share(how["hot"]))
     store = StoreConfig(policy=how["policy"], split=split, cold=ColdConfig(admission=how["admission"]))
     setup = Setup(

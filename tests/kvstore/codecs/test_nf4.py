@@ -9,7 +9,8 @@ import torch
 
 from kvstore.codecs import codec_named, nf4
 from kvstore.codecs.nf4 import NF4, bitsandbytes_tensors
-from kvstore.entries.entry import EncodedTensor, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "nf4.json"

@@ -16,8 +16,9 @@ from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.codecs.receipt import errors_by_head
+from kvstore.dtypes import TensorSpec
 from kvstore.entries import record
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError, ConfigError
 from kvstore.kernels import cpu_kernel, reference_kv
 from kvstore.keys import Key

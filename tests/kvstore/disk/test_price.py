@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from kvstore.codecs import codec_for, encode_entry
 from kvstore.disk.writer import ROW_NBYTES, cost_of
+from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed
 from kvstore.entries.compression import Compression, compress
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.entries.record import pack, record_nbytes
 from kvstore.entries.sealing import Key as SealKey
 from kvstore.keys import Key

@@ -14,9 +14,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.entries.compression import Compression, compress, decompress_into
-from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec
+from kvstore.entries.entry import Described, EncodedTensor, Entry
 from kvstore.entries.record import FIXED_NBYTES, pack, parse_head, specs_of, unpack
 from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, parse_header
 from kvstore.errors import EntryTooLarge, RecordCorrupt

@@ -28,9 +28,10 @@ from kvstore.codecs.hints import Hints
 from kvstore.codecs.layers import encode_runs
 from kvstore.disk.rows import Rows, pack_row, parse_row
 from kvstore.disk.segments import Place
+from kvstore.dtypes import TensorSpec
 from kvstore.entries import record as records
 from kvstore.entries.compression import Compression
-from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec, error_in
+from kvstore.entries.entry import EncodedTensor, Entry, error_in
 from kvstore.entries.sealing import Seals
 from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key

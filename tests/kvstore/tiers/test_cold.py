@@ -21,7 +21,8 @@ from kvstore.config import ColdConfig
 from kvstore.disk import SystemDisk
 from kvstore.disk.reading import read_entry
 from kvstore.disk.writer import ROW_NBYTES
-from kvstore.entries.entry import Described, EncodedTensor, Entry, TensorSpec
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import Described, EncodedTensor, Entry
 from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -327,7 +328,7 @@ def test_a_put_the_store_has_forgotten_is_not_written(holder: Holder) -> None:
         holder.put(key(1))
         del holder.metas[key(1)]
     holder.cold.flush()
-    assert holder.cold._rows.get(key(1)) is None
+    assert holder.cold._records._rows.get(key(1)) is None
 
 
 def test_an_unwritable_entry_is_dropped_by_name(holder: Holder) -> None:
@@ -456,7 +457,7 @@ def test_kill_9_keeps_what_was_committed_and_a_deleted_key_stays_deleted(tmp_pat
 def test_space_left_by_a_crash_is_found_at_the_next_start(tmp_path: Path) -> None:
     # Killed after the records were written and before a row names them.
     body = "for n in range(4): holder.put(key(n), n, nbytes=2 << 20)\nholder.cold.flush()\n"
-    body += "holder.cold._rows.write = lambda *a: print('ready', flush=True) or __import__('time').sleep(60)\n"
+    body += "holder.cold._records._rows.write = lambda *a: print('ready', flush=True) or __import__('time').sleep(60)\n"
     body += "for n in range(4, 8): holder.put(key(n), n, nbytes=2 << 20)\nholder.cold.flush(60)"
     killed(tmp_path, body)
     holder = Holder(tmp_path)
@@ -481,11 +482,11 @@ def test_small_records_share_blocks_and_give_them_back(holder: Holder) -> None:
         holder.put(key(n), n % 256, nbytes=4300)
     holder.cold.flush()
     records = holder.cold.used_nbytes - 2000 * ROW_NBYTES
-    assert holder.cold._segments.disk_nbytes() < 1.02 * records < 2000 * 5000
+    assert holder.cold._records._segments.disk_nbytes() < 1.02 * records < 2000 * 5000
     for n in range(1990):
         holder.cold.queue_removal(key(n))
     holder.forget(key(1990))
-    assert holder.cold._segments.disk_nbytes() <= 12 * 4300 + 2 * 4096
+    assert holder.cold._records._segments.disk_nbytes() <= 12 * 4300 + 2 * 4096
     assert [filled(holder.cold.get(key(n))) for n in range(1991, 2000)] == [n % 256 for n in range(1991, 2000)]
 
 
@@ -508,7 +509,7 @@ def sparse(holder: Holder) -> list[int]:
 
 def test_small_records_alone_in_their_blocks_are_gathered_and_files_stay_near_what_lives(holder: Holder) -> None:
     left = sparse(holder)
-    until(lambda: holder.cold._segments.disk_nbytes() < holder.cold.used_nbytes / 0.75)
+    until(lambda: holder.cold._records._segments.disk_nbytes() < holder.cold.used_nbytes / 0.75)
     assert holder.cold.stats().counters.records_moved > 500
     assert [filled(holder.cold.get(key(n))) for n in left] == [n % 256 for n in left]
     cold = holder.reopen()
@@ -519,7 +520,7 @@ def test_small_records_alone_in_their_blocks_are_gathered_and_files_stay_near_wh
 def test_gathering_asks_the_write_budget_and_leaves_what_it_cannot_read(tmp_path: Path) -> None:
     holder = Holder(tmp_path, write_nbytes_per_day=1)
     left = sparse(holder)
-    until(lambda: not holder.cold._writer._freed)
+    until(lambda: not holder.cold._records._writer._freed)
     assert holder.cold.stats().counters.records_moved == 0
     holder.cold.close()
     first = segment_files(holder.path)[0]
@@ -538,11 +539,11 @@ def test_a_row_that_comes_back_finds_no_record(holder: Holder) -> None:
     for n in range(3):
         holder.put(key(n), n, nbytes=500)
     holder.cold.flush()
-    row = holder.cold._rows.get(key(1))
+    row = holder.cold._records._rows.get(key(1))
     assert row is not None
     holder.forget(key(1))
     with pytest.raises(RecordCorrupt):
-        read_entry(holder.cold._segments, key(1), row)
+        read_entry(holder.cold._records._segments, key(1), row)
     assert [filled(holder.cold.get(key(n))) for n in (0, 2)] == [0, 2]
 
 
@@ -567,7 +568,7 @@ def test_a_directory_of_the_first_format_is_read_and_goes_on(holder: Holder, mon
 def test_the_index_map_grows_while_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvstore.disk.rows.MAP_MIN_NBYTES", 128 << 10)
     holder = Holder(tmp_path, capacity_nbytes=4 * MIB, free_min_fraction=0.0)
-    holder.cold._rows.grow(128 << 10)
+    holder.cold._records._rows.grow(128 << 10)
     holder.put(key(0), 7, nbytes=100)
     holder.cold.flush()
     wrong: list[object] = []
@@ -588,7 +589,7 @@ def test_the_index_map_grows_while_others_read(tmp_path: Path, monkeypatch: pyte
     stop.set()
     reader.join()
     assert wrong == []
-    assert holder.cold._rows.map_nbytes > 256 << 10
+    assert holder.cold._records._rows.map_nbytes > 256 << 10
     assert len(holder.cold) == 2500
     assert filled(holder.reopen().get(key(2499))) == 2499 % 256
     holder.cold.close()

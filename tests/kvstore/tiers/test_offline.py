@@ -78,7 +78,7 @@ def test_the_tier_shrinks_when_others_fill_the_disk(holder: Holder) -> None:
     assert len(holder.cold) == 10
     room = 0
     holder.cold.maintain()
-    while holder.cold._writer.room_due or len(holder.cold) == 10:
+    while holder.cold._records._writer.room_due or len(holder.cold) == 10:
         pass
     room = 3 * MIB
     assert sorted(holder.cold.keys()) == [key(n) for n in range(2, 10)]
