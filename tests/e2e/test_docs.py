@@ -121,7 +121,8 @@ def test_a_page_links_and_names_only_files_that_exist(page):
     if page.name != "CHANGELOG.md":  # it tells of files as they were
         folder = "kvstore|daemon|client|tests|docs|bench|examples|tools"
         named = re.findall(rf"(?<![\w/.])((?:{folder})/[\w/]+\.\w+)\b", text)
-        assert [name for name in named if not (ROOT / name).exists()] == []
+        made = re.findall(r"^\*\*`([^`]+)`\*\* \(new\)$", text, re.MULTILINE)  # by a recipe, in its own example
+        assert [name for name in named if not (ROOT / name).exists() and name not in made] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
