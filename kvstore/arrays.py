@@ -117,10 +117,17 @@ def describe(name: str, x: object) -> TensorSpec:
         raise blamed(error, InvalidEntry, "tensor") from None
 
 
+def describe_all(tensors: Mapping[str, object]) -> tuple[tuple[str, TensorSpec], ...]:
+    """(name, dtype and shape) of each tensor, as `describe`."""
+    try:
+        return tuple([(name, _described(name, x)) for name, x in tensors.items()])
+    except Exception as error:  # noqa: BLE001 - the boundary, as above
+        raise blamed(error, InvalidEntry, "tensor") from None
+
+
 def _described(name: str, x: object) -> TensorSpec:
-    if is_torch(x):
-        torch = _torch()
-        assert isinstance(x, torch.Tensor)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
         if x.layout is not torch.strided or x.is_quantized or x.is_nested:
             raise InvalidEntry(f"tensor {name!r}: only dense tensors can be stored, got {x.layout}")
         # A subclass that answers operations itself (FakeTensor, DTensor) is no memory of these numbers.
@@ -154,6 +161,14 @@ def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
         raise blamed(error, InvalidEntry, "tensor") from None
 
 
+def bytes_in_place(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+    """`as_bytes` of what can be read and written as it lies; None for a tensor that is strided or on another device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor) and not (x.is_contiguous() and x.device.type == "cpu"):
+        return None
+    return as_bytes(x)
+
+
 def check_storage(x: Any) -> None:
     """Raise InvalidEntry for a torch tensor whose memory was freed under it: reading it would end the process."""
     count = x.numel()
@@ -172,8 +187,8 @@ def _reach(x: Any) -> int:
 
 
 def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    if is_torch(x):
-        torch = _torch()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
         if type(x) is not torch.Tensor:
             x = x.as_subclass(torch.Tensor)
         check_storage(x)

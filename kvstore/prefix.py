@@ -6,7 +6,7 @@ Invariant: a chunk is only put when its parents are held or put in the same call
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from kvstore import arrays
@@ -87,6 +87,58 @@ def namespace_name(model: str, digest: bytes) -> str:
     return f"{shown.decode(errors='ignore')}@{digest[:4].hex()}"
 
 
+class _Joined:
+    """Collects the chunks of a prefix, and copies them one behind the other."""
+
+    def __init__(self) -> None:
+        self._parts: list[Mapping[str, Any]] = []
+
+    def take(self, whole: Iterable[tuple[Hit, int]]) -> int:
+        """The next chunks. Returns how many they were."""
+        before = len(self._parts)
+        self._parts += [hit.tensors for hit, _ in whole]
+        return len(self._parts) - before
+
+    def result(self) -> tuple[int, Any, Any]:
+        """(tokens, k, v)."""
+        if not self._parts:
+            return 0, None, None
+        k, v = (arrays.joined([tensors[name] for tensors in self._parts], TOKEN_AXIS) for name in ("k", "v"))
+        return int(k.shape[TOKEN_AXIS]), k, v
+
+    def let_go(self) -> None:
+        """Forget the chunks."""
+        self._parts.clear()
+
+
+class _Filled:
+    """Copies the chunks of a prefix to where they belong: one copy, right out of the cache's memory."""
+
+    def __init__(self, k: Any, v: Any) -> None:
+        self._k, self._v, self._tokens = k, v, 0
+
+    def take(self, whole: Iterable[tuple[Hit, int]]) -> int:
+        """The next chunks. Returns how many they were."""
+        taken = 0
+        for hit, tokens in whole:
+            for name, x in (("k", self._k), ("v", self._v)):
+                at = arrays.cut(x, TOKEN_AXIS, self._tokens, self._tokens + tokens)
+                arrays.copy_into(at, hit.tensors[name])
+            self._tokens += tokens
+            taken += 1
+        return taken
+
+    def result(self) -> tuple[int, Any, Any]:
+        """(tokens, k, v)."""
+        n = self._tokens
+        return (
+            (n, arrays.cut(self._k, TOKEN_AXIS, 0, n), arrays.cut(self._v, TOKEN_AXIS, 0, n)) if n else (0, None, None)
+        )
+
+    def let_go(self) -> None:
+        """Nothing of the chunks is kept."""
+
+
 class Namespace:
     """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
 
@@ -124,9 +176,10 @@ class Namespace:
         self._check("k", k, tokens)
         self._check("v", v, tokens)
         keys = self.keys(token_ids)
-        held = self._cache.match(keys)
-        if held:
-            self._cache.touch(keys[:held], ttl_s=ttl_s)
+        # All of them or none, as a rule: then this one question was all. A count between says not which.
+        held: int = self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
+        if 0 < held < len(keys):
+            held = self._cache.match(keys)
         entries = []
         for i in range(held, len(keys)):
             start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
@@ -152,31 +205,22 @@ class Namespace:
         """
         if out is not None:
             self._check_out(out, len(token_ids))
-        keys = self._longest(token_ids)
-        if not keys:
-            return 0, None, None
+        keys = self.keys(token_ids)
+        full = keys[: len(token_ids) // self.chunk_tokens]
+        taken = _Joined() if out is None else _Filled(*out)
         try:
-            with self._cache.lease_many(keys, leading=True) as hits:
-                return self._joined(hits) if out is None else self._filled(hits, *out)
+            with self._cache.lease_many(full, leading=True) if full else nullcontext(()) as hits:
+                held = taken.take(self._whole(hits))
+                tail = self._tail(token_ids, keys, held)
+                if tail is None:
+                    return taken.result()
+                with self._cache.lease_many([tail], leading=True) as last:
+                    taken.take(self._whole(last))
+                    return taken.result()
         except RecordCorrupt:  # the lease ended before the copy: what was copied may be another chunk's
             return 0, None, None
-
-    def _joined(self, hits: Iterable[Hit | None]) -> tuple[int, Any, Any]:
-        """A copy of the chunks, one behind the other. In a function of its own: no view may outlive the lease."""
-        whole = [hit.tensors for hit, _ in self._whole(hits)]
-        if not whole:
-            return 0, None, None
-        k, v = (arrays.joined([tensors[name] for tensors in whole], TOKEN_AXIS) for name in ("k", "v"))
-        return int(k.shape[TOKEN_AXIS]), k, v
-
-    def _filled(self, hits: Iterable[Hit | None], k: Any, v: Any) -> tuple[int, Any, Any]:
-        """The chunks copied to where they belong: one copy, right out of the cache's memory."""
-        n = 0
-        for hit, tokens in self._whole(hits):
-            for name, x in (("k", k), ("v", v)):
-                arrays.copy_into(arrays.cut(x, TOKEN_AXIS, n, n + tokens), hit.tensors[name])
-            n += tokens
-        return (n, arrays.cut(k, TOKEN_AXIS, 0, n), arrays.cut(v, TOKEN_AXIS, 0, n)) if n else (0, None, None)
+        finally:
+            taken.let_go()  # no view may outlive the lease
 
     def _whole(self, hits: Iterable[Hit | None]) -> Iterator[tuple[Hit, int]]:
         """Hits with their tokens, up to the first that is missing or is not this namespace's."""
@@ -236,14 +280,17 @@ class Namespace:
         """Keys of the longest chain held: whole chunks, then the longest partial one that was put."""
         keys = self.keys(token_ids)
         held = self._cache.match(keys)
-        chain = keys[:held]
+        tail = self._tail(token_ids, keys, held)
+        return [*keys[:held], tail] if tail is not None else keys[:held]
+
+    def _tail(self, token_ids: Sequence[int], keys: list[bytes], held: int) -> bytes | None:
+        """The key of the longest partial chunk that is held behind the first `held` chunks; None: there is none."""
         rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
         if held == len(keys) or not len(rest):
-            return chain
+            return None
         # A longer prompt continues inside the chunk where a shorter one ended: ask for each length it may have.
-        tails = tail_keys(chain[-1] if chain else self.digest, rest)
-        found = next((key for key, at in zip(tails, self._cache.locate(tails), strict=True) if at), None)
-        return [*chain, found] if found is not None else chain
+        tails = tail_keys(keys[held - 1] if held else self.digest, rest)
+        return next((key for key, at in zip(tails, self._cache.locate(tails), strict=True) if at), None)
 
     def _tokens_of(self, hit: Hit) -> int | None:
         # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.

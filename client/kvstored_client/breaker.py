@@ -49,35 +49,35 @@ class Breaker:
     ) -> None:
         self._clock = clock
         self._jitter = jitter
-        self._failures = 0
+        self.failures = 0
         self._pauses = 0
-        self._openings: dict[str, _Opening] = {}
+        self.openings: dict[str, _Opening] = {}
         """At most one, under "now": a dictionary replaces and removes in one step."""
 
     @property
     def is_open(self) -> bool:
         """Whether calls are being refused, a probe aside."""
-        return bool(self._openings)
+        return bool(self.openings)
 
     def allow(self, probe_s: float) -> bool:
         """Whether a call may go out now. probe_s: after this long a probe that never reported is given up."""
-        if not self._openings:
+        if not self.openings:
             return True
-        opening = self._openings.get("now")
+        opening = self.openings.get("now")
         return opening is None or opening.allow(self._clock(), probe_s)
 
     def succeeded(self) -> bool:
         """Report an answer. True: the breaker was open and is closed now."""
-        if not self._failures and not self._openings:
+        if not self.failures and not self.openings:
             return False
-        self._failures = self._pauses = 0
-        return self._openings.pop("now", None) is not None
+        self.failures = self._pauses = 0
+        return self.openings.pop("now", None) is not None
 
     def failed(self) -> bool:
         """Report a failure. True: the breaker was closed and is open now."""
-        self._failures += 1
-        now, opening = self._clock(), self._openings.get("now")
-        if opening is None and self._failures < FAILURES_TO_OPEN:
+        self.failures += 1
+        now, opening = self._clock(), self.openings.get("now")
+        if opening is None and self.failures < FAILURES_TO_OPEN:
             return False
         if opening is not None and now < opening.until:
             return False  # a straggler from before it opened: not a probe, no longer pause
@@ -86,6 +86,6 @@ class Breaker:
         self._pauses = min(self._pauses + 1, 16)
         reopened = _Opening(now + pause)
         if opening is not None:
-            self._openings["now"] = reopened
+            self.openings["now"] = reopened
             return False
-        return self._openings.setdefault("now", reopened) is reopened
+        return self.openings.setdefault("now", reopened) is reopened

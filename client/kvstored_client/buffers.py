@@ -1,13 +1,11 @@
 """Memory that an entry's bytes are written to or read from: the caller's own tensors, fresh ones, foreign bytes."""
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from kvstore import arrays
-from kvstore.dtypes import BY_NAME
 from kvstore.errors import InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstored_client.wire.frames import Bytes
@@ -24,27 +22,27 @@ class Target:
 
     def __init__(self, specs: Mapping[str, TensorInfo], framework: str, out: Tensors | None) -> None:
         """out: the caller's own tensors, or None for fresh ones. Raises OutMismatch."""
-        if out is not None:
-            check_out(specs, out)
-        self._aside: dict[str, Any] = {}
+        self.aside: dict[str, Any] = {}
         self.bytes: dict[str, Bytes] = {}
         self.tensors: dict[str, Any] = {}
+        if out is not None:
+            check_out(specs, out)
         for name, spec in specs.items():
             given = None if out is None else out[name]
-            if given is not None and is_direct(given):
-                self.bytes[name] = arrays.as_bytes(given)
+            direct = None if given is None else arrays.bytes_in_place(given)
+            if direct is not None:
+                self.bytes[name] = direct
                 self.tensors[name] = given
                 continue
-            nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
-            self.bytes[name] = np.empty(nbytes, dtype=np.uint8)
-            fresh = arrays.from_bytes(spec, self.bytes[name], framework if given is None else "torch")
+            data = self.bytes[name] = np.empty(spec.nbytes, dtype=np.uint8)
+            fresh = arrays.from_bytes(spec, data, framework if given is None else "torch")
             self.tensors[name] = fresh if given is None else given
-            if given is not None:
-                self._aside[name] = fresh
+            if given is not None:  # on another device, or strided: filled through a tensor aside
+                self.aside[name] = fresh
 
     def finish(self) -> None:
         """All bytes are filled: those tensors that could not be filled directly get them now."""
-        for name, fresh in self._aside.items():
+        for name, fresh in self.aside.items():
             self.tensors[name].copy_(fresh)
 
 
@@ -54,18 +52,12 @@ class OutMismatch(InvalidEntry):
 
 def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:
     """Raise OutMismatch unless `out` holds exactly these tensors, each of them writable."""
-    given = {name: arrays.describe(name, x) for name, x in out.items()}
+    given = dict(arrays.describe_all(out))
     if given != specs:
         raise OutMismatch(f"out must hold exactly the entry's tensors {dict(specs)}, got {given}")
     for name, x in out.items():
-        if not arrays.is_torch(x) and not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
+        if isinstance(x, np.ndarray) and not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
             raise OutMismatch(f"out[{name!r}]: a numpy array must be C-contiguous, writeable and of native byte order")
-
-
-def is_direct(x: Any) -> bool:
-    """Whether bytes can be written right into x."""
-    # What is on another device or strided is filled through a tensor aside.
-    return not arrays.is_torch(x) or bool(x.is_contiguous() and x.device.type == "cpu")
 
 
 class Window:

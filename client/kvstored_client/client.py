@@ -11,6 +11,7 @@ Thread-safe. A forked child gets a connection of its own.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
@@ -22,16 +23,17 @@ import numpy as np
 from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
-from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
+from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Identity, check_key, check_keys, check_prefix
+from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
 from kvstored_client.interrupts import damage
 from kvstored_client.leasing import NOTHING_LEASED, Leases, OneLease, leading_hits
-from kvstored_client.puts import Outgoing, PutOptions
+from kvstored_client.puts import Outgoing, put_options
 from kvstored_client.shm import calls
-from kvstored_client.shm.pool import ConnectionPool, Silent, Turn, UseStream
+from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
 from kvstored_client.stream.receiver import Receiver
 from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -98,6 +100,8 @@ class Client:
         if self._pool is not None:
             self._transport.on_fork = self._pool.start_afresh
         self.failures = 0
+        self._resolved_for: tuple[bool | None, tuple[str, tuple[str, ...]]] = (None, ("", ()))
+        self._epoch = 0  # the last one seen over shared memory
 
     @property
     def address(self) -> str:
@@ -135,9 +139,10 @@ class Client:
         it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        batch = [Outgoing(check_key(key), tensors, options, parent)]
-        return bool(self._data(lambda: self._send(batch), 0))
+        options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
+        before = None if parent is None else check_key(parent)
+        batch = [Outgoing(check_key(key), tensors, options, before)]
+        return bool(self._data(self._send, 0, batch))
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -159,13 +164,14 @@ class Client:
         """
         pairs = list(entries)
         keys = check_keys(key for key, _ in pairs)
-        options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
+        options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
+        before_first = check_key(parent) if chain and parent is not None else None
+        parents = [before_first, *keys[:-1]] if chain else [None] * len(keys)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
             for key, (_, tensors), before in zip(keys, pairs, parents, strict=True)
         ]
-        return self._data(lambda: self._send(batch), 0) if batch else 0
+        return self._data(self._send, 0, batch) if batch else 0
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key; None on a miss.
@@ -195,7 +201,7 @@ class Client:
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
-        request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).wire_ttl_s)
+        request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
         return self._data(lambda: self._at_most(len(keys), self._ask("Touch", request, pb.TouchReply).touched), 0)
 
     def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
@@ -355,7 +361,8 @@ class Client:
             return self._send_stream(batch)
         if commits > 1:
             self.touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
-        self._transport.saw_epoch(epoch)
+        if epoch != self._epoch:
+            self._saw_epoch(epoch)
         return self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
@@ -368,23 +375,23 @@ class Client:
             data = self._transport.stream_out(CACHE + "Put", frames, nbytes)
         return self._at_most(len(batch), int(self._noted(self._understood(pb.PutReply.FromString, data)).stored))
 
-    def _receive(self, keys: list[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
+    def _receive(self, keys: CheckedKeys, *, leading: bool, out: Out = None) -> list[Hit | None]:
         """Hits by position. out: for each key tensors to fill, or None."""
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(lambda: self._read(hits, keys, leading=leading, out=out), None)
+            self._data(self._read, None, hits, keys, leading=leading, out=out)
         return hits
 
-    def _read(self, hits: list[Hit | None], keys: list[bytes], *, leading: bool, out: Out) -> None:
-        framework = arrays.resolve_framework(self._framework)
-        from_nbytes = SHM_FROM_NBYTES if self._pool is not None and self._decode == "auto" else 0
-        how = _how_to_get(leading, accepted(self._decode), from_nbytes)
+    def _read(self, hits: list[Hit | None], keys: CheckedKeys, *, leading: bool, out: Out) -> None:
+        framework, accept = self._resolved()
+        how = _how_to_get(leading, accept, SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0)
         try:
             hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
         except UseStream:
             self._read_stream(Receiver(keys, framework, out, hits), how.request(keys))
             return
-        self._transport.saw_epoch(epoch)
+        if epoch != self._epoch:
+            self._saw_epoch(epoch)
         if stale:
             self.failures += stale
 
@@ -399,21 +406,30 @@ class Client:
         if receiver.corrupt:
             raise RecordCorrupt(f"{receiver.corrupt} entries from {self.address} failed their checksum")
 
-    def _lease(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(lambda: self._leased(keys, leading=leading), NOTHING_LEASED)
+    def _resolved(self) -> tuple[str, tuple[str, ...]]:
+        """The framework of what is returned, and the encodings to ask for: both change when torch is imported."""
+        torch_there = "torch" in sys.modules
+        known, resolved = self._resolved_for
+        if known is not torch_there:
+            resolved = arrays.resolve_framework(self._framework), accepted(self._decode)
+            self._resolved_for = torch_there, resolved
+        return resolved
 
-    def _leased(self, keys: list[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        framework = arrays.resolve_framework(self._framework)
+    def _lease(self, keys: CheckedKeys, *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading)
+
+    def _leased(self, keys: CheckedKeys, *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+        framework, accept = self._resolved()
         try:
             return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
-            self._read_stream(receiver, _how_to_get(leading, accepted(self._decode), 0).request(keys))
+            self._read_stream(receiver, _how_to_get(leading, accept, 0).request(keys))
             return nullcontext(leading_hits(receiver.hits, leading=leading))
 
-    def _match(self, keys: list[bytes], *, every: bool) -> list[Held | None]:
+    def _match(self, keys: CheckedKeys, *, every: bool) -> list[Held | None]:
         request = pb.MatchRequest(keys=keys, every=every)
-        return self._data(lambda: self._held(request), [])
+        return self._data(self._held, [], request)
 
     def _held(self, request: pb.MatchRequest) -> list[Held | None]:
         reply = self._ask("Match", request, pb.MatchReply)
@@ -421,7 +437,7 @@ class Client:
         return [read_held(held) for held in reply.held]
 
     def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
-        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).wire_ttl_s)
+        request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
         return self._data(lambda: self._at_most(len(keys), self._ask("Pin", request, pb.PinReply).changed), 0)
 
     def _ask(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
@@ -433,24 +449,30 @@ class Client:
             return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
         return self._noted(getattr(reply_message, name))  # type: ignore[no-any-return]
 
-    def _through_shared_memory(self, call: Callable[Concatenate[Turn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _through_shared_memory(
+        self, call: Callable[Concatenate[ConnectionPool, list[Connection], P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
-        if self._pool is None:
+        pool, breaker = self._pool, self._transport.breaker
+        if pool is None:
             raise UseStream("another host, or switched off")
-        self._transport.allow()
-        turn = Turn(self._pool)
+        if breaker.failures or breaker.openings:
+            self._transport.allow()
+        hand: list[Connection] = []
         try:
             try:
-                result = call(turn, *args, **kwargs)
+                result = call(pool, hand, *args, **kwargs)
             finally:
-                turn.put_back()
+                if hand:
+                    pool.put_back(hand)
         except Silent as error:
-            turn.put_back()
+            pool.put_back(hand)
             raise self._transport.silent(str(error)) from None
         except BaseException:
-            turn.put_back()  # the first time it may have been interrupted
+            pool.put_back(hand)  # the first time it may have been interrupted
             raise
-        self._transport.answered()
+        if breaker.failures or breaker.openings:
+            self._transport.answered()
         return result
 
     def _understood(self, read: Callable[[Any], T], answer: Any) -> T:
@@ -470,6 +492,10 @@ class Client:
     def _ask_stats(self) -> pb.StatsReply:
         return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
 
+    def _saw_epoch(self, epoch: int) -> None:
+        self._transport.saw_epoch(epoch)
+        self._epoch = epoch
+
     def _noted(self, reply: Any) -> Any:
         self._transport.saw_epoch(reply.boot_epoch)
         return reply
@@ -481,11 +507,12 @@ class Client:
             self.failures += 1
             raise
 
-    def _data(self, call: Callable[[], T], otherwise: T) -> T:
+    def _data(self, call: Callable[P, T], otherwise: T, *args: P.args, **kwargs: P.kwargs) -> T:
         """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
         try:
-            return self._counted(call)
+            return call(*args, **kwargs)
         except _SOFT as error:
+            self.failures += 1
             if self._on_error == "raise":
                 raise
             logger.debug("answered as a miss: %s", error)

@@ -13,7 +13,11 @@ class Leases:
     """A lease that begins with its block."""
 
     def __init__(
-        self, begin: Callable[..., AbstractContextManager[Sequence[Hit | None]]], keys: list[bytes], *, leading: bool
+        self,
+        begin: Callable[..., AbstractContextManager[Sequence[Hit | None]]],
+        keys: Sequence[bytes],
+        *,
+        leading: bool,
     ) -> None:
         self._begin = begin
         self._keys = keys

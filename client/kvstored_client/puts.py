@@ -1,46 +1,76 @@
 """Cuts an entry into the frames of a Put. Checks everything that can be refused before anything is sent."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kvstore import arrays
+from kvstore.dtypes import TensorSpec
 from kvstore.errors import InvalidEntry
-from kvstore.hit import Fidelity, Priority
-from kvstore.keys import check_key, check_namespace
+from kvstore.options import PutOptions
+from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames
+from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames, submessage
 from kvstored_client.wire.messages import fidelity_number, priority_number, tensor_specs
+
+_KEY, _PARENT = pb.PutHeader.KEY_FIELD_NUMBER, pb.PutHeader.PARENT_FIELD_NUMBER
+
+
+_known_options = lru_cache(maxsize=64, typed=True)(PutOptions)
+
+
+def put_options(*how: Any) -> PutOptions:
+    """PutOptions by position. Those of most calls are the same, and checked once."""
+    try:
+        return _known_options(*how)
+    except TypeError:  # not hashable: it is of no kind that is right
+        return PutOptions(*how)
 
 
 @dataclass(frozen=True, slots=True)
-class PutOptions:
-    """How entries are kept; the meaning is that of `Store.put`. Raises InvalidEntry for what no store accepts."""
+class Description:
+    """What entries of one shape that are kept alike have in common.
 
-    ttl_s: float | None = None
-    sliding: bool = True
-    pin: bool = False
-    fidelity: Fidelity = "auto"
-    priority: Priority = "normal"
-    namespace: str = ""
+    nbytes: of the tensors. places: (start, nbytes) of each in a block, and block_nbytes as `shm.layout.layout`.
+    serialized: a PutHeader without its keys.
+    """
 
-    def __post_init__(self) -> None:
-        ttl = self.ttl_s
-        if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
-            raise InvalidEntry(f"ttl_s must be over 0 and finite, got {ttl!r}")
-        fidelity_number(self.fidelity)
-        priority_number(self.priority)
-        check_namespace(self.namespace)
+    nbytes: int
+    places: tuple[tuple[int, int], ...]
+    block_nbytes: int
+    serialized: bytes
 
-    @property
-    def wire_ttl_s(self) -> float:
-        """Seconds to live as the proto has them: 0 stands for the store's default."""
-        return self.ttl_s or 0.0
+
+def _describe(specs: tuple[tuple[str, TensorSpec], ...], options: PutOptions, root: bool) -> Description:  # noqa: FBT001 - for a cache
+    """Raises InvalidEntry, EntryTooLarge."""
+    by_name = dict(specs)
+    nbytes = arrays.check_specs(by_name)
+    places, block_nbytes = layout(by_name)
+    header = pb.PutHeader(
+        tensors=tensor_specs(by_name),
+        nbytes=nbytes,
+        ttl_s=options.ttl_s or 0.0,
+        absolute_ttl=not options.sliding,
+        pin=options.pin,
+        fidelity=fidelity_number(options.fidelity),
+        priority=priority_number(options.priority),
+        root=root,
+        namespace=options.namespace,
+    )
+    return Description(nbytes, tuple(places.values()), block_nbytes, header.SerializeToString())
+
+
+_known = lru_cache(maxsize=256, typed=True)(_describe)
 
 
 class Outgoing:
-    """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile."""
+    """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile.
+
+    key, parent: checked. header: a PutHeader, serialized.
+    """
+
+    __slots__ = ("block_nbytes", "header", "key", "nbytes", "places", "tensors")
 
     def __init__(
         self,
@@ -53,24 +83,15 @@ class Outgoing:
     ) -> None:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
-        tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
-        specs = {name: arrays.describe(name, x) for name, x in tensors.items()}
-        self.nbytes = arrays.check_specs(specs)
-        self.key = check_key(key)
-        self.tensors = tensors
-        self.header = pb.PutHeader(
-            key=self.key,
-            tensors=tensor_specs(specs),
-            nbytes=self.nbytes,
-            ttl_s=options.wire_ttl_s,
-            absolute_ttl=not options.sliding,
-            pin=options.pin,
-            fidelity=fidelity_number(options.fidelity),
-            parent=b"" if parent is None else check_key(parent),
-            priority=priority_number(options.priority),
-            root=root and parent is None,
-            namespace=options.namespace,
-        )
+        self.tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
+        specs = arrays.describe_all(self.tensors)
+        # A name that is no plain string may say that it equals another one: it is not looked up.
+        plain = all(type(name) is str for name, _ in specs)
+        found = (_known if plain else _describe)(specs, options, root and parent is None)
+        self.key, self.nbytes = key, found.nbytes
+        self.places, self.block_nbytes = found.places, found.block_nbytes
+        before = b"" if parent is None else submessage(_PARENT, parent)
+        self.header = b"".join((submessage(_KEY, key), before, found.serialized))
 
     def single_frame(self) -> bytes | None:
         """The whole entry as one frame; None if it needs more than one."""
@@ -80,4 +101,4 @@ class Outgoing:
         """The entry's frames in order."""
         # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
         payload = Gather([arrays.as_bytes(x) for x in self.tensors.values()])
-        return cut_frames(self.header.SerializeToString(), payload)
+        return cut_frames(self.header, payload)

@@ -160,4 +160,5 @@ class Entry:
     @property
     def value_nbytes(self) -> int:
         """Bytes of the tensors once decoded."""
-        return sum(spec.nbytes for spec in self.specs.values())
+        known: int | None = getattr(self.tensors, "value_nbytes", None)
+        return sum(spec.nbytes for spec in self.specs.values()) if known is None else known

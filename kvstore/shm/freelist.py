@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 
-from kvstore.shm.layout import aligned
+from kvstore.shm.layout import ALIGN
 
 
 class FreeList:
@@ -29,8 +29,8 @@ class FreeList:
         return start in self._taken
 
     def take(self, nbytes: int) -> int | None:
-        """The start of a block of at least `nbytes` bytes; None if no hole is large enough."""
-        size = aligned(max(nbytes, 1))
+        """The start of a block of at least `nbytes`; None when no hole is large enough."""
+        size = -(-max(nbytes, 1) // ALIGN) * ALIGN
         i = bisect_left(self._by_size, (size, 0))
         if i == len(self._by_size):
             return None

@@ -7,6 +7,7 @@ generation is unchanged after a copy out of the block, the copy is of the reques
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from kvstore.dtypes import TensorSpec
 
@@ -20,12 +21,17 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def layout(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, tuple[int, int]], int]:
-    """(start, nbytes) of each tensor from its block's start, and the bytes of the whole block."""
+def layout(specs: Mapping[str, TensorSpec]) -> tuple[Mapping[str, tuple[int, int]], int]:
+    """(start, nbytes) of each tensor from its block's start, and the bytes of the whole block. Not to be changed."""
+    return _layout(tuple(specs.items()))
+
+
+@lru_cache(maxsize=256)
+def _layout(specs: tuple[tuple[str, TensorSpec], ...]) -> tuple[Mapping[str, tuple[int, int]], int]:
     places: dict[str, tuple[int, int]] = {}
     at = HEADER_NBYTES
-    for name, spec in specs.items():
+    for name, spec in specs:
         nbytes = spec.nbytes
         places[name] = (at, nbytes)
-        at += aligned(nbytes)
+        at += -(-nbytes // ALIGN) * ALIGN
     return places, at

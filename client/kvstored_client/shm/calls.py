@@ -2,8 +2,8 @@
 
 A get copies out of the daemon's segment and checks afterwards that the block was not used again meanwhile; a lease
 hands out the bytes themselves; a put fills the connection's own ingest segment and the daemon copies from there.
-A call takes its connections through a Turn, which its caller puts back whatever happens: what is left unsettled then
-was interrupted, and is abandoned.
+A call takes its connections into a hand, which its caller puts back whatever happens: what is left unsettled then was
+interrupted, and is abandoned.
 """
 
 import weakref
@@ -11,18 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
-from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry, KvstoreError, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import Copier, MappedSegment
-from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, Turn, UseStream
+from kvstored_client.shm.mapping import PARALLEL_NBYTES, Copier, MappedSegment
+from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
@@ -30,6 +31,9 @@ from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOp
 KEYS_PER_PACKET = 512
 BLOCKS_MAX = 4096
 """Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
+_PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
+_HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
+_COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
 
@@ -118,7 +122,7 @@ class LeasedHits(Sequence[Hit | None]):
     """The hits of a lease, by position, each made when it is looked at: who reads one of a hundred pays for one."""
 
     def __init__(
-        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: list[bytes], *, leading: bool
+        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: Sequence[bytes], *, leading: bool
     ) -> None:
         self._lease: Lease | None = lease
         self._segments = segments
@@ -172,16 +176,21 @@ class LeasedHits(Sequence[Hit | None]):
             lease.end()
 
 
-def ask(turn: Turn, call: pb.LeaseCall) -> pb.LeaseReply:
+def ask(pool: ConnectionPool, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
     """One small call and its answer."""
-    connection = turn.take()
-    reply = connection.call(call, turn.pool.timeout_s)
+    connection = pool.take(hand)
+    reply = connection.call(call, pool.timeout_s)
     connection.give_back(reply.lease)
     return reply
 
 
 def get(
-    turn: Turn, keys: list[bytes], how: GetOptions, framework: str, out: Out = None
+    pool: ConnectionPool,
+    hand: list[Connection],
+    keys: Sequence[bytes],
+    how: GetOptions,
+    framework: str,
+    out: Out = None,
 ) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
@@ -189,10 +198,10 @@ def get(
     """
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
-    connection = turn.take()
+    connection = pool.take(hand)
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = connection.exchange(_get_call(part, how), turn.pool.timeout_s)
+        reply = connection.exchange(_get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
         try:
             _check_count(reply, len(part))
@@ -201,7 +210,7 @@ def get(
                 index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
                 target = out[index] if out is not None else None
                 block = _block(connection.segments, item)
-                tensors = _copied(turn.pool.copier, block, framework, target)
+                tensors = _copied(pool.copier, block, framework, target)
                 if tensors is None:
                     stale += 1
                 else:
@@ -243,8 +252,9 @@ def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, An
             return None
     else:
         for name, (_, at, nbytes) in block.tensors.items():
-            copier.copy(target.bytes[name], block.data[at : at + nbytes])
-    target.finish()
+            _copy(copier, target.bytes[name], block.data[at : at + nbytes])
+    if target.aside:
+        target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
     return None if block.is_gone() else target.tensors
 
@@ -335,16 +345,18 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
     )
 
 
-def lease(turn: Turn, keys: list[bytes], how: GetOptions, framework: str) -> LeasedHits:
+def lease(
+    pool: ConnectionPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
+) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
-    connection = turn.take()
-    reply = connection.exchange(_get_call(keys, how), turn.pool.timeout_s)
+    connection = pool.take(hand)
+    reply = connection.exchange(_get_call(keys, how), pool.timeout_s)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
 
 
-def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
+def put(pool: ConnectionPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
     stored = epoch = commits = start = 0
     while start < len(batch):
@@ -352,37 +364,77 @@ def put(turn: Turn, batch: Sequence[Outgoing]) -> tuple[int, int, int]:
         while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
             nbytes += batch[stop].nbytes
             stop += 1
-        reply = _commit(turn, batch[start:stop])
+        reply = _commit(pool, hand, batch[start:stop])
         stored, epoch, commits, start = stored + reply.stored, reply.boot_epoch, commits + 1, stop
     return stored, epoch, commits
 
 
-def _commit(turn: Turn, entries: Sequence[Outgoing]) -> pb.PutReply:
-    nbytes = sum(entry.nbytes for entry in entries)
-    timeout_s = turn.pool.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
-    connection = turn.take(_owner(turn.pool, entries))
+def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
+    timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
+    # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
+    wanted = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
+    connection = pool.take(hand, None if wanted is None else wanted[0])
     connection.settled = False  # its room is in use
-    windows: list[Window] = []  # kept until the daemon has copied
-    call = pb.LeaseCall()
-    for entry in entries:
-        item = call.put.entries.add(header=entry.header)
-        for x in entry.tensors.values():
-            segment, start = _ingested(turn.pool, connection, x, windows, timeout_s)
-            item.places.add(segment=segment, start=start)
-    reply = connection.call(call, timeout_s)
+    there = _lying(connection, entries) if pool.lent else {}
+    rooms = [0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in entries]
+    window, segment, start = connection.room(sum(rooms), timeout_s)
+    data, serialized, copies, at = window.array, [], [], 0
+    for entry, room_nbytes in zip(entries, rooms, strict=True):
+        item = pb.IngestedEntry()
+        for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
+            place = there.get(id(x))
+            if place is None:
+                place = segment, start + at + offset
+                copies.append((x, at + offset, nbytes))
+            item.places.add(segment=place[0], start=place[1])
+        _copy_in(pool.copier, data, copies)
+        copies.clear()
+        at += room_nbytes
+        serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
+    # What the caller made with `empty` it may write to as soon as the put returns; the windows here nobody writes to.
+    if not there:
+        serialized.append(_COPY_LATER)
+    reply = connection.exchange(submessage(_PUT, b"".join(serialized)), timeout_s)
+    connection.uncopied = window
     connection.give_back(reply.lease)
-    turn.put_back()
+    pool.put_back(hand)
     return reply.put
 
 
-def _owner(pool: ConnectionPool, entries: Sequence[Outgoing]) -> Connection | None:
-    """The connection whose ingest segment the first tensor already lies in."""
-    x = next(iter(entries[0].tensors.values()))
-    found = _lies_in(pool, x)
-    return found[0] if found is not None else None
+def _copy_in(copier: Copier, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
+    """Copy tensors to their (start, nbytes). Dense bytes only now, entry by entry: a strided tensor is copied twice."""
+    sources = [arrays.as_bytes(x) for x, _, _ in copies]
+    for source, (_, start, nbytes) in zip(sources, copies, strict=True):
+        if source.size != nbytes:
+            raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
+        _copy(copier, data[start : start + nbytes], source)
+
+
+def _copy(copier: Copier, target: Bytes, source: Bytes) -> None:
+    if target.size < PARALLEL_NBYTES:
+        np.copyto(target, source)
+    else:
+        copier.copy(target, source)
+
+
+def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:
+    """(segment, start) of the tensors that lie in this connection's ingest segments, by their identity."""
+    there: dict[int, tuple[int, int]] = {}
+    for x in (x for entry in entries for x in entry.tensors.values()):
+        address = _address_of(x)
+        found = connection.ingest_at(*address) if address is not None else None
+        if found is not None:
+            there[id(x)] = found
+    return there
 
 
 def _lies_in(pool: ConnectionPool, x: Any) -> tuple[Connection, int, int] | None:
+    address = _address_of(x)
+    return pool.owner_of(*address) if address is not None else None
+
+
+def _address_of(x: Any) -> tuple[int, int] | None:
+    """(address, nbytes) of a tensor that can be read as it lies."""
     if arrays.is_torch(x):
         if x.device.type != "cpu" or not x.is_contiguous() or x.is_conj() or x.is_neg():
             return None
@@ -391,29 +443,15 @@ def _lies_in(pool: ConnectionPool, x: Any) -> tuple[Connection, int, int] | None
         if not (x.flags.c_contiguous and x.dtype.isnative):
             return None
         address, nbytes = x.ctypes.data, x.nbytes
-    return pool.owner_of(address, nbytes) if nbytes else None
+    return (address, nbytes) if nbytes else None
 
 
-def _ingested(
-    pool: ConnectionPool, connection: Connection, x: Any, windows: list[Window], timeout_s: float
-) -> tuple[int, int]:
-    found = _lies_in(pool, x)
-    if found is not None and found[0] is connection:
-        return found[1], found[2]
-    data = arrays.as_bytes(x)
-    if not data.size:
-        return 0, 0
-    window, segment, start = connection.room(data.size, timeout_s)
-    windows.append(window)
-    pool.copier.copy(window.array, data)
-    return segment, start
-
-
-def empty(turn: Turn, spec: TensorInfo, framework: str) -> Any:
+def empty(pool: ConnectionPool, hand: list[Connection], spec: TensorInfo, framework: str) -> Any:
     """A tensor in this client's own shared memory, not cleared: filling it is all a put has to copy."""
     nbytes = arrays.check_specs({"x": spec})
-    connection = turn.take()
+    connection = pool.take(hand)
     connection.settled = False
-    window, _, _ = connection.room(max(nbytes, 1), turn.pool.timeout_s)
+    pool.lent = True
+    window, _, _ = connection.room(max(nbytes, 1), pool.timeout_s)
     connection.settled = True
     return arrays.from_bytes(spec, window.array[:nbytes], framework)

@@ -45,6 +45,8 @@ LOOK_S = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0
 again. Not with sched_yield: on a busy machine it costs a whole slice."""
 INGEST_MAX_NBYTES = 256 << 20
 """Shared memory of one connection for puts. A larger batch goes in several commits, a larger entry over the stream."""
+INGEST_TWICE_NBYTES = 128 << 20
+"""With so much of it a put waits until the daemon has copied the last one, rather than that more is asked for."""
 _FDS_MAX = 64
 _ANCILLARY = (socket.CMSG_SPACE(4 * _FDS_MAX),)
 _AT_ONCE = (socket.MSG_DONTWAIT,)
@@ -166,6 +168,8 @@ class Connection:
         self._held: dict[int, _Ended] = {}
         self.segments = Segments(0)
         self.ingest: list[IngestSegment] = []
+        self.uncopied: Window | None = None
+        """What the last put filled: the daemon may be copying it until it answers the next call."""
         self._poll = select.poll()
         self._number = 0
         self._numbered = False
@@ -227,21 +231,17 @@ class Connection:
 
     def _receive(self, timeout_s: float) -> None:
         """Put the next packet into `_packets`."""
-        receive, buffers, packets, clock = self._receive_into, self._buffers, self._packets, time.perf_counter
+        poll, clock = self._poll.poll, time.perf_counter
         until = clock() + LOOK_S
-        while clock() < until:
-            try:
-                packets.extend(map(receive, buffers, _ANCILLARY, _AT_ONCE))
-            except BlockingIOError as error:
-                if is_foreign(error):
-                    raise
-                continue
-            return
-        # Not a time limit of the socket's: each signal, of a profiler's timer for one, would start it anew.
-        if not self._poll.poll(timeout_s * 1e3):
-            self.abandon()
-            raise Silent(f"no answer within {timeout_s} s")
-        packets.extend(map(receive, buffers, _ANCILLARY, _AT_ONCE))
+        # Looked for by poll, not by receiving what is not there: an exception each time took longer than the look.
+        while not poll(0):
+            if clock() >= until:
+                # Not a time limit of the socket's: each signal, of a profiler's timer for one, would start it anew.
+                if not poll(timeout_s * 1e3):
+                    self.abandon()
+                    raise Silent(f"no answer within {timeout_s} s")
+                break
+        self._packets.extend(map(self._receive_into, self._buffers, _ANCILLARY, _AT_ONCE))
 
     def _read(self, number: int) -> pb.LeaseReply:
         """The answer to call `number` out of the packet received."""
@@ -261,6 +261,7 @@ class Connection:
             self._map(reply)
         self._packets.clear()
         self._descriptors = None
+        self.uncopied = None
         if reply.HasField("error"):
             self.settled = True
             raise _error_of(reply.error)
@@ -302,19 +303,47 @@ class Connection:
 
     def room(self, nbytes: int, timeout_s: float) -> tuple[Window, int, int]:
         """Bytes in an ingest segment: (window, segment, start). Raises UseStream, and as `call`."""
-        for room in self.ingest:
-            found = room.take(nbytes)
-            if found is not None:
-                return found
-        held = sum(room.mapping.nbytes for room in self.ingest)
-        if held + nbytes > INGEST_MAX_NBYTES:
+        found = self._room_there(nbytes)
+        if found is None and self.uncopied is not None and self._ingest_nbytes >= INGEST_TWICE_NBYTES:
+            self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)  # with its answer the last put is copied
+            found = self._room_there(nbytes)
+        if found is not None:
+            return found
+        if self._ingest_nbytes + nbytes > INGEST_MAX_NBYTES:
             self.settled = True
-            raise UseStream(f"{nbytes} bytes beside {held} of {INGEST_MAX_NBYTES} in ingest segments")
-        self.call(pb.LeaseCall(ingest_nbytes=nbytes), timeout_s)
+            raise UseStream(f"{nbytes} bytes beside {self._ingest_nbytes} of {INGEST_MAX_NBYTES} in ingest segments")
+        try:
+            self.call(pb.LeaseCall(ingest_nbytes=nbytes), timeout_s)
+        except UseStream:
+            # The daemon lends no more. It has answered, though: what the last put took is free.
+            found = None if self.closed else self._room_there(nbytes)
+            if found is None:
+                raise
+            self.settled = False
+            return found
         found = self.ingest[-1].take(nbytes) if self.ingest else None
         if found is None:
             raise UseStream("an ingest segment smaller than asked for")
         return found
+
+    def _room_there(self, nbytes: int) -> tuple[Window, int, int] | None:
+        for segment in self.ingest:
+            found = segment.take(nbytes)
+            if found is not None:
+                return found
+        return None
+
+    @property
+    def _ingest_nbytes(self) -> int:
+        return sum(segment.mapping.nbytes for segment in self.ingest)
+
+    def ingest_at(self, address: int, nbytes: int) -> tuple[int, int] | None:
+        """(segment, start) of these bytes in an ingest segment of this connection's; None: they lie in none."""
+        for segment in self.ingest:
+            start = address - segment.mapping.address
+            if start >= 0 and start + nbytes <= segment.mapping.nbytes:
+                return segment.number, start
+        return None
 
     def give_back(self, lease: int) -> None:
         """End the lease of the last answer: with the next call, or in a moment."""

@@ -2,7 +2,7 @@
 
 A pool keeps a few connections; each serves one call at a time and has its own ingest segments. Whatever goes wrong with
 a connection closes it; the call then goes over the stream, unless the daemon was silent too long already. Thread-safe,
-without a lock: a connection moves from the idle ones into a Turn's hand and back, each time in one step of C code.
+without a lock: a connection moves from the idle ones into its caller's hand and back, each time in one step of C code.
 """
 
 import time
@@ -18,7 +18,7 @@ from kvstored_client.interrupts import is_foreign, last_of, moved
 from kvstored_client.shm.connection import Connection, Releases, Segments, Silent, UseStream
 from kvstored_client.shm.mapping import Copier
 
-__all__ = ["Connection", "ConnectionPool", "Segments", "Silent", "Turn", "UseStream"]
+__all__ = ["Connection", "ConnectionPool", "Segments", "Silent", "UseStream"]
 
 CONNECTIONS_MAX = 4
 """Calls under way at once; more wait. Two cores are busy with two copies."""
@@ -48,6 +48,8 @@ class ConnectionPool:
         self._not_before = 0.0
         self._closed = False
         self.copier = Copier()
+        self.lent = False
+        """Whether `empty` ever handed out a tensor in an ingest segment."""
 
     def connections(self) -> list[Connection]:
         """Those that are open."""
@@ -57,10 +59,25 @@ class ConnectionPool:
     def take(self, hand: list[Connection], wanted: Connection | None = None) -> Connection:
         """A connection, moved to `hand`: the wanted one if it is idle, another idle one, a new one, or one to wait for.
 
-        Raises UseStream when there is none, Silent when none became free in time.
+        Its owner puts the hand back, whatever happens. Raises UseStream when there is none, Silent when none became
+        free in time.
         """
+        # The commonest case without another call: a few calls are what a get of a small entry notices.
+        if wanted is None and self.idle:
+            try:
+                hand.extend(map(last_of, (self.idle,)))
+            except IndexError as error:
+                if is_foreign(error):
+                    raise  # else another thread took it
+            else:
+                if not hand[-1].closed and hand[-1].segments is self.segments:
+                    return hand[-1]
+                self.put_back(hand)
         if (wanted is not None and self._take_wanted(hand, wanted)) or self._take_idle(hand):
             return hand[-1]
+        return self._wait_for_one(hand)
+
+    def _wait_for_one(self, hand: list[Connection]) -> Connection:
         until = time.monotonic() + self.timeout_s
         while len(open_ones := self.connections()) >= CONNECTIONS_MAX:
             left = until - time.monotonic()
@@ -120,7 +137,10 @@ class ConnectionPool:
         return connection
 
     def put_back(self, hand: list[Connection]) -> None:
-        """Take back what is in a hand: to the idle ones, or, if it was left in the middle of something, abandoned."""
+        """Take back what is in a hand: to the idle ones, or, if it was left in the middle of something, abandoned.
+
+        Again is harmless: one that was interrupted is to be called again.
+        """
         while hand:
             connection = hand[-1]
             usable = connection.settled and not connection.closed and connection.segments is self.segments
@@ -140,10 +160,9 @@ class ConnectionPool:
     def owner_of(self, address: int, nbytes: int) -> tuple[Connection, int, int] | None:
         """Whose ingest segment holds these bytes: (connection, segment, start). None: nobody's that is open."""
         for connection in self.connections():
-            for room in connection.ingest:
-                start = address - room.mapping.address
-                if start >= 0 and start + nbytes <= room.mapping.nbytes:
-                    return connection, room.number, start
+            found = connection.ingest_at(address, nbytes)
+            if found is not None:
+                return connection, *found
         return None
 
     def close(self) -> None:
@@ -155,34 +174,3 @@ class ConnectionPool:
             hand.pop()
         for connection in self.connections():
             connection.hang_up()
-
-
-class Turn:
-    """The use of one connection at a time, by one thread. Its owner puts it back, whatever happens."""
-
-    __slots__ = ("_hand", "pool")
-
-    def __init__(self, pool: ConnectionPool) -> None:
-        self.pool = pool
-        self._hand: list[Connection] = []
-
-    def take(self, wanted: Connection | None = None) -> Connection:
-        """A connection, to be put back. Raises as `ConnectionPool.take`."""
-        pool, hand = self.pool, self._hand
-        # The commonest case without another call: a few calls are what a get of a small entry notices.
-        if wanted is None and pool.idle and not hand:
-            try:
-                hand.extend(map(last_of, (pool.idle,)))
-            except IndexError as error:
-                if is_foreign(error):
-                    raise  # else another thread took it
-            else:
-                if not hand[-1].closed and hand[-1].segments is pool.segments:
-                    return hand[-1]
-                pool.put_back(hand)
-        return pool.take(hand, wanted)
-
-    def put_back(self) -> None:
-        """The connection is of no more use here. Again is harmless: an interrupted one is to be called again."""
-        if self._hand:
-            self.pool.put_back(self._hand)

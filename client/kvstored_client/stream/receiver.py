@@ -3,7 +3,7 @@
 One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import xxhash
 
@@ -21,7 +21,7 @@ class Receiver:
     """Collects the hits of one Get. hits: by position; corrupt: entries dropped for a wrong checksum."""
 
     def __init__(
-        self, keys: list[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
+        self, keys: Sequence[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
     ) -> None:
         self.hits: list[Hit | None] = [None] * len(keys) if hits is None else hits
         self.corrupt = 0

@@ -10,25 +10,27 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kvstore.config import StoreConfig
+from kvstore.entries.entry import Entry
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
-from kvstore.keys import Key
-from kvstore.residency.read_path import Found, Resident
+from kvstore.keys import KEY_MAX_NBYTES, CheckedKeys, Key
+from kvstore.options import PutOptions
+from kvstore.residency.read_path import Found, Plan
+from kvstore.residency.transcode import Room
 from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored.access.tokens import LOCAL, Identity
 
 CALLER: contextvars.ContextVar[Identity] = contextvars.ContextVar("kvstored_caller", default=LOCAL)
 """The caller of the running call; set by the interceptor."""
 
 PREFIX_NBYTES = 16
-_KEY_MAX_NBYTES = 256
 _SECRET_NBYTES = 32
 
 
@@ -60,37 +62,30 @@ class TenantView:
         """The store's settings."""
         return self._store.config
 
-    def own(self, key: bytes) -> bytes:
+    def own(self, key: bytes) -> Key:
         """The store's key for this tenant's key."""
-        if len(key) + PREFIX_NBYTES <= _KEY_MAX_NBYTES:
-            return self._prefix + key
-        return self._long_prefix + hashlib.sha256(key).digest()
+        if len(key) + PREFIX_NBYTES <= KEY_MAX_NBYTES:
+            return Key(self._prefix + key)
+        return Key(self._long_prefix + hashlib.sha256(key).digest())
 
-    def _all(self, keys: Sequence[bytes]) -> list[bytes]:
-        return [self.own(key) for key in keys]
+    def _all(self, keys: Sequence[bytes]) -> CheckedKeys:
+        return CheckedKeys([self.own(key) for key in keys])
 
-    def put_many(
-        self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], *, parent: bytes | None = None, **how: Any
+    def put_entries(
+        self, entries: Sequence[Entry], options: PutOptions, *, chain: bool = False, parent: Key | None = None
     ) -> int:
-        """As Store.put_many."""
-        own = [(self.own(key), tensors) for key, tensors in entries]
-        return self._store.put_many(own, parent=None if parent is None else self.own(parent), **how)
+        """As Store.put_entries, under this tenant's keys."""
+        own = [Entry(self.own(entry.key), entry.tensors, lossy=entry.lossy, block=entry.block) for entry in entries]
+        before = None if parent is None else self.own(parent)
+        return self._store.put_entries(own, options, chain=chain, parent=before)
 
-    @contextmanager
-    def lease_as_held(
-        self, keys: Sequence[bytes], accept: Collection[str], **how: Any
-    ) -> Iterator[Iterator[Hit | Found | None]]:
-        """As Store.lease_as_held; hits have the tenant's keys."""
-        with self._store.lease_as_held(self._all(keys), accept, **how) as hits:
-            yield (_under(key, hit) for key, hit in zip(keys, hits, strict=False))
+    def plan(self, keys: CheckedKeys, **how: Any) -> Plan:
+        """As Store.plan; the plan, and the entries read by it, have the store's keys."""
+        return self._store.plan(self._all(keys), **how)
 
-    def at_hand(self, keys: Sequence[bytes], accept: Collection[str], **how: Any) -> bool:
-        """As Store.at_hand."""
-        return self._store.at_hand(self._all(keys), accept, **how)
-
-    def resident(self, keys: Sequence[bytes], **how: Any) -> Resident | None:
-        """As Store.resident; the entries have the store's keys."""
-        return self._store.resident(self._all(keys), **how)
+    def read(self, plan: Plan, *, room: Room | None = None) -> Iterator[Hit | Found | None]:
+        """As Store.read, for a plan of this view."""
+        return self._store.read(plan, room=room)
 
     def match(self, keys: Sequence[bytes]) -> Match:
         """As Store.match."""
@@ -104,17 +99,17 @@ class TenantView:
         """As Store.touch."""
         return self._store.touch(self._all(keys), **how)
 
-    def delete(self, *keys: bytes, **how: Any) -> int:
+    def delete(self, keys: CheckedKeys, /, **how: Any) -> int:
         """As Store.delete."""
-        return self._store.delete(*self._all(keys), **how)
+        return self._store.delete(self._all(keys), **how)
 
-    def pin(self, *keys: bytes, **how: Any) -> int:
+    def pin(self, keys: CheckedKeys, /, **how: Any) -> int:
         """As Store.pin."""
-        return self._store.pin(*self._all(keys), **how)
+        return self._store.pin(self._all(keys), **how)
 
-    def unpin(self, *keys: bytes) -> int:
+    def unpin(self, keys: CheckedKeys, /) -> int:
         """As Store.unpin."""
-        return self._store.unpin(*self._all(keys))
+        return self._store.unpin(self._all(keys))
 
     def __getattr__(self, verb: str) -> Any:
         # A verb that is added to the store later is refused until it is mapped here: it fails closed.
@@ -134,12 +129,11 @@ class TenantViews:
         scope = TenantView(self._store, self._secret, tenant)
         return [scope.own(key) for key in keys]
 
-    def current(self) -> Any:
+    def current(self) -> StoreView:
         """The store for the running call: the whole store, or its tenant's part."""
-        self._store.settle()  # earlier answers are counted first
         return self.of(CALLER.get())
 
-    def of(self, identity: Identity) -> Any:
+    def of(self, identity: Identity) -> StoreView:
         """The store as this caller sees it."""
         tenant = identity.tenant
         if tenant is None:
@@ -154,12 +148,6 @@ class TenantViews:
 def tenant_prefixes(secret: bytes, tenant: str) -> tuple[bytes, bytes]:
     """The prefixes of a tenant's keys: for usual keys, and for keys that are too long to get it unchanged."""
     return _derive(secret, tenant, "key"), _derive(secret, tenant, "long key")
-
-
-def _under(key: bytes, hit: Hit | Found | None) -> Hit | Found | None:
-    if isinstance(hit, Found):
-        return hit._replace(key=Key(key))
-    return None if hit is None else replace(hit, key=key)
 
 
 def _derive(secret: bytes, tenant: str, use: str) -> bytes:

@@ -4,24 +4,18 @@
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import chain
 
 from kvstore import arrays
-from kvstore.entries.entry import Entry
 from kvstore.hit import Hit
-from kvstore.keys import check_keys
-from kvstore.residency.read_path import Found, Resident
+from kvstore.keys import CheckedKeys
+from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.transcode import Room
-from kvstore.store import Store
+from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Gather, cut_frames
 from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
-
-LOOKED_UP = 64
-"""Keys looked up at once to fill a lot: those that do not fit are looked up again for the next."""
 
 AT_HAND_MAX = 2
 AT_HAND_NBYTES = 4 << 20
@@ -29,124 +23,104 @@ AT_HAND_NBYTES = 4 << 20
 
 
 class Reading:
-    """Hits for a Get, in order of the keys. `next_lot` and `close` block: they are for a worker thread.
+    """Hits for a Get, in order of the keys, one bounded lot after the other. Belongs to one call.
 
-    room: where what is decoded is made. frames_nbytes: what the caller makes of a lot beside, at most.
+    `plan` looks and counts, and takes microseconds; `read` blocks, for a worker thread, unless `at_hand`. room: where
+    what is decoded is made. frames_nbytes: what the caller makes of a lot in addition, at most.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: StoreView,
         budget: Budget,
         asked: pb.GetRequest,
+        keys: CheckedKeys,
         *,
         room: Room | None = None,
         frames_nbytes: int = 0,
     ) -> None:
-        """Of a request with checked keys. room: where what must be decoded is made."""
-        self._room = room
-        self._frames_nbytes = frames_nbytes
-        self._accept = frozenset(asked.accept)
-        self._accept_from_nbytes = asked.accept_from_nbytes
+        """keys: those of the request."""
         self._store = store
         self._budget = budget
-        self._keys = check_keys(asked.keys)
+        self._room = room
+        self._frames_nbytes = frames_nbytes
+        self._keys = keys
         self._leading = asked.leading
+        self._accept = frozenset(asked.accept)
+        self._accept_from_nbytes = asked.accept_from_nbytes
         self._at = 0
         self._lots = 0
-        self._ended = not self._keys
         self._counted_nbytes = 0
-        self._lease = ExitStack()
+        self._plan: Plan | None = None
+        self.done = not self._keys
 
-    def next_lot(self) -> list[tuple[int, Hit | EncodedReply | None]]:
-        """Some positions with their hits, or None for a miss; empty at the end. The last lot's tensors end here."""
-        self._end_lot()
-        if self._ended:
-            return []
-        start = self._at
-        stop, decoded_nbytes = self._measure_lot()
-        # Before anything is read: what is under way is in memory, and threads enough for a gigabyte read at once.
-        self._count(decoded_nbytes)
-        found = self._store.lease_as_held(
-            self._keys[start:stop],
-            self._accept,
-            from_nbytes=self._accept_from_nbytes,
+    def plan(self) -> None:
+        """Look for the next lot, charge for it, and count it. The last lot's tensors end here. Raises Busy."""
+        self.close_lot()
+        plan = self._store.plan(
+            self._keys.part(self._at) if self._at else self._keys,
             leading=self._leading,
-            room=self._room,
+            accept=self._accept,
+            from_nbytes=self._accept_from_nbytes,
+            at_most_nbytes=self._budget.lot_nbytes,
+            charge=self.charge,
         )
-        self._lots += 1
-        hits = [encoded_reply(hit) if isinstance(hit, Found) else hit for hit in self._lease.enter_context(found)]
-        if start + len(hits) < stop:  # a chain ends at its first miss
-            hits.append(None)
-            stop = len(self._keys)
-        self._at, self._ended = start + len(hits), stop == len(self._keys)
-        nbytes = 0
-        for hit in hits:
-            if hit is not None:
-                if isinstance(hit, EncodedReply):
-                    size = hit.contents.nbytes
-                    self._give_back(hit.contents.value_nbytes - size)  # counted as if it were decoded
-                else:
-                    size = sum(x.nbytes for x in hit.tensors.values())
-                nbytes += size
-        self._count(min(self._budget.frames_of(nbytes), self._frames_nbytes))
-        return list(enumerate(hits, start))
+        self.begin(plan)
 
-    @property
-    def done(self) -> bool:
-        """Whether there are no further lots."""
-        return self._ended
+    def begin(self, plan: Plan) -> None:
+        """Read this lot next; it is charged."""
+        self._plan = plan
+        self._lots += 1
 
     @property
     def at_hand(self) -> bool:
-        """Whether the next lot takes no longer than the way to another thread and back: few keys, as they are held."""
-        keys = self._keys[self._at :]
-        return len(keys) <= AT_HAND_MAX and self._store.at_hand(
-            keys, self._accept, from_nbytes=self._accept_from_nbytes, at_most_nbytes=AT_HAND_NBYTES
-        )
+        """Whether the lot planned takes no longer than the way to another thread and back: hot, or few as held."""
+        plan = self._plan
+        if plan is None or plan.hot:
+            return plan is not None
+        return len(plan) <= AT_HAND_MAX and plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
+
+    def read(self) -> list[tuple[int, Hit | EncodedReply | None]]:
+        """The positions of the lot planned with their hits, None for a miss."""
+        plan = self._plan
+        assert plan is not None
+        start = self._at
+        found = self._store.read(plan, room=self._room)
+        hits = [encoded_reply(hit) if isinstance(hit, Found) else hit for hit in found]
+        self._at = start + len(hits)
+        ended = plan.ended or len(hits) < len(plan)  # a chain ends at its first miss
+        self.done = ended or self._at == len(self._keys)
+        if ended:
+            hits.append(None)
+        for hit in hits:
+            if isinstance(hit, EncodedReply):  # charged as if it were decoded
+                self._give_back(hit.contents.value_nbytes - hit.contents.nbytes)
+        self._charge_nbytes(min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes))
+        return list(enumerate(hits, start))
 
     def close(self) -> None:
-        """Let go of the leases. A chain read in several lots is touched once more, as one."""
-        self._end_lot()
-        if self._lots > 1:
-            self._store.touch(self._keys[: self._at])
+        """Let go of what is charged. A chain read in several lots is touched once more, as one."""
+        self.close_lot()
+        if self._lots > 1 and self._at:
+            self._store.touch(self._keys.part(0, self._at))
 
-    def _count(self, nbytes: int) -> None:
+    def close_lot(self) -> None:
+        """The lot is sent."""
+        self._plan = None
+        self._give_back(self._counted_nbytes)
+
+    def charge(self, plan: Plan) -> None:
+        """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
+        self._charge_nbytes(plan.nbytes)
+
+    def _charge_nbytes(self, nbytes: int) -> None:
         self._budget.take(nbytes)
         self._counted_nbytes += nbytes
 
     def _give_back(self, nbytes: int) -> None:
-        nbytes = min(nbytes, self._counted_nbytes)  # what was found is not always what was looked up before
+        nbytes = min(nbytes, self._counted_nbytes)
         self._counted_nbytes -= nbytes
         self._budget.give_back(nbytes)
-
-    def _measure_lot(self) -> tuple[int, int]:
-        """Where the next lot stops, and its decoded bytes; hot ones too, since hot may let go of what waits here."""
-        stop, decoded = self._at, 0
-        starts = range(self._at, len(self._keys), LOOKED_UP)
-        for held in chain.from_iterable(self._store.locate(self._keys[i : i + LOOKED_UP]) for i in starts):
-            cost = held.nbytes if held is not None else 0
-            if decoded and decoded + cost > self._budget.lot_nbytes:
-                break
-            decoded += cost
-            stop += 1
-        return stop, decoded
-
-    def _end_lot(self) -> None:
-        self._lease.close()
-        self._give_back(self._counted_nbytes)
-
-
-def resident_hit(entry: Entry, age_s: float) -> Hit:
-    """A held entry as a hit: the very tensors."""
-    tensors = {name: held.parts[""] for name, held in entry.tensors.items()}
-    return Hit(entry.key, tensors, "hot", entry.encoding, entry.lossy, age_s, entry.receipt)
-
-
-def resident_hits(resident: Resident) -> list[tuple[int, Hit | None]]:
-    """All of them, by position."""
-    pairs = zip(resident.entries, resident.metas, strict=True)
-    return [(i, resident_hit(entry, resident.now - meta.created_at)) for i, (entry, meta) in enumerate(pairs)]
 
 
 def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:

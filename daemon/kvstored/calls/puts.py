@@ -3,19 +3,22 @@
 `Incoming` is one entry by any door; `PutStream` reads the frames of a Put. Each belongs to one call. Knows no gRPC.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import xxhash
 
 from kvstore import arrays
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.arriving import ArrivingTensors
+from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.hit import Fidelity, Priority
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key, check_namespace
-from kvstore.residency.transcode import Room
-from kvstore.store import Store
+from kvstore.keys import KEYS_PER_CALL_MAX, check_key
+from kvstore.options import PutOptions
+from kvstore.residency.transcode import Room, made_entry
+from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Frame, Scatter
@@ -23,55 +26,90 @@ from kvstored_client.wire.messages import fidelity_name, priority_name, read_spe
 
 HEADER_MAX_NBYTES = 64 << 10
 """256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
+KNOWN_MAX_NBYTES = 4 << 10
+"""Of a description that is remembered, serialized: 256 of them take 12 MB at most, whatever a client sends."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How an entry is kept; entries with equal options can be put together."""
+class Description:
+    """What a PutHeader says beside its keys, checked: the same for all entries of one shape that are kept alike.
 
-    ttl_s: float | None
-    sliding: bool
-    pin: bool
-    fidelity: Fidelity
-    priority: Priority
-    namespace: str
+    sizes: bytes of each tensor.
+    """
+
+    specs: arrays.CheckedSpecs
+    sizes: tuple[int, ...]
+    options: PutOptions
+    root: bool
+
+
+def _read_description(rest: bytes) -> Description:
+    """Check a serialized PutHeader without its keys. Raises InvalidEntry or EntryTooLarge."""
+    header = pb.PutHeader.FromString(rest)
+    if len(header.tensors) > arrays.TENSORS_MAX:
+        raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
+    specs = arrays.CheckedSpecs(read_specs(header.tensors))
+    if header.nbytes != specs.nbytes:
+        raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {specs.nbytes}")
+    options = PutOptions(
+        header.ttl_s or None,
+        not header.absolute_ttl,
+        header.pin,
+        fidelity_name(header.fidelity),
+        priority_name(header.priority),
+        header.namespace,
+    )
+    return Description(specs, tuple(spec.nbytes for spec in specs.values()), options, header.root)
+
+
+_known_description = lru_cache(maxsize=256)(_read_description)
 
 
 class Incoming:
-    """One entry being received. `nbytes` is what it will hold; nothing is allocated before `begin`."""
+    """One entry being received. `nbytes` is what it will hold; nothing is allocated before `begin` or `arriving`."""
 
     def __init__(self, header: pb.PutHeader, limit_nbytes: int) -> None:
-        """Check a header. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
+        """Check a header, and take it over. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
         self.key = check_key(header.key)
-        if len(header.tensors) > arrays.TENSORS_MAX:
-            raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
-        self.specs = read_specs(header.tensors)
-        self.nbytes = arrays.check_specs(self.specs, limit_nbytes)
-        if header.nbytes != self.nbytes:
-            raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {self.nbytes}")
-        if not (math.isfinite(header.ttl_s) and header.ttl_s >= 0):
-            raise InvalidEntry(f"ttl_s must be finite and at least 0, got {header.ttl_s}")
-        self.options = Options(
-            header.ttl_s or None,
-            not header.absolute_ttl,
-            header.pin,
-            fidelity_name(header.fidelity),
-            priority_name(header.priority),
-            check_namespace(header.namespace),
-        )
         self.parent = check_key(header.parent) if header.parent else None
-        self.root = header.root and self.parent is None
-        self.tensors: dict[str, torch.Tensor] = {}
+        header.ClearField("key")
+        header.ClearField("parent")
+        rest = header.SerializeToString()
+        found = (_known_description if len(rest) <= KNOWN_MAX_NBYTES else _read_description)(rest)
+        self.specs, self.sizes, self.options = found.specs, found.sizes, found.options
+        self.nbytes = found.specs.nbytes
+        if self.nbytes > limit_nbytes:
+            arrays.check_specs(self.specs, limit_nbytes)
+        self.root = found.root and self.parent is None
+        self.tensors: Mapping[str, torch.Tensor] = {}
+        self._entry: Entry | None = None
         self._scatter: Scatter | None = None
         self._sum = xxhash.xxh3_64()
 
     def begin(self, room: Room) -> None:
         """Allocate the tensors: in `room` if there is any, else in ordinary memory."""
-        self.tensors = room(self.specs) or {
-            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu")
-            for name, spec in self.specs.items()
-        }
+        self.tensors = made_in(room, self.specs)
         self._scatter = None
+
+    def arriving(self, room: Room, sources: Sequence[torch.Tensor | None]) -> ArrivingTensors:
+        """Tensors that will be copied from `sources`, bytes in the order of the specs; None: no bytes."""
+        specs = self.specs
+
+        def copy() -> Mapping[str, torch.Tensor]:
+            tensors = made_in(room, specs)
+            for target, source in zip(tensors.values(), sources, strict=True):
+                if source is not None:
+                    target.reshape(-1).view(torch.uint8).copy_(source)
+            return tensors
+
+        tensors = ArrivingTensors(specs, copy)
+        self._entry = Entry(self.key, tensors)
+        return tensors
+
+    @property
+    def entry(self) -> Entry:
+        """What to put, once it is whole or arriving. Its tensors are handed over."""
+        return self._entry or made_entry(self.key, self.specs, self.tensors)
 
     def take(self, chunk: memoryview) -> None:
         """The next bytes. Raises BadFrame for more than were announced."""
@@ -178,23 +216,23 @@ class PutStream:
         self._taken_nbytes = 0
 
 
-def put_ready(store: Store, entries: Sequence[Incoming]) -> int:
+def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> Mapping[str, torch.Tensor]:
+    """Tensors to fill: in `room` if there is any, else in ordinary memory."""
+    return room(specs) or {
+        name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu") for name, spec in specs.items()
+    }
+
+
+def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
     """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
     stored = 0
-    for run in _runs(entries):
-        how = run[0].options
-        stored += store.put_many(
-            [(entry.key, dict(entry.tensors)) for entry in run],
-            ttl_s=how.ttl_s,
-            sliding=how.sliding,
-            pin=how.pin,
-            fidelity=how.fidelity,
-            priority=how.priority,
-            namespace=how.namespace,
-            own=True,
-            chain=run[0].root or run[-1].parent is not None,
-            parent=run[0].parent,
-        )
+    for run in _runs(entries) if len(entries) > 1 else (entries,):
+        first = run[0]
+        chain = first.root or run[-1].parent is not None
+        made = [incoming.entry for incoming in run]
+        if store.config.hot.device != "cpu":
+            made = [entry.to(torch.device(store.config.hot.device)) for entry in made]
+        stored += store.put_entries(made, first.options, chain=chain, parent=first.parent)
     return stored
 
 

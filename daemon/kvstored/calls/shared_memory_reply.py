@@ -7,7 +7,7 @@ from functools import lru_cache
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.hit import TensorInfo
-from kvstore.shm.arena import Arena, Place, Segment
+from kvstore.shm.arena import Place, Segment
 from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import submessage
@@ -43,15 +43,12 @@ def _shape_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Shape:
     return Shape(*layout(infos), header.SerializeToString())
 
 
-def new_reply(arena: Arena, owner: int, entry: Entry, put_at: float) -> SharedMemoryReply | None:
-    """The reply for an entry held raw; None where it does not lie in a segment of this user's. put_at: store's
-    clock.
-    """
-    held = entry.tensors.items()
-    shape = _shape_of(tuple((name, tensor.spec) for name, tensor in held))
-    place = arena.place_in({name: tensor.parts[""] for name, tensor in held}, shape.places, shape.nbytes, owner)
-    if place is None:
+def new_reply(entry: Entry, put_at: float) -> SharedMemoryReply | None:
+    """The reply for an entry held raw; None where it lies in no segment. put_at: store's clock."""
+    place = entry.block or getattr(entry.tensors, "place", None)
+    if not isinstance(place, Place):
         return None
+    shape = _shape_of(tuple(entry.specs.items()))
     own = pb.GetHeader(put_at=put_at)
     if entry.lossy:
         own.lossy = True

@@ -17,13 +17,12 @@ from google.protobuf.message import Message
 
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Hit
-from kvstore.keys import check_keys
-from kvstore.residency.read_path import Resident
+from kvstore.keys import CheckedKeys
 from kvstore.residency.transcode import Room
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import Reading, hit_frames, resident_hits
+from kvstored.calls.gets import Reading, hit_frames
 from kvstored.calls.puts import PutStream, put_ready
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.service import Context, Service, answering
@@ -33,7 +32,7 @@ from kvstored_client.wire.frames import build_miss, parse_frame
 
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
-RESIDENT_MAX = 64
+LOOKED_UP_MAX = 64
 """Keys looked up on the event loop itself: some 0.1 ms."""
 REPORT_MAX_S = 86400
 """More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
@@ -41,8 +40,8 @@ REPORT_MAX_S = 86400
 M = TypeVar("M", bound=Message)
 
 
-def _next_lot(reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
-    lot = reading.next_lot()
+def _read(reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
+    lot = reading.read()
     for _, hit in lot:
         if isinstance(hit, EncodedReply):
             _ = hit.contents.xxh3  # summed here: a large one would hold up the event loop
@@ -116,31 +115,20 @@ class CacheService(Service):
 
     async def _get(self, request: bytes, context: Context) -> None:
         asked = pb.GetRequest.FromString(request)
-        keys = check_keys(asked.keys)
-        # What hot holds is found in microseconds: less than the way to another thread and back.
-        # More than a lot is read lot by lot: what waits for a slow reader is kept from everybody else.
-        resident = (
-            self._store.resident(keys, at_most_nbytes=self._budget.lot_nbytes) if len(keys) <= RESIDENT_MAX else None
-        )
-        if resident is not None:
-            await self._write_resident(context, resident)
-            return
-        reading = Reading(self._store, self._budget, asked, frames_nbytes=self._budget.call_nbytes)
+        keys = CheckedKeys(asked.keys)
+        reading = Reading(self._store, self._budget, asked, keys, frames_nbytes=self._budget.call_nbytes)
+        # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
+        few = len(keys) <= LOOKED_UP_MAX
         try:
             while not reading.done:
-                lot = _next_lot(reading) if reading.at_hand else await self._run(_next_lot, reading)
+                if few:
+                    reading.plan()
+                else:
+                    await self._run(reading.plan)
+                lot = _read(reading) if reading.at_hand else await self._run(_read, reading)
                 await self._write_lot(context, lot)
         finally:
             reading.close()
-
-    async def _write_resident(self, context: Context, resident: Resident) -> None:
-        # Hot may let go of what waits here for a slow reader.
-        nbytes = resident.nbytes + self._budget.frames_of(resident.nbytes)
-        self._budget.take(nbytes)
-        try:
-            await self._write_lot(context, resident_hits(resident))
-        finally:
-            self._budget.give_back(nbytes)
 
     async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | EncodedReply | None]]) -> None:
         for index, hit in lot:

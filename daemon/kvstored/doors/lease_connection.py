@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -22,20 +21,22 @@ import torch
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
-from kvstore.dtypes import BY_NAME
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.arriving import ArrivingTensors
 from kvstore.errors import InvalidEntry, KvstoreError
-from kvstore.hit import Hit, TensorInfo
-from kvstore.keys import check_keys
-from kvstore.residency.read_path import Resident
+from kvstore.hit import Hit
+from kvstore.keys import CheckedKeys
+from kvstore.residency.read_path import NOTHING, Plan
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.store import Store
-from kvstored.access.interceptor import Access, Records, Refusal
+from kvstore.view import StoreView
+from kvstored.access.interceptor import RIGHT_OF, Access, Records, Refusal
 from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import Reading, hit_header, resident_hits
+from kvstored.calls.gets import Reading, hit_header
 from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
@@ -110,8 +111,9 @@ class Connection:
         if identity is None:
             raise PermissionError(f"user {self.uid} has no entry in the tokens file")
         self._identity = identity
+        self._rights = frozenset(verb for verb, method in VERBS.items() if RIGHT_OF[method] in identity.rights)
         self._peer = f"lease:{self.uid}"
-        self._store = shared.views.of(identity)
+        self._store: StoreView = shared.views.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._next = 1
@@ -119,6 +121,9 @@ class Connection:
         self._handed: set[Segment] = set()
         self._ingest: dict[int, Segment] = {}
         self._fds: dict[Segment, int] = {}
+        self._observers: dict[str, Callable[[float], None]] = {}
+        self._arriving: list[ArrivingTensors] = []
+        self._room = partial(shared.arena.empty, owner=self.uid)
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._serialized_always = always.SerializeToString()
 
@@ -134,10 +139,11 @@ class Connection:
         waiting = Waiting(self._sock, self._shared.callers)
         try:
             while nbytes := waiting.receive(packet):
-                self._shared.store.settle()  # another connection's, that has not come to it
                 reply = self.answer(bytes(packet[:nbytes]))
                 if reply is not None:
                     self._send(reply)
+                    if self._arriving:
+                        self._copy_arriving()
                     self._shared.store.settle()
         except OSError as error:
             logger.debug("lease connection ended error=%s", error)
@@ -149,6 +155,7 @@ class Connection:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+        self._copy_arriving()  # the client is gone, what it put stays
         self._drop(list(self._leases))
         for segment in self._ingest.values():
             segment.close()
@@ -193,7 +200,14 @@ class Connection:
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
         code, reply = self._outcome(verb, call)
-        self._shared.records.ended(_LEASE + verb, code, began, self._identity, self._peer)
+        observe = self._observers.get(verb) if code == "OK" else None
+        if observe is not None:
+            observe(time.perf_counter() - began)
+        else:
+            records = self._shared.records
+            records.ended(_LEASE + verb, code, began, self._identity, self._peer)
+            if code == "OK" and not records.traced:  # nothing else is to be written down of the next one
+                self._observers[verb] = records.observer(_LEASE + verb)
         if len(reply) > PACKET_MAX_NBYTES - _NUMBERED.size:
             reply = self._too_large(verb, reply)
         elif code == "OK":
@@ -231,7 +245,8 @@ class Connection:
             if not call.ingest_nbytes:
                 raise InvalidEntry("an empty call")
             return self._open_ingest(call.ingest_nbytes)
-        Access.check(self._identity, VERBS[verb])
+        if verb not in self._rights:
+            Access.check(self._identity, VERBS[verb])  # which says why not
         asked = getattr(call, verb)
         if verb == "get":
             return self._get(asked)
@@ -240,16 +255,41 @@ class Connection:
         return pb.LeaseReply(**{verb: getattr(self._verbs, verb)(asked)}).SerializeToString()
 
     def _get(self, asked: pb.GetRequest) -> bytes:
-        keys = check_keys(asked.keys)
-        resident: Resident | None = self._store.resident(keys, count_later=True)
-        kept_replies = None if resident is None else self._kept_replies(resident)
-        new = set(map(_SEGMENT, kept_replies or ())) - self._handed
-        if resident is None or kept_replies is None or any(segment.owner != self.uid for segment in new):
-            return self._read(asked, resident)
-        # The commonest reply of all, written by hand: the constant part, the part of this call, the kept reply of each
-        # entry.
-        held = self._hold(resident.entries)
-        now = _GIVEN.pack(_LEASE_TAG, held, _NOW_TAG, resident.now, _NUMBER_TAG, self._number)
+        shared, keys = self._shared, CheckedKeys(asked.keys)
+        reading: Reading | None = None
+
+        def charge(plan: Plan) -> None:
+            nonlocal reading
+            if not plan.hot:  # what hot holds is read where it lies
+                reading = Reading(self._store, shared.budget, asked, keys, room=self._room)
+                reading.charge(plan)
+
+        plan = self._store.plan(
+            keys,
+            leading=asked.leading,
+            accept=frozenset(asked.accept) if asked.accept else NOTHING,
+            from_nbytes=asked.accept_from_nbytes,
+            at_most_nbytes=shared.budget.lot_nbytes,
+            whole_if_hot=True,
+            charge=charge,
+            count_later=True,
+        )
+        kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
+        if kept_replies is not None:
+            return self._hot_reply(plan, kept_replies)
+        if reading is None:  # hot, and to be copied: it may let go of it before that is done
+            reading = Reading(self._store, shared.budget, asked, keys, room=self._room)
+            reading.charge(plan)
+        try:
+            reading.begin(plan)
+            return self._read(reading)
+        finally:
+            reading.close()
+
+    def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
+        """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""
+        new = set(map(_SEGMENT, kept_replies)) - self._handed
+        now = _GIVEN.pack(_LEASE_TAG, self._hold(plan.entries), _NOW_TAG, plan.now, _NUMBER_TAG, self._number)
         if new:
             handed = pb.LeaseReply()
             for segment in new:
@@ -257,17 +297,20 @@ class Connection:
             now += handed.SerializeToString()
         return b"".join((self._serialized_always, now, *map(_SERIALIZED, kept_replies)))
 
-    def _kept_replies(self, resident: Resident) -> list[SharedMemoryReply] | None:
+    def _kept_replies(self, plan: Plan) -> list[SharedMemoryReply] | None:
         """The kept reply of each entry; None where one does not lie in a segment that this user could be handed."""
-        kept_replies: list[SharedMemoryReply] = list(map(_KEPT_REPLY, resident.entries))
+        kept_replies: list[SharedMemoryReply] = list(map(_KEPT_REPLY, plan.entries))
         if not all(kept_replies):
-            for i, (entry, meta) in enumerate(zip(resident.entries, resident.metas, strict=True)):
-                if kept_replies[i] is None:
-                    kept_reply = new_reply(self._shared.arena, self.uid, entry, meta.created_at)
+            for i, (entry, meta) in enumerate(zip(plan.entries, plan.metas, strict=True)):
+                if kept_replies[i] is None and entry is not None and meta is not None:
+                    kept_reply = new_reply(entry, meta.created_at)
                     if kept_reply is None:
                         return None
                     entry.keep_reply(kept_reply)
                     kept_replies[i] = kept_reply
+        for segment in set(map(_SEGMENT, kept_replies)) - self._handed:
+            if segment.owner != self.uid:
+                return None
         return kept_replies
 
     def _hold(self, held: Sequence[Any]) -> int:
@@ -279,58 +322,49 @@ class Connection:
         self._leases[number] = (time.monotonic() + self._shared.lease_max_s, held)
         return number
 
-    def _read(self, asked: pb.GetRequest, resident: Resident | None) -> bytes:
-        """A get that has to find, decode or copy something first; of entries found already, to copy."""
+    def _read(self, reading: Reading) -> bytes:
+        """A get that has to read, decode or copy something first."""
         shared = self._shared
         reply = pb.LeaseReply(boot_epoch=shared.verbs.epoch, lease_max_s=shared.lease_max_s)
         held: list[Any] = []
-        # What must be decoded is decoded into this user's own segments: that is where it will be read.
-        room = partial(shared.arena.empty, owner=self.uid)
-        reading = Reading(self._store, shared.budget, asked, room=room)
-        # Hot may let go of them before they are copied.
-        counted_nbytes = 0 if resident is None else resident.nbytes
-        shared.budget.take(counted_nbytes)
-        try:
-            lot = self._next_lot(reading) if resident is None else resident_hits(resident)
-            while lot:
-                for index, hit in lot:
-                    if hit is not None:
-                        tensors, place = self._placed(hit)
-                        held.append(tensors)
-                        self._hand(reply, place.segment)
-                        reply.leased.append(leased(hit_header(index, hit), place))
-                lot = self._next_lot(reading) if resident is None else []
-        finally:
-            reading.close()
-            shared.budget.give_back(counted_nbytes)
+        while True:
+            with shared.reads:
+                lot = reading.read()
+            for index, hit in lot:
+                if hit is not None:
+                    tensors, place = self._placed(hit)
+                    held.append(tensors)
+                    self._hand(reply, place.segment)
+                    reply.leased.append(leased(hit_header(index, hit), place))
+            if reading.done:
+                break
+            reading.plan()
         reply.lease = self._hold(held)
         reply.number = self._number
         return reply.SerializeToString()
-
-    def _next_lot(self, reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
-        with self._shared.reads:
-            return reading.next_lot()
 
     def _placed(self, hit: Hit | EncodedReply) -> tuple[Mapping[str, Any], Place]:
         """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
         arena = self._shared.arena
         if isinstance(hit, Hit):
             sources: Mapping[str, torch.Tensor] = hit.tensors
+            known: Place | None = getattr(sources, "place", None)
+            if known is not None and known.segment.owner == self.uid:
+                return sources, known  # decoded into room of this user's
             specs = {name: arrays.describe(name, x) for name, x in sources.items()}
         else:
             sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
-            specs = {name: TensorInfo("uint8", (x.numel(),)) for name, x in sources.items()}
+            specs = {name: TensorSpec("uint8", (x.numel(),)) for name, x in sources.items()}
         places, nbytes = layout(specs)
         place = arena.place_in(sources, places, nbytes, self.uid)
         if place is not None:
             return sources, place
-        room = arena.empty(specs, self.uid)
-        place = None if room is None else arena.place_in(room, places, nbytes, self.uid)
-        if room is None or place is None:
+        room = self._room(specs)
+        if room is None or room.place is None:
             raise UseStream("no room in shared memory, or nothing to share")
         for name, x in sources.items():
             room[name].copy_(x)
-        return room, place
+        return room, room.place
 
     def _hand(self, reply: pb.LeaseReply, segment: Segment, *, writable: bool = False) -> None:
         if segment in self._handed:
@@ -354,39 +388,49 @@ class Connection:
 
     def _put(self, asked: pb.LeasePut) -> pb.PutReply:
         shared = self._shared
+        limit_nbytes = shared.store.config.entry_max_nbytes
         ready: list[Incoming] = []
-        taken = 0
+        arriving: list[ArrivingTensors] = []
+        taken = stored = 0
         try:
             for item in asked.entries:
-                entry = Incoming(item.header, shared.store.config.entry_max_nbytes)
+                entry = Incoming(item.header, limit_nbytes)
                 shared.budget.take(entry.nbytes)
                 taken += entry.nbytes
-                self._ingested(entry, item.places)
+                arriving.append(entry.arriving(self._room, self._sources(entry, item.places)))
                 ready.append(entry)
-            return pb.PutReply(stored=put_ready(self._store, ready), boot_epoch=shared.verbs.epoch)
+            self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
+            stored = put_ready(self._store, ready)
         finally:
             shared.budget.give_back(taken)
+            # Before any answer but the one that lets the client go on: in its ingest segment it may write again then.
+            if not (stored and asked.copy_later):
+                self._copy_arriving()
+        return pb.PutReply(stored=stored, boot_epoch=shared.verbs.epoch)
 
-    def _ingested(self, entry: Incoming, places: Any) -> None:
-        """Copy an entry out of the client's ingest segments. He may still write there: the copy is what counts."""
-        if len(places) != len(entry.specs):
-            raise InvalidEntry(f"{len(entry.specs)} tensors in {len(places)} places")
-        sources = [self._source(spec, place) for spec, place in zip(entry.specs.values(), places, strict=True)]
-        entry.begin(partial(self._shared.arena.empty, owner=self.uid))
-        for target, source in zip(entry.tensors.values(), sources, strict=True):
-            if source is not None:
-                target.reshape(-1).view(torch.uint8).copy_(source)
+    def _copy_arriving(self) -> None:
+        """Copy what was put and is not copied yet out of the client's ingest segments."""
+        while self._arriving:
+            tensors = self._arriving.pop()
+            try:
+                tensors.arrive()
+            except Exception:  # memory ran out: whoever reads the entry finds it undecodable, a miss
+                logger.exception("an entry was not copied when it was put")
 
-    def _source(self, spec: TensorInfo, place: pb.TensorPlace) -> torch.Tensor | None:
-        nbytes = prod(spec.shape) * BY_NAME[spec.dtype].itemsize
-        if not nbytes:
-            return None
-        segment = self._ingest.get(place.segment)
-        if segment is None or place.start + nbytes > segment.nbytes:
-            raise InvalidEntry(
-                f"bytes {place.start} to {place.start + nbytes} are in no ingest segment {place.segment}"
-            )
-        return torch.from_numpy(segment.bytes[place.start : place.start + nbytes])
+    def _sources(self, entry: Incoming, places: Any) -> list[torch.Tensor | None]:
+        """The bytes of an entry in the client's ingest segments. It may still write there: the copy is what counts."""
+        if len(places) != len(entry.sizes):
+            raise InvalidEntry(f"{len(entry.sizes)} tensors in {len(places)} places")
+        sources: list[torch.Tensor | None] = []
+        for nbytes, place in zip(entry.sizes, places, strict=True):
+            segment, start = self._ingest.get(place.segment), place.start
+            if not nbytes:
+                sources.append(None)
+            elif segment is None or start + nbytes > segment.nbytes:
+                raise InvalidEntry(f"bytes {start} to {start + nbytes} are in no ingest segment {place.segment}")
+            else:
+                sources.append(torch.from_numpy(segment.bytes[start : start + nbytes]))
+        return sources
 
 
 def _refusal(kind: str, message: str) -> bytes:

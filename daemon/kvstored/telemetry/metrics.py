@@ -172,10 +172,14 @@ class Meter:
 
     def end(self, method: str, code: str, seconds: float) -> None:
         """Count a call that has ended. Calls of the lease socket are not counted as running before."""
+        self.observer(method, code)(seconds)
+
+    def observer(self, method: str, code: str) -> Callable[[float], None]:
+        """Takes the seconds of each call of a method that ended with this code."""
         found = self._series.get((method, code))
         if found is None:  # `labels` takes as long as the whole lookup of a small call
             found = self._series[method, code] = self._seconds.labels(method, code)
-        found.observe(seconds)
+        return found.observe
 
     def leave(self, method: str) -> None:
         """End a call that `begin` counted."""

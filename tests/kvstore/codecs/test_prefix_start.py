@@ -7,6 +7,7 @@ from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 from kvstored.calls.puts import Incoming, put_ready
 from kvstored_client.puts import Outgoing, PutOptions
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 KEYS = [b"first", b"second", b"third"]
 K = torch.randn(2, 64, 2, 16, generator=torch.Generator().manual_seed(1))
@@ -40,7 +41,7 @@ def test_a_put_over_the_wire_says_which_chunk_is_the_first() -> None:
             parents = [None, *KEYS]
             for key, parent in zip(KEYS[:count], parents, strict=False):
                 sent = Outgoing(key, {"k": K}, PutOptions(), parent, root=True)
-                entry = Incoming(sent.header, 1 << 24)
+                entry = Incoming(pb.PutHeader.FromString(sent.header), 1 << 24)
                 entry.begin(lambda _: None)
                 entry.tensors["k"].copy_(K)
                 ready.append(entry)

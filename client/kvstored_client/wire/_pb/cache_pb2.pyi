@@ -512,10 +512,12 @@ class LeaseCall(_message.Message):
     def __init__(self, release: _Optional[_Iterable[int]] = ..., get: _Optional[_Union[GetRequest, _Mapping]] = ..., put: _Optional[_Union[LeasePut, _Mapping]] = ..., match: _Optional[_Union[MatchRequest, _Mapping]] = ..., touch: _Optional[_Union[TouchRequest, _Mapping]] = ..., delete: _Optional[_Union[DeleteRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., ingest_nbytes: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class LeasePut(_message.Message):
-    __slots__ = ("entries",)
+    __slots__ = ("entries", "copy_later")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    COPY_LATER_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[IngestedEntry]
-    def __init__(self, entries: _Optional[_Iterable[_Union[IngestedEntry, _Mapping]]] = ...) -> None: ...
+    copy_later: bool
+    def __init__(self, entries: _Optional[_Iterable[_Union[IngestedEntry, _Mapping]]] = ..., copy_later: bool = ...) -> None: ...
 
 class IngestedEntry(_message.Message):
     __slots__ = ("header", "places")
