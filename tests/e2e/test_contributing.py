@@ -61,7 +61,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.is_file():
             shutil.copy(path, top)
     made = [name for heading in RECIPES for name in follow(heading, top) if name.endswith(".py")]
-    assert len(made) == 8
+    assert len(made) == 7
     run(top, "-m", "ruff", "check", *made)  # the page's code is as the linter wants it
     run(top, "-m", "ruff", "format", "--check", *made)
     (top / "docs" / "cli.md").write_text(run(top, "-m", "kvstored.cli.manual"))
