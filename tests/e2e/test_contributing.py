@@ -15,9 +15,9 @@ PAGE = (ROOT / "docs" / "contributing.md").read_text()
 COPIED = ("bench", "client", "daemon", "docs", "examples", "experiments", "kvstore", "proto", "tests", "tools")
 STEP = re.compile(r"^\*\*`([^`]+)`\*\*( \(new\))?\n((?:\n```\w+\n.*?^```\n)+)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 RECIPES = ("A policy", "A codec", "An engine adapter", "A verb of the command line", "A setting")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def steps(heading: str) -> list[tuple[str, bool, list[tuple[str, str]]]]:
