@@ -1,4 +1,4 @@
-"""kvstore: the engine of kvstored, usable with no daemon at all.
+"""kvstore: the engine of kvstored, usable without a daemon.
 
     from kvstore import Store
 
@@ -6,7 +6,7 @@
         store.put(b"key", {"k": k, "v": v})
         hit = store.get(b"key")
 
-Names are found when first asked for (PEP 562): `import kvstore.keys` in a light client must not import torch, and
+Names are imported when first used (PEP 562): `import kvstore.keys` in a light client must not import torch, and
 importing a submodule runs this file first.
 """
 

@@ -1,8 +1,8 @@
-"""Where bytes that a stranger may have written are parsed or decoded: whatever is raised there becomes one error.
+"""The boundary where untrusted bytes are parsed or decoded: every exception there becomes one error.
 
-A record, a file or an answer can make our own code raise nearly anything (KeyError, struct.error, RuntimeError from
-torch). `with Blaming(CodecError, "tensor 'k'"):` around the parsing says whose fault it is: the bytes', unless this
-host's memory, its disk or an error of ours says otherwise. Thread-safe, no state. Imports no torch: clients have none.
+A record, a file or a reply can make this code raise nearly any exception (KeyError, struct.error, RuntimeError from
+torch). `with Blaming(CodecError, "tensor 'k'"):` around the parsing turns it into an error about the bytes, unless
+memory or the disk of this host failed, or it is an error of kvstored. Thread-safe, no state, no torch: clients use it.
 """
 
 from types import TracebackType
@@ -12,11 +12,11 @@ from kvstore.printable import printable
 
 _TOLD_MAX = 200
 _NO_MEMORY = ("can't allocate memory", "out of memory")
-"""What torch says, as a RuntimeError, where malloc or the device's allocator gave nothing."""
+"""The text of torch's RuntimeError when malloc or the device's allocator failed."""
 
 
 class Blaming:
-    """A context: what is raised inside comes out as a `kind`, with `what` was parsed and the original's words."""
+    """A context: exceptions inside become a `kind` that names `what` was parsed and the original text."""
 
     __slots__ = ("_kind", "_what")
 
@@ -35,11 +35,11 @@ class Blaming:
 
 
 def blamed(error: Exception, kind: type[KvstoreError], what: str) -> Exception:
-    """What `Blaming` would raise, for an `except` where a context for each tensor would cost more than its work."""
+    """The error that `Blaming` would raise, for an `except` clause: a context per tensor would cost too much."""
     if isinstance(error, KvstoreError | OSError):
         return error
     told = printable(error)[:_TOLD_MAX]
     if isinstance(error, MemoryError) or any(words in told for words in _NO_MEMORY):
-        # It says nothing about the bytes: they must not be thrown away for it.
+        # A failure of this host, not of the bytes: they must not be dropped for it.
         return TierUnavailable(f"{what}: memory ran out: {told}")
     return kind(f"{what}: {type(error).__name__}: {told}")

@@ -1,8 +1,8 @@
-"""Time as the engine sees it: handed in through the constructor, never read from a module.
+"""The engine's time: passed in through the constructor, never read from a module.
 
-The system clock counts seconds since boot and adds the wall clock once, at start. So an operator
-who steps the wall clock neither expires every entry at once nor makes one immortal; deadlines that
-cross a restart are clamped where they are read (see `tiers.cold`).
+The system clock counts seconds since boot and adds the wall clock once, at start. So a step of the
+wall clock neither expires every entry at once nor makes one immortal; deadlines from before a restart
+are clamped when they are read (see `disk.recovery`).
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where the engine gets the time from."""
+    """The source of the engine's time."""
 
     def now(self) -> float:
         """Unix seconds. Never goes backwards within one process."""

@@ -22,17 +22,17 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 POLICIES = extensions.OWN_POLICIES
-"""Which key leaves a memory tier next; `policies` holds one of each. Others may be registered (`extensions`)."""
+"""Which key leaves a memory tier next; `policies` has one module for each. Others may be registered (`extensions`)."""
 SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
-"""What may be written to disk: everything, or only what was hit at least once."""
+"""Which entries may be written to disk (`tiers.admission`)."""
 CODECS = ("auto", "nf4-kv", "nf4", "int8", "raw")
 MAX_RELATIVE_ERROR = 0.25
-"""The bound of "auto" where none is given, of the content of keys and values (docs/codecs.md). SmolLM2, Gemma 3 and all
-but the first layer of Qwen2.5-0.5B stay below 0.2 in nf4-kv; that layer is at 0.74 and ruins the answers."""
+"""The default bound of "auto", as a fraction of the content of keys and values (docs/codecs.md). SmolLM2, Gemma 3 and
+all but the first layer of Qwen2.5-0.5B stay below 0.2 in nf4-kv; that layer is at 0.74 and spoils the answers."""
 LAYERS_MAX = 1024
 LAYER_RUNS_MAX = 8
-"""Runs of alike layers that one tensor is cut into."""
+"""The most runs of layers with one codec that a tensor is cut into."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -63,7 +63,7 @@ class HotConfig:
 
 @dataclass(frozen=True)
 class LayerCodec:
-    """How some layers are encoded: as in `CodecPolicy`."""
+    """How some layers are encoded; the fields are those of `CodecPolicy`."""
 
     codec: str = "auto"
     max_relative_error: float = MAX_RELATIVE_ERROR
@@ -74,9 +74,9 @@ class CodecPolicy:
     """How entries that need not stay exact are encoded when they leave hot.
 
     codec: "auto" is nf4-kv for keys and values and nf4 for the rest. max_relative_error: with "auto", layers whose
-    receipt is over it become int8 or stay exact; a fraction of the content (docs/codecs.md); 0: no bound.
-    layers: by "3" or "0-3", for the keys and values of (layers, tokens, heads, dim) tensors and for names such as
-    "layers.3.k"; the others as above.
+    receipt is over this become int8 or stay exact; a fraction of the content (docs/codecs.md); 0: no bound.
+    layers: other codecs by layer, "3" or "0-3", for keys and values of (layers, tokens, heads, dim) tensors and for
+    names such as "layers.3.k".
     """
 
     codec: str = "auto"
@@ -88,8 +88,8 @@ class CodecPolicy:
 class WarmConfig:
     """The warm tier: encoded tensors in memory. 0 bytes: no warm tier.
 
-    codec, max_relative_error, layers: the store's `CodecPolicy`. namespaces: that of a namespace instead, by the name
-    its caller gave it or by what stands before an "@" in it.
+    codec, max_relative_error, layers: the store's `CodecPolicy`. namespaces: the policies of namespaces, by the name
+    that the caller gave, or by the part before its "@".
     """
 
     capacity_nbytes: int = 2 * GIB
@@ -101,14 +101,14 @@ class WarmConfig:
 
 @dataclass(frozen=True)
 class ColdConfig:
-    """The cold tier: records in LMDB under `path`. No path: no cold tier.
+    """The cold tier: records in segment files under `path`, indexed by LMDB. No path: no cold tier.
 
-    write_buffer_nbytes: demoted entries waiting for the writer. flush_interval_s: how often deadlines and
-    recency, which move with every get, are written down. admission: what may be written, "all"; "reused": only
-    what was hit at least once, about a tenth of the writes for two thirds of the hits; "ghost": also what left lately
-    and was put again. write_nbytes_per_day: once so much was written, only what was hit is; 0 for no budget.
-    free_min_fraction: of the file system, kept free: the tier shrinks before the disk is full. key_files: records are
-    encrypted; by namespace, tenant, TENANT/NAMESPACE or "*", the file that holds the key.
+    write_buffer_nbytes: bytes of demoted entries that wait for the writer. flush_interval_s: seconds between writes of
+    deadlines and recency, which move with every get. admission: which entries are written: "all"; "reused", those that
+    were hit at least once (about a tenth of the writes for two thirds of the hits); "ghost", also those that left
+    lately and were put again. write_nbytes_per_day: after so many bytes only entries that were hit are written; 0: no
+    budget. free_min_fraction: share of the file system that stays free: the tier shrinks before the disk is full.
+    key_files: records are encrypted with the key in this file; by namespace, tenant, TENANT/NAMESPACE or "*".
     """
 
     path: str | None = None
@@ -123,7 +123,7 @@ class ColdConfig:
 
 @dataclass(frozen=True)
 class QuotaConfig:
-    """How much of each tier one tenant, or one namespace, may hold. None: no limit of its own, only fair eviction."""
+    """The bytes of each tier that one tenant or namespace may hold. None: no limit, only fair eviction."""
 
     hot_nbytes: int | None = None
     warm_nbytes: int | None = None
@@ -134,13 +134,13 @@ class QuotaConfig:
 class StoreConfig:
     """The whole engine.
 
-    ttl_s: default seconds to live, sliding. ttl_max_s: the longest a put may ask for. promote_after: the hit within
+    ttl_s: default seconds to live, sliding. ttl_max_s: the longest ttl_s of a put. promote_after: the hit within
     promote_window_s that copies an entry to hot: 1, 2 or 0 for never. entry_max_nbytes: decoded bytes of one entry.
-    pin_max_fraction: how much of a tier pinned entries may take. sweep_interval_s: how often expired entries are
-    collected (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru", "arc"
-    or "s3fifo". split: "fixed": hot and warm keep their budgets; "auto": they share them, and the border is
-    learned. quotas: by tenant. namespaces: quotas by namespace, in each tenant: by the name its caller gave it, or
-    by what stands before an "@" in it (the model, for the prefix layer's).
+    pin_max_fraction: share of a tier that pinned entries may take. sweep_interval_s: seconds between collections of
+    expired entries (they are never returned, collected or not). policy: which key leaves a memory tier next: "lru",
+    "arc" or "s3fifo". split: "fixed": hot and warm keep their budgets; "auto": they share them, and the border is
+    learned. quotas: by tenant. namespaces: quotas of namespaces, in each tenant: by the name that the caller gave, or
+    by the part before its "@" (the model, for the prefix layer's namespaces).
     """
 
     hot: HotConfig = field(default_factory=HotConfig)
@@ -269,7 +269,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if str in options and isinstance(value, str):
         return value
     for kind in (int, float):
-        # TOML knows numbers; the environment knows text. 1.5 is no whole number, true is no number.
+        # TOML has numbers, the environment has text. 1.5 is not an integer, true is not a number.
         fits = isinstance(value, str | int | kind) and not isinstance(value, bool)
         if kind in options and fits:
             try:

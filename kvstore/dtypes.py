@@ -1,6 +1,6 @@
-"""The element types a tensor may have: one table for the engine, the records and the wire. And a tensor's spec.
+"""The element types of tensors: one table for the engine, the records and the wire. And a tensor's spec.
 
-Holds names, sizes and codes only, so that a client without torch can import it.
+It holds names, sizes and codes only, so that a client without torch can import it.
 `wire` numbers are frozen: add, never renumber. A type whose `safetensors` code is None travels in a
 record as U8 bytes, with its real type in the record's metadata.
 """
@@ -55,11 +55,11 @@ FROM_SAFETENSORS = BY_SAFETENSORS | {
         "C64": "complex64",
     }.items()
 }
-"""Codes that a file may have: safetensors has given more types a code since records of version 1 were frozen. Those are
-read, never written: a reader of ours that is older would refuse the file."""
+"""Codes that a file may have: safetensors has added codes since records of version 1 were frozen. They are read but
+never written, because an older version of kvstored would refuse the file."""
 
 LOSSY_ALLOWED = frozenset({"float32", "float16", "bfloat16"})
-"""Types a lossy codec may touch. float64 is not KV data: whoever chose it wants its bits."""
+"""Types that a lossy codec may encode. float64 is not KV data: its bits are kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Every error the engine raises, by what the caller can do about it.
+"""Every error that the engine raises, by what the caller can do about it.
 
     KvstoreError
     |-- InvalidEntry        the caller's data is wrong: fix it           INVALID_ARGUMENT
@@ -6,7 +6,7 @@
     |-- OverQuota           a budget is spent: wait, or ask for less     RESOURCE_EXHAUSTED
     |-- CodecError          bytes do not decode under this codec         FAILED_PRECONDITION
     |-- TierUnavailable     disk or peer is failing: retry later         UNAVAILABLE
-    |-- PermissionDenied    not yours                                    PERMISSION_DENIED
+    |-- PermissionDenied    the caller lacks this right                  PERMISSION_DENIED
     |-- RecordCorrupt       internal: a caller sees a miss               DATA_LOSS
     `-- ConfigError         start-up only: fix the configuration         (exit code 2)
 

@@ -1,6 +1,6 @@
-"""What a caller gets back: the same plain objects from an embedded store and from a client.
+"""The results of calls: the same plain objects from an embedded store and from a client.
 
-Holds no torch: a light client imports it.
+Imports no torch: a light client imports this.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ TensorInfo = TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A value found.
+    """A value that was found.
 
-    tensors: by name, torch tensors or numpy arrays (see `arrays`). tier: which tier answered. encoding: how it
-    was held there. lossy: whether it ever went through a lossy codec. age_s: seconds since it was put. receipt: for
-    each tensor the relative error |x - decoded| / |x| that was measured when it was encoded: 0.0 where it is bit for
-    bit as put, infinity where an older version encoded it and nobody measured.
+    tensors: by name, torch tensors or numpy arrays (see `arrays`). tier: the tier that answered. encoding: its
+    encoding there. lossy: whether it ever went through a lossy codec. age_s: seconds since it was put. receipt: for
+    each tensor the relative error that was measured when it was encoded (docs/codecs.md): 0.0 if it is bit for bit as
+    put, infinity if an older version encoded it without measuring.
     """
 
     key: bytes
@@ -38,20 +38,20 @@ class Hit:
 
     @property
     def relative_error(self) -> float:
-        """The largest of the receipt: 0.0 where every tensor is as it was put."""
+        """The largest error in the receipt: 0.0 if every tensor is as it was put."""
         return max(self.receipt.values(), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Where one key of a chain is held, and the bytes of its tensors once decoded."""
+    """Where a key is held, and the bytes of its decoded tensors."""
 
     tier: str
     nbytes: int
 
 
 class Match(int):
-    """The number of leading keys held: an int that also says where each of them is (`held`)."""
+    """The number of leading keys that are held: an int that also has the place of each (`held`)."""
 
     held: tuple[Held, ...]
 
@@ -64,12 +64,12 @@ class Match(int):
 
 @dataclass(frozen=True, slots=True)
 class EntryInfo:
-    """What is known of an entry without reading its value.
+    """The facts about an entry, without its value.
 
-    tiers: where it is held, uppermost first; tier_nbytes: bytes counted against each budget, in that order.
-    encoding: in the uppermost tier. value_nbytes: bytes of the tensors once decoded.
-    ttl_left_s: seconds until it expires; None while pinned. receipt: of the tensors described, as in a `Hit`.
-    tenant, namespace: whose it is, and the name it was put under; "" for none.
+    tiers: those that hold it, uppermost first; tier_nbytes: bytes counted against each budget, in that order.
+    encoding: in the uppermost tier. value_nbytes: bytes of the decoded tensors.
+    ttl_left_s: seconds until it expires; None while pinned. receipt: as in a `Hit`.
+    tenant, namespace: its owner, and the name it was put under; "" for none.
     """
 
     key: bytes
@@ -93,8 +93,8 @@ class EntryInfo:
 class Explanation:
     """Where a key is, or why it is gone.
 
-    state: "held", a `metadata.tombstones.GoneCause`, or "never put" (or so long ago that nobody remembers). tier: the
-    uppermost that holds it, or the lowest that last did. gone_s: seconds since it left. entry: what is held.
+    state: "held", a `metadata.tombstones.GoneCause`, or "never put" (also if its tombstone is gone). tier: the
+    uppermost that holds it, or the lowest that held it last. gone_s: seconds since it left. entry: its facts, if held.
     """
 
     key: bytes
@@ -106,7 +106,7 @@ class Explanation:
 
 
 class Verified(NamedTuple):
-    """How far a check of the records on disk is. corrupt: found damaged meanwhile, and dropped."""
+    """The progress of a check of the records on disk. corrupt: records found damaged so far, and dropped."""
 
     checked: int
     total: int

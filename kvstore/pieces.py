@@ -1,9 +1,9 @@
-"""Calls over the limit of keys, made in pieces: a long chain is no mistake of whoever asks for it.
+"""Calls over the limit of keys, made in pieces: a long chain is not the caller's mistake.
 
-`in_pieces` wraps any cache with the common verbs. A call of up to 4096 keys goes through as it is. A longer one is cut,
-and means what the whole would: a leading match ends with the first piece that is not held in full, counts are summed,
-a chain is put root first and its pieces are linked, and what is touched is touched deepest first, so that the root
-ends most recently used. What is not atomic any more is said at the verb. Holds no state. As thread-safe as the cache.
+`in_pieces` wraps any cache with the common verbs. A call of up to 4096 keys is passed on unchanged. A longer one is
+cut, with the meaning of the whole: a leading match ends with the first piece that is not held in full, counts are
+summed, a chain is put root first and its pieces are linked, and a touch goes deepest first, so that the root is the
+most recently used. Each verb says what is no longer atomic. Holds no state. As thread-safe as the cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,19 +16,19 @@ from kvstore.keys import KEYS_PER_CALL_MAX
 
 
 def in_pieces(cache: Any) -> "Pieces":
-    """The cache with calls of any length; itself where it has them already."""
+    """The cache with calls of any length; the cache itself if it has them already."""
     return cache if getattr(cache, "cuts_calls", False) is True else Pieces(cache)
 
 
 def cut(items: Sequence[Any]) -> list[Sequence[Any]]:
-    """Pieces of at most 4096, in order; one piece, the items themselves, where that is enough."""
+    """Pieces of at most 4096 items, in order; the items themselves if one piece is enough."""
     if len(items) <= KEYS_PER_CALL_MAX:
         return [items]
     return [items[start : start + KEYS_PER_CALL_MAX] for start in range(0, len(items), KEYS_PER_CALL_MAX)]
 
 
 class Pieces:
-    """A cache whose verbs take any number of keys. Everything else is the cache's own."""
+    """A cache whose verbs take any number of keys. All other attributes are the cache's."""
 
     cuts_calls = True
 
@@ -39,7 +39,7 @@ class Pieces:
         return getattr(self._cache, name)
 
     def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], **how: Any) -> int:
-        """Put entries, root first. A chain ends where a piece was not stored in full."""
+        """Put entries, root first. A chain stops after a piece that was not stored in full."""
         pieces = cut(entries)
         if len(pieces) == 1:
             return int(self._cache.put_many(entries, **how))
@@ -55,7 +55,7 @@ class Pieces:
         return stored
 
     def _touch_before_the_last(self, pieces: list[Sequence[Any]]) -> None:
-        # The last piece was used last, and would outlive the root it continues.
+        # Otherwise the last piece would be the most recently used, and would outlive its root.
         for piece in reversed(pieces[:-1]):
             self._cache.touch([key for key, _ in piece])
 
@@ -63,7 +63,7 @@ class Pieces:
         """Values in the order of keys; leading: up to the first miss."""
         pieces = cut(keys)
         if not leading:
-            # Deepest first, as one call touches them.
+            # Deepest first, as in one call.
             return list(joined(*reversed([list(self._cache.get_many(piece)) for piece in reversed(pieces)])))
         found: list[Hit | None] = []
         for i, piece in enumerate(pieces):
@@ -79,7 +79,7 @@ class Pieces:
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
     ) -> AbstractContextManager[Iterable[Hit | None]]:
-        """As `get_many` without copies; the lease of a piece begins when its first hit is looked at."""
+        """`get_many` without copies; the lease of a piece begins when its first hit is read."""
         if len(keys) <= KEYS_PER_CALL_MAX:
             return self._cache.lease_many(keys, leading=leading)  # type: ignore[no-any-return]
         return self._leased(cut(keys), leading=leading)
@@ -102,7 +102,7 @@ class Pieces:
             left = len(piece)
             while left:
                 try:
-                    yield next(hits)  # no name for a hit: a view that this generator held would outlive its lease
+                    yield next(hits)  # without a variable: a view that this generator held would outlive its lease
                 except StopIteration:
                     break
                 left -= 1
@@ -136,9 +136,9 @@ class Pieces:
 
     def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
         """Keep keys. A chain is pinned as a whole or not at all; of other keys the deepest pieces stay pinned."""
-        # A pin holds all chunks before it: the deepest piece first is the whole chain or an error.
+        # A pin holds all chunks before it, so pinning the deepest piece first pins the whole chain, or fails.
         return sum(int(self._cache.pin(*piece, ttl_s=ttl_s)) for piece in reversed(cut(keys)))
 
     def unpin(self, *keys: bytes) -> int:
-        """Let go of keys, the deepest first."""
+        """Unpin keys, the deepest first."""
         return sum(int(self._cache.unpin(*piece)) for piece in reversed(cut(keys)))

@@ -54,7 +54,7 @@ class Cache(Protocol):
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False
     ) -> AbstractContextManager[Iterable[Hit | None]]:
-        """`get_many` without copies, for the length of a block; RecordCorrupt at its end if the lease ended first."""
+        """`get_many` without copies, inside a `with` block; RecordCorrupt at its end if the lease ended before."""
         ...
 
     def match(self, keys: Sequence[bytes]) -> Match:
@@ -62,7 +62,7 @@ class Cache(Protocol):
         ...
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
-        """Where each key is held, if it is."""
+        """Where each key is held; None for a key that is not."""
         ...
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
@@ -70,7 +70,7 @@ class Cache(Protocol):
         ...
 
     def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
-        """Forget keys; `keep_shared`: only those that nothing continues, in the order given."""
+        """Forget keys; `keep_shared`: only keys that no chunk continues, in the order given."""
         ...
 
     def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
@@ -78,12 +78,12 @@ class Cache(Protocol):
         ...
 
     def unpin(self, *keys: bytes) -> int:
-        """Let go of them again."""
+        """Unpin keys."""
         ...
 
 
 def namespace_name(model: str, digest: bytes) -> str:
-    """What an operator sees, and sets quotas by: the model, "@", and four bytes of the identity's digest."""
+    """The name that an operator sees and sets quotas by: the model, "@", four bytes of the identity's digest."""
     shown = "".join(c for c in model if c.isprintable()).encode()[-(NAMESPACE_MAX_NBYTES - 9) :]
     return f"{shown.decode(errors='ignore')}@{digest[:4].hex()}"
 
@@ -149,7 +149,7 @@ class Namespace:
         self.chunk_tokens = chunk_tokens
         self.digest = identity.digest()
         self.name = namespace_name(identity.model, self.digest)
-        chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now rather than at the first put
+        chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now, not at the first put
 
     def keys(self, token_ids: Sequence[int]) -> list[bytes]:
         """The chain of keys of these tokens, root first; the last one may be of a partial chunk."""
@@ -169,8 +169,8 @@ class Namespace:
         """Put the K and V of a prefix, cut into chunks; chunks already held are touched, not sent.
 
         k, v: (layers, tokens, kv_heads, head_dim), tokens == len(token_ids). Returns the chunks sent and stored.
-        no_store: nobody will continue this prompt; what is held of it is touched, nothing is added. priority: "low"
-        leaves before others unless it is hit. pin: the whole prefix. Raises InvalidEntry if shapes or dtype are not the
+        no_store: no prompt will continue this one; held chunks are touched, none is added. priority: "low" is evicted
+        before others unless it is hit. pin: pin the whole prefix. Raises InvalidEntry if shapes or dtype are not the
         identity's.
         """
         tokens = len(token_ids)
@@ -256,7 +256,7 @@ class Namespace:
         return self._cache.pin(*keys, ttl_s=ttl_s) if keys else 0
 
     def unpin_prefix(self, token_ids: Sequence[int]) -> int:
-        """Let go of a prefix; what another pinned prefix shares with it stays. Returns the chunks unpinned."""
+        """Unpin a prefix; chunks of another pinned prefix stay pinned. Returns the chunks unpinned."""
         keys = self._longest(token_ids)
         return self._cache.unpin(*keys) if keys else 0
 

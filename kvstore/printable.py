@@ -1,10 +1,10 @@
-"""Text that others chose, made safe to print: on a terminal, in a log line, on a page. Imports nothing."""
+"""Untrusted text made safe to print: on a terminal, in a log line, on a page. Imports nothing."""
 
 
 def printable(text: object) -> str:
-    """The text with what is not printable escaped: controls, ANSI sequences, newlines, bidi marks, surrogates.
+    """The text with unprintable characters escaped: controls, ANSI sequences, newlines, bidi marks, surrogates.
 
-    A name must not colour the operator's terminal, end a log line and begin another, or turn the text after it round.
+    A name must not change an operator's terminal, forge a log line, or reverse the text after it.
     """
     text = str(text)
     if text.isprintable():

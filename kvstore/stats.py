@@ -1,6 +1,6 @@
-"""What the store counts: per tier, per cause of a miss, and in all.
+"""The store's counters: per tier, per cause of a miss, and in total.
 
-Counters only grow; gauges are read at the moment of the snapshot. All under the store's lock.
+Counters only grow; gauges are read for the snapshot. All of them under the store's lock.
 """
 
 from bisect import bisect_left
@@ -26,11 +26,10 @@ _LE, _SUM = "_le_", "_sum"
 
 @dataclass(slots=True)
 class Errors:
-    """How often tensors of one encoding had which relative error when they were encoded: a histogram.
+    """A histogram of the relative errors of the tensors of one encoding, measured when they were encoded.
 
-    counts: one for each bound, of errors up to it and above the one before, and one for what lies above all of them.
-    Among a store's numbers it is `relative_error_ENCODING_le_BOUND`, each with what lies below counted in,
-    `..._le_inf` and `..._sum`.
+    counts: for each bound the errors up to it and above the bound before, and the errors above all bounds. Among a
+    store's numbers it is `relative_error_ENCODING_le_BOUND` (cumulative), `..._le_inf` and `..._sum`.
     """
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(ERROR_BOUNDS) + 1))
@@ -53,7 +52,7 @@ class Errors:
         yield f"{ERRORS}{encoding}{_SUM}", self.total
 
     def buckets(self) -> Iterator[tuple[str, int]]:
-        """Each bound as text, "inf" the last, and the tensors up to it."""
+        """Each bound as text, "inf" last, with the number of tensors up to it."""
         return zip((*map(str, ERROR_BOUNDS), "inf"), accumulate(self.counts), strict=True)
 
 
@@ -71,7 +70,7 @@ def errors_of(values: Mapping[str, float]) -> dict[str, Errors]:
 
 @dataclass(slots=True)
 class TierCounters:
-    """What one tier did since start. evictions: entries that left the store from here."""
+    """Counts of one tier since start. evictions: entries that left the store from this tier."""
 
     hits: int = 0
     puts: int = 0
@@ -82,9 +81,9 @@ class TierCounters:
 
 @dataclass(slots=True)
 class Counters:
-    """What the store did since start; sizes in bytes of decoded tensors, times in seconds.
+    """Counts of the store since start; sizes in bytes of decoded tensors, times in seconds.
 
-    errors: by encoding, of each tensor encoded on its way down ("raw": one that had to stay as it is).
+    errors: by encoding, for each tensor encoded on demotion ("raw": a tensor that had to stay as it is).
     """
 
     gets: int = 0
@@ -103,7 +102,7 @@ class Counters:
     maintainer_errors: int = 0
     misses: Counter[str] = field(default_factory=Counter)
     hits_in: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By the tier that answered and the encoding it held."""
+    """By the tier that answered and the encoding there."""
     errors: defaultdict[str, Errors] = field(default_factory=lambda: defaultdict(Errors))
     tiers: dict[str, TierCounters] = field(default_factory=dict)
 

@@ -1,7 +1,6 @@
 """Samples the daemon while it serves: counters for the scrape, samples for the page, the pressure valve.
 
-One thread turns every few seconds; the metrics port has threads of its own. Nothing here is on a call's path but
-`Meter`.
+One thread runs a turn every few seconds; the metrics port has threads of its own. Only `Meter` is on a call's path.
 """
 
 import logging
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Sampler:
-    """Everything that looks at a store and its daemon."""
+    """The observers of a store and its daemon."""
 
     def __init__(self, store: Store, settings: ServerSettings, version: str) -> None:
         self._store = store
@@ -53,13 +52,13 @@ class Sampler:
         GCCollector(registry=registry)
 
     def start(self) -> None:
-        """Watch, and serve the metrics port if there is one. Raises ConfigError when it cannot be bound."""
+        """Start the thread, and the metrics port if one is set. Raises ConfigError if it cannot be bound."""
         if self._settings.metrics_address:
             self._port = MetricsPort(self._settings.metrics_address, self.meter.registry, self.status)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and let go of the port."""
+        """End the thread and close the port."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -90,7 +89,7 @@ class Sampler:
         return Stats({**found.values, **means}, found.tiers)
 
     def status(self) -> Mapping[str, Any]:
-        """What the status page shows."""
+        """The numbers of the status page."""
         now = self.snapshot()
         return {
             "version": self._version,
@@ -114,7 +113,7 @@ class Sampler:
                     pressed_at = time.monotonic()
                     self._valve.turn()
                 self._heap.turn()
-            except Exception:  # the boundary of the thread: a failed look must not end the next one
+            except Exception:  # the boundary of the thread: one failed turn must not prevent the next
                 log.exception("watch turn failed")
             if self._stopping.wait(HEAP_INTERVAL_S):
                 return

@@ -1,9 +1,9 @@
-"""The daemon's life: locks, store, sockets, signals, and an end that loses nothing.
+"""The daemon from start to end: locks, store, sockets, signals, and a stop that loses no entry.
 
 Start: settings are checked -> the data directory and the sockets are locked -> the store opens -> sockets are bound.
 End (SIGTERM, SIGINT): health says NOT_SERVING -> no new calls, running ones get `drain_grace_s` -> hot and warm entries
 are written to cold -> the sockets are removed. Locks come before binding because gRPC lets a second server take over a
-bound unix path without a word.
+bound unix path without an error.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 MESSAGE_MAX_NBYTES = 4 << 20
 OPEN_TIMEOUT_S = 900
 HEARTBEAT_MAX_S = 120.0
-"""The background thread turns every second; the longest healthy turn, a flush that waits for the disk, takes 30 s."""
+"""The background thread has a turn per second; the longest healthy one, a flush that waits for the disk, takes 30 s."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
 
@@ -60,8 +60,8 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
     ("grpc.max_concurrent_streams", 128),
-    # A window grown to the line's speed holds megabytes for each of hundreds of streams, in nobody's account; a message
-    # that is being read widens it as far as it needs.
+    # A window that grows to the line's speed holds megabytes for each of hundreds of streams, which no budget counts; a
+    # message that is being read widens it as far as it needs.
     ("grpc.http2.bdp_probe", 0),
     # On by default: a second daemon would bind the same TCP port without an error.
     ("grpc.so_reuseport", 0),
@@ -77,7 +77,7 @@ _OPTIONS = (
 
 
 def serve(settings: Settings) -> int:
-    """Run the daemon until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError for what cannot start."""
+    """Run the daemon until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError if it cannot start."""
     tune()
     locks: list[DirectoryLock] = []
     try:
@@ -88,7 +88,7 @@ def serve(settings: Settings) -> int:
                 locks.append(DirectoryLock(path.with_name(path.name + ".lock"), str(path)))
         return asyncio.run(_serve(settings))
     finally:
-        # One more signal on the way out would otherwise end the process with that signal's exit status.
+        # Otherwise one more signal during the stop would end the process with that signal's exit status.
         for number in (*STOP_SIGNALS, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         for lock in reversed(locks):
@@ -98,7 +98,7 @@ def serve(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     stop = _stop_signals()
     loop = asyncio.get_running_loop()
-    # Opening verifies and rebuilds what a power cut left: seconds for a large index. Minutes are allowed, not 90 s.
+    # After a power cut opening verifies and rebuilds, for minutes if the index is large: more than the default of 90 s.
     notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
     arena = Arena(arena_limit_nbytes(settings.store))
     tenants = _tenants(settings.server)
@@ -121,24 +121,24 @@ async def _serve(settings: Settings) -> int:
 
 
 def _stop_signals() -> asyncio.Event:
-    """An event set by the first SIGTERM or SIGINT. Later ones find the drain under way and change nothing."""
+    """An event that the first SIGTERM or SIGINT sets. Later signals change nothing: the drain is running."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def request_stop(*_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: all is done already
+        with suppress(RuntimeError):  # the loop is closed: the stop is complete
             loop.call_soon_threadsafe(stop.set)
 
     # Not loop.add_signal_handler: closing the loop would restore the default action while the process still ends.
     for number in STOP_SIGNALS:
         signal.signal(number, request_stop)
-    # Until there is something to reload: the default action would be to die.
+    # Until the tokens are loaded: the default action would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return stop
 
 
 def _on_reload(daemon: "Daemon") -> None:
-    """SIGHUP, systemd's reload: tokens are read again. Certificates are whenever they change, by themselves."""
+    """SIGHUP, systemd's reload: read the tokens again. Changed certificates are read without a signal."""
     loop = asyncio.get_running_loop()
 
     def reload() -> None:
@@ -147,7 +147,7 @@ def _on_reload(daemon: "Daemon") -> None:
         notify("READY=1")
 
     def request_reload(*_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the daemon is on its way out
+        with suppress(RuntimeError):  # the loop is closed: the daemon is stopping
             loop.call_soon_threadsafe(reload)
 
     signal.signal(signal.SIGHUP, request_reload)
@@ -205,7 +205,7 @@ class Daemon:
         self.watch.sources += (
             self._arena.gauges,
             self._shared.gauges,
-            # The executor's own queue: it has no other word for how much waits.
+            # The executor's own queue: it has no other way to tell how many calls wait.
             lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
         )
         room = self._arena.empty
@@ -215,13 +215,13 @@ class Daemon:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     async def start(self) -> None:
-        """Bind and serve. Raises ConfigError when an address cannot be bound."""
+        """Bind and serve. Raises ConfigError if an address cannot be bound."""
         for target, tls in self._settings.listeners:
             with _socket_mode(socket_path(target)):
                 try:
                     port = self._bind(target, tls=tls)
                 except RuntimeError:
-                    # gRPC's own words are to set a debug variable.
+                    # gRPC's own message says only to set a debug variable.
                     raise ConfigError(
                         f"cannot listen on {target}: {why_not_bound(target)}; choose another server.address"
                     ) from None
@@ -243,7 +243,7 @@ class Daemon:
         )
 
     def reload(self) -> None:
-        """Read the tokens again. A file that is wrong changes nothing: who could call before still can."""
+        """Read the tokens again. A wrong file changes nothing: the tokens read before stay valid."""
         try:
             self._access.tokens = _tokens(self._settings)
         except ConfigError as error:
@@ -267,8 +267,8 @@ class Daemon:
                     path.unlink()
 
     def _start_leases(self, path: Path | None) -> None:
-        # A GPU's tensors are not in this memory: every get would be a copy to the host, which the stream does as well.
-        # And it knows no tokens, only users: with a tokens file it is for those who are named there.
+        # A GPU's tensors are not in shared memory: every get would be a copy to the host, as over the stream. And the
+        # lease socket knows users, not tokens: with a tokens file it serves only users with an entry there.
         tokens = self._access.tokens
         wanted = (tokens is None or tokens.by_uid) and self._shared.store.config.hot.device == "cpu"
         if path is not None and wanted:
@@ -277,16 +277,16 @@ class Daemon:
 
 
 def arena_limit_nbytes(store: StoreConfig) -> int:
-    """What shared memory may take: the hot tier, and an eighth more for what leases keep and for holes between.
+    """The limit of shared memory: the hot tier, and an eighth more for leased blocks and for holes.
 
-    Where the border between hot and warm moves, hot may come to have nearly all of both.
+    With a learned border between hot and warm, hot may get nearly all of both budgets.
     """
     hot_nbytes = store.hot.capacity_nbytes + (store.warm.capacity_nbytes if store.split == "auto" else 0)
     return hot_nbytes + max(hot_nbytes // 8, 64 << 20)
 
 
 def _tenants(settings: ServerSettings) -> dict[str, tuple[bytes, bytes]]:
-    """The tenants that may call, with their prefixes: a store that knows them finds their records at its start."""
+    """The tenants that may call, with their prefixes: the store needs them at its start to assign their records."""
     tokens = _tokens(settings)
     if tokens is None or not tokens.tenants:
         return {}
@@ -299,7 +299,7 @@ def _tokens(settings: ServerSettings) -> Tokens | None:
 
 
 def why_not_bound(target: str) -> str:
-    """The system's reason why an address, as gRPC spells it, cannot be bound."""
+    """The system's reason why an address, in gRPC's spelling, cannot be bound."""
     path = socket_path(target)
     host, _, port = target.rpartition(":")
     try:
@@ -317,7 +317,7 @@ def why_not_bound(target: str) -> str:
 
 @contextmanager
 def _socket_mode(path: Path | None) -> Iterator[None]:
-    """Bind a unix socket as 0660: its mode is the umask's, and changing it afterwards would leave a moment open."""
+    """Bind a unix socket with mode 0660, by the umask: a chmod after binding would leave it open for a moment."""
     if path is None:
         yield
         return

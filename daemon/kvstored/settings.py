@@ -25,17 +25,17 @@ ENVIRONMENT_PREFIX = "KVSTORED_"
 class ServerSettings:
     """The network side.
 
-    address: one or more of unix:PATH, tcp:HOST:PORT and tls:HOST:PORT, separated by commas. data_dir: where the cold
-    tier lives. tls_certificate, tls_key: PEM files for tls: addresses, read again when they change. tls_client_ca:
-    only clients with a certificate of this authority may connect. tokens: the file of those who may call, see
-    `tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
-    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. traces_endpoint: where
-    OpenTelemetry traces of calls go (OTLP over HTTP); empty: there are none. log_format: "text",
+    address: one or more of unix:PATH, tcp:HOST:PORT and tls:HOST:PORT, separated by commas. data_dir: has the cold
+    tier. tls_certificate, tls_key: PEM files for tls: addresses, read again when they change. tls_client_ca:
+    only clients with a certificate of this authority may connect. tokens: the file of the callers, see
+    `access.tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
+    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. traces_endpoint: the URL
+    for OpenTelemetry traces of calls (OTLP over HTTP); empty: none. log_format: "text",
     "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
     before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received,
-    read or sent. silence_s: how long a stream may make no progress. calls_max: calls at once. threads: store
-    operations at once. drain_grace_s: how long running calls may take to end after SIGTERM. lease_max_s: how
-    long a client on this host may hold shared memory after one get.
+    read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads: store
+    operations at once. drain_grace_s: seconds for running calls to end after SIGTERM. lease_max_s: seconds that a
+    client on this host may hold shared memory after one get.
     """
 
     address: str = ""
@@ -84,13 +84,13 @@ class ServerSettings:
 
     @property
     def listeners(self) -> tuple[tuple[str, bool], ...]:
-        """What to bind, as gRPC spells it, and whether it speaks TLS."""
+        """The addresses to bind, in gRPC's spelling, and whether each uses TLS."""
         parts = [part.strip() for part in self.address.split(",") if part.strip()]
         return tuple(zip(self.targets, map(wants_tls, parts), strict=True))
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What to bind, as gRPC spells it."""
+        """The addresses to bind, in gRPC's spelling."""
         try:
             return tuple(parse_address(part) for part in self.address.split(",") if part.strip())
         except ValueError as error:
@@ -127,7 +127,7 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the daemon was told."""
+    """All settings of the daemon."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -167,7 +167,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_metrics_address(text: str) -> tuple[str, int]:
-    """(host, port) of "127.0.0.1:9411". Raises ConfigError for what is not on the loopback."""
+    """(host, port) of "127.0.0.1:9411". Raises ConfigError for an address that is not on the loopback."""
     host, colon, port = text.rpartition(":")
     host = host.strip("[]")
     try:

@@ -1,8 +1,8 @@
 """Codecs turn numbers into fewer numbers and back: encode and decode, pure, no state, any thread.
 
 A `Codec` sees one tensor at a time. `encode_entry` and `decode_entry` apply one to a whole entry and
-decide which tensors a lossy codec may touch. Encodings are found by the name each `EncodedTensor`
-carries: names are frozen, a change of bytes is a new name.
+decide which tensors a lossy codec may touch. Each `EncodedTensor` names its encoding: names are
+frozen, and a change of the bytes is a new name.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.codecs.receipt import Measured
 
 LOSSY_MIN_NUMEL = 64
-"""One NF4 block. Below it the scales outweigh what the codes save."""
+"""One NF4 block. For fewer values the scales take more bytes than the codes save."""
 
 
 class Codec(Protocol):
@@ -31,7 +31,7 @@ class Codec(Protocol):
     lossy: bool
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
-        """Encode one tensor. name: its name in the entry ("k", "v", ...); hints: what it holds and how it lies.
+        """Encode one tensor. name: its name in the entry ("k", "v", ...); hints: its role and layout.
 
         x: dense, contiguous, any device. Returns parts on the same device that share no memory with x.
         """
@@ -46,7 +46,7 @@ class Codec(Protocol):
 
 
 class Stored(Codec, Protocol):
-    """A codec whose name stands in records."""
+    """A codec whose name is written in records."""
 
     def check(self, encoded: EncodedTensor) -> None:
         """Raise CodecError where `decode` would, without decoding: names, types and lengths of parts, attributes."""
@@ -67,7 +67,7 @@ _CODECS: dict[str, Stored] = {}
 
 
 def codec_named(name: str) -> Stored:
-    """The codec an encoding name stands for: ours, registered, or offered by a package.
+    """The codec with this encoding name: one of kvstored's, registered, or offered by a package.
 
     Raises CodecError for an unknown name, or one that cannot be loaded: a record may have come from another host.
     """
@@ -97,7 +97,7 @@ def codec_for(choice: str, max_relative_error: float | None = None) -> Codec:
 def encodable(x: torch.Tensor) -> bool:
     """Whether a lossy codec may try this tensor: a KV dtype and at least one block.
 
-    Values that are not finite are found while encoding, where it costs nothing: the codec refuses them.
+    The codec itself refuses values that are not finite: while encoding the check costs nothing.
     """
     return str(x.dtype).removeprefix("torch.") in LOSSY_ALLOWED and x.numel() >= LOSSY_MIN_NUMEL
 
@@ -106,7 +106,7 @@ def encodable(x: torch.Tensor) -> bool:
 def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None = None) -> Entry:
     """Encode each raw tensor the codec may touch; the others stay raw. `entry` itself if none may.
 
-    hints: by tensor name, where more is known than the name says.
+    hints: by tensor name, if more is known than the name tells.
     """
     tensors: dict[str, EncodedTensor] = {}
     changed = False
@@ -115,7 +115,7 @@ def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None =
         told = NO_HINTS if hints is None else hints.get(name, NO_HINTS)
         encoded = encode_measured(codec, name, x, told) if x is not None and encodable(x) else None
         changed = changed or encoded is not None
-        # A decoded copy lost something before: both errors together are no larger than their sum.
+        # A decoded copy has an error already: both together are no larger than their sum.
         tensors[name] = tensor if encoded is None else encoded.after(tensor.relative_error)
     if not changed:
         return entry
@@ -127,8 +127,8 @@ def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None =
 def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> "Measured | None":
     """The encoded tensor with its receipt (`codecs.receipt`), whatever codec wrote it.
 
-    None where the codec finds, only while encoding, that it cannot hold these values; where they would not come back
-    finite; and where an adaptive codec finds that only the tensor itself keeps its bound.
+    None if the codec finds while encoding that it cannot hold these values, if decoded values would not be finite, or
+    if an adaptive codec finds that only the raw tensor keeps its bound.
     """
     from kvstore.codecs.receipt import sealed
 
@@ -142,8 +142,8 @@ def encode_measured(codec: Codec, name: str, x: torch.Tensor, hints: Hints = NO_
 def decode_all(entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """All tensors of an entry, decoded into fresh memory, or into `out[name]` where given; `out` itself is returned.
 
-    For a caller who sees no torch mode already. Raises CodecError, and nothing else for what the parts and attributes
-    say: they may be a stranger's.
+    For a caller outside all torch modes. Raises CodecError, and no other error, whatever the parts and attributes are:
+    they may come from an attacker.
     """
     if out is None:
         return {name: _decoded(name, tensor, None) for name, tensor in entry.tensors.items()}
@@ -157,7 +157,7 @@ decode_entry = without_torch_modes(decode_all)
 
 
 def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
-    try:  # the boundary: no codec has to foresee every attribute there could be
+    try:  # the boundary: no codec can foresee every attribute
         return decode_tensor(tensor, out)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is named
         raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
@@ -178,7 +178,7 @@ def decode_tensor(tensor: EncodedTensor, out: torch.Tensor | None = None) -> tor
 
 @without_torch_modes
 def check_entry(entry: Entry) -> None:
-    """Check an entry that is passed on as it is held, not decoded here. Raises CodecError as `decode_entry` would."""
+    """Check an entry that is sent encoded, not decoded here. Raises CodecError if `decode_entry` would."""
     for name, tensor in entry.tensors.items():
         try:  # the boundary, as above
             codec = codec_named(tensor.encoding)

@@ -1,7 +1,7 @@
-"""Adaptive fidelity: the cheapest encoding whose receipt keeps a stated bound, layer by layer.
+"""Adaptive fidelity: the cheapest encoding whose receipt keeps a given bound, layer by layer.
 
-A policy of a namespace, not an encoding: what it writes carries the name of the codec it chose. Each tensor is tried on
-its own; where only some layers of one are over the bound, only those are encoded better (`layers`). Pure, any thread.
+It is a policy of a namespace, not an encoding: its output has the name of the codec that it chose. Each tensor is tried
+alone; if only some layers of it are over the bound, only those are encoded better (`layers`). Pure, any thread.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import ConfigError
 
 _RANK = 4
-"""(layers, tokens, heads, dim) and its like: with fewer axes there is no telling layers from tokens."""
+"""Axes of (layers, tokens, heads, dim): with fewer, layers cannot be told from tokens."""
 _TRIED: tuple[Codec, ...] = (ByRole(), Int8())
 
 
 class Adaptive:
-    """What `ByRole` chooses where its receipt keeps the bound, else int8, else the tensor itself.
+    """The choice of `ByRole` if its receipt keeps the bound, else int8, else the raw tensor.
 
-    tried: other codecs instead, the cheapest first. split: whether layers of one tensor may be encoded differently.
+    tried: codecs to try instead, the cheapest first. split: whether layers of one tensor may be encoded differently.
     """
 
     name = "adaptive"
@@ -41,11 +41,11 @@ class Adaptive:
 
     @property
     def whole(self) -> "Adaptive":
-        """The same bound for tensors that are to have one encoding."""
+        """The same bound for tensors that need one encoding."""
         return Adaptive(self._bound, self._tried, split=False)
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
-        """The first encoding whose receipt keeps the bound: of the tensor, or of each layer where it has layers."""
+        """The first encoding whose receipt keeps the bound: for the whole tensor, or for each of its layers."""
         split = self._split and x.dim() >= _RANK and x.shape[0] > 1 and role_in(name, x, hints) != "plain"
         ranks = torch.full((x.shape[0] if x.dim() else 1,), len(self._tried))
         for rank, codec in enumerate(self._tried):
@@ -60,7 +60,7 @@ class Adaptive:
         return self._by_layer(name, x, hints, ranks.tolist()) if split else Raw().encode(name, x)
 
     def _by_layer(self, name: str, x: torch.Tensor, hints: Hints, ranks: list[int]) -> EncodedTensor:
-        """Each layer by the codec of its rank or a better one: a run alone is coded anew, and keeps the bound anew."""
+        """Each layer by the codec of its rank or a better one: each run is encoded again, and checked again."""
         codecs = [Adaptive(self._bound, self._tried[rank:], split=False) for rank in range(len(self._tried) + 1)]
         runs = [(start, stop, codecs[rank]) for start, stop, rank in runs_of(ranks)]
         return encode_runs(name, x, hints, runs) if len(runs) > 1 else runs[0][2].encode(name, x, hints)
@@ -81,7 +81,7 @@ def runs_of(ranks: Sequence[int], most: int = LAYER_RUNS_MAX) -> list[tuple[int,
             start = stop
         if len(runs) <= most:
             return runs
-        # A run below a neighbour's rank rises to it: no layer is ever encoded worse than it must be.
+        # A run takes the better codec of a neighbour: no layer gets a worse one than it needs.
         around = [
             (stop - start, start, stop, min(r for _, _, r in runs[max(0, at - 1) : at + 2] if r > rank))
             for at, (start, stop, rank) in enumerate(runs)

@@ -1,6 +1,6 @@
-"""The codec a tensor deserves: nf4-kv for keys and values, nf4 for anything else that may be lossy.
+"""The codec for a tensor's role: nf4-kv for keys and values, nf4 for any other tensor that may be lossy.
 
-A rule, not an encoding: what it writes carries the name of the codec it chose. Pure, any thread.
+It is a rule, not an encoding: its output has the name of the codec that it chose. Pure, any thread.
 """
 
 import torch
@@ -25,7 +25,7 @@ class ByRole:
         self._kv, self._plain = NF4KV(), NF4()
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
-        """Encode one tensor by the codec that its name and shape ask for. Raises CodecError as that codec does."""
+        """Encode one tensor by the codec for its name and shape. Raises CodecError if that codec does."""
         if role_of(name, hints) == "plain" or x.dim() < 2:
             return self._plain.encode(name, x, hints)
         told = hints if hints is not NO_HINTS else Hints(token_axis=token_axis_of(x.shape))

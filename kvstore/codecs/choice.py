@@ -1,6 +1,6 @@
-"""Which codec an entry below hot gets: by its namespace, and by layer.
+"""The choice of the codec for an entry below hot: by its namespace, and by layer.
 
-`CodecChoice` is made once of a configuration. A namespace's own policy replaces the store's. Pure, any thread.
+`CodecChoice` is made once from a configuration. A namespace's own policy replaces the store's. Pure, any thread.
 """
 
 import torch
@@ -14,11 +14,11 @@ from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 _RANK = 4
-"""(layers, tokens, heads, dim) and its like: with fewer axes there is no telling layers from tokens."""
+"""Axes of (layers, tokens, heads, dim): with fewer, layers cannot be told from tokens."""
 
 
 class ByLayer:
-    """Some layers by codecs of their own, the others by `rest`. What is one run of layers is no `layers` encoding."""
+    """Some layers by their own codecs, the others by `rest`. If all layers are one run, it is no `layers` encoding."""
 
     name = "by-layer"
     lossy = True
@@ -27,7 +27,7 @@ class ByLayer:
         self._layers, self._rest = layers, rest
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
-        """Encode one tensor. Raises CodecError where nothing of it may be encoded, as the codecs do."""
+        """Encode one tensor. Raises CodecError if no layer of it can be encoded, as the codecs do."""
         if x.dim() < _RANK or role_of(name, hints) == "plain":
             return self._of(_layer_in(name)).encode(name, x, hints)
         runs: list[tuple[int, int, Codec]] = []
@@ -39,7 +39,7 @@ class ByLayer:
                 runs.append((layer, layer + 1, codec))
         if len(runs) == 1:
             return runs[0][2].encode(name, x, hints)
-        # Nothing is nested in `layers`: a bound is kept by each of these runs as a whole.
+        # `layers` is not nested: each of these runs keeps its bound as a whole.
         return encode_runs(name, x, hints, [(a, b, c.whole if isinstance(c, Adaptive) else c) for a, b, c in runs])
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,11 +71,11 @@ def _codec_of(policy: CodecPolicy | WarmConfig) -> Codec:
     for text, choice in policy.layers.items():
         how = (choice.codec, choice.max_relative_error)
         codec = made.get(how) or codec_for(choice.codec, choice.max_relative_error or None)
-        made[how] = codec  # one object for one choice, so that neighbours make one run
+        made[how] = codec  # one object per choice, so that equal neighbours make one run
         layers.update(dict.fromkeys(layer_range(text), codec))
     return ByLayer(layers, rest) if layers else rest
 
 
 def _layer_in(name: str) -> int | None:
-    """The layer that a name such as "layers.3.k" gives, for entries with a key a layer."""
+    """The layer in a name such as "layers.3.k", for entries with one key tensor per layer."""
     return next((int(part) for part in name.split(".") if part.isascii() and part.isdigit()), None)

@@ -1,7 +1,7 @@
-"""What a codec may be told about a tensor beside its values: what it holds and how it lies.
+"""Hints to a codec about a tensor, in addition to its values: its role and its layout.
 
-Hints change which bytes are written, never whether they decode: whatever a codec needs is in the
-attributes it stores. Without hints the name and the layout of DESIGN section 3 are assumed.
+Hints change which bytes are written, never whether they decode: a codec stores what decoding needs as
+attributes. Without hints the role comes from the name, and the layout is (layers, tokens, heads, dim).
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ NO_HINTS = Hints()
 
 
 def role_of(name: str, hints: Hints) -> Role:
-    """The hinted role, or the one a name says: the last of its parts ("layers.3.k") that is a known word."""
+    """The hinted role, or the role in the name: the last of its parts ("layers.3.k") that is a known word."""
     if hints.role is not None:
         return hints.role
     for part in reversed(name.split(".")):
@@ -49,6 +49,6 @@ def role_of(name: str, hints: Hints) -> Role:
 def token_axis_of(shape: Sequence[int]) -> int:
     """Where the tokens probably are: (..., tokens, heads, dim) or (..., heads, tokens, dim), whichever is longer.
 
-    A guess costs density or quality when it is wrong, never correctness: decoding goes by what was written down.
+    A wrong guess costs density or quality, never correctness: decoding uses the axis that was stored.
     """
     return -3 if len(shape) > 2 and shape[-3] >= shape[-2] else -2

@@ -1,4 +1,4 @@
-"""nf4-kv: NF4 for keys and values that answers survive. 4.37 bits a value or less on 256-token chunks.
+"""nf4-kv: NF4 for keys and values with little harm to answers. At most 4.37 bits a value on 256-token chunks.
 
 Keys are centred per channel over 64 tokens (means in 8 bits), keys and values rotated by a Hadamard
 transform along head_dim, scales searched; the first tokens of a prefix, to which attention always

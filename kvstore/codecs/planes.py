@@ -1,6 +1,6 @@
-"""A tensor of keys or values as rows: (outer, tokens, inner, head_dim), and which of its tokens stand apart.
+"""A tensor of keys or values as rows, (outer, tokens, inner, head_dim), and which of its tokens are outliers.
 
-outer is what lies before the tokens (layers), inner what lies between a token and its rows (heads). Pure, any thread.
+outer: the axes before the tokens (layers); inner: those between a token and its rows (heads). Pure, any thread.
 """
 
 from math import prod
@@ -14,7 +14,7 @@ from kvstore.kernels.reference_kv import GROUP
 KEPT_KEYS = 4
 """Tokens at the start of a prefix whose keys stay in 16 bits; elsewhere at most so many outlying ones."""
 KEPT_VALUES = 1
-"""Values have a scale a token, so a sink spoils nothing beside it; only the first one's own error shows
+"""Values have a scale per token, so an attention sink spoils no other token; only the first one's own error shows
 (KL of values alone 1.64e-3 without, 0.40e-3 with it, 0.40e-3 with four)."""
 OUTLIER_ENERGY = 4.0
 """Times the median energy about the mean; SmolLM2's tokens beyond the first stay below 3."""
@@ -49,7 +49,7 @@ def standing_apart(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, .
     tokens = rows.shape[1]
     most = {"key": KEPT_KEYS, "value": KEPT_VALUES, "plain": 0}[part]
     if hints.prefix_start is None:
-        # Unsure: no more than one in 64, so that a short chunk is not mostly 16 bits.
+        # Unknown: at most one token in 64, so that a short chunk is not mostly 16 bits.
         most = min(most, max(1, tokens // 64))
     most = min(most, tokens - 1)
     if hints.prefix_start is not False:

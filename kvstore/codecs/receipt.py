@@ -1,10 +1,10 @@
-"""The receipt of an encoded tensor: how much of its content decoding loses, measured on what will be decoded.
+"""The receipt of an encoded tensor: how much of its content decoding loses, measured on the decoded values.
 
-One rule at one place for every codec, so that a new one cannot forget it: nothing encoded leaves `codecs.encode_entry`
-but as `Measured`, which only this module makes. It decodes into the tensor's own type, refuses what is not finite where
-the input was, and writes the attribute relative_error: of keys and values the worst layer's and head's
-|x - decoded| / |content|, of other tensors |x - decoded| / |x|. 0.0 means bit for bit as put, and nothing else.
-nf4-kv alone may bring a measure of its own for float32, which no rounding follows (`from_sums`). Pure, any thread.
+One rule in one place for every codec, so that a new codec cannot forget it: `codecs.encode_entry` returns only
+`Measured` tensors, and only this module makes them. It decodes into the tensor's own type, refuses decoded values that
+are not finite, and writes the attribute relative_error: for keys and values |x - decoded| / |content| of the worst
+layer and head, for other tensors |x - decoded| / |x|. 0.0 means bit for bit as put, and nothing else.
+Only nf4-kv may measure by itself, for float32, where no rounding follows (`from_sums`). Pure, any thread.
 """
 
 import sys
@@ -47,7 +47,7 @@ class Decoder(Protocol):
 
 
 def sealed(codec: Decoder, name: str, x: torch.Tensor, encoded: EncodedTensor, hints: Hints) -> Measured:
-    """The tensor with its receipt. Raises CodecError where it would decode to a value that is not finite."""
+    """The tensor with its receipt. Raises CodecError if it would decode to a value that is not finite."""
     if isinstance(encoded, Measured):
         return encoded
     return with_receipt(encoded, max(float(e.max()) for e in errors_by_head(codec, name, x, encoded, hints)))
@@ -60,7 +60,7 @@ def with_receipt(encoded: EncodedTensor, error: float) -> Measured:
 
 
 def role_in(name: str, x: torch.Tensor, hints: Hints) -> str:
-    """What the tensor holds; "plain" where it has no tokens to tell apart, or no two halves."""
+    """The tensor's role; "plain" if it has no axis of tokens, or cannot be halved."""
     role = role_of(name, hints)
     return "plain" if x.dim() < 2 or (role == "packed" and x.shape[-1] % 2) else role
 
@@ -68,9 +68,9 @@ def role_in(name: str, x: torch.Tensor, hints: Hints) -> str:
 def errors_by_head(
     codec: Decoder, name: str, x: torch.Tensor, encoded: EncodedTensor, hints: Hints
 ) -> list[torch.Tensor]:
-    """Of each plane (keys, values, or the one there is) the relative error of each head: float64 (outer, inner).
+    """The relative error of each head, for each plane (keys, values, or the only one): float64 (outer, inner).
 
-    Raises CodecError where a decoded value is not finite.
+    Raises CodecError if a decoded value is not finite.
     """
     x, decoded, role = x.detach(), codec.decode(encoded), role_in(name, x, hints)
     if role == "plain":
@@ -92,7 +92,7 @@ def errors_by_head(
 
 
 def from_sums(missed: torch.Tensor, energies: torch.Tensor, values: int) -> float | None:
-    """The receipt of float32 rows from the sums of whoever coded them; None where only decoding can tell.
+    """The receipt of float32 rows from sums made while encoding; None if only decoding can tell.
 
     missed: squared error of each head, (outer, inner); energies: `content.energies` of the coded rows, (outer, inner,
     2); values: those of one head.
@@ -100,12 +100,12 @@ def from_sums(missed: torch.Tensor, energies: torch.Tensor, values: int) -> floa
     if not bool((energies[..., 0] >= _TINY * values).all() & (energies < torch.inf).all()):
         return None
     worst = float(_ratios(missed, energies, torch.float32).max())
-    # What four bits lose is 0.05 and more; far below, sums that cancel say little.
+    # The error of four bits is 0.05 and more; for far smaller ones the sums cancel and say little.
     return worst if 0.01 <= worst < float("inf") else None
 
 
 def rotary_of(rows: torch.Tensor, kernel: KvKernel | None) -> Rotary:
-    """How keys turn: which channels in which pairs, by what leaves least of a sample of them.
+    """How RoPE pairs the channels of keys: the pairing that leaves least of a sample of them.
 
     Half apart (Llama, Qwen), neighbours (GPT-J, Cohere), all channels, a half (GLM) or a quarter (NeoX). rows: (outer,
     tokens, inner, d).
@@ -150,7 +150,7 @@ def _ratios(missed: torch.Tensor, energies: torch.Tensor, dtype: torch.dtype) ->
 
 
 def distances(rows: torch.Tensor, got: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
-    """Squared error of each head (outer, inner), by the kernel where there is one."""
+    """Squared error of each head (outer, inner), by the kernel if there is one."""
     if kernel is None:
         return reference_content.distances(rows, got)
     return kernel.kv_distance(rows, got, _place(rows))
@@ -161,7 +161,7 @@ def _energies(rows: torch.Tensor, rotary: Rotary, kernel: KvKernel | None) -> to
 
 
 def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
-    """Energy with nothing taken off, twice: (outer, inner, 2)."""
+    """Energy without subtracting a mean, twice: (outer, inner, 2)."""
     energy = distances(rows, torch.zeros_like(rows), kernel)
     return torch.stack((energy, energy), dim=-1)
 

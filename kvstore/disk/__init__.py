@@ -1,6 +1,6 @@
 """The disk under the cold tier: the few calls it makes, in one object that a test can replace.
 
-Values lie in segment files (`segments`), what is known of them in LMDB (`rows`). LMDB does its own calls.
+Values lie in segment files (`segments`), their places and lives in LMDB (`rows`). LMDB makes its own calls.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _IOV_MAX = 1024
 _WRITE = 2
 """SYNC_FILE_RANGE_WRITE: begin to write back, do not wait."""
 BEHIND_NBYTES = 1 << 20
-"""Smaller writes are left to the sync that follows: starting them costs as much as it saves."""
+"""Smaller writes wait for the sync that follows: starting them earlier costs as much as it saves."""
 
 
 class Disk(Protocol):
@@ -39,7 +39,7 @@ class Disk(Protocol):
         ...
 
     def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
-        """Fill the buffers from `offset` on; the bytes there were, fewer only at the end of the file."""
+        """Fill the buffers from `offset` on. Returns the bytes read, fewer only at the end of the file."""
         ...
 
     def sync(self, fd: int) -> None:
@@ -51,7 +51,7 @@ class Disk(Protocol):
         ...
 
     def punch(self, fd: int, offset: int, nbytes: int) -> None:
-        """Give a range's blocks back to the file system; it reads as zeros then."""
+        """Give a range's blocks back to the file system; the range then reads as zeros."""
         ...
 
     def unlink(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class Disk(Protocol):
         ...
 
     def room(self, path: Path) -> tuple[int, int]:
-        """Bytes the file system still has for us, and bytes it has in all."""
+        """Bytes that the file system has left for this process, and its total bytes."""
         ...
 
 
@@ -72,7 +72,7 @@ class SystemDisk:
         self._libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
     def open(self, path: Path, flags: int) -> int:
-        """A file descriptor; a new file is its owner's alone."""
+        """A file descriptor; a new file is readable by its owner only."""
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def close(self, fd: int) -> None:
@@ -80,9 +80,9 @@ class SystemDisk:
         os.close(fd)
 
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
-        """Write all buffers; a short write goes on where it stopped.
+        """Write all buffers; a short write is continued.
 
-        A large one is on its way to the disk when this returns, so that the disk works while the next is made ready.
+        A large write is on its way to the disk when this returns, so the disk works while the next one is prepared.
         """
         start = offset
         views = [memoryview(b).cast("B") for b in buffers if len(b)]
@@ -96,7 +96,7 @@ class SystemDisk:
             if n:
                 views[0] = views[0][n:]
         if offset - start >= BEHIND_NBYTES:
-            # A hint: an error of the disk is told by the sync.
+            # Only a hint: the sync reports errors of the disk.
             self._libc.sync_file_range(fd, start, offset - start, _WRITE)
 
     def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
@@ -137,6 +137,6 @@ class SystemDisk:
         path.unlink(missing_ok=True)
 
     def room(self, path: Path) -> tuple[int, int]:
-        """As statvfs says, without root's reserve."""
+        """From statvfs, without the blocks reserved for root."""
         stat = os.statvfs(path)
         return stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize

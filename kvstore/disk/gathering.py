@@ -1,9 +1,9 @@
-"""Gathering small records: a segment whose blocks are kept by a few of them is written again elsewhere and unlinked.
+"""Gathering small records: the few records that keep a segment's blocks are written elsewhere, the segment is unlinked.
 
-Large records give their blocks back as holes and never need it (`occupancy`). Records move as they are, checksum and
-all; only their rows change. Each step moves one batch, so that puts and deletes wait for a few milliseconds at most.
-Thread rule: the writer's thread only. It is the one who changes rows, so what a row says at the beginning of a step
-holds until its end.
+Large records give their blocks back as holes and never need it (`occupancy`). Records move unchanged, with their
+checksums; only their rows change. Each step moves one batch, so that puts and deletes wait a few milliseconds at most.
+Thread rule: the writer's thread only. No other thread changes rows, so a row read at the beginning of a step is valid
+until its end.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from kvstore.disk.segments import Place, Segments
 from kvstore.keys import Key
 
 SLACK_MAX = 0.15
-"""Idle share of the bytes held above which gathering begins: files then stay under 1.2 times the live bytes."""
+"""Gathering begins above this idle share of the bytes held: files then stay under 1.2 times the live bytes."""
 SPARSE_MIN = 0.3
-"""Idle share of a segment worth the write: two bytes written give one back."""
+"""The idle share of a segment from which gathering pays: two bytes written give one back."""
 STEP_NBYTES = 8 << 20
 
 
@@ -33,7 +33,7 @@ class Step:
 
 
 class Gatherer:
-    """Moves the records of one sparse segment after the other. allowed: whether the disk may take so many bytes."""
+    """Moves the records of one sparse segment after the other. allowed: whether so many bytes may be written now."""
 
     def __init__(self, rows: Rows, segments: Segments, allowed: Callable[[int], bool]) -> None:
         self._rows = rows
@@ -44,7 +44,7 @@ class Gatherer:
         self._given_up: set[int] = set()
 
     def due(self, used_nbytes: int) -> bool:
-        """Whether there is a segment worth it, of a tier that holds `used_nbytes`."""
+        """Whether a segment should be gathered, in a tier that holds `used_nbytes`."""
         if self._left:
             return True
         if self._segments.slack_nbytes <= SLACK_MAX * used_nbytes:
@@ -52,12 +52,12 @@ class Gatherer:
         return self._segments.sparsest(SPARSE_MIN, self._given_up) is not None and self._allowed(STEP_NBYTES)
 
     def step(self) -> Step:
-        """Move a batch. Raises OSError or lmdb.Error: rows are as they were, the segment is left for later."""
+        """Move a batch. Raises OSError or lmdb.Error: then no row has changed, and the segment waits for later."""
         if not self._left:
             number = self._segments.sparsest(SPARSE_MIN, self._given_up)
             if number is None:
                 return Step(0, 0, [])
-            # Once only: a record that cannot be read stays where it is, and its segment would be the sparsest forever.
+            # Tried only once: a record that cannot be read stays, and its segment would be the sparsest forever.
             self._given_up.add(number)
             self._number, self._left = number, self._rows.of_segment(number)
         left, self._left = self._left, []

@@ -1,10 +1,10 @@
-"""Which blocks of a segment hold something live, and which places records take there.
+"""Which blocks of a segment hold live records, and which places records take there.
 
-A file system gives back whole blocks only. A record of 64 KiB or more begins at a block and has its last one to itself:
-at most 6% of it is lost, and freeing it gives back all it took. Smaller ones lie 64 bytes apart (a record of 4.8 KiB
-would lose 3.2 to whole blocks) and share blocks, so of each block it is counted how many records touch it: a byte for
-4 KiB, kept only for segments with small records. Who leaves gives back the blocks that nobody touches any more; what
-stays behind in shared ones is `slack_nbytes`.
+A file system takes back whole blocks only. A record of 64 KiB or more begins at a block and shares no block: at most 6%
+of it is lost, and freeing it gives back all its blocks. Smaller records are aligned to 64 bytes (a record of 4.8 KiB
+would lose 3.2 KiB to whole blocks) and share blocks, so this counts the records that touch each block: one byte per 4
+KiB, kept only for segments with small records. A record that leaves gives back the blocks that no other record touches;
+the dead bytes in the remaining blocks are `slack_nbytes`.
 Records of an older version all begin at blocks, which is a special case of this. Not thread-safe; knows no files.
 """
 
@@ -21,7 +21,7 @@ _Counts = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def align_of(nbytes: int) -> int:
-    """Where a record of `nbytes` may begin: at a multiple of this, to which it is also rounded up."""
+    """The alignment of a record of `nbytes`: it begins at a multiple of this, and its length is rounded up to one."""
     return ALIGN_NBYTES if nbytes < SHARED_BELOW_NBYTES else BLOCK_NBYTES
 
 
@@ -42,7 +42,7 @@ def round_up(nbytes: int, unit: int) -> int:
 
 
 class Occupancy:
-    """The blocks of one segment. live_nbytes: of the places in use. count: blocks with something live in them."""
+    """The blocks of one segment. live_nbytes: bytes of the places in use. count: blocks that live records touch."""
 
     __slots__ = ("_touching", "count", "live_nbytes")
 
@@ -53,11 +53,11 @@ class Occupancy:
 
     @property
     def slack_nbytes(self) -> int:
-        """Bytes of blocks in use that belong to nothing live."""
+        """Bytes of blocks in use that belong to no live record."""
         return self.count * BLOCK_NBYTES - self.live_nbytes
 
     def add(self, offset: int, nbytes: int) -> None:
-        """A record takes a place."""
+        """Count a record at a place."""
         self.live_nbytes += place_nbytes(nbytes)
         first, last = _span(offset, nbytes)
         if nbytes >= SHARED_BELOW_NBYTES:
@@ -68,10 +68,10 @@ class Occupancy:
         touching[first:last] += 1
 
     def remove(self, offset: int, nbytes: int) -> tuple[int, int]:
-        """A record leaves. Returns the offset and length of what to punch: the place, and all blocks free now.
+        """Stop counting a record. Returns the offset and length to punch: its place, and all blocks that are free now.
 
-        The place whole, though its first and last block may stay: a hole reads as zeros, so that a row which a damaged
-        index brings back finds no record there.
+        The whole place is punched, even if its first and last block stay: a hole reads as zeros, so a row that a
+        damaged index brings back finds no record there.
         """
         self.live_nbytes -= place_nbytes(nbytes)
         first, last = _span(offset, nbytes)
@@ -80,7 +80,7 @@ class Occupancy:
             return first * BLOCK_NBYTES, (last - first) * BLOCK_NBYTES
         touching = self._grown(last)
         touching[first:last] -= 1
-        # Only the first and the last block can be shared, so those that are free lie in one run.
+        # Only the first and the last block can be shared, so the free ones are contiguous.
         free = np.flatnonzero(touching[first:last] == 0)
         self.count -= free.size
         start, stop = offset, offset + place_nbytes(nbytes)
@@ -90,7 +90,7 @@ class Occupancy:
         return start, stop - start
 
     def recover(self, rows: PlaceTable) -> list[tuple[int, int]]:
-        """Count the (offset, nbytes) of all records at once. Returns the runs of blocks between them, as above."""
+        """Count the (offset, nbytes) of all records at once. Returns the runs of free blocks between them to punch."""
         firsts = rows[:, 0] // BLOCK_NBYTES
         lasts = -(-(rows[:, 0] + rows[:, 1]) // BLOCK_NBYTES)
         small = rows[:, 1] < SHARED_BELOW_NBYTES
@@ -119,7 +119,7 @@ def _span(offset: int, nbytes: int) -> tuple[int, int]:
 def _touched(
     firsts: np.ndarray[Any, np.dtype[np.int64]], lasts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """How many of the spans [first, last) each block is in, up to the last block of any."""
+    """For each block the number of spans [first, last) that contain it, up to the last block of all spans."""
     size = int(lasts.max(initial=0))
     begin, end = np.bincount(firsts, minlength=size + 1), np.bincount(lasts, minlength=size + 1)
     counts: np.ndarray[Any, np.dtype[np.int64]] = np.cumsum(begin - end)[:size]

@@ -1,13 +1,13 @@
-"""Taking a cold directory into use: flock, DROP, STATE, verify, quarantine, in this order.
+"""Opening a cold directory: flock, DROP, STATE, verify, quarantine, in this order.
 
     LOCK          flocked by the one process that uses the directory
     STATE         JSON: format, clean (closed in order), boot_id
-    DROP          put there by an operator: start empty, once
+    DROP          made by an operator: start empty, once
     index/        LMDB: rows
     segments/     records
-    quarantine/   indexes that failed their check, the newest few, for whoever wants to know why
+    quarantine/   the newest few indexes that failed their check, for a later analysis
 
-Raises ConfigError for a directory that is in use or of a newer format; damage is never an error, it is an empty start.
+Raises ConfigError for a directory that is in use or has a newer format. Damage is no error: the store starts empty.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from kvstore.errors import ConfigError
 log = logging.getLogger(__name__)
 
 FORMAT, READABLE = 2, (1, 2)
-"""2: records under 64 KiB share blocks. A version that knows only 1 would punch their neighbours, so it must refuse."""
+"""2: records under 64 KiB share blocks. A version that knows only 1 would punch their neighbours, so it refuses."""
 VERIFY_TIMEOUT_S = 60.0
 QUARANTINES_MAX = 3
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -37,12 +37,12 @@ _LMDB_MAGIC = 0xBEEFC0DE
 
 
 UNFINISHED = "unfinished"
-"""The power was cut while an index was made: it holds nothing, and nothing was said to be in it."""
+"""The power was cut while an index was being made: it is empty, and no record was ever reported as stored."""
 
 
 @dataclass(slots=True)
 class Directory:
-    """A cold directory held by this process. quarantined: why it was emptied at opening, None if it was not."""
+    """A cold directory held by this process. quarantined: why opening emptied it, None if it did not."""
 
     path: Path
     lock_fd: int
@@ -59,7 +59,7 @@ class Directory:
         return self.path / "segments"
 
     def write_state(self, *, clean: bool) -> None:
-        """Say durably whether the directory was closed in order. Raises OSError."""
+        """Write durably whether the directory was closed in order. Raises OSError."""
         state = {"format": FORMAT, "clean": clean, "boot_id": _boot_id()}
         temporary = self.path / "STATE.new"
         with temporary.open("w") as file:
@@ -69,12 +69,12 @@ class Directory:
         temporary.rename(self.path / "STATE")
 
     def release(self) -> None:
-        """Let another process have the directory."""
+        """Release the lock, so that another process may use the directory."""
         os.close(self.lock_fd)
 
 
 def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory:
-    """Lock and check a directory, creating it when it is not there. Raises ConfigError."""
+    """Lock and check a directory; create it if it does not exist. Raises ConfigError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = Directory(path, _lock(path))
@@ -138,7 +138,7 @@ def _read_state(path: Path) -> dict[str, object] | None:
 
 
 def index_is_whole(data: Path) -> bool:
-    """Whether an LMDB file has all the pages its newest meta page counts: truncation, found without the engine."""
+    """Whether an LMDB file has all pages that its newest meta page counts. This finds truncation without LMDB."""
     try:
         with data.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -150,16 +150,16 @@ def index_is_whole(data: Path) -> bool:
 
 
 def _last_page(page: bytes) -> tuple[int, int, int]:
-    """(last page, transaction, page size) of a meta page; zeros when it is none."""
+    """(last page, transaction, page size) of a meta page; zeros if it is not a meta page."""
     magic, version, _, _, page_nbytes = _LMDB_META.unpack_from(page)
     last, transaction = struct.unpack_from("<QQ", page, 136)
     return (last, transaction, page_nbytes) if (magic, version) == (_LMDB_MAGIC, 1) else (0, 0, 4096)
 
 
 def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
-    """What is wrong with an index, by a check in a child process; None: nothing. UNFINISHED: it was never made.
+    """Check an index in a child process. Returns the problem, None for a sound index, UNFINISHED for an unmade one.
 
-    quick: only whether the engine gets through it: damage to a file that was closed in order ends the child, not us.
+    quick: only let LMDB read it all. If a file that was closed in order is damaged, the child dies and not the daemon.
     """
     command = [sys.executable, "-P", verify_child.__file__, str(index), "quick" if quick else "whole"]
     try:
@@ -171,14 +171,14 @@ def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
     if done.returncode == verify_child.UNFINISHED:
         return UNFINISHED
     lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-    said = lines[0] if done.stdout.strip() else lines[-1]  # what the walker found first, or what ended the child
+    said = lines[0] if done.stdout.strip() else lines[-1]  # the first problem found, or the reason why the child died
     return f"check ended with {done.returncode}: {said}"
 
 
 def quarantine(directory: Directory, problem: str) -> None:
-    """Set a damaged index aside and start empty.
+    """Move a damaged index to quarantine/ and start empty.
 
-    The records go: without rows nobody can tell a live one from a deleted one, and a deleted one must not come back.
+    The records are deleted: without rows a live record cannot be told from a deleted one, which must not come back.
     """
     place = directory.path / "quarantine"
     place.mkdir(mode=0o700, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Changes that wait for the writer, and what the tier will hold once they are made.
+"""Changes that wait for the writer, and the bytes that the tier will hold once they are made.
 
-One operation a key waits at most: a newer one replaces it. The batch being committed (`inflight`) stays readable beside
-it. Operations carry rising tickets; `oldest` tells a waiter whether its own is done.
+At most one operation waits per key: a newer one replaces it. The batch that is being committed (`inflight`) stays
+readable meanwhile. Operations have rising tickets; by `oldest` a waiter knows whether its own is done.
 Invariant: `used_nbytes` is the cost of everything that will be on disk when all operations are done.
 Not thread-safe: the tier's lock covers it. Knows no disk and no time.
 """
@@ -46,7 +46,7 @@ class Pending:
     """Operations by key, oldest first."""
 
     def __init__(self, count: Callable[[Owner, int], None] = lambda _owner, _nbytes: None) -> None:
-        """count: told of every change of `used_nbytes`, and whose it is."""
+        """count: called with every change of `used_nbytes` and its owner."""
         self._count = count
         self.queued: OrderedDict[Key, Operation] = OrderedDict()
         self.inflight: dict[Key, Operation] = {}
@@ -55,11 +55,11 @@ class Pending:
         self._ticket = 0
 
     def find(self, key: Key) -> Operation | None:
-        """What will become of a key; None: nothing is waiting."""
+        """The operation that waits for a key; None: there is none."""
         return self.queued.get(key) or self.inflight.get(key)
 
     def add(self, key: Key, operation: Operation, committed_cost: int) -> int:
-        """Queue an operation; its ticket. committed_cost: of the record now on disk, 0 when there is none."""
+        """Queue an operation. Returns its ticket. committed_cost: of the record now on disk, 0 if there is none."""
         self._ticket += 1
         operation.ticket = self._ticket
         replaced = self.queued.pop(key, None)
@@ -79,7 +79,7 @@ class Pending:
         return operation.ticket
 
     def cancel(self, key: Key) -> bool:
-        """Drop a queued put that replaces nothing. False: the disk has, or may come to have, a record to delete."""
+        """Drop a queued put that replaces nothing. False: the disk has, or may soon have, a record to delete."""
         operation = self.queued.get(key)
         if not isinstance(operation, Put) or operation.frees or key in self.inflight:
             return False
@@ -89,7 +89,7 @@ class Pending:
         return True
 
     def take(self, batch_nbytes: int, batch_max: int, *, deletes_only: bool) -> dict[Key, Operation]:
-        """Move the oldest operations into flight: up to so many bytes and operations, at least one."""
+        """Move the oldest operations into flight: at least one, at most `batch_nbytes` and `batch_max`."""
         nbytes = 0
         for key, operation in self.queued.items():
             if deletes_only and isinstance(operation, Put):
@@ -103,7 +103,7 @@ class Pending:
         return self.inflight
 
     def settle(self, costs: dict[Key, int]) -> None:
-        """The batch is committed. costs: of what was written, now known; 0 for a put that came to nothing."""
+        """The batch is committed. costs: the real costs of the records; 0 for a put that wrote none."""
         for key, operation in self.inflight.items():
             error = costs.get(key, 0) - operation.cost
             newer = self.queued.get(key)
@@ -115,7 +115,7 @@ class Pending:
         self.inflight = {}
 
     def put_back(self) -> None:
-        """The batch failed: queue it again, in front. An operation that has a newer one of its key is dropped."""
+        """The batch failed: queue it again, in front. An operation is dropped if a newer one of its key waits."""
         for key, operation in self.inflight.items():
             newer = self.queued.get(key)
             if newer is not None:
@@ -133,7 +133,7 @@ class Pending:
 
     @property
     def last_ticket(self) -> int:
-        """The ticket given out last."""
+        """The newest ticket."""
         return self._ticket
 
     def has_deletes(self) -> bool:
@@ -141,11 +141,11 @@ class Pending:
         return any(isinstance(operation, Delete) for operation in self.queued.values())
 
     def recovered(self, owner: Owner, nbytes: int) -> None:
-        """A record is on the disk since before this process."""
+        """Count a record that was on the disk before this process started."""
         self._use(owner, nbytes)
 
     def let_go(self, owner: Owner, nbytes: int) -> None:
-        """A record leaves the disk without an operation of its own."""
+        """Stop counting a record that leaves the disk without an operation."""
         self._use(owner, -nbytes)
 
     def _use(self, owner: Owner, nbytes: int) -> None:

@@ -1,6 +1,6 @@
-"""From a row to an entry: read a record's bytes and believe none of them before their checksum agrees.
+"""From a row to an entry: read a record's bytes, and use none of them before their checksum matched.
 
-Any thread, no lock: a place is never overwritten, at worst it has been freed and reads as zeros.
+Any thread, no lock: a place is never overwritten; at worst it has been freed and reads as zeros.
 """
 
 import numpy as np
@@ -19,20 +19,20 @@ from kvstore.errors import RecordCorrupt
 from kvstore.keys import Key
 
 PIECE_NBYTES = 4 << 20
-"""Read and hashed at once. Smaller pieces gain nothing from the cache, where the kernel's copy does not leave the data,
-and neither does a second thread that reads the other end (bench/RESULTS.md)."""
+"""Bytes read and hashed at once. Smaller pieces gain nothing, since the kernel's copy does not leave the data in the
+cache; a second thread that reads the other end gains nothing either (bench/HISTORY.md, Cold tier)."""
 
 
 @without_torch_modes
 def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
-    """The entry a row names, in memory of its own. Raises RecordCorrupt or OSError; TierUnavailable without memory."""
-    with Blaming(RecordCorrupt, "record"):  # the boundary: whoever wrote the row or the record may have known checksums
+    """The entry that a row names, in new memory. Raises RecordCorrupt or OSError; TierUnavailable without memory."""
+    with Blaming(RecordCorrupt, "record"):  # the boundary: an attacker computes checksums, too
         return _entry(segments, key, row, seals)
 
 
 def _entry(segments: Segments, key: Key, row: Row, seals: Seals) -> Entry:
     head_bytes = np.empty(row.head_nbytes, np.uint8)
-    # A torch allocation, since the entry's tensors will be views of it: aligned for every dtype.
+    # Allocated by torch, because the entry's tensors are views of it: aligned for every dtype.
     stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8, device="cpu").numpy()
     digest = xxhash.xxh3_64()
     skip = row.head_nbytes
@@ -52,7 +52,7 @@ def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None
 
 
 def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
-    """The tensors' types, shapes and receipts, from the record's head alone. Raises as `read_entry`."""
+    """The tensors' types, shapes and receipts, from the record's head alone. Raises the same errors as `read_entry`."""
     with Blaming(RecordCorrupt, "record"):  # the boundary, as above
         head_bytes = np.empty(row.head_nbytes, np.uint8)
         segments.read(row.place, [head_bytes])
@@ -64,6 +64,6 @@ def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
 def _check_sizes(head: Head, row: Row) -> None:
     if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
         raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")
-    # What was made room for before it is read. A store's rows say it; 0 is also what a tier used alone may write.
+    # Callers made room for the row's size. A tier that is used without a store may write 0.
     if row.meta.value_nbytes not in (0, head.value_nbytes):
         raise RecordCorrupt(f"value of {head.value_nbytes} bytes, its row says {row.meta.value_nbytes}")

@@ -1,7 +1,8 @@
-"""From rows to keys in order with their Metas: what a start does, for a million entries in a few seconds.
+"""From rows to ordered keys with their Metas, at a start: a million entries in a few seconds.
 
-Column by column: numpy does the arithmetic and the sorting, Python makes one Meta a key and nothing else that stays.
-Deadlines come from another process's clock: none is further away than its TTL, and nothing began in the future.
+It works by columns: numpy does the arithmetic and the sorting; the only object per key that stays is its Meta.
+Deadlines come from another process's clock, so they are clamped: none is further away than its TTL, and no entry was
+created in the future.
 """
 
 import gc
@@ -30,11 +31,11 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(slots=True)
 class Recovered:
-    """What the rows say. In the order of use, the least recently used first: keys, metas, and bytes of places.
+    """The contents of all rows. keys, metas and bytes of places are in order of use, the least recently used first.
 
     places: rows of (segment, offset, nbytes). gone: keys of expired and of damaged rows, to be removed.
-    orphans: keys whose parent is not among them. clamped: those whose deadline moved, with their seq; to be written
-    down, or each restart after a step of the clock would move them again.
+    orphans: keys whose parent is not among them. clamped: keys whose deadline was clamped, with their seq. They must be
+    written back, or each restart after a step of the clock would move them again.
     """
 
     keys: list[Key] = field(default_factory=list)
@@ -81,7 +82,7 @@ def recover(rows: Rows, now: float) -> Recovered:
 
 
 def _living(chunk: Found, now: float, found: Recovered) -> Found:
-    """The rows of a chunk that go on; the others are noted in `found`."""
+    """The rows of a chunk that live on; the others are noted in `found`."""
     for key in chunk.damaged:
         log.error("cold key=%s event=corrupt where=row", key.hex())
     found.damaged += len(chunk.damaged)
@@ -102,7 +103,7 @@ def _expires_at(chunk: Found, now: float) -> Floats:
 
 
 def _metas(rows: Found, links: Links, now: float) -> list[Meta]:
-    """One Meta a row. Equal numbers become one object: a hundred bytes less for each of a million keys."""
+    """One Meta per row. Equal numbers become one object: that saves a hundred bytes per key."""
     f = rows.fields
     flags = [(f["flags"] & flag > 0).tolist() for flag in (SLIDING, PINNED, EXACT, LOSSY)]
     return list(
@@ -130,7 +131,7 @@ def _metas(rows: Found, links: Links, now: float) -> list[Meta]:
 
 
 def _shared(column: np.ndarray[Any, np.dtype[Any]]) -> list[float]:
-    """A column as Python numbers, equal ones that follow each other the same object: chunks put or used together."""
+    """A column as Python numbers; equal neighbours are one object, as in chunks that were put or used together."""
     values, repeats = column.tolist(), np.flatnonzero(column[1:] == column[:-1]).tolist()
     for i in repeats:
         values[i + 1] = values[i]
@@ -139,7 +140,7 @@ def _shared(column: np.ndarray[Any, np.dtype[Any]]) -> list[float]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A million new objects and no garbage among them: looking for it would take half of the time."""
+    """Make a million objects without looking for garbage among them, which would take half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

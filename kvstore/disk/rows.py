@@ -1,8 +1,8 @@
-"""What is known of each record on disk, in LMDB: one small row a key, so that a start reads no values.
+"""The row of each record on disk, in LMDB: one small row per key, so that a start reads no values.
 
-A row carries a checksum bound to its key: LMDB has none, and a flipped bit in it must not move a deadline or point
-elsewhere. LMDB's flags: data pages are synced at each commit, the meta page is not (`metasync=False`), so a power cut
-may lose the last transaction and never more; `sync` closes that gap. Never `sync=False`: it survived no power cut.
+A row has a checksum bound to its key, because LMDB has none: a flipped bit must not move a deadline or name another
+place. LMDB's flags: data pages are synced at each commit, the meta page is not (`metasync=False`), so a power cut
+may lose the last transaction and no more; `sync` makes it durable. `sync=False` is not used: it survived no power cut.
 Thread rule: one thread writes; reads and `grow` take the lock (a read is 5 us).
 """
 
@@ -64,7 +64,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record's place and life. seq: rises with use. head_nbytes: of the record before its data section."""
+    """A record's place and its Meta. seq: rises with use. head_nbytes: bytes of the record before its data section."""
 
     place: Place
     head_nbytes: int
@@ -171,7 +171,7 @@ def _namespace(data: bytes, at: int) -> tuple[str, int]:
 
 
 def _encodings(datas: list[bytes]) -> tuple[list[str], list[int]]:
-    """Each row's encoding, equal ones the same object, and where the fields behind it begin."""
+    """Each row's encoding (equal ones are one object), and the offset of the fields that follow it."""
     size = _FIELDS.size
     ends = [data.index(0, size) for data in datas]
     names: dict[bytes, str] = {}
@@ -199,14 +199,14 @@ class Rows:
         self._db = self._env.open_db(_DB)
 
     def reopen(self) -> None:
-        """Open the file anew: once a meta page could not be written LMDB refuses everything until then."""
+        """Open the file again: after a meta page could not be written, LMDB refuses all calls until then."""
         with self._lock:
             map_nbytes = self.map_nbytes
             self._env.close()
             self._open(map_nbytes)
 
     def get(self, key: Key) -> Row | None:
-        """A key's row; None when there is none, or when it is damaged."""
+        """A key's row; None if there is none or it is damaged."""
         with self._lock, self._env.begin(db=self._db) as txn:
             data = txn.get(key)
         return None if data is None else parse_row(key, bytes(data))
@@ -220,9 +220,9 @@ class Rows:
                 yield _columns(list(keys), list(datas))
 
     def of_segment(self, number: int) -> list[Key]:
-        """Keys whose rows name a segment, by a look at each row there is: a second for a million.
+        """Keys whose rows name a segment. It reads every row: a second for a million.
 
-        By the writer's thread: the transaction keeps no page of a later one from being used again.
+        On the writer's thread only, because an open read transaction keeps pages of later ones from being used again.
         """
         with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
             return [
@@ -232,9 +232,9 @@ class Rows:
             ]
 
     def write(self, put: Mapping[Key, Row], remove: Iterable[Key]) -> list[Place]:
-        """Change rows in one transaction; the places that no row names after it. Raises lmdb.Error.
+        """Change rows in one transaction. Returns the places that no row names after it. Raises lmdb.Error.
 
-        A full map is grown and the transaction repeated: the map is address space, capacity is counted elsewhere.
+        If the map is full it is grown and the transaction repeated: the map is address space, not the tier's capacity.
         """
         while True:
             try:
@@ -256,11 +256,11 @@ class Rows:
         return freed
 
     def sync(self) -> None:
-        """Return once the last transaction can no longer be lost to a power cut. Raises lmdb.Error."""
+        """Return when a power cut can no longer undo the last transaction. Raises lmdb.Error."""
         self._env.sync(True)
 
     def grow(self, map_nbytes: int) -> None:
-        """Enlarge the map while serving. By the writer's thread, between transactions."""
+        """Enlarge the map while serving. On the writer's thread only, between transactions."""
         with self._lock:
             self._env.set_mapsize(map_nbytes)
 
@@ -270,7 +270,7 @@ class Rows:
         return int(self._env.info()["map_size"])
 
     def check_readers(self) -> int:
-        """Free the slots of readers that died; how many. A dead reader's slot keeps freed pages from being used."""
+        """Free the slots of dead readers. Returns their number. A dead reader's slot keeps pages from reuse."""
         return int(self._env.reader_check())
 
     def disk_nbytes(self) -> int:

@@ -1,6 +1,6 @@
-"""Reading what nobody asks for, so that damage is found while the other copies of a value can still be had.
+"""Background reads of all records, so that damage is found while other copies of a value still exist.
 
-A read does all the work: it checks, and drops, counts and names what is corrupt.
+The tier's read does all the work: it checks a record, and drops, counts and logs a corrupt one.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from kvstore.hit import Verified
 from kvstore.keys import Key
 
 SCRUB_NBYTES = 64 << 20
-"""Checked in one turn, once a minute: 90 GiB a day for a few hundredths of a second of disk time each minute."""
+"""Bytes checked per turn, once a minute: 90 GiB a day, for some hundredths of a second of disk time each minute."""
 
 
 class Readable(Protocol):
-    """What is scrubbed: a cold tier."""
+    """The tier that is scrubbed."""
 
     def keys(self) -> Iterator[Key]:
         """Keys."""
@@ -31,7 +31,7 @@ class Readable(Protocol):
 
 
 class Checkable(Readable, Protocol):
-    """What is verified."""
+    """The tier that is verified."""
 
     @property
     def corrupt_total(self) -> int:
@@ -40,14 +40,14 @@ class Checkable(Readable, Protocol):
 
 
 class Scrubber:
-    """Goes round and round, a little each turn."""
+    """Reads a tier again and again, some bytes each turn."""
 
     def __init__(self, tier: Readable) -> None:
         self._tier = tier
         self._left: list[Key] = []
 
     def turn(self, nbytes: int) -> None:
-        """Read on where the last turn stopped until so many bytes are checked, or the round ends."""
+        """Continue where the last turn stopped, until `nbytes` bytes are checked or all keys of the round are."""
         if not self._left:
             self._left = list(self._tier.keys())
         while nbytes > 0 and self._left:
@@ -57,13 +57,13 @@ class Scrubber:
 
 
 def verify(tier: Checkable) -> Iterator[Verified]:
-    """Check every record while serving; after each, how far it is. Damaged ones are dropped as they are found."""
+    """Check every record while serving; yields the progress after each. Damaged records are dropped when found."""
     keys = list(tier.keys())
     corrupt, nbytes = tier.corrupt_total, 0
     yield Verified(0, len(keys), 0, 0)
     for done, key in enumerate(keys, start=1):
         held = tier.nbytes_of(key)
-        # Not "None means damaged": it may as well have been evicted or have expired since it was listed.
+        # None does not mean damaged: the record may have been evicted or have expired since it was listed.
         tier.get(key)
         nbytes += held
         yield Verified(done, len(keys), nbytes, tier.corrupt_total - corrupt)

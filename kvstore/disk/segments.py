@@ -1,11 +1,11 @@
 """Values on disk: records one behind the other in segment files.
 
-Invariants: a byte once written is never written again, and a segment's number is never used twice while a row may name
-it, so a stale place reads as zeros or as nothing, never as another record. The blocks of a record that left go back to
-the file system at once (a hole), and a segment with nothing left is unlinked: large records are never moved, the file
-system, which is good at it, places the blocks. Small records share blocks (`occupancy`); what holes cannot give back of
-theirs is `slack_nbytes`, and `sparsest` says whose move would give it back.
-LMDB as the place for values was measured and left (docs/decisions/0001-values-in-segment-files.md).
+Invariants: a written byte is never written again, and a segment's number is never reused while a row may name it. So a
+stale place reads as zeros or as nothing, never as another record. The blocks of a record that left go back to the file
+system at once (a hole), and an empty segment is unlinked. Large records are never moved: the file system finds room for
+new blocks. Small records share blocks (`occupancy`); their bytes that holes cannot give back are `slack_nbytes`,
+and `sparsest` names the segment whose records should move.
+Values in LMDB were measured and rejected (docs/decisions/0001-values-in-segment-files.md).
 Thread rule: one writer; `read` may be called by any thread.
 """
 
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 _ZEROS = bytes(BLOCK_NBYTES)
 _SUFFIX = ".seg"
 WRITE_NBYTES = 4 << 20
-"""Records are handed to the disk in pieces of this size, which it writes while the next are made."""
+"""Records go to the disk in pieces of this size; the disk writes one while the next is prepared."""
 OPEN_MAX = 64
-"""Descriptors kept for reading: the segments of a tier, give or take."""
+"""Descriptors kept for reading: about the number of segments in a tier."""
 
 
 class Place(NamedTuple):
-    """Where a record lies: nbytes from an offset in a segment."""
+    """Where a record lies: a segment, an offset in it, a length in bytes."""
 
     segment: int
     offset: int
@@ -41,9 +41,10 @@ class Place(NamedTuple):
 
 
 class _Opened:
-    """A descriptor for reading, given back when the last thread that uses it lets go of this object.
+    """A descriptor for reading, closed when the last thread that uses it drops this object.
 
-    Kept, since the kernel reads ahead by descriptor: chunks of a prefix, written in a row, are then read in a row.
+    Descriptors are kept because the kernel reads ahead per descriptor: the chunks of a prefix are written in a row and
+    read in a row.
     """
 
     def __init__(self, disk: Disk, path: Path) -> None:
@@ -58,7 +59,7 @@ class _Opened:
 class Segments:
     """The segment files of one directory. segment_nbytes: a segment is closed once it is that long.
 
-    slack_nbytes: of blocks that the file system cannot take back, since something small is still in them.
+    slack_nbytes: dead bytes in blocks that the file system cannot take back, because a live record shares them.
     """
 
     def __init__(self, path: Path, disk: Disk, segment_nbytes: int) -> None:
@@ -77,9 +78,9 @@ class Segments:
         self._opened_lock = threading.Lock()
 
     def recover(self, places: PlaceTable) -> None:
-        """Take over what an earlier process left: unlink segments nobody names, punch what nobody names.
+        """Take over the files of an earlier process: unlink segments, and punch bytes, that no row names.
 
-        places: of all rows. A crash between a commit and the punch that belongs to it leaves such bytes.
+        places: those of all rows. A crash between a commit and its punch leaves such bytes.
         """
         table = places[np.lexsort((places[:, 1], places[:, 0]))]
         numbers, starts = np.unique(table[:, 0], return_index=True)
@@ -97,9 +98,9 @@ class Segments:
                 self._trim(number, blocks, gaps, end)
 
     def append(self, records: Iterable[Sequence[Buffer]]) -> list[Place]:
-        """Write records and wait until they are on the disk. Raises OSError: none of them is written then.
+        """Write records and wait until they are on the disk. Raises OSError: then none of them is written.
 
-        They may be made while this runs: what is there is written meanwhile.
+        `records` may be a generator: records are written while later ones are made.
         """
         places: list[Place] = []
         batch: list[Buffer] = []
@@ -122,14 +123,14 @@ class Segments:
             self._write(batch)
             self._sync()
         except OSError:
-            # After a failed fdatasync nobody knows which pages are on the disk: never add to this file again.
+            # After a failed fdatasync it is unknown which pages are on the disk: never append to this file again.
             self._drop_active()
             self.free(places)
             raise
         return places
 
     def read(self, place: Place, buffers: Sequence[Bytes], skip: int = 0) -> int:
-        """Fill the buffers from a place, `skip` bytes into it; the bytes there were. Raises OSError."""
+        """Fill the buffers from a place, `skip` bytes into it. Returns the bytes read. Raises OSError."""
         return self._disk.read(self._opened(place.segment).fd, buffers, place.offset + skip)
 
     def free(self, places: Iterable[Place]) -> None:
@@ -148,21 +149,21 @@ class Segments:
                 else:
                     self._punch(place.segment, offset, nbytes)
             except OSError as error:
-                # Space is lost until the next start finds it (`recover`); no value is.
+                # The space is lost until the next start finds it (`recover`); no value is lost.
                 log.warning("cold segment=%s event=free_failed error=%s", place.segment, error)
 
     def sparsest(self, share: float, ignored: Container[int] = ()) -> int | None:
-        """The closed segment that would give back most if its records moved, if over `share` of its blocks is slack."""
+        """The closed segment with the most slack, if that is over `share` of its blocks; its records should move."""
         closed = ((n, blocks) for n, blocks in self._blocks.items() if n != self._active and n not in ignored)
         worth = [(b.slack_nbytes, n) for n, b in closed if b.slack_nbytes > share * b.count * BLOCK_NBYTES]
         return max(worth)[1] if worth else None
 
     def disk_nbytes(self) -> int:
-        """Bytes the file system has given to the segments."""
+        """Bytes that the segments take on the file system."""
         return sum(_allocated(self._file(number)) for number in self._found())
 
     def close(self) -> None:
-        """Give back the descriptor."""
+        """Close the descriptors."""
         self._drop_active()
         with self._opened_lock:
             self._readable.clear()
@@ -187,7 +188,7 @@ class Segments:
         return {int(f.stem) for f in self.path.glob(f"*{_SUFFIX}") if f.stem.isdigit()}
 
     def _place(self, offset: int, nbytes: int) -> Place:
-        """A place in the active segment, counted as live from now on: else a full segment would look empty."""
+        """A place in the active segment. It counts as live at once: else a full segment would look empty."""
         assert self._active is not None
         blocks = self._blocks[self._active]
         self.slack_nbytes -= blocks.slack_nbytes
@@ -240,7 +241,7 @@ class Segments:
             self._disk.close(fd)
 
     def _trim(self, number: int, blocks: Occupancy, gaps: list[tuple[int, int]], end: int) -> None:
-        """Punch the blocks that no row needs, if the segment holds more than those that rows do."""
+        """Punch the blocks that no row needs, if the segment takes more blocks than the rows need."""
         path = self._file(number)
         if _allocated(path) <= (blocks.count + 1) * BLOCK_NBYTES:
             return

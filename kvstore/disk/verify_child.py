@@ -1,8 +1,8 @@
-"""Run by path in a child process: whether an LMDB index can be opened without harm. Exit code 0: yes; UNFINISHED: it
-is whole and empty, without even the table of rows: the power was cut before it was made.
+"""Checks, in a child process, that an LMDB index can be opened safely. Exit code 0: yes. UNFINISHED: the file is
+whole and empty, without the table of rows, because the power was cut before the table was made.
 
-A child, because a truncated file is SIGBUS and a damaged page can be an abort; neither is an exception. A file of its
-own that imports lmdb and nothing of ours: importing torch would take longer than the check.
+It is a child, because a truncated file means SIGBUS and a damaged page may mean abort; neither is an exception. It is
+run by path and imports only lmdb: importing torch would take longer than the check.
 """
 
 import sys
@@ -12,20 +12,20 @@ import lmdb.verify
 
 UNFINISHED = 3
 PROBES = 200
-"""Rows put and given up: a dozen pages, so that the free ones are looked up."""
+"""Rows written in an aborted transaction: a dozen pages, so that LMDB reads its list of free pages."""
 
 
 def main(path: str, how: str) -> int:
-    """Unless `how` is "quick", first the byte walker, which never hands the file to the engine: 3 s for a million rows.
+    """Unless `how` is "quick", first walk the file's bytes without LMDB: 3 s for a million rows.
 
-    Then the engine itself, over every row, and in a transaction that is given up: the list of free pages is read only
-    by who writes.
+    Then let LMDB read every row, and write in a transaction that is aborted: LMDB reads the list of free pages only
+    when it writes.
     """
     problems = [] if how == "quick" else lmdb.verify.verify(path)  # type: ignore[no-untyped-call]  # it has no types
     if problems:
         sys.stdout.write("\n".join(problems[:20]))
         return 1
-    # A map larger than any index: the file's own size would do for reading, not for a page more.
+    # A map larger than any index: the file's own size would be enough for reading, but not for one more page.
     with lmdb.open(path, max_dbs=4, map_size=1 << 40, lib_version=0, sync=False) as env:
         if how != "quick" and not env.stat()["entries"]:
             return UNFINISHED

@@ -1,9 +1,9 @@
-"""The one thread that changes the disk: takes what is pending, writes records, commits rows, frees what left.
+"""The one thread that changes the disk: it takes pending operations, writes records, commits rows, frees places.
 
-Order, for each batch: records are on the disk before a row names them; a place is freed only when the transaction
-that stopped naming it cannot be lost to a power cut any more. So a row never names bytes that are not its own.
-An error loses nothing: the batch goes back, stays readable, and is tried again after a pause, deletes first, for
-they give room. `meta_of` and `on_drop` are called without the tier's lock.
+Order, for each batch: records are on the disk before a row names them; a place is freed only when a power cut can no
+longer undo the transaction that stopped naming it. So a row never names bytes that are not its own.
+An error loses nothing: the batch goes back, stays readable, and is tried again after a pause, deletes first, because
+they make room. `meta_of` and `on_drop` are called without the tier's lock.
 """
 
 import logging
@@ -28,15 +28,15 @@ from kvstore.metadata.meta import Meta
 log = logging.getLogger(__name__)
 
 BATCH_NBYTES = 32 << 20
-"""Bytes of a group commit: a fdatasync takes 2 ms here and this many bytes 20, so longer batches gain nothing."""
+"""Bytes of a group commit: fdatasync takes 2 ms and writing so many bytes 20 ms, so longer batches gain nothing."""
 BATCH_MAX = 1024
 ROWS_PER_COMMIT = 10_000
-"""Rows of use and deadlines a transaction: 30 ms, for which a waiting delete can wait."""
+"""Rows of use and deadlines per transaction: 30 ms, which a waiting delete can afford."""
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 5.0
 BEHIND = 0.25
-"""Idle share of the bytes held above which gathering no longer waits until there is nothing to write."""
+"""Above this idle share of the bytes held, gathering no longer waits until there is nothing else to write."""
 ROW_NBYTES = 256
-"""Counted for a row: 100 bytes, the key and its parent's, LMDB's pages two thirds full."""
+"""Counted for a row: 100 bytes, its key and its parent's key, in LMDB pages that are two thirds full."""
 
 
 def cost_of(record_nbytes: int) -> int:
@@ -46,7 +46,7 @@ def cost_of(record_nbytes: int) -> int:
 
 @dataclass(slots=True)
 class Counters:
-    """What the tier did since it was opened."""
+    """Counts since the tier was opened."""
 
     commits: int = 0
     records_written: int = 0
@@ -60,11 +60,11 @@ class Counters:
 
 @dataclass(slots=True)
 class Callbacks:
-    """How the writer reaches the store and the tier.
+    """The writer's calls into the store and the tier.
 
     make_room: evict until the file system has so many bytes above its floor; False: there was nothing to evict.
-    dropped: forget a key that could not be written. wrote: bytes that went to the disk. may_gather: whether the disk
-    can take so many bytes beside what is put. seal_of: the key to encrypt an entry's record with, if any.
+    dropped: forget a key that could not be written. wrote: count bytes that went to the disk. may_gather: whether so
+    many bytes may be written in addition to puts. seal_of: the key to encrypt an entry's record with, if any.
     """
 
     meta_of: Callable[[Key], Meta | None]
@@ -76,7 +76,7 @@ class Callbacks:
 
 
 class Writer:
-    """The thread and its loop. changed: the tier's lock; notified when something is queued or done."""
+    """The thread and its loop. changed: the tier's lock, notified when an operation is queued or done."""
 
     def __init__(
         self, rows: Rows, segments: Segments, pending: Pending, changed: threading.Condition, callbacks: Callbacks
@@ -100,11 +100,11 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="kvstore-cold-writer", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the batch in hand. What is pending then is not written: flush before."""
+        """End the thread after its current batch. Pending operations are not written: flush before."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -112,11 +112,11 @@ class Writer:
 
     @property
     def alive(self) -> bool:
-        """Whether pending operations will still be tried."""
+        """Whether the thread still runs, so that pending operations will be tried."""
         return self._thread.is_alive() and not self._closing
 
     def wait_rows(self, timeout_s: float) -> bool:
-        """Have all dirty rows written. False: not within the time. Call with the lock held."""
+        """Wait until all dirty rows are written. False: not within `timeout_s`. Call with the lock held."""
         if not self.dirty:
             return True
         self._rows_due += 1
@@ -195,7 +195,7 @@ class Writer:
             self._callbacks.make_room(wanted)
         packed: dict[Key, tuple[Meta, int]] = {}
         refused: list[Key] = []
-        # Packed while what is packed already is written: the checksum costs a tenth of the disk's time.
+        # A generator: records are packed while earlier ones are written. The checksum takes a tenth of the disk's time.
         places = self._segments.append(self._pack(batch, packed, refused))
         with self._changed:
             put = {
@@ -216,7 +216,7 @@ class Writer:
             self.counters.commits += 1
             self.counters.records_written += len(put)
             self.counters.bytes_written += sum(place.nbytes for place in places)
-            self.healthy = True  # before anybody who waited for this batch looks
+            self.healthy = True  # before the waiters for this batch see the result
             self._pending.settle({key: cost_of(row.place.nbytes) for key, row in put.items()})
             self._changed.notify_all()
         for key in refused:
@@ -233,9 +233,9 @@ class Writer:
     def _pack(
         self, batch: dict[Key, Operation], packed: dict[Key, tuple[Meta, int]], refused: list[Key]
     ) -> Iterator[list[Buffer]]:
-        """The records to write; notes their Metas and head sizes, and keys whose entry can never be written.
+        """The records to write. Notes their Metas and head sizes, and keys whose entry can never be written.
 
-        A put the store has forgotten is neither.
+        A put whose key the store has forgotten is in neither list.
         """
         for key, operation in batch.items():
             meta = self._callbacks.meta_of(key) if isinstance(operation, Put) else None
@@ -251,7 +251,7 @@ class Writer:
             yield [record.head, *(part.data for part in record.data)]
 
     def _free(self, freed: list[Place], *, durable: bool) -> None:
-        """Free what the transaction before this one let go of: this commit's sync has made that one durable."""
+        """Free the places that the previous transaction stopped naming: this commit's sync has made it durable."""
         before, self._freed = self._freed, freed
         self._segments.free(before)
         if durable:
@@ -282,7 +282,7 @@ class Writer:
                 raise
 
     def evict_now(self, keys: list[Key]) -> None:
-        """Delete rows that nothing is pending for and free their places at once. On the writer's thread only."""
+        """Delete rows without pending operations and free their places at once. On the writer's thread only."""
         self._freed += self._rows.write({}, keys)
         self._free_durably()
 

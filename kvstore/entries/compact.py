@@ -1,9 +1,9 @@
 """Encoded tensors of one entry in one piece of memory.
 
-A torch tensor costs 640 bytes beside its values, and NF4 makes three of each. For a block of 4 KiB of codes that is a
-third of its size, and every byte of it is a block the warm tier does not hold. So small encoded entries are kept as one
-`bytearray`; what they look like is written once for all entries of that shape (a namespace's chunks are alike). Asked
-for, the tensors are made as views, without a copy.
+A torch tensor costs 640 bytes in addition to its values, and NF4 makes three of each tensor. For a block of 4 KiB of
+codes that is a third of its size, and the warm tier holds fewer blocks for it. So small encoded entries are kept as one
+`bytearray`. One `Layout` describes all entries of one shape (a namespace's chunks are alike). The tensors are made when
+they are asked for, as views, without a copy.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -18,15 +18,15 @@ from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import EncodedTensor, Entry, error_in
 
 PACK_MAX_NBYTES = 256 << 10
-"""Above this the overhead is under 1%, and copying once more would cost more than it saves."""
+"""Above this size the overhead is under 1%, and one more copy would cost more than it saves."""
 PACKED_OVERHEAD_NBYTES = 224
-"""Counted beside the bytes: the mapping, its bytearray and the attributes (tests/kvstore/entries/test_overhead.py)."""
+"""Counted on top of the bytes: the mapping, its bytearray, the attributes (tests/kvstore/entries/test_overhead.py)."""
 _ALIGN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part's place: which tensor and suffix it is, its type, shape and bytes."""
+    """Where one part lies: its tensor and suffix, its type, shape and bytes."""
 
     tensor: int
     suffix: str
@@ -37,13 +37,13 @@ class Part:
 
     @property
     def spec(self) -> TensorSpec:
-        """Its type by name, and its shape."""
+        """The part's type, by name, and its shape."""
         return TensorSpec(str(self.dtype).removeprefix("torch."), self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What all entries of one shape have in common. One object for one shape, as long as it is in use."""
+    """The description that all entries of one shape share: one object per shape, as long as it is in use."""
 
     names: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
@@ -53,7 +53,7 @@ class Layout:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all parts, what lies between them left out."""
+        """Bytes of all parts, without the gaps between them."""
         return sum(part.stop - part.start for part in self.parts)
 
 
@@ -132,7 +132,7 @@ class PackedTensors(Mapping[str, EncodedTensor]):
 
 
 def packed(entry: Entry) -> Entry:
-    """The entry with its tensors in one piece; itself if it is raw, large, packed already, or not in RAM."""
+    """The entry with its tensors in one piece; the same entry if it is raw, large, packed already, or not in RAM."""
     parts = [part for tensor in entry.tensors.values() for part in tensor.parts.values()]
     nbytes = sum(part.numel() * part.element_size() for part in parts)
     if isinstance(entry.tensors, PackedTensors) or entry.encoding == "raw" or nbytes > PACK_MAX_NBYTES:
@@ -149,7 +149,7 @@ def packed(entry: Entry) -> Entry:
 
 
 def layout_of(entry: Entry) -> Layout:
-    """The layout of an entry's tensors, which are packed or could be."""
+    """The layout of an entry's tensors, packed or not."""
     if isinstance(entry.tensors, PackedTensors):
         return entry.tensors.layout
     return _layout_of(

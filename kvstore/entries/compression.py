@@ -1,7 +1,7 @@
-"""Whether and how the data section of a record is compressed: zstd where a sample shows that it pays.
+"""Compression of a record's data section: zstd, if a sample shows that it saves enough.
 
-Level 1 without long distance: higher levels cost two to ten times the time and save no more, negative ones save nothing
-(docs/decisions/0004-zstd.md). Floats are grouped by byte first (all lowest bytes, then the next, ...): exponents
+Level 1 without long distance: higher levels take two to ten times as long and save no more, negative ones save nothing
+(docs/decisions/0006-zstd.md). Floats are grouped by byte first (all lowest bytes, then the next, ...): exponents
 repeat, mantissas do not. Decompression is bounded before it starts: python-zstandard ignores `max_output_size` when a
 frame states its size, so the size is read and compared first. Pure, any thread.
 """
@@ -22,9 +22,9 @@ LEVEL = 1
 SAMPLE_NBYTES = 64 << 10
 SAMPLES = 4
 COMPRESS_MIN_NBYTES = 4 << 10
-"""Below a disk block nothing can be saved."""
+"""A record within one disk block takes the whole block, compressed or not."""
 GAIN_MIN = 0.15
-"""Saved share of the bytes below which a record stays raw: reading back costs more than the disk would."""
+"""Share of the bytes to save at least: below it decompression takes longer than the disk would."""
 WINDOW_MAX_NBYTES = 8 << 20
 
 
@@ -47,7 +47,7 @@ def compress(
     """The data section as it should be stored: `chunks` themselves, or one frame.
 
     itemsize: bytes of the elements that most of the data is made of; 1 for codes, which are not tried.
-    how: the way to take; None: decide by a sample.
+    how: the method; None: decide by a sample.
     """
     chosen = _choose(chunks, itemsize) if how is None else how
     if chosen is Compression.NONE:
@@ -55,12 +55,12 @@ def compress(
     data = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
     frame = _compressor().compress(group_bytes(data, _SHUFFLE[chosen]).data)
     if how is None and len(frame) >= data.size:
-        return Compression.NONE, chunks  # the samples were not like the rest: a record never grows by being compressed
+        return Compression.NONE, chunks  # the samples were not typical: compression never makes a record larger
     return chosen, [np.frombuffer(frame, np.uint8)]
 
 
 def decompress_into(out: Bytes, stored: Bytes, how: Compression) -> None:
-    """Fill `out`, of just the right size, from a frame. Raises RecordCorrupt, before allocating, for any other size."""
+    """Fill `out` from a frame of exactly its size. Raises RecordCorrupt, before allocating, for any other size."""
     try:
         frame = zstandard.get_frame_parameters(stored.data)
         if frame.content_size != out.size or frame.window_size > max(WINDOW_MAX_NBYTES, 2 * out.size):
@@ -74,7 +74,7 @@ def decompress_into(out: Bytes, stored: Bytes, how: Compression) -> None:
 
 
 def _choose(chunks: Sequence[Bytes], itemsize: int) -> Compression:
-    """What gains at least GAIN_MIN on a few samples of the longest chunk."""
+    """The method that saves at least GAIN_MIN on a few samples of the longest chunk."""
     longest = max(chunks, key=lambda chunk: chunk.size, default=None)
     if itemsize == 1 or longest is None or longest.size < COMPRESS_MIN_NBYTES:
         return Compression.NONE
@@ -92,7 +92,7 @@ def _sample(data: Bytes) -> Bytes:
 
 
 def group_bytes(data: Bytes, width: int) -> Bytes:
-    """Bytes grouped by their place in an element; a rest that is no whole element stays at the end."""
+    """Bytes grouped by their position in an element; an incomplete last element stays at the end."""
     if width == 1:
         return data
     whole = data.size // width * width
@@ -101,7 +101,7 @@ def group_bytes(data: Bytes, width: int) -> Bytes:
 
 
 def ungroup_bytes(out: Bytes, data: Bytes, width: int) -> None:
-    """Fill `out` with what `group_bytes` grouped."""
+    """Fill `out` with the bytes in their order before `group_bytes`."""
     whole = data.size // width * width
     if width == 1:
         np.copyto(out, data)

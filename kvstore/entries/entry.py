@@ -1,9 +1,9 @@
 """What the store holds: named tensors under a key, in memory.
 
-Invariant: an Entry and everything it reaches is never changed after it is made, so any thread may
-read it without a lock and a tier may hand out the very object it holds. Who puts tensors in owns no
-part of them afterwards: `Store.put` copies.
-Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), and how it looks as bytes
+Invariant: an Entry and everything it refers to never change after the entry is made. So any thread may
+read it without a lock, and a tier may hand out the object that it holds. A caller shares no memory with
+the entry that it puts: `Store.put` copies.
+Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), and its form as bytes
 (`record`).
 """
 
@@ -18,10 +18,10 @@ from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.keys import Key
 
 ENTRY_OVERHEAD_NBYTES = 512
-"""Counted for an entry beside its payload: Entry, Meta, key and three dictionary slots, as measured
-with tracemalloc over 100,000 entries (tests/kvstore/entries/test_overhead.py keeps it honest)."""
+"""Counted for an entry in addition to its payload: Entry, Meta, key and three dictionary slots, as measured
+with tracemalloc over 100,000 entries (checked by tests/kvstore/entries/test_overhead.py)."""
 TENSOR_OVERHEAD_NBYTES = 864
-"""Counted for each tensor part beside its payload: the torch.Tensor, its storage and its names."""
+"""Counted for each tensor part in addition to its payload: the torch.Tensor, its storage and its names."""
 
 
 _TORCH = {name: getattr(torch, name, None) for name in BY_NAME}
@@ -34,11 +34,11 @@ def is_of(x: torch.Tensor, spec: TensorSpec) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedTensor:
-    """One tensor as a codec left it.
+    """One tensor as a codec wrote it.
 
-    spec: what decoding gives back. encoding: the codec's name; "raw" means `parts[""]` is the tensor.
+    spec: type and shape after decoding. encoding: the codec's name; "raw" means `parts[""]` is the tensor.
     parts: contiguous tensors by suffix; "" is the main part (for NF4 the packed codes), the others are
-    stored in a record as `<tensor name>.<suffix>`. attrs: small JSON-able facts the codec needs.
+    stored in a record as `<tensor name>.<suffix>`. attrs: small values, valid as JSON, that the codec needs.
     """
 
     spec: TensorSpec
@@ -64,7 +64,7 @@ class EncodedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What is said of a tensor without its parts: `EncodedTensor`'s words."""
+    """A tensor without its parts; the fields are those of `EncodedTensor`."""
 
     spec: TensorSpec
     encoding: str
@@ -72,13 +72,13 @@ class Described:
 
 
 def error_in(encoding: str, attrs: Mapping[str, object]) -> float:
-    """The receipt in a tensor's attributes: 0 for what was never encoded, infinity where nobody measured.
+    """The receipt in a tensor's attributes: 0 for a tensor that was never encoded, infinity if none was measured.
 
-    A raw tensor has one when it is the decoded copy of an encoded form. Infinity and not None or NaN, so that no
-    comparison with a bound ever takes the unknown for good.
+    A raw tensor has a receipt if it is the decoded copy of an encoded form. Infinity, and not None or NaN, so that an
+    unknown error is over every bound.
     """
     measured = attrs.get("relative_error", 0.0 if encoding == "raw" else inf)
-    # Records are read from disks: an attribute is believed only where it can be an error at all.
+    # Records come from a disk: an attribute counts as a receipt only if it can be an error.
     if isinstance(measured, bool) or not isinstance(measured, int | float) or not measured >= 0:  # NaN included
         return inf
     try:
@@ -93,8 +93,8 @@ class Entry:
 
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
     nbytes: bytes counted against a tier's budget, metadata included.
-    kept_reply: what a server answers with for this very object, kept so that it is built once.
-    block: where in shared memory its tensors lie (`shm.arena.Place`); None: in ordinary memory, or nobody said.
+    kept_reply: a server's serialized reply for this object, kept so that it is built once.
+    block: where in shared memory its tensors lie (`shm.arena.Place`); None: in ordinary memory, or unknown.
     """
 
     key: Key
@@ -106,18 +106,18 @@ class Entry:
 
     def __post_init__(self) -> None:
         total = ENTRY_OVERHEAD_NBYTES + len(self.key)
-        # A mapping that knows its own size (`compact`) need not make its tensors to be counted.
+        # A mapping that knows its size (`compact`) is counted without making its tensors.
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
         object.__setattr__(self, "kept_reply", None)
 
     def keep_reply(self, kept_reply: object) -> None:
-        """Keep a reply. It is built from what never changes, so two threads that build it build equal ones."""
+        """Keep a reply. The fields it is built from never change, so two threads that build it build equal replies."""
         object.__setattr__(self, "kept_reply", kept_reply)
 
     def to(self, device: torch.device) -> "Entry":
-        """The entry with all parts on a device: itself where they are there already."""
+        """The entry with all parts on a device; the same entry if they are there already."""
         if getattr(self.tensors, "device", None) == device:
             return self
         parts = [part for tensor in self.tensors.values() for part in tensor.parts.values()]
@@ -143,17 +143,17 @@ class Entry:
 
     @property
     def encoding(self) -> str:
-        """The first tensor's encoding that is not raw ("nf4-kv"), or "raw": tensors of one entry may differ in it."""
+        """The first encoding that is not raw ("nf4-kv"), or "raw": tensors of one entry may have different ones."""
         return next((name for name in self.encodings if name != "raw"), "raw")
 
     def is_encoded_in(self, names: Collection[str]) -> bool:
-        """Whether it is encoded, and every tensor that is in one of these encodings."""
+        """Whether the entry is encoded, and each encoded tensor in one of these encodings."""
         found = {*self.encodings} - {"raw"}
         return bool(found) and found.issubset(names)
 
     @property
     def receipt(self) -> dict[str, float]:
-        """The relative error of each tensor by name, measured when it was encoded: 0 where it is as it was put."""
+        """The relative error of each tensor by name, measured when it was encoded: 0 for a tensor as it was put."""
         known: dict[str, float] | None = getattr(self.tensors, "receipt", None)
         return {name: t.relative_error for name, t in self.tensors.items()} if known is None else known
 

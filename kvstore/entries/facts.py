@@ -1,4 +1,4 @@
-"""The metadata of a record, parsed strictly: which tensors it holds, in which encoding, of which parts. Pure."""
+"""The metadata of a record, parsed strictly: its tensors, their encodings and their parts. Pure."""
 
 import json
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _ENCODING_MAX_NBYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of one tensor: the slot it is in, and what it is in truth where safetensors has no code for it."""
+    """One part of one tensor: its slot, and its real type where safetensors has no code for it."""
 
     slot: str
     spec: TensorSpec | None
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the metadata says of one tensor."""
+    """One tensor, as the metadata describes it."""
 
     name: str
     spec: TensorSpec
@@ -52,7 +52,7 @@ class Row:
     attrs: Mapping[str, object]
 
     def tensor(self, slots: Mapping[str, Slot], data: torch.Tensor) -> EncodedTensor:
-        """The tensor, its parts views of `data`. Raises RecordCorrupt when the metadata and the slots disagree."""
+        """The tensor, with parts that are views of `data`. Raises RecordCorrupt if metadata and slots disagree."""
         parts = {suffix: _view(part, slots, data) for suffix, part in self.parts.items()}
         if self.encoding == "raw":
             whole = parts.get("")
@@ -85,7 +85,7 @@ _BY_CODE = {code: d.name for code, d in FROM_SAFETENSORS.items()}
 
 
 def tensor_rows(facts: Mapping[str, str]) -> list[Row]:
-    """The rows of all tensors. Raises RecordCorrupt where they are not what `pack` writes."""
+    """The rows of all tensors. Raises RecordCorrupt for rows that `pack` never writes."""
     try:
         rows = json.loads(facts["kvstored.tensors"], object_pairs_hook=no_duplicates)
         if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
@@ -118,7 +118,7 @@ def _part_of(part: object) -> Part:
 
 
 def _check_fact(value: object, depth: int) -> None:
-    """Raise ValueError for an attribute that no codec writes: it would stop being JSON, or overflow, further on."""
+    """Raise ValueError for an attribute that no codec writes: later code could not write it as JSON, or overflow."""
     if depth == 0:
         raise ValueError(f"attributes are nested more than {_ATTRS_DEPTH_MAX} deep")
     if isinstance(value, dict | list):

@@ -3,8 +3,8 @@
     record = fixed header | safetensors header | data section, raw or in one zstd frame
 
 Without compression, header aside, a record is a safetensors file. The grammar, offsets and a worked example are in
-docs/record-format.md; the bytes are frozen by tests/golden. Invariant: nothing is parsed before its checksum agreed,
-and every checksum covers the key, so neither damage nor a record under another's key is ever taken for a value.
+docs/record-format.md; the bytes are frozen by tests/golden. Invariant: nothing is parsed before its checksum matched,
+and every checksum covers the key, so neither damage nor a record of another key is ever taken for a value.
 Pure: no clock, no disk. Bit-exact for every dtype, NaN payloads, 0-d and zero-size tensors.
 Leaves out: what encodings mean (`codecs`), whether compressing pays (`compression`), where records are kept (`tiers`).
 """
@@ -50,12 +50,12 @@ _CHECKED_FROM = 16
 _PREFIX = struct.Struct("<4sHHQ")
 HEAD_MAX_NBYTES = FIXED_NBYTES + 8 + HEADER_MAX_NBYTES
 _SIDE_NBYTES = 1 << 20
-"""Data beside twice the value's bytes: scales of the smallest tensors. What says it decompresses to more is a bomb."""
+"""Data allowed beyond twice the value's bytes: scales of the smallest tensors. A record that claims more is a bomb."""
 
 # Flags. Do not renumber.
 _SLIDING, _PINNED, _EXACT, _LOSSY, _SEALED = 1, 2, 4, 8, 16
 _BOUND = slice(_CHECKED_FROM, 80)
-"""Of the fixed header, what sealed data is bound to: all that is known before it is sealed."""
+"""The part of the fixed header that sealed data is bound to: the fields known before sealing."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -142,8 +142,9 @@ def pack(entry: Entry, meta: Meta, *, compression: Compression | None = None, se
 def record_nbytes(entry: Entry, *, sealed: bool = False) -> int:
     """Bytes of the record of an entry, worked out without making it: exact, or too many by what compression saves.
 
-    For a budget: an entry that waits to be written is counted as what it will take. Chunks of a namespace are alike,
-    so what all of one layout have in common is kept. An entry that `pack` refuses is given its data's bytes.
+    For a budget: an entry that waits to be written is counted with the size it will have. Chunks of a namespace are
+    alike, so the size of the parts that all entries of one layout share is cached. For an entry that `pack` refuses
+    this is the size of its data.
     """
     layout = layout_of(entry)
     try:
@@ -167,7 +168,7 @@ def _text_nbytes(layout: Layout, key_nbytes: int, lossy: bool) -> int:  # noqa: 
 
 
 def _attrs_nbytes(entry: Entry) -> int:
-    """Bytes that the attributes add: JSON in a text that is JSON."""
+    """Bytes that the attributes add: JSON, escaped as text within JSON."""
     tensors = entry.tensors
     found = tensors.attrs if isinstance(tensors, PackedTensors) else [t.attrs for t in tensors.values()]
     said = "".join(f',"attrs":{_json(dict(attrs))}' for attrs in found if attrs)
@@ -181,10 +182,10 @@ def unpack(
     limit_nbytes: int = ENTRY_MAX_NBYTES,
     seals: Seals = NO_SEALS,
 ) -> Entry:
-    """The entry of a contiguous record, sharing no memory with it. Raises RecordCorrupt.
+    """The entry of a contiguous record; it shares no memory with the record. Raises RecordCorrupt.
 
-    limit_nbytes: a record that says it decodes to more is refused before anything is allocated. seals: keys for sealed
-    ones.
+    limit_nbytes: a record that decodes to more, by its header, is refused before anything is allocated. seals: keys
+    for sealed records.
     """
     view = memoryview(record).cast("B")
     head = parse_head(view[:HEAD_MAX_NBYTES], key, limit_nbytes=limit_nbytes)
@@ -215,7 +216,7 @@ def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_
     if flags >= 2 * _SEALED:
         raise RecordCorrupt(f"flags {flags} of a later version")
     largest = max(data_nbytes, stored_nbytes, value_nbytes)
-    # Twice: an encoding's side data may pass the size of a small value.
+    # Twice: the scales of an encoding may be larger than a small value.
     if largest > 2 * limit_nbytes or compression > max(Compression):
         raise RecordCorrupt(f"data of {largest} bytes, at most {2 * limit_nbytes}, stored as kind {compression}")
     if data_nbytes > 2 * value_nbytes + _SIDE_NBYTES:
@@ -227,10 +228,10 @@ def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_
 
 
 def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: int, seals: Seals = NO_SEALS) -> Entry:
-    """The entry of a checked head and its data section; takes `stored` over when it is not compressed.
+    """The entry of a checked head and its data section; uses `stored` itself if it is not compressed.
 
     head_bytes: the record's first `head.nbytes` bytes. stored: `head.stored_nbytes` bytes that nothing else uses,
-    aligned to 16. data_xxh3: their xxh3_64, as found. Raises RecordCorrupt.
+    aligned to 16. data_xxh3: the xxh3_64 computed over them. Raises RecordCorrupt.
     """
     if data_xxh3 != head.data_xxh3:
         raise RecordCorrupt("checksum of the data does not match")
@@ -264,9 +265,9 @@ def to_safetensors(entry: Entry, meta: Meta) -> bytes:
 def from_safetensors(file: bytes) -> Entry:
     """The entry of a file that `to_safetensors` wrote; its tensors share memory with nothing. Raises RecordCorrupt.
 
-    There is no checksum in it: the file is taken at its word, within the limits of its structure.
+    It has no checksum: the values are not verified, only the structure is.
     """
-    with Blaming(RecordCorrupt, "file"):  # the boundary: anybody may have written the file
+    with Blaming(RecordCorrupt, "file"):  # the boundary: any program may have written the file
         return _from_safetensors(file)
 
 
@@ -285,7 +286,7 @@ def _from_safetensors(file: bytes) -> Entry:
 
 
 def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
-    """What a checked head alone says of each tensor. Raises RecordCorrupt."""
+    """The tensors' descriptions, from a checked head alone. Raises RecordCorrupt."""
     with Blaming(RecordCorrupt, "record"):  # the boundary, as in `assemble`
         _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
         rows = tensor_rows(facts)
@@ -318,7 +319,7 @@ def _tensors(rows: Sequence[Row], slots: Mapping[str, Slot], data: torch.Tensor)
 
 
 class _Tensor(NamedTuple):
-    """What a record's header says of a tensor: `EncodedTensor` with the specs of its parts for the parts."""
+    """A tensor in a record's header: like `EncodedTensor`, with the specs of the parts instead of the parts."""
 
     name: str
     spec: TensorSpec
@@ -373,7 +374,7 @@ def _json(value: object) -> str:
 
 
 class _Found(NamedTuple):
-    """A part on its way into the data section: the slot it gets, and which part of which tensor it is."""
+    """A part to be placed in the data section: its slot, its tensor and its suffix."""
 
     slot: str
     spec: TensorSpec

@@ -1,9 +1,9 @@
 """The header of a safetensors file, written and parsed strictly.
 
-The safetensors library accepts duplicate names, dimensions of 2**62 beside a zero, and headers that take seconds and
-hundreds of MiB to parse. Here the size is capped before a byte is parsed, and the layout has to be the one a sane
-writer leaves: tensors one behind the other from 0 to the end, each of exactly the bytes its dtype and shape say.
-Pure but for `open_regular`: bytes in, plain objects out, no torch. The format: 8 bytes little-endian length n, n bytes
+The safetensors library accepts duplicate names, dimensions of 2**62 next to a zero, and headers that take seconds and
+hundreds of MiB to parse. Here the size is limited before a byte is parsed, and only a layout without gaps is accepted:
+tensors one behind the other from 0 to the end, each with exactly the bytes of its dtype and shape.
+Pure, except `open_regular`: bytes in, plain objects out, no torch. The format: 8 bytes little-endian length n, n bytes
 of JSON (`{name: {"dtype", "shape", "data_offsets"}}`, with text facts under `__metadata__`), then the data.
 """
 
@@ -40,9 +40,9 @@ class Slot:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file that anybody may have made, open for reading. Raises OSError, and InvalidEntry unless it is a regular one.
+    """An untrusted file, open for reading. Raises OSError, and InvalidEntry unless it is a regular file.
 
-    Without waiting: a pipe with no writer would be waited for without end, and a device read without end.
+    Opens without blocking: opening a pipe that has no writer would wait forever, and a device may have no end.
     """
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115 - a descriptor
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -69,14 +69,14 @@ def header_text(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes
 
 
 def header_nbytes(text_nbytes: int) -> int:
-    """Bytes of a whole header, its length field and padding included, whose JSON has so many."""
+    """Bytes of a whole header, with length field and padding, whose JSON has `text_nbytes` bytes."""
     return _LENGTH_NBYTES + text_nbytes + -text_nbytes % _ALIGN
 
 
 def parse_header(header: bytes, data_nbytes: int) -> tuple[dict[str, Slot], dict[str, str]]:
     """Slots by name, and the metadata, of a whole header (length included) before `data_nbytes` of data.
 
-    Raises RecordCorrupt for anything `write_header` would not write, but for the types of `FROM_SAFETENSORS`.
+    Raises RecordCorrupt for anything that `write_header` would not write, except the other types of `FROM_SAFETENSORS`.
     """
     length = int.from_bytes(header[:_LENGTH_NBYTES], "little")
     if not 2 <= length <= HEADER_MAX_NBYTES or len(header) != _LENGTH_NBYTES + length:

@@ -1,11 +1,11 @@
-"""Data sections encrypted at rest: AES-256-GCM under keys from files, by namespace. Needs `cryptography` where used.
+"""Data sections encrypted at rest: AES-256-GCM under keys from files, by namespace. Needs `cryptography` when used.
 
     sealed = key id (8 bytes) | salt (24 bytes) | pieces of 64 MiB, each ciphertext and 16 bytes of tag
 
-Each record has a key of its own, HMAC-SHA256 of the file's key over the salt, so that nonces may simply count its
-pieces: no number of records wears a key out. What is authenticated beside the data binds it to its entry's key and to
-the record's head. Invariant: what does not open is a RecordCorrupt, which is a miss; nothing is ever half opened.
-Leaves out: the head of a record and its row in the index, which name the entry's key, shapes and namespace, are clear.
+Each record has a key of its own, HMAC-SHA256 of the file's key over the salt, so the nonces count the pieces of one
+record, and a file's key may seal any number of records. The associated data binds the sealed data to its entry's key
+and to the record's head. Invariant: data that does not open is a RecordCorrupt, which is a miss; no part is returned.
+Leaves out: the head of a record and its row in the index, with the entry's key, shapes and namespace, stay in clear.
 """
 
 import hashlib
@@ -28,25 +28,25 @@ from kvstore.errors import ConfigError, RecordCorrupt
 log = logging.getLogger(__name__)
 
 EVERYTHING = "*"
-"""The name whose key seals what no other name does."""
+"""The name whose key seals the entries that no other name covers."""
 ID_NBYTES = 8
 SALT_NBYTES = 24
 HEAD_NBYTES = ID_NBYTES + SALT_NBYTES
 TAG_NBYTES = 16
 PIECE_NBYTES = 64 << 20
-"""AES-GCM takes at most 2 GiB at once; less is in memory twice for as long as it is encrypted."""
+"""AES-GCM takes at most 2 GiB at once; a smaller piece needs less memory for its second copy while encrypting."""
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def sealed_nbytes(nbytes: int) -> int:
-    """Bytes of the sealed form of so many."""
+    """Bytes of the sealed form of `nbytes` bytes."""
     return nbytes + HEAD_NBYTES + TAG_NBYTES * max(1, -(-nbytes // PIECE_NBYTES))
 
 
 class UnknownSeal(RecordCorrupt):
-    """Nothing is wrong with the record: the key it was sealed under is not among those given."""
+    """The record is sound, but the key that sealed it is not among the given keys."""
 
 
 class Key:
@@ -57,7 +57,7 @@ class Key:
         self.id = hashlib.sha256(b"kvstored key id v1\0" + secret).digest()[:ID_NBYTES]
 
     def seal(self, data: Sequence[Bytes], bound: bytes) -> list[Bytes]:
-        """The sealed form of a data section in buffers. bound: what it has to stand beside to be opened again."""
+        """The sealed form of a data section in buffers. bound: associated data, needed again to open it."""
         salt = secrets.token_bytes(SALT_NBYTES)
         cipher = self._cipher(salt)
         sealed = [np.frombuffer(self.id + salt, np.uint8)]
@@ -67,7 +67,7 @@ class Key:
         return sealed
 
     def open(self, sealed: Bytes, bound: bytes) -> Bytes:
-        """What was sealed, in memory of its own, aligned for every dtype. Raises RecordCorrupt."""
+        """The opened data, in new memory, aligned for every dtype. Raises RecordCorrupt."""
         from cryptography.exceptions import InvalidTag
 
         salt, body = sealed[ID_NBYTES:HEAD_NBYTES].tobytes(), sealed[HEAD_NBYTES:]
@@ -103,12 +103,12 @@ class Seals:
         self._missing: set[bytes] = set()
 
     def sealing(self, names: Sequence[str]) -> Key | None:
-        """The key for an entry that goes by these names, the most particular first; None: it stays clear."""
+        """The key for an entry with these names, the most specific name first; None: it stays in clear."""
         found = (self._sealing[name] for name in (*names, EVERYTHING) if name and name in self._sealing)
         return next(found, None)
 
     def open(self, sealed: Bytes, bound: bytes) -> Bytes:
-        """What was sealed under any of these keys. Raises UnknownSeal, and RecordCorrupt for what does not open."""
+        """The opened data, sealed under any of these keys. Raises UnknownSeal, or RecordCorrupt if it does not open."""
         if sealed.size < HEAD_NBYTES + TAG_NBYTES:
             raise RecordCorrupt(f"sealed data of {sealed.size} bytes")
         name = sealed[:ID_NBYTES].tobytes()
@@ -125,7 +125,7 @@ NO_SEALS = Seals({})
 
 
 def read_keys(path: str | Path) -> list[Key]:
-    """The keys of a file, 64 hexadecimal digits a line: the first seals, all open. Raises ConfigError."""
+    """The keys of a file, 64 hexadecimal digits a line: the first one seals, all of them open. Raises ConfigError."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - a Path or text
         lines = Path(path).read_text(encoding="ascii").split()
@@ -150,7 +150,7 @@ def _check_installed() -> None:
 
 
 def _pieces(data: Sequence[Bytes]) -> Iterator[Bytes]:
-    """The buffers as contiguous pieces of PIECE_NBYTES, the last one shorter; of nothing, one that is empty."""
+    """The buffers as contiguous pieces of PIECE_NBYTES, the last one shorter; no data gives one empty piece."""
     left = list(data)
     total = sum(part.size for part in left)
     for start in range(0, max(total, 1), PIECE_NBYTES):
@@ -171,5 +171,5 @@ def _nonce(number: int) -> bytes:
 
 
 def _numbered(bound: bytes, number: int) -> bytes:
-    # How many there are is bound by the size of the data in the record's head.
+    # The number of pieces is bound through the data size in the record's head.
     return number.to_bytes(4, "big") + bound

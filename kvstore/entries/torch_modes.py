@@ -1,8 +1,8 @@
-"""Work on tensors that must mean what it says, whatever mode its caller has switched on in torch.
+"""Work on tensors that must not depend on the modes that its caller has switched on in torch.
 
 A dispatch mode (FakeTensorMode, a tracer), a function mode (`torch.device("meta")`), a transformation of functions
 (`grad`, `vmap`) and autocast change what every operation of their thread does. Inside them a sound record would fail to
-decode, and be dropped as damaged, and an entry on its way to a lower tier would be lost. Any thread, no state.
+decode and be dropped as damaged, and an entry that moves to a lower tier would be lost. Any thread, no state.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ _R = TypeVar("_R")
 
 
 def without_torch_modes(work: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The same function, which sees no mode of its caller."""
+    """The same function, run outside all modes of its caller."""
 
     @wraps(work)
     def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        # Asked here and not in a function of its own: of every get and put there is.
+        # Checked inline, not in a function: every get and put comes through here.
         if not (
             _len_torch_dispatch_stack()
             or _len_torch_function_stack()

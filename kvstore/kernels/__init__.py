@@ -1,7 +1,7 @@
-"""Which kernel answers for a tensor: compiled C++ on the CPU, Triton on CUDA, else the torch reference.
+"""The kernel for a tensor: compiled C++ on the CPU, Triton on CUDA, else the torch reference.
 
-Every kernel gives the reference's bytes (`kernels.reference`, `kernels.reference_kv`), so a choice here is only
-one of speed, and a missing kernel never means a broken codec.
+Every kernel writes the reference's bytes (`kernels.reference`, `kernels.reference_kv`), so the choice affects only
+speed, and a codec works without any kernel.
 """
 
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def best(found: Sequence[CpuKernel]) -> CpuKernel | None:
-    """The last of them, at most the machine's best, that gives the first one's bytes here; None where there is none."""
+    """The last kernel, the best one the machine has, that writes the first one's bytes here; None if none is found."""
     for kernel in reversed(found):
         if kernel is found[0] or agree(kernel, found[0]):
             return kernel
@@ -65,17 +65,17 @@ class KvKernel(Protocol):
 
 
 def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
-    """The compiled kernel where it is installed, x lies on the CPU, and its trial went well."""
+    """The compiled kernel, if it is installed, x is on the CPU, and the kernel passed its trial."""
     return _BEST if x.device.type == "cpu" else None
 
 
 def cuda_kernel(x: torch.Tensor) -> ModuleType | None:
-    """`kernels.cuda` where the tensor lies on CUDA and Triton is installed."""
+    """`kernels.cuda`, if the tensor is on CUDA and Triton is installed."""
     return _imported("kvstore.kernels.cuda") if x.device.type == "cuda" else None
 
 
 def kv_kernel(x: torch.Tensor) -> KvKernel | None:
-    """What codes nf4-kv where x lies: the compiled kernel, or `kernels.cuda_kv`; None leaves it to the reference."""
+    """The nf4-kv kernel for x's device: the compiled one, or `kernels.cuda_kv`; None: use the reference."""
     if x.device.type == "cuda":
         found: KvKernel | None = _imported("kvstore.kernels.cuda_kv")
         return found

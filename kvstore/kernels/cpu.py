@@ -1,8 +1,8 @@
 """The compiled CPU kernel through ctypes: same bytes as the torch reference, without Python's lock.
 
-The kernel is another distribution (`kernel/`); where it is not installed, or is of another ABI, `LIBRARY`
-is None and the reference is used. Invariant: every length handed to C was computed here from the tensor
-that owns the memory, so the kernel never reads outside one. Any thread.
+The kernel is another distribution (`kernel/`); if it is not installed, or has another ABI, `LIBRARY` is
+None and the reference is used. Invariant: every length passed to C is computed here from the tensor that
+owns the memory, so the kernel never reads outside it. Any thread.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from kvstore.kernels.tables import table
 
 ABI = 5
 THREADED_NBYTES = 4 << 20
-"""Below it one thread is faster: starting another costs about 30 us, as much as 1 MiB."""
+"""Below it one thread is faster: starting another takes about 30 us, as long as 1 MiB."""
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 OK, NOT_FINITE = 0, 1
@@ -192,7 +192,7 @@ _calling = _Calling()
 
 
 def stay_single() -> None:
-    """Never split this thread's work: the other processors have something better to do."""
+    """Never split this thread's work over several threads: the other processors have other work."""
     _calling.single = True
 
 

@@ -1,4 +1,4 @@
-"""NF4 blocks in plain torch: the reference every kernel is held to, byte for byte, and the fallback.
+"""NF4 blocks in plain torch: the reference, whose bytes every kernel must write, and the fallback.
 
 Values are taken flat, row-major, in blocks of 64; the last block may be short. Works on any device, in
 chunks that stay in a core's cache. Every float operation is a single IEEE float32 operation in a fixed
@@ -14,7 +14,7 @@ from kvstore.kernels.tables import SCALE_LUT_SIZE, table
 BLOCK = 64
 NESTED_BLOCK = 256
 MIN_SCALE = 1e-38
-"""What a zero scale is replaced by before dividing; a short last block also stores it (a bitsandbytes quirk)."""
+"""Replaces a zero scale before dividing; a short last block also stores it, as bitsandbytes does."""
 
 STEPS = 4064
 """Steps from 0 to 1 of a normalized value, for the receipt: whole numbers add up alike in every order."""
@@ -70,7 +70,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sums(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """What the error of each block is made of. x: flat (n,); codes, absmax: as `quantize` returns them.
+    """The sums that make up each block's error. x: flat (n,); codes, absmax: as `quantize` returns them.
 
     Returns int32 (3, b): sum((u-l)^2), sum((u-l)*l) and sum(u^2) of u = round(4064 z), z the normalized values and
     l = round(4064 level) their codes' levels.

@@ -1,9 +1,9 @@
-"""The content of keys and values: what is left of rows without their mean over tokens, standing still or turning.
+"""The content of keys and values: rows minus their mean over tokens, where the mean may turn as RoPE turns it.
 
-Attention sees a key only beside other keys: what all of them share changes nothing (a mean), or the same for every
-text (a mean that RoPE turns with the position). In models with a bias in their key projection that share is nearly all
-of |K|, so an error that is small beside |K| may be as large as what the keys say. A receipt is a fraction of the
-content, layer by layer and head by head. Frequencies are found in the data, so no model's theta has to be known.
+Attention compares keys with each other: a part that all keys share has no effect (a mean), or the same effect for every
+text (a mean that RoPE turns with the position). In models with a bias in their key projection the shared part is nearly
+all of |K|, so an error that is small against |K| may be as large as the rest. A receipt is a fraction of the content,
+layer by layer and head by head. Frequencies are found in the data, so no model's theta has to be known.
 The reference of the kernels: equal to them within 1e-3, sums being taken in other orders. Pure, any thread.
 """
 
@@ -16,7 +16,7 @@ GROUP = 64
 PROMISE = 1.25
 """Times |sum z[t+1] conj z[t]|: what a turning mean may take at most, noise included."""
 SHORT = 4
-"""Fewer tokens have no mean to speak of."""
+"""For fewer tokens no mean is subtracted."""
 
 _CHUNK_NUMEL = 1 << 18
 
@@ -28,10 +28,10 @@ def groups_of(tokens: int) -> list[tuple[int, int]]:
 
 
 def energies(x: torch.Tensor, rotary: Rotary = STILL) -> torch.Tensor:
-    """The energy of each head without the mean of its groups, and as it is.
+    """The energy of each head, without the means of its groups and with them.
 
-    x: (outer, tokens, inner, d). rotary: which channels turn in pairs. A mean is taken off where it leaves less than
-    nothing does, pair by pair, and what it leaves is counted by its degrees of freedom, so that noise stays noise.
+    x: (outer, tokens, inner, d). rotary: which channels turn in pairs. For each pair a mean is subtracted only if
+    that leaves less energy; the rest is scaled by its degrees of freedom, so that noise keeps its energy.
     Returns float64 (outer, inner, 2).
     """
     outer, tokens, inner, d = x.shape
@@ -66,16 +66,16 @@ def _paired(x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _still(x: torch.Tensor) -> torch.Tensor:
-    """What is left without the mean. x: (outer, n, inner, d). Returns (outer, inner, d)."""
+    """Energy without the mean. x: (outer, n, inner, d). Returns (outer, inner, d)."""
     n = x.shape[1]
     about = x - x[:, :1]
     return (about.square().sum(dim=1) - about.sum(dim=1).square() / n) * (n / (n - 1))
 
 
 def _turning(re: torch.Tensor, im: torch.Tensor, still: torch.Tensor) -> torch.Tensor:
-    """What is left of pairs without the mean in the frame that turns by the phase of sum z[t+1] conj z[t].
+    """Energy of pairs without the mean, in the frame that turns by the phase of sum z[t+1] conj z[t].
 
-    still: what is left without their means; it stays where that sum does not promise to leave less than 3/4 of it.
+    still: energy without the still mean; it is kept where that sum does not promise to leave less than 3/4 of it.
     """
     n = re.shape[1]
     z = torch.complex(re, im)

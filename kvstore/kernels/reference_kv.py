@@ -1,4 +1,4 @@
-"""The arithmetic of nf4-kv in plain torch: the reference every kernel is held to, byte for byte.
+"""The arithmetic of nf4-kv in plain torch: the reference, whose bytes every kernel must write.
 
 A tensor is seen as rows of head_dim values, `(outer, tokens, inner, head_dim)`. Keys are centred per
 channel over about 64 tokens; then rows are rotated by an unnormalized Hadamard transform and coded in
@@ -24,7 +24,7 @@ GROUP = 64
 MIN_CENTRED = 8
 KEY_BLOCK = 32
 VALUE_BLOCK = 64
-"""Keys carry nearly all the harm, so the bits of finer scales go to them."""
+"""Errors of keys do nearly all the harm, so the bits of finer scales go to keys."""
 SCALE_GROUP = 256
 """Scales that share a top exponent; also the tile of the kernels: 256 blocks are 32 or 64 KiB."""
 MAX_ROTATION = 128

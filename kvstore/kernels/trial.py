@@ -1,7 +1,7 @@
-"""Does a kernel write the portable code's bytes on this very machine? Asked once, before it is used.
+"""A trial of a kernel on this machine, once, before use: it must write the portable code's bytes.
 
 Each instruction set has its own code, and no test machine has them all; a compiler or an emulator may err as well.
-Wrong codes would be stored as good ones, so who fails this is not used. Some 4 ms.
+Wrong codes would be stored as good ones, so a kernel that fails is not used. It takes some 4 ms.
 """
 
 import torch
@@ -18,7 +18,7 @@ def agree(kernel: CpuKernel, portable: CpuKernel) -> bool:
 
 
 def _samples() -> list[torch.Tensor]:
-    """Values of many magnitudes with a few outlying ones: a million times apart, some zero, half of them negative."""
+    """Values of magnitudes up to a million times apart, with a few outliers, some zeros, half of them negative."""
     at = torch.arange(TOKENS * HEADS * HEAD_DIM, dtype=torch.float32, device="cpu")
     x = torch.sin(at * at * 0.37) * torch.exp(4 * torch.sin(at * 0.011))
     x[::257] *= 100

@@ -1,11 +1,11 @@
-"""What each tenant and each namespace holds, as numbers for the stats. Pure."""
+"""Numbers for the statistics: what each tenant and each namespace holds. Pure."""
 
 from collections.abc import Iterable
 
 from kvstore.metadata.owner import Owner
 
 NAMESPACES_SHOWN = 16
-"""A name is a time series in whatever collects the numbers: the hottest will do."""
+"""Each name is a time series in a metrics collector, so only the namespaces with the most hits are shown."""
 
 
 def accounts_of(owners: Iterable[Owner], tenants: Iterable[str]) -> dict[str, float]:

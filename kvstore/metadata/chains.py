@@ -1,11 +1,11 @@
 """Which chunk continues which: the links between the Metas of one chain.
 
-A chunk without its parent can never be matched: it only takes room. So a chunk never outlives its parent. What leaves
-the store takes its descendants along, and a chunk whose parent is not held is not taken in. Keys that were put without
-a parent (most keys that are no chunks) have no links, and nothing here concerns them.
-Links are keys in the Metas themselves: a parent, the first child, and the neighbours among siblings. Four references a
-chunk, no set a parent, and a root with 100,000 children loses one in O(1).
-A chain is put deepest first, so children come before their parent: until it comes they are `_awaited`.
+A chunk without its parent can never be matched: it only takes room. So a chunk never outlives its parent. When a chunk
+leaves the store its descendants leave too, and a chunk whose parent is not held is refused. Keys put without a parent
+(most keys that are not chunks) have no links.
+Links are keys in the Metas themselves: the parent, the first child, and the two neighbours among siblings. That is four
+references per chunk and no set per parent, and a root with 100,000 children loses one of them in O(1).
+A chain is put deepest first, so children come before their parent: until it comes the parent is in `_awaited`.
 Not thread-safe: the store's lock covers each call.
 """
 
@@ -27,17 +27,17 @@ class Chains:
 
     @property
     def awaited(self) -> int:
-        """Parents that are missing. 0 whenever no put of a chain is under way."""
+        """The number of parents that are missing. It is 0 whenever no put of a chain is running."""
         return len(self._awaited)
 
     def link(self, key: Key) -> None:
-        """A key has come into the index: tie it to its parent, and to the children that were waiting for it."""
+        """Link a key that is new in the index to its parent, and to the children that waited for it."""
         meta = self.index[key]
         if self._awaited:
             meta.first_child = self._awaited.pop(key, None)
         if meta.parent is None:
             return
-        # Who is not here has nobody before it: the usual case, a chain being put deepest first.
+        # The parent is usually not indexed yet, because chains are put deepest first; then there can be no ring.
         if meta.parent in self.index and self._closes_a_ring(key, meta.parent):
             meta.parent = None
         self._tie(key, meta)
@@ -56,7 +56,7 @@ class Chains:
             self.index[meta.next].previous = key
 
     def unlink(self, key: Key, meta: Meta) -> list[Key]:
-        """A key leaves the index, `meta` is what it had there. Returns its children, which must leave too."""
+        """Unlink a key that leaves the index, with its Meta. Returns its children, which must leave too."""
         if meta.parent is not None:
             if meta.previous is not None:
                 self.index[meta.previous].next = meta.next
@@ -70,15 +70,15 @@ class Chains:
             child_meta = self.index[child]
             children.append(child)
             child = child_meta.next
-            # Cut here, so that each of them unlinks without looking for a parent that is gone.
+            # Cut here, so that `unlink` of a child does not look for a parent that is gone.
             child_meta.parent = child_meta.previous = child_meta.next = None
         meta.first_child = None
         return children
 
     def replace(self, key: Key, old: Meta) -> None:
-        """A key in the index got a new Meta in place of `old`: it stays where it was in its chain.
+        """Give the new Meta of a key in the index the links of `old`: the key keeps its place in its chain.
 
-        Only if it was in none does the parent count that the new one names.
+        The parent that the new Meta names counts only if the key was in no chain.
         """
         new = self.index[key]
         new.first_child = old.first_child
@@ -90,7 +90,7 @@ class Chains:
             new.parent = None
 
     def children(self, key: Key) -> Iterator[Key]:
-        """The chunks that continue this one, the latest first."""
+        """The chunks that continue this one, the newest first."""
         child = self._first_child(key)
         while child is not None:
             following = self.index[child].next
@@ -105,14 +105,14 @@ class Chains:
             meta = self.index[meta.parent]
 
     def descendants(self, key: Key) -> list[Key]:
-        """All chunks that continue this one, however far, deepest last."""
+        """All chunks that continue this one, directly or not, deepest last."""
         found = [key]
-        for at in found:  # grows while it is walked
+        for at in found:  # grows during the loop
             found.extend(self.children(at))
         return found[1:]
 
     def leaf(self, key: Key, held: Container[Key]) -> Key:
-        """The key itself, or a descendant in `held` that none in `held` continues: the one to evict in its place."""
+        """The key to evict in place of `key`: a descendant that no chunk in `held` continues, or itself."""
         meta = self.index.get(key)
         while meta is not None and meta.first_child is not None:
             child = next((child for child in self.children(key) if child in held), None)
@@ -126,7 +126,7 @@ class Chains:
         return [key for parent in list(self._awaited) for key in self.children(parent)]
 
     def _closes_a_ring(self, key: Key, parent: Key) -> bool:
-        # Hashes of tokens cannot; keys that a caller invented could. Who has no children is nobody's ancestor.
+        # Hashes of tokens form no ring; keys that a caller invents could. A key without children is no ancestor.
         has_children = self.index[key].first_child is not None
         return parent == key or (has_children and key in self.ancestors(parent))
 
@@ -155,9 +155,9 @@ class Links(NamedTuple):
 
 
 def links_of(keys: list[Key], parents: Sequence[Key | None]) -> Links:
-    """What `Chains.link` would tie key by key, in a tenth of the time: for a start with a million keys.
+    """The links that `Chains.link` would make key by key, in a tenth of the time: for a start with a million keys.
 
-    Orphans, and chunks of a ring (and what continues one), have no parent here.
+    Orphans, chunks of a ring, and the chunks that continue a ring get no parent here.
     """
     none = len(keys)
     position = dict(zip(keys, range(none), strict=True))
@@ -172,7 +172,7 @@ def links_of(keys: list[Key], parents: Sequence[Key | None]) -> Links:
     older, younger = children[:-1][siblings], children[1:][siblings]
     columns = np.full((3, none), none, np.int64)
     first, previous, following = columns
-    first[at[children]] = children  # of several the last one stays: the youngest
+    first[at[children]] = children  # of several children the last one stays: the newest
     following[younger], previous[older] = older, younger
     names = np.empty(none + 1, object)
     names[:none] = keys
@@ -181,9 +181,9 @@ def links_of(keys: list[Key], parents: Sequence[Key | None]) -> Links:
 
 
 def _in_rings(at: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whose ancestors come to no end. at: the position of each one's parent; the last is its own, and nobody."""
+    """Which chunks have no root among their ancestors. at: positions of parents; the last position is "no parent"."""
     far = at
-    for _ in range(at.size.bit_length()):  # twice as far up each time
+    for _ in range(at.size.bit_length()):  # doubles the distance upwards each time
         far = far[far]
         if (far == at.size - 1).all():
             break

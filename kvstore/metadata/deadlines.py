@@ -1,8 +1,8 @@
-"""When keys expire: buckets of a second each, corrected late.
+"""When keys expire: buckets of one second each, corrected late.
 
-Sliding deadlines move with every get. The buckets are not told: a key that turns out to live longer is put into a later
-bucket when its own comes up. So a get costs nothing here, and a key is in one bucket however often it is used. Which
-one, its Meta says (`watched_at`): a heap of pairs and a dictionary beside it took 170 bytes a key, this takes 17.
+Sliding deadlines move with every get, and the buckets are not updated: a key that lives longer is moved to a later
+bucket when its bucket is due. So a get costs nothing here, and a key is in one bucket however often it is used. Its
+Meta says which one (`watched_at`). A heap of pairs with a dictionary took 170 bytes a key, this takes 17.
 Not thread-safe: the store's lock covers each call.
 """
 
@@ -15,7 +15,7 @@ from kvstore.metadata.meta import Meta
 
 
 class Deadlines:
-    """Keys of an index by their Meta's deadline."""
+    """The keys of an index, ordered by their Metas' deadlines."""
 
     def __init__(self, index: Mapping[Key, Meta]) -> None:
         self._index = index
@@ -26,7 +26,7 @@ class Deadlines:
         return sum(map(len, self._buckets.values()))
 
     def watch(self, key: Key, meta: Meta) -> None:
-        """Watch a key. Needed again only when its deadline moved to earlier, or after it surfaced in `due`."""
+        """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
         deadline = meta.deadline
         if deadline >= meta.watched_at or deadline == inf:
             return
@@ -48,7 +48,7 @@ class Deadlines:
                 key = bucket.pop()
                 meta = self._index.get(key)
                 if meta is None or floor(min(meta.watched_at, 1e18)) != number:
-                    continue  # gone, or watched under an earlier deadline since
+                    continue  # gone, or moved to the bucket of an earlier deadline
                 if floor(min(meta.deadline, 1e18)) == number and meta.deadline > now:
                     early.append(key)
                     continue
@@ -59,7 +59,7 @@ class Deadlines:
                     self.watch(key, meta)
             bucket.extend(early)
             if bucket:
-                break  # the rest of this second, or of the limit, is for the next turn
+                break  # the rest of this second waits for the next call
             heapq.heappop(self._order)
             del self._buckets[number]
         return found

@@ -1,8 +1,8 @@
-"""Work under way outside the store's lock, one piece a key, and the tombstones that call it off.
+"""Work outside the store's lock, at most one flight per key, and how a delete or a put cancels it.
 
 A promotion reads, decodes and makes room without holding the lock. Meanwhile the key may be deleted or replaced: then
-what was decoded is another value's bytes and must not be installed. Who deletes or replaces leaves a tombstone on the
-flight; who flies asks, under the store's lock, before installing. One flight a key: a second would do the same work.
+the decoded bytes are of an older value and must not be installed. A delete or a put marks the flight as called off, and
+the promotion checks the mark, under the store's lock, before it installs. A second flight would do the same work.
 Not thread-safe: the store's lock covers each call.
 """
 
@@ -13,7 +13,7 @@ from kvstore.keys import Key
 
 @dataclass(slots=True)
 class Flight:
-    """One piece of work on a key. called_off: the value it started from is gone."""
+    """Work in progress on one key. called_off: the value it started from is gone."""
 
     key: Key
     called_off: bool = False
@@ -29,18 +29,18 @@ class InFlight:
         return len(self._flights)
 
     def start(self, key: Key) -> Flight | None:
-        """A new flight; None when one for this key is under way."""
+        """A new flight; None if there is one for this key already."""
         if key in self._flights:
             return None
         flight = self._flights[key] = Flight(key)
         return flight
 
     def call_off(self, key: Key) -> None:
-        """Leave a tombstone: the flight of this key, if any, must not install its result."""
+        """Mark the flight of this key, if any, so that it does not install its result."""
         flight = self._flights.get(key)
         if flight is not None:
             flight.called_off = True
 
     def finish(self, flight: Flight) -> None:
-        """The flight is over."""
+        """End a flight."""
         del self._flights[flight.key]

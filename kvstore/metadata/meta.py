@@ -1,7 +1,7 @@
-"""What the store knows of each key beside its value: deadlines, use, pins.
+"""What the store knows of each key in addition to its value: deadlines, use, pins.
 
-One Meta a key, whatever tiers hold it, so a deadline moved by a get holds in all of them. Guarded by the store's lock.
-The cold tier writes Metas down from time to time and gives them back at the next start.
+One Meta per key, whatever tiers hold it, so a deadline that a get moves is valid in all of them. Guarded by the
+store's lock. The cold tier writes Metas to its index from time to time and restores them at the next start.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from kvstore.metadata.owner import NOBODY, Owner
 
 @dataclass(slots=True)
 class Meta:
-    """One key's life. Times are Unix seconds of the store's clock.
+    """The facts of one key. Times are Unix seconds of the store's clock.
 
-    exact: must never become lossy. lossy: already went through a lossy codec. encoding: of the form below hot, once
-    there is one, else "raw". value_nbytes: bytes of the tensors once decoded. pinned_until: when a pin lapses by
-    itself. soon: of low priority, leaves before others unless it is hit. parent: the chunk before this one in its
-    chain; root: put as the first chunk of one; first_child, previous and next belong to `chains`, watched_at to
-    `deadlines`; owner: whose it is.
+    exact: it must never become lossy. lossy: it went through a lossy codec. encoding: that of the form below hot, or
+    "raw" if there is none. value_nbytes: bytes of the decoded tensors. pinned_until: when its pin ends by itself. soon:
+    low priority, evicted before others unless it is hit. parent: the chunk before this one in its chain. root: it was
+    put as the first chunk of a chain. first_child, previous and next belong to `chains`, watched_at to `deadlines`.
+    owner: the tenant and namespace it is counted under.
     """
 
     created_at: float
@@ -49,17 +49,17 @@ class Meta:
 
     @property
     def used_at(self) -> float:
-        """The last hit, or the put."""
+        """When it was last hit, or else put."""
         return self.last_hit_at or self.created_at
 
     @property
     def deadline(self) -> float:
-        """When it expires, or its pin lapses: the time at which something happens to it."""
+        """When it expires or, if it is pinned, when its pin ends."""
         return self.pinned_until if self.pinned else self.expires_at
 
     @property
     def prefix_start(self) -> bool | None:
-        """Whether a prompt begins here; None: it was put as no part of a chain, so it may."""
+        """Whether a prompt begins here; None: unknown, since it was not put as part of a chain."""
         return False if self.parent is not None else True if self.root else None
 
     def refresh(self, now: float, ttl_s: float | None = None) -> None:

@@ -1,8 +1,8 @@
-"""Whose an entry is: a tenant, and within it the namespace that its caller named; what each of them holds and did.
+"""The owner of an entry: a tenant, and within it the namespace that the caller named, with their bytes and counters.
 
-One Owner a pair of them in a store (`tenants` makes them), and every Meta points to its own. Owners with one `lane` are
-evicted from one order: all of a tenant's, but for namespaces with a quota of their own (`tiers.order`).
-The bytes of a tier are guarded by that tier's lock, everything else by the store's.
+A store has one Owner per pair (`tenants` makes them), and every Meta refers to one. Owners with the same `lane` share
+one order of eviction: all of a tenant's namespaces, except those with a quota of their own (`tiers.order`).
+A tier's lock guards the bytes of that tier, the store's lock everything else.
 """
 
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ NO_LIMITS: Limits = (inf, inf, inf)
 
 @dataclass(slots=True, eq=False)
 class Owner:
-    """A tenant's namespace; "" for no tenant, and for no namespace.
+    """A tenant's namespace; "" stands for no tenant, and for no namespace.
 
-    lane: the order its keys are evicted from. limits: its namespace's quota, tenant_limits: its tenant's.
-    nbytes: held, by tier. limited: whether any limit is set.
+    lane: names the order that its keys are evicted from. limits: the namespace's quota. tenant_limits: the tenant's.
+    nbytes: bytes held, by tier. limited: whether any limit is set.
     """
 
     tenant: str = ""
@@ -38,7 +38,7 @@ class Owner:
 
     @property
     def name(self) -> str:
-        """For an operator: TENANT/NAMESPACE, or what there is of it."""
+        """The name that an operator sees: TENANT/NAMESPACE, or the one of them that there is."""
         return "/".join(part for part in (self.tenant, self.namespace) if part)
 
     @property
@@ -53,5 +53,5 @@ NOBODY = Owner()
 
 @lru_cache(maxsize=4096)
 def labelled(namespace: str) -> Owner:
-    """An owner that says no more than the namespace's name: what a record on disk knows."""
+    """An owner with nothing but the namespace's name: a record on disk knows no more."""
     return Owner(namespace=namespace) if namespace else NOBODY

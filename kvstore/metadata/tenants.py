@@ -1,9 +1,9 @@
-"""Who is who: owners by the secret prefix the daemon puts before a key, and by the namespace its caller named.
+"""Owners, by the secret prefix that the daemon puts before a tenant's keys, and by the namespace that the caller named.
 
-The prefix comes from the authenticated identity on the server's side (the daemon's tenant views), never from a caller;
-the engine is only told which prefixes are whose. Keys outside all of them belong to nobody in particular, who is one
-tenant like the others. A namespace is named by the caller, within his tenant: naming another one moves bytes from one
-of his own accounts to another. With tenants, or namespaces with a quota, the order of each tier keeps them apart.
+The daemon derives the prefix from the authenticated identity (its tenant views); a caller never chooses it. The engine
+only knows which prefixes belong to which tenant. Keys with none of these prefixes belong to the tenant "", which is
+treated like the others. A caller names the namespace within its own tenant: another name moves bytes between accounts
+of the same tenant. With tenants, or namespaces with a quota, each tier keeps one order of eviction for each of them.
 Not thread-safe: the store's lock covers each call.
 """
 
@@ -17,11 +17,11 @@ from kvstore.metadata.owner import NO_LIMITS, Limits, Owner
 
 TENANT_PREFIX_NBYTES = 16
 OWNERS_MAX = 4096
-"""About 2 MB. A caller who invents more namespaces than that is counted under none."""
+"""About 2 MB. Further namespaces are counted under none."""
 
 
 class Tenants:
-    """Owners, made as they come."""
+    """The owners of a store, made when they are first named."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Tenants:
         namespaces: Mapping[str, QuotaConfig],
         with_policy: Collection[str] = (),
     ) -> None:
-        """with_policy: namespaces that have a codec of their own: past the limit, too, they keep their name."""
+        """with_policy: namespaces with a codec of their own; they keep their name past the limit of owners, too."""
         self._with_policy = frozenset(with_policy)
         self._quotas = {name: _limits(quota) for name, quota in quotas.items()}
         self._namespaces = {name: _limits(quota) for name, quota in namespaces.items()}
@@ -37,24 +37,24 @@ class Tenants:
         self._owners: dict[tuple[str, str], Owner] = {}
 
     def tenant_of(self, key: Key) -> str:
-        """Whose a key is; "" is everybody outside the tenants."""
+        """The tenant of a key; "" for keys of no registered tenant."""
         return self._by_prefix.get(key[:TENANT_PREFIX_NBYTES], "") if self._by_prefix else ""
 
     def owner(self, key: Key, namespace: str = "") -> Owner:
-        """Who owns a key that was put under this namespace."""
+        """The owner of a key that was put under this namespace."""
         of = (self.tenant_of(key), namespace)
         found = self._owners.get(of)
         return found if found is not None else self._make(*of)
 
     def _make(self, tenant: str, namespace: str) -> Owner:
-        # "MODEL@DIGEST": a quota may name one identity, or the model, for each of its identities.
+        # "MODEL@DIGEST": a quota may name one identity, or the model for all of its identities.
         model = namespace.rpartition("@")[0]
         limits = self._namespaces.get(namespace) or self._namespaces.get(model)
         if len(self._owners) >= OWNERS_MAX and namespace and limits is None:
             for of in [of for of, owner in self._owners.items() if owner.idle]:
                 del self._owners[of]
             if len(self._owners) >= OWNERS_MAX:
-                # The name in the configuration, not the caller's: these are no more than the configuration has.
+                # The name from the configuration, not the caller's, so their number is bounded by the configuration.
                 known = next((name for name in (namespace, model) if name in self._with_policy), "")
                 if known != namespace:
                     return self._owners.get((tenant, known)) or self._make(tenant, known)
@@ -64,7 +64,7 @@ class Tenants:
         return made
 
     def register(self, name: str, prefixes: Sequence[bytes]) -> bool:
-        """Keys that begin so are this tenant's. False: they were already. Raises InvalidEntry."""
+        """Give a tenant the keys with these prefixes. False: it has them already. Raises InvalidEntry."""
         for prefix in prefixes:
             if len(prefix) != TENANT_PREFIX_NBYTES or not name:
                 raise InvalidEntry(

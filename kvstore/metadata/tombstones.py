@@ -1,7 +1,7 @@
-"""Why keys are gone: a bounded ring of the latest departures.
+"""Why keys are gone: the latest departures, bounded.
 
-For an operator's "where did it go?"; no decision of the store depends on it. Holds no values, and forgets itself: after
-`capacity` departures the oldest is dropped, and its key counts as never put.
+It answers an operator's question where a key went; no decision of the store depends on it. It holds no values. After
+`capacity` departures the oldest one is dropped, and its key counts as never put.
 Not thread-safe: the store's lock covers each call.
 """
 
@@ -11,14 +11,14 @@ from typing import Literal, NamedTuple
 from kvstore.keys import Key
 
 GoneCause = Literal["expired", "evicted", "corrupt", "over quota", "deleted", "orphaned", "write failed"]
-"""orphaned: the chunk before it left, so nothing could match it any more."""
+"""orphaned: the chunk before it left, so no prompt could match it any more."""
 
 TOMBSTONES_MAX = 16_384
 """About 4 MB, 250 bytes each: the last minutes of a busy store, the last days of a quiet one."""
 
 
 class Tombstone(NamedTuple):
-    """A key's end. tier: the lowest that held it, "" where none did. at: Unix seconds. hits: in its life."""
+    """One departure. tier: the lowest tier that held the key, "" if none did. at: Unix seconds. hits: of its life."""
 
     cause: GoneCause
     tier: str
@@ -37,14 +37,14 @@ class Tombstones:
         return len(self._stones)
 
     def add(self, key: Key, stone: Tombstone) -> None:
-        """A key is gone."""
+        """Note that a key is gone."""
         self._stones.pop(key, None)
         self._stones[key] = stone
         if len(self._stones) > self._capacity:
             self._stones.popitem(last=False)
 
     def discard(self, key: Key) -> None:
-        """A key is back."""
+        """Forget a tombstone: the key is back."""
         self._stones.pop(key, None)
 
     def get(self, key: Key) -> Tombstone | None:

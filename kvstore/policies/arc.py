@@ -1,4 +1,4 @@
-"""ARC: keys used once and keys used again in two lists, their shares of the room learned from what was missed.
+"""ARC: keys used once and keys used again, in two lists whose shares of the room are learned from misses.
 
 `_once` and `_again` are in order of use. A key evicted from one of them is remembered in its ghost list; when it comes
 back, the list it left was too short, and `_target`, the length aimed at for `_once`, moves. Chunks seen once (three
@@ -28,7 +28,7 @@ class ARC:
         self._target = 0.0
 
     def track(self, key: Key, *, soon: bool = False) -> None:
-        """Keep a key: among those used again if it is known, or a ghost; `soon`: as the oldest of those used once."""
+        """Track a key: in the list used again if it is known or a ghost; `soon`: as the oldest of those used once."""
         if key in self:
             self.touch((key,))
         elif key in self._ghosts_once:
@@ -55,12 +55,12 @@ class ARC:
         return known
 
     def forget(self, key: Key) -> None:
-        """Stop keeping a key, its ghost too."""
+        """Stop tracking a key, and drop its ghost."""
         for keys in (self._once, self._again, self._ghosts_once, self._ghosts_again):
             keys.pop(key, None)
 
     def evict(self, key: Key) -> None:
-        """Stop keeping a key and remember which list it left."""
+        """Stop tracking a key and remember which list it left."""
         capacity = len(self)
         if key in self._once:
             del self._once[key]
@@ -74,7 +74,7 @@ class ARC:
             (self._ghosts_again or self._ghosts_once).popitem(last=False)
 
     def victim(self) -> Key | None:
-        """The oldest of the list that is over its target."""
+        """The oldest key of the list that is longer than its target."""
         once_first = self._once and (len(self._once) > self._target or not self._again)
         return next(iter(self._once if once_first else self._again), None)
 

@@ -19,7 +19,7 @@ class LRU:
         self._order: OrderedDict[Key, None] = OrderedDict()
 
     def track(self, key: Key, *, soon: bool = False) -> None:
-        """Keep a key, as the most recently used; `soon`: as the least, if it is new."""
+        """Track a key as the most recently used; `soon`: as the least recently used, if it is new."""
         if key not in self._order:
             self._order[key] = None  # at the end
             if soon:
@@ -28,18 +28,18 @@ class LRU:
             self._order.move_to_end(key)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
-        """Make known keys the most recently used, the last one most. Returns those known."""
+        """Make known keys the most recently used, the last one the most recent. Returns the known keys."""
         known = list(filter(self._order.__contains__, keys))
         for key in known:
             self._order.move_to_end(key)
         return known
 
     def forget(self, key: Key) -> None:
-        """Stop keeping a key."""
+        """Stop tracking a key."""
         self._order.pop(key, None)
 
     def evict(self, key: Key) -> None:
-        """Stop keeping a key; nothing of it is remembered."""
+        """Stop tracking a key; it leaves no ghost."""
         self._order.pop(key, None)
 
     def victim(self) -> Key | None:

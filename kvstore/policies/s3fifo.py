@@ -1,8 +1,8 @@
-"""S3-FIFO: a small queue for newcomers, a main queue for those hit there, and ghosts of the newcomers that were not.
+"""S3-FIFO: a small queue for new keys, a main queue for keys that were hit there, and ghosts of the others.
 
-A hit moves nothing: it counts, up to 3. At the head of the small queue a key that was hit goes to the main queue and
-one that was not is evicted and remembered; at the head of the main queue a count is spent on another round. A ghost
-that comes back enters the main queue at once.
+A hit moves no key: it is counted, up to 3. At the head of the small queue a key that was hit goes to the main queue,
+and one that was not is evicted and remembered. At the head of the main queue a key with a count goes round once more
+and loses one. A ghost that comes back enters the main queue at once.
 Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1, with one hit enough to
 be promoted. The capacity is the number of keys tracked, since a policy knows no bytes.
 """
@@ -14,7 +14,7 @@ from itertools import chain
 from kvstore.keys import Key
 
 SMALL_SHARE = 0.1
-"""Of the keys tracked. The paper's choice; on the Mooncake trace 0.05 to 0.2 differ by less than a point."""
+"""Share of the tracked keys. The paper's choice; on the Mooncake trace 0.05 to 0.2 differ by less than a point."""
 COUNT_MAX = 3
 
 
@@ -29,7 +29,7 @@ class S3FIFO:
         self._ghosts: OrderedDict[Key, None] = OrderedDict()
 
     def track(self, key: Key, *, soon: bool = False) -> None:
-        """Keep a key, as a newcomer; in the main queue if it is a ghost; `soon`: at the head of its queue."""
+        """Track a key in the small queue, or in the main queue if it is a ghost; `soon`: at the head of its queue."""
         if key in self:
             self.touch((key,))
         else:
@@ -39,7 +39,7 @@ class S3FIFO:
             queue.move_to_end(key, last=not soon)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
-        """Count a hit of each. Returns those known."""
+        """Count a hit of each. Returns the known keys."""
         known = [key for key in keys if key in self]
         for key in known:
             queue = self._small if key in self._small else self._main
@@ -47,13 +47,13 @@ class S3FIFO:
         return known
 
     def forget(self, key: Key) -> None:
-        """Stop keeping a key, its ghost too."""
+        """Stop tracking a key, and drop its ghost."""
         self._small.pop(key, None)
         self._main.pop(key, None)
         self._ghosts.pop(key, None)
 
     def evict(self, key: Key) -> None:
-        """Stop keeping a key; a newcomer is remembered."""
+        """Stop tracking a key; one of the small queue leaves a ghost."""
         if key in self._small:
             del self._small[key]
             self._ghosts[key] = None
@@ -63,7 +63,7 @@ class S3FIFO:
             self._ghosts.popitem(last=False)
 
     def victim(self) -> Key | None:
-        """The first key at a head that was not hit; those before it move on."""
+        """The first key at a head that was not hit; the keys before it move on."""
         while self._small or self._main:
             if self._small and (not self._main or len(self._small) > SMALL_SHARE * len(self)):
                 key, count = next(iter(self._small.items()))
@@ -83,7 +83,7 @@ class S3FIFO:
         return key in self._small or key in self._main
 
     def __iter__(self) -> Iterator[Key]:
-        """Newcomers, then the main queue, each from its head."""
+        """The small queue, then the main queue, each from its head."""
         return chain(self._small, self._main)
 
     def __len__(self) -> int:

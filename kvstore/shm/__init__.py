@@ -1,1 +1,1 @@
-"""Shared memory: how a block lies in it, free room, and the arena that tensors are made in."""
+"""Shared memory: the layout of a block, the list of free room, and the arena in which tensors are allocated."""

@@ -1,8 +1,8 @@
-"""Tensors in shared memory: memfd segments that a process of the same user may map, to read only.
+"""Tensors in shared memory: memfd segments that processes of the same user may map read-only.
 
-A block lives as long as any tensor over it: the hot tier, a lease or a stream just hold the tensors, and the room comes
-back when the last of them is gone. Segments are never shrunk or closed before the arena is; each belongs to one user
-id, and only his processes are handed its descriptor. Thread-safe.
+A block lives as long as any tensor over it: the hot tier, a lease or a stream only hold the tensors, and the room is
+free when the last of them is gone. Segments are never shrunk, and closed only with the arena. Each belongs to one user
+id, and only processes of that user get its descriptor. Thread-safe.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ from kvstore.shm.freelist import FreeList
 from kvstore.shm.layout import aligned, layout
 
 SEGMENT_NBYTES = 128 << 20
-"""Mapped by a client in 7 ms; a larger entry gets a segment of its own size."""
+"""A client maps it in 7 ms; a larger entry gets a segment of its own size."""
 PREFAULT_NBYTES = 32 << 20
-"""How far memory is touched ahead of its use: one stretch a put, which is all that a put never sent can cost."""
+"""Bytes touched ahead of their use, once per put: no more is wasted if the next put never comes."""
 _SLICE_NBYTES = 4 << 20
 _MADV_POPULATE_WRITE = 23
 _F_ADD_SEALS = 1033
@@ -38,7 +38,7 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Segment:
-    """One memfd, mapped for writing here and for reading elsewhere."""
+    """One memfd, mapped writable in this process and read-only in clients."""
 
     def __init__(self, number: int, owner: int, nbytes: int, *, readers_only: bool = True) -> None:
         self.number = number
@@ -47,8 +47,8 @@ class Segment:
         self.fd = os.memfd_create(f"kvstored-{owner}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, nbytes)
         self._map = mmap.mmap(self.fd, nbytes)
-        # Only now: the seal forbids new writable mappings, and leaves this one. Without SHRINK a client could cut the
-        # file off under the daemon, whose next access would be a bus error.
+        # After mapping: the seal forbids new writable mappings and leaves this one. Without SHRINK a client could
+        # truncate the file, and the daemon's next access would be a bus error.
         seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL | (_F_SEAL_FUTURE_WRITE if readers_only else 0)
         fcntl.fcntl(self.fd, _F_ADD_SEALS, seals)
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
@@ -57,7 +57,7 @@ class Segment:
         self.ready_nbytes = 0
 
     def prefault(self) -> None:
-        """Touch the pages of the next stretch, contents untouched: a first write else costs 0.7 ms a MiB."""
+        """Touch the next pages without changing them: otherwise the first write to each MiB costs 0.7 ms more."""
         start = self.ready_nbytes
         nbytes = min(PREFAULT_NBYTES, self.nbytes - start)
         self.ready_nbytes += nbytes
@@ -66,13 +66,13 @@ class Segment:
                 return
 
     def close(self) -> None:
-        """Let go of the descriptor. The memory goes with the last mapping and tensor, here or in a client."""
+        """Close the descriptor. The memory is freed with the last mapping and tensor, here or in a client."""
         os.close(self.fd)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a block is."""
+    """Where a block lies."""
 
     segment: Segment
     start: int
@@ -90,7 +90,7 @@ class BlockTensors(dict[str, torch.Tensor]):
 
 
 class Arena:
-    """All segments. `limit_nbytes` bounds what they add up to; beyond it tensors lie in ordinary memory."""
+    """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory."""
 
     def __init__(self, limit_nbytes: int, *, segment_nbytes: int = SEGMENT_NBYTES) -> None:
         self.limit_nbytes = limit_nbytes
@@ -98,8 +98,8 @@ class Arena:
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self._generation = 0
-        # Finalizers run wherever the last reference dies, also inside a garbage collection in the middle of `take`. So
-        # they only append, which needs no lock; the room is taken back at the next allocation.
+        # A finalizer runs where the last reference dies, even inside a garbage collection in the middle of `take`. So
+        # it only appends, which needs no lock; the next allocation takes the room back.
         self._dead: deque[tuple[Segment, int]] = deque()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="kvstored-prefault")
 
@@ -109,7 +109,7 @@ class Arena:
         return sum(segment.nbytes for segment in self._segments)
 
     def gauges(self) -> dict[str, float]:
-        """For the statistics. arena_fragmentation: the share of free room that is not in its segment's largest hole."""
+        """Numbers for the statistics. arena_fragmentation: share of the free room that is not in largest holes."""
         with self._lock:
             self._reclaim()
             free = sum(s.free.nbytes - s.free.used_nbytes for s in self._segments)
@@ -133,14 +133,14 @@ class Arena:
         segment, start, generation = found
         block = segment.bytes[start : start + nbytes]
         block[:8].view(np.uint64)[0] = generation
-        # numpy lets a view of a view forget the one between; torch keeps `block` itself for all that is made from it.
+        # A numpy view of a view drops the view in between; torch keeps `block` itself for every tensor made from it.
         weakref.finalize(block, self._dead.append, (segment, start)).atexit = False
         whole = torch.from_numpy(block)
         tensors: dict[str, torch.Tensor] = {}
         for name, (at, size) in places.items():
             spec = specs[name]
             dtype = getattr(torch, spec.dtype)
-            # Without bytes there is nothing to place, and nothing to keep the block for.
+            # A tensor without bytes needs no place and must not keep the block alive.
             flat = whole[at : at + size].view(dtype) if size else torch.empty(0, dtype=dtype, device="cpu")
             tensors[name] = flat.reshape(spec.shape)
         holds = any(size for _, size in places.values())
@@ -149,7 +149,7 @@ class Arena:
     def place_in(
         self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: int
     ) -> Place | None:
-        """The block of an entry's tensors; None unless they lie in one block of this user's, as `layout` puts them.
+        """The block of an entry's tensors; None unless they lie in one block of this user, placed as by `layout`.
 
         places, nbytes: their layout.
         """
@@ -173,7 +173,7 @@ class Arena:
         return None
 
     def close(self) -> None:
-        """Stop prefaulting and let go of the descriptors."""
+        """Stop prefaulting and close the descriptors."""
         self._ahead.shutdown(cancel_futures=True)
         with self._lock:
             for segment in self._segments:
@@ -206,6 +206,6 @@ class Arena:
     def _reclaim(self) -> None:
         while self._dead:
             segment, start = self._dead.popleft()
-            # Before the room can be used again: a reader who is late finds this and throws away what he copied.
+            # Before the room can be used again: a late reader finds this number and drops its copy.
             segment.bytes[start : start + 8].view(np.uint64)[0] = 0
             segment.free.give(start)

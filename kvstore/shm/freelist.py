@@ -8,7 +8,7 @@ from kvstore.shm.layout import ALIGN
 class FreeList:
     """Free room of one run of bytes: best fit, neighbours joined when freed. Not thread-safe.
 
-    Best fit, because KV chunks of one model have one size and fall into the holes their like left.
+    Best fit, because KV chunks of one model have one size and fit the holes that such chunks left.
     """
 
     def __init__(self, nbytes: int) -> None:

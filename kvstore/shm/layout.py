@@ -1,9 +1,9 @@
-"""How tensors lie in shared memory: one block an entry. No torch: clients use it too.
+"""The layout of tensors in shared memory: one block per entry. No torch: clients use it too.
 
     block := generation (u64, little-endian) | unused to 64 bytes | tensor | padding to 64 | tensor | ...
 
-A block's generation is unique within the daemon's life and is overwritten before the room is used again. So who copied
-out of a block and still finds the generation he was told has copied what he was told.
+A block's generation is unique within the daemon's life and is overwritten before the room is used again. So if the
+generation is unchanged after a copy out of the block, the copy is of the requested entry.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from functools import lru_cache
 from kvstore.dtypes import TensorSpec
 
 ALIGN = 64
-"""A cache line, and what the widest vector loads ask for."""
+"""A cache line, and the alignment of the widest vector loads."""
 HEADER_NBYTES = ALIGN
 
 

@@ -1,1 +1,1 @@
-"""What a store of some size would do with a trace, without tensors."""
+"""What a store of a given size would do with a trace, without tensors."""

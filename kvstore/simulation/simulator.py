@@ -1,10 +1,10 @@
-"""What a store of some size would do with a trace: the real read path, write path, mover, tiers and policies, without
-tensors.
+"""What a store of a given size would do with a trace: the real read path, write path, mover, tiers and policies,
+without tensors.
 
-Nothing here decides anything: entries are sizes (`SizedTensors`), forms reckon them (`SizedTranscoder`), the disk is a
-tier in memory (`SizedCold`). So a terabyte is asked on a laptop, and what is measured is what the daemon runs.
-Also the ceiling: the offline optimum for prefix chains (`optimum`), which knows the future.
-What bounds its speed is Python: a put goes through every check and counter of the store. docs/prefixes.md has figures.
+Only sizes are simulated: entries are sizes (`SizedTensors`), the transcoder computes sizes (`SizedTranscoder`), the
+disk is a tier in memory (`SizedCold`). So a laptop can simulate a terabyte, and all decisions are made by the daemon's
+code. Also the upper bound: the offline optimum for prefix chains (`optimum`), which knows the future. Python bounds its
+speed: a put goes through every check and counter of the store. docs/prefixes.md has figures.
 """
 
 import heapq
@@ -45,7 +45,7 @@ RECORD_NBYTES = 640
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many numbers a model keeps for a token: layers * kv_heads * head_dim, K and V."""
+    """The numbers that a model keeps per token: layers * kv_heads * head_dim, for K and for V."""
 
     layers: int
     kv_heads: int
@@ -78,8 +78,8 @@ def layout_of(text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4; where
-    `store.split` is "auto", the share to begin with.
+    """What to simulate. hot_fraction: the share of RAM that holds tensors as put, the rest holds NF4; if
+    `store.split` is "auto", the share at the start.
     """
 
     ram_nbytes: int
@@ -115,7 +115,7 @@ class Setup:
 
 
 class SizedTensors(Mapping[str, EncodedTensor]):
-    """In place of an entry's tensors: what they would be counted as."""
+    """Stands for an entry's tensors: the bytes that they would count."""
 
     __slots__ = ("encoding", "entry_nbytes", "nbytes")
 
@@ -135,7 +135,7 @@ class SizedTensors(Mapping[str, EncodedTensor]):
 
 
 class SizedEntry:
-    """In place of an `Entry`: its size and its key. A frozen dataclass takes four times as long to make."""
+    """Stands for an `Entry`: its key and size. A frozen dataclass would take four times as long to make."""
 
     __slots__ = ("encoding", "kept_reply", "key", "lossy", "nbytes", "tensors")
 
@@ -148,7 +148,7 @@ class SizedEntry:
 
 
 class SizedTranscoder:
-    """`transcode.Forms` of blocks that are all alike."""
+    """A `Transcoder` for blocks of one size."""
 
     def __init__(self, setup: Setup, residency: Residency) -> None:
         self._r = residency
@@ -163,23 +163,23 @@ class SizedTranscoder:
         return cast("Entry", SizedEntry(key, self._raw, lossy=False))
 
     def encode(self, entry: Entry, *, prefix_start: bool | None = None, namespace: str = "") -> Entry:
-        """In NF4."""
+        """The size in NF4."""
         del prefix_start, namespace
         self._r.counters.encodes += 1
         return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
 
     def exact(self, entry: Entry) -> Entry:
-        """As it is."""
+        """The entry itself."""
         return entry
 
     def restore(self, entry: Entry) -> Entry:
-        """Decoded."""
+        """The size when decoded."""
         self._r.counters.decodes += 1
         return cast("Entry", SizedEntry(entry.key, self._raw, lossy=entry.lossy))
 
 
 class SizedCold:
-    """`tiers.LastTier` that keeps order and sizes, no records. Its entries and their order are a `MemoryTier`'s."""
+    """A `tiers.LastTier` with order and sizes, without records. A `MemoryTier` keeps its entries and their order."""
 
     name: TierName = "cold"
 
@@ -223,23 +223,23 @@ class SizedCold:
         self._tier.remove(key)
 
     def wait(self, ticket: int | None) -> None:
-        """Nothing is ever due."""
+        """Return at once: no work is pending."""
 
     def flush(self) -> None:
-        """Nothing is pending."""
+        """Do nothing: no work is pending."""
 
     def flush_meta(self) -> None:
-        """Nothing is written down."""
+        """Do nothing: there is no disk."""
 
     def maintain(self) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no periodic work."""
 
     def verify(self) -> Iterator[Verified]:
-        """Nothing to check."""
+        """Yield nothing: there are no records."""
         return iter(())
 
     def gauges(self) -> dict[str, float]:
-        """None."""
+        """No numbers."""
         return {}
 
     def nbytes_of(self, key: Key) -> int:
@@ -248,12 +248,12 @@ class SizedCold:
         return 0 if entry is None else entry.nbytes
 
     def specs_of(self, key: Key) -> None:
-        """No tensors, no specs."""
+        """None: there are no tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What would have happened. by_tier, by_encoding: hits. seconds: of the trace. hot_fraction: of RAM, at the end."""
+    """A simulation's result. by_tier, by_encoding: hits. seconds: of the trace. hot_fraction: of RAM, at the end."""
 
     requests: int
     blocks: int
@@ -271,7 +271,7 @@ class Report:
 
     @property
     def hit_ratio(self) -> float:
-        """Share of block references found in the longest resident prefix."""
+        """Share of the block references that the longest resident prefixes cover."""
         return self.hits / self.blocks if self.blocks else 0.0
 
     @property
@@ -281,12 +281,12 @@ class Report:
 
     @property
     def nbytes_written_a_day(self) -> float:
-        """Bytes written to disk, if a day went on like this trace."""
+        """Bytes written to disk per day, at the rate of this trace."""
         return self.disk_nbytes_written * DAY_S / self.seconds if self.seconds else 0.0
 
 
 class Simulation:
-    """A store without tensors. Feed it requests; ask for a report at any time."""
+    """A store without tensors. `request` feeds it; `report` may be asked for at any time."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -342,7 +342,7 @@ class Simulation:
         return self._transcoder.raw(key), Meta(now, now + ttl_s, ttl_s, self._value_nbytes)
 
     def report(self) -> Report:
-        """What happened so far."""
+        """The result so far."""
         c = self._r.counters
         below = self._transcoder.encode(self._transcoder.raw(Key(b""))).nbytes - ENTRY_OVERHEAD_NBYTES
         writes = c.tiers["cold"].puts
@@ -367,7 +367,7 @@ class Simulation:
 
 
 def simulate(requests: Iterable[Request], setup: Setup) -> Report:
-    """A whole trace against one setup, cold start."""
+    """Simulate a whole trace against one setup, from a cold start."""
     simulation = Simulation(setup)
     for request in requests:
         simulation.request(request)
@@ -375,10 +375,10 @@ def simulate(requests: Iterable[Request], setup: Setup) -> Report:
 
 
 def optimum(requests: Sequence[Request], capacity_blocks: int) -> int:
-    """Hits of the offline optimum with room for so many blocks: keeps those whose next use is nearest.
+    """Hits of the offline optimum with room for `capacity_blocks`: it keeps the blocks whose next use is nearest.
 
-    A chain's blocks are next used no later than those that continue them, and at equal times the deeper one goes first,
-    so what is kept is always prefix-closed. Source: Belady, "A study of replacement algorithms", 1966, with bypass.
+    A block is used next no later than the blocks that continue it, and at equal times the deeper one leaves first, so
+    the kept blocks are always whole prefixes. Source: Belady, "A study of replacement algorithms", 1966, with bypass.
     """
     next_use = _next_uses(requests)
     due: dict[int, float] = {}

@@ -1,7 +1,7 @@
-"""Request traces: which blocks of a prompt each request brought, and replaying them against a cache.
+"""Request traces: the blocks of each request's prompt, and replaying them against a cache.
 
-Reads the JSON lines of Mooncake's traces, plain or .xz: {"timestamp": ms, "hash_ids": [...], ...}. A hash id stands for
-a block of tokens and all blocks before it, so a request's ids are a chain, root first. Knows no tensors.
+Reads the JSON lines of Mooncake's traces, plain or .xz: {"timestamp": ms, "hash_ids": [...], ...}. A hash id names a
+block of tokens and all blocks before it, so a request's ids are a chain, root first. Knows no tensors.
 """
 
 import json
@@ -29,7 +29,7 @@ class Request:
 
 
 def read_trace(path: str | Path, limit: int | None = None) -> list[Request]:
-    """The requests of a trace in order of time, at most `limit`. Raises InvalidEntry, naming the line."""
+    """The requests of a trace in order of time, at most `limit`. Raises InvalidEntry, which names the line."""
     opened = lzma.open if str(path).endswith(".xz") else open
     requests: list[Request] = []
     with opened(path, "rt", encoding="utf-8") as lines:
@@ -74,7 +74,7 @@ class Cache(Protocol):
 
 @dataclass(slots=True)
 class Replayed:
-    """What came of it so far. wrong: values that were not those put."""
+    """Counts so far. wrong: hits whose value was not the one put."""
 
     requests: int = 0
     blocks: int = 0
@@ -91,10 +91,10 @@ def replay(
     before: Callable[[Request], object] = lambda _: None,
     check: Callable[[int, Hit], bool] = lambda _block, _hit: True,
 ) -> Iterator[Replayed]:
-    """Do to a cache what a serving engine would: get the longest prefix, then put the rest. Yields after each request.
+    """Use a cache as a serving engine would: get the longest prefix, then put the rest. Yields after each request.
 
-    before: called with each request before it is sent, to move a clock or to wait. check: whether a hit is what was
-    put.
+    before: called with each request before it is sent, to move a clock or to wait. check: compare each hit with the
+    value that was put.
     """
     done = Replayed()
     for request in requests:

@@ -1,6 +1,6 @@
 """A tier is a bounded place for entries, in least-recently-used order.
 
-A tier knows keys, sizes and order; never time, never the other tiers. `Store` walks them.
+A tier knows keys, sizes and order; never the time or the other tiers. `residency` moves entries between them.
 Memory tiers are not thread-safe: the store holds its lock around each call. The cold tier locks itself,
 because its reads and writes take milliseconds and must not hold up the others.
 """
@@ -36,11 +36,11 @@ class Tier(Protocol):
         ...
 
     def get(self, key: Key) -> Entry | None:
-        """The entry, without counting as use. None: not here (or, cold, found corrupt and dropped)."""
+        """The entry; this does not count as use. None: not held here (or, in cold, found corrupt and dropped)."""
         ...
 
     def put(self, entry: Entry) -> None:
-        """Hold an entry as the most recently used, replacing one of the same key. Needs room: displace first."""
+        """Hold an entry as the most recently used; it replaces an entry of the same key. Needs room: displace first."""
         ...
 
     def touch(self, keys: Collection[Key]) -> None:
@@ -48,11 +48,11 @@ class Tier(Protocol):
         ...
 
     def pin(self, key: Key) -> None:
-        """Keep a key held from leaving for capacity. Raises OverQuota over the tier's share for pins."""
+        """Keep a held key from eviction. Raises OverQuota over the tier's share for pins."""
         ...
 
     def unpin(self, key: Key) -> None:
-        """Let it leave again."""
+        """Allow a key's eviction again."""
         ...
 
     def close(self) -> None:
@@ -61,9 +61,9 @@ class Tier(Protocol):
 
 
 class LastTier(Tier, Protocol):
-    """The tier with none below: what it displaces is gone, which it reports by itself. Locks itself.
+    """The lowest tier: entries that it displaces are gone, which it reports by itself. Locks itself.
 
-    admission: which entries are worth a place here.
+    admission: the rule for entering this tier.
     """
 
     admission: Admission
@@ -71,16 +71,16 @@ class LastTier(Tier, Protocol):
     def displace(self, entry: Entry) -> None:
         """Make room for an entry, in the tier and in its owner's quotas, by evicting.
 
-        Raises OverQuota when only pins are left, TierUnavailable when the disk fails.
+        Raises OverQuota if only pinned entries are left, TierUnavailable if the disk fails.
         """
         ...
 
     def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
-        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+        """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
         ...
 
     def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
-        """Order again what `let_go` returned, under the owner each key has now."""
+        """Put the keys that `let_go` returned back into the order, under their present owners."""
         ...
 
     def tenants(self) -> dict[str, int]:
@@ -88,15 +88,15 @@ class LastTier(Tier, Protocol):
         ...
 
     def queue_removal(self, key: Key) -> int | None:
-        """Forget a key at once and queue its durable deletion. Returns a ticket to `wait` for; None: nothing is due."""
+        """Forget a key at once and queue its durable deletion. Returns a ticket for `wait`; None: no deletion."""
         ...
 
     def wait(self, ticket: int | None) -> None:
-        """Return once what a ticket stands for is durable. Tickets rise."""
+        """Return when a ticket's operation is durable. Tickets rise."""
         ...
 
     def nbytes_of(self, key: Key) -> int:
-        """Bytes counted for a key; 0 when it is not here."""
+        """Bytes counted for a key; 0 if it is not held here."""
         ...
 
     def specs_of(self, key: Key) -> Mapping[str, Described] | None:
@@ -104,21 +104,21 @@ class LastTier(Tier, Protocol):
         ...
 
     def gauges(self) -> Mapping[str, float]:
-        """What the store's stats show of this tier, by name."""
+        """Numbers of this tier for the store's statistics, by name."""
         ...
 
     def flush(self) -> None:
-        """Return once everything pending is durable."""
+        """Return when all pending operations are durable."""
         ...
 
     def flush_meta(self) -> None:
-        """Write down order and deadlines."""
+        """Write order and deadlines to the index."""
         ...
 
     def verify(self) -> Iterator[Verified]:
-        """Read and check every value, dropping what is damaged; how far it is after each."""
+        """Read and check every value, drop damaged ones, and yield the progress after each."""
         ...
 
     def maintain(self) -> None:
-        """Periodic work."""
+        """Do periodic work."""
         ...

@@ -1,11 +1,11 @@
-"""Which entries are worth a write: solid-state disks wear out by the byte.
+"""Which entries are written to disk: each byte written wears out a solid-state disk.
 
-    all      everything
-    reused   what was hit at least once
-    ghost    also what left the store lately and was put again: the second put is as good as a hit
-Over all of them a budget of bytes a day, as a token bucket that holds one day's worth: while it is empty only what was
-hit at least once is written. A pinned entry is always written. Holds no lock: the store's covers `deserves` and
-`refused`, and `wrote` is called by the writer alone.
+    all      every entry
+    reused   entries that were hit at least once
+    ghost    also entries that left the store lately and were put again: the second put counts as a hit
+In addition there is a budget of bytes a day, a token bucket that holds one day's bytes: while it is empty only entries
+that were hit at least once are written. A pinned entry is always written. Holds no lock: the store's lock covers
+`deserves` and `refused`, and only the writer calls `wrote`.
 """
 
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 
 GHOSTS_MAX = 65_536
-"""Keys remembered after they left: 6 MiB, and at a chunk of 256 tokens 16 million tokens' worth of prefixes."""
+"""Keys remembered after they left: 6 MiB, or prefixes of 16 million tokens in chunks of 256 tokens."""
 DAY_S = 86_400.0
 
 
@@ -32,7 +32,7 @@ class Admission:
         self.refusals = 0
 
     def deserves(self, key: Key, meta: Meta) -> bool:
-        """Whether an entry may be written now. Asking changes nothing."""
+        """Whether an entry may be written now. Changes no state."""
         if meta.pinned or meta.hits > 0:
             return True
         if self.exhausted:
@@ -40,12 +40,12 @@ class Admission:
         return self._rule == "all" or (self._rule == "ghost" and key in self._ghosts)
 
     def refused(self, key: Key) -> None:
-        """An entry left the store without a record: remember that it was here."""
+        """Remember an entry that left the store without a record."""
         self.refusals += 1
         self.left(key)
 
     def left(self, key: Key) -> None:
-        """A record was evicted."""
+        """Remember an entry whose record was evicted."""
         if self._rule == "ghost":
             self._ghosts[key] = None
             self._ghosts.move_to_end(key)
@@ -53,13 +53,13 @@ class Admission:
                 self._ghosts.popitem(last=False)
 
     def wrote(self, nbytes: int) -> None:
-        """So many bytes went to the disk; the bucket may go below zero by one batch."""
+        """Count bytes that went to the disk; the bucket may go below zero by one batch."""
         self._left_nbytes = self.left_nbytes - nbytes
         self._filled_at = self._clock.now()
 
     @property
     def exhausted(self) -> bool:
-        """Whether there is a budget and nothing of it is left."""
+        """Whether there is a budget and it is used up."""
         return self._nbytes_per_day > 0 and self.left_nbytes <= 0
 
     @property

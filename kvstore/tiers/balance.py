@@ -1,15 +1,15 @@
-"""How much of the memory hot should have: `split = "auto"`, learned from hits by depth.
+"""The share of the memory for hot with `split = "auto"`, learned from hits by depth.
 
 Hot and warm share their two budgets, and the border between them moves in steps. A step of warm holds seven times the
-entries of a step of hot, but a hit in hot need not be decoded. What each number of steps more or less would have been
-worth is counted from what happens, by depth:
+entries of a step of hot, but a hit in hot needs no decoding. The gain or loss of moving the border by some steps is
+counted from hits and misses, by depth:
 
-    ghosts   keys that left memory, in order: asked for again, they are prefills that a larger warm would have saved
+    ghosts   keys that left memory, in order: a get of one is a prefill that a larger warm would have saved
     tails    hits in the deepest steps of a tier, which a smaller tier would have lost
-    top      hits in warm of what a larger hot would still hold
+    top      hits in warm of entries that a larger hot would still hold
 
-The depth of a ghost is what left since it did. The depth of a hit is its idle time against that of the tier's oldest
-entry, so no entry carries a position.
+The depth of a ghost is the bytes that left after it. The depth of a hit is its idle time compared with that of the
+tier's oldest entry, so no entry stores a position.
 Not thread-safe: the store's lock covers each call.
 """
 
@@ -23,19 +23,19 @@ from kvstore.tiers.memory import MemoryTier
 STEPS = 32
 """Steps into which the memory is cut: the border settles within a few per cent of the best."""
 DECODE_COST = 0.05
-"""Of what a prefill costs: a chunk decodes at memory speed, and takes a model's whole forward pass to compute."""
+"""As a share of a prefill: decoding a chunk runs at memory speed, computing it takes a forward pass of the model."""
 DENSITY = 7
-"""Entries of warm in the room of one in hot."""
+"""Entries in warm per entry in hot, for the same bytes."""
 EVENTS_MIN = 64
-"""Events between two decisions: fewer say nothing."""
+"""Events between two decisions: fewer are noise."""
 MOVE_MAX = 2
-"""Steps a decision moves the border by: what it is moved for was counted with the border where it is."""
+"""Steps per decision at most: the counts are valid for the present border."""
 GHOSTS_MAX = 65_536
 """About 10 MB of keys."""
 
 
 class Balance:
-    """Counts, and says which way the border should move. hot_nbytes: hot's budget as it should be now."""
+    """Counts hits by depth and decides where the border should be. hot_nbytes: the budget that hot should have now."""
 
     def __init__(self, hot: MemoryTier, warm: MemoryTier) -> None:
         self._tiers = {"hot": hot, "warm": warm}
@@ -49,7 +49,7 @@ class Balance:
         self._events = 0
 
     def left(self, key: Key, nbytes: int) -> None:
-        """An entry left memory. nbytes: as it would lie in warm."""
+        """Note that an entry left memory. nbytes: its bytes in warm."""
         self._left_nbytes += nbytes
         self._ghosts.pop(key, None)
         self._ghosts[key] = self._left_nbytes
@@ -57,13 +57,13 @@ class Balance:
             self._ghosts.popitem(last=False)
 
     def put(self, key: Key) -> None:
-        """A key came in: had it left a moment ago, a larger warm would have held it."""
+        """Note a put of a key: if it left memory lately, a larger warm would have kept it."""
         left_at = self._ghosts.pop(key, None) if self._ghosts else None
         if left_at is not None:
             self._count(self._avoidable, self._left_nbytes - left_at)
 
     def hit(self, tier: Literal["hot", "warm"], idle_s: float) -> None:
-        """A hit in memory, so long after the last use."""
+        """Note a hit in memory. idle_s: seconds since the last use."""
         oldest_s, own = self._oldest_s[tier], self._tiers[tier]
         depth = int(min(1.0, idle_s / oldest_s) * own.used_nbytes) if oldest_s > 0 else 0
         from_below = max(0, own.capacity_nbytes - depth)
@@ -80,17 +80,17 @@ class Balance:
             self._events += 1
 
     def observe(self, tier: Literal["hot", "warm"], oldest_s: float) -> None:
-        """How long a tier's oldest entry has been idle now."""
+        """Note for how many seconds a tier's oldest entry has been idle."""
         self._oldest_s[tier] = oldest_s
 
     def decide(self) -> int:
-        """Hot's budget as it should be, in bytes."""
+        """The budget that hot should have, in bytes."""
         if self._events < EVENTS_MIN:
             return self.hot_nbytes
         shrink = _best(self._avoidable, self._hot_tail, 1.0, DECODE_COST)
         grow = _best(self._warm_top, self._warm_tail, DECODE_COST, 1.0)
         steps = 0
-        # Only what is clearly worth it: each move costs a step's worth of encoding.
+        # Only for a clear gain: each move costs the encoding of one step.
         if max(shrink[0], grow[0]) > 1.0:
             steps = -min(shrink[1], MOVE_MAX) if shrink[0] > grow[0] else min(grow[1], MOVE_MAX)
         wanted = self.hot_nbytes + steps * self.step_nbytes
@@ -102,7 +102,7 @@ class Balance:
 
 
 def _best(gained: list[float], lost: list[float], gain: float, loss: float) -> tuple[float, int]:
-    """(worth, steps) of the move that is worth most."""
+    """(gain, steps) of the best move."""
     worths = accumulate(gain * a - loss * b for a, b in zip(gained, lost, strict=True))
     worth, steps = max((worth, -steps) for steps, worth in enumerate(worths, start=1))
     return worth, -steps

@@ -1,4 +1,4 @@
-"""A tier in memory: entries as they are, in a dictionary, in an order.
+"""A tier in memory: entries in a dictionary, with an order of eviction.
 
 Serves as hot (raw tensors on the hot device) and as warm (encoded tensors in RAM).
 Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capacity_nbytes` after every put; the order
@@ -48,14 +48,14 @@ class MemoryTier:
         return self._order.used()
 
     def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
-        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+        """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
         found = [(key, self._order.is_pinned(key)) for key in self._order if concerns(key)]
         for key, _ in found:
             self._order.forget(key, self._entries[key].nbytes)
         return found
 
     def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
-        """Order again what `let_go` returned, under the owner each key has now."""
+        """Put the keys that `let_go` returned back into the order, under their present owners."""
         for key, pinned in keys:
             nbytes = self._entries[key].nbytes
             self._order.track(key, nbytes)
@@ -63,19 +63,19 @@ class MemoryTier:
                 self._order.pin(key, nbytes)
 
     def get(self, key: Key) -> Entry | None:
-        """The entry, without counting as use."""
+        """The entry; this does not count as use."""
         return self._entries.get(key)
 
     def held(self, keys: Iterable[Key]) -> list[Entry | None]:
-        """The entries under keys, None where there is none, without counting as use."""
+        """The entries under keys, or None for each key that is not held. This does not count as use."""
         return list(map(self._entries.get, keys))
 
     def admits(self, nbytes: int, key: Key, owner: Owner) -> bool:
-        """Whether an entry of this size could be held if everything unpinned left, within its owner's quotas."""
+        """Whether an entry of this size fits if all unpinned entries leave, within its owner's quotas."""
         return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(owner, nbytes)
 
     def has_room(self, nbytes: int, key: Key, owner: Owner) -> bool:
-        """Whether an entry of this size can be put now, in place of the one of the same key if there is one."""
+        """Whether an entry of this size can be put now; it replaces the entry of the same key, if there is one."""
         replaced = self._entries.get(key)
         more = nbytes if replaced is None else nbytes - replaced.nbytes
         return self._used_nbytes + more <= self.capacity_nbytes and (
@@ -83,9 +83,9 @@ class MemoryTier:
         )
 
     def displace(self, nbytes: int, key: Key, owner: Owner = NOBODY) -> Entry | None:
-        """Make room for `nbytes` of an owner under `key`: None when they fit, else the entry taken out.
+        """Make room for `nbytes` of an owner under `key`. Returns None if they fit, else one entry, taken out.
 
-        Raises OverQuota when only pins are left to take out.
+        Raises OverQuota if only pinned entries are left.
         """
         if self.has_room(nbytes, key, owner):
             return None
@@ -101,7 +101,7 @@ class MemoryTier:
         return entry
 
     def put(self, entry: Entry, *, soon: bool = False) -> None:
-        """Hold an entry as the most recently used, replacing one of the same key. Displace first.
+        """Hold an entry as the most recently used; it replaces an entry of the same key. Displace first.
 
         soon: as the next to leave, unless it is used.
         """
@@ -131,7 +131,7 @@ class MemoryTier:
         return True
 
     def pin(self, key: Key) -> None:
-        """Keep a key from `displace`. Raises OverQuota over the tier's share for pins. Unknown or pinned: nothing."""
+        """Keep a held key from `displace`. Does nothing if it is pinned. Raises OverQuota over the share for pins."""
         entry = self._entries.get(key)
         if entry is None or self._order.is_pinned(key):
             return
@@ -144,10 +144,10 @@ class MemoryTier:
         self._order.pin(key, entry.nbytes)
 
     def unpin(self, key: Key) -> None:
-        """Let a key be displaced again, as the most recently used."""
+        """Allow `displace` to take a key again; it counts as the most recently used."""
         self._order.unpin(key)
 
     def close(self) -> None:
-        """Let go of every entry."""
+        """Drop every entry."""
         for key in list(self._entries):
             self.remove(key)

@@ -1,7 +1,7 @@
-"""What an operator does to a cold directory that no daemon has open: check, compact, export, import.
+"""Tools for a cold directory that no daemon has open: check, compact, export, import.
 
-Each takes the directory as a daemon would (lock, check, quarantine), so none can meet a daemon there.
-Raises ConfigError when the directory is in use or cannot be used.
+Each of them opens the directory as a daemon would (lock, check, quarantine), so none runs beside a daemon.
+Raises ConfigError if the directory is in use or cannot be used.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _NAME_CHARACTERS = 128
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a check found. quarantined: why the index was set aside, None if it was sound."""
+    """The result of a check. quarantined: why the index was quarantined, None if it was sound."""
 
     entries: int
     corrupt: int
@@ -45,7 +45,7 @@ class Checked:
 
 @contextmanager
 def opened(path: Path, clock: Clock) -> Iterator[tuple[Cold, dict[Key, Meta]]]:
-    """A directory as a tier without limits, and the Metas of its keys. What expired meanwhile is removed."""
+    """A directory as a tier without limits, and the Metas of its keys. Expired records are removed."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a directory")
     metas: dict[Key, Meta] = {}
@@ -72,10 +72,10 @@ def fsck(path: Path, clock: Clock, progress: Progress = lambda *_: None) -> Chec
 
 
 def compact(path: Path, clock: Clock) -> tuple[int, int]:
-    """Give back to the file system what the directory does not need; its bytes before and after.
+    """Give unneeded space back to the file system. Returns the directory's bytes before and after.
 
-    Records give their blocks back the moment they leave, so what is left to do is the index, which never shrinks by
-    itself, and what a crash left behind, which opening finds.
+    Records give their blocks back when they leave, so only two things remain: the index, which never shrinks by itself,
+    and bytes left by a crash, which opening finds.
     """
     before = _disk_nbytes(path)
     with opened(path, clock):
@@ -96,7 +96,7 @@ def compact(path: Path, clock: Clock) -> tuple[int, int]:
 
 
 def export(path: Path, target: Path, clock: Clock, progress: Progress = lambda *_: None) -> int:
-    """Write each entry to a file of `target` that is named after its key; how many."""
+    """Write each entry to a file in `target`, named after its key. Returns the number of files."""
     target.mkdir(parents=True, exist_ok=True)
     written = 0
     with opened(path, clock) as (cold, metas):
@@ -112,10 +112,10 @@ def export(path: Path, target: Path, clock: Clock, progress: Progress = lambda *
 def import_files(
     path: Path, files: list[Path], clock: Clock, *, ttl_s: float, progress: Progress = lambda *_: None
 ) -> list[str]:
-    """Put exported files into a directory, to live for `ttl_s` seconds; a line for each one refused says why.
+    """Put exported files into a directory, to live for `ttl_s` seconds. Returns a line for each refused file.
 
-    A file is refused whole: one that is none of ours, whose key or names the store would not take, or that does not
-    decode. The others are put. A chunk that is there already keeps its parent: a file names none.
+    A file is refused if kvstored did not write it, if the store would refuse its key or names, or if it does not
+    decode. The others are put. A chunk that is held already keeps its parent: a file names none.
     """
     refused: list[str] = []
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def import_files(
 
 
 def _imported(file: Path) -> Entry:
-    """The entry of a file that anybody may have written, decoded once to know that it can be. Raises KvstoreError."""
+    """The entry of an untrusted file. It is decoded once, to check that it can be. Raises KvstoreError."""
     with open_regular(file) as opened:
         nbytes = os.fstat(opened.fileno()).st_size
         if nbytes > FILE_MAX_NBYTES:
@@ -157,7 +157,7 @@ def _reason(error: KvstoreError | OSError) -> str:
 
 
 def _file_name(key: Key) -> str:
-    # A file's name has at most 255 bytes: of a longer key the beginning, and what tells it from its like.
+    # A file's name has at most 255 bytes: a longer key is cut, and a digest keeps the names distinct.
     whole = key.hex()
     short = f"{whole[:_NAME_CHARACTERS]}-{hashlib.sha256(key).hexdigest()}"
     return f"{whole if len(whole) <= len(short) else short}.safetensors"

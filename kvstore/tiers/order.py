@@ -1,10 +1,10 @@
-"""Which key leaves a tier next: first whose, then which.
+"""Which key leaves a tier next: it chooses the owner first, then the key.
 
 Each lane (a tenant, or one of its namespaces that has a quota; see `owner`) has an order of its own under the tier's
-policy. Who is over a quota gives up its own keys; otherwise the tenant that holds the most bytes does. So a tenant that
-floods the store evicts itself first. Within a lane the policy names a victim, and the deepest of its descendants that
-the tier holds leaves in its place: no chunk loses its parent to an eviction, whatever the policy. Under LRU, touched
-deepest first, the victim is that leaf already.
+policy. An owner over its quota loses its own keys; otherwise the tenant that holds the most bytes does. So a tenant
+that floods the store evicts its own entries first. Within a lane the policy names a victim, and the deepest of its
+descendants that the tier holds leaves in its place: no eviction takes a chunk's parent, whatever the policy. Under LRU,
+with chains touched deepest first, the victim already is that leaf.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
@@ -20,15 +20,15 @@ from kvstore.policies.lru import LRU
 
 
 def nobody(key: Key) -> Owner:
-    """The owner of every key where nobody keeps accounts."""
+    """The owner of every key in a tier without accounts."""
     del key
     return NOBODY
 
 
 class Order:
-    """Keys of one tier, pinned ones apart.
+    """The keys of one tier, the pinned ones apart.
 
-    owner_of: whose a key is, for every key held. chains: which key continues which; None: none does.
+    owner_of: the owner of every key held. chains: which key continues which; None: there are no chains.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Order:
         self._lanes: dict[str, Policy] = {"": self._first}
         self._used: dict[str, int] = {"": 0}
         self._tenant_of: dict[str, str] = {"": ""}
-        self._alone = True  # one lane, as in most stores: nobody need be asked whose a key is
+        self._alone = True  # one lane, as in most stores: `owner_of` is not called
         self._pinned: dict[Key, int] = {}
         self._pinned_nbytes = 0
 
@@ -57,7 +57,7 @@ class Order:
         return self._pinned_nbytes
 
     def used(self) -> dict[str, int]:
-        """Bytes by tenant, of those who hold any, pinned ones included."""
+        """Bytes by tenant, pinned ones included, without tenants that hold none."""
         return {tenant: nbytes for tenant in set(self._tenant_of.values()) if (nbytes := self._used_by(tenant))}
 
     def _used_by(self, tenant: str) -> int:
@@ -68,7 +68,7 @@ class Order:
         return self._left_of_own(owner) >= nbytes and self._left_of_tenant(owner) >= nbytes
 
     def admits(self, owner: Owner, nbytes: int) -> bool:
-        """Whether an owner may ever hold an entry of so many bytes."""
+        """Whether an owner's quotas ever allow an entry of `nbytes`."""
         return nbytes <= owner.limits[self._at] and nbytes <= owner.tenant_limits[self._at]
 
     def _left_of_own(self, owner: Owner) -> float:
@@ -79,7 +79,7 @@ class Order:
         return limit if limit == inf else limit - self._used_by(owner.tenant)
 
     def count(self, owner: Owner, nbytes: int) -> None:
-        """An owner holds so many bytes more, or fewer."""
+        """Count bytes of an owner; negative: fewer."""
         if owner.lane not in self._lanes:
             self._open_lane(owner)
         self._used[owner.lane] += nbytes
@@ -98,7 +98,7 @@ class Order:
         return self._lanes.get(self.owner_of(key).lane, self._first)
 
     def track(self, key: Key, nbytes: int = 0, *, soon: bool = False, owner: Owner | None = None) -> None:
-        """Count a new key as held, as the most recently used; `soon`: as the next to leave, unless it is used."""
+        """Track a new key as the most recently used; `soon`: as the next to leave, unless it is used."""
         owner = self.owner_of(key) if owner is None else owner
         name = owner.lane
         lane = self._lanes.get(name)
@@ -107,17 +107,17 @@ class Order:
         owner.nbytes[self._at] += nbytes
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
-        """Count as use, in the order given. Returns those it keeps, pinned ones left out."""
+        """Count as use, in the order given. Returns the held keys without the pinned ones."""
         if self._alone:
             return self._first.touch(keys)
         return [key for key in keys if self._lane_of(key).touch((key,))]
 
     def forget(self, key: Key, nbytes: int = 0) -> None:
-        """Let go of a key held with so many bytes, and of any memory of it."""
+        """Stop tracking a key of `nbytes`, and drop its ghost."""
         self._let_go(key, nbytes).forget(key)
 
     def evict(self, key: Key, nbytes: int = 0) -> None:
-        """Let go of a key because its place is needed."""
+        """Stop tracking a key because its place is needed."""
         self._let_go(key, nbytes).evict(key)
 
     def _let_go(self, key: Key, nbytes: int) -> Policy:
@@ -129,7 +129,7 @@ class Order:
         return self._lanes.get(owner.lane, self._first)
 
     def victim(self, owner: Owner, nbytes: int) -> Key | None:
-        """The key to evict next for `nbytes` of an owner; None when everything that could go is pinned."""
+        """The key to evict next for `nbytes` of an owner; None if all keys that could go are pinned."""
         if self._alone and not owner.limited:
             key = self._first.victim()
             return key if key is None or self._chains is None else self._chains.leaf(key, self._first)
@@ -143,7 +143,7 @@ class Order:
     def _lanes_in_turn(self, owner: Owner, nbytes: int) -> list[str]:
         if self._left_of_own(owner) < nbytes:
             return [owner.lane] if owner.lane in self._lanes else []
-        # With what comes in counted: among equals it is the newcomer's owner who gives way.
+        # The new bytes are counted: among equals the owner of the new entry gives way.
         tenants = dict.fromkeys(self._tenant_of.values(), 0)
         for lane, used in self._used.items():
             tenants[self._tenant_of[lane]] += used
@@ -159,21 +159,21 @@ class Order:
         )
 
     def pin(self, key: Key, nbytes: int) -> None:
-        """Keep a key held from being a victim. A pinned key: nothing happens."""
+        """Keep a held key from being a victim. Does nothing if it is pinned."""
         if key not in self._pinned:
             self._pinned[key] = nbytes
             self._pinned_nbytes += nbytes
             self._lane_of(key).forget(key)
 
     def unpin(self, key: Key) -> None:
-        """Let a key be a victim again, as the most recently used."""
+        """Allow a key to be a victim again; it counts as the most recently used."""
         nbytes = self._pinned.pop(key, None)
         if nbytes is not None:
             self._pinned_nbytes -= nbytes
             self._lane_of(key).track(key)
 
     def pinned_beside(self, key: Key) -> int:
-        """Bytes of pinned keys other than this one, which would be replaced."""
+        """Bytes of the pinned keys other than this one, which would be replaced."""
         return self._pinned_nbytes - self._pinned.get(key, 0)
 
     def is_pinned(self, key: Key) -> bool:
@@ -181,12 +181,12 @@ class Order:
         return key in self._pinned
 
     def __contains__(self, key: object) -> bool:
-        if self._alone:  # asked of each key of a batch, tier by tier
+        if self._alone:  # called for each key of a batch, in each tier
             return key in self._first or key in self._pinned
         return key in self._pinned or any(key in lane for lane in self._lanes.values())
 
     def __iter__(self) -> Iterator[Key]:
-        """Keys, those likely to leave sooner first, pinned ones last."""
+        """Keys, those that leave sooner first, pinned ones last."""
         return chain(*self._lanes.values(), self._pinned)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""kvstored inside the engines people run: one module an engine, each imported only where its engine is installed.
+"""Adapters of kvstored for inference engines: one module per engine, imported only if its engine is installed.
 
-Every one of them speaks to the cache through `guard.Guard`: whatever the cache does, the engine sees a miss, in time.
+Every adapter calls the cache through `guard.Guard`: if the cache fails or is late, the engine sees a miss in time.
 """

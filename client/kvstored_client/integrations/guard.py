@@ -1,11 +1,11 @@
-"""Guard: a cache as an inference engine may see it: it never raises, and never blocks past a deadline.
+"""Guard: a cache for an inference engine: its calls never raise, and never block past a deadline.
 
-Every call runs on a thread of the guard's and is waited for only so long; what comes later is dropped. So the promise
-holds for any cache, a client of a slow daemon and an embedded store on a slow disk alike, and rests on nobody else's
-timeouts. After three failures in a row the cache is left alone for a while (`breaker`). What the cache refuses as given
-(a key, a tensor or an option that no cache would take) is the caller's error: a miss too, but no failure of the cache.
-Calls of any number of keys are made in pieces (`kvstore.pieces`). Puts are made later, on one writer's thread, from
-tensors that nobody changes any more; when too many bytes wait, a put is dropped and counted.
+Every call runs on a thread of the guard, which waits for it until its deadline; a later result is dropped. So this
+holds for any cache, a client of a slow daemon or an embedded store on a slow disk, and depends on no other timeout.
+After three failures in a row the guard makes no calls for a while (`breaker`). A call that the cache refuses (a key, a
+tensor or an option that no cache would accept) is the caller's error: a miss too, but not a failure of the cache. Calls
+with any number of keys are made in pieces (`kvstore.pieces`). Puts are made later, on one writer thread, from tensors
+that do not change any more; if too many bytes wait, a put is dropped and counted.
 
 Thread-safe. Fork-safe: a child starts with threads of its own and without the parent's waiting puts.
 """
@@ -39,7 +39,7 @@ THREADS_MAX = 4
 """As many calls may be overdue at once; with more, the next call is a miss at once."""
 
 _CALLERS = (InvalidEntry, ConfigError, PermissionDenied)
-"""The caller's errors: the next call of somebody else is not worse for them."""
+"""The caller's errors: they say nothing about the next call."""
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Guard:
         self._writer = _Writer(self.waiting_max_nbytes)
 
     def call(self, work: Callable[[], T], timeout_s: float, otherwise: T) -> T:
-        """What `work` returns, or `otherwise` where it raises or takes longer than `timeout_s`."""
+        """The result of `work`, or `otherwise` if it raises or takes longer than `timeout_s`."""
         if self._pid != os.getpid():
             self._start_afresh()
         if not self._breaker.allow(timeout_s):
@@ -146,7 +146,7 @@ class Guard:
 
     @contextmanager
     def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[list[Hit | None]]:
-        """As get_many. Copies all the same: a view read after the deadline would have nobody to wait for it."""
+        """As get_many, with copies: no deadline would cover a view that is read later."""
         yield self.get_many(keys, leading=leading)
 
     def match(self, keys: Sequence[bytes]) -> Match:
@@ -186,7 +186,7 @@ class Guard:
         if not isinstance(error, _CALLERS):
             return self._failed(otherwise, why)
         self.refused += 1
-        # Once aloud: whoever sends one such call sends many.
+        # A warning only once: a caller that sends one such call sends many.
         logger.log(logging.WARNING if self.refused == 1 else logging.DEBUG, "refused, answered as a miss: %s", why)
         return otherwise
 
@@ -200,7 +200,7 @@ class Guard:
 
 
 def guarded(cache: Any) -> Guard:
-    """The guard itself, or one around a cache or an address."""
+    """The guard itself, or a guard around a cache or an address."""
     return cache if isinstance(cache, Guard) else Guard(cache)
 
 

@@ -75,7 +75,7 @@ class _KVCache:
     def cache_kv(self, prefix: Prefix, layer: int, k_tensor: torch.Tensor, v_tensor: torch.Tensor) -> bool:
         """Keep K and V of a prefix at a layer. False: the cache did not take it."""
         key, digest = self._key(prefix, layer)
-        # Copies: a put given up at its deadline may still be reading when the caller reuses his tensors.
+        # Copies: a put that missed its deadline may still read when the caller reuses its tensors.
         tensors = {"k": k_tensor.detach().clone(), "v": v_tensor.detach().clone()}
         guard, cache = self._guard, self._guard.cache
 

@@ -224,7 +224,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, [])
 
     def reset_cache(self) -> bool:
-        """Nothing kept so far is found again by this engine: its weights may be others now, and nobody says which."""
+        """Make all blocks kept so far misses for this engine: its weights may have changed, and it does not say how."""
         self._root = hashlib.sha256(self._root + secrets.token_bytes(32)).digest()
         return True
 

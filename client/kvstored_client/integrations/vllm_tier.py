@@ -216,7 +216,7 @@ class KvstoredTier(SecondaryTierManager):
 def _identity(spec: Any, settings: dict[str, Any]) -> bytes:
     """Digest of whatever makes chunks interchangeable.
 
-    A configuration that has no stable form belongs to this process alone: its chunks are found by nobody else.
+    A configuration that has no stable form belongs to this process alone: no other process finds its chunks.
     """
     whole = {
         "version": vllm.__version__, "config": spec.config, "settings": settings,

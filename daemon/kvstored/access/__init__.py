@@ -1,1 +1,1 @@
-"""Who a caller is, what it may do, and which part of the store it sees."""
+"""Who a caller is, its rights, and the part of the store that it sees."""

@@ -1,7 +1,7 @@
-"""What every gRPC call passes: who is it, may it, how long did it take, and what an operator changed.
+"""The interceptor of every gRPC call: it identifies the caller, checks its rights, times the call and keeps the audit.
 
-One interceptor around all methods of kvstored's services; health checking stays open. Refusals say what to do and
-nothing about what is held. A verb that changes what others see leaves a line in the audit log, refused or not.
+It is around all methods of kvstored's services; health checking stays open. A refusal says what to do, and nothing
+about the entries held. A verb that changes what others see leaves a line in the audit log, refused or not.
 """
 
 import asyncio
@@ -31,10 +31,10 @@ RIGHT_OF = {
     "Cache/Delete": "write",
     "Cache/Pin": "write",
 }
-"""What a method needs; any other one, known or not, needs admin."""
+"""The right that a method needs; any other method, known or not, needs admin."""
 _REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
 _LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
-"""Admin verbs that change nothing, so not worth a line each time a screen refreshes."""
+"""Admin verbs that change nothing: no audit line for each refresh of a screen."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
@@ -42,7 +42,7 @@ Behavior = Callable[[Any, Any], Awaitable[Any]]
 
 
 class Refusal(Exception):
-    """A call that does not pass: its status and a sentence."""
+    """A call that is refused: its status and a sentence."""
 
     def __init__(self, code: grpc.StatusCode, text: str) -> None:
         super().__init__(text)
@@ -50,7 +50,7 @@ class Refusal(Exception):
 
 
 class Access:
-    """Who a caller is and what he may do. `tokens` may be replaced while running: a reload."""
+    """Identifies callers and checks their rights. A reload replaces `tokens`."""
 
     def __init__(self, tokens: Tokens | None, *, token_on_unix: bool) -> None:
         self.tokens = tokens
@@ -84,7 +84,7 @@ class Access:
         )
 
     def of_user(self, uid: int) -> Identity | None:
-        """The caller behind a process of this user, where the kernel vouches for it. None: ask for a token instead."""
+        """The caller for a user id that the kernel has verified. None: it needs a token."""
         return LOCAL if self.tokens is None else self.tokens.by_uid.get(uid)
 
     @staticmethod
@@ -100,7 +100,7 @@ class Access:
 
 
 class Records:
-    """What is written down of a call when it ends, whatever the door: its time, a refusal, a line for the audit."""
+    """The records of a call, made when it ends, for both doors: its time, a refusal, a line in the audit log."""
 
     def __init__(self, meter: Meter, spans: Spans) -> None:
         self._meter = meter
@@ -121,7 +121,7 @@ class Records:
         request: bytes = b"",
         metadata: Metadata = (),
     ) -> None:
-        """A call ended. began: time.perf_counter() at its start. request: for the keys of an admin verb."""
+        """Record the end of a call. began: time.perf_counter() at its start. request: has the keys of an admin verb."""
         seconds = time.perf_counter() - began
         self._meter.end(method, code, seconds)
         if self._spans.wanted:
@@ -134,7 +134,7 @@ class Records:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Around every method of kvstored's services."""
+    """Wraps every method of kvstored's services."""
 
     def __init__(self, access: Access, meter: Meter, records: Records) -> None:
         self._access = access
@@ -148,7 +148,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         path = str(details.method)
         if handler is None or not path.startswith(PREFIX):
             return handler
-        # Kept by path, and only for methods that exist: a flood of invented ones fills nothing.
+        # Cached by path, only for methods that exist: a flood of invented paths takes no memory.
         if path not in self._wrapped:
             self._wrapped[path] = self._wrap(path.removeprefix(PREFIX), handler)
         return self._wrapped[path]
@@ -171,7 +171,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             try:
                 identity = self._access.identify(context)
                 self._access.check(identity, method)
-                CALLER.set(identity)  # the call's own task: it ends with it
+                CALLER.set(identity)  # a variable of the call's task: it ends with the call
                 reply = await inner(request, context)
             except Refusal as refusal:
                 code = refusal.code.name
@@ -199,7 +199,7 @@ def _name(code: Any) -> str:
 
 
 def _about(identity: Identity | None, request: bytes) -> dict[str, str | int]:
-    """What a span says of a call: who, and about how many keys; never which."""
+    """The attributes of a call's span: the caller and the number of keys, never the keys."""
     said: dict[str, str | int] = {"keys": len(_keys(request))} if request else {}
     if identity is not None:
         said["caller"] = identity.name

@@ -1,8 +1,8 @@
-"""A tenant's view of the store: the same verbs over keys of its own, so another tenant's key is simply absent.
+"""A tenant's view of the store: the same verbs over keys of its own, so another tenant's key is absent.
 
-Each key is put behind a prefix that is an HMAC of the tenant's name under a secret of this data directory. The caller
-neither sends nor sees it. There is no comparison of owners that could be skipped or timed: what another tenant put
-stands under another key, and the lookup that misses it is the lookup that misses anything.
+Each key gets a prefix: an HMAC of the tenant's name under a secret of this data directory. The caller neither sends nor
+sees it. No owners are compared, so no comparison can be skipped or timed: an entry of another tenant has another key,
+and looking for it is a miss like any other.
 """
 
 import contextvars
@@ -28,14 +28,14 @@ from kvstore.view import StoreView
 from kvstored.access.tokens import LOCAL, Identity
 
 CALLER: contextvars.ContextVar[Identity] = contextvars.ContextVar("kvstored_caller", default=LOCAL)
-"""Who the call under way is for; set by the interceptor."""
+"""The caller of the running call; set by the interceptor."""
 
 PREFIX_NBYTES = 16
 _SECRET_NBYTES = 32
 
 
 def read_secret(path: Path) -> bytes:
-    """The data directory's secret, made at first use. Lost or replaced, every tenant starts with an empty cache."""
+    """The data directory's secret, made at first use. If it is lost, every tenant starts with an empty cache."""
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -51,7 +51,7 @@ def read_secret(path: Path) -> bytes:
 
 
 class TenantView:
-    """The verbs of Store that a tenant's token can reach."""
+    """The verbs of Store that a tenant's token may use."""
 
     def __init__(self, store: Store, secret: bytes, tenant: str) -> None:
         self._store = store
@@ -63,7 +63,7 @@ class TenantView:
         return self._store.config
 
     def own(self, key: bytes) -> Key:
-        """Where this tenant's key stands."""
+        """The store's key for this tenant's key."""
         if len(key) + PREFIX_NBYTES <= KEY_MAX_NBYTES:
             return Key(self._prefix + key)
         return Key(self._long_prefix + hashlib.sha256(key).digest())
@@ -80,11 +80,11 @@ class TenantView:
         return self._store.put_entries(own, options, chain=chain, parent=before)
 
     def plan(self, keys: CheckedKeys, **how: Any) -> Plan:
-        """As Store.plan; what is planned, and then read, carries the keys it stands under."""
+        """As Store.plan; the plan, and the entries read by it, have the store's keys."""
         return self._store.plan(self._all(keys), **how)
 
     def read(self, plan: Plan, *, room: Room | None = None) -> Iterator[Hit | Found | None]:
-        """As Store.read, of a plan of this view's."""
+        """As Store.read, for a plan of this view."""
         return self._store.read(plan, room=room)
 
     def match(self, keys: Sequence[bytes]) -> Match:
@@ -112,12 +112,12 @@ class TenantView:
         return self._store.unpin(self._all(keys))
 
     def __getattr__(self, verb: str) -> Any:
-        # A verb added to the store later is out of a tenant's reach until it is mapped here: fails closed.
+        # A verb that is added to the store later is refused until it is mapped here: it fails closed.
         raise PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
 
 
 class TenantViews:
-    """The store as each caller may see it."""
+    """The store as each caller sees it."""
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._store = store
@@ -125,20 +125,20 @@ class TenantViews:
         self._by_tenant: dict[str, TenantView] = {}
 
     def keys_of(self, tenant: str, keys: Sequence[bytes]) -> list[bytes]:
-        """Where a tenant's keys stand: for an operator who asks after them."""
+        """The store's keys for a tenant's keys: for an operator who asks about them."""
         scope = TenantView(self._store, self._secret, tenant)
         return [scope.own(key) for key in keys]
 
     def current(self) -> StoreView:
-        """The store of the call under way: the whole one, or its tenant's part."""
+        """The store for the running call: the whole store, or its tenant's part."""
         return self.of(CALLER.get())
 
     def of(self, identity: Identity) -> StoreView:
-        """The store as this caller may see it."""
+        """The store as this caller sees it."""
         tenant = identity.tenant
         if tenant is None:
             return self._store
-        found = self._by_tenant.get(tenant)  # as many as the tokens file has tenants
+        found = self._by_tenant.get(tenant)  # bounded by the tenants in the tokens file
         if found is None:
             found = self._by_tenant[tenant] = TenantView(self._store, self._secret, tenant)
             self._store.register_tenant(tenant, found.prefixes)
@@ -146,7 +146,7 @@ class TenantViews:
 
 
 def tenant_prefixes(secret: bytes, tenant: str) -> tuple[bytes, bytes]:
-    """What stands before a tenant's keys: the usual ones, and those too long to be put behind it as they are."""
+    """The prefixes of a tenant's keys: for usual keys, and for keys that are too long to get it unchanged."""
     return _derive(secret, tenant, "key"), _derive(secret, tenant, "long key")
 
 

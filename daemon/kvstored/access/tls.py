@@ -1,4 +1,4 @@
-"""TLS for TCP: certificates from files, read again when the files change. New connections get the new ones."""
+"""TLS for TCP: certificates from files, read again when the files change. New connections use the new ones."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Certificates:
-    """The files of one listener. `check` reads them; the handshake asks for news."""
+    """The files of one listener. Each handshake asks whether they have changed."""
 
     def __init__(self, certificate: str, key: str, client_ca: str = "") -> None:
         self._paths = [Path(path) for path in (certificate, key, client_ca) if path]
@@ -22,7 +22,7 @@ class Certificates:
         self._seen = self._stamp()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For a secure port. Raises ConfigError when a file cannot be read or holds no certificate."""
+        """The credentials of a secure port. Raises ConfigError if a file cannot be read or has no certificate."""
         fetch: Any = self._fetch  # the stubs leave out that it may return None
         return grpc.dynamic_ssl_server_credentials(self._configuration(), fetch, self._client_ca)
 
@@ -51,7 +51,7 @@ class Certificates:
         return tuple(found)
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC at each handshake, on threads of its own. None: keep what there is."""
+        """Called by gRPC at each handshake, on its own threads. None: keep the present certificate."""
         with self._lock:
             try:
                 now = self._stamp()
@@ -59,7 +59,7 @@ class Certificates:
                     return None
                 fresh = self._configuration()
             except ConfigError as error:
-                # A certificate half replaced: the old one serves until both files are there.
+                # Only one file is replaced so far: the old certificate serves until both files match.
                 log.warning("tls event=reload_failed error=%s", error)
                 return None
             self._seen = now

@@ -1,8 +1,8 @@
-"""Who may call: bearer tokens and client certificates, each with a name, rights and perhaps a tenant.
+"""The callers: bearer tokens and client certificates, each with a name, rights and perhaps a tenant.
 
-The file holds SHA-256 digests, never tokens: reading it lets nobody in. A plain fast hash is right here because a
-token is 256 random bits made by `kvstored token`, not a password that could be guessed. A caller's digest is compared
-with every one in the file in constant time, so the answer's time tells neither how much of it was right nor which
+The file holds SHA-256 digests, never tokens: a reader of the file cannot log in with them. A plain fast hash is enough,
+because a token is 256 random bits made by `kvstored token`, not a password that could be guessed. A caller's digest is
+compared with every digest in the file in constant time, so the time tells neither how much of it was right nor which
 entry it resembles.
 
     [[token]]                           [[certificate]]
@@ -10,9 +10,9 @@ entry it resembles.
     sha256 = "9f86d0..."                rights = ["read"]
     tenant = "team-a"
     rights = ["read", "write"]
-    uid = 1001                          # his processes may use shared memory, as this caller
+    uid = 1001                          # this user's processes may use shared memory, as this caller
 
-An entry with a tenant sees that tenant's keys and no others; one without sees all keys as they are.
+A caller with a tenant sees that tenant's keys and no others; one without sees all keys as they are.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ from kvstored.telemetry.logs import TOKEN_PREFIX
 
 RIGHTS = ("read", "write", "admin")
 TOKENS_MAX = 256
-"""Each call compares with all of them: 256 take 60 us."""
+"""Each call is compared with all of them: 256 take 60 us."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is calling. tenant: None sees the whole key space."""
+    """A caller. tenant: None sees all keys."""
 
     name: str
     rights: frozenset[str]
@@ -45,7 +45,7 @@ class Identity:
 
 
 LOCAL = Identity("local", frozenset(RIGHTS))
-"""Whoever the socket's permissions let in, where no token is asked for."""
+"""Any caller that the socket's permissions allow, where no token is needed."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Tokens:
     by_digest: Mapping[str, Identity] = field(default_factory=dict)
     by_common_name: Mapping[str, Identity] = field(default_factory=dict)
     by_uid: Mapping[int, Identity] = field(default_factory=dict)
-    """For the lease socket, where the kernel says whose process has connected."""
+    """For the lease socket, where the kernel tells the user id of the connected process."""
 
     @property
     def tenants(self) -> set[str]:
-        """Every tenant that somebody may call for."""
+        """Every tenant with a caller."""
         known = (*self.by_digest.values(), *self.by_common_name.values(), *self.by_uid.values())
         return {identity.tenant for identity in known if identity.tenant is not None}
 
     def of_token(self, token: str) -> Identity | None:
-        """The owner of a token. Takes as long for a wrong one as for a right one."""
+        """The caller with a token. A wrong token takes as long as a right one."""
         given = digest(token)
         found = None
         for known, identity in self.by_digest.items():
@@ -73,12 +73,12 @@ class Tokens:
         return found
 
     def of_certificate(self, common_name: str) -> Identity | None:
-        """The owner of a client certificate that the TLS handshake has verified."""
+        """The caller with a client certificate that the TLS handshake has verified."""
         return self.by_common_name.get(common_name)
 
 
 def digest(token: str) -> str:
-    """What the file holds in place of a token."""
+    """The digest of a token, as in the file."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -88,7 +88,7 @@ def make_token() -> str:
 
 
 def read_tokens(path: str | Path) -> Tokens:
-    """The entries of a file. Raises ConfigError for what is wrong, by entry; nothing is skipped."""
+    """The entries of a file. Raises ConfigError, naming the entry, for any mistake; none is skipped."""
     table = read_toml(path)
     unknown = sorted(set(table) - {"token", "certificate"})
     if unknown:
@@ -137,6 +137,6 @@ def _identity(entry: dict[str, Any], where: str) -> Identity:
     if tenant is not None and (not isinstance(tenant, str) or not _NAME.fullmatch(tenant)):
         raise ConfigError(f"{where}: tenant must be 1 to 64 letters, digits or . _ @ -, got {tenant!r:.80}")
     if tenant is not None and "admin" in rights:
-        # Listings and counters cover everybody's entries: admin within a tenant would be a hole with a label.
+        # Listings and counters cover all tenants' entries, so an admin right within one tenant would see the others.
         raise ConfigError(f"{where}: the admin right sees every tenant, so it cannot go with tenant = {tenant!r}")
     return Identity(name, frozenset(rights), tenant)

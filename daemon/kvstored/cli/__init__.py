@@ -1,7 +1,8 @@
-"""The command line: one verb a command, each a thin turn from words to a `Client` call and back to words.
+"""The command line: one command per verb, each of them a `Client` call with its arguments parsed and its result
+printed.
 
-Client verbs run with the base install; only `serve` needs the engine, and imports it when it is called.
-Exit codes are in `exits`, what a key looks like in `keytext`, tables in `text`, safetensors files in `tensorfile`.
+Client verbs run with the base install; only `serve` and the offline verbs need the engine, and import it when called.
+Exit codes are in `exits`, the text form of keys in `keytext`, tables in `text`, safetensors files in `tensorfile`.
 """
 
 import click
@@ -31,7 +32,7 @@ Exit codes: 0 done; 1 not held; 2 bad usage, configuration or file; 3 no daemon 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="kvstored")
 def cli() -> None:
-    """KV caches of language models, kept: run the daemon, look into it, move entries."""
+    """A cache store for the KV caches of language models: run the daemon, inspect it, move entries."""
 
 
 _MODULES = (views, top, traces, entries, evict, config, doctor, directory, token, install, completion, experiments)

@@ -1,4 +1,4 @@
-"""`kvstored completion`: what a shell sources to complete verbs and options."""
+"""`kvstored completion`: the script with which a shell completes verbs and options."""
 
 import click
 from click.shell_completion import get_completion_class
@@ -19,7 +19,7 @@ def completion(context: click.Context, shell: str) -> None:
     if found is None:
         raise BadUsage(f"this click knows no completion for {shell}")
     try:
-        # Not found(...).source(): for bash that runs bash to learn its version, which a build host may lack.
+        # Not found(...).source(): for bash it runs bash to read its version, and a build host may have no bash.
         made = found(context.find_root().command, {}, "kvstored", "_KVSTORED_COMPLETE")
         click.echo(made.source_template % made.source_vars())
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""`kvstored config check|show`: what the daemon would run with, and where each value comes from."""
+"""`kvstored config check|show`: the settings that the daemon would use, and the origin of each."""
 
 import json
 import os
@@ -17,13 +17,13 @@ _FILE = click.argument("file", required=False, type=click.Path(dir_okay=False, p
 
 @click.group()
 def config() -> None:
-    """Look at the daemon's settings before it runs with them."""
+    """Check or show the daemon's settings before it uses them."""
 
 
 @config.command()
 @_FILE
 def check(file: Path | None) -> None:
-    """Read FILE and the environment as `serve` would, tokens and certificates too. Exit code 2: something is wrong."""
+    """Read FILE and the environment as `serve` would, tokens and certificates too. Exit code 2: there is a mistake."""
     with errors_as_exit_codes("the configured address"):
         from kvstored.access.tokens import read_tokens
         from kvstored.settings import load_settings
@@ -43,7 +43,7 @@ def check(file: Path | None) -> None:
 @config.command()
 @_FILE
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
-@click.option("--changed", is_flag=True, help="Only what is not the default.")
+@click.option("--changed", is_flag=True, help="Only settings that are not the default.")
 def show(*, file: Path | None, as_json: bool, changed: bool) -> None:
     """Every setting with its value and its origin: the default, FILE, or the environment's variable."""
     with errors_as_exit_codes("the configured address"):
@@ -73,7 +73,7 @@ def _rows(settings: object, file: Path | None) -> Iterator[tuple[str, Any, str]]
         elif _in_file(table_of_file, name):
             origin = str(file)
         elif value != default:
-            origin = "this host"  # directories that depend on the user and on the service manager
+            origin = "this host"  # directories depend on the user and on the service manager
         else:
             origin = "default"
         yield name, value, origin

@@ -21,7 +21,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object, f
 
 
 def _cold(data_dir: Path) -> Path:
-    """The cold tier's folder: in the data directory, or that directory itself."""
+    """The cold tier's directory: in the data directory, or the data directory itself."""
     inner = data_dir / "cold"
     found = next((path for path in (inner, data_dir) if (path / "STATE").exists()), None)
     if found is None:
@@ -48,7 +48,7 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
 @_DIRECTORY
 @_JSON
 def fsck(data_dir: Path, as_json: bool) -> None:  # noqa: FBT001 - a flag
-    """Check the index and every record; remove what is damaged. Exit code 4: something was.
+    """Check the index and every record; remove damaged records. Exit code 4: there was damage.
 
     The daemon must not be running; `kvstored verify` asks a running one.
     """
@@ -71,9 +71,9 @@ def fsck(data_dir: Path, as_json: bool) -> None:  # noqa: FBT001 - a flag
 @_DIRECTORY
 @_JSON
 def compact(data_dir: Path, as_json: bool) -> None:  # noqa: FBT001 - a flag
-    """Give back what the directory does not need: the index shrinks, leavings of a crash go.
+    """Give unneeded space back to the file system. It shrinks the index and removes what a crash left.
 
-    Records give their space back the moment they leave, so a daemon never has to be stopped for this.
+    Records give their space back when they leave, so this is rarely needed and never urgent.
     """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
@@ -108,12 +108,12 @@ def export(data_dir: Path, target: Path, as_json: bool) -> None:  # noqa: FBT001
 @_DIRECTORY
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--ttl-s", default=3600.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
-              help="Seconds they live after their last use.")  # fmt: skip
+              help="Seconds that the entries live after their last use.")  # fmt: skip
 @_JSON
 def import_(data_dir: Path, files: tuple[Path, ...], ttl_s: float, as_json: bool) -> None:  # noqa: FBT001 - a flag
-    """Put exported FILES into the directory. Exit code 4: one was refused; the others are put, and a line says why.
+    """Put exported FILES into the directory. Exit code 4: a file was refused; a line says why, and the others are put.
 
-    A file is refused that was not exported from here, is damaged, or does not decode.
+    A file is refused if kvstored did not export it, if it is damaged, or if it does not decode.
     """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock

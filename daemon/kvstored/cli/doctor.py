@@ -1,4 +1,4 @@
-"""`kvstored doctor`: what stands in the way on this host, each finding with what to do about it."""
+"""`kvstored doctor`: problems for a daemon on this host, each with its remedy."""
 
 import os
 import platform
@@ -41,7 +41,7 @@ _MARKS = {"good": "ok  ", "note": "note", "bad": "BAD "}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. todo: what to do; empty where nothing is to be done."""
+    """One line of the report. todo: the remedy; empty if none is needed."""
 
     verdict: Verdict
     what: str
@@ -52,9 +52,9 @@ class Finding:
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="The daemon's settings file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
 def doctor(config: Path | None, as_json: bool) -> None:  # noqa: FBT001 - a flag
-    """Look for what would keep a daemon from working well here. Changes nothing. Exit code 4: something is bad.
+    """Look for problems that a daemon would have on this host. Changes nothing. Exit code 4: there is a problem.
 
-    Looks at versions, the compiled kernel, a GPU, the clock, limits, the data directory and its disk, memory against
+    Checks versions, the compiled kernel, a GPU, the clock, limits, the data directory and its disk, memory against
     the budgets, sockets and their permissions, and whether a daemon answers.
     """
     import json
@@ -77,7 +77,7 @@ def doctor(config: Path | None, as_json: bool) -> None:  # noqa: FBT001 - a flag
 
 
 def findings(settings: "Settings") -> Iterator[Finding]:
-    """All of them, in the order an operator would look."""
+    """All findings, in the order in which an operator would look."""
     looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
         _versions, _kernel, _gpu, _clock, _limits, _disk, _memory, _sockets, _daemon,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def _disk(settings: "Settings") -> Iterator[Finding]:
     usage = shutil.disk_usage(at)
     capacity = settings.store.cold.capacity_nbytes
     room = usage.free + _held_nbytes(path)
-    # The budget counts records; index and free space between records come on top.
+    # The budget counts records; the index and the space between records are additional.
     if room < 1.1 * capacity:
         yield Finding(
             "bad", f"{at}: {size(room)} free or ours, store.cold.capacity_nbytes is {size(capacity)}",
@@ -189,7 +189,7 @@ def _held_nbytes(path: Path) -> int:
     held = 0
     for folder, _folders, names in os.walk(path):
         for name in names:
-            with suppress(OSError):  # a running daemon removes files as we look
+            with suppress(OSError):  # a running daemon removes files meanwhile
                 held += (Path(folder) / name).stat().st_blocks * 512
     return held
 

@@ -1,4 +1,4 @@
-"""Verbs that change or move entries: get, put, delete, pin, unpin, promote, demote."""
+"""Verbs for single entries: get, put, delete, pin, unpin, promote, demote."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstored_client import Client
 
 _BAR_FROM_NBYTES = 64 << 20
-"""Smaller files are written before a bar could be read."""
+"""Smaller files are written too fast for a progress bar."""
 
 
 @click.command()
@@ -64,10 +64,10 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
 @click.option("--exact", is_flag=True, help="Bit for bit in every tier, never NF4.")
 @remote
 def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | None, pin: bool, exact: bool) -> None:  # noqa: FBT001
-    """Put the tensors of a safetensors file under a key, replacing what is there."""
+    """Put the tensors of a safetensors file under a key; they replace an entry of that key."""
     try:
         tensors = read_tensors(file)
-    except InvalidEntry as error:  # before the daemon is asked: the file is at fault
+    except InvalidEntry as error:  # before the daemon is called: the mistake is in the file
         raise BadUsage(str(error)) from None
     nbytes = sum(x.nbytes for x in tensors.values())
     fidelity: Fidelity = "exact" if exact else "auto"
@@ -87,7 +87,7 @@ def _tensors(tensors: Any) -> dict[str, dict[str, object]]:
 
 
 def _over_keys(verb: str, done: str, summary: str) -> click.Command:
-    """A command that calls one verb of the client with all keys and counts."""
+    """A command that calls one verb of the client with all keys and prints the count."""
 
     @click.command(name=verb, help=f"{summary} Exit code 1: not all of them were.")
     @click.argument("keys", type=KEY, nargs=-1, required=True, metavar="KEY...")

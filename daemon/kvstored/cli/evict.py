@@ -1,4 +1,4 @@
-"""`kvstored evict`, `kvstored drain` and `kvstored verify`: making room, and making sure, by hand."""
+"""`kvstored evict`, `kvstored drain` and `kvstored verify`: make room, write to disk, check the disk, by hand."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from kvstored_client import Client
 
 _BATCH = 1000
-"""Keys a call: the disk forgets them in one transaction, and the bar moves a few times a second."""
+"""Keys per call: one transaction on disk, and the progress bar moves a few times a second."""
 
 
 @click.command()
 @click.argument("keys", type=KEY, nargs=-1, metavar="[KEY]...")
-@click.option("--dry-run", is_flag=True, help="Count what would go, evict nothing.")
+@click.option("--dry-run", is_flag=True, help="Count the entries that would be evicted, evict none.")
 @filtered
 @remote
 def evict(client: "Client", as_json: bool, keys: tuple[bytes, ...], dry_run: bool, filters: Filters) -> None:  # noqa: FBT001 - `remote` calls it
-    """Forget keys in all tiers, counted as evictions: those named, or all that fit the filters.
+    """Forget keys in all tiers, as evictions. The keys are the given ones, or all that match the filters.
 
-    Filters narrow each other: --tier cold --older-than-s 86400. Without keys and without a filter nothing happens.
-    Exit code 1: not all of the keys named were held.
+    An entry must match all filters: --tier cold --older-than-s 86400. Without keys and filters nothing is evicted.
+    Exit code 1: not all of the given keys were held.
     """
     if bool(keys) == filters.given:
         raise BadUsage("evict takes keys or filters (--prefix, --tier, --older-than-s, ...), one of the two")
@@ -53,7 +53,7 @@ def _evict_fitting(client: "Client", filters: Filters, *, as_json: bool, dry_run
     with waiting("looking", 0):
         found = [(info.key, sum(info.tier_nbytes), info.pinned) for info in filters.entries(client)]
     pinned = sum(pin for *_, pin in found)
-    # Naming a key is saying that one; a filter sweeps, and what somebody pinned is not to be swept away.
+    # A named key is evicted even if it is pinned; a filter leaves pinned keys alone.
     keys = [key for key, _, pin in found if not pin]
     nbytes = sum(held for _, held, pin in found if not pin)
     count = len(keys)
@@ -80,7 +80,7 @@ def _batches(keys: Iterable[bytes]) -> Iterator[list[bytes]]:
 @click.command()
 @remote
 def drain(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` calls it
-    """Write to disk what is only in memory. Nothing is evicted, calls go on; a stop afterwards is quick."""
+    """Write entries that are only in memory to disk. None is evicted, calls continue; a later stop is quick."""
     with waiting("draining", 0):
         written = client.drain()
     if as_json:
@@ -92,10 +92,10 @@ def drain(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` c
 @click.command()
 @remote
 def verify(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` calls it
-    """Have the daemon read and check every record on disk, while it serves. Exit code 4: some were damaged.
+    """Let the daemon read and check every record on disk, while it serves. Exit code 4: some were damaged.
 
-    Those are dropped, so that asking for them is a miss; the daemon's log names them. For a directory that no daemon
-    has open there is `kvstored fsck`.
+    Damaged records are dropped, so a get of them is a miss; the daemon's log names them. For a directory that no
+    daemon has open use `kvstored fsck`.
     """
     found = Verified(0, 0, 0, 0)
     with click.progressbar(length=1, label="checking", file=sys.stderr) as bar:

@@ -1,4 +1,4 @@
-"""Exit codes, and how errors become them. docs/operations.md lists them for the operator; they are frozen."""
+"""Exit codes, and the errors that cause them. docs/operations.md lists them for the operator; they are frozen."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ REFUSED = 4
 
 
 class Failure(click.ClickException):
-    """An end of the command: a sentence on standard error and an exit code."""
+    """Ends the command with a sentence on standard error and an exit code."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the sentence."""
@@ -44,20 +44,20 @@ class Unreachable(Failure):
 
 
 class Refused(Failure):
-    """The daemon answered, with no."""
+    """The daemon refused."""
 
     exit_code = REFUSED
 
 
 @contextmanager
 def errors_as_exit_codes(address: str) -> Iterator[None]:
-    """Turn the errors a daemon or the configuration causes into a `Failure`. Defects pass through."""
+    """Turn errors of the daemon or the configuration into a `Failure`. Other exceptions pass: they are defects."""
     try:
         yield
     except ConfigError as error:
         raise BadUsage(str(error)) from None
     except TierUnavailable as error:
-        # gRPC's account of a socket that is not there is three lines long and says nothing more.
+        # gRPC's message about a missing socket has three lines and no more information.
         why = "" if "failed to connect" in str(error) else f" ({error})"
         raise Unreachable(
             f"no daemon answers at {address}; start one with `kvstored serve` or set KVSTORED_ADDRESS{why}"

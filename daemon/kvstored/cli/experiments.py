@@ -1,4 +1,4 @@
-"""`kvstored experiments`: strategies to hold a KV cache with, put through a store and a restart, and their figures."""
+"""`kvstored experiments`: ways to hold a KV cache, run through a store and a restart, compared by figures."""
 
 import re
 import signal
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _EXTRA = frozenset({"experiments", "torch", "transformers", "lmdb", "zstandard", "safetensors", "grpc_health"})
 PREFIX_MAX = 32_768
-"""Tokens of prefix and continuation together: more is hours on a CPU."""
+"""Tokens of prefix and continuation together: more would take hours on a CPU."""
 
 
 class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click we allow
@@ -26,7 +26,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only in the 
     name = "PREFIX+CONTINUATION"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Two counts out of "512+128"."""
+        """Two counts from "512+128"."""
         if isinstance(value, tuple):
             return value
         match = re.fullmatch(r"(\d{1,6})\+(\d{1,6})", value)
@@ -58,7 +58,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def experiments(context: click.Context) -> None:
-    """Compare strategies to hold a KV cache with, by figures. Without a command: the list of them."""
+    """Compare strategies for holding a KV cache, by figures. Without a command: the list of them."""
     if context.invoked_subcommand is None:
         _or_the_extra(_list)
 

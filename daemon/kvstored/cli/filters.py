@@ -68,12 +68,12 @@ class Filters:
 def filtered(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options; it gets them as `filters`."""
 
-    @click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries held there.")
-    @click.option("--prefix", type=KEY, default=b"", help="Only keys that begin so.")
+    @click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries that this tier holds.")
+    @click.option("--prefix", type=KEY, default=b"", help="Only keys with this beginning.")
     @click.option("--namespace", default="", help="Only entries put under this name, its versions NAME@... included.")
     @click.option("--tenant", default="", help="Only entries of this tenant.")
     @click.option("--encoding", help="Only entries held in this encoding: raw, nf4, ...")
-    @click.option("--older-than-s", type=click.FloatRange(min=0), help="Only entries put longer ago.")
+    @click.option("--older-than-s", type=click.FloatRange(min=0), help="Only entries that were put longer ago.")
     @click.option("--larger-than", type=_Size(), metavar="SIZE", help="Only entries of more decoded bytes: 512MiB.")
     @functools.wraps(function)
     def command(

@@ -1,4 +1,4 @@
-"""Keys as an operator types and reads them: UTF-8 text, or `hex:` and hexadecimal digits. Reversible."""
+"""The text form of keys on the command line: UTF-8 text, or `hex:` and hexadecimal digits. Reversible."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _HEX = "hex:"
 
 
 def parse_key(text: str) -> bytes:
-    """The key a word stands for. Raises InvalidEntry."""
+    """The key with this text form. Raises InvalidEntry."""
     if not text.startswith(_HEX):
         return check_key(text.encode("utf-8", "surrogateescape"))
     try:
@@ -21,7 +21,7 @@ def parse_key(text: str) -> bytes:
 
 
 def show_key(key: bytes) -> str:
-    """The word for a key: text where it is printable, has no blanks and could not be mistaken, else hex."""
+    """The text form of a key: text if it is printable, has no blanks and is unambiguous, else hex."""
     try:
         text = key.decode()
     except UnicodeDecodeError:

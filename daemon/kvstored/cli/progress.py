@@ -1,4 +1,4 @@
-"""Signs of life on standard error during long work, where somebody watches; nothing where nobody does."""
+"""A progress line on standard error during long work, if standard error is a terminal."""
 
 import sys
 import threading
@@ -11,7 +11,7 @@ import click
 from kvstored.cli.text import duration, size
 
 _SHOW_AFTER_S = 0.5
-"""Shorter work needs no sign."""
+"""Seconds before the line is shown: shorter work needs none."""
 _FRAMES = "|/-\\"
 
 

@@ -1,4 +1,4 @@
-"""A prompt as files give it: token ids, and the identity of the namespace they were put under."""
+"""Reads prompts from files: token ids, and the identity of the namespace that they were put under."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TOKENS_FILE_MAX_NBYTES = 64 << 20
 
 
 def read_token_ids(path: Path) -> list[int]:
-    """Token ids of a file: a JSON list, a JSON object with "token_ids" or "input_ids", or numbers apart by blanks.
+    """The token ids in a file: a JSON list, a JSON object with "token_ids" or "input_ids", or numbers between blanks.
 
     Raises InvalidEntry.
     """
@@ -33,7 +33,7 @@ def read_token_ids(path: Path) -> list[int]:
 
 
 def read_identity(text: str) -> Identity:
-    """An identity of JSON, or of a file that holds it. Raises InvalidEntry, naming the field."""
+    """An identity from JSON, or from a file of JSON. Raises InvalidEntry, which names the field."""
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text(encoding="utf-8")

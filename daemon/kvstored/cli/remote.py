@@ -1,4 +1,4 @@
-"""What every client verb shares: --address, --timeout-s, --json, a `Client` for the time of the command."""
+"""Shared by all client verbs: --address, --timeout-s, --json, and a `Client` for the duration of the command."""
 
 import functools
 import json
@@ -17,11 +17,11 @@ TIMEOUT_S = 5.0
 
 
 def remote(function: Callable[..., None]) -> Callable[..., None]:
-    """A command on a daemon: `function(client, as_json, ...)`."""
+    """Make a command on a daemon from `function(client, as_json, ...)`."""
 
     @click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT  [default: $KVSTORED_ADDRESS, else the runtime directory]")  # fmt: skip  # noqa: E501
     @click.option("--timeout-s", type=click.FloatRange(0.001, 86400), default=TIMEOUT_S, show_default=True,
-                  help="How long the daemon may be silent.")  # fmt: skip
+                  help="Seconds that the daemon may be silent.")  # fmt: skip
     @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
     @functools.wraps(function)
     def command(address: str | None, timeout_s: float, as_json: bool, **arguments: Any) -> None:  # noqa: FBT001 - a flag
@@ -38,14 +38,14 @@ def _client(address: str, timeout_s: float) -> "Client":
     from kvstored_client import Client
 
     try:
-        # numpy: the base install has no torch, and a command only passes bytes on.
+        # numpy: the base install has no torch, and a command only copies bytes.
         return Client(address, timeout_s=timeout_s, framework="numpy", on_error="raise")
     except ValueError as error:
         raise BadUsage(str(error)) from None
 
 
 def print_json(value: object) -> None:
-    """One line of JSON, in ASCII. What JSON has no number for is null: NaN, infinity."""
+    """Print one line of JSON, in ASCII. NaN and infinity, which JSON cannot express, are null."""
     click.echo(json.dumps(_known(value), separators=(", ", ": "), allow_nan=False))
 
 

@@ -12,14 +12,14 @@ _ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health",
 
 @click.command()
 @click.option("--config", type=click.Path(dir_okay=False), help="A TOML file with [server] and [store] tables.")
-@click.option("--data-dir", type=click.Path(file_okay=False), help="Where the cold tier lives.")
+@click.option("--data-dir", type=click.Path(file_okay=False), help="The directory of the cold tier.")
 @click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT; several with commas.")
 def serve(config: str | None, data_dir: str | None, address: str | None) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C.
 
     Settings: the file, then KVSTORED_* in the environment, then these options. docs/operations.md lists them all.
     """
-    set_up()  # for what goes wrong before the settings say how
+    set_up()  # for errors before the log settings are read
     with errors_as_exit_codes(address or "the configured address"):
         from kvstored.settings import load_settings
 

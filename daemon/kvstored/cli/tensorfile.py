@@ -1,8 +1,8 @@
 """safetensors files with numpy alone: the base install has neither torch nor the safetensors package.
 
-Reading maps the file, so putting a large one needs no second copy in memory. Element types the format has no code for
-(complex, some float8) are written as U8 with one more dimension, their name under `kvstored.dtype.<tensor>` in the
-file's metadata. The header itself is `kvstore.entries.safetensors_header`'s: strict, and capped before it is parsed.
+Reading maps the file, so putting a large one needs no second copy in memory. Element types without a code in the
+format (complex, some float8) are written as U8 with one more dimension, and their name is `kvstored.dtype.<tensor>` in
+the file's metadata. `kvstore.entries.safetensors_header` parses the header: strictly, with a size limit.
 """
 
 import os
@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             raise InvalidEntry(f"{path} is no safetensors file kvstored takes: {error}") from None
         specs = {name: _spec(name, slot, facts) for name, slot in slots.items()}
         arrays.check_specs(specs)
-        # Of the file that is open: another one may have its name by now.
+        # Of the open file: another file may have its name by now.
         data: Bytes = (
             np.memmap(file, dtype=np.uint8, mode="r", offset=len(header), shape=(nbytes,))
             if nbytes
@@ -59,7 +59,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: Mapping[str, Any], facts: Mapping[str, str], moved: Callable[[int], None] | None = None
 ) -> int:
-    """Write a file, whole or not at all. facts: text for its metadata. moved: told of bytes written. Returns bytes."""
+    """Write a file atomically. facts: its metadata. moved: called with bytes written. Returns the bytes."""
     slots: dict[str, Slot] = {}
     at = 0
     facts = dict(facts)
@@ -94,7 +94,7 @@ def _pieces(x: Any) -> Iterator[Bytes]:
 
 
 def _write_whole(path: Path, pieces: list[Any], moved: Callable[[int], None] | None) -> None:
-    # A file beside it, renamed when complete: an interrupted `get -o` leaves the old file or none.
+    # A temporary file, renamed when complete: an interrupted `get -o` leaves the old file or none.
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,4 +1,4 @@
-"""What people read: aligned tables, sizes, durations. Pure."""
+"""Text for people: aligned tables, sizes, durations. Pure."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -34,7 +34,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(name: str, value: float) -> str:
-    """A number by what its name says it is: `..._nbytes`, `..._s`, `..._ratio`, else a count."""
+    """A number with the unit in its name: `..._nbytes`, `..._s`, `..._ratio`, else a count."""
     if name.endswith("_nbytes"):
         return size(value)
     if name.endswith("_s"):
@@ -52,7 +52,7 @@ def accuracy(error: float) -> str:
 
 
 def receipt_dict(receipt: Mapping[str, float]) -> dict[str, float | None]:
-    """A receipt for JSON, which knows no infinity: null where nobody measured."""
+    """A receipt for JSON, which has no infinity: null if it was not measured."""
     return {name: error if isfinite(error) else None for name, error in receipt.items()}
 
 

@@ -1,4 +1,4 @@
-"""`kvstored token`: a new token for a caller, and the entry that lets it in."""
+"""`kvstored token`: a new token for a caller, and its entry in the tokens file."""
 
 import click
 
@@ -14,10 +14,10 @@ from kvstored.cli.exits import BadUsage
     "--output", "-o", type=click.Path(dir_okay=False, writable=True), help="The file for the token, mode 0600."
 )
 def token(name: str, rights: tuple[str, ...], tenant: str | None, output: str | None) -> None:
-    """Make a token for NAME. Prints the entry for the daemon's tokens file; the token itself is shown this once.
+    """Make a token for NAME. Prints the entry for the daemon's tokens file; the token itself is shown only once.
 
-    Add the entry to the file of server.tokens, reload the daemon, give the token to the caller in a file and name that
-    file in his KVSTORED_TOKEN_FILE.
+    Add the entry to the file of server.tokens, reload the daemon, give the caller the token in a file, and set the
+    caller's KVSTORED_TOKEN_FILE to that file.
     """
     import os
 

@@ -1,4 +1,4 @@
-"""`kvstored top` and `kvstored stats --watch`: the numbers as they move."""
+"""`kvstored top` and `kvstored stats --watch`: the numbers, refreshed."""
 
 import shutil
 import sys
@@ -23,13 +23,13 @@ _CLEAR = "\033[H\033[J"
 
 
 @click.command()
-@click.option("--interval-s", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Between two looks.")
-@click.option("--count", type=click.IntRange(min=1), help="So many looks, then end.")
+@click.option("--interval-s", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Between two views.")
+@click.option("--count", type=click.IntRange(min=1), help="The number of views.")
 @remote
 def top(client: "Client", as_json: bool, interval_s: float, count: int | None) -> None:  # noqa: FBT001
     """A live view: tiers, hit ratio, rates, bytes, the hottest namespaces, tenants, the slowest calls. Ctrl-C ends it.
 
-    Rates are those of the last interval. Where standard output is no terminal each look is printed below the last.
+    Rates are of the last interval. If standard output is not a terminal, each view is printed below the last one.
     """
     before: Stats | None = None
     looked_at = time.monotonic()
@@ -52,7 +52,7 @@ def top(client: "Client", as_json: bool, interval_s: float, count: int | None) -
 
 
 def repeat(look: Callable[[], None], interval_s: float, count: int | None) -> None:
-    """Look again and again until Ctrl-C or `count`. A daemon that restarts meanwhile is waited for."""
+    """Repeat `look` until Ctrl-C or `count`. Waits for a daemon that restarts meanwhile."""
     done = 0
     try:
         while True:
@@ -74,7 +74,7 @@ _COUNTED = ("gets", "hits", "puts", "hit_nbytes", "put_nbytes", "evictions", "ex
 
 
 def rates(before: Stats | None, now: Stats, span_s: float, counted: Sequence[str] = _COUNTED) -> dict[str, float]:
-    """By counter, a second; since start where there is no look before, or the daemon has restarted since."""
+    """Rates per second by counter; since start if there is no view before, or the daemon has restarted since."""
     if before is None or before.values.get("uptime_s", 0) > now.values.get("uptime_s", 0):
         span_s = now.values.get("uptime_s", 0.0)
         old: dict[str, float] = {}
@@ -128,7 +128,7 @@ _ROWS = 6
 
 @dataclass(frozen=True)
 class Account:
-    """What a namespace or a tenant holds now, and its hits since start and a second of late."""
+    """The bytes and entries of a namespace or a tenant now, its hits since start, and its recent hits per second."""
 
     name: str
     hits_per_s: float
@@ -138,7 +138,7 @@ class Account:
 
 
 def accounts(kind: str, before: Stats | None, now: Stats, span_s: float) -> list[Account]:
-    """All of a kind that the daemon tells of, those with the most hits of late first."""
+    """All namespaces or tenants that the daemon reports, those with the most recent hits first."""
     v = now.values
     names = [name.removeprefix(f"{kind}_hits_") for name in v if name.startswith(f"{kind}_hits_")]
     per_s = rates(before, now, span_s, tuple(f"{kind}_hits_{name}" for name in names))

@@ -1,4 +1,4 @@
-"""Verbs about prefixes: explain where keys are or went; replay a trace against a daemon; simulate one before buying."""
+"""Verbs about prefixes and traces: explain where keys are, replay a trace on a daemon, simulate a store's size."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +35,8 @@ _RAM_STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 
 @click.command()
 @click.argument("keys", type=KEY, nargs=-1)
-@click.option("--tokens", type=_FILE, help="Token ids, JSON or apart by blanks: every chunk of that prompt.")
-@click.option("--identity", help="With --tokens: the namespace's identity, JSON or a file of it.")
+@click.option("--tokens", type=_FILE, help="A file of token ids, JSON or between blanks: explain each chunk.")
+@click.option("--identity", help="With --tokens: the namespace's identity, as JSON or a file of JSON.")
 @click.option("--chunk-tokens", default=CHUNK_TOKENS, type=click.IntRange(1, CHUNK_TOKENS_MAX), show_default=True)
 @click.option("--tenant", default="", help="The keys as this tenant names them.")
 @remote
@@ -63,13 +63,13 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
 
 
 _EXPLAINED = 1000
-"""Keys a call, a reply of which stays far below gRPC's 4 MiB."""
+"""Keys per call: the reply stays far below gRPC's 4 MiB."""
 
 
 def _chunks(
     keys: tuple[bytes, ...], tokens: Path | None, identity: str | None, chunk_tokens: int
 ) -> list[tuple[bytes, str]]:
-    """Keys to explain, each with the range of tokens it is of, "-" for a key given by name."""
+    """Keys to explain, each with its range of tokens, or "-" for a key given by name."""
     if (tokens is None) == (not keys) or (tokens is None) != (identity is None):
         raise BadUsage("give KEYS, or --tokens FILE together with --identity")
     if tokens is None or identity is None:
@@ -102,11 +102,11 @@ _KEY_SHOWN = 72
 
 @click.command(name="replay")
 @click.argument("trace", type=_FILE)
-@click.option("--requests", type=click.IntRange(min=1), help="Only so many of the trace.")
+@click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace.")
 @click.option("--block-nbytes", default=32768, type=click.IntRange(min=4), help="Bytes of float32 a block.")
-@click.option("--speed", default=0.0, type=click.FloatRange(min=0), help="Times the trace's own; 0: no waiting.")
+@click.option("--speed", default=0.0, type=click.FloatRange(min=0), help="Times the trace's speed; 0: no waiting.")
 @click.option(
-    "--embedded", metavar="WHERE", help='No daemon: a store in this process, of a .toml, a directory or "memory".'
+    "--embedded", metavar="WHERE", help='No daemon but a store in this process: a .toml, a directory or "memory".'
 )
 @remote
 def replay_command(
@@ -118,9 +118,9 @@ def replay_command(
     speed: float,
     embedded: str | None,
 ) -> None:
-    """Do to a daemon what a serving engine with this TRACE (Mooncake JSONL, .xz too) would do.
+    """Use a daemon as a serving engine with this TRACE (Mooncake JSONL, or .xz) would.
 
-    With --embedded and no --speed the store lives by the trace's clock: what expires there expires here.
+    With --embedded and without --speed the store uses the trace's clock, so that entries expire as in the trace.
     """
     asked = read_trace(trace, requests)
     value = {"kv": np.random.default_rng(0).standard_normal(max(1, block_nbytes // 4), dtype=np.float32)}
@@ -152,7 +152,7 @@ def _no_clock(_at_s: float) -> None:
 
 @contextmanager
 def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float], None]]]:
-    """A store of its own, and what moves its clock to a time of the trace."""
+    """A store in this process, and a function that moves its clock to a time of the trace."""
     from kvstore.clock import ManualClock
     from kvstore.store import Store
 
@@ -173,12 +173,12 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
 @click.argument("trace", type=_FILE)
 @click.option("--ram", required=True, help='Memory for hot and warm together, such as "64GiB".')
 @click.option("--disk", default="0", help="The cold tier. 0: none.")
-@click.option("--hot", default="0.1", help='Share of RAM as put, the rest NF4; "auto": learned, beginning at 0.1.')
+@click.option("--hot", default="0.1", help='Share of RAM for tensors as put, the rest NF4; "auto": learned.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--policy", default="lru", help=f"{', '.join(POLICIES)}, one that a package offers, or module:Class.")
-@click.option("--admission", default="all", type=click.Choice(ADMISSIONS), help="What may be written to disk.")
-@click.option("--requests", type=click.IntRange(min=1), help="Only so many of the trace.")
+@click.option("--admission", default="all", type=click.Choice(ADMISSIONS), help="The rule for writing to disk.")
+@click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG of hit ratio against RAM.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: int | None, **how: Any) -> None:  # noqa: FBT001
@@ -241,7 +241,7 @@ def _print(report: "Report", best: float) -> None:
 
 
 def _lines(asked: Sequence[Request], setup: "Setup", *, quiet: bool) -> Iterator[Line]:
-    """Hit ratio against RAM: all as put in float32 and bfloat16, mixes with NF4, and the optimum's ceiling."""
+    """Hit ratio against RAM: all as put in float32 and bfloat16, mixes with NF4, and the offline optimum."""
     from kvstore.simulation.simulator import optimum
 
     steps = [max(1, int(setup.ram_nbytes * step)) for step in _RAM_STEPS]

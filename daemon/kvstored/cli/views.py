@@ -1,4 +1,4 @@
-"""Verbs that only look: stats, ls, inspect."""
+"""Verbs that only read: stats, ls, inspect."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 
 _LS_HEAD = ("KEY", "TIERS", "ENCODING", "VALUE", "HELD", "AGE", "TTL", "HITS")
 _PAGE = 500
-"""Rows laid out at a time: a listing of a million keys begins at once."""
+"""Rows aligned at a time, so that a listing of a million keys begins at once."""
 
 
 @click.command()
-@click.option(
-    "--watch", "watch_s", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Again and again, until Ctrl-C."
-)
+@click.option("--watch", "watch_s", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Repeat until Ctrl-C.")
 @remote
 def stats(client: "Client", as_json: bool, watch_s: float | None) -> None:  # noqa: FBT001 - `remote` calls it
     """Tiers, their fill, and all counters."""
@@ -65,11 +63,11 @@ def _print_stats(client: "Client", *, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
+@click.option("--limit", type=click.IntRange(min=1), help="The number of entries at most.")
 @filtered
 @remote
 def ls(client: "Client", as_json: bool, limit: int | None, filters: Filters) -> None:  # noqa: FBT001
-    """Entries, in order of key. Filters narrow each other."""
+    """Entries, in order of key. An entry must match all filters."""
     entries = filters.entries(client, limit)
     if as_json:
         for info in entries:
@@ -86,7 +84,7 @@ def ls(client: "Client", as_json: bool, limit: int | None, filters: Filters) -> 
 @click.argument("key", type=KEY)
 @remote
 def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT001
-    """Everything known of one entry. Does not count as use. Exit code 1: not held."""
+    """All facts about one entry. Does not count as use. Exit code 1: not held."""
     info = client.inspect(key)
     if info is None:
         raise NotHeld(f"not held: {show_key(key)}")
@@ -112,7 +110,7 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
 
 
 def info_dict(info: EntryInfo) -> dict[str, object]:
-    """An entry for JSON: the key as the command line takes it, and in hexadecimal."""
+    """An entry for JSON: the key in its text form, and in hexadecimal."""
     return {
         **asdict(info),
         "key": show_key(info.key),

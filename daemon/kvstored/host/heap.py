@@ -1,15 +1,15 @@
-"""Freed memory goes back to the kernel where there is much of it.
+"""Gives freed memory back to the kernel when there is much of it.
 
-`process.tune` has malloc keep what is freed, for the next entry to land on warm pages. After a burst of large entries
-that would be gigabytes in nobody's account, so what lies idle is bounded: by as much as may be in flight at once.
-Thread rule: `turn` on one thread.
+`process.tune` makes malloc keep freed memory, so that the next entry lands on warm pages. After a burst of large
+entries that would be gigabytes that no budget counts, so idle memory is bounded, by the bytes that may be in flight at
+once. Thread rule: `turn` on one thread.
 """
 
 import ctypes
 from pathlib import Path
 
 INTERVAL_S = 0.25
-"""Between two looks: under load a gigabyte a second is freed and taken again."""
+"""Seconds between two turns: under load a gigabyte a second is freed and taken again."""
 
 
 class _Mallinfo(ctypes.Structure):
@@ -22,26 +22,26 @@ class _Mallinfo(ctypes.Structure):
 
 
 class Heap:
-    """malloc's heap. Where the C library cannot tell (musl, an old glibc) nothing is done."""
+    """malloc's heap. Does nothing if the C library cannot report it (musl, an old glibc)."""
 
     def __init__(self, idle_max_nbytes: int) -> None:
-        """idle_max_nbytes: resident, freed and not yet used again."""
+        """idle_max_nbytes: limit of the bytes that are resident, freed and not used again."""
         self._idle_max_nbytes = idle_max_nbytes
         libc = ctypes.CDLL(None)
         self._info = getattr(libc, "mallinfo2", None)
         self._trim = getattr(libc, "malloc_trim", None)
         if self._info is not None:
             self._info.restype = _Mallinfo
-        # What is resident and no malloc's from the start: the interpreter's own arenas, written pages of libraries.
+        # Resident memory outside malloc at the start: the interpreter's arenas, written pages of libraries.
         self._other_nbytes = self.resident_nbytes() - self._used_nbytes()
         self.trims = 0
 
     def idle_nbytes(self) -> int:
-        """Resident bytes that malloc has given to nobody, about."""
+        """About how many resident bytes malloc holds but has not handed out."""
         return max(0, self.resident_nbytes() - self._used_nbytes() - self._other_nbytes)
 
     def turn(self) -> None:
-        """Look once; give back what is too much."""
+        """Check once, and give memory over the limit back."""
         if self._info is not None and self._trim is not None and self.idle_nbytes() > self._idle_max_nbytes:
             self._trim(0)
             self.trims += 1

@@ -1,9 +1,9 @@
-"""Memory pressure: the hot tier gives way before the kernel kills.
+"""Memory pressure: the hot tier shrinks before the kernel kills processes.
 
-Looks, every few seconds, at the kernel's pressure stall information (how long tasks waited for memory) and at the
-memory limit of this process's control group, if it has one. Under pressure the hot budget shrinks by a quarter, down to
-an eighth of what was configured, and what no longer fits sinks as any demotion does; freed pages go back to the kernel.
-When it is over the budget grows back slowly, so that a host at its limit settles instead of swinging.
+Every few seconds it reads the kernel's pressure stall information (how long tasks waited for memory) and the memory
+limit of this process's control group, if it has one. Under pressure the hot budget shrinks by a quarter, down to an
+eighth of the configured one; entries that no longer fit are demoted as usual, and freed pages go back to the kernel.
+Afterwards the budget grows back slowly, so that a host at its limit settles and does not oscillate.
 """
 
 import ctypes
@@ -21,9 +21,9 @@ SHRINK_TO = 0.75
 FLOOR = 1 / 8
 GROW_BY = 1 / 20
 CALM_S = 30.0
-"""How long without pressure before the budget grows, a twentieth each time."""
+"""Seconds without pressure before the budget grows, by a twentieth each time."""
 LIMIT_RATIO = 0.9
-"""Of the control group's limit."""
+"""Share of the control group's limit that counts as pressure."""
 
 
 def stall_percent(text: str) -> float:
@@ -38,7 +38,7 @@ def stall_percent(text: str) -> float:
 
 
 class Sensor:
-    """Reads the kernel's files. What is not there presses nobody."""
+    """Reads the kernel's files. A missing file counts as no pressure."""
 
     def __init__(self, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> None:
         self._group = _own_group(proc, cgroups)
@@ -46,19 +46,19 @@ class Sensor:
         self._pressure = own if own is not None and own.exists() else proc / "pressure" / "memory"
 
     def stall_percent(self) -> float:
-        """See above; of this control group if the kernel tells it, else of the machine."""
+        """The stall percentage of this control group if the kernel reports it, else of the machine."""
         try:
             return stall_percent(self._pressure.read_text())
         except (OSError, ValueError):
             return 0.0
 
     def limit_ratio(self) -> float:
-        """Anonymous memory over the control group's limit; 0 where there is none."""
+        """Anonymous memory as a share of the control group's limit; 0 if there is no limit."""
         if self._group is None:
             return 0.0
         try:
             limit = min(self._limit("memory.max"), self._limit("memory.high"))
-            # Not memory.current: page cache counts there, and it gives way by itself.
+            # Not memory.current: that counts the page cache, which the kernel drops by itself.
             for line in (self._group / "memory.stat").read_text().splitlines():
                 name, _, value = line.partition(" ")
                 if name == "anon":
@@ -84,7 +84,7 @@ def _own_group(proc: Path, cgroups: Path) -> Path | None:
 
 
 class PressureValve:
-    """Shrinks and regrows the hot budget. `turn` blocks: for a worker thread, one at a time."""
+    """Shrinks and regrows the hot budget. `turn` blocks; call it on one worker thread."""
 
     def __init__(
         self, store: Store, percent: float, sensor: Sensor | None = None, now: Callable[[], float] = time.monotonic
@@ -97,7 +97,7 @@ class PressureValve:
         self.shrinks = 0
 
     def turn(self) -> None:
-        """Look once, and act."""
+        """Check once, and act."""
         stall, ratio = self._sensor.stall_percent(), self._sensor.limit_ratio()
         have, full_nbytes = self._store.hot_capacity_nbytes, self._store.hot_budget_nbytes
         now = self._now()
@@ -122,7 +122,7 @@ class PressureValve:
 
 
 def _return_pages() -> None:
-    # The daemon tells malloc to keep freed memory (process.tune); here it must not.
+    # process.tune tells malloc to keep freed memory; under pressure it must not.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc only
         trim(0)

@@ -1,4 +1,4 @@
-"""What the daemon does to its own process at start. Never call this in somebody else's."""
+"""Changes that the daemon makes to its own process at start. Never call them in another program's process."""
 
 import ctypes
 import fcntl
@@ -11,11 +11,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 def tune() -> None:
-    """Keep freed memory, and leave the second core to others.
+    """Keep freed memory in one heap, and use one thread per copy.
 
-    Stock glibc gives large blocks back to the kernel, so that nearly every copy of a tensor lands on fresh pages at
-    2 GB/s: a 64 MiB clone took 32 ms, and 6 ms like this. The price is that freed memory stays with the daemon, so
-    there is one heap for all threads: in sixteen, glibc's choice here, a gigabyte lay about under load.
+    By default glibc gives large blocks back to the kernel, so nearly every copy of a tensor lands on fresh pages at 2
+    GB/s: a 64 MiB clone took 32 ms, and takes 6 ms with this. The price is that freed memory stays with the daemon, so
+    all threads share one heap: in sixteen heaps, glibc's choice here, a gigabyte was idle under load.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc only
@@ -33,7 +33,7 @@ class DirectoryLock:
     """An flock on a file, held until `release` or the end of the process."""
 
     def __init__(self, path: Path, what: str) -> None:
-        """Take the lock. Raises ConfigError, naming the holder, when another process has it."""
+        """Take the lock. Raises ConfigError, which names the holder, if another process has it."""
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
@@ -49,5 +49,5 @@ class DirectoryLock:
         os.write(self._fd, f"{os.getpid()}\n".encode())
 
     def release(self) -> None:
-        """Let another process have it. The file stays: removing it would let two processes lock two files."""
+        """Release the lock. The file stays: if it were removed, two processes could lock two files."""
         os.close(self._fd)

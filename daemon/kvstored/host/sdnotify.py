@@ -1,4 +1,4 @@
-"""Tell the service manager: READY=1, STOPPING=1, WATCHDOG=1. Standard library only; silent where nobody listens."""
+"""Messages to the service manager: READY=1, STOPPING=1, WATCHDOG=1. Standard library only; silent without one."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ def notify(state: str) -> bool:
 
 
 def watchdog_interval_s() -> float | None:
-    """How often WATCHDOG=1 is due: half of what the service manager allows. None: it does not watch."""
+    """Seconds between two WATCHDOG=1: half of what the service manager allows. None: it has no watchdog."""
     limit_us = os.environ.get("WATCHDOG_USEC", "")
     for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     return int(limit_us) / 2e6 if limit_us.isdigit() and int(limit_us) and for_us else None

@@ -22,12 +22,12 @@ class History:
         self._samples: deque[tuple[float, dict[str, float]]] = deque(maxlen=SAMPLES_MAX)
 
     def take(self, stats: Stats) -> None:
-        """One sample."""
+        """Add a sample."""
         with self._lock:
             self._samples.append((self._now(), {name: stats.values.get(name, 0.0) for name in _COUNTED}))
 
     def series(self) -> list[dict[str, Any]]:
-        """By interval: seconds ago, hit ratio (None where nothing was asked) and rates a second."""
+        """By interval: seconds ago, hit ratio (None if there were no gets) and rates per second."""
         with self._lock:
             samples = list(self._samples)
         now = self._now()

@@ -1,9 +1,9 @@
-"""Log lines: text for a terminal, one JSON object a line for the journal. No secret passes.
+"""Log lines: text for a terminal, one JSON object per line for the journal, never a secret.
 
-An event's words are those of its message, "event key=value key=value"; in JSON each pair is a field of its own. Under
-systemd the priority stands in front of each line as journald reads it (<6> for INFO), so `journalctl -p err` works.
-Secrets never get into a record in the first place; the filter here is the second lock on that door: what looks like a
-token is replaced in every line, tracebacks included.
+A message is "event key=value key=value"; in JSON each pair is a field of its own. Under systemd each line begins with
+its priority, as journald reads it (<6> for INFO), so `journalctl -p err` works.
+No code logs a secret; as a second protection the filter here replaces anything that looks like a token, in every line
+and traceback.
 """
 
 import json
@@ -39,7 +39,7 @@ class TextFormatter(logging.Formatter):
         text = redact(super().format(record))
         if text.isprintable():
             return text
-        # A message is one line, whatever names it carries; a traceback behind it has lines of its own.
+        # A message is one line, whatever names it contains; a traceback after it has lines of its own.
         message = redact(record.getMessage())
         return "\n".join(map(printable, text.replace(message, printable(message), 1).split("\n")))
 
@@ -76,7 +76,7 @@ def _priority(level: int) -> int:
 
 
 def _is_journal(stream: str) -> bool:
-    """Whether standard error is the stream of that device and inode: systemd sets the variable if any of them is."""
+    """Whether standard error has that device and inode: systemd sets the variable if any stream is the journal."""
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

@@ -1,9 +1,10 @@
-"""What the daemon exports for Prometheus: one table of names, read from the store at the moment of a scrape.
+"""The metrics for Prometheus: one table of names, read from the store at each scrape.
 
 FAMILIES is the reference: docs/operations.md and the dashboard are checked against it. Counters are the store's own
-(`Store.stats`), so nothing is counted twice and nothing costs a request; only calls are measured here, in `Meter`.
-A number the store reports and this table does not know appears as kvstored_other{name="..."} until it gets a line.
-Thread rule: `Meter` on the event loop and on scrape threads (prometheus_client locks); `collect` on any thread.
+(`Store.stats`), so nothing is counted twice, and a request costs nothing more; only calls are measured here, in
+`Meter`. A number that the store reports and that is not in this table appears as kvstored_other{name="..."} until it
+gets a line. Thread rule: `Meter` on the event loop and on scrape threads (prometheus_client locks); `collect` on any
+thread.
 """
 
 from collections.abc import Callable, Iterator
@@ -140,14 +141,14 @@ _MEASURED = (
 FAMILIES = (*_TIER, *_STORE, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "evictions"})
-"""Sums over labels, and a quotient: the query's work, not an exporter's."""
+"""Sums over labels, and a quotient: a query computes them, not an exporter."""
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """From a small hit over the unix socket (0.5 ms) to a large put on a slow link."""
 
 
 class Meter:
-    """Calls, counted and timed. Makes the registry that is exported."""
+    """Counts and times calls. Makes the registry that is exported."""
 
     def __init__(self, version: str = "unknown") -> None:
         self.registry = CollectorRegistry(auto_describe=False)
@@ -166,30 +167,30 @@ class Meter:
         PromGauge(*text("kvstored_build_info"), ("version",), registry=self.registry).labels(version).set(1)
 
     def begin(self, method: str) -> None:
-        """A call arrived."""
+        """Count a call that has arrived."""
         self._running.labels(method).inc()
 
     def end(self, method: str, code: str, seconds: float) -> None:
-        """A call that may have begun elsewhere ended: the lease socket's are not counted as running."""
+        """Count a call that has ended. Calls of the lease socket are not counted as running before."""
         self.observer(method, code)(seconds)
 
     def observer(self, method: str, code: str) -> Callable[[float], None]:
-        """Takes the seconds of each call of a method that ended so."""
+        """Takes the seconds of each call of a method that ended with this code."""
         found = self._series.get((method, code))
-        if found is None:  # `labels` takes as long as the smallest call's whole lookup
+        if found is None:  # `labels` takes as long as the whole lookup of a small call
             found = self._series[method, code] = self._seconds.labels(method, code)
         return found.observe
 
     def leave(self, method: str) -> None:
-        """A call that `begin` counted is over."""
+        """End a call that `begin` counted."""
         self._running.labels(method).dec()
 
     def refuse(self, code: str) -> None:
-        """It had no right to be answered."""
+        """Count a refused call."""
         self._refused.labels(code).inc()
 
     def saved(self, seconds: float) -> None:
-        """A client reports prefill time it did not spend."""
+        """Add seconds of prefill that a client reports as saved."""
         self._saved.inc(seconds)
 
     def slowest(self) -> list[tuple[str, float, int]]:
@@ -205,14 +206,14 @@ class Meter:
 
 
 class StoreCollector(Collector):
-    """The store's and the daemon's numbers, read when asked."""
+    """The store's and the daemon's numbers, read at each scrape."""
 
     def __init__(self, snapshot: Callable[[], Stats]) -> None:
         """snapshot: the store's stats with the daemon's values among them."""
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        """All families but those that Meter measures."""
+        """All families except those that Meter measures."""
         stats = self._snapshot()
         for family in _TIER:
             yield _family(family, {name: getattr(tier, family.value) for name, tier in stats.tiers.items()})
@@ -225,7 +226,7 @@ class StoreCollector(Collector):
 
 
 def _take(left: dict[str, float], pattern: str) -> dict[str, float]:
-    """Values of a name, or of all names that fit `prefix_{}`, out of those left; by label."""
+    """Take the values of a name, or of all names like `prefix_{}`, out of `left`; by label."""
     if not pattern.endswith("{}"):
         return {"": left.pop(pattern)} if pattern in left else {}
     prefix = pattern.removesuffix("{}")

@@ -1,8 +1,8 @@
 """The metrics port: /metrics for Prometheus, / for people, /status.json for the page, /health for a probe.
 
-Read-only, loopback, no credentials, so nothing here may show a key, a token or a tenant's data; numbers only. A page
-of another site that resolves its own name to 127.0.0.1 is kept out by the Host header. Bounded: so many connections,
-so many seconds each.
+Read-only, loopback, no credentials, so it shows numbers only: no key, no token, no tenant's data. The Host header is
+checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing. Connections are bounded in number and
+in seconds.
 """
 
 import json
@@ -29,7 +29,7 @@ CONNECTIONS_MAX = 16
 TIMEOUT_S = 5.0
 _HEADERS = {
     "Cache-Control": "no-store",
-    # Nothing from elsewhere is ever loaded, and nobody may frame it.
+    # The page loads nothing from other origins, and may not be framed.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "Referrer-Policy": "no-referrer",
@@ -43,7 +43,7 @@ _ASSETS = {
 
 
 class MetricsPort:
-    """The server, on threads of its own: a scrape goes on while the event loop is busy."""
+    """The server, on its own threads: a scrape works while the event loop is busy."""
 
     def __init__(self, address: str, registry: CollectorRegistry, status: Callable[[], Mapping[str, Any]]) -> None:
         """Bind. Raises ConfigError."""
@@ -65,7 +65,7 @@ class MetricsPort:
         log.info("listening metrics=http://%s:%d/", f"[{host}]" if ":" in host else host, self.port)
 
     def close(self) -> None:
-        """Stop and let the port go."""
+        """Stop and close the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -83,7 +83,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """One connection, unless there are too many: then it is closed at once."""
+        """Serve a connection; close it at once if there are too many."""
         if self._room.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
@@ -96,11 +96,11 @@ class _Server(ThreadingHTTPServer):
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's arguments
-        """A client that went away is no event."""
+        """Log at debug level only: a client that went away is not an error."""
         log.debug("metrics event=connection_failed", exc_info=True)  # noqa: LOG014 - called inside one
 
     def server_bind(self) -> None:
-        # Not HTTPServer's: it asks the resolver for this host's name, which may take seconds.
+        # Not HTTPServer's: that resolves this host's name, which may take seconds.
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
@@ -117,8 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        """One of the four."""
-        self.close_connection = True  # one request a connection: an idle one holds no thread
+        """Answer one of the four paths."""
+        self.close_connection = True  # one request per connection: an idle one holds no thread
         path = self.path.partition("?")[0]
         if not self._local_host():
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"this port answers to its loopback address only\n")
@@ -152,12 +152,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, form: str, *args: Any) -> None:
-        """Scrapes are no events."""
+        """Log scrapes at debug level only."""
         log.debug(form, *args)
 
 
 def json_bytes(value: object) -> bytes:
-    """JSON as browsers read it: null for what JSON has no number for, NaN and infinity."""
+    """JSON as browsers read it: null for NaN and infinity, which JSON cannot express."""
     return json.dumps(_finite(value), allow_nan=False).encode()
 
 

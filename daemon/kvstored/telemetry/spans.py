@@ -1,9 +1,9 @@
-"""OpenTelemetry traces, where an operator asks for them: one span a call, through either door.
+"""OpenTelemetry traces, if an operator enables them: one span per call, through either door.
 
-Off unless `server.traces_endpoint` is set, and then nothing of OpenTelemetry is imported: a span costs one comparison.
-A caller that sends a W3C `traceparent` with its call finds ours among its own. Spans carry the method, the status, who
-called and how many keys it was about, never a key, a tenant's data or a token.
-Thread rule: any thread; the exporter has a thread of its own, and what it cannot send it drops.
+Off unless `server.traces_endpoint` is set; while off, OpenTelemetry is not imported and a span costs one comparison.
+If a caller sends a W3C `traceparent` with its call, the span is part of the caller's trace. Spans have the method, the
+status, the caller and the number of keys, never a key, a tenant's data or a token.
+Thread rule: any thread; the exporter has its own thread, and drops spans that it cannot send.
 """
 
 import time
@@ -18,7 +18,7 @@ Metadata = Iterable[tuple[str, Any]]
 
 
 class Spans:
-    """Makes a span of a call that has ended, or does nothing. provider: OpenTelemetry's TracerProvider; None: off."""
+    """Makes a span for each ended call. provider: OpenTelemetry's TracerProvider; None: off."""
 
     def __init__(self, provider: Any = None) -> None:
         self._provider = provider
@@ -28,13 +28,13 @@ class Spans:
             self._server = import_module("opentelemetry.trace").SpanKind.SERVER
             status = import_module("opentelemetry.trace.status")
             self._error = status.Status(status.StatusCode.ERROR)
-            # Not the global propagator: an operator's environment could add baggage, which is the callers' own.
+            # Not the global propagator: the environment could add baggage to it, which is the callers' private data.
             self._parents = import_module(
                 "opentelemetry.trace.propagation.tracecontext"
             ).TraceContextTextMapPropagator()
 
     def record(self, method: str, code: str, seconds: float, metadata: Metadata, said: Mapping[str, str | int]) -> None:
-        """A call has ended just now. method: as "Cache/Get"; metadata: what came with it; said: attributes."""
+        """Record a call that has just ended. method: such as "Cache/Get"; metadata: the call's; said: attributes."""
         if not self.wanted:
             return
         sent = {name: str(value) for name, value in metadata if name in ("traceparent", "tracestate")}
@@ -58,15 +58,15 @@ class Spans:
         span.end(now)
 
     def close(self) -> None:
-        """Send what waits, for a few seconds at most. Blocks."""
+        """Send the waiting spans, for a few seconds at most. Blocks."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 def open_spans(endpoint: str, version: str) -> Spans:
-    """Spans sent to an OTLP endpoint over HTTP; off where it is empty. Raises ConfigError.
+    """Spans sent to an OTLP endpoint over HTTP; off if it is empty. Raises ConfigError.
 
-    Everything else is said in OpenTelemetry's own variables: OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, ...
+    All other options are OpenTelemetry's own variables: OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, ...
     """
     if not endpoint:
         return Spans()
@@ -79,7 +79,7 @@ def open_spans(endpoint: str, version: str) -> Spans:
         raise ConfigError(
             f"server.traces_endpoint needs what is not installed ({error.name}): pip install 'kvstored[otel]'"
         ) from None
-    # create() adds what OTEL_RESOURCE_ATTRIBUTES says.
+    # create() adds the attributes in OTEL_RESOURCE_ATTRIBUTES.
     resource = resources.Resource.create({"service.name": SERVICE, "service.version": version})
     provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter(endpoint=endpoint, timeout=5)))
