@@ -67,17 +67,13 @@ def main() -> int:
     running.warm()
     directory = ROOT / ".mutants"
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(directory / "hypothesis")
-    measured, times = directory / "lines.json", directory / "times.json"
+    measured = directory / "lines.json"
     if options.measure or not measured.exists():
-        times.unlink(missing_ok=True)
         _measure(measured, options.tests or TESTS)
     lines = Lines(measured)
     results: list[Result] = []
 
     def work(session: Session) -> None:
-        if not times.exists():
-            _check(session, lines, times)
-        lines.correct(json.loads(times.read_text()))
         for result in _results(chosen, lines, session, options):
             results.append(result)
             _show(results, len(chosen))
@@ -117,7 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", help="write the results here, while it runs, too")
     parser.add_argument("--list", action="store_true", help="only say which changes there are")
     parser.add_argument("--measure", action="store_true", help="measure again which test executes which line")
-    parser.add_argument("--tests", action="append", help="tests to measure, by default those of engine and doors")
+    parser.add_argument("--tests", action="append", help="what to measure, beside what is measured; by default, all")
     return parser.parse_args()
 
 
@@ -151,31 +147,14 @@ def _measure(target: Path, tests: tuple[str, ...] | list[str]) -> None:
         sys.exit("measuring failed")
 
 
-def _check(session: Session, lines: Lines, target: Path) -> None:
-    """Run the tests once more, in forks, nothing changed and nothing traced: which pass there, how long they take."""
-    files: dict[str, list[str]] = {}
-    for name in lines.names():
-        files.setdefault(name.partition("::")[0], []).append(name)
-    seconds: dict[str, float | None] = {}
-    for file, tests in files.items():
-        found = session.unchanged(tests)
-        seconds |= found
-        left_out = [name for name, took in found.items() if took is None]
-        click.echo(f"{file}: {len(tests) - len(left_out)} tests, left out: {left_out}", err=True)
-    target.write_text(json.dumps(seconds))
-
-
 def _results(mutants: list[Mutant], lines: Lines, session: Session, options: argparse.Namespace) -> Iterator[Result]:
     """Run changes, several at once; results as they come."""
     at_work: list[tuple[Mutant, list[str], running.Run]] = []
-    waiting = iter(mutants)
-    more = True
-    while more or at_work:
-        while more and len(at_work) < options.jobs:
-            mutant = next(waiting, None)
-            if mutant is None:
-                more = False
-            elif tests := _tests_for(mutant, lines, options.seconds):
+    waiting = list(reversed(mutants))
+    while waiting or at_work:
+        while waiting and len(at_work) < options.jobs:
+            mutant = waiting.pop()
+            if tests := _tests_for(mutant, lines, options.seconds):
                 start = session.start if session.has(mutant) else running.start
                 source = (ROOT / mutant.file).read_bytes()
                 at_work.append((mutant, tests, start(tests, mutant, source, lines.seconds(tests))))
@@ -184,8 +163,14 @@ def _results(mutants: list[Mutant], lines: Lines, session: Session, options: arg
         for item in list(at_work):
             mutant, tests, run = item
             outcome = run.ended()
-            if outcome is not None:
-                at_work.remove(item)
+            if outcome is None:
+                continue
+            at_work.remove(item)
+            if outcome == "killed" and run.by and not session.passes_unchanged(run.by):
+                click.echo(f"left out, for it fails when nothing is changed: {run.by}", err=True)
+                lines.leave_out(run.by)
+                waiting.append(mutant)
+            else:
                 yield Result(mutant, outcome, len(tests), run.by)
         time.sleep(0.01)
 

@@ -73,9 +73,11 @@ class Recorder:
             self._bad.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        """Write."""
-        good = {name: found for name, found in self._tests.items() if name not in self._bad}
-        self._target.write_text(json.dumps({"tests": good, "left out": sorted(self._bad)}))
+        """Write, beside what was measured before; what was measured anew counts."""
+        before = json.loads(self._target.read_text())["tests"] if self._target.exists() else {}
+        found = before | self._tests
+        good = {name: found[name] for name in found if name not in self._bad}
+        self._target.write_text(json.dumps({"tests": good}))
 
 
 class Lines:
@@ -94,13 +96,9 @@ class Lines:
                 for line in lines:
                     self._by_line[file, line].add(name)
 
-    def correct(self, seconds: dict[str, float | None]) -> None:
-        """Take the times of a run that was not traced. None: the test failed there, so it is left out."""
-        for name, took in seconds.items():
-            if took is None:
-                self._tests.pop(name, None)
-            elif name in self._tests:
-                self._tests[name]["s"] = took
+    def leave_out(self, test: str) -> None:
+        """Forget a test that fails when nothing is changed."""
+        self._tests.pop(test, None)
         self._index()
 
     def tests_of(self, file: str, lines: range, *, outside: bool) -> list[str]:
@@ -111,10 +109,6 @@ class Lines:
     def files(self) -> list[str]:
         """The files of all tests."""
         return sorted({name.partition("::")[0] for name in self._tests})
-
-    def names(self) -> list[str]:
-        """All tests, in the order of the measurement."""
-        return list(self._tests)
 
     def seconds(self, tests: list[str]) -> float:
         """How long they took."""

@@ -71,8 +71,8 @@ class Run:
     deadline: float
     by: str = ""
 
-    def ended(self, *, keep: bool = False) -> str | None:
-        """ "killed", "survived", "hung" or "broken"; None while it runs. keep: the directory stays."""
+    def ended(self) -> str | None:
+        """ "killed", "survived", "hung" or "broken"; None while it runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:
             outcome = _outcome(status)
@@ -85,10 +85,10 @@ class Run:
         if not pid:
             os.waitpid(self.pid, 0)
         failed = re.search(
-            r"^(?:FAILED|ERROR) (\S+)", (self.directory / "log").read_text(errors="replace"), re.MULTILINE
+            r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", (self.directory / "log").read_text(errors="replace"), re.MULTILINE
         )
         self.by = failed[1] if failed else ""
-        if outcome != "broken" and not keep:
+        if outcome != "broken":
             shutil.rmtree(self.directory, ignore_errors=True)
         return outcome
 

@@ -6,9 +6,7 @@ import, no collection. Only a change inside a function can be made so; `running`
 
 import ast
 import gc
-import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -23,8 +21,8 @@ import pytest
 from tests.mutants.mutations import Mutant
 from tests.mutants.running import ROOT, Run, change, deadline, fork, put_first, temporary
 
-CHECK_S = 600.0
-"""The longest that the tests of one file may take when nothing is changed."""
+CHECK_S = 300.0
+"""The longest that a test may take when nothing is changed."""
 
 
 class Session:
@@ -34,7 +32,7 @@ class Session:
         self._work = work
         self._items: dict[str, pytest.Item] = {}
         self._functions: defaultdict[str, list[FunctionType]] = defaultdict(list)
-        self._seconds: dict[str, float | None] | None = None
+        self._passes: dict[str, bool] = {}
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Instead of running the tests."""
@@ -49,37 +47,27 @@ class Session:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The first failure ends a fork: the change was noticed."""
-        if self._seconds is not None:
-            self._note(report, self._seconds)
-        elif report.failed:
+        if report.failed:
             sys.stdout.write(f"\nFAILED {report.nodeid}\n{report.longreprtext}")
             sys.stdout.flush()
             os._exit(1)
 
-    @staticmethod
-    def _note(report: pytest.TestReport, seconds: dict[str, float | None]) -> None:
-        before = seconds.setdefault(report.nodeid, 0.0)
-        seconds[report.nodeid] = before + report.duration if report.passed and before is not None else None
+    def passes_unchanged(self, test: str) -> bool:
+        """Whether a test passes in a fork when nothing is changed. Asked once of each test that noticed something."""
+        if test not in self._items:  # a file that cannot be collected
+            return True
+        if test not in self._passes:
+            directory = temporary()
 
-    def unchanged(self, tests: Sequence[str]) -> dict[str, float | None]:
-        """Run tests in a fork as they are. Returns their seconds, None for those that do not pass there."""
-        directory = temporary()
-        items = [self._items[test] for test in tests if test in self._items]
+            def work() -> int:
+                _run([self._items[test]], directory)
+                return 0
 
-        def work() -> int:
-            self._seconds = {}
-            _run(items, directory)
-            (directory / "seconds").write_text(json.dumps(self._seconds))
-            return 0
-
-        run = Run(fork(work, directory / "log"), directory, time.monotonic() + CHECK_S)
-        found: dict[str, float | None] = {}
-        while run.ended(keep=True) is None:
-            time.sleep(0.05)
-        if (directory / "seconds").exists():
-            found = json.loads((directory / "seconds").read_text())
-        shutil.rmtree(directory, ignore_errors=True)
-        return {test: found.get(test) for test in tests}
+            run = Run(fork(work, directory / "log"), directory, time.monotonic() + CHECK_S)
+            while (outcome := run.ended()) is None:
+                time.sleep(0.01)
+            self._passes[test] = outcome == "survived"
+        return self._passes[test]
 
     def has(self, mutant: Mutant) -> bool:
         """Whether a change can be made here."""
