@@ -17,6 +17,7 @@ import click
 from tests.mutants import running
 from tests.mutants.lines import Lines, Recorder
 from tests.mutants.mutations import Mutant, mutants_of
+from tests.mutants.prepared import prepared
 from tests.mutants.running import ROOT
 from tests.mutants.session import Session
 
@@ -86,6 +87,8 @@ def main() -> int:
 
 
 def _chosen(options: argparse.Namespace) -> list[Mutant]:
+    if options.prepared:
+        return prepared(ROOT)
     files = options.file or _law_files()
     chosen = [m for file in files for m in mutants_of(file, (ROOT / file).read_bytes())]
     if options.line:
@@ -107,6 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=300, help="how many changes, chosen by --seed; 0: all")
     parser.add_argument("--each", type=int, help="at most so many changes of each file, instead of --count")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prepared", action="store_true", help="those of prepared.py, which all must be noticed")
     parser.add_argument("--again", help="only changes that were not noticed in this --json file of another run")
     parser.add_argument("--seconds", type=float, default=SECONDS_MAX, help="how long the tests of one change may take")
     parser.add_argument("--jobs", type=int, default=2, help="how many at once")
