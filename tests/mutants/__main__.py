@@ -93,6 +93,8 @@ def _chosen(options: argparse.Namespace) -> list[Mutant]:
     chosen = [m for file in files for m in mutants_of(file, (ROOT / file).read_bytes())]
     if options.line:
         chosen = [m for m in chosen if m.line in options.line]
+    if options.inside:
+        chosen = [m for m in chosen if not m.outside]
     if options.each:
         chosen = _some_of_each(chosen, options.each, options.seed)
     elif options.count and options.count < len(chosen):
@@ -109,6 +111,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--line", action="append", type=int, help="only changes of this line")
     parser.add_argument("--count", type=int, default=300, help="how many changes, chosen by --seed; 0: all")
     parser.add_argument("--each", type=int, help="at most so many changes of each file, instead of --count")
+    parser.add_argument(
+        "--inside", action="store_true", help="only inside functions: made in forks, at once"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prepared", action="store_true", help="those of prepared.py, which all must be noticed")
     parser.add_argument("--again", help="only changes that were not noticed in this --json file of another run")
