@@ -57,11 +57,23 @@ def test_an_entry_larger_than_its_owners_quota_is_not_admitted() -> None:
     assert not tier.has_room(ONE, Key(b"b"), owner)
 
 
+def test_both_quotas_bound_what_is_admitted() -> None:
+    """The namespace's and its tenant's."""
+    for limits in (((100.0, 0.0, 0.0), NO_LIMITS), (NO_LIMITS, (100.0, 0.0, 0.0))):
+        owner, order = Owner("t", "n", "t/n", *limits), Order(tier="hot")
+        assert order.admits(owner, 100)
+        assert not order.admits(owner, 101)
+        assert order.within_quota(owner, 100)
+        assert not order.within_quota(owner, 101)
+
+
 def test_what_is_pinned_is_never_displaced_and_its_bytes_are_not_to_be_had() -> None:
     tier = MemoryTier("hot", 2 * ONE)
     for name in (b"a", b"b"):
         tier.put(entry(name))
     tier.pin(Key(b"a"))
+    tier.pin(Key(b"a"))
+    tier.pin(Key(b"absent"))
     with pytest.raises(OverQuota, match="pin_max_fraction"):
         tier.pin(Key(b"b"))
     assert tier.admits(ONE, Key(b"c"), NOBODY)
