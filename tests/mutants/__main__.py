@@ -111,9 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--line", action="append", type=int, help="only changes of this line")
     parser.add_argument("--count", type=int, default=300, help="how many changes, chosen by --seed; 0: all")
     parser.add_argument("--each", type=int, help="at most so many changes of each file, instead of --count")
-    parser.add_argument(
-        "--inside", action="store_true", help="only inside functions: made in forks, at once"
-    )
+    parser.add_argument("--inside", action="store_true", help="only inside functions: made in forks, at once")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prepared", action="store_true", help="those of prepared.py, which all must be noticed")
     parser.add_argument("--again", help="only changes that were not noticed in this --json file of another run")
