@@ -179,3 +179,13 @@ def test_limits_on_what_is_put() -> None:
         check_specs({})
     with pytest.raises(InvalidEntry, match="unknown dtype"):
         check_specs({"a": TensorInfo("float99", (1,))})
+
+
+def test_what_is_encoded_already_stays_as_it_is() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    once = codecs.encode_measured(codec_named("int8"), "a", x)
+    assert once is not None
+    raw = EncodedTensor(TensorSpec("float32", (64, 64)), "raw", {"": x})
+    found = codecs.encode_entry(Entry(Key(b"k"), {"a": once, "b": raw}, lossy=True), codec_named("int8"))
+    assert found.tensors["a"] is once
+    assert found.tensors["b"].encoding == "int8"

@@ -1,5 +1,6 @@
 """What is on the disk: each record of a batch, what is said to be written, and after a crash no chunk of nobody."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,4 +143,16 @@ def test_metas_are_those_that_were_held(tmp_path: Path) -> None:
     holder.reopen()
     found: Meta = holder.metas[key(1)]
     assert replace(found, watched_at=before.watched_at, owner=before.owner) == before
+    holder.cold.close()
+
+
+def test_times_that_take_turns_come_back_each_to_its_own_key(tmp_path: Path) -> None:
+    """Equal ones that follow each other are made one object at a start; others are not."""
+    holder = Holder(tmp_path / "cold")
+    for n, ttl_s in enumerate((100.0, 300.0, 100.0, 100.0, 200.0, 100.0)):
+        holder.put(key(n), n, ttl_s=ttl_s, last_hit_at=ttl_s)
+    before = {name: (meta.ttl_s, meta.expires_at, meta.last_hit_at) for name, meta in holder.metas.items()}
+    holder.reopen()
+    assert {name: (meta.ttl_s, meta.expires_at, meta.last_hit_at) for name, meta in holder.metas.items()} == before
+    assert gc.isenabled(), "it is off only while rows are read"
     holder.cold.close()

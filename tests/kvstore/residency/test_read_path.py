@@ -142,3 +142,19 @@ def test_of_a_chain_the_first_miss_ends_the_answer(tmp_path: Path) -> None:
         assert [hit.key for hit in store.get_many([b"a", b"b", b"c"], leading=True) if hit] == [b"a"]
         assert [hit is not None for hit in store.get_many([b"a", b"b", b"c"])] == [True, False, True]
         assert len(store.match([b"a", b"b", b"c"]).held) == 1
+
+
+def test_an_encoding_that_the_caller_accepts_is_given_out_as_it_is_held(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        for key in (b"hot", b"warm", b"cold"):
+            store.put(key, VALUE)
+        store.demote(b"warm", b"cold")
+        store.demote(b"cold")
+        encoding = store._r.index[b"warm"].encoding  # type: ignore[index]
+        keys = [b"hot", b"warm", b"cold", b"absent"]
+        with store.lease_as_held(keys, {encoding}) as found:
+            assert [type(at).__name__ for at in found] == ["Hit", "Found", "Found", "NoneType"]
+        with store.lease_as_held(keys, {encoding}, from_nbytes=NBYTES + 1) as found:
+            assert [type(at).__name__ for at in found] == ["Hit", "Hit", "Hit", "NoneType"]
+        with store.lease_as_held(keys, ()) as found:
+            assert [type(at).__name__ for at in found] == ["Hit", "Hit", "Hit", "NoneType"]
