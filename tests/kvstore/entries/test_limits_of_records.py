@@ -220,3 +220,15 @@ def test_a_record_is_as_long_as_its_head_says() -> None:
     for wrong in (record + b"\0", record[:-1]):
         with pytest.raises(RecordCorrupt, match="record has"):
             unpack(wrong, KEY)
+
+
+@pytest.mark.parametrize("said", [3, 5])
+def test_a_record_whose_head_says_another_size_than_its_tensors_have_is_refused(said: int) -> None:
+    """Room was made for what the head says."""
+    record = bytearray(pack(plain(), Meta(1.0, 2.0, 1.0, 4)).to_bytes())
+    fields = list(records._FIXED.unpack_from(record))
+    assert fields[8] == 4
+    fields[8], rest = said, bytes(record[FIXED_NBYTES:])
+    fields[3] = xxhash.xxh3_64_intdigest((records._FIXED.pack(*fields) + rest)[16 : FIXED_NBYTES + fields[9]])
+    with pytest.raises(RecordCorrupt, match=f"tensors of 4 bytes, header says {said}"):
+        unpack(records._FIXED.pack(*fields) + rest, KEY)
