@@ -99,3 +99,22 @@ def test_a_damaged_record_is_dropped_pinned_or_not(tmp_path: Path) -> None:
             assert store.get(key) is None
         assert store.stats().values["cold_corrupt_total"] == 2
         assert store.stats().values["entries"] == 0
+
+
+def test_a_lossy_copy_in_hot_goes_with_the_encoded_form_that_the_disk_drops(tmp_path: Path) -> None:
+    """Else it would be encoded a second time when it sinks, and its bytes would no longer be those of the first."""
+    with open_store(tmp_path) as store:
+        r, key = store._r, Key(b"k")
+        store.put(b"k", {"k": torch.randn(64, 64)})
+        store.demote(b"k")
+        store.demote(b"k")
+        assert store.promote(b"k") == 1
+        entry = r.hot.get(key)
+        assert entry is not None
+        assert entry.lossy
+        assert r.cold is not None
+        r.cold.wait(r.cold.queue_removal(key))
+        assert key in r.hot
+        r.dropped_from_cold(key, "evicted")
+        assert key not in r.hot
+        assert key not in r.index
