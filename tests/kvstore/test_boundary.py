@@ -13,9 +13,7 @@ def test_what_is_told_already_and_what_the_disk_says_stay_as_they_are() -> None:
             raise error
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_ran_out_says_nothing_about_the_bytes(error: Exception) -> None:
     """A record blamed for it would be thrown away."""
     assert isinstance(blamed(error, RecordCorrupt, "record"), TierUnavailable)
