@@ -325,7 +325,7 @@ class Mover:
         if not self._cold_has_room(r.cold, below):
             return False
         with r.lock:
-            if r.index.get(key) is not meta or tier.get(key) is not entry:
+            if r.index.get(key) is not meta:  # put again: with this Meta an entry moves only under `_moving`
                 return False
             meta.lossy, meta.encoding = meta.lossy or below.lossy, below.encoding
             r.cold.put(below)

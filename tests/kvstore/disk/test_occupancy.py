@@ -77,3 +77,19 @@ def test_small_records_lose_little_and_large_ones_lose_a_block_at_most() -> None
     assert place_nbytes(4800) == 4800
     assert place_nbytes(4801) - 4801 < ALIGN_NBYTES
     assert place_nbytes(SHARED_BELOW_NBYTES + 1) - SHARED_BELOW_NBYTES == BLOCK_NBYTES
+
+
+def test_a_block_that_two_records_share_far_into_a_segment_is_kept_for_the_second() -> None:
+    """The table of blocks grows with the segment, however far it has grown before."""
+    blocks = Occupancy()
+    for at in (0, 5000 * BLOCK_NBYTES, 20_000 * BLOCK_NBYTES):
+        first, second = (at, 400), (at + place_nbytes(400), 400)
+        blocks.add(*first)
+        blocks.add(*second)
+        before = blocks.count
+        start, nbytes = blocks.remove(*first)
+        assert start + nbytes <= second[0], "the second record's bytes would read as zeros"
+        assert blocks.count == before
+        assert blocks.remove(*second) == (at, BLOCK_NBYTES)
+        assert blocks.count == before - 1
+    assert blocks.live_nbytes == blocks.slack_nbytes == 0

@@ -1,8 +1,10 @@
 """Records encrypted at rest: they come back under their key, and under anything else are a miss, never other bytes."""
 
+import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -171,3 +173,50 @@ def test_a_store_whose_key_file_is_missing_does_not_open(tmp_path: Path) -> None
         Store.open(config)
     with Store.open(tmp_path / "cold"):  # the directory was let go of
         pass
+
+
+def test_the_sealed_form_is_that_of_every_version_before(seals: Seals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a salt that is known. Another one could not open what lies on disks: cut, numbered or bound otherwise."""
+    assert sealing.PIECE_NBYTES == 64 << 20
+    monkeypatch.setattr(sealing, "PIECE_NBYTES", 1000)
+    monkeypatch.setattr(sealing.secrets, "token_bytes", lambda nbytes: bytes(range(nbytes)))  # type: ignore[attr-defined]
+    x = torch.arange(2500).to(torch.uint8)
+    record = pack(raw_entry(KEY, {"x": x}), META, compression=Compression.NONE, seal=seals.sealing([])).to_bytes()
+    assert hashlib.sha256(record).hexdigest() == "fbe6492676d42d0c91c0fe3e6c40b3e98e0f47d9c957213033c8fff8725e598f"
+    assert sealing.sealed_nbytes(2500) == 2500 + HEAD_NBYTES + 3 * TAG_NBYTES
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1000, 1001, 2000, 2001])
+def test_a_sealed_section_has_a_tag_a_piece_and_at_least_one(
+    seals: Seals, monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
+    monkeypatch.setattr(sealing, "PIECE_NBYTES", 1000)
+    key = seals.sealing([])
+    assert key is not None
+    data = np.arange(nbytes).astype(np.uint8)
+    sealed = np.concatenate(key.seal([data[: nbytes // 3], data[nbytes // 3 :]], b"bound"))
+    assert sealed.size == sealing.sealed_nbytes(nbytes)
+    assert np.array_equal(seals.open(sealed, b"bound"), data)
+    for wrong in (sealed[:-1], np.concatenate([sealed, sealed[-1:]]), sealed[: sealed.size - 1000]):
+        with pytest.raises(RecordCorrupt):
+            seals.open(wrong, b"bound")
+
+
+def test_what_is_too_short_to_be_sealed_is_damaged_and_not_of_another_key() -> None:
+    """An unknown key's record is kept until its key is there again; damage is dropped."""
+    with pytest.raises(RecordCorrupt, match="sealed data of 47 bytes"):
+        sealing.NO_SEALS.open(np.zeros(HEAD_NBYTES + TAG_NBYTES - 1, np.uint8), b"")
+    with pytest.raises(sealing.UnknownSeal):
+        sealing.NO_SEALS.open(np.zeros(HEAD_NBYTES + TAG_NBYTES, np.uint8), b"")
+
+
+def test_pieces_do_not_change_places(seals: Seals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "PIECE_NBYTES", 1000)
+    key = seals.sealing([])
+    assert key is not None
+    sealed = np.concatenate(key.seal([np.arange(3000).astype(np.uint8)], b"bound"))
+    step, at = 1000 + TAG_NBYTES, HEAD_NBYTES
+    one, two = sealed[at : at + step].copy(), sealed[at + step : at + 2 * step].copy()
+    sealed[at : at + step], sealed[at + step : at + 2 * step] = two, one
+    with pytest.raises(RecordCorrupt, match="not what was sealed"):
+        seals.open(sealed, b"bound")

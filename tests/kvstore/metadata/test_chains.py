@@ -299,3 +299,15 @@ def test_a_key_cannot_continue_itself() -> None:
         assert store._r.index[Key(b"k")].parent is None
         assert store._r.index[Key(b"k")].first_child is None
         assert store.delete(b"k") == 1
+
+
+def test_a_chunk_that_others_continue_is_put_again_below_a_parent_that_comes_after_it() -> None:
+    """A chain is put deepest first: when the chunk is there again, its new parent is in no index yet."""
+    with memory_store() as store:
+        store.put(b"a", value(b"a"))
+        store.put(b"b", value(b"b"), parent=b"a")
+        assert store.put_many([(b"root", value(b"root")), (b"a", value(b"a"))], chain=True) == 2
+        assert store._r.index[Key(b"a")].parent == b"root"
+        assert store._r.chains.awaited == 0
+        assert store.delete(b"root") == 1
+        assert store.locate([b"a", b"b"]) == [None, None]

@@ -170,3 +170,13 @@ def test_between_namespaces_of_a_tenant_the_one_that_brings_something_gives_way(
         order.track(name, 100, owner=whose)
     assert order.victim(x, 50) == b"x"
     assert order.victim(y, 50) == b"y"
+
+
+def test_a_tenant_of_several_namespaces_gives_way_where_it_brings_what_makes_it_the_largest() -> None:
+    b, x, y = owner("b"), *(Owner("a", name, f"a/{name}", NO_LIMITS, NO_LIMITS) for name in "xy")
+    owners = {Key(b"b"): b, Key(b"x"): x, Key(b"y"): y}
+    order = Order(owner_of=owners.__getitem__)
+    for name, nbytes in ((b"b", 100), (b"x", 50), (b"y", 50)):
+        order.track(Key(name), nbytes, owner=owners[Key(name)])
+    assert order.victim(x, 50) == b"x"
+    assert order.victim(b, 50) == b"b"
