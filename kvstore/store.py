@@ -31,7 +31,7 @@ from kvstore.metadata.tombstones import GoneCause
 from kvstore.prefix import Namespace
 from kvstore.residency import pins
 from kvstore.residency.answers import Answers, is_sent_encoded
-from kvstore.residency.inspection import entries, entry_info, explain, snapshot
+from kvstore.residency.inspection import entries, entry_info, explain, holds_truly, locate, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import Found, ReadPath, Resident, leading_first
@@ -267,7 +267,11 @@ class Store:
 
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
-        return list(self._locate(check_keys(keys)))
+        return locate(self._r, map(Key, check_keys(keys)))
+
+    def holds_truly(self, key: bytes) -> bool:
+        """Whether a key is held and its record's head agrees with what is known of it; one that does not is dropped."""
+        return holds_truly(self._r, Key(check_key(key)))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""
@@ -466,13 +470,6 @@ class Store:
     def _read(self, keys: list[bytes], *, leading: bool) -> list[Found | None]:
         self._check_open()
         return self._read_path.read(keys, leading=leading)
-
-    def _locate(self, keys: list[bytes]) -> Iterator[Held | None]:
-        with self._r.lock:
-            for key in map(Key, keys):
-                meta = self._r.peek(key)
-                place = self._r.lookup(key) if meta is not None else None
-                yield None if meta is None or place is None else Held(place[0], meta.value_nbytes)
 
     def _forget(self, keys: list[bytes], cause: GoneCause, *, keep_shared: bool = False) -> int:
         r = self._r

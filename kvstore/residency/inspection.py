@@ -4,17 +4,38 @@ Takes the residency lock for one entry at a time, so a listing of a million keys
 it was at some moment of the call.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from kvstore.entries.entry import Described
-from kvstore.hit import EntryInfo, Explanation, TensorInfo
+from kvstore.hit import EntryInfo, Explanation, Held, TensorInfo
 from kvstore.keys import Key
 from kvstore.metadata.accounts import accounts_of
 from kvstore.metadata.owner import Owner
 from kvstore.residency.state import Residency
 from kvstore.stats import Stats, TierStats, values_of
 from kvstore.tiers import TierName
+
+
+def locate(r: Residency, keys: Iterable[Key]) -> list[Held | None]:
+    """Where each key is held; None where it is not. Does not count as use."""
+    found: list[Held | None] = []
+    with r.lock:
+        for key in keys:
+            meta = r.peek(key)
+            place = r.lookup(key) if meta is not None else None
+            found.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
+    return found
+
+
+def holds_truly(r: Residency, key: Key) -> bool:
+    """Whether a key is held and, where it is only on disk, its record's head agrees with what is known of it.
+
+    A record that does not is dropped. For who would refuse a value for its size: that may be a stranger's word.
+    """
+    with r.lock:
+        place = None if r.live(key) is None else r.lookup(key)
+    return place is not None and (place[1] is not None or r.cold is None or r.cold.specs_of(key) is not None)
 
 
 def entries(

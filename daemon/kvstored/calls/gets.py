@@ -9,6 +9,7 @@ from itertools import chain
 
 from kvstore import arrays
 from kvstore.entries.entry import Entry
+from kvstore.errors import EntryTooLarge
 from kvstore.hit import Hit
 from kvstore.keys import check_keys
 from kvstore.residency.read_path import Found, Resident
@@ -64,9 +65,7 @@ class Reading:
         if self._ended:
             return []
         start = self._at
-        stop, decoded_nbytes = self._measure_lot()
-        # Before anything is read: what is under way is in memory, and threads enough for a gigabyte read at once.
-        self._count(decoded_nbytes)
+        stop = self._count_lot()
         found = self._store.lease_as_held(
             self._keys[start:stop],
             self._accept,
@@ -110,6 +109,23 @@ class Reading:
         self._end_lot()
         if self._lots > 1:
             self._store.touch(self._keys[: self._at])
+
+    def _count_lot(self) -> int:
+        """Where the next lot stops, its decoded bytes counted.
+
+        Before anything is read: what is under way is in memory, and threads enough for a gigabyte read at once.
+        """
+        while True:
+            stop, decoded_nbytes = self._measure_lot()
+            try:
+                self._count(decoded_nbytes)
+            except EntryTooLarge:
+                # A single entry, that would be refused at each get. A record that only says so goes: it is a miss.
+                key = self._keys[stop - 1]
+                if self._store.holds_truly(key) or self._store.locate([key]) != [None]:
+                    raise
+            else:
+                return stop
 
     def _count(self, nbytes: int) -> None:
         self._budget.take(nbytes)
