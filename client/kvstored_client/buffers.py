@@ -8,7 +8,7 @@ import numpy as np
 
 from kvstore import arrays
 from kvstore.dtypes import BY_NAME
-from kvstore.errors import InvalidEntry
+from kvstore.errors import OutMismatch
 from kvstore.hit import TensorInfo
 from kvstored_client.wire.frames import Bytes
 
@@ -46,10 +46,6 @@ class Target:
         """All bytes are filled: those tensors that could not be filled directly get them now."""
         for name, fresh in self._aside.items():
             self.tensors[name].copy_(fresh)
-
-
-class OutMismatch(InvalidEntry):
-    """The tensors given as `out` cannot take the entry."""
 
 
 def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:

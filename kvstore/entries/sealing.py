@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore.errors import ConfigError, RecordCorrupt
+from kvstore.errors import ConfigError, RecordCorrupt, UnknownSeal
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,6 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 def sealed_nbytes(nbytes: int) -> int:
     """Bytes of the sealed form of so many."""
     return nbytes + HEAD_NBYTES + TAG_NBYTES * max(1, -(-nbytes // PIECE_NBYTES))
-
-
-class UnknownSeal(RecordCorrupt):
-    """Nothing is wrong with the record: the key it was sealed under is not among those given."""
 
 
 class Key:

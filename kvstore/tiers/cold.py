@@ -32,8 +32,8 @@ from kvstore.disk.writer import ROW_NBYTES, Callbacks, Counters, Writer, cost_of
 from kvstore.entries.entry import Described, Entry
 from kvstore.entries.record import record_nbytes
 from kvstore.entries.sealing import Key as SealKey
-from kvstore.entries.sealing import Seals, UnknownSeal
-from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable
+from kvstore.entries.sealing import Seals
+from kvstore.errors import ConfigError, OverQuota, RecordCorrupt, TierUnavailable, UnknownSeal
 from kvstore.hit import Verified
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta

@@ -14,7 +14,7 @@ from typing import Any, Self, cast, overload
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
-from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
+from kvstore.errors import CodecError, KvstoreError, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
@@ -32,10 +32,6 @@ BLOCKS_MAX = 4096
 """Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
-
-
-class LeaseKept(KvstoreError):
-    """A tensor of a lease is still referred to after its block: copy what is needed inside."""
 
 
 class LeasedTensors(Mapping[str, Any]):

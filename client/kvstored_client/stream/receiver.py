@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import xxhash
 
-from kvstore.errors import CodecError, KvstoreError
+from kvstore.errors import CodecError, KvstoreError, OutMismatch
 from kvstore.hit import Hit
-from kvstored_client.buffers import Out, OutMismatch, Target, Tensors
+from kvstored_client.buffers import Out, Target, Tensors
 from kvstored_client.decoding import Packed, Unpacking, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.wire._pb import cache_pb2 as pb

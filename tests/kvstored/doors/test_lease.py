@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.errors import RecordCorrupt
+from kvstore.errors import LeaseKept, RecordCorrupt
 from kvstored_client import Client
-from kvstored_client.shm.calls import LeaseKept
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import environment, wait_until
