@@ -155,17 +155,19 @@ class Client:
         """Put entries, root first, in one call. Returns how many were stored.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues. namespace: as for `put`.
+        outlives the one it continues. namespace: as for `put`. Of two entries under one key the later one is kept.
         """
         pairs = list(entries)
         keys = check_keys(key for key, _ in pairs)
+        held = dict(zip(keys, (tensors for _, tensors in pairs), strict=True))
         options = PutOptions(ttl_s, sliding=sliding, pin=pin, fidelity=fidelity, priority=priority, namespace=namespace)
-        parents = [parent, *keys[:-1]] if chain else [None] * len(keys)
+        parents = [parent, *held][:-1] if chain else [None] * len(held)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
-            for key, (_, tensors), before in zip(keys, pairs, parents, strict=True)
+            for (key, tensors), before in zip(held.items(), parents, strict=True)
         ]
-        return self._data(lambda: self._send(batch), 0) if batch else 0
+        stored = self._data(lambda: self._send(batch), 0) if batch else 0
+        return len(keys) if stored == len(batch) else stored
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key; None on a miss.
@@ -325,7 +327,8 @@ class Client:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now. Raises if the daemon cannot answer."""
-        return self._understood(read_stats, self._noted(self._counted(self._ask_stats)))
+        reply = self._counted(lambda: self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply))
+        return self._understood(read_stats, self._noted(reply))
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -467,9 +470,6 @@ class Client:
             raise RecordCorrupt(f"{self.address} answered {answered} of {asked}")
         return answered
 
-    def _ask_stats(self) -> pb.StatsReply:
-        return self._transport.unary(ADMIN + "Stats", pb.StatsRequest(), pb.StatsReply)
-
     def _noted(self, reply: Any) -> Any:
         self._transport.saw_epoch(reply.boot_epoch)
         return reply
@@ -493,7 +493,7 @@ class Client:
 
 
 def _log_change(state: str, detail: str) -> None:
-    # Once for each change of state, whatever the number of calls that met it.
+    # Once for each change of state, however many calls met it.
     if state == "down":
         logger.warning("cache down, answering misses until it is back: %s", detail)
     else:
