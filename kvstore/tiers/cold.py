@@ -223,7 +223,8 @@ class Cold:
         return self._segments.disk_nbytes() + self._rows.disk_nbytes()
 
     def __len__(self) -> int:
-        return len(self._order) + len(self._pinned)
+        with self._changed:
+            return len(self._order) + len(self._pinned)
 
     def __contains__(self, key: object) -> bool:
         with self._changed:
@@ -343,11 +344,12 @@ class Cold:
 
             evicted = self._evict(lambda: not fits(slack), owner, cost) if self._order.admits(owner, cost) else []
             full = not fits(0)
+            pinned_nbytes = sum(self._pinned.values()) if full else 0
         for victim in evicted:
             self._on_drop(victim, "evicted")
         if full:
             raise OverQuota(
-                f"{cost} bytes do not fit the cold tier: {sum(self._pinned.values())} of its "
+                f"{cost} bytes do not fit the cold tier: {pinned_nbytes} of its "
                 f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small; "
                 "unpin something or enlarge the tier or the quota"
             )

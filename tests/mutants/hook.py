@@ -3,7 +3,6 @@
 In a directory of its own it is also the `sitecustomize` of processes that a test starts: see `running`.
 """
 
-import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -11,9 +10,6 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType
 from typing import Any
-
-ROOT, FILE, SOURCE = "KVSTORED_MUTANT_ROOT", "KVSTORED_MUTANT_FILE", "KVSTORED_MUTANT_SOURCE"
-"""Environment: the work tree, the file in it that is replaced, and the one that holds its text."""
 
 
 class _Loader(SourceFileLoader):
@@ -55,9 +51,3 @@ class Hook(MetaPathFinder):
         """Before the module is imported."""
         assert self.name not in sys.modules, f"{self.name} is imported already"
         sys.meta_path.insert(0, self)
-
-
-def install_from_environment() -> None:
-    """As the environment says, in this process or one that it started."""
-    source = Path(os.environ[SOURCE]).read_bytes()
-    Hook(Path(os.environ[ROOT]), os.environ[FILE], source).install()

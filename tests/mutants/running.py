@@ -1,11 +1,12 @@
-"""Runs tests against a change, in a fork of this process: torch and pytest are imported already, the program is not.
+"""Runs tests against a change: in a fork (`session`), or in a process of its own where the change is made at import.
 
-The fork gets a session of its own, so that what hangs is ended with everything it started. Processes that the tests
-start see the change, too: a `sitecustomize` in front of their path installs the same hook.
+Each gets a session of the system's, so that what hangs is ended with everything it started. Processes that the tests
+start see the change, too: a `sitecustomize` in front of their path installs the hook.
 """
 
 import importlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from tests.mutants import hook
 from tests.mutants.mutations import Mutant
@@ -26,16 +28,19 @@ HEAVY = (
     "google.protobuf.message", "cryptography.hazmat.primitives.ciphers.aead", "pytest", "_pytest.assertion.rewrite",
     "click", "asyncio",
 )  # fmt: skip
-TIMEOUT_MIN_S = 60.0
-TIMEOUT_FACTOR = 20
+TIMEOUT_MIN_S = 30.0
+TIMEOUT_FACTOR = 8
 """A change may make tests slower without being wrong, and the machine may be busy."""
+START_S = 60.0
+"""More for a process of its own, which imports everything anew."""
 _PYTEST = (
     "-x",
     "-q",
     "-p",
     "no:cacheprovider",
     "--no-header",
-    "--tb=line",
+    "--tb=no",
+    "-rfE",
     "-W",
     "ignore::pytest.PytestUnraisableExceptionWarning",
 )
@@ -59,11 +64,12 @@ def warm() -> None:
 
 @dataclass
 class Run:
-    """A fork at work. directory: its temporary files, removed at the end."""
+    """A fork at work. directory: its temporary files, removed at the end. by: the test that noticed, where known."""
 
     pid: int
     directory: Path
     deadline: float
+    by: str = ""
 
     def ended(self) -> str | None:
         """ "killed", "survived", "hung" or "broken"; None while it runs."""
@@ -78,6 +84,10 @@ class Run:
             os.killpg(self.pid, signal.SIGKILL)
         if not pid:
             os.waitpid(self.pid, 0)
+        failed = re.search(
+            r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", (self.directory / "log").read_text(errors="replace"), re.MULTILINE
+        )
+        self.by = failed[1] if failed else ""
         if outcome != "broken":
             shutil.rmtree(self.directory, ignore_errors=True)
         return outcome
@@ -95,25 +105,42 @@ def temporary() -> Path:
     return Path(tempfile.mkdtemp(prefix="kvm-"))
 
 
-def start(tests: Sequence[str], mutant: Mutant, source: bytes, seconds: float) -> Run:
-    """Begin to run these tests against a change."""
-    directory = temporary()
+def deadline(seconds: float) -> float:
+    """When tests that take so long must have ended."""
+    return time.monotonic() + TIMEOUT_MIN_S + TIMEOUT_FACTOR * seconds
+
+
+def preface(directory: Path, module: ModuleType, call: str) -> None:
+    """Write a `sitecustomize` that has the text of a module and makes a call in it."""
+    directory.mkdir()
+    text = Path(str(module.__file__)).read_text(encoding="utf-8")
+    (directory / "sitecustomize.py").write_text(f"{text}\n\n{call}\n", encoding="utf-8")
+
+
+def put_first(directory: Path) -> None:
+    """Processes that this one starts look for their modules in this directory first."""
+    sources = [str(ROOT / folder) for folder in ("", "daemon", "client")]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(directory), *sources, os.environ.get("PYTHONPATH", "")])
+
+
+def change(mutant: Mutant, source: bytes, directory: Path) -> Path:
+    """A directory for `put_first`: processes that look there import the changed module."""
     path = directory / "path"
-    path.mkdir()
-    (directory / "source.py").write_bytes(mutant.applied(source))
-    text = Path(hook.__file__).read_text(encoding="utf-8")
-    (path / "sitecustomize.py").write_text(f"{text}\ninstall_from_environment()\n")
+    preface(path, hook, f"Hook({str(ROOT)!r}, {mutant.file!r}, {mutant.applied(source)!r}).install()")
+    return path
+
+
+def start(tests: Sequence[str], mutant: Mutant, source: bytes, seconds: float) -> Run:
+    """Begin to run these tests against a change, in a process of its own: in this one the program is imported."""
+    directory = temporary()
+    path = change(mutant, source, directory)
 
     def work() -> int:
-        os.environ[hook.ROOT], os.environ[hook.FILE] = str(ROOT), mutant.file
-        os.environ[hook.SOURCE] = str(directory / "source.py")
-        sources = [str(ROOT / folder) for folder in ("", "daemon", "client")]
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(path), *sources, os.environ.get("PYTHONPATH", "")])
+        put_first(path)
         os.chdir(ROOT)
-        # A process of its own: in this one the program is imported already.
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *_PYTEST, f"--basetemp={directory}/t", *tests])  # noqa: S606
 
-    return Run(fork(work, directory / "log"), directory, time.monotonic() + TIMEOUT_MIN_S + TIMEOUT_FACTOR * seconds)
+    return Run(fork(work, directory / "log"), directory, deadline(seconds) + START_S)
 
 
 def run_pytest(arguments: Sequence[str], plugins: Sequence[object] = ()) -> int:
@@ -145,7 +172,6 @@ def fork(work: Callable[[], int], log: Path) -> int:
         sys.stderr.flush()
     finally:
         os._exit(code)  # a fork must not run what its parent has registered for its end
-    return 0
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
