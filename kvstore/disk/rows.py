@@ -179,7 +179,8 @@ def _sound(datas: list[bytes], lengths: np.ndarray[Any, np.dtype[np.int64]]) -> 
     sound &= (f["head_nbytes"] <= f["nbytes"]) & (f["nbytes"] <= PLACE_MAX_NBYTES) & (f["offset"] <= OFFSET_MAX)
     sound &= (f["seq"] <= SEQ_MAX) & (f["segment"] <= SEGMENT_MAX) & (f["value_nbytes"] <= ENTRY_MAX_NBYTES)
     sound &= np.isfinite(f["created_at"]) & np.isfinite(f["last_hit_at"])
-    return sound & ~np.isnan(f["expires_at"]) & ~np.isnan(f["ttl_s"])
+    sound &= ~np.isnan(f["expires_at"]) & ~np.isnan(f["ttl_s"])
+    return sound
 
 
 @lru_cache(maxsize=4096)

@@ -174,6 +174,11 @@ def in_header(record: bytes, change: Callable[[list], None]) -> bytes:
     return joined(fields, json.dumps(header).encode(), data)
 
 
+def odd_encoding(rows: list) -> None:
+    """A name that would become one of the daemon's numbers."""
+    rows[0]["encoding"] = 'nf5"} 7'
+
+
 def odd_suffix(rows: list) -> None:
     """A name that UTF-8 cannot write: the answer to a get could not be made."""
     rows[0]["parts"]["\ud800"] = rows[0]["parts"].pop("absmax")
@@ -204,6 +209,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "nf4 negative scale beyond its type": lambda: form("nf4", k=set_part("nested_absmax", -1e30)),
     "nf4 more parts than a client takes": lambda: form("nf4", k=more_parts(*(f"p{n}" for n in range(20)))),
     "nf4 one part more": lambda: form("nf4", k=more_parts("x")),
+    "an encoding of nobody's": lambda: in_header(form("nf4"), odd_encoding),
     "nf4 part of an odd name": lambda: in_header(form("nf4"), odd_suffix),
     "nf4 attributes over a client's limit": lambda: form("nf4", k=more_attrs(text="x" * 5000)),
     "nf4-kv mean that is no number": lambda: form("nf4-kv", k=set_part("mean_scale", nan)),
@@ -253,6 +259,7 @@ def test_what_no_version_of_ours_writes_is_a_miss_by_each_door(daemon_factory: D
     assert {key.decode().partition(" ")[2] for key in found.keys() - missed} == HARMLESS
     values = client.stats().values
     assert values["misses_corrupt"] + values["cold_corrupt_total"] >= len(missed)
+    assert not any("nf5" in name for name in values)
     assert_quiet(daemon, missed)
     # What was numbered beyond a row's fields would have ended all writing.
     assert client.put(b"after", {"x": torch.ones(64)}, fidelity="exact")
