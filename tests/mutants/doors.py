@@ -1,4 +1,4 @@
-"""Changes thought of by hand in the doors, the client, and what both read of strangers. All of them have to be noticed."""
+"""Changes thought of by hand in the doors, the client, and what both read of strangers. All have to be noticed."""
 
 DOORS = (
     ("daemon/kvstored/doors/lease_connection.py", "if until <= now]", "if False]", "a stopped client keeps memory"),
