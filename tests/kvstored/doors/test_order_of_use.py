@@ -1,6 +1,5 @@
 """What a door does to the order in which entries leave: a chain stays one, and uses count before what comes next."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from kvstore import Store
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
 from kvstored.calls.gets import Reading
+from kvstored.doors.busy_wait import Waiting
+from kvstored.doors.lease_connection import Connection
 from kvstored_client import Client
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.contract.conftest import serving
@@ -46,32 +47,39 @@ def test_a_chain_read_in_one_lot_is_used_once() -> None:
         assert touched == []
 
 
-@pytest.mark.parametrize("shared_memory", [True, False])
-def test_what_was_answered_counts_as_used_before_a_put_is_taken(
-    tmp_path: Path, shared_memory: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_was_answered_counts_as_used_before_the_next_packet_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the put evicts what somebody has just read; another connection's uses, which it has not come to yet."""
+    """Else a put evicts what somebody has just read: another connection's uses, which it has not come to yet."""
     waiting: list[int] = []
+    receive, answer = Waiting.receive, Connection.answer
 
-    def watched(put_many: Callable[..., int]) -> Callable[..., int]:
-        def put(*args: Any, **how: Any) -> int:
-            waiting.append(len(store._read_path._due))
-            return put_many(*args, **how)
+    def received(self: Waiting, packet: memoryview) -> int:
+        nbytes = receive(self, packet)
+        assert store.resident([b"used"], count_later=True) is not None  # answered just now, by another connection
+        return nbytes
 
-        return put
+    def answered(self: Connection, packet: bytes) -> bytes | None:
+        waiting.append(len(store._read_path._due))
+        return answer(self, packet)
 
+    monkeypatch.setattr(Waiting, "receive", received)
+    monkeypatch.setattr(Connection, "answer", answered)
     address = f"unix:{tmp_path / 'kv.sock'}"
     with Store.open(background=False) as store:
         store.put(b"used", {"x": X})
-        monkeypatch.setattr(store, "put_many", watched(store.put_many))
-        with (
-            serving(store, address, tmp_path),
-            Client(address, shared_memory=shared_memory, on_error="raise") as client,
-        ):
-            client.touch([b"used"])  # it is connected
-            assert store.resident([b"used"], count_later=True) is not None
+        with serving(store, address, tmp_path), Client(address, on_error="raise") as client:
             assert client.put(b"new", {"x": X})
-        assert waiting == [0]
+    assert len(waiting) >= 2  # the greeting and the put
+    assert set(waiting) == {0}
+
+
+def test_what_was_answered_counts_as_used_before_a_call_over_the_stream() -> None:
+    with Store.open(background=False) as store:
+        store.put(b"used", {"x": X})
+        assert store.resident([b"used"], count_later=True) is not None
+        assert store._r.counters.gets == 0
+        assert TenantViews(store, bytes(32)).current() is store
         assert store._r.counters.gets == 1
 
 
