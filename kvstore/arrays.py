@@ -24,6 +24,8 @@ TENSORS_MAX = 256
 """Attention needs 2, the largest hybrid models about 130 state tensors; 256 keeps a record's header under 64 KiB."""
 RANK_MAX = 8
 NAME_MAX_NBYTES = 64
+ATTRS_MAX_NBYTES = 4 << 10
+"""Of a tensor's attributes as JSON: codecs write 0.2 KiB, and `layers` 8 times as much."""
 ENTRY_MAX_NBYTES = 4 << 30
 """A ceiling over all settings: sizes are added up in 64 bits long before, but nobody means 4 GiB under one key."""
 

@@ -2,12 +2,15 @@
 
     KvstoreError
     |-- InvalidEntry        the caller's data is wrong: fix it           INVALID_ARGUMENT
-    |   `-- EntryTooLarge   no tier could ever hold it                   RESOURCE_EXHAUSTED
+    |   |-- EntryTooLarge   no tier could ever hold it                   RESOURCE_EXHAUSTED
+    |   `-- OutMismatch     `out` cannot take the entry: fix it          (client only)
     |-- OverQuota           a budget is spent: wait, or ask for less     RESOURCE_EXHAUSTED
     |-- CodecError          bytes do not decode under this codec         FAILED_PRECONDITION
     |-- TierUnavailable     disk or peer is failing: retry later         UNAVAILABLE
     |-- PermissionDenied    the caller lacks this right                  PERMISSION_DENIED
+    |-- LeaseKept           a tensor outlived its lease: copy it         (client only)
     |-- RecordCorrupt       internal: a caller sees a miss               DATA_LOSS
+    |   `-- UnknownSeal     internal: its key is in no key file          (never leaves the store)
     `-- ConfigError         start-up only: fix the configuration         (exit code 2)
 
 A miss is None, never an exception. Every message carries the value and the limit.
@@ -30,6 +33,10 @@ class EntryTooLarge(InvalidEntry):
     """An entry over the configured limits, or larger than any tier."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class OutMismatch(InvalidEntry):
+    """The tensors given as `out` cannot take the entry."""
 
 
 class OverQuota(KvstoreError):
@@ -56,10 +63,18 @@ class PermissionDenied(KvstoreError):
     grpc_code = "PERMISSION_DENIED"
 
 
+class LeaseKept(KvstoreError):
+    """A tensor of a lease is still referred to after its block, or looked at then: copy what is needed inside."""
+
+
 class RecordCorrupt(KvstoreError):
     """A stored record failed its checksum or its structure; callers of the store see a miss."""
 
     grpc_code = "DATA_LOSS"
+
+
+class UnknownSeal(RecordCorrupt):
+    """Nothing is wrong with the record: the key it was sealed under is not among those given."""
 
 
 class ConfigError(KvstoreError):

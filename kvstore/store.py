@@ -33,7 +33,7 @@ from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.residency import pins
 from kvstore.residency.answers import Answers
-from kvstore.residency.inspection import entries, entry_info, explain, snapshot
+from kvstore.residency.inspection import entries, entry_info, explain, holds_truly, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
@@ -272,6 +272,10 @@ class Store:
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
         return self._read_path.peek(CheckedKeys(keys))
+
+    def holds_truly(self, key: bytes) -> bool:
+        """Whether a key is held and its record's head agrees with what is known of it; one that does not is dropped."""
+        return holds_truly(self._r, check_key(key))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""

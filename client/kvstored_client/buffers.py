@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kvstore import arrays
-from kvstore.errors import InvalidEntry
+from kvstore.errors import OutMismatch
 from kvstore.hit import TensorInfo
 from kvstored_client.wire.frames import Bytes
 
@@ -44,10 +44,6 @@ class Target:
         """All bytes are filled: those tensors that could not be filled directly get them now."""
         for name, fresh in self.aside.items():
             self.tensors[name].copy_(fresh)
-
-
-class OutMismatch(InvalidEntry):
-    """The tensors given as `out` cannot take the entry."""
 
 
 def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:

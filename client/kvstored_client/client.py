@@ -159,18 +159,20 @@ class Client:
         """Put entries, root first, in one call. Returns how many were stored.
 
         chain: each entry continues the one before it, the first one `parent` (None: it is a root); a chunk never
-        outlives the one it continues. namespace: as for `put`.
+        outlives the one it continues. namespace: as for `put`. Of two entries under one key the later one is kept.
         """
         pairs = list(entries)
         keys = check_keys(key for key, _ in pairs)
         options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
         before_first = check_key(parent) if chain and parent is not None else None
-        parents = [before_first, *keys[:-1]] if chain else [None] * len(keys)
+        held = dict(zip(keys, (tensors for _, tensors in pairs), strict=True))
+        parents = [before_first, *held][:-1] if chain else [None] * len(held)
         batch = [
             Outgoing(key, tensors, options, before, root=chain)
-            for key, (_, tensors), before in zip(keys, pairs, parents, strict=True)
+            for (key, tensors), before in zip(held.items(), parents, strict=True)
         ]
-        return self._data(self._send, 0, batch) if batch else 0
+        stored = self._data(self._send, 0, batch) if batch else 0
+        return len(keys) if stored == len(batch) else stored
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
         """The value under a key; None on a miss.

@@ -41,13 +41,12 @@ PARTS_MAX = 16
 """Parts of one tensor; nf4-kv has at most 10."""
 PACKED_MAX_RATIO = 256
 """Bytes decoded for a byte encoded: nf4 has 8, and no codec of KV has a hundred."""
-ATTRS_MAX_NBYTES = 4 << 10
 SHAPE_MAX_NBYTES = 4 << 10
 """Of a shape that is remembered, as it is described on the wire."""
 
 
 def accepted(decode: Decode) -> tuple[str, ...]:
-    """The encodings to ask for. "auto": those of the codecs where torch is imported and the kernel is installed.
+    """The encodings to ask for. "auto": those of the codecs where torch is imported and the kernel can be used.
 
     Without the kernel the daemon's decoding and eight times the bytes are faster: plain torch decodes 0.2 GB/s.
     """
@@ -58,7 +57,11 @@ def accepted(decode: Decode) -> tuple[str, ...]:
 
 @cache
 def _has_kernel() -> bool:
-    return find_spec("kvstored_kernel") is not None
+    if find_spec("kvstored_kernel") is None:
+        return False
+    from kvstore.kernels.cpu import LIBRARY
+
+    return LIBRARY is not None  # one of another ABI is as good as none
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +273,8 @@ def _coded(spec: TensorInfo, message: pb.PackedTensor) -> Coded:
 
 
 def _attrs_of(message: pb.PackedTensor) -> dict[str, object]:
-    if len(message.attrs) > ATTRS_MAX_NBYTES:
-        raise InvalidEntry(f"{len(message.attrs)} bytes of attributes, at most {ATTRS_MAX_NBYTES}")
+    if len(message.attrs) > arrays.ATTRS_MAX_NBYTES:
+        raise InvalidEntry(f"{len(message.attrs)} bytes of attributes, at most {arrays.ATTRS_MAX_NBYTES}")
     try:
         attrs = json.loads(message.attrs) if message.attrs else {}
     except (ValueError, RecursionError) as error:

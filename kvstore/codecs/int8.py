@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.nf4 import prepared_out, require_part
+from kvstore.codecs.nf4 import prepared_out, require_finite, require_names, require_part
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -71,9 +71,17 @@ class Int8:
         spec = encoded.spec
         if spec.dtype not in LOSSY_ALLOWED or not prod(spec.shape):
             raise CodecError(f"int8 decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
-        n = prod(spec.shape)
-        require_part(encoded, "", torch.int8, n)
-        require_part(encoded, "scale", torch.bfloat16, -(-n // _width(spec.shape)))
+        n, width = prod(spec.shape), _width(spec.shape)
+        require_names(encoded, ("", "scale"))
+        codes = require_part(encoded, "", torch.int8, n)
+        scale = require_finite(encoded, "scale", require_part(encoded, "scale", torch.bfloat16, -(-n // width)))
+        largest = torch.finfo(getattr(torch, spec.dtype)).max
+        if float(scale.abs().max()) * 128 < largest:
+            return
+        rows = torch.nn.functional.pad(codes.to(torch.float32), (0, -n % width)).view(-1, width)
+        decoded = (rows.abs().amax(dim=1) * scale.to(torch.float32).abs()).to(getattr(torch, spec.dtype))
+        if not bool(torch.isfinite(decoded).all()):
+            raise CodecError(f"int8 part 'scale' makes values beyond {largest} of {spec.dtype}")
 
 
 def _width(shape: tuple[int, ...]) -> int:

@@ -45,20 +45,16 @@ class Layers:
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded tensor, in fresh memory or in `out`; CodecError where runs, parts and spec do not agree."""
         spec = encoded.spec
-        runs = _runs(encoded.attrs.get("runs"), spec)
-        if not encoded.parts:
-            raise CodecError("layers without parts")
+        tensors = _checked(encoded)
         out = prepared_out(spec, next(iter(encoded.parts.values())).device, out)
-        for at, run in enumerate(runs):
-            decode_tensor(_tensor_of(encoded, at, run), out[run.start : run.stop])
+        for run, tensor in tensors:
+            decode_tensor(tensor, out[run.start : run.stop])
         return out
 
     def check(self, encoded: EncodedTensor) -> None:
         """Raise CodecError where `decode` would, without decoding."""
-        if not encoded.parts:
-            raise CodecError("layers without parts")
-        for at, run in enumerate(_runs(encoded.attrs.get("runs"), encoded.spec)):
-            codec_named(run.encoding).check(_tensor_of(encoded, at, run))
+        for run, tensor in _checked(encoded):
+            codec_named(run.encoding).check(tensor)
 
 
 def encode_runs(name: str, x: torch.Tensor, hints: Hints, runs: Sequence[tuple[int, int, Codec]]) -> EncodedTensor:
@@ -79,6 +75,17 @@ def encode_runs(name: str, x: torch.Tensor, hints: Hints, runs: Sequence[tuple[i
         raise CodecError(f"{name!r}: every layer stays as it is")
     spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
     return with_receipt(EncodedTensor(spec, Layers.name, parts, {"runs": attrs}), worst)
+
+
+def _checked(encoded: EncodedTensor) -> list[tuple[Run, EncodedTensor]]:
+    """Each run with its tensor; CodecError unless every part is one of theirs."""
+    tensors = [
+        (run, _tensor_of(encoded, at, run)) for at, run in enumerate(_runs(encoded.attrs.get("runs"), encoded.spec))
+    ]
+    parts = sum(len(tensor.parts) for _, tensor in tensors)
+    if not parts or parts != len(encoded.parts):
+        raise CodecError(f"layers: {len(encoded.parts)} parts, {parts} of them belong to a run")
+    return tensors
 
 
 def _tensor_of(encoded: EncodedTensor, at: int, run: Run) -> EncodedTensor:

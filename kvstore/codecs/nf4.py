@@ -8,6 +8,7 @@ itself (`reference`; `kvstore.kernels` repeats it faster).
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -21,6 +22,7 @@ from kvstore.kernels import cpu_kernel, reference
 from kvstore.kernels.cpu import CpuKernel
 from kvstore.kernels.tables import table
 
+_PARTS = frozenset({"", "absmax", "nested_absmax"})
 _OFFSET_LIMIT = 2.0**128
 """A scale is a float32: beyond it, and not a number, an offset is nobody's mean."""
 
@@ -112,10 +114,11 @@ def _measured_reference(flat: torch.Tensor) -> tuple[torch.Tensor, Scales, torch
 def _refuse_overflow(scales: Scales, dtype: torch.dtype) -> None:
     """Raise where the largest scale, once decoded, would turn finite values into infinities.
 
-    NaN and Inf in the input reach a scale, so this is also the check that all values were finite.
+    NaN and Inf in the input reach a scale, so this is also the check that all values were finite. Asked again before
+    decoding: no codec writes such scales.
     """
     # No level of the map is above 1, so this bound settles it without decoding the scales.
-    if float(scales.nested.max()) + abs(scales.offset) < torch.finfo(dtype).max / 2:
+    if float(scales.nested.abs().max()) + abs(scales.offset) < torch.finfo(dtype).max / 2:
         return
     largest = reference.dequantize_scales(scales.codes, scales.nested, scales.offset).abs().max()
     if not bool(torch.isfinite(largest.to(dtype))):
@@ -132,6 +135,7 @@ def _checked(encoded: EncodedTensor) -> Scales:
     offset = attrs.get("nested_offset")
     if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _OFFSET_LIMIT:
         raise CodecError(f"nf4 needs a number nested_offset, not {offset!r}")
+    require_names(encoded, _PARTS)
     n = prod(spec.shape)
     b = (n + reference.BLOCK - 1) // reference.BLOCK
     require_part(encoded, "", torch.uint8, (n + 1) // 2)
@@ -139,7 +143,23 @@ def _checked(encoded: EncodedTensor) -> Scales:
     nested = require_part(
         encoded, "nested_absmax", torch.float32, (b + reference.NESTED_BLOCK - 1) // reference.NESTED_BLOCK
     )
-    return Scales(codes, nested, float(offset))
+    scales = Scales(codes, nested, float(offset))
+    if n:
+        _refuse_overflow(scales, getattr(torch, spec.dtype))
+    return scales
+
+
+def require_names(encoded: EncodedTensor, names: Collection[str]) -> None:
+    """CodecError unless the parts are these and no others: whoever takes an entry as it is held takes all of them."""
+    if encoded.parts.keys() != set(names):
+        raise CodecError(f"{encoded.encoding} has the parts {sorted(names)}, not {sorted(encoded.parts)!r:.200}")
+
+
+def require_finite(encoded: EncodedTensor, suffix: str, part: torch.Tensor) -> torch.Tensor:
+    """The part; CodecError where a scale or a value in it is not finite. No codec writes such a one."""
+    if not bool(torch.isfinite(part).all()):
+        raise CodecError(f"{encoded.encoding} part {suffix!r} holds what is not finite")
+    return part
 
 
 def require_part(encoded: EncodedTensor, suffix: str, dtype: torch.dtype, numel: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ Leaves out: the arithmetic (`reference_kv`) and which tensors may be touched (`c
 The format and its figures: docs/codecs.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 
@@ -16,7 +16,7 @@ import torch
 
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.nf4 import prepared_out, require_part
+from kvstore.codecs.nf4 import prepared_out, require_finite, require_names, require_part
 from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
@@ -131,19 +131,18 @@ class NF4KV:
         if 2 * sum(part.numel() for part in encoded.parts.values()) < prod(encoded.spec.shape):
             raise CodecError(f"nf4-kv has too few codes for {encoded.spec}")  # before memory is made for them
         out = prepared_out(encoded.spec, main.device, out)
+        if role == "packed" and (out.dim() == 0 or out.shape[-1] % 2):
+            raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {encoded.spec.shape}")
+        planes = planes_of(out, role, token_axis)
         if role == "packed":
-            if out.dim() == 0 or out.shape[-1] % 2:
-                raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {encoded.spec.shape}")
-            planes = planes_of(out, role, token_axis)
             encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
-            for prefix, part, rows in planes:
-                _decode_plane(encoded, part, prefix, rows)
+        _checked_names(encoded, planes)
+        for prefix, part, rows in planes:
+            _decode_plane(encoded, part, prefix, rows)
+            if role == "packed":
                 half = out.shape[-1] // 2
                 target = out[..., :half] if part == "key" else out[..., half:]
                 target.copy_(rows.view(target.shape))
-            return out
-        for prefix, part, rows in planes_of(out, role, token_axis):
-            _decode_plane(encoded, part, prefix, rows)
         return out
 
     def check(self, encoded: EncodedTensor) -> None:
@@ -157,15 +156,13 @@ class NF4KV:
         planes = planes_of(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"), role, token_axis)
         if role == "packed":
             encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
+        _checked_names(encoded, planes)
         for prefix, part, rows in planes:
             plane = Plane.of(part, rows, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
             _checked_blocks(encoded, plane, prefix)
             if plane.kept:
                 _checked_kept(encoded, plane, prefix)
-            means = plane.outer * plane.groups * plane.inner
-            if means:
-                require_part(encoded, f"{prefix}mean", torch.int8, means * plane.d)
-                require_part(encoded, f"{prefix}mean_scale", torch.float32, means)
+            _checked_means(encoded, plane, prefix)
 
 
 def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:
@@ -251,11 +248,7 @@ def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Te
         else:
             out[:, list(plane.kept)] = kept.to(out.dtype)
     coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
-    mean = None
-    if plane.groups:
-        shape = (plane.outer, plane.groups, plane.inner)
-        codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d).view(*shape, plane.d)
-        mean = codes, require_part(encoded, f"{prefix}mean_scale", torch.float32, prod(shape)).view(shape)
+    mean = _checked_means(encoded, plane, prefix)
     kernel = kv_kernel(out)
     if kernel is not None:
         rows = plane.rows(plane.tokens if direct else plane.coded)
@@ -304,7 +297,28 @@ def _checked_kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Te
     part = encoded.parts.get(f"{prefix}kept")
     shape = (plane.outer, len(plane.kept), plane.inner, plane.d)
     dtype = torch.bfloat16 if part is not None and part.dtype == torch.bfloat16 else torch.float16
-    return require_part(encoded, f"{prefix}kept", dtype, prod(shape)).view(shape)
+    return require_finite(encoded, "kept", require_part(encoded, f"{prefix}kept", dtype, prod(shape))).view(shape)
+
+
+def _checked_means(encoded: EncodedTensor, plane: Plane, prefix: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Codes (outer, groups, inner, d) and scales (outer, groups, inner) of the means; None where there are none."""
+    shape = (plane.outer, plane.groups, plane.inner)
+    if not plane.groups:
+        return None
+    codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d)
+    scales = require_part(encoded, f"{prefix}mean_scale", torch.float32, prod(shape))
+    return codes.view(*shape, plane.d), require_finite(encoded, "mean_scale", scales).view(shape)
+
+
+def _checked_names(encoded: EncodedTensor, rows: Sequence[tuple[str, Part, torch.Tensor]]) -> None:
+    """CodecError unless the parts are those of these planes (prefix, part, rows) and no others."""
+    names: list[str] = []
+    for prefix, part, x in rows:
+        plane = Plane.of(part, x, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
+        names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
+        names += [f"{prefix}kept"] * bool(plane.kept)
+        names += [f"{prefix}mean", f"{prefix}mean_scale"] * bool(plane.groups)
+    require_names(encoded, names)
 
 
 def _kept_indexes(text: object, tokens: int) -> tuple[int, ...]:

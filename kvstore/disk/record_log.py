@@ -26,8 +26,8 @@ from kvstore.disk.writer import Callbacks, Counters, Writer, cost_of
 from kvstore.entries.entry import Described, Entry
 from kvstore.entries.record import record_nbytes
 from kvstore.entries.sealing import Key as SealKey
-from kvstore.entries.sealing import Seals, UnknownSeal
-from kvstore.errors import RecordCorrupt, TierUnavailable
+from kvstore.entries.sealing import Seals
+from kvstore.errors import RecordCorrupt, TierUnavailable, UnknownSeal
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import Owner

@@ -10,9 +10,10 @@ import contextlib
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import compress, islice
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import numpy as np
 import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES
-from kvstore.disk.segments import Place
-from kvstore.keys import Key
+from kvstore.disk.segments import SEGMENT_MAX, Place
+from kvstore.errors import InvalidEntry
+from kvstore.keys import KEY_MAX_NBYTES, Key, check_namespace
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import labelled
 
@@ -45,8 +47,11 @@ _SUM, _SUM_MASK = struct.Struct("<I"), 0xFFFFFFFF
 SLIDING, PINNED, EXACT, LOSSY, NAMED = 1, 2, 4, 8, 16
 """Flags. Do not renumber. NAMED: the name of a namespace comes before the parent's key."""
 SCAN_CHUNK = 50_000
-PLACE_MAX_NBYTES, OFFSET_MAX = 2 * ENTRY_MAX_NBYTES + (1 << 20), 1 << 40
-"""A row beyond them was never written here: to believe it would be to count its blocks, or to read them."""
+PLACE_MAX_NBYTES, OFFSET_MAX = 2 * ENTRY_MAX_NBYTES + (1 << 20), 1 << 32
+SEQ_MAX = 1 << 62
+"""A row beyond these, or with a time that is not a number, was never written here: records begin in a file's first GiB.
+To believe it would be to count its blocks (memory for each one before it), to read them, to refuse its key for its size
+at each get, or to number what comes next beyond a row's fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,12 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
     if len(rest) < _PINNED_UNTIL.size or not head_nbytes <= nbytes <= PLACE_MAX_NBYTES or offset > OFFSET_MAX:
         return None
+    if seq > SEQ_MAX or segment > SEGMENT_MAX or value_nbytes > ENTRY_MAX_NBYTES or len(key) > KEY_MAX_NBYTES:
+        return None
     pinned_until, parent, namespace = _more(rest, flags)
+    times = isfinite(created) and isfinite(hit_at) and not any(map(isnan, (expires, ttl_s, pinned_until)))
+    if namespace is None or not times:
+        return None
     meta = Meta(
         created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
         bool(flags & LOSSY), _name(encoding), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
@@ -109,12 +119,9 @@ def parse_row(key: Key, data: bytes) -> Row | None:
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
 
-def _more(rest: bytes, flags: int) -> tuple[float, Key | None, str]:
-    """When a pin lapses, the parent, and the namespace's name."""
-    at, name = _PINNED_UNTIL.size, ""
-    if flags & NAMED and len(rest) > at:
-        end = at + 1 + rest[at]
-        name, at = rest[at + 1 : end].decode("utf-8", "replace"), end
+def _more(rest: bytes, flags: int) -> tuple[float, Key | None, str | None]:
+    """When a pin lapses, the parent, and the namespace's name: None for what cannot be one."""
+    name, at = _namespace(rest, _PINNED_UNTIL.size) if flags & NAMED else ("", _PINNED_UNTIL.size)
     return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[at:]) or None, name
 
 
@@ -129,6 +136,7 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     said = np.frombuffer(b"".join([data[tail:].rjust(_SUM.size, b"\0") for data in datas]), "<u4")
     lengths = np.fromiter(map(len, datas), np.int64, len(datas))
     good = (found == said) & (lengths >= size + 1 + _PINNED_UNTIL.size - tail)
+    good &= np.fromiter(map(len, keys), np.int64, len(keys)) <= KEY_MAX_NBYTES
     damaged: list[Key] = []
     for look in (lambda _datas, _lengths: good, _sound):
         mask = look(datas, lengths)
@@ -141,22 +149,38 @@ def _columns(keys: list[Key], datas: list[bytes]) -> Found:
     until = np.frombuffer(b"".join([d[s : s + 8] for d, s in zip(datas, starts, strict=True)]), "<f8")
     starts = [s + _PINNED_UNTIL.size for s in starts]
     names = [""] * len(datas)
+    bad = set(np.flatnonzero(np.isnan(until)).tolist())
     for i in np.flatnonzero(fields["flags"] & NAMED).tolist():
-        names[i], starts[i] = _namespace(datas[i], starts[i])
+        name, starts[i] = _namespace(datas[i][:tail], starts[i])
+        if name is None:
+            bad.add(i)
+        else:
+            names[i] = name
+    if bad:
+        keep = [i for i in range(len(keys)) if i not in bad]
+        rest = _columns([keys[i] for i in keep], [datas[i] for i in keep])
+        return replace(rest, damaged=[*damaged, *(keys[i] for i in sorted(bad))])
     ends = (lengths + tail).tolist()
     parents = [Key(d[s:e]) if e > s else None for d, s, e in zip(datas, starts, ends, strict=True)]
     return Found(keys, fields, encodings, until, parents, names, damaged)
 
 
 def _sound(datas: list[bytes], lengths: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which rows name what a record of ours can be: a checksum keeps damage out, not an author who computes it."""
+    """Which rows name what a record of ours can be, as `parse_row` has it.
+
+    A checksum keeps damage out, not an author who computes it.
+    """
     size = _FIELDS.size
     f = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
     behind = np.array([data.find(0, size) for data in datas], np.int64)
     sound: np.ndarray[Any, np.dtype[np.bool_]] = (behind >= size) & (
         behind + 1 + _PINNED_UNTIL.size <= lengths - _SUM.size
     )
-    return sound & (f["head_nbytes"] <= f["nbytes"]) & (f["nbytes"] <= PLACE_MAX_NBYTES) & (f["offset"] <= OFFSET_MAX)
+    sound &= (f["head_nbytes"] <= f["nbytes"]) & (f["nbytes"] <= PLACE_MAX_NBYTES) & (f["offset"] <= OFFSET_MAX)
+    sound &= (f["seq"] <= SEQ_MAX) & (f["segment"] <= SEGMENT_MAX) & (f["value_nbytes"] <= ENTRY_MAX_NBYTES)
+    sound &= np.isfinite(f["created_at"]) & np.isfinite(f["last_hit_at"])
+    sound &= ~np.isnan(f["expires_at"]) & ~np.isnan(f["ttl_s"])
+    return sound
 
 
 @lru_cache(maxsize=4096)
@@ -164,10 +188,18 @@ def _name(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _namespace(data: bytes, at: int) -> tuple[str, int]:
-    """A namespace's name at a place, its length in the byte before it, and where it ends."""
-    end = at + 1 + data[at]
-    return _name(data[at + 1 : end]), end
+def _namespace(body: bytes, at: int) -> tuple[str | None, int]:
+    """A namespace's name at a place, its length in the byte before it, and where it ends. None: no name of ours."""
+    end = at + 1 + body[at] if at < len(body) else at
+    return (_known_namespace(body[at + 1 : end]) if at < end <= len(body) else None), end
+
+
+@lru_cache(maxsize=4096)
+def _known_namespace(data: bytes) -> str | None:
+    try:
+        return check_namespace(data.decode()) or None
+    except (UnicodeDecodeError, InvalidEntry):
+        return None
 
 
 def _encodings(datas: list[bytes]) -> tuple[list[str], list[int]]:

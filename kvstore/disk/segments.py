@@ -28,6 +28,8 @@ _ZEROS = bytes(BLOCK_NBYTES)
 _SUFFIX = ".seg"
 WRITE_NBYTES = 4 << 20
 """Records go to the disk in pieces of this size; the disk writes one while the next is prepared."""
+SEGMENT_MAX = 1 << 31
+"""The largest number of a segment: a row has 32 bits for it, and a larger one is not believed."""
 OPEN_MAX = 64
 """Descriptors kept for reading: about the number of segments in a tier."""
 
@@ -185,7 +187,8 @@ class Segments:
         return self.path / f"{number:08d}{_SUFFIX}"
 
     def _found(self) -> set[int]:
-        return {int(f.stem) for f in self.path.glob(f"*{_SUFFIX}") if f.stem.isdigit()}
+        named = [file for file in self.path.glob(f"*{_SUFFIX}") if file.stem.isdecimal()]
+        return {int(file.stem) for file in named if self._file(int(file.stem)) == file}
 
     def _place(self, offset: int, nbytes: int) -> Place:
         """A place in the active segment. It counts as live at once: else a full segment would look empty."""
@@ -198,6 +201,10 @@ class Segments:
 
     def _start(self) -> None:
         self._drop_active()
+        if self._next > SEGMENT_MAX:  # a stranger's file or row: ours do not get so far
+            self._next = 1
+        while self._next in self._blocks:
+            self._next += 1
         number = self._next
         self._next += 1
         fd = self._disk.open(self._file(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, check_name
+from kvstore.arrays import ATTRS_MAX_NBYTES, ENTRY_MAX_NBYTES, TENSORS_MAX, check_name
 from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.entries.safetensors_header import (  # fmt: skip
@@ -101,6 +101,8 @@ def _row(row: dict[str, Any]) -> Row:
     if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
         raise ValueError("bad parts or attrs")
     _check_fact(attrs, _ATTRS_DEPTH_MAX)
+    if attrs and len(json.dumps(attrs)) > ATTRS_MAX_NBYTES:
+        raise ValueError(f"attributes of over {ATTRS_MAX_NBYTES} bytes")
     if not isinstance(encoding, str) or not encoding.isascii() or not encoding.isprintable():
         raise ValueError(f"bad encoding {encoding!r:.40}")
     if not 1 <= len(encoding) <= _ENCODING_MAX_NBYTES:

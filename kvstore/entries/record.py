@@ -49,6 +49,8 @@ FIXED_NBYTES = _FIXED.size
 _CHECKED_FROM = 16
 _PREFIX = struct.Struct("<4sHHQ")
 HEAD_MAX_NBYTES = FIXED_NBYTES + 8 + HEADER_MAX_NBYTES
+DECODED_MAX_RATIO = 256
+"""Bytes decoded for a byte encoded: nf4 has 8, and no codec of KV has a hundred."""
 _SIDE_NBYTES = 1 << 20
 """Data allowed beyond twice the value's bytes: scales of the smallest tensors. A record that claims more is a bomb."""
 
@@ -290,6 +292,9 @@ def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
     with Blaming(RecordCorrupt, "record"):  # the boundary, as in `assemble`
         _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
         rows = tensor_rows(facts)
+        nbytes = sum(row.spec.nbytes for row in rows)
+        if nbytes != head.value_nbytes or nbytes > DECODED_MAX_RATIO * (head.data_nbytes + _SIDE_NBYTES):
+            raise RecordCorrupt(f"tensors of {nbytes} bytes, header says {head.value_nbytes}, of {head.data_nbytes}")
         return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore.errors import ConfigError, RecordCorrupt
+from kvstore.errors import ConfigError, RecordCorrupt, UnknownSeal
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,6 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 def sealed_nbytes(nbytes: int) -> int:
     """Bytes of the sealed form of `nbytes` bytes."""
     return nbytes + HEAD_NBYTES + TAG_NBYTES * max(1, -(-nbytes // PIECE_NBYTES))
-
-
-class UnknownSeal(RecordCorrupt):
-    """The record is sound, but the key that sealed it is not among the given keys."""
 
 
 class Key:

@@ -1,12 +1,14 @@
 """The compiled CPU kernel through ctypes: same bytes as the torch reference, without Python's lock.
 
 The kernel is another distribution (`kernel/`); if it is not installed, or has another ABI, `LIBRARY` is
-None and the reference is used. Invariant: every length passed to C is computed here from the tensor that
-owns the memory, so the kernel never reads outside it. Any thread.
+None and the reference is used. Of another ABI there is a warning in the log: it was meant to be used.
+Invariant: every length passed to C is computed here from the tensor that owns the memory, so the kernel
+never reads outside it. Any thread.
 """
 
 import ctypes
 import importlib
+import logging
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 from kvstore.kernels.tables import table
+
+log = logging.getLogger(__name__)
 
 ABI = 5
 THREADED_NBYTES = 4 << 20
@@ -48,13 +52,26 @@ class Rotary(NamedTuple):
 STILL = Rotary(0, interleaved=False)
 
 
-def _opened() -> ctypes.CDLL | None:
+def installed() -> tuple[ctypes.CDLL | None, int]:
+    """The library that is installed, whatever its ABI, and that number; 0 for one that does not tell it."""
     try:
         path: str = importlib.import_module("kvstored_kernel").LIBRARY_PATH
         library = ctypes.CDLL(path)
     except (ImportError, OSError):
+        return None, 0
+    tell = getattr(library, "kvk_abi", None)
+    return library, 0 if tell is None else int(tell())
+
+
+def _opened() -> ctypes.CDLL | None:
+    library, abi = installed()
+    if library is None:
         return None
-    if library.kvk_abi() != ABI:
+    if abi != ABI:
+        log.warning(
+            "codec kernel not used abi=%s needed=%s effect=slower codecs, in plain torch "
+            "do=install the kernel of this version (make kernel)", abi, ABI,
+        )  # fmt: skip
         return None
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     rows = ctypes.POINTER(Rows)

@@ -97,9 +97,12 @@ class Answers:
     def _undecodable(self, found: Found, error: CodecError) -> None:
         """Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone."""
         log.warning("entry cannot be decoded key=%s error=%s", found.key.hex(), printable(error))
+        at = found.tier, found.entry.encoding
         with self._r.lock:
             self._r.counters.tiers[found.tier].hits -= 1
-            self._r.counters.hits_in[found.tier, found.entry.encoding] -= 1
+            self._r.counters.hits_in[at] -= 1
+            if not self._r.counters.hits_in[at]:
+                del self._r.counters.hits_in[at]  # a stranger's encoding is no name for a number
             self._r.counters.misses["corrupt"] += 1
         self._forget([found.key], "corrupt")
 

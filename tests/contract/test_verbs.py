@@ -41,6 +41,22 @@ def test_a_value_comes_back_as_it_was_put(harness: Harness) -> None:
     assert hit.age_s == pytest.approx(5, abs=0.1)
 
 
+@pytest.mark.parametrize("chain", [False, True])
+def test_of_two_entries_under_one_key_the_later_one_is_kept_and_both_count(harness: Harness, chain: bool) -> None:
+    """Over the wire a batch is cut into several: a chain that names a key twice became a ring of chunks."""
+    others = [b"%d" % n for n in range(514)]  # more than a packet of the lease socket takes
+    keys = [b"twice", *others, b"twice"]
+    entries = [(key, {"x": torch.full((4,), i)}) for i, key in enumerate(keys)]
+    assert harness.cache.put_many(entries, chain=chain) == len(keys)
+    hit = harness.cache.get(b"twice")
+    assert hit is not None
+    assert hit.tensors["x"].tolist() == [len(keys) - 1] * 4
+    if chain:
+        assert harness.cache.match([b"twice", *others]) == len(keys) - 1
+        assert harness.cache.delete(b"twice") == 1
+        assert harness.cache.match(others) == 0
+
+
 def test_an_absent_key_is_none(harness: Harness) -> None:
     assert harness.cache.get(b"nothing") is None
     assert harness.cache.get_many([b"a", b"b"]) == [None, None]

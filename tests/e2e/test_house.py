@@ -86,6 +86,20 @@ def test_every_error_is_documented_with_what_to_do():
     assert [name for name in named if not any(what.startswith(name) for what, _ in rows)] == []
 
 
+def test_every_error_of_ours_is_importable_from_kvstore_errors_and_in_its_tree():
+    """What a caller may want to catch has one address; what is only said within the daemon has none."""
+    for path in sorted((ROOT / "kvstore").rglob("*.py")) + sorted((ROOT / "client").rglob("*.py")):
+        text = path.read_text()
+        if path.name != "errors.py":
+            for name, base in re.findall(r"^class (\w+)\((\w+)\):", text, re.MULTILINE):
+                assert not issubclass(getattr(errors, base, object), errors.KvstoreError), f"{name} in {path}"
+    drawn = re.findall(r"(?:\|--|`--) (\w+)  ", errors.__doc__)
+    named = [kind.__name__ for kind in vars(errors).values() if isinstance(kind, type)]
+    assert sorted([*drawn, "KvstoreError"]) == sorted(named)
+    assert "Busy" not in named
+    assert not hasattr(errors, "Busy")
+
+
 def test_every_counter_is_documented(daemon):
     with daemon.client() as client:
         values = client.stats().values

@@ -4,24 +4,44 @@ A checksum would stop nearly every mutation of a record at the door, so `record`
 first: what is behind the door must stand on its own.
 """
 
+import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from math import isfinite
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from google.protobuf.message import DecodeError
 
+from kvstore.arrays import ENTRY_MAX_NBYTES
+from kvstore.codecs import check_entry, codec_named, decode_entry
+from kvstore.codecs.hints import NO_HINTS
+from kvstore.codecs.layers import encode_runs
+from kvstore.disk import rows as index_rows
+from kvstore.disk.occupancy import Occupancy
+from kvstore.disk.rows import parse_row
+from kvstore.disk.segments import Place
 from kvstore.dtypes import TensorSpec
 from kvstore.entries import record as records
+from kvstore.entries.compression import Compression
 from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.facts import tensor_rows
 from kvstore.entries.safetensors_header import Slot, parse_header, write_header
-from kvstore.errors import ConfigError, KvstoreError, RecordCorrupt
+from kvstore.errors import CodecError, ConfigError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import labelled
+from kvstore.residency.read_path import Found
 from kvstored.access.tokens import read_tokens
 from kvstored.calls.budget import Budget
+from kvstored.calls.encoded_reply import encoded_reply
+from kvstored.calls.gets import hit_header
 from kvstored.calls.puts import PutStream
+from kvstored_client.decoding import ENCODINGS, Packed, shape_of
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, parse_frame
 
@@ -45,7 +65,7 @@ def frames(data: bytes) -> None:
         pass
     finally:
         stream.close()
-    assert stream._budget.used_nbytes <= 4 * LIMIT_NBYTES
+    assert stream._budget.used_nbytes == 0  # refused or not: what is still counted then is counted for ever
 
 
 def record(data: bytes) -> None:
@@ -80,9 +100,66 @@ def tokens(data: bytes) -> None:
             return
 
 
+def rows(data: bytes) -> None:
+    """A row of the index, its checksum right whatever the bytes say: one by one and as columns it is the same row.
+
+    One that is believed can be written again, and leads to numbers that a start of the store can reckon with.
+    """
+    for body in (data[:-4], data):
+        row = body + (xxhash.xxh3_64_intdigest(body + KEY) & 0xFFFFFFFF).to_bytes(4, "little")
+        found, whole = parse_row(KEY, row), index_rows._columns([KEY], [row])
+        assert whole.damaged == ([KEY] if found is None else [])
+        if found is None:
+            continue
+        meta = found.meta
+        assert (whole.keys, whole.parents, whole.namespaces) == ([KEY], [meta.parent], [meta.owner.namespace])
+        assert whole.pinned_until.tolist() == [meta.pinned_until]
+        assert all(map(isfinite, (meta.created_at, meta.last_hit_at)))
+        assert meta.value_nbytes <= ENTRY_MAX_NBYTES
+        later = replace(found, seq=found.seq + 1, place=found.place._replace(segment=found.place.segment + 1))
+        assert len(index_rows.pack_row(KEY, later)) <= len(row) + 1024
+        places = np.array([found.place], np.int64)
+        assert Occupancy().recover(places[:, 1:]) is not None
+
+
+def attrs(data: bytes) -> None:
+    """What a record says of its tensors, as JSON: read, described, decoded and sent as it is.
+
+    Each tensor decodes to what is said of it, or is a CodecError; what is sent encoded a client understands.
+    """
+    fixed, _, parts = _encoded()
+    try:
+        found = {row.name: row for row in tensor_rows({"kvstored.tensors": data.decode("utf-8", "replace")})}
+        held = {name: row.tensor(fixed, parts) for name, row in found.items()}
+    except RecordCorrupt:
+        return
+    entry = Entry(KEY, held, lossy=True)
+    if entry.value_nbytes > LIMIT_NBYTES:
+        return
+    assert all(error >= 0 for error in entry.receipt.values())
+    try:
+        check_entry(entry)
+    except CodecError:
+        try:
+            decode_entry(entry)
+        except CodecError:
+            return
+        raise AssertionError("what cannot be passed on was decoded") from None
+    decoded = decode_entry(entry)
+    assert {name: (str(x.dtype)[6:], tuple(x.shape)) for name, x in decoded.items()} == {
+        name: (spec.dtype, spec.shape) for name, spec in entry.specs.items()
+    }
+    if entry.is_encoded_in(ENCODINGS):
+        reply = encoded_reply(Found(KEY, "cold", entry, 0.0))
+        header = pb.GetHeader.FromString(hit_header(0, reply))
+        Packed(header, shape_of(header))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
+    "attrs": attrs,
     "frames": frames,
     "record": record,
+    "rows": rows,
     "safetensors": safetensors,
     "tokens": tokens,
 }
@@ -105,6 +182,24 @@ def _repaired(data: bytes) -> bytes:
     return fixed.pack(*fields) + body
 
 
+@cache
+def _encoded() -> tuple[dict[str, Slot], str, torch.Tensor]:
+    """Slots, what is said of the tensors, and the data of an entry with a tensor in each encoding."""
+    x = torch.linspace(-1, 1, 2 * 66 * 2 * 32).reshape(2, 66, 2, 32).to(torch.float16)
+    runs = [(0, 1, codec_named("int8")), (1, 2, codec_named("nf4-kv"))]
+    tensors = {
+        "k": codec_named("nf4-kv").encode("k", x),
+        "n": codec_named("nf4").encode("n", x),
+        "i": codec_named("int8").encode("i", x),
+        "l": encode_runs("l", x, NO_HINTS, runs),
+        "r": EncodedTensor(TensorSpec("int64", (3,)), "raw", {"": torch.arange(3)}),
+    }
+    packed = records.pack(Entry(KEY, tensors, lossy=True), Meta(1.0, 2.0, 1.0, 0), compression=Compression.NONE)
+    data = torch.from_numpy(np.concatenate(packed.data))
+    slots, facts = parse_header(packed.head[records.FIXED_NBYTES :], data.numel())
+    return slots, facts["kvstored.tensors"], data
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Valid inputs of each target: what the corpus on disk was begun with."""
     x = torch.arange(48, dtype=torch.float32).reshape(4, 12)
@@ -117,9 +212,17 @@ def seeds() -> dict[str, list[bytes]]:
     parts = [pb.PutFrame(header=header), pb.PutFrame(chunk=b"123"), pb.PutFrame(chunk=b"45", end=pb.EntryEnd())]
     many = [part.SerializeToString() for part in parts]
     slots = {"a": Slot("F32", (2, 3), 0, 24), "b": Slot("BF16", (4,), 24, 32)}
+    meta = Meta(1.0, 2.0, 1.0, 5, encoding="nf4-kv", parent=Key(b"before"), owner=labelled("model@1"))
+    row = index_rows.Row(Place(3, 4096, 900), 400, 7, meta)
+    text = _encoded()[1]
     return {
+        "attrs": [text.encode(), *(json.dumps([one]).encode() for one in json.loads(text))],
         "frames": [_cut(one), b"".join(map(_cut, many)), _cut(one) * 2],
         "record": [whole],
+        "rows": [
+            index_rows.pack_row(KEY, row),
+            index_rows.pack_row(KEY, replace(row, meta=Meta(1.0, 2.0, 1.0, 5, pinned=True))),
+        ],
         "safetensors": [(32).to_bytes(4, "little") + write_header(slots, {"fact": "text"})],
         "tokens": [
             b'[[token]]\nname = "a"\nsha256 = "' + b"0" * 64 + b'"\nrights = ["read"]\n'

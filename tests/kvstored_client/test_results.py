@@ -15,6 +15,7 @@ from kvstored_client.stream.receiver import Receiver
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import parse_address
 from kvstored_client.wire.frames import BadFrame, build_frame, build_miss
+from tests.kvstored_client.hammering import hammer, work
 from tests.raw import RawClient, entry_frames
 
 MIB = 1 << 20
@@ -182,34 +183,6 @@ def test_a_miss_carries_the_boot_epoch():
     assert receiver.boot_epoch == 42
 
 
-def value_of(key):
-    seed = int.from_bytes(key, "little")
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, 1000 + seed * 37_003 % 600_000, dtype=np.uint8)
-
-
-def hammer(client, seed, rounds):
-    """Puts and gets of values that follow from their keys. Returns the wrong ones."""
-    rng = np.random.default_rng(seed)
-    wrong = hits = 0
-    for _ in range(rounds):
-        key = bytes([int(rng.integers(0, 60))])
-        if rng.random() < 0.4:
-            client.put(key, {"x": value_of(key)}, fidelity="exact")
-        elif rng.random() < 0.1:
-            client.delete(key)
-        else:
-            hit = client.get(key)
-            hits += hit is not None
-            wrong += hit is not None and not np.array_equal(hit.tensors["x"], value_of(key))
-    return wrong, hits
-
-
-def worker(address, seed, results):
-    with Client(address, framework="numpy", on_error="raise", timeout_s=30) as client:
-        results.put(hammer(client, seed, 40))
-
-
 @pytest.mark.slow
 def test_32_threads_of_one_client_and_8_processes_see_no_wrong_bytes(daemon_factory):
     # Tiers small enough that entries sink and rise all the time.
@@ -217,7 +190,7 @@ def test_32_threads_of_one_client_and_8_processes_see_no_wrong_bytes(daemon_fact
     client = daemon.client(framework="numpy", timeout_s=30)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=worker, args=(daemon.address, 1000 + n, results)) for n in range(8)]
+    processes = [context.Process(target=work, args=(daemon.address, 1000 + n, results)) for n in range(8)]
     for process in processes:
         process.start()
     seen = []

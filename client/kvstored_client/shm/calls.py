@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
-from kvstore.errors import CodecError, InvalidEntry, KvstoreError, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry, KvstoreError, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
@@ -36,10 +36,6 @@ _HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
 _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
-
-
-class LeaseKept(KvstoreError):
-    """A tensor of a lease is still referred to after its block: copy what is needed inside."""
 
 
 class LeasedTensors(Mapping[str, Any]):

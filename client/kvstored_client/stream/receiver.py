@@ -8,9 +8,9 @@ from contextlib import closing
 
 import xxhash
 
-from kvstore.errors import CodecError, KvstoreError, RecordCorrupt
+from kvstore.errors import CodecError, KvstoreError, OutMismatch, RecordCorrupt
 from kvstore.hit import Hit
-from kvstored_client.buffers import Out, OutMismatch, Target, Tensors
+from kvstored_client.buffers import Out, Target, Tensors
 from kvstored_client.decoding import Packed, Unpacking, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.stream.transport import CACHE, Transport

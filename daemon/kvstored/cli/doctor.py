@@ -103,13 +103,20 @@ def _kernel(_: "Settings") -> Iterator[Finding]:
     none = Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
     try:
         from kvstore.kernels import best
-        from kvstore.kernels.cpu import ISAS, kernels
+        from kvstore.kernels.cpu import ABI, ISAS, installed, kernels
     except ImportError:
         yield none
         return
     found = kernels()
     used = best(found)
-    if used is None:
+    library, abi = installed()
+    if library is not None and abi != ABI:
+        yield Finding(
+            "bad",
+            f"compiled codec kernel: its ABI is {abi}, this version needs {ABI}, so NF4 runs in plain torch",
+            "install the kernel of this version: `make kernel`",
+        )
+    elif used is None:
         yield none
     elif used is found[-1]:
         yield Finding("good", f"compiled codec kernel: {ISAS[used.isa]}")

@@ -245,17 +245,22 @@ def test_any_bytes_and_attributes_decode_or_raise(path: str, monkeypatch: pytest
         b = (n + 63) // 64
         lengths = {"": (n + 1) // 2, "absmax": b, "nested_absmax": 4 * ((b + 255) // 256)}
         parts = {s: torch.randint(0, 256, (k,), generator=g, dtype=torch.uint8) for s, k in lengths.items()}
-        parts["nested_absmax"] = parts["nested_absmax"].view(torch.float32)
+        random_scales = parts["nested_absmax"].view(torch.float32)
+        parts["nested_absmax"] = 100 * torch.rand(random_scales.numel(), generator=g)
         attrs: dict[str, object] = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.25}
-        spoiled = number(4)
+        spoiled = number(5)
         if spoiled == 1:
             attrs[list(attrs)[number(3)]] = odd[number(len(odd))]
         elif spoiled == 2:
             suffix = list(parts)[number(3)]
             parts[suffix] = parts[suffix][: number(parts[suffix].numel() + 1)]
+        elif spoiled == 4:
+            parts["nested_absmax"] = random_scales
         spec = TensorSpec(("float32", "float16", "bfloat16", "int8")[number(3 + (spoiled == 3))], (n,))
         try:
-            assert NF4().decode(EncodedTensor(spec, "nf4", parts, attrs)).shape == (n,)
+            found = NF4().decode(EncodedTensor(spec, "nf4", parts, attrs))
+            assert found.shape == (n,)
+            assert found.isfinite().all()
             decoded += 1
         except CodecError:
             assert spoiled

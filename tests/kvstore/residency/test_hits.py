@@ -77,9 +77,7 @@ def test_a_pinned_entry_is_found_after_its_deadline() -> None:
         clock_of(store).advance(50)
         assert store.get(b"k") is not None
         clock_of(store).advance(50)
-        assert store.get(b"k") is not None, (
-            "unpinned now, and its deadline starts anew"
-        )
+        assert store.get(b"k") is not None, "unpinned now, and its deadline starts anew"
         clock_of(store).advance(10)
         assert store.get(b"k") is None
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.errors import RecordCorrupt
+from kvstore.errors import LeaseKept, RecordCorrupt
 from kvstored_client import Client
-from kvstored_client.shm.calls import LeaseKept
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import environment, wait_until
@@ -294,6 +293,7 @@ def test_bad_calls_are_answered_and_the_connection_goes_on(shared_daemon, call):
 def test_another_user_gets_the_bytes_in_his_own_segments_only(daemon):
     client = daemon.client(framework="numpy")
     client.put(b"mine", {"x": np.arange(1000)})
+    assert client.get(b"mine") is not None  # what was answered is kept, and names a segment of the owner's
     daemon.directory.parent.chmod(0o755)
     for path in (daemon.socket_path, daemon.socket_path.with_name("k.sock.lease")):
         path.chmod(0o666)
@@ -302,10 +302,13 @@ def test_another_user_gets_the_bytes_in_his_own_segments_only(daemon):
         try:
             os.setgid(65534)
             os.setuid(65534)
+            inherited = set(Path("/proc/self/maps").read_text().splitlines())
             with Client(daemon.address, framework="numpy", on_error="raise") as other:
                 hit = other.get(b"mine")
                 assert np.array_equal(hit.tensors["x"], np.arange(1000))
-                assert "memfd:kvstored-65534" in Path("/proc/self/maps").read_text(), "in a segment of his own"
+                mapped = set(Path("/proc/self/maps").read_text().splitlines()) - inherited
+                own = {line.partition("memfd:")[2].split()[0] for line in mapped if "memfd:kvstored-" in line}
+                assert own == {"kvstored-65534"}, "in segments of his own"
             os._exit(0)
         except BaseException as error:  # noqa: BLE001
             sys.stderr.write(repr(error))
