@@ -109,7 +109,7 @@ def test_the_alias_and_the_list_know_the_same_strategies():
 def rows() -> dict[str, dict]:
     """The real model's, of the strategies that promises were made about; of all with EXPERIMENTS_ALL=1."""
     pytest.importorskip("transformers")
-    from examples.model import gguf_file
+    from experiments.smollm import gguf_file
 
     gpl = Path("/usr/share/common-licenses/GPL-3")
     if gguf_file() is None or not gpl.exists():

@@ -160,16 +160,24 @@ class TestTheOrderOfAQueue:
             overtaken += 1
         assert overtaken == queue[0].overtaken == 5
 
-    def test_prefix_aware_computes_a_third_and_reads_no_disk_where_first_come_does(self, bench: Bench):
+    @pytest.mark.parametrize("tokens", [128, 512, 1024])
+    def test_prefix_aware_computes_a_third_and_reads_no_disk_where_first_come_does(self, bench: Bench, tokens):
         lab = bench.lab("tokens")
-        # Documents of 256 tokens: the text again and again, each time another beginning.
-        ids = torch.cat([lab.ids.roll(i, 1) for i in range(11)], dim=1)[:, :1024]
+        # The text again and again, each time another beginning.
+        ids = torch.cat([lab.ids.roll(i, 1) for i in range(11)], dim=1)[:, :tokens]
         long = Lab(lab.model, lab.tokenizer, ids, lab.rest, ())
         runs = {
-            (name, disk): order.measured(long, rule, disk=disk)
+            (name, disk): order.measured(long, rule, disk=disk, counted=True)
             for name, rule in (("fcfs", first_come), ("prefix", longest_prefix))
             for disk in (False, True)
         }
         assert runs["prefix", False].computed * 3 <= runs["fcfs", False].computed
         assert runs["prefix", True].chunks.get("cold", 0) == 0 < runs["fcfs", True].chunks["cold"]
         assert max(run.overtaken_most for run in runs.values()) <= order.OVERTAKEN_MAX
+
+    def test_what_is_computed_is_the_same_where_the_model_runs(self, bench: Bench):
+        for rule in (first_come, longest_prefix):
+            real, counted = (order.measured(bench.lab("tokens"), rule, disk=False, counted=x) for x in (False, True))
+            assert (real.computed, real.chunks, real.overtaken_most) == (
+                counted.computed, counted.chunks, counted.overtaken_most,
+            )  # fmt: skip
