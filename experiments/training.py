@@ -78,14 +78,17 @@ class Cartridge10x(Baseline):
             for x, y in zip(learned, (k, v), strict=True)
         ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        piece = min(self.piece, tokens - 1)
+        pieces = [piece for piece in lab.ids.split(self.piece, dim=1) if piece.shape[1] > 1]
+        # Each piece comes up several times: its teacher is asked once.
+        taught: dict[int, torch.Tensor] = {}
         for step in range(self.steps):
-            at = int(torch.randint(0, tokens - piece + 1, (1,), generator=generator))
-            ids = lab.ids[:, at : at + piece]
-            with torch.inference_mode():
-                teacher = after(lab.model, *lab.prefix, ids, tokens)
+            at = int(torch.randint(0, len(pieces), (1,), generator=generator))
+            ids = pieces[at]
+            if at not in taught:
+                with torch.inference_mode():
+                    taught[at] = after(lab.model, *lab.prefix, ids, tokens)
             k_now, v_now = (torch.cat((x[:, :1], y), dim=1) for x, y in zip((k, v), learned, strict=True))
-            loss = divergence(teacher.clone(), after(lab.model, k_now, v_now, ids, tokens))
+            loss = divergence(taught[at].clone(), after(lab.model, k_now, v_now, ids, tokens))
             grads = torch.autograd.grad(loss, learned)
             for x, grad in zip(learned, grads, strict=True):
                 x.grad = grad
