@@ -50,6 +50,11 @@ def convert(gguf: Path) -> tuple[Path, str]:
 
 
 def _convert(gguf: Path, home: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ExperimentFailed(
+            f"{gguf.name} cannot be converted without {' and '.join(missing)}: pip install 'kvstored[experiments]'"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
