@@ -9,41 +9,67 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import ExperimentFailed
 from kvstore.errors import KvstoreError
 from kvstored_client import Client
 
 START_S = STOP_S = 120.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a run from outside."""
 PACKAGES = ("kvstore", "kvstored", "kvstored_client", "experiments")
 
 
 @contextlib.contextmanager
+def child(command: Sequence[str], number: signal.Signals, **how: Any) -> "Iterator[subprocess.Popen[Any]]":
+    """A process until the block ends; then it gets this signal, and SIGKILL where it does not end within STOP_S.
+
+    A signal to this process that comes while the child starts is answered once it can be ended: else Ctrl-C in that
+    moment leaves it behind. how: as subprocess.Popen has it.
+    """
+    came: list[int] = []
+    process: subprocess.Popen[Any] | None = None
+    ours = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {x: signal.signal(x, lambda got, _frame: came.append(got)) for x in ours}
+    try:
+        try:
+            process = subprocess.Popen(command, **how)
+        finally:
+            for x, handler in before.items():
+                signal.signal(x, handler)
+        for x in came:
+            signal.raise_signal(x)
+        yield process
+    finally:
+        if process is not None:
+            process.send_signal(number)
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
 def daemon(home: Path) -> Iterator[str]:
-    """A daemon over `home` until the block ends; then SIGTERM, which writes everything to disk."""
+    """A daemon over `home` until the block ends; then SIGTERM, which writes everything to disk. Yields its address."""
     address, log = f"unix:{home / 'kvstored.sock'}", home / "daemon.log"
     command = [sys.executable, "-m", "kvstored", "serve", "--config", str(home / "kvstored.toml")]
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            [*command, "--data-dir", str(home / "data"), "--address", address],
-            stdout=errors, stderr=errors, env=environment(),
-        )  # fmt: skip
-    try:
+    command += ["--data-dir", str(home / "data"), "--address", address]
+    with (
+        log.open("a") as errors,
+        child(command, signal.SIGTERM, stdout=errors, stderr=errors, env=environment()) as process,
+    ):
         _wait_until_ready(process, address, log)
         yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
+def _wait_until_ready(process: "subprocess.Popen[Any]", address: str, log: Path) -> None:
     deadline = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < deadline:
         try:

@@ -20,13 +20,14 @@ from typing import Any, Literal
 
 from experiments import ExperimentFailed, Found, Strategy
 from experiments.catalogue import ENGINES
-from experiments.daemon import daemon, environment
+from experiments.daemon import child, daemon, environment
 from experiments.smollm import cache_directory, default_model
 from experiments.worker import Job
 from kvstore.config import CodecPolicy
 
-ROW_S = 300.0
-"""One strategy in one role; a worker that takes longer is ended, and the row is a failure."""
+ROW_S = 1200.0
+"""One strategy in one role; a worker that takes longer is ended, and the row is a failure. The longest, a cartridge, takes
+about 60 s of a core, and twenty times that where twenty others want it."""
 Tick = Callable[[str], None]
 
 
@@ -147,33 +148,35 @@ def work(job: Job, names: Sequence[str], env: dict[str, str], log: Path) -> Iter
 
 def _lines(job: Job, env: dict[str, str], log: Path) -> Iterator[dict[str, Any]]:
     """What one worker says, line by line, and at last {"end": why} where it did not end well."""
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.worker", json.dumps(asdict(job))],
-            stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
-        )  # fmt: skip
-    assert process.stdout is not None
-    late = threading.Event()
+    late, command = threading.Event(), [sys.executable, "-m", "experiments.worker", json.dumps(asdict(job))]
+    with (
+        log.open("a") as errors,
+        child(command, signal.SIGKILL, stdout=subprocess.PIPE, stderr=errors, env=env, text=True) as process,
+    ):
+        watch = _watch(process, late)
+        try:
+            for text in process.stdout or ():
+                watch.cancel()
+                watch = _watch(process, late)
+                yield json.loads(text)
+            code = process.wait()
+        finally:
+            watch.cancel()
+        if code != 0:
+            yield {"end": f"it took longer than {ROW_S:.0f} s" if late.is_set() else _why(code, log)}
+
+
+def _watch(process: "subprocess.Popen[str]", late: threading.Event) -> threading.Timer:
+    """Ends the process after ROW_S, unless cancelled."""
 
     def overdue() -> None:
         late.set()
         process.kill()
 
     watch = threading.Timer(ROW_S, overdue)
+    watch.daemon = True  # an interrupt may come before anyone can cancel it: the run does not wait for it
     watch.start()
-    try:
-        for text in process.stdout:
-            watch.cancel()
-            watch = threading.Timer(ROW_S, overdue)
-            watch.start()
-            yield json.loads(text)
-        if process.wait() != 0:
-            yield {"end": f"it took longer than {ROW_S:.0f} s" if late.is_set() else _why(process.returncode, log)}
-    finally:
-        watch.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    return watch
 
 
 def _why(code: int, log: Path) -> str:

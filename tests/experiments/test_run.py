@@ -155,7 +155,7 @@ def test_a_run_that_is_told_to_end_leaves_no_process_and_no_file_behind(tiny_mod
     )  # fmt: skip
     while not list(tmp_path.glob("kvx-*/workers.log")):  # the daemon serves, a worker begins
         assert process.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.01)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
