@@ -26,8 +26,8 @@ from experiments.worker import Job
 from kvstore.config import CodecPolicy
 
 ROW_S = 1200.0
-"""One strategy in one role; a worker that takes longer is ended, and the row is a failure. The longest, a cartridge, takes
-about 60 s of a core, and twenty times that where twenty others want it."""
+"""One strategy in one role; a worker that takes longer is ended, and the row is a failure. The longest, a cartridge,
+takes about 60 s of a core, and twenty times that where twenty others want it."""
 Tick = Callable[[str], None]
 
 
