@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 pytest.importorskip("torch")
 
 from experiments import ExperimentFailed
+from experiments.daemon import child
 from experiments.lab import load_model
 from kvstored.cli import cli
 from tests.conftest import ROOT, environment
@@ -143,8 +144,27 @@ def test_a_damaged_model_is_one_sentence(tiny_model: Path, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_end_leaves_no_process_and_no_file_behind(tiny_model: Path, text: Path, tmp_path, number):
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_that_comes_while_a_child_starts_is_answered_when_it_can_be_ended(monkeypatch, number, raised):
+    """A run hung for ever after Ctrl-C between the start of its worker and the `try` that would have ended it."""
+    real, started = subprocess.Popen, []
+
+    def popen(command, **how):
+        started.append(real(command, **how))
+        signal.raise_signal(number)
+        return started[0]
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        with pytest.raises(raised), child(["sleep", "60"], signal.SIGKILL):
+            pytest.fail("the signal was not answered")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started[0].poll() == -signal.SIGKILL
+
+
+def test_ctrl_c_leaves_no_process_and_no_file_behind(tiny_model: Path, text: Path, tmp_path):
     """As Ctrl-C does it: the signal goes to the command and to all that it started."""
     pytest.importorskip("transformers")
     asked = ("run", "baseline", "--model", tiny_model, "--text", text, "--tokens", "64+8")
@@ -156,12 +176,9 @@ def test_a_run_that_is_told_to_end_leaves_no_process_and_no_file_behind(tiny_mod
     while not list(tmp_path.glob("kvx-*/workers.log")):  # the daemon serves, a worker begins
         assert process.poll() is None
         time.sleep(0.01)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ProcessLookupError):
