@@ -3,8 +3,6 @@
 The importance of a token in a layer is the mean attention that it got from the tokens after it, as H2O counts it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,23 +14,6 @@ from experiments.lab import Lab
 from kvstore.config import CodecPolicy
 
 
-@contextmanager
-def attention_seen(model: Any, hook: Callable[[Any, Any, Any], None]) -> Iterator[None]:
-    """For a block, `hook` is called after each layer's attention as a forward hook; its weights are the second output.
-
-    They are (1, query heads, tokens, tokens held).
-    """
-    hooks = [layer.self_attn.register_forward_hook(hook) for layer in model.model.layers]
-    usual = model.config._attn_implementation  # noqa: SLF001 - there is a setter and no getter
-    model.set_attn_implementation("eager")  # the only one that gives its weights
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(usual)
-        for registered in hooks:
-            registered.remove()
-
-
 def importance(lab: Lab) -> torch.Tensor:
     """Attention received by each token of the prefix, over those that could give it: (layers, tokens)."""
     seen: list[torch.Tensor] = []
@@ -40,8 +21,15 @@ def importance(lab: Lab) -> torch.Tensor:
     def received(_module: Any, _args: Any, out: Any) -> None:
         seen.append(out[1][0].mean(0).sum(0))
 
-    with attention_seen(lab.model, received):
+    hooks = [layer.self_attn.register_forward_hook(received) for layer in lab.model.model.layers]
+    usual = lab.model.config._attn_implementation  # noqa: SLF001 - there is a setter and no getter
+    lab.model.set_attn_implementation("eager")  # the only one that gives its weights
+    try:
         lab.prefill(lab.ids)
+    finally:
+        lab.model.set_attn_implementation(usual)
+        for hook in hooks:
+            hook.remove()
     tokens = lab.ids.shape[1]
     return torch.stack(seen) / torch.arange(tokens, 0, -1)
 

@@ -4,8 +4,6 @@ Both distil: the teacher is the model with all of its prefix, the student has le
 Seeded, so a run can be repeated; on one machine with the same threads to the bit.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +12,7 @@ from experiments import Step, Tensors
 from experiments.attention import Baseline
 from experiments.lab import Lab
 from experiments.smooth import CALIBRATION
-from experiments.sparse import attention_seen
+from experiments.sparse import importance, rows_of
 from kvstore.config import CodecPolicy
 
 NF4_LEVELS = (
@@ -43,40 +41,11 @@ def after(model: Any, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, posit
     return logits
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A piece of the prefix read again after it: its tokens (1, n), and the logits (n, vocabulary) of the teacher."""
-
-    ids: torch.Tensor
-    logits: torch.Tensor
-
-
-def read_again(lab: Lab, pieces: Sequence[torch.Tensor]) -> tuple[list[Lesson], torch.Tensor]:
-    """The model reads pieces (1, n) of the prefix again, each right after all of it.
-
-    Returns lessons, and for each row of the prefix the most attention that any token gave it in any of the query heads
-    that read it: (layers, kv_heads, tokens), the score of KVzip (arXiv 2505.23416).
-    """
-    tokens, heads = int(lab.ids.shape[1]), int(lab.model.config.num_key_value_heads)
-    seen: list[torch.Tensor] = []
-
-    def received(_module: Any, _args: Any, out: Any) -> None:
-        seen.append(out[1][0, :, :, :tokens].amax(1).unflatten(0, (heads, -1)).amax(1))
-
-    lessons, scores = [], []
-    with attention_seen(lab.model, received), torch.inference_mode():
-        for ids in pieces:
-            lessons.append(Lesson(ids, after(lab.model, *lab.prefix, ids, tokens)))
-            scores.append(torch.stack(seen))
-            seen.clear()
-    return lessons, torch.stack(scores).amax(0)
-
-
 class Cartridge10x(Baseline):
     """A tenth of the rows, trained offline so that the model answers as after the whole prefix; stored for ever.
 
-    It begins as the rows that got the most attention, head by head, when the prefix was read again; the first, an
-    attention sink, stays as it is. It learns from the same reading.
+    It begins as the rows that got the most attention; the first, an attention sink, stays as it is. It learns from
+    pieces of the prefix itself, read again after it.
     """
 
     row = 37
@@ -85,29 +54,23 @@ class Cartridge10x(Baseline):
     source = "arXiv 2506.06266"
     kept = "trained on the prefix read again, where the paper has conversations made about it; few steps"
     times: ClassVar[int] = 10
-    steps: ClassVar[int] = 16
+    steps: ClassVar[int] = 24
     piece: ClassVar[int] = 96
     rate: ClassVar[float] = 0.02
 
     def state(self, lab: Lab) -> Tensors:
         """The trained K and V."""
         tokens = int(lab.ids.shape[1])
-        pieces = [piece for piece in lab.ids.split(self.piece, dim=1) if piece.shape[1] > 1]
-        generator = torch.Generator().manual_seed(0)
-        lessons, score = read_again(lab, [pieces[at] for at in torch.randperm(len(pieces), generator=generator)])
-        score[..., 0] = torch.inf
-        rows = score.topk(max(2, tokens // self.times), dim=-1).indices.sort(dim=-1).values.transpose(1, 2)
-        k, v = (x.gather(1, rows[..., None].expand(-1, -1, -1, x.shape[-1])) for x in lab.prefix)
-        k, v = self._trained(lab, lessons, k, v)
+        rows = importance(lab).topk(max(2, tokens // self.times), dim=1).indices.sort(dim=1).values
+        k, v = self._trained(lab, *(rows_of(x, rows).clone() for x in lab.prefix))
         return {"k": k.contiguous(), "v": v.contiguous(), "position": torch.tensor([tokens])}
 
     def resume(self, lab: Lab, tensors: Tensors) -> Step:
         """The model after it, at the position where the prefix ended."""
         return lab.step(tensors["k"], tensors["v"], position=int(tensors["position"][0]))
 
-    def _trained(
-        self, lab: Lab, lessons: Sequence[Lesson], k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _trained(self, lab: Lab, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, generator = int(lab.ids.shape[1]), torch.Generator().manual_seed(0)
         learned = [x[:, 1:].clone().requires_grad_() for x in (k, v)]
         # A step in proportion to each layer's own size: keys are ten times as large as values.
         groups = [
@@ -115,11 +78,15 @@ class Cartridge10x(Baseline):
             for x, y in zip(learned, (k, v), strict=True)
         ]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        piece = min(self.piece, tokens - 1)
         for step in range(self.steps):
-            lesson = lessons[step % len(lessons)]
+            at = int(torch.randint(0, tokens - piece + 1, (1,), generator=generator))
+            ids = lab.ids[:, at : at + piece]
+            with torch.inference_mode():
+                teacher = after(lab.model, *lab.prefix, ids, tokens)
             k_now, v_now = (torch.cat((x[:, :1], y), dim=1) for x, y in zip((k, v), learned, strict=True))
-            student = after(lab.model, k_now, v_now, lesson.ids, int(lab.ids.shape[1]))
-            grads = torch.autograd.grad(divergence(lesson.logits.clone(), student), learned)
+            loss = divergence(teacher.clone(), after(lab.model, k_now, v_now, ids, tokens))
+            grads = torch.autograd.grad(loss, learned)
             for x, grad in zip(learned, grads, strict=True):
                 x.grad = grad
             for group in optimizer.param_groups:
