@@ -42,8 +42,8 @@ def child(command: Sequence[str], number: signal.Signals, **how: Any) -> "Iterat
         finally:
             for x, handler in before.items():
                 signal.signal(x, handler)
-        for x in came:
-            signal.raise_signal(x)
+        for got in came:
+            signal.raise_signal(got)
         yield process
     finally:
         if process is not None:

@@ -208,7 +208,7 @@ def rows() -> dict[str, dict]:
         pytest.skip("the model is not installed: make demo" if gpl.exists() else f"{gpl} is not there")
     if missing := why_missing("kvpress"):
         pytest.skip(missing)
-    names = ("minicache", "lorc-fp16", "4-bit", "attention-sink", "sliding-window", "h2o", "h2o-4-bit", "pyramidkv")
+    names = ("minicache", "lorc-fp16", "4-bit", "attention-sink", "sliding-window", "h2o", "h2o-4-bit")
     whole = os.environ.get("EXPERIMENTS_ALL") == "1"
     done = command("run", *(("all",) if whole else names), "--text", gpl, "--tokens", "256+64", "--json")
     assert done.returncode == 0, done.stderr
@@ -238,7 +238,7 @@ class TestTheRealModel:
 
     def test_exact_rows_are_bit_equal_and_the_lossy_one_is_not(self, rows):
         exact = {name for name, row in rows.items() if row["bit_equal"]}
-        assert {"baseline", "no-context", "minicache", "lorc-fp16", "attention-sink", "h2o", "pyramidkv"} <= exact
+        assert {"baseline", "no-context", "minicache", "lorc-fp16", "attention-sink", "h2o"} <= exact
         assert not {"4-bit", "h2o-4-bit"} & exact
 
     def test_the_baseline_finds_needles_and_no_context_finds_none(self, rows):
