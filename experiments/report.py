@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -21,6 +22,11 @@ COLOURS = {
 }  # fmt: skip
 KL_LEAST = 1e-6
 """Below it a point is drawn at the foot of the plot: exact, on a logarithmic axis."""
+
+
+WIDTH = 860
+LETTER_WIDTH = 6.4
+"""Of a name in the plot, in its font: a little wide."""
 
 
 def cells(rows: Sequence[Found]) -> list[tuple[str, ...]]:
@@ -118,47 +124,96 @@ def _priced(row: Found) -> str:
 def plot(rows: Sequence[Found], path: Path) -> None:
     """KL over bytes a token, both logarithmic, as an SVG with the Pareto front drawn. Raises OSError."""
     points = [r for r in rows if r.kl is not None and r.bytes_per_token and not r.failed and r.category != "recurrent"]
-    path.write_text(_svg(points, front(rows)) + "\n")
+    nothing = next((r.kl for r in rows if r.name == "no-context"), None)
+    path.write_text(_svg(points, front(rows), nothing) + "\n")
 
 
-def _svg(points: Sequence[Found], best: Sequence[Found]) -> str:
-    kls = [max(r.kl or 0.0, KL_LEAST) for r in points] or [KL_LEAST, 1.0]
-    low, high = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 0.1)
-    sizes = [r.bytes_per_token or 1.0 for r in points] or [1.0, 10.0]
-    left, right = math.log10(min(sizes)) - 0.1, math.log10(max(sizes)) + 0.3
+@dataclass(frozen=True)
+class Axes:
+    """Where bytes a token (10**left to 10**right) and KL (10**low to 10**high) lie on the drawing."""
 
-    def place(row: Found) -> tuple[float, float]:
-        x = 60 + (math.log10(row.bytes_per_token or 1.0) - left) / (right - left) * 700
-        return x, 20 + (high - math.log10(max(row.kl or 0.0, KL_LEAST))) / (high - low) * 480
+    left: float
+    right: float
+    low: int
+    high: int
 
+    @classmethod
+    def around(cls, points: Sequence[Found]) -> "Axes":
+        """The axes that hold these points."""
+        kls = [max(r.kl or 0.0, KL_LEAST) for r in points] or [KL_LEAST, 1.0]
+        sizes = [r.bytes_per_token or 1.0 for r in points] or [1.0, 10.0]
+        return cls(
+            math.log10(min(sizes)) - 0.1, math.log10(max(sizes)) + 0.1,
+            math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 0.1),
+        )  # fmt: skip
+
+    def x(self, nbytes: float) -> float:
+        """Across."""
+        return 60 + (math.log10(nbytes) - self.left) / (self.right - self.left) * 700
+
+    def y(self, kl: float) -> float:
+        """Down."""
+        return 20 + (self.high - math.log10(max(kl, KL_LEAST))) / (self.high - self.low) * 480
+
+
+def _svg(points: Sequence[Found], best: Sequence[Found], nothing: float | None) -> str:
+    axes = Axes.around(points)
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="800" height="560" font-family="sans-serif" font-size="11">',
-        '<rect width="800" height="560" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="560" font-family="sans-serif">',
+        "<style>text { font-size: 11px }</style>",
+        f'<rect width="{WIDTH}" height="560" fill="white"/>',
     ]
-    for power in range(low, high + 1):
-        y = 20 + (high - power) / (high - low) * 480
+    for power in range(axes.low, axes.high + 1):
+        y = axes.y(10.0**power)
         name = "0" if 10.0**power <= KL_LEAST else f"1e{power}"
         parts.append(f'<path d="M60 {y:.0f}H760" stroke="#ddd"/><text x="20" y="{y + 4:.0f}">{name}</text>')
     for tick in (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000):
-        if left <= math.log10(tick) <= right:
-            x = 60 + (math.log10(tick) - left) / (right - left) * 700
+        if axes.left <= math.log10(tick) <= axes.right:
+            x = axes.x(tick)
             parts.append(f'<path d="M{x:.0f} 20V500" stroke="#eee"/><text x="{x - 14:.0f}" y="516">{tick:,}</text>')
     parts.append('<text x="300" y="540">bytes a token, held on disk</text><text x="8" y="14">KL, nats</text>')
+    if nothing:
+        y = axes.y(nothing)
+        parts.append(f'<path d="M60 {y:.1f}H760" stroke="#000"/><text x="764" y="{y + 4:.0f}">no context</text>')
+    placed = [(row, axes.x(row.bytes_per_token or 1.0), axes.y(row.kl or 0.0)) for row in points]
     if best:
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, best))
+        line = " ".join(f"{axes.x(r.bytes_per_token or 1.0):.1f},{axes.y(r.kl or 0.0):.1f}" for r in best)
         parts.append(f'<polyline points="{line}" fill="none" stroke="#c33" stroke-dasharray="4 3"/>')
-    return "\n".join([*parts, *_labelled([(row, *place(row)) for row in points]), "</svg>"])
+    return "\n".join([*parts, *_labelled(placed), "</svg>"])
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 def _labelled(placed: Sequence[tuple[Found, float, float]]) -> list[str]:
-    """Dots with names; a name that would lie on another is moved down."""
+    """Dots with names; a name is moved until it lies on no other and on no dot, and a line leads to it."""
     parts: list[str] = []
-    taken: list[tuple[float, float]] = []
+    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for _, x, y in placed]
     for row, x, y in sorted(placed, key=lambda p: (p[2], p[1])):
-        colour, at = COLOURS[row.category], y + 4
-        while any(abs(at - other) < 11 and abs(x - beside) < 120 for beside, other in taken):
-            at -= 11
-        taken.append((x, at))
+        colour, width = COLOURS[row.category], LETTER_WIDTH * len(row.name)
+        left, at = _free(x, y, width, taken)
+        taken.append((left, at - 9, left + width, at + 2))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 7:.1f}" y="{at:.1f}" fill="{colour}">{escape(row.name)}</text>')
+        parts.append(f'<text x="{left:.1f}" y="{at:.1f}" fill="{colour}">{escape(row.name)}</text>')
+        if abs(at - 4 - y) > 6:
+            end = left - 1 if left > x else left + width
+            parts.append(f'<path d="M{x:.1f} {y:.1f}L{end:.1f} {at - 4:.1f}" stroke="{colour}" stroke-width="0.4"/>')
     return parts
+
+
+def _free(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[float, float]:
+    """Where a name of this width goes: beside its dot, else the least way up or down; right of it before left."""
+    for step in range(60):
+        for down in (step, -step):
+            for left in (x + 7 + step, x - 7 - step - width):
+                at = y + 4 + 6 * down
+                box = (left, at - 9, left + width, at + 2)
+                fits = left >= 55 and box[2] <= WIDTH and box[1] >= 15 and at <= 512
+                if fits and not any(_overlap(box, other) for other in taken):
+                    return left, at
+    return x + 7, y + 4
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -5,17 +5,14 @@ each engine; all speak to one daemon. A worker that dies in the middle of a stra
 on with the next. Not thread-safe.
 """
 
-import contextlib
 import importlib.util
 import json
-import os
 import pydoc_data.topics
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,15 +20,14 @@ from typing import Any, Literal
 
 from experiments import ExperimentFailed, Found, Strategy
 from experiments.catalogue import ENGINES
+from experiments.daemon import child, daemon, environment
 from experiments.smollm import cache_directory, default_model
 from experiments.worker import Job
 from kvstore.config import CodecPolicy
-from kvstore.errors import KvstoreError
-from kvstored_client import Client
 
-START_S = STOP_S = 120.0
-ROW_S = 300.0
-"""One strategy in one role; a worker that takes longer is ended, and the row is a failure."""
+ROW_S = 1200.0
+"""One strategy in one role; a worker that takes longer is ended, and the row is a failure. The longest, a cartridge,
+takes about 60 s of a core, and twenty times that where twenty others want it."""
 Tick = Callable[[str], None]
 
 
@@ -121,7 +117,7 @@ def _all(
         ]  # fmt: skip
         job = Job(role, address, str(plan.model), str(plan.text), plan.prefix, plan.continuation, ())
         try:
-            env = environment(engine)
+            env = environment(wheels(engine))
         except ExperimentFailed as error:
             yield from ((name, {"failed": str(error)}) for name in names)
             continue
@@ -152,33 +148,35 @@ def work(job: Job, names: Sequence[str], env: dict[str, str], log: Path) -> Iter
 
 def _lines(job: Job, env: dict[str, str], log: Path) -> Iterator[dict[str, Any]]:
     """What one worker says, line by line, and at last {"end": why} where it did not end well."""
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.worker", json.dumps(asdict(job))],
-            stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
-        )  # fmt: skip
-    assert process.stdout is not None
-    late = threading.Event()
+    late, command = threading.Event(), [sys.executable, "-m", "experiments.worker", json.dumps(asdict(job))]
+    with (
+        log.open("a") as errors,
+        child(command, signal.SIGKILL, stdout=subprocess.PIPE, stderr=errors, env=env, text=True) as process,
+    ):
+        watch = _watch(process, late)
+        try:
+            for text in process.stdout or ():
+                watch.cancel()
+                watch = _watch(process, late)
+                yield json.loads(text)
+            code = process.wait()
+        finally:
+            watch.cancel()
+        if code != 0:
+            yield {"end": f"it took longer than {ROW_S:.0f} s" if late.is_set() else _why(code, log)}
+
+
+def _watch(process: "subprocess.Popen[str]", late: threading.Event) -> threading.Timer:
+    """Ends the process after ROW_S, unless cancelled."""
 
     def overdue() -> None:
         late.set()
         process.kill()
 
     watch = threading.Timer(ROW_S, overdue)
+    watch.daemon = True  # an interrupt may come before anyone can cancel it: the run does not wait for it
     watch.start()
-    try:
-        for text in process.stdout:
-            watch.cancel()
-            watch = threading.Timer(ROW_S, overdue)
-            watch.start()
-            yield json.loads(text)
-        if process.wait() != 0:
-            yield {"end": f"it took longer than {ROW_S:.0f} s" if late.is_set() else _why(process.returncode, log)}
-    finally:
-        watch.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    return watch
 
 
 def _why(code: int, log: Path) -> str:
@@ -188,65 +186,13 @@ def _why(code: int, log: Path) -> str:
     return f"the worker ended with exit code {code}: {said[-1] if said else 'it said nothing'}"
 
 
-@contextlib.contextmanager
-def daemon(home: Path) -> Iterator[str]:
-    """A daemon over `home` until the block ends; then SIGTERM, which writes everything to disk."""
-    address, log = f"unix:{home / 'kvstored.sock'}", home / "daemon.log"
-    command = [sys.executable, "-m", "kvstored", "serve", "--config", str(home / "kvstored.toml")]
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            [*command, "--data-dir", str(home / "data"), "--address", address],
-            stdout=errors, stderr=errors, env=environment(""),
-        )  # fmt: skip
-    try:
-        _wait_until_ready(process, address, log)
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_ready(process: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with Client(address, timeout_s=1, on_error="raise") as client:
-                client.stats()
-        except KvstoreError:
-            time.sleep(0.1)
-        else:
-            return
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    raise ExperimentFailed(f"the daemon did not start: {said[-1] if said else 'it said nothing'}")
-
-
-def environment(engine: str) -> dict[str, str]:
-    """This process's, with this distribution and an engine's wheels on the path, and no settings of another daemon.
-
-    OMP_WAIT_POLICY: torch's threads otherwise spin while they wait, which on shared cores takes longer than the work.
-    Raises ExperimentFailed, saying how to get it, where the engine is not there.
-    """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORED_")}
-    wheels = [cache_directory() / "engines" / "side" / folder for folder in ENGINES[engine]]
-    missing = [folder for folder in wheels if not folder.is_dir()]
+def wheels(engine: str) -> list[Path]:
+    """The folders that an engine's workers need on the path. Raises ExperimentFailed where they are not there."""
+    folders = [cache_directory() / "engines" / "side" / folder for folder in ENGINES[engine]]
+    missing = [folder for folder in folders if not folder.is_dir()]
     if missing and importlib.util.find_spec(engine) is None:
         raise ExperimentFailed(f"{engine} is not at {missing[0]}: run tools/engines/side.sh PYTHON in a checkout")
-    packages = ("kvstore", "kvstored", "kvstored_client", "experiments")
-    path = [*wheels, *dict.fromkeys(_home(package) for package in packages)]
-    outer = kept.get("PYTHONPATH")
-    joined = os.pathsep.join([*map(str, path), *([outer] if outer else [])])
-    return kept | {"PYTHONPATH": joined, "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def _home(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parents[1]
+    return folders
 
 
 def settings(strategies: Iterable[Strategy]) -> str:

@@ -28,10 +28,9 @@ class ByRole:
         """Encode one tensor by the codec for its name and shape. Raises CodecError if that codec does."""
         if role_of(name, hints) == "plain" or x.dim() < 2:
             return self._plain.encode(name, x, hints)
-        told = hints if hints is not NO_HINTS else Hints(token_axis=token_axis_of(x.shape))
-        if x.shape[told.token_axis] < _TOKENS_MIN:
+        if x.shape[token_axis_of(x.shape, hints)] < _TOKENS_MIN:
             return self._plain.encode(name, x, hints)
-        return self._kv.encode(name, x, told)
+        return self._kv.encode(name, x, hints)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Never used for a stored tensor, which names the codec that wrote it; decodes by that name."""

@@ -23,13 +23,14 @@ _ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """role: None means by name. token_axis: negative; -3 for (layers, tokens, heads, dim), -2 for (..., tokens, dim).
+    """role: None means by name. token_axis: -3 for (layers, tokens, heads, dim), -2 for (..., tokens, dim).
 
-    prefix_start: whether the first token is the first of a prompt; None means it may be.
+    None means by shape (`token_axis_of`). prefix_start: whether the first token is the first of a prompt; None means it
+    may be.
     """
 
     role: Role | None = None
-    token_axis: int = -3
+    token_axis: int | None = None
     prefix_start: bool | None = None
 
 
@@ -46,9 +47,12 @@ def role_of(name: str, hints: Hints) -> Role:
     return "plain"
 
 
-def token_axis_of(shape: Sequence[int]) -> int:
-    """Where the tokens probably are: (..., tokens, heads, dim) or (..., heads, tokens, dim), whichever is longer.
+def token_axis_of(shape: Sequence[int], hints: Hints) -> int:
+    """The hinted axis, or where the tokens probably are: (..., tokens, heads, dim) or (..., heads, tokens, dim).
 
-    A wrong guess costs density or quality, never correctness: decoding uses the axis that was stored.
+    The longer of the two. A wrong guess costs density or quality, never correctness: decoding uses the axis that was
+    stored.
     """
+    if hints.token_axis is not None:
+        return hints.token_axis
     return -3 if len(shape) > 2 and shape[-3] >= shape[-2] else -2

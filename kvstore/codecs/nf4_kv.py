@@ -15,7 +15,7 @@ from math import isfinite, prod
 import torch
 
 from kvstore.codecs import receipt
-from kvstore.codecs.hints import NO_HINTS, Hints
+from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
 from kvstore.codecs.nf4 import prepared_out, require_finite, require_names, require_part
 from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
@@ -100,7 +100,7 @@ class NF4KV:
         spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
         if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
             raise CodecError(f"nf4-kv holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
-        role, token_axis = receipt.role_in(name, x, hints), hints.token_axis
+        role, token_axis = receipt.role_in(name, x, hints), token_axis_of(x.shape, hints)
         attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
         parts: dict[str, torch.Tensor] = {}
         errors: list[float | None] = []

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
+from kvstore.codecs.hints import Hints, role_of, token_axis_of
 from kvstore.codecs.planes import Part, others, planes_of, standing_apart
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -77,7 +77,7 @@ def errors_by_head(
         return [_errors(x.reshape(1, 1, 1, -1), decoded.reshape(1, 1, 1, -1), "plain", ())]
     axis = encoded.attrs.get("token_axis")
     if not isinstance(axis, int):
-        axis = token_axis_of(x.shape) if hints is NO_HINTS else hints.token_axis
+        axis = token_axis_of(x.shape, hints)
     found = []
     both = zip(planes_of(x, role, axis), planes_of(decoded, role, axis), strict=True)
     for (prefix, part, rows), (_, _, got) in both:

@@ -15,7 +15,7 @@ import torch
 from kvstore.arrays import CheckedSpecs
 from kvstore.codecs import decode_all, encode_entry
 from kvstore.codecs.choice import CodecChoice
-from kvstore.codecs.hints import Hints, token_axis_of
+from kvstore.codecs.hints import Hints
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed
 from kvstore.entries.entry import EncodedTensor, Entry
@@ -51,10 +51,7 @@ class Transcoder(Protocol):
 
 def chunk_hints(entry: Entry, *, prefix_start: bool) -> dict[str, Hints]:
     """What a codec is told about a chunk: where in its prompt it lies. Where its tokens lie is told by the shape."""
-    return {
-        name: Hints(token_axis=token_axis_of(t.spec.shape), prefix_start=prefix_start)
-        for name, t in entry.tensors.items()
-    }
+    return dict.fromkeys(entry.tensors, Hints(prefix_start=prefix_start))
 
 
 def made_entry(key: Key, specs: CheckedSpecs, tensors: Mapping[str, torch.Tensor]) -> Entry:

@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from kvstore.arrays import as_bytes
-from kvstore.codecs import codec_for, encode_entry
+from kvstore.codecs import codec_for, codec_named, encode_entry
 from kvstore.entries.compact import packed as packed_entry
 from kvstore.keys import Key
 from kvstore.residency.read_path import Found
@@ -223,6 +223,19 @@ def unpacking(of: Found) -> tuple[Unpacking, dict[str, np.ndarray]]:
     header = pb.GetHeader.FromString(hit_header(0, encoded_reply(of)))
     targets = {name: np.full(t.spec.nbytes, 7, np.uint8) for name, t in of.entry.tensors.items()}
     return Unpacking(Packed(header, shape_of(header)), targets), targets
+
+
+def test_an_entry_of_as_many_tensors_as_may_be_has_as_many_parts_as_they_have():
+    """A pressed cache of 30 layers has 60 tensors and 300 parts: the limit of 256 tensors was held against parts."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {f"{role}.{i}": torch.randn(1, 2, 96, 32, generator=generator) for role in "kv" for i in range(128)}
+    of, data = found(tensors)
+    assert sum(len(t.parts) for t in of.entry.tensors.values()) > 1000
+    ours, targets = unpacking(of)
+    ours.take(memoryview(data))
+    ours.finish()
+    for name, held in of.entry.tensors.items():
+        assert np.array_equal(targets[name], as_bytes(codec_named("nf4-kv").decode(held)))
 
 
 @pytest.mark.filterwarnings("error")

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 def smollm() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32 and its tokenizer. Skips where it is not installed."""
     pytest.importorskip("transformers")
-    from examples.model import convert, gguf_file
+    from experiments.smollm import convert, gguf_file
 
     gguf = gguf_file()
     if gguf is None:

@@ -22,7 +22,7 @@ def demo_module():
 
 def model_installed() -> bool:
     try:
-        from examples.model import gguf_file
+        from experiments.smollm import gguf_file
     except ImportError:
         return False
     return gguf_file() is not None

@@ -1,5 +1,7 @@
 """The list of strategies: the 25 rows in their order, the controls first, and what a word means."""
 
+import re
+
 import pytest
 
 pytest.importorskip("torch")
@@ -8,6 +10,7 @@ from experiments import ExperimentFailed
 from experiments.catalogue import CATEGORIES, STRATEGIES, chosen
 from experiments.run import checked_model, checked_text, settings
 from kvstore.config import StoreConfig, from_mapping
+from tests.conftest import ROOT
 
 SEED = [
     "baseline", "attention-sink", "minicache", "vllm", "transformers", "h2o", "pyramidkv", "8-bit", "8-bit-by-error",
@@ -67,3 +70,12 @@ def test_every_category_has_a_colour():
     from experiments.report import COLOURS
 
     assert set(CATEGORIES) == set(COLOURS)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+def test_every_row_has_a_paragraph_of_its_own(strategy):
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    found = re.search(
+        rf"^\*\*{strategy.row} {re.escape(strategy.name)}\.?\*\*(.+?)\n\n", page, re.MULTILINE | re.DOTALL
+    )
+    assert found and len(found[1]) > 40

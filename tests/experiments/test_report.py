@@ -80,6 +80,19 @@ def test_the_plot_is_an_svg_with_a_dot_for_each_row_that_can_be_compared_and_the
     assert "<odd & name>" in {label.text for label in root.findall(f"{space}text")}
 
 
+def test_no_name_in_the_plot_lies_on_another_however_near_their_dots_are(tmp_path):
+    near = [row(f"alike-{i}", 6_000 + i, 0.005) for i in range(8)]
+    report.plot([*ROWS, *near], tmp_path / "f.svg")
+    root = ET.parse(tmp_path / "f.svg").getroot()  # noqa: S314 - our own file
+    names = {r.name for r in [*ROWS, *near]}
+    labels = [x for x in root.findall("{http://www.w3.org/2000/svg}text") if x.text in names]
+    boxes = [(float(x.get("x")), float(x.get("y")), report.LETTER_WIDTH * len(x.text)) for x in labels]
+    assert len(boxes) == 13
+    for i, (x, y, _) in enumerate(boxes):
+        for u, v, width in boxes[:i]:
+            assert abs(y - v) >= 11 or not u - width < x < u + width, (labels[i].text, x, y, u, v)
+
+
 def test_a_run_of_which_everything_failed_still_has_a_report(tmp_path):
     rows = [replace(r, kl=None, bytes_per_token=None, failed="x") for r in ROWS]
     report.plot(rows, tmp_path / "f.svg")

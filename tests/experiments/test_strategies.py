@@ -1,5 +1,7 @@
 """One contract over all strategies of this environment, on a tiny model: what the store gives back goes on the same."""
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from experiments import order
+from experiments import Strategy, Tensors, order
 from experiments.catalogue import STRATEGIES, named
 from experiments.lab import Lab, digest, quality
 from experiments.needles import answered
@@ -27,6 +29,12 @@ def bench(tiny_model: Path, text: Path) -> Bench:
     return Bench(Job("get", "", str(tiny_model), str(text), 96, 12, ()))
 
 
+@pytest.fixture(scope="module")
+def state_of(bench: Bench) -> Callable[[Strategy], Tensors]:
+    """A strategy's state, made once: some are trained."""
+    return lru_cache(maxsize=None)(lambda strategy: strategy.state(bench.lab(strategy.units)))
+
+
 def through_a_store(strategy, state):
     """What a store gives back once the state has left hot, encoded as the strategy's policy lets it."""
     policy = strategy.policy
@@ -42,9 +50,8 @@ def through_a_store(strategy, state):
 
 
 @pytest.mark.parametrize("strategy", HERE, ids=lambda s: s.name)
-def test_a_state_goes_on_from_the_store_as_if_it_had_never_been_there(bench: Bench, strategy):
-    lab = bench.lab(strategy.units)
-    state = strategy.state(lab)
+def test_a_state_goes_on_from_the_store_as_if_it_had_never_been_there(bench: Bench, state_of, strategy):
+    lab, state = bench.lab(strategy.units), state_of(strategy)
     never_stored = digest(strategy.resume(lab, {n: x.clone() for n, x in state.items()})(lab.rest))
     if not state:
         assert strategy.name == "no-context"
@@ -60,9 +67,8 @@ def test_a_state_goes_on_from_the_store_as_if_it_had_never_been_there(bench: Ben
 
 
 @pytest.mark.parametrize("strategy", HERE, ids=lambda s: s.name)
-def test_resuming_twice_goes_on_twice_alike(bench: Bench, strategy):
-    lab = bench.lab(strategy.units)
-    state = strategy.state(lab)
+def test_resuming_twice_goes_on_twice_alike(bench: Bench, state_of, strategy):
+    lab, state = bench.lab(strategy.units), state_of(strategy)
     first, second = (strategy.resume(lab, state)(lab.rest) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -160,16 +166,24 @@ class TestTheOrderOfAQueue:
             overtaken += 1
         assert overtaken == queue[0].overtaken == 5
 
-    def test_prefix_aware_computes_a_third_and_reads_no_disk_where_first_come_does(self, bench: Bench):
+    @pytest.mark.parametrize("tokens", [128, 512, 1024])
+    def test_prefix_aware_computes_a_third_and_reads_no_disk_where_first_come_does(self, bench: Bench, tokens):
         lab = bench.lab("tokens")
-        # Documents of 256 tokens: the text again and again, each time another beginning.
-        ids = torch.cat([lab.ids.roll(i, 1) for i in range(11)], dim=1)[:, :1024]
+        # The text again and again, each time another beginning.
+        ids = torch.cat([lab.ids.roll(i, 1) for i in range(11)], dim=1)[:, :tokens]
         long = Lab(lab.model, lab.tokenizer, ids, lab.rest, ())
         runs = {
-            (name, disk): order.measured(long, rule, disk=disk)
+            (name, disk): order.measured(long, rule, disk=disk, counted=True)
             for name, rule in (("fcfs", first_come), ("prefix", longest_prefix))
             for disk in (False, True)
         }
         assert runs["prefix", False].computed * 3 <= runs["fcfs", False].computed
         assert runs["prefix", True].chunks.get("cold", 0) == 0 < runs["fcfs", True].chunks["cold"]
         assert max(run.overtaken_most for run in runs.values()) <= order.OVERTAKEN_MAX
+
+    def test_what_is_computed_is_the_same_where_the_model_runs(self, bench: Bench):
+        for rule in (first_come, longest_prefix):
+            real, counted = (order.measured(bench.lab("tokens"), rule, disk=False, counted=x) for x in (False, True))
+            assert (real.computed, real.chunks, real.overtaken_most) == (
+                counted.computed, counted.chunks, counted.overtaken_most,
+            )  # fmt: skip

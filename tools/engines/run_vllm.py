@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", type=Path, help="where `kvstored experiments` reads its row of vLLM from")
     options = parser.parse_args()
-    from examples.model import convert, gguf_file
+    from experiments.smollm import convert, gguf_file
 
     gguf = gguf_file()
     if gguf is None:

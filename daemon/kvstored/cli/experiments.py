@@ -4,6 +4,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from kvstored.cli.text import table
 if TYPE_CHECKING:
     from experiments import Found
 
-_EXTRA = frozenset({"experiments", "torch", "transformers", "lmdb", "zstandard", "safetensors", "grpc_health"})
+_EXTRA = ("torch", "transformers", "lmdb", "zstandard", "safetensors", "grpc_health", "experiments")
 PREFIX_MAX = 32_768
 """Tokens of prefix and continuation together: more would take hours on a CPU."""
 
@@ -60,7 +61,8 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
 def experiments(context: click.Context) -> None:
     """Compare strategies for holding a KV cache, by figures. Without a command: the list of them."""
     if context.invoked_subcommand is None:
-        _or_the_extra(_list)
+        _check_the_extra()
+        _list()
 
 
 @experiments.command("run")
@@ -77,21 +79,24 @@ def run(what: tuple[str, ...], **given: Any) -> None:
 
 def start(what: tuple[str, ...], **given: Any) -> None:
     """The run, for both commands."""
-    # Left at its default the signal would leave the daemon and a worker behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    _or_the_extra(lambda: _run(what, **given))
-
-
-def _or_the_extra(work: Callable[[], None]) -> None:
+    # Left at their defaults these signals would leave the daemon and a worker behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _frame: sys.exit(128 + got))
+    _check_the_extra()
     try:
-        work()
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _EXTRA:
-            raise
+        _run(what, **given)
+    except KeyboardInterrupt:
+        click.echo("kvstored: interrupted; its daemon and workers are gone", err=True)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _check_the_extra() -> None:
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
         raise BadUsage(
-            f"experiments need the model's library and the engine, and {error.name} is not installed: "
+            f"experiments need the model's library and the engine, and {', '.join(missing)} cannot be imported: "
             "pip install 'kvstored[experiments]'"
-        ) from None
+        )
 
 
 def _list() -> None:

@@ -540,7 +540,7 @@ def open_llama(tokens: int) -> Any:
     """SmolLM2 in llama.cpp with a context of so many tokens, on one thread."""
     from llama_cpp import Llama
 
-    from examples.model import gguf_file
+    from experiments.smollm import gguf_file
 
     gguf = gguf_file()
     if gguf is None:

@@ -157,3 +157,14 @@ def test_parts_that_are_missing_or_of_another_run_raise():
         Layers().decode(replace(whole, parts=swapped))
     with pytest.raises(CodecError):
         Layers().decode(replace(whole, parts={}))
+
+
+@pytest.mark.parametrize("layout", [(1, 3, 128, 64), (8, 96, 64), (1, 128, 3, 64)], ids=str)
+@pytest.mark.parametrize("name", ["layers.0.k", "layers.0.v"])
+def test_a_codec_that_is_named_finds_the_tokens_of_a_layer_as_auto_does(layout, name):
+    """Heads before rows, as a pressed cache is put: named, nf4-kv took three heads for tokens and kept one whole."""
+    x = torch.randn(layout, generator=torch.Generator().manual_seed(1))
+    named, auto = (CodecChoice(WarmConfig(codec=codec)).codec_of("").encode(name, x) for codec in ("nf4-kv", "auto"))
+    assert (named.encoding, named.attrs) == (auto.encoding, auto.attrs)
+    assert all(torch.equal(part, auto.parts[suffix]) for suffix, part in named.parts.items())
+    assert 8 * sum(part.nbytes for part in named.parts.values()) < 4.7 * x.numel()
