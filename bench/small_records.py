@@ -1,4 +1,4 @@
-"""Small records as LMDB values against shared blocks of segment files: the measurement behind decision 0014.
+"""Small records as LMDB values against shared blocks of segment files: the measurement behind decision 0010.
 
 Run: python bench/small_records.py [--path DIR] [--nbytes 2048,4800,16384,49152] [--mib 64] [--rounds 3] [--trace FILE]
 Both keep the same rows in LMDB, pack and check the same records and sync every batch; they differ in where a record's
