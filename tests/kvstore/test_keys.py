@@ -94,10 +94,10 @@ def test_a_chunk_has_one_to_512_tokens(tokens: int, fits: bool) -> None:
 
 
 def test_limits_on_keys_and_names() -> None:
-    assert check_keys([b"k"] * 4096) == [b"k"] * 4096
+    assert check_keys([b"k"] * 4096) == (b"k",) * 4096
     with pytest.raises(InvalidEntry, match="4096"):
         check_keys([b"k"] * 4097)
-    assert check_keys([b"x" * 256, bytearray(b"y")]) == [b"x" * 256, b"y"]
+    assert check_keys([b"x" * 256, bytearray(b"y")]) == (b"x" * 256, b"y")
     for wrong in (b"", b"x" * 257):
         with pytest.raises(InvalidEntry):
             check_keys([b"k", wrong])

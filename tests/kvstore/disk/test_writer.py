@@ -50,10 +50,10 @@ def test_flush_meta_returns_when_order_and_deadlines_are_written_and_again_the_n
     for turn in range(1, 4):
         holder.metas[key(0)].expires_at += 100
         holder.cold.touch([key(0)])
-        assert holder.cold._writer.dirty
+        assert holder.cold._records._writer.dirty
         holder.cold.flush_meta()
-        assert not holder.cold._writer.dirty
-        row = holder.cold._rows.get(key(0))
+        assert not holder.cold._records._writer.dirty
+        row = holder.cold._records._rows.get(key(0))
         assert row is not None
         assert row.meta.expires_at == holder.metas[key(0)].expires_at, f"turn {turn}"
     holder.cold.flush_meta()
@@ -68,8 +68,8 @@ def test_a_deletion_that_was_waited_for_is_on_the_disk(tmp_path: Path) -> None:
     assert holder.cold.remove(key(1))
     assert not holder.cold.remove(key(9))
     holder.cold.flush()
-    assert holder.cold._rows.get(key(1)) is None
-    assert holder.cold._rows.get(key(2)) is not None
+    assert holder.cold._records._rows.get(key(1)) is None
+    assert holder.cold._records._rows.get(key(2)) is not None
     assert key(1) not in holder.cold
     holder.cold.close()
 
@@ -107,15 +107,15 @@ def test_a_record_of_another_size_than_its_row_says_is_damaged(tmp_path: Path, c
     holder.put(key(1), 1)
     holder.put(key(2), 2)
     holder.cold.flush()
-    row = holder.cold._rows.get(key(1))
+    row = holder.cold._records._rows.get(key(1))
     assert isinstance(row, Row)
-    assert filled(read_entry(holder.cold._segments, key(1), row)) == 1
+    assert filled(read_entry(holder.cold._records._segments, key(1), row)) == 1
     wrong = replace(row, **change(row))
     for read in (read_entry, read_specs):
         with pytest.raises(RecordCorrupt, match="its row says"):
-            read(holder.cold._segments, key(1), wrong)
+            read(holder.cold._records._segments, key(1), wrong)
     unknown = replace(row, meta=replace(row.meta, value_nbytes=0))
-    assert filled(read_entry(holder.cold._segments, key(1), unknown)) == 1
+    assert filled(read_entry(holder.cold._records._segments, key(1), unknown)) == 1
     holder.cold.close()
 
 
@@ -123,13 +123,13 @@ def test_a_record_that_ends_early_is_damaged(tmp_path: Path) -> None:
     holder = Holder(tmp_path / "cold")
     holder.put(key(1), 1, nbytes=10_000)
     holder.cold.flush()
-    row = holder.cold._rows.get(key(1))
+    row = holder.cold._records._rows.get(key(1))
     assert row is not None
     segment = next((tmp_path / "cold").glob("**/*.seg"))
     with segment.open("r+b") as file:
         file.truncate(row.place.offset + row.place.nbytes - 1)
     with pytest.raises(RecordCorrupt, match="ends early"):
-        read_entry(holder.cold._segments, key(1), row)
+        read_entry(holder.cold._records._segments, key(1), row)
     assert holder.cold.get(key(1)) is None
     assert holder.dropped == [(key(1), "corrupt")]
     holder.cold.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import OverQuota
+from kvstore.keys import CheckedKeys
 from kvstore.store import Store
 from kvstored.calls.budget import Budget
 from kvstored.calls.gets import Reading
@@ -210,6 +211,7 @@ def test_a_reader_that_stops_reading_is_cut_off_and_costs_little(daemon_factory)
     daemon = daemon_factory(server="silence_s = 1.0")
     with daemon.client() as client:
         client.put(b"big", {"x": np.ones(200 * MIB, dtype=np.uint8)})
+        assert client.get(b"big") is not None  # copied by now: the put was answered before
     raw = RawClient(parse_address(daemon.address))
     before = daemon.rss_nbytes()
     stream = raw.get(pb.GetRequest(keys=[b"big"]), timeout=120)
@@ -272,14 +274,16 @@ def test_what_a_get_would_read_is_counted_before_it_is_read():
         store.demote(b"low")
         budget = Budget(8 * MIB)
         budget.take(5 * MIB)
-        reading = Reading(store, budget, pb.GetRequest(keys=[b"low"]))
+        low = CheckedKeys([b"low"])
+        reading = Reading(store, budget, pb.GetRequest(), low)
         with pytest.raises(OverQuota, match="4194304 bytes more would make"):
-            reading.next_lot()
+            reading.plan()
         reading.close()
         assert store.stats().values["gets"] == 0
         budget.give_back(5 * MIB)
-        packed = Reading(store, budget, pb.GetRequest(keys=[b"low"], accept=[store.inspect(b"low").encoding]))
-        [(_, found)] = packed.next_lot()
+        packed = Reading(store, budget, pb.GetRequest(accept=[store.inspect(b"low").encoding]), low)
+        packed.plan()
+        [(_, found)] = packed.read()
         assert budget.used_nbytes == sum(part.nbytes for part in found.contents.payload) < MIB
         packed.close()
         assert budget.used_nbytes == 0

@@ -14,6 +14,7 @@ import torch
 
 from kvstore.errors import LeaseKept, RecordCorrupt
 from kvstored_client import Client
+from kvstored_client.shm.mapping import PARALLEL_NBYTES
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import environment, wait_until
@@ -216,15 +217,15 @@ def test_a_stopped_client_loses_its_leases_at_their_maximum_age(daemon_factory):
 def test_a_read_that_outlives_its_lease_is_a_miss_and_never_other_bytes(daemon_factory, monkeypatch):
     daemon = daemon_factory(server="lease_max_s = 0.2")
     client = daemon.client(framework="numpy")
-    client.put(b"slow", {"x": np.ones(MIB, dtype=np.uint8)})
+    client.put(b"slow", {"x": np.ones(PARALLEL_NBYTES, dtype=np.uint8)})
     copy = client._pool.copier.copy
     other = daemon.client(framework="numpy")
 
     def slowly(target, source):
         other.delete(b"slow")
         wait_until(lambda: values(other)["leases"] == 0)
-        for i in range(20):
-            other.put(b"new%d" % i, {"x": np.zeros(MIB, dtype=np.uint8)})
+        for i in range(4):
+            other.put(b"new%d" % i, {"x": np.zeros(PARALLEL_NBYTES, dtype=np.uint8)})
         copy(target, source)
 
     monkeypatch.setattr(client._pool.copier, "copy", slowly)
