@@ -33,7 +33,7 @@ from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.residency import pins
 from kvstore.residency.answers import Answers
-from kvstore.residency.inspection import entries, entry_info, explain, holds_truly, snapshot
+from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
@@ -239,7 +239,8 @@ class Store:
         """The one look of a get, for a server: what is where, how big it is and what it needs; `read` then reads it.
 
         All under one lock: finds the keys, calls `charge` with the plan, and counts hits, misses and use. What `charge`
-        raises is raised, and nothing was counted. leading: a chain, root first, up to the first miss. accept: encodings
+        raises is raised, and nothing was counted; EntryTooLarge only if no record lied about its size: such a one is
+        dropped, and the look made again. leading: a chain, root first, up to the first miss. accept: encodings
         that the caller decodes itself, from `from_nbytes` decoded bytes on. at_most_nbytes: of one lot, once decoded:
         the plan covers the first key, and as many more as fit; ask again for the rest. whole_if_hot: what lies in hot
         and needs no copy is no lot. count_later: where all is in hot, whoever is waiting is answered first; it is
@@ -272,10 +273,6 @@ class Store:
     def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use."""
         return self._read_path.peek(CheckedKeys(keys))
-
-    def holds_truly(self, key: bytes) -> bool:
-        """Whether a key is held and its record's head agrees with what is known of it; one that does not is dropped."""
-        return holds_truly(self._r, check_key(key))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held."""

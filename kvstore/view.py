@@ -61,10 +61,6 @@ class StoreView(Protocol):
         """Where each key is held."""
         ...
 
-    def holds_truly(self, key: Key) -> bool:
-        """Whether a key is held and its record's head agrees with what is known of it; one that does not is dropped."""
-        ...
-
     def touch(self, keys: CheckedKeys, *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first. Returns how many are held."""
         ...

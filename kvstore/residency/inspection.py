@@ -17,16 +17,6 @@ from kvstore.stats import Stats, TierStats, values_of
 from kvstore.tiers import TierName
 
 
-def holds_truly(r: Residency, key: Key) -> bool:
-    """Whether a key is held and, where it is only on disk, its record's head agrees with what is known of it.
-
-    A record that does not is dropped. Ask before a value is refused for its size: a stranger may have written it.
-    """
-    with r.lock:
-        place = None if r.live(key) is None else r.lookup(key)
-    return place is not None and (place[1] is not None or r.cold is None or r.cold.specs_of(key) is not None)
-
-
 def entries(
     r: Residency,
     *,

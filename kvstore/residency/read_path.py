@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kvstore.config import StoreConfig
 from kvstore.entries.entry import Entry
+from kvstore.errors import EntryTooLarge
 from kvstore.hit import Held
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -106,20 +107,38 @@ class ReadPath:
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
         r = self._r
-        with r.lock:
-            plan = self._all_hot(keys, inf if whole_if_hot else at_most_nbytes) or self._look(
-                keys, leading=leading, at_most_nbytes=at_most_nbytes, whole_if_hot=whole_if_hot
-            )
-            plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
-            if charge is not None:
-                charge(plan)
-            if not plan.hot or plan.ended:
-                self._count(plan)
-            elif count_later:
-                r.lock.owed.append(partial(self._count_hot, plan))
-            else:
-                self._count_hot(plan)
-        return plan
+        while True:
+            with r.lock:
+                plan = self._all_hot(keys, inf if whole_if_hot else at_most_nbytes) or self._look(
+                    keys, leading=leading, at_most_nbytes=at_most_nbytes, whole_if_hot=whole_if_hot
+                )
+                plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
+                try:
+                    if charge is not None:
+                        charge(plan)
+                except EntryTooLarge as error:
+                    refused = error
+                else:
+                    if not plan.hot or plan.ended:
+                        self._count(plan)
+                    elif count_later:
+                        r.lock.owed.append(partial(self._count_hot, plan))
+                    else:
+                        self._count_hot(plan)
+                    return plan
+            if not self._dropped_what_lies(plan):
+                raise refused
+
+    def _dropped_what_lies(self, plan: Plan) -> bool:
+        """Whether a plan refused for its size held a record that only said so, which is dropped. Without the lock.
+
+        A stranger may have written it, and it would be refused at each get. What is in memory has the size it says.
+        """
+        cold = self._r.cold
+        on_disk = [
+            key for key, tier, entry in zip(plan.keys, plan.tiers, plan.entries, strict=True) if tier and not entry
+        ]
+        return cold is not None and any(cold.specs_of(key) is None and self.peek([key]) == [None] for key in on_disk)
 
     def fetch(self, plan: Plan) -> list[Found | None]:
         """The values of a plan, None for a miss; a chain stops before the first that was lost. Reads from the disk."""

@@ -95,10 +95,6 @@ class TenantView:
         """As Store.locate."""
         return self._store.locate(self._all(keys))
 
-    def holds_truly(self, key: bytes) -> bool:
-        """As Store.holds_truly."""
-        return self._store.holds_truly(self.own(key))
-
     def touch(self, keys: Sequence[bytes], **how: Any) -> int:
         """As Store.touch."""
         return self._store.touch(self._all(keys), **how)

@@ -6,7 +6,6 @@
 from collections.abc import Iterator
 
 from kvstore import arrays
-from kvstore.errors import EntryTooLarge
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.residency.read_path import Found, Plan
@@ -53,40 +52,20 @@ class Reading:
         self._lots = 0
         self._counted_nbytes = 0
         self._plan: Plan | None = None
-        self._charged: Plan | None = None
         self.done = not self._keys
 
     def plan(self) -> None:
         """Look for the next lot, charge for it, and count it. The last lot's tensors end here. Raises Busy."""
         self.close_lot()
-        while (plan := self._planned()) is None:
-            pass
+        plan = self._store.plan(
+            self._keys.part(self._at) if self._at else self._keys,
+            leading=self._leading,
+            accept=self._accept,
+            from_nbytes=self._accept_from_nbytes,
+            at_most_nbytes=self._budget.lot_nbytes,
+            charge=self.charge,
+        )
         self.begin(plan)
-
-    def _planned(self) -> Plan | None:
-        """The next lot, charged; None: it held a record that said it was too large and was not, which is gone now."""
-        try:
-            return self._store.plan(
-                self._keys.part(self._at) if self._at else self._keys,
-                leading=self._leading,
-                accept=self._accept,
-                from_nbytes=self._accept_from_nbytes,
-                at_most_nbytes=self._budget.lot_nbytes,
-                charge=self.charge,
-            )
-        except EntryTooLarge:
-            if not self.dropped_what_lies():
-                raise
-            return None
-
-    def dropped_what_lies(self) -> bool:
-        """Whether the lot that was charged last held a record that only said it was large: it is dropped."""
-        assert self._charged is not None
-        held = [at for at, tier in enumerate(self._charged.tiers, self._at) if tier is not None]
-        return any(self._lies(self._keys.part(at, at + 1)) for at in held)
-
-    def _lies(self, keys: CheckedKeys) -> bool:
-        return not self._store.holds_truly(keys[0]) and self._store.locate(keys) == [None]
 
     def begin(self, plan: Plan) -> None:
         """Read this lot next; it is charged."""
@@ -132,7 +111,6 @@ class Reading:
 
     def charge(self, plan: Plan) -> None:
         """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
-        self._charged = plan
         self._charge_nbytes(plan.nbytes)
 
     def _charge_nbytes(self, nbytes: int) -> None:

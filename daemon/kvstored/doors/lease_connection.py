@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from kvstore import arrays, errors
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.arriving import ArrivingTensors
-from kvstore.errors import EntryTooLarge, InvalidEntry, KvstoreError
+from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.residency.read_path import NOTHING, Plan
@@ -261,24 +261,20 @@ class Connection:
         def charge(plan: Plan) -> None:
             nonlocal reading
             if not plan.hot:  # what hot holds is read where it lies
-                reading = Reading(self._store, shared.budget, asked, keys, room=self._room)
-                reading.charge(plan)
+                charged = Reading(self._store, shared.budget, asked, keys, room=self._room)
+                charged.charge(plan)
+                reading = charged  # not one that was refused: another plan may follow it
 
-        try:
-            plan = self._store.plan(
-                keys,
-                leading=asked.leading,
-                accept=frozenset(asked.accept) if asked.accept else NOTHING,
-                from_nbytes=asked.accept_from_nbytes,
-                at_most_nbytes=shared.budget.lot_nbytes,
-                whole_if_hot=True,
-                charge=charge,
-                count_later=True,
-            )
-        except EntryTooLarge:
-            if reading is None or not reading.dropped_what_lies():
-                raise
-            return self._get(asked)
+        plan = self._store.plan(
+            keys,
+            leading=asked.leading,
+            accept=frozenset(asked.accept) if asked.accept else NOTHING,
+            from_nbytes=asked.accept_from_nbytes,
+            at_most_nbytes=shared.budget.lot_nbytes,
+            whole_if_hot=True,
+            charge=charge,
+            count_later=True,
+        )
         kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
         if kept_replies is not None:
             return self._hot_reply(plan, kept_replies)
