@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore import arrays
@@ -22,7 +21,7 @@ from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import PARALLEL_NBYTES, Copier, MappedSegment
+from kvstored_client.shm.mapping import Copier, MappedSegment
 from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
@@ -248,7 +247,7 @@ def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, An
             return None
     else:
         for name, (_, at, nbytes) in block.tensors.items():
-            _copy(copier, target.bytes[name], block.data[at : at + nbytes])
+            copier.copy(target.bytes[name], block.data[at : at + nbytes])
     if target.aside:
         target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
@@ -403,14 +402,7 @@ def _copy_in(copier: Copier, data: Bytes, copies: Sequence[tuple[Any, int, int]]
     for source, (_, start, nbytes) in zip(sources, copies, strict=True):
         if source.size != nbytes:
             raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
-        _copy(copier, data[start : start + nbytes], source)
-
-
-def _copy(copier: Copier, target: Bytes, source: Bytes) -> None:
-    if target.size < PARALLEL_NBYTES:
-        np.copyto(target, source)
-    else:
-        copier.copy(target, source)
+        copier.copy(data[start : start + nbytes], source)
 
 
 def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:
