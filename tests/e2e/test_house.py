@@ -14,6 +14,7 @@ from kvstore.config import StoreConfig
 from kvstored.cli import cli, exits
 from kvstored.settings import Settings
 from tests.conftest import ROOT
+from tests.mutants.prepared import prepared
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MANUAL = (ROOT / "docs" / "cli.md").read_text()
@@ -172,3 +173,7 @@ def test_nothing_in_the_tree_can_run_code_when_it_is_read_or_names_a_machine():
 
 def test_the_defaults_of_the_engine_are_valid():
     assert StoreConfig() == Settings().store
+
+
+def test_every_change_prepared_for_make_mutants_still_finds_its_line():
+    assert len(prepared(ROOT)) > 60

@@ -4,13 +4,13 @@ DOORS = (
     ("daemon/kvstored/doors/lease_connection.py", "if until <= now]", "if False]", "a stopped client keeps memory"),
     (
         "daemon/kvstored/doors/lease_connection.py",
-        "any(segment.owner != self.uid for segment in new)",
-        "False",
+        "if segment.owner != self.uid:",
+        "if False:",
         "another user maps the owner's segment",
     ),
     (
         "daemon/kvstored/doors/lease_connection.py",
-        "segment is None or place.start + nbytes > segment.nbytes",
+        "segment is None or start + nbytes > segment.nbytes",
         "segment is None",
         "bytes outside of an ingest segment are read",
     ),
@@ -19,12 +19,6 @@ DOORS = (
         "            shared.budget.give_back(taken)",
         "            pass",
         "a put's bytes stay counted",
-    ),
-    (
-        "daemon/kvstored/doors/lease_connection.py",
-        "                self._shared.store.settle()  # another connection's, that has not come to it\n",
-        "",
-        "a put before the uses that were answered before it",
     ),
     (
         "daemon/kvstored/doors/lease_connection.py",
@@ -40,14 +34,8 @@ DOORS = (
     ),
     (
         "daemon/kvstored/access/tenant_view.py",
-        "        self._store.settle()  # what was answered before is counted before\n",
-        "",
-        "a put before the uses that were answered before it",
-    ),
-    (
-        "daemon/kvstored/access/tenant_view.py",
-        "return self._prefix + key",
-        "return key",
+        "return Key(self._prefix + key)",
+        "return Key(key)",
         "tenants see each other's keys",
     ),
     (
@@ -64,13 +52,13 @@ DOORS = (
     ),
     (
         "daemon/kvstored/calls/gets.py",
-        "self._store.touch(self._keys[: self._at])",
+        "self._store.touch(self._keys.part(0, self._at))",
         "pass",
         "a chain read in lots leaves root first",
     ),
     (
-        "daemon/kvstored/calls/gets.py",
-        "if self._store.holds_truly(key) or self._store.locate([key]) != [None]:",
+        "kvstore/residency/read_path.py",
+        "if not self._dropped_what_lies(plan):",
         "if True:",
         "a record that only says it is large is refused for ever",
     ),
@@ -118,7 +106,7 @@ DOORS = (
     ),
     (
         "client/kvstored_client/client.py",
-        "            turn.put_back()  # the first time it may have been interrupted\n",
+        "            pool.put_back(hand)  # the first time it may have been interrupted\n",
         "            pass\n",
         "an interrupt in the way back loses a connection",
     ),

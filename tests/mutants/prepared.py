@@ -32,7 +32,12 @@ PREPARED = (
         "the window is turned around",
     ),
     ("kvstore/residency/read_path.py", "used.reverse()", "pass", "the root of a chain leaves first"),
-    ("kvstore/residency/read_path.py", "r.touch(keys[::-1])", "r.touch(keys)", "the root of a chain leaves first"),
+    (
+        "kvstore/residency/read_path.py",
+        "r.touch(plan.keys[::-1])",
+        "r.touch(plan.keys)",
+        "the root of a chain leaves first",
+    ),
     ("kvstore/residency/mover.py", "not flight.called_off and key not in r.hot", "key not in r.hot", "an old value"),
     ("kvstore/residency/mover.py", "key not in r.hot and bool(r.tiers_of(key))", "key not in r.hot", "the only form"),
     ("kvstore/residency/mover.py", "if r.index.get(key) is not meta", "if False", "a drain writes an old value"),
