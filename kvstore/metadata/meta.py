@@ -63,8 +63,10 @@ class Meta:
         return False if self.parent is not None else True if self.root else None
 
     def refresh(self, now: float, ttl_s: float | None = None) -> None:
-        """Move a sliding deadline to now + ttl_s (its own when None)."""
-        if ttl_s is not None:
-            self.ttl_s = ttl_s
+        """Move a sliding deadline to now + ttl_s (its own when None). A fixed one stays, and so does its time to live:
+        no deadline is later than that from now, which a start uses to find a clock that went back.
+        """
         if self.sliding:
+            if ttl_s is not None:
+                self.ttl_s = ttl_s
             self.expires_at = now + self.ttl_s

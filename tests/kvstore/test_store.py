@@ -252,6 +252,19 @@ def test_pinned_entries_stay_where_they_are(tmp_path: Path) -> None:
         assert torch.equal(hit.tensors["k"], chunk(0))
 
 
+def test_a_touch_with_a_shorter_life_leaves_a_fixed_deadline_where_it_is_also_after_a_restart(tmp_path: Path) -> None:
+    clock = ManualClock()
+    config = StoreConfig(cold=ColdConfig(path=str(tmp_path / "cold")))
+    with Store.open(config, clock=clock, background=False) as store:
+        store.put(b"fixed", {"x": torch.ones(8)}, ttl_s=50, sliding=False)
+        store.touch([b"fixed"], ttl_s=20)
+    with Store.open(config, clock=clock, background=False) as store:
+        clock.advance(49)
+        assert store.match([b"fixed"]) == 1
+        clock.advance(1)
+        assert store.match([b"fixed"]) == 0
+
+
 def test_a_restart_keeps_everything_with_a_disk(tmp_path: Path) -> None:
     config = StoreConfig(hot=HotConfig(4 * MIB), warm=WarmConfig(MIB), cold=ColdConfig(path=str(tmp_path)))
     clock = ManualClock()
