@@ -275,10 +275,7 @@ class Store:
         return self._read_path.peek(CheckedKeys(keys))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
-        """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held.
-
-        A fixed deadline stays.
-        """
+        """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
         ttl = None if ttl_s is None else check_ttl(ttl_s, self.config)
         checked = CheckedKeys(keys)
         with self._r.lock:

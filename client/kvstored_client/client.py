@@ -201,10 +201,7 @@ class Client:
         return self._match(checked, every=True) or [None] * len(checked)
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
-        """Count as use, deepest first, and move sliding deadlines (to ttl_s from now). Returns how many are held.
-
-        A fixed deadline stays.
-        """
+        """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
         request = pb.TouchRequest(keys=check_keys(keys), ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
         return self._data(lambda: self._at_most(len(keys), self._ask("Touch", request, pb.TouchReply).touched), 0)
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import runpy
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -11,10 +12,13 @@ import pytest
 import kvstore
 from kvstore import errors
 from kvstore.config import StoreConfig
+from kvstore.keys import KEY_MAX_NBYTES
 from kvstored.cli import cli, exits
 from kvstored.settings import Settings
 from tests.conftest import ROOT
+from tests.mutants.mutations import Mutant
 from tests.mutants.prepared import prepared
+from tests.mutants.running import change, put_first
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MANUAL = (ROOT / "docs" / "cli.md").read_text()
@@ -177,3 +181,14 @@ def test_the_defaults_of_the_engine_are_valid():
 
 def test_every_change_prepared_for_make_mutants_still_finds_its_line():
     assert len(prepared(ROOT)) > 60
+
+
+def test_a_process_that_a_test_starts_sees_the_change_of_make_mutants(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    file, line = "kvstore/keys.py", b"KEY_MAX_NBYTES = "
+    source = (ROOT / file).read_bytes()
+    start = source.index(line) + len(line)
+    put_first(change(Mutant(file, 1, "constant", (start, start), "", "1000 + "), source, tmp_path))
+    asked = [sys.executable, "-c", "from kvstore.keys import KEY_MAX_NBYTES; print(KEY_MAX_NBYTES)"]
+    said = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == (f"{1000 + KEY_MAX_NBYTES}\n", "")

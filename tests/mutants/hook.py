@@ -27,12 +27,12 @@ class _Loader(SourceFileLoader):
 class Hook(MetaPathFinder):
     """Finds the one module."""
 
-    def __init__(self, root: Path, file: str, source: bytes) -> None:
+    def __init__(self, root: str, file: str, source: bytes) -> None:
         parts = Path(file).with_suffix("").parts
         top = next(i for i, part in enumerate(parts) if part in ("kvstore", "kvstored", "kvstored_client"))
         self.package = parts[-1] == "__init__"
         self.name = ".".join(parts[top:-1] if self.package else parts[top:])
-        self._path = root / file
+        self._path = Path(root) / file
         self._source = source
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
