@@ -167,6 +167,19 @@ def test_an_element_that_no_sample_holds_is_found_when_its_block_is_read(monkeyp
     assert not any(watched.look({1: x}) for _ in range(calls))
 
 
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_a_write_that_torch_does_not_count_is_found_before_any_block_is_read(rows: int) -> None:
+    x, other = torch.zeros(rows, 64), torch.zeros(3)
+    watched = weights_module.Weights()
+    assert watched.look({1: x, 2: other}, read=False) == {1, 2}
+    assert not watched.look({1: x, 2: other}, read=False)
+    before = watched.content(1, x)
+    x.data.add_(1)
+    assert watched.look({1: x, 2: other}, read=False) == {1}
+    assert watched.content(1, x) != before
+    assert not watched.look({1: x, 2: other}, read=False)
+
+
 def patched_rope(*args: Any, **options: Any) -> Any:
     q, k = modeling_llama.rotate_half(args[0]), args[1]
     return q, k * 1.25
