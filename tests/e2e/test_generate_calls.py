@@ -115,6 +115,7 @@ ARGUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "padding on the left": lambda _: {"attention_mask": torch.tensor([[0] * 7 + [1] * (PROMPT - 7)])},
     "padding on the right": lambda _: {"attention_mask": torch.tensor([[1] * (PROMPT - 2) + [0] * 2])},
     "positions": lambda _: {"position_ids": torch.arange(3, PROMPT + 3).unsqueeze(0)},
+    "positions with a gap": lambda _: {"position_ids": (torch.arange(PROMPT) + 40 * (torch.arange(PROMPT) > 9))[None]},
     "embeddings": lambda model: {"inputs_embeds": model.get_input_embeddings()(prompt(PROMPT, seed=5)).detach()},
     "own cache": lambda model: {"past_key_values": model(prompt(PROMPT)[:, :20]).past_key_values},
     "logits to keep": lambda _: {"logits_to_keep": 1},
@@ -193,9 +194,9 @@ def test_a_setting_means_the_same_whichever_way_it_comes(name: str, llama: Any, 
 def test_an_argument_does_what_it_does_without_a_store(name: str, llama: Any, make: Make) -> None:
     cache = make(llama)
     ids = prompt(PROMPT)
-    for _ in range(2):
+    for given in (ARGUMENTS[name], ARGUMENTS[name], lambda _: {}, ARGUMENTS[name]):
         got, expected = (
-            answer(ids, max_new_tokens=4, do_sample=False, **ARGUMENTS[name](llama))
+            answer(ids, max_new_tokens=4, do_sample=False, **given(llama))
             for answer in (lambda *a, **o: cached(cache, *a, **o), lambda *a, **o: plain(llama, *a, **o))
         )
         assert_same(got, expected)
