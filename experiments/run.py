@@ -1,12 +1,13 @@
 """The run: worker A puts every state, the daemon restarts, worker B restores and judges.
 
-Strategies whose libraries want another path on PYTHONPATH have workers of their own, so there is a pair of workers for
-each engine; all speak to one daemon. A worker that dies in the middle of a strategy costs that row: another worker goes
-on with the next. Not thread-safe.
+Strategies whose libraries want another path on PYTHONPATH have workers of their own, one engine after the other; all
+speak to one daemon. Nothing is timed while states are put, so two workers share that. A worker that dies in the middle
+of a strategy costs that row: another worker goes on with the next. Not thread-safe.
 """
 
 import importlib.util
 import json
+import os
 import pydoc_data.topics
 import signal
 import subprocess
@@ -14,8 +15,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from experiments import ExperimentFailed, Found, Strategy
@@ -28,7 +31,11 @@ from kvstore.config import CodecPolicy
 ROW_S = 1200.0
 """One strategy in one role; a worker that takes longer is ended, and the row is a failure. The longest, a cartridge,
 takes about 60 s of a core, and twenty times that where twenty others want it."""
+SHARED_FROM = 12
+"""Strategies from which on two workers share them: to start one takes as long as a few strategies."""
 Tick = Callable[[str], None]
+Outcome = tuple[str, dict[str, Any]]
+"""A strategy's name and what its worker said, {"failed": why} among it."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,37 @@ def found(strategy: Strategy, outcome: dict[str, Any]) -> Found:
     return replace(row, bit_equal=same, **b)
 
 
+@dataclass
+class Workers:
+    """The worker processes of one role, which end together."""
+
+    processes: "set[subprocess.Popen[str]]" = field(default_factory=set)
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, process: "subprocess.Popen[str]") -> None:
+        """One that was just started; it is ended at once where the others were."""
+        with self.lock:
+            self.processes.add(process)
+            if self.stopped:
+                process.kill()
+
+    def stop(self) -> None:
+        """End all of them; no other is started."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.kill()
+
+
 def _all(
     plan: Plan, role: Literal["put", "get"], address: str, log: Path, outcomes: dict[str, dict[str, Any]]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[Outcome]:
     """All strategies in one role, engine by engine; those that failed before are passed by."""
+    cores = len(os.sched_getaffinity(0))
+    lanes = 2 if cores > 1 and len(plan.strategies) >= SHARED_FROM else 1
+    # The same in both roles: another number of threads adds up in another order, and a logit has another last bit.
+    job = Job(role, address, str(plan.model), str(plan.text), plan.prefix, plan.continuation, cores // lanes, ())
     for engine in ENGINES:
         names = [
             s.name
@@ -115,21 +149,51 @@ def _all(
             if s.engine == engine and not hasattr(s, "recorded")
             and not any("failed" in half for half in outcomes[s.name].values())
         ]  # fmt: skip
-        job = Job(role, address, str(plan.model), str(plan.text), plan.prefix, plan.continuation, ())
         try:
             env = environment(wheels(engine))
         except ExperimentFailed as error:
             yield from ((name, {"failed": str(error)}) for name in names)
             continue
-        yield from work(job, names, env, log)
+        parts = [names[i::lanes] for i in range(lanes)] if role == "put" else [names]
+        workers = Workers()
+        yield from together([work(job, part, env, log, workers) for part in parts], workers)
 
 
-def work(job: Job, names: Sequence[str], env: dict[str, str], log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each strategy's outcome, {"failed": why} among them, from as many worker processes as it takes."""
+def together(works: Sequence[Iterator[Outcome]], workers: Workers) -> Iterator[Outcome]:
+    """The outcomes of several `work`s side by side, as they come. All workers have ended once this ends, however."""
+    said: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()
+
+    def follow(outcomes: Iterator[Outcome]) -> None:
+        try:
+            for outcome in outcomes:
+                said.put(outcome)
+        except BaseException as error:  # noqa: BLE001 - raised where the outcomes are read
+            said.put(error)
+        said.put(None)
+
+    with ThreadPoolExecutor(len(works)) as threads:
+        try:
+            for outcomes in works:
+                threads.submit(follow, outcomes)
+            left = len(works)
+            while left:
+                heard = said.get()
+                if isinstance(heard, BaseException):
+                    raise heard
+                if heard is None:
+                    left -= 1
+                else:
+                    yield heard
+        finally:
+            workers.stop()
+
+
+def work(job: Job, names: Sequence[str], env: dict[str, str], log: Path, workers: Workers) -> Iterator[Outcome]:
+    """Each strategy's outcome, from as many worker processes as it takes, one after the other."""
     left = list(names)
-    while left:
+    while left and not workers.stopped:
         began = ""
-        for line in _lines(replace(job, strategies=tuple(left)), env, log):
+        for line in _lines(replace(job, strategies=tuple(left)), env, log, workers):
             if "fatal" in line:
                 raise ExperimentFailed(line["fatal"])
             if "begin" in line:
@@ -146,13 +210,14 @@ def work(job: Job, names: Sequence[str], env: dict[str, str], log: Path) -> Iter
                 yield name, {"failed": line["why"]} if "why" in line else line
 
 
-def _lines(job: Job, env: dict[str, str], log: Path) -> Iterator[dict[str, Any]]:
+def _lines(job: Job, env: dict[str, str], log: Path, workers: Workers) -> Iterator[dict[str, Any]]:
     """What one worker says, line by line, and at last {"end": why} where it did not end well."""
     late, command = threading.Event(), [sys.executable, "-m", "experiments.worker", json.dumps(asdict(job))]
     with (
         log.open("a") as errors,
         child(command, signal.SIGKILL, stdout=subprocess.PIPE, stderr=errors, env=env, text=True) as process,
     ):
+        workers.add(process)
         watch = _watch(process, late)
         try:
             for text in process.stdout or ():

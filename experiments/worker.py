@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ Document = Literal["text", "needles"]
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker does. strategies: their names, in order."""
+    """What a worker does. threads: of torch, for what must be the same in both roles. strategies: names, in order."""
 
     role: Literal["put", "get"]
     address: str
@@ -46,6 +47,7 @@ class Job:
     text: str
     prefix: int
     continuation: int
+    threads: int
     strategies: tuple[str, ...]
 
 
@@ -81,6 +83,16 @@ class Bench:
         if document == "needles":
             head = needled
         return Lab(self.model, self.tokenizer, torch.tensor([head]), torch.tensor([rest]), questions)
+
+    @contextmanager
+    def few_threads(self) -> Iterator[None]:
+        """For a block, torch has the job's threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._job.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     @cached_property
     def exact(self) -> torch.Tensor:
@@ -119,9 +131,10 @@ def key_of(strategy: Strategy, document: Document) -> bytes:
 def put(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
     """Make and store both documents' states, and continue the text from the one that was never stored."""
     lab = bench.lab(strategy.units)
-    state = stored(bench, client, strategy, "text")
-    logits = strategy.resume(lab, {name: x.clone() for name, x in state.items()})(lab.rest)
-    stored(bench, client, strategy, "needles")
+    with bench.few_threads():
+        state = stored(bench, client, strategy, "text")
+        logits = strategy.resume(lab, {name: x.clone() for name, x in state.items()})(lab.rest)
+        stored(bench, client, strategy, "needles")
     return {"logits": digest(logits)}
 
 
@@ -136,12 +149,14 @@ def stored(bench: Bench, client: Client, strategy: Strategy, document: Document)
 
 
 def get(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
-    """Restore both documents' states and judge them."""
+    """Restore both documents' states and judge them. Times are taken with all threads."""
     lab = bench.lab(strategy.units)
     own = strategy.units == "bytes"
-    exact = strategy.resume(lab, strategy.state(lab))(lab.rest) if own else bench.exact
+    with bench.few_threads():
+        exact = strategy.resume(lab, strategy.state(lab))(lab.rest) if own else bench.exact
     tensors, found = restored(bench, client, strategy)
-    logits = strategy.resume(lab, tensors)(lab.rest)
+    with bench.few_threads():
+        logits = strategy.resume(lab, tensors)(lab.rest)
     judged = quality(exact, logits, lab.rest)
     told = lab if not own else None
     return {
@@ -170,7 +185,9 @@ def restored(bench: Bench, client: Client, strategy: Strategy) -> tuple[Tensors,
         strategy.resume(lab, hit.tensors)
         return hit
 
-    (hit, first_s), (_, second_s) = timed(once), timed(once)
+    with bench.few_threads():
+        hit = once()  # what a strategy computes once and keeps is as it was where the state was put
+    first_s, second_s = (timed(once)[1] for _ in range(2))
     whole_s = bench.prefill_s if strategy.units == "tokens" else timed(lambda: strategy.state(lab))[1]
     return hit.tensors, {
         "bytes_per_token": info.tier_nbytes[0] / lab.ids.shape[1],

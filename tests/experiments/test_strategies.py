@@ -26,7 +26,7 @@ HERE = [s for s in STRATEGIES if not s.engine and s.name != "vllm"]
 @pytest.fixture(scope="module")
 def bench(tiny_model: Path, text: Path) -> Bench:
     torch.set_num_threads(1)
-    return Bench(Job("get", "", str(tiny_model), str(text), 96, 12, ()))
+    return Bench(Job("get", "", str(tiny_model), str(text), 96, 12, 1, ()))
 
 
 @pytest.fixture(scope="module")
