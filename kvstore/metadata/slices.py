@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-SLICE = 256
-"""Keys of a call dealt with in one hold of the lock: one or two milliseconds, with a disk. No call is faster in one."""
-STEPS = 512
-"""Links followed, or keys taken out, in one hold of the lock while chains leave: two to three milliseconds."""
+SLICE = 128
+"""Keys of a call dealt with in one hold of the lock: about a millisecond."""
+STEPS = 256
+"""Links followed, or keys taken out, in one hold of the lock while chains leave: about two milliseconds."""
 PAUSE_S = 0.0001
 """Between two slices. Without it the thread that let go of the lock has it again before the one that waits is awake."""
 

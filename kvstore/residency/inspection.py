@@ -89,7 +89,7 @@ def explain(r: Residency, keys: Sequence[Key]) -> list[Explanation]:
     for key in keys:
         info = entry_info(r, key, with_tensors=True)
         with r.lock:
-            stone = r.tombstones.get(key)
+            stone = r.why_gone(key)
             now = r.clock.now()
         if info is not None:
             found.append(Explanation(key, "held", info.tiers[0] if info.tiers else "", hits=info.hits, entry=info))

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 PROMOTIONS_MAX = 256
 """Promotions waiting. Beyond it a hit is only a hit: the next one asks again."""
-SWEEP_MAX = 256
-"""Keys looked at for expiry while holding the lock once: two milliseconds where each is taken out of a disk's index."""
+SWEEP_MAX = 128
+"""Keys looked at for expiry in one hold of the lock: a millisecond, two where each is taken out of a disk's index."""
 COLD_MAINTAIN_INTERVAL_S = 60.0
 
 

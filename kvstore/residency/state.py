@@ -252,7 +252,6 @@ class Residency:
         departure = Departure(key, cause, tier)
         if not self.depart(departure):
             meta = self.index[key]
-            self.tombstones.add(key, self._tombstone(key, meta, departure))
             self.chains.set_pinned(meta, pinned=False)
             meta.expires_at = min(meta.expires_at, 0.0)
             self.leaving.setdefault(key, departure)
@@ -306,6 +305,11 @@ class Residency:
         own = key == departure.key
         tier = tiers[-1] if tiers else departure.tier if own else ""
         return Tombstone(departure.cause if own else "orphaned", tier, self.clock.now(), meta.hits)
+
+    def why_gone(self, key: Key) -> Tombstone | None:
+        """Why a key is gone, as far as that is still known; also of one that is still to be taken out."""
+        departure = self.leaving.get(key)
+        return self.tombstones.get(key) if departure is None else self._tombstone(key, self.index[key], departure)
 
     def collect(self) -> bool:
         """Go on with what is `leaving`, as far as this hold goes. True: nothing is left."""
