@@ -63,7 +63,9 @@ class Filled:
     def __init__(self, store: Store, entries: int) -> None:
         self.store = store
         self.lock = store._r.lock = TimedLock()
-        self._transcoder = SizedTranscoder(Setup(1 << 40, layout=LAYOUTS["smollm2-135m"]), store._r)
+        self._transcoder = store._mover._transcoder = SizedTranscoder(
+            Setup(1 << 40, layout=LAYOUTS["smollm2-135m"]), store._r
+        )
         third = entries // 3
         self.root, self.wide = Key(b"root"), [Key(block_key(n)) for n in range(third)]
         self.chain = [Key(block_key(n)) for n in range(third, 2 * third)]
