@@ -38,6 +38,7 @@ from kvstored.doors.admin_service import AdminService
 from kvstored.doors.cache_service import CacheService
 from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
+from kvstored.doors.lending import Lending
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.sampler import Sampler
@@ -193,7 +194,7 @@ class Daemon:
             store,
             self._arena,
             budget,
-            ingest,
+            Lending(ingest),
             Verbs(store, epoch),
             settings.lease_max_s,
             records,

@@ -26,7 +26,7 @@ from kvstore.tiers.memory import MemoryTier
 log = logging.getLogger(__name__)
 
 _NO_KEY = Key(b"")
-EVICTION_STEPS = 4
+EVICTION_STEPS = 2
 """What an eviction counts for among the steps of a hold: some 20 us. 64 of them, then others may have the lock."""
 
 

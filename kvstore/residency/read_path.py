@@ -97,6 +97,9 @@ class _Lot(NamedTuple):
     whole_if_hot: bool
 
 
+_WHOLE = _Lot(leading=False, at_most_nbytes=inf, whole_if_hot=True)
+
+
 class ReadPath:
     """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
 
@@ -170,15 +173,23 @@ class ReadPath:
                 pause()
 
     def _find_in_slices(self, keys: Sequence[Key], how: "_Lot") -> Plan:
-        with self._r.lock:
-            plan = self._all_hot(keys, how)
-        if plan is None:
-            plan = self._nothing_yet()
-            for part in slices(keys, LOOK_MAX):
-                with self._r.lock:
-                    if not self._look(plan, part, how):
-                        break
+        plan = self._nothing_yet()
+        for part in slices(keys, LOOK_MAX):
+            with self._r.lock:
+                if not self._extend_hot(plan, part, how) and not self._look(plan, part, how):
+                    break
         return plan
+
+    def _extend_hot(self, plan: Plan, keys: Sequence[Key], how: "_Lot") -> bool:
+        """Extend a plan by keys that are all in hot and fit its lot, in one step. Else False, with nothing changed."""
+        more = self._all_hot(keys, _WHOLE)
+        if more is None or not (plan.nbytes + more.nbytes <= how.at_most_nbytes or (how.whole_if_hot and plan.hot)):
+            return False
+        for have, found in ((plan.keys, more.keys), (plan.tiers, more.tiers), (plan.entries, more.entries),
+                            (plan.metas, more.metas)):  # fmt: skip
+            cast("list[object]", have).extend(found)
+        plan.nbytes += more.nbytes
+        return True
 
     def _looked(self, keys: Sequence[Key], how: "_Lot") -> Plan:
         plan = self._nothing_yet()
