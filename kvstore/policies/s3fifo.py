@@ -76,8 +76,10 @@ class S3FIFO:
                 del self._small[key]
                 self._main[key] = 0
             else:
-                key, count = next(iter(self._main.items()), (None, 0))
-                if key is None or not count:
+                if not self._main:
+                    return None
+                key, count = next(iter(self._main.items()))
+                if not count:
                     return key
                 self._main[key] = count - 1
                 self._main.move_to_end(key)

@@ -131,13 +131,14 @@ class ReadPath:
                 if plan is None:
                     plan = self._all_hot(keys, how) or self._looked(keys, how)
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
+                refused: EntryTooLarge | None = None
+                counted = False
                 try:
                     if charge is not None:
                         charge(plan)
                 except EntryTooLarge as error:
                     refused = error
                 else:
-                    refused = None
                     counted = self._count_now(plan, count_later=count_later)
             if refused is None:
                 if not counted:

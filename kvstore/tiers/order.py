@@ -201,7 +201,7 @@ class Order:
     def __contains__(self, key: object) -> bool:
         if self._alone:  # called for each key of a batch, in each tier
             return key in self._first or key in self._pinned
-        return key in self._pinned or key in self._lane_of(key)
+        return key in self._pinned or (isinstance(key, bytes) and key in self._lane_of(Key(key)))
 
     def __iter__(self) -> Iterator[Key]:
         """Keys, those that leave sooner first, pinned ones last."""
