@@ -299,3 +299,16 @@ def test_a_policy_takes_few_steps_for_a_victim_however_often_all_were_hit(policy
     assert last is not None
     order.evict(last)
     assert order.ghosts <= 50 + 1  # type: ignore[attr-defined]
+
+
+def test_touches_that_shorten_lives_and_puts_over_again_leave_nothing_behind(store: Store) -> None:
+    keys = [b"%d" % n for n in range(50)]
+    for key in keys:
+        store.put(key, VALUE, ttl_s=30 * 86400.0)
+    for step in range(500):
+        store.touch(keys, ttl_s=30 * 86400.0 - 5000.0 * step)
+        store.put(keys[0], VALUE, ttl_s=86400.0 + step)
+        store.delete(keys[1])
+        store.put(keys[1], VALUE, ttl_s=86400.0 + 97.0 * step)
+    assert len(store._r.deadlines) == 50
+    assert len(store._r.deadlines._buckets) < 64

@@ -1,12 +1,19 @@
 """What connections hold: each has a share, whoever came first."""
 
+import os
+import socket
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from kvstored.calls.budget import Budget
 from kvstored.doors import lending
 from kvstored.doors.lending import HELD_MAX, LEASES_MAX, Lending
+from kvstored_client import Client
+from kvstored_client.wire._pb import cache_pb2 as pb
+from tests.conftest import DaemonProcess, wait_until
+from tests.kvstored.conftest import running_daemon
 
 MIB = 1 << 20
 SEGMENT = 16 * MIB
@@ -119,3 +126,44 @@ def test_a_user_with_many_connections_leaves_leases_to_others(monkeypatch: pytes
     assert not held.may_hold(1, many[0], [*many, other])
     assert held.may_hold(1, other, [*many, other])
     assert held.may_hold(1, many[0], many)
+
+
+def asked(daemon: DaemonProcess, *calls: pb.LeaseCall) -> list[pb.LeaseReply]:
+    """The replies to calls of one connection to the lease socket."""
+    replies = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(60)
+        sock.connect(f"{daemon.socket_path}.lease")
+        for call in calls:
+            sock.send(call.SerializeToString())
+            data, fds, _, _ = socket.recv_fds(sock, 1 << 18, 8)
+            replies.append(pb.LeaseReply.FromString(data))
+            for fd in fds:
+                os.close(fd)
+    return replies
+
+
+def test_shared_memory_for_puts_needs_the_right_to_put() -> None:
+    with running_daemon('tokens = "{dir}/tokens.toml"') as daemon:
+        entry = f'name = "reader"\nuid = {os.geteuid()}\nsha256 = "{"0" * 64}"\nrights = ["read"]\n'
+        (daemon.directory / "tokens.toml").write_text(f"[[token]]\n{entry}")
+        daemon.start(wait=False)
+        wait_until((daemon.directory / "k.sock.lease").exists)
+        (reply,) = asked(daemon, pb.LeaseCall(ingest_nbytes=1 << 20))
+        assert reply.error.kind == "PermissionDenied"
+        assert not reply.segments
+
+
+def test_a_connection_that_releases_nothing_is_told_to_use_the_stream(shared_daemon: DaemonProcess) -> None:
+    with Client(shared_daemon.address) as client:
+        client.put(b"held", {"k": torch.ones(16)})
+        get = pb.LeaseCall(get=pb.GetRequest(keys=[b"held"] * 4096))
+        replies = asked(shared_daemon, *[get] * (HELD_MAX // 4096 + 1))
+        assert all(reply.lease or reply.error.kind == "UseStream" for reply in replies)
+        assert replies[0].lease or "is over" in replies[0].error.message, "or the reply is too long for a packet"
+        few = pb.LeaseCall(get=pb.GetRequest(keys=[b"held"]))
+        replies = asked(shared_daemon, *[few] * (LEASES_MAX + 1))
+        assert all(reply.lease for reply in replies[:-1])
+        assert replies[-1].error.kind == "UseStream"
+        assert f"{LEASES_MAX} leases of {LEASES_MAX} entries are held" in replies[-1].error.message
+        wait_until(lambda: client.stats().values["leased_entries"] == 0)
