@@ -1,7 +1,7 @@
 """The read side: one look says what is where, how big it is and what it needs; then it is counted, and then read.
 
-`plan` takes the lock once for the keys of a call, so a get of a prefix sees one moment; calls with more than 512 keys
-that are not all in hot are looked at, and counted, in slices. Under the lock the keys are found,
+`plan` takes the lock once for the keys of a call, so a get of a prefix sees one moment; calls with more than 256 keys
+are looked at, and counted, in slices. Under the lock the keys are found,
 the caller's budget is charged, and hits, misses, use and deadlines are counted. Nobody looks the keys up again: what is
 in memory is in the plan, and what is on disk is read by `fetch`, without the lock; what left its tier meanwhile becomes
 a miss. Knows no tensors: `simulation` reads through it as well.
@@ -27,8 +27,8 @@ from kvstore.tiers import TierName
 
 _VALUE_NBYTES = attrgetter("value_nbytes")
 NOTHING: frozenset[str] = frozenset()
-LOOK_MAX = 512
-"""Keys looked at in one hold of the lock where they are not all in hot: two milliseconds."""
+LOOK_MAX = 256
+"""Keys looked at in one hold of the lock: one millisecond, three where each has expired."""
 MATCH_MAX = 1024
 """Keys matched in one hold: a millisecond, three where a million keys leave none in the processor's cache."""
 _HOT: tuple[TierName] = ("hot",)
