@@ -29,6 +29,8 @@ _VALUE_NBYTES = attrgetter("value_nbytes")
 NOTHING: frozenset[str] = frozenset()
 LOOK_MAX = 256
 """Keys looked at in one hold of the lock: one millisecond, three where each has expired."""
+HOT_MAX = 1024
+"""Those that are all in hot: a millisecond, or two."""
 MATCH_MAX = 1024
 """Keys matched in one hold: a millisecond, three where a million keys leave none in the processor's cache."""
 _HOT: tuple[TierName] = ("hot",)
@@ -97,9 +99,6 @@ class _Lot(NamedTuple):
     whole_if_hot: bool
 
 
-_WHOLE = _Lot(leading=False, at_most_nbytes=inf, whole_if_hot=True)
-
-
 class ReadPath:
     """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
 
@@ -124,12 +123,16 @@ class ReadPath:
         count_later: bool = False,
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
-        how = _Lot(leading, at_most_nbytes, whole_if_hot)
+        hot_nbytes = inf if whole_if_hot else at_most_nbytes
         while True:
-            plan = None if len(keys) <= LOOK_MAX else self._find_in_slices(keys, how)
+            plan = None
+            if len(keys) > LOOK_MAX:
+                plan = self._find_in_slices(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
             with self._r.lock:
                 if plan is None:
-                    plan = self._all_hot(keys, how) or self._looked(keys, how)
+                    plan = self._all_hot(keys, hot_nbytes) or self._looked(
+                        keys, _Lot(leading, at_most_nbytes, whole_if_hot)
+                    )
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
                 refused: EntryTooLarge | None = None
                 counted = False
@@ -149,9 +152,10 @@ class ReadPath:
 
     def _count_now(self, plan: Plan, *, count_later: bool) -> bool:
         """Count a plan in this hold of the lock, or leave it to the next one; False: it is too long for that."""
-        if len(plan) > LOOK_MAX:
+        hot = plan.hot and not plan.ended
+        if len(plan) > (HOT_MAX if hot else LOOK_MAX):
             return False
-        if not plan.hot or plan.ended:
+        if not hot:
             self._count(plan)
         elif count_later:
             self._r.lock.owed.append(partial(self._count_hot, plan))
@@ -161,19 +165,25 @@ class ReadPath:
 
     def _count_in_slices(self, plan: Plan) -> None:
         """Count a long plan, deepest first, as it is touched."""
-        starts = range(0, len(plan), LOOK_MAX)
-        for start in reversed(starts):
-            stop = start + LOOK_MAX
+        hot = plan.hot and not plan.ended
+        most = HOT_MAX if hot else LOOK_MAX
+        for start in reversed(range(0, len(plan), most)):
+            stop = start + most
             part = Plan(
                 plan.keys[start:stop], plan.tiers[start:stop], plan.entries[start:stop], plan.metas[start:stop],
-                plan.now, 0, hot=False, misses=() if start else plan.misses,
+                plan.now, 0 if start else plan.nbytes, hot=hot, misses=() if start else plan.misses,
             )  # fmt: skip
             with self._r.lock:
-                self._count(part)
+                self._count_hot(part) if hot else self._count(part)
             if start:
                 pause()
 
     def _find_in_slices(self, keys: Sequence[Key], how: "_Lot") -> Plan:
+        if len(keys) <= HOT_MAX:
+            with self._r.lock:
+                found = self._all_hot(keys, inf if how.whole_if_hot else how.at_most_nbytes)
+            if found is not None:
+                return found
         plan = self._nothing_yet()
         for part in slices(keys, LOOK_MAX):
             with self._r.lock:
@@ -183,7 +193,7 @@ class ReadPath:
 
     def _extend_hot(self, plan: Plan, keys: Sequence[Key], how: "_Lot") -> bool:
         """Extend a plan by keys that are all in hot and fit its lot, in one step. Else False, with nothing changed."""
-        more = self._all_hot(keys, _WHOLE)
+        more = self._all_hot(keys, inf)
         if more is None or not (plan.nbytes + more.nbytes <= how.at_most_nbytes or (how.whole_if_hot and plan.hot)):
             return False
         for have, found in ((plan.keys, more.keys), (plan.tiers, more.tiers), (plan.entries, more.entries),
@@ -272,7 +282,7 @@ class ReadPath:
             held.append(found)
         return True
 
-    def _all_hot(self, keys: Sequence[Key], how: "_Lot") -> Plan | None:
+    def _all_hot(self, keys: Sequence[Key], at_most_nbytes: float) -> Plan | None:
         """The plan where hot holds all of the keys and they are one lot. Else None, with nothing changed.
 
         The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
@@ -287,7 +297,7 @@ class ReadPath:
             if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                 return None  # `_look` forgets it
         nbytes = sum(map(_VALUE_NBYTES, metas))
-        if nbytes > how.at_most_nbytes and not how.whole_if_hot and len(keys) > 1:
+        if nbytes > at_most_nbytes and len(keys) > 1:
             return None
         return Plan(keys, _HOT * len(keys), entries, metas, now, nbytes, hot=True)
 
