@@ -28,10 +28,11 @@ from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Key, check_key, check_prefix, identity_of, named
+from kvstore.metadata.slices import slices
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
-from kvstore.residency import pins
+from kvstore.residency import departures, pins
 from kvstore.residency.answers import Answers
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
@@ -277,15 +278,17 @@ class Store:
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
         ttl = None if ttl_s is None else check_ttl(ttl_s, self.config)
-        checked = CheckedKeys(keys)
-        with self._r.lock:
-            now = self._r.clock.now()
-            live = [(key, meta) for key in checked if (meta := self._r.live(key)) is not None]
-            for key, meta in live:
-                meta.refresh(now, ttl)
-                self._r.deadlines.watch(key, meta)
-            self._r.touch(leading_first(key for key, _ in live))
-            return len(live)
+        touched = 0
+        for part in slices(leading_first(dict.fromkeys(CheckedKeys(keys)))):
+            with self._r.lock:
+                now = self._r.clock.now()
+                live = [(key, meta) for key in part if (meta := self._r.live(key)) is not None]
+                for key, meta in live:
+                    meta.refresh(now, ttl)
+                    self._r.deadlines.watch(key, meta)
+                self._r.touch(key for key, _ in live)
+                touched += len(live)
+        return touched
 
     def delete(self, *keys: bytes | CheckedKeys, keep_shared: bool = False) -> int:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
@@ -301,11 +304,12 @@ class Store:
     def evict(self, *keys: bytes | CheckedKeys) -> int:
         """Forget keys, counted as evictions. Returns how many were held."""
         checked = named(keys)
-        with self._r.lock:
-            for key in checked:
-                tiers = self._r.tiers_of(key)
-                if tiers:
-                    self._r.counters.tiers[tiers[0]].evictions += 1
+        for part in slices(checked):
+            with self._r.lock:
+                for key in part:
+                    tiers = self._r.tiers_of(key)
+                    if tiers:
+                        self._r.counters.tiers[tiers[0]].evictions += 1
         return self._forget(checked, "evicted")
 
     def pin(self, *keys: bytes | CheckedKeys, ttl_s: float | None = None) -> int:
@@ -341,9 +345,7 @@ class Store:
 
         For a server that puts the prefixes before its callers' keys itself. Raises InvalidEntry.
         """
-        checked = CheckedKeys(prefixes)
-        with self._r.lock:
-            self._r.register_tenant(name, checked)
+        self._r.register_tenant(name, CheckedKeys(prefixes))
 
     def tenants(self) -> dict[str, dict[str, int]]:
         """Bytes held by tier and tenant; "" is everybody outside the tenants."""
@@ -451,16 +453,7 @@ class Store:
         return self._read_path.fetch(self._read_path.plan(keys, leading=leading))
 
     def _forget(self, keys: Sequence[Key], cause: GoneCause, *, keep_shared: bool = False) -> int:
-        r = self._r
-        gone = 0
-        tickets: list[int | None] = []
-        with r.lock:
-            for key in keys:
-                if keep_shared and any(r.chains.children(key)):
-                    continue
-                gone += r.live(key) is not None
-                tickets.append(r.forget(key, cause))
-        for ticket in tickets:
-            if r.cold is not None:
-                r.cold.wait(ticket)
+        gone, ticket = departures.take_out(self._r, keys, cause, keep_shared=keep_shared)
+        if self._r.cold is not None:
+            self._r.cold.wait(ticket)
         return gone

@@ -38,6 +38,7 @@ from kvstored.doors.admin_service import AdminService
 from kvstored.doors.cache_service import CacheService
 from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
+from kvstored.doors.lending import Lending
 from kvstored.host.process import DirectoryLock, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.sampler import Sampler
@@ -48,6 +49,7 @@ from kvstored_client.wire.address import lease_path, socket_path
 logger = logging.getLogger(__name__)
 
 MESSAGE_MAX_NBYTES = 4 << 20
+METADATA_MAX_NBYTES = 10 << 10
 OPEN_TIMEOUT_S = 900
 HEARTBEAT_MAX_S = 120.0
 """The background thread has a turn per second; the longest healthy one, a flush that waits for the disk, takes 30 s."""
@@ -57,8 +59,9 @@ SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
-    ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.absolute_max_metadata_size", 16 << 10),
+    # A token, a W3C traceparent and its baggage: each of thousands of calls that come to nothing may hold as much.
+    ("grpc.max_metadata_size", METADATA_MAX_NBYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_MAX_NBYTES),
     ("grpc.max_concurrent_streams", 128),
     # A window that grows to the line's speed holds megabytes for each of hundreds of streams, which no budget counts; a
     # message that is being read widens it as far as it needs.
@@ -193,7 +196,7 @@ class Daemon:
             store,
             self._arena,
             budget,
-            ingest,
+            Lending(ingest),
             Verbs(store, epoch),
             settings.lease_max_s,
             records,

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, compress, repeat
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -123,7 +122,7 @@ def _metas(rows: Found, links: Links, now: float) -> list[Meta]:
             links.first_children,
             links.previous,
             links.nexts,
-            repeat(inf),
+            repeat(None),
             repeat(False),
             map(labelled, rows.namespaces),
         )

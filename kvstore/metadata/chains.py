@@ -4,18 +4,24 @@ A chunk without its parent can never be matched: it only takes room. So a chunk 
 leaves the store its descendants leave too, and a chunk whose parent is not held is refused. Keys put without a parent
 (most keys that are not chunks) have no links.
 Links are keys in the Metas themselves: the parent, the first child, and the two neighbours among siblings. That is four
-references per chunk and no set per parent, and a root with 100,000 children loses one of them in O(1).
+references per chunk and no set per parent, and a root with 100,000 children loses one of them in O(1). A Meta counts
+its pinned children, so that nobody has to walk them.
 A chain is put deepest first, so children come before their parent: until it comes the parent is in `_awaited`.
+No method walks more than `WALK_MAX` links, but for the iterators, whose callers count their steps.
 Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+
+WALK_MAX = 5000
+"""Links followed at most while the store's lock is held: one or two milliseconds. A call names 4,096 keys at most."""
 
 
 class Chains:
@@ -24,6 +30,7 @@ class Chains:
     def __init__(self, index: dict[Key, Meta] | None = None) -> None:
         self.index: dict[Key, Meta] = {} if index is None else index
         self._awaited: dict[Key, Key] = {}
+        self._awaited_pins: dict[Key, int] = {}
 
     @property
     def awaited(self) -> int:
@@ -35,6 +42,7 @@ class Chains:
         meta = self.index[key]
         if self._awaited:
             meta.first_child = self._awaited.pop(key, None)
+            meta.pinned_children = self._awaited_pins.pop(key, 0)
         if meta.parent is None:
             return
         # The parent is usually not indexed yet, because chains are put deepest first; then there can be no ring.
@@ -55,25 +63,19 @@ class Chains:
         if meta.next is not None:
             self.index[meta.next].previous = key
 
-    def unlink(self, key: Key, meta: Meta) -> list[Key]:
-        """Unlink a key that leaves the index, with its Meta. Returns its children, which must leave too."""
-        if meta.parent is not None:
-            if meta.previous is not None:
-                self.index[meta.previous].next = meta.next
-            elif self._first_child(meta.parent) == key:
-                self._set_first_child(meta.parent, meta.next)
-            if meta.next is not None:
-                self.index[meta.next].previous = meta.previous
-        children: list[Key] = []
-        child = meta.first_child
-        while child is not None:
-            child_meta = self.index[child]
-            children.append(child)
-            child = child_meta.next
-            # Cut here, so that `unlink` of a child does not look for a parent that is gone.
-            child_meta.parent = child_meta.previous = child_meta.next = None
-        meta.first_child = None
-        return children
+    def unlink(self, key: Key, meta: Meta) -> None:
+        """Unlink a key that leaves the index, with its Meta. Those that continue it have left before."""
+        assert meta.first_child is None
+        if meta.parent is None:
+            return
+        if meta.pinned:
+            self._count_pin(meta.parent, -1)
+        if meta.previous is not None:
+            self.index[meta.previous].next = meta.next
+        elif self._first_child(meta.parent) == key:
+            self._set_first_child(meta.parent, meta.next)
+        if meta.next is not None:
+            self.index[meta.next].previous = meta.previous
 
     def replace(self, key: Key, old: Meta) -> None:
         """Give the new Meta of a key in the index the links of `old`: the key keeps its place in its chain.
@@ -81,13 +83,31 @@ class Chains:
         The parent that the new Meta names counts only if the key was in no chain.
         """
         new = self.index[key]
-        new.first_child = old.first_child
+        new.first_child, new.pinned_children = old.first_child, old.pinned_children
         if old.parent is not None:
             new.parent, new.previous, new.next = old.parent, old.previous, old.next
+            if old.pinned:
+                self._count_pin(old.parent, -1)
         elif new.parent is not None and not self._closes_a_ring(key, new.parent):
             self._tie(key, new)
         else:
             new.parent = None
+
+    def set_pinned(self, meta: Meta, *, pinned: bool) -> None:
+        """Pin or unpin the Meta of a key in the index, and have its parent count it."""
+        if meta.pinned != pinned:
+            meta.pinned = pinned
+            if meta.parent is not None:
+                self._count_pin(meta.parent, 1 if pinned else -1)
+
+    def _count_pin(self, parent: Key, more: int) -> None:
+        meta = self.index.get(parent)
+        if meta is not None:
+            meta.pinned_children += more
+        else:
+            self._awaited_pins[parent] = self._awaited_pins.get(parent, 0) + more
+            if not self._awaited_pins[parent]:
+                del self._awaited_pins[parent]
 
     def children(self, key: Key) -> Iterator[Key]:
         """The chunks that continue this one, the newest first."""
@@ -104,31 +124,28 @@ class Chains:
             yield meta.parent
             meta = self.index[meta.parent]
 
-    def descendants(self, key: Key) -> list[Key]:
-        """All chunks that continue this one, directly or not, deepest last."""
-        found = [key]
-        for at in found:  # grows during the loop
-            found.extend(self.children(at))
-        return found[1:]
-
-    def leaf(self, key: Key, held: Container[Key]) -> Key:
-        """The key to evict in place of `key`: a descendant that no chunk in `held` continues, or itself."""
-        meta = self.index.get(key)
-        while meta is not None and meta.first_child is not None:
-            child = next((child for child in self.children(key) if child in held), None)
-            if child is None:
-                break
-            key, meta = child, self.index.get(child)
-        return key
-
     def orphans(self) -> list[Key]:
         """Chunks whose parent is missing."""
         return [key for parent in list(self._awaited) for key in self.children(parent)]
 
     def _closes_a_ring(self, key: Key, parent: Key) -> bool:
+        """Whether `parent` continues `key`, or that cannot be told in few steps: then the key stays in no chain."""
         # Hashes of tokens form no ring; keys that a caller invents could. A key without children is no ancestor.
-        has_children = self.index[key].first_child is not None
-        return parent == key or (has_children and key in self.ancestors(parent))
+        if parent == key:
+            return True
+        if self.index[key].first_child is None:
+            return False
+        # Upwards from the parent and downwards from the key at once: it is enough that one of the two ends soon.
+        below, above = [key], self.ancestors(parent)
+        for at in islice(below, WALK_MAX):  # grows during the loop
+            up = next(above, None)
+            if up is None or up == key:
+                return up is not None
+            for child in islice(self.children(at), WALK_MAX - len(below)):
+                if child == parent:
+                    return True
+                below.append(child)
+        return len(below) >= WALK_MAX
 
     def _first_child(self, parent: Key) -> Key | None:
         meta = self.index.get(parent)

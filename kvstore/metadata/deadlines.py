@@ -1,65 +1,117 @@
-"""When keys expire: buckets of one second each, corrected late.
+"""When keys expire: buckets of time, narrow near now and wider further away, corrected late.
 
-Sliding deadlines move with every get, and the buckets are not updated: a key that lives longer is moved to a later
-bucket when its bucket is due. So a get costs nothing here, and a key is in one bucket however often it is used. Its
-Meta says which one (`watched_at`). A heap of pairs with a dictionary took 170 bytes a key, this takes 17.
+A bucket is one second wide for what is due within a minute, 64 for what is due within an hour or so, and so on: a few
+hundred buckets hold any number of keys. When a wide bucket begins, its keys go to narrower ones. A get moves its key's
+deadline and costs nothing here: a key that lives longer than its bucket says is moved when the bucket is looked at.
+Each key is in at most one bucket, and leaves it when it is forgotten, replaced, or due earlier: links in the Metas
+(`due_previous`, `due_next`) make that O(1). So no caller can make this grow beyond the index.
 Not thread-safe: the store's lock covers each call.
 """
 
-import heapq
 from collections.abc import Mapping
 from math import floor, inf
 
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 
+WIDTHS = tuple(64.0**level for level in range(7))
+"""Seconds. The widest is two thousand years: every deadline but infinity fits."""
+_FARTHEST = 1e18
+
+
+class Bucket:
+    """The keys due from `starts` on, for `width` seconds; `first` is the newest."""
+
+    __slots__ = ("first", "starts", "width")
+
+    def __init__(self, starts: float, width: float) -> None:
+        self.starts = starts
+        self.width = width
+        self.first: Key | None = None
+
 
 class Deadlines:
-    """The keys of an index, ordered by their Metas' deadlines."""
+    """The keys of an index, ordered by their Metas' deadlines. now: Unix seconds."""
 
-    def __init__(self, index: Mapping[Key, Meta]) -> None:
+    def __init__(self, index: Mapping[Key, Meta], now: float = 0.0) -> None:
         self._index = index
-        self._buckets: dict[int, list[Key]] = {}
-        self._order: list[int] = []
+        self._now = now
+        self._buckets: dict[tuple[float, float], Bucket] = {}
+        self._watched = 0
+        self.behind = False
 
     def __len__(self) -> int:
-        return sum(map(len, self._buckets.values()))
+        return self._watched
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
-        deadline = meta.deadline
-        if deadline >= meta.watched_at or deadline == inf:
+        deadline, bucket = meta.deadline, meta.due_in
+        if bucket is not None:
+            if bucket.starts <= deadline:
+                return
+            self.unwatch(meta)
+        if deadline == inf:
             return
-        meta.watched_at = deadline
-        number = floor(deadline)
-        bucket = self._buckets.get(number)
+        ahead, level = deadline - self._now, 0
+        while ahead >= WIDTHS[level + 1] and level < len(WIDTHS) - 2:
+            level += 1
+        width = WIDTHS[level]
+        starts = floor(min(deadline, _FARTHEST) / width) * width
+        bucket = self._buckets.get((width, starts))
         if bucket is None:
-            bucket = self._buckets[number] = []
-            heapq.heappush(self._order, number)
-        bucket.append(key)
+            bucket = self._buckets[width, starts] = Bucket(starts, width)
+        meta.due_in, meta.due_previous, meta.due_next = bucket, None, bucket.first
+        if bucket.first is not None:
+            self._index[bucket.first].due_previous = key
+        bucket.first = key
+        self._watched += 1
+
+    def unwatch(self, meta: Meta) -> None:
+        """Stop watching the key of a Meta, which is still in the index."""
+        bucket = meta.due_in
+        if bucket is None:
+            return
+        if meta.due_previous is not None:
+            self._index[meta.due_previous].due_next = meta.due_next
+        else:
+            bucket.first = meta.due_next
+            if bucket.first is None:
+                del self._buckets[bucket.width, bucket.starts]
+        if meta.due_next is not None:
+            self._index[meta.due_next].due_previous = meta.due_previous
+        meta.due_in = meta.due_previous = meta.due_next = None
+        self._watched -= 1
 
     def due(self, now: float, limit: int) -> list[Key]:
-        """Up to `limit` keys whose deadline has passed; they are no longer watched."""
+        """Up to `limit` keys whose deadline has passed; they are no longer watched.
+
+        Looks at no more than `limit` keys. `behind`: it ended there, and should be called again.
+        """
+        self._now = now
         found: list[Key] = []
-        while self._order and self._order[0] <= now and len(found) < limit:
-            number = self._order[0]
-            bucket, early = self._buckets[number], []
-            while bucket and len(found) < limit:
-                key = bucket.pop()
-                meta = self._index.get(key)
-                if meta is None or floor(min(meta.watched_at, 1e18)) != number:
-                    continue  # gone, or moved to the bucket of an earlier deadline
-                if floor(min(meta.deadline, 1e18)) == number and meta.deadline > now:
-                    early.append(key)
-                    continue
-                meta.watched_at = inf
+        early: list[tuple[Key, Meta]] = []
+        left = limit
+        for bucket in sorted(self._begun(), key=_ends):
+            while bucket.first is not None and left:
+                left -= 1
+                key = bucket.first
+                meta = self._index[key]
+                self.unwatch(meta)
                 if meta.deadline <= now:
                     found.append(key)
+                elif bucket.width == 1 and bucket.starts <= meta.deadline < _ends(bucket):
+                    early.append((key, meta))  # later within this second
                 else:
                     self.watch(key, meta)
-            bucket.extend(early)
-            if bucket:
-                break  # the rest of this second waits for the next call
-            heapq.heappop(self._order)
-            del self._buckets[number]
+        # Of the second that is not over yet the rest may wait, unless there was something to find.
+        self.behind = not left and any(found or _ends(b) <= now or b.width > 1 for b in self._begun())
+        for key, meta in early:
+            self.watch(key, meta)
         return found
+
+    def _begun(self) -> list[Bucket]:
+        return [bucket for bucket in self._buckets.values() if bucket.starts <= self._now]
+
+
+def _ends(bucket: Bucket) -> float:
+    return bucket.starts + bucket.width

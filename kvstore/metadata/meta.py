@@ -4,11 +4,15 @@ One Meta per key, whatever tiers hold it, so a deadline that a get moves is vali
 store's lock. The cold tier writes Metas to its index from time to time and restores them at the next start.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
+from typing import TYPE_CHECKING
 
 from kvstore.keys import Key
 from kvstore.metadata.owner import NOBODY, Owner
+
+if TYPE_CHECKING:
+    from kvstore.metadata.deadlines import Bucket
 
 
 @dataclass(slots=True)
@@ -18,8 +22,8 @@ class Meta:
     exact: it must never become lossy. lossy: it went through a lossy codec. encoding: that of the form below hot, or
     "raw" if there is none. value_nbytes: bytes of the decoded tensors. pinned_until: when its pin ends by itself. soon:
     low priority, evicted before others unless it is hit. parent: the chunk before this one in its chain. root: it was
-    put as the first chunk of a chain. first_child, previous and next belong to `chains`, watched_at to `deadlines`.
-    owner: the tenant and namespace it is counted under.
+    put as the first chunk of a chain. first_child, previous, next and pinned_children belong to `chains`, due_in,
+    due_previous and due_next to `deadlines`. owner: the tenant and namespace it is counted under.
     """
 
     created_at: float
@@ -39,9 +43,12 @@ class Meta:
     first_child: Key | None = None
     previous: Key | None = None
     next: Key | None = None
-    watched_at: float = inf
+    due_in: "Bucket | None" = field(default=None, compare=False, repr=False)
     root: bool = False
     owner: Owner = NOBODY
+    due_previous: Key | None = field(default=None, compare=False, repr=False)
+    due_next: Key | None = field(default=None, compare=False, repr=False)
+    pinned_children: int = 0
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""

@@ -34,6 +34,7 @@ class Tenants:
         self._quotas = {name: _limits(quota) for name, quota in quotas.items()}
         self._namespaces = {name: _limits(quota) for name, quota in namespaces.items()}
         self._by_prefix: dict[bytes, str] = {}
+        self._names: frozenset[str] = frozenset()
         self._owners: dict[tuple[str, str], Owner] = {}
 
     def tenant_of(self, key: Key) -> str:
@@ -72,15 +73,16 @@ class Tenants:
                 )
         fresh = any(self._by_prefix.get(prefix) != name for prefix in prefixes)
         self._by_prefix.update(dict.fromkeys(prefixes, name))
+        self._names |= {name}
         return fresh
 
     def __iter__(self) -> Iterator[Owner]:
         """All owners."""
         return iter(self._owners.values())
 
-    def names(self) -> set[str]:
+    def names(self) -> frozenset[str]:
         """The tenants registered."""
-        return set(self._by_prefix.values())
+        return self._names
 
 
 def _limits(quota: QuotaConfig) -> Limits:

@@ -14,6 +14,9 @@ from itertools import chain
 
 from kvstore.keys import Key
 
+TRIM_MAX = 64
+"""Ghosts forgotten at one eviction, which adds one: after many keys were deleted the rest go with the next ones."""
+
 
 class ARC:
     """Two lists and their ghosts. All operations O(1)."""
@@ -68,10 +71,13 @@ class ARC:
         elif key in self._again:
             del self._again[key]
             self._ghosts_again[key] = None
-        while self._ghosts_once and len(self._once) + len(self._ghosts_once) > capacity:
-            self._ghosts_once.popitem(last=False)
-        while len(self._ghosts_once) + len(self._ghosts_again) > capacity:
-            (self._ghosts_again or self._ghosts_once).popitem(last=False)
+        for _ in range(TRIM_MAX):
+            if self._ghosts_once and len(self._once) + len(self._ghosts_once) > capacity:
+                self._ghosts_once.popitem(last=False)
+            elif len(self._ghosts_once) + len(self._ghosts_again) > capacity:
+                (self._ghosts_again or self._ghosts_once).popitem(last=False)
+            else:
+                break
 
     def victim(self) -> Key | None:
         """The oldest key of the list that is longer than its target."""

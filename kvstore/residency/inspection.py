@@ -33,10 +33,10 @@ def entries(
             not namespace or owner.namespace == namespace or owner.namespace.startswith(f"{namespace}@")
         )
 
-    with r.lock:
-        keys = [key for key in r.index if key.startswith(key_prefix)]
-        if tenant or namespace:
-            keys = [key for key in keys if fits(r.index[key].owner)]
+    # A copy in one step of the interpreter, not under the lock: there may be a million. Each is looked up again below.
+    keys = [key for key in r.keys_now() if key.startswith(key_prefix)]
+    if tenant or namespace:
+        keys = [key for key in keys if fits(r.owner_of(key))]
     keys.sort()
     found = 0
     for key in keys:
@@ -89,7 +89,7 @@ def explain(r: Residency, keys: Sequence[Key]) -> list[Explanation]:
     for key in keys:
         info = entry_info(r, key, with_tensors=True)
         with r.lock:
-            stone = r.tombstones.get(key)
+            stone = r.why_gone(key)
             now = r.clock.now()
         if info is not None:
             found.append(Explanation(key, "held", info.tiers[0] if info.tiers else "", hits=info.hits, entry=info))
@@ -102,6 +102,10 @@ def explain(r: Residency, keys: Sequence[Key]) -> list[Explanation]:
 
 def snapshot(r: Residency, others: Mapping[str, float]) -> Stats:
     """Counters since start and gauges of now; others: gauges that the residency does not know."""
+    disk = {} if r.cold is None else r.cold.gauges()  # asks the file system: not under the lock
+    with r.lock:
+        owners, names = list(r.tenants), r.tenants.names()
+    accounts = accounts_of(owners, names)  # of up to 4,096 owners
     with r.lock:
         tiers: dict[str, TierStats] = {}
         for tier in (r.hot, r.warm, r.cold):
@@ -114,9 +118,7 @@ def snapshot(r: Residency, others: Mapping[str, float]) -> Stats:
                 **asdict(r.counters.tiers[tier.name]),
             )
         gauges: dict[str, float] = {"entries": len(r.index), "in_transit": len(r.transit), **others}
-        if r.cold is not None:
-            gauges.update(r.cold.gauges())
-        gauges.update(accounts_of(r.tenants, r.tenants.names()))
+        gauges |= {**disk, **accounts}
         return Stats(values_of(r.counters, gauges), tiers)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from kvstore.config import StoreConfig
 from kvstore.keys import Key
+from kvstore.metadata.slices import pause
 from kvstore.residency.mover import Mover
 from kvstore.residency.resizing import rebalance
 from kvstore.residency.state import Residency
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 
 PROMOTIONS_MAX = 256
 """Promotions waiting. Beyond it a hit is only a hit: the next one asks again."""
-SWEEP_MAX = 1024
-"""Expired keys collected while holding the lock once: about a millisecond."""
+SWEEP_MAX = 64
+"""Keys looked at for expiry in one hold of the lock: a millisecond, two where each is taken out of a disk's index."""
 COLD_MAINTAIN_INTERVAL_S = 60.0
 
 
@@ -77,6 +78,7 @@ class Maintainer:
         """One turn of all duties."""
         now = self._r.clock.now()
         self._duty("sweep", self._sweep)
+        self._duty("collect", self._collect)
         self._duty("promote", self._promote)
         if self._r.balance is not None:
             self._duty("balance", lambda: rebalance(self._r, self._mover))
@@ -106,11 +108,20 @@ class Maintainer:
     def _sweep(self) -> None:
         while True:
             with self._r.lock:
-                due = self._r.deadlines.due(self._r.clock.now(), SWEEP_MAX)
-                for key in due:
+                for key in self._r.deadlines.due(self._r.clock.now(), SWEEP_MAX):
                     self._r.live(key)
-            if len(due) < SWEEP_MAX:
+                behind = self._r.deadlines.behind
+            if not behind:
                 return
+            pause()
+
+    def _collect(self) -> None:
+        """Take out the chunks of long chains that left."""
+        while True:
+            with self._r.lock:
+                if self._r.collect():
+                    return
+            pause()
 
     def _promote(self) -> None:
         while not self._stop:

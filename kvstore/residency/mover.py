@@ -15,6 +15,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.printable import printable
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import Transcoder
@@ -25,6 +26,8 @@ from kvstore.tiers.memory import MemoryTier
 log = logging.getLogger(__name__)
 
 _NO_KEY = Key(b"")
+EVICTION_STEPS = 2
+"""What an eviction counts for among the steps of a hold: some 20 us. 64 of them, then others may have the lock."""
 
 
 class Mover:
@@ -74,7 +77,7 @@ class Mover:
             if stays:
                 self._sink("hot", entry)
         with r.lock:
-            if entry.key not in r.index:
+            if r.is_gone(entry.key):
                 raise OverQuota(
                     f"an entry of {entry.nbytes} bytes fits no tier: hot has {r.hot.capacity_nbytes} bytes, "
                     f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
@@ -139,6 +142,8 @@ class Mover:
                         r.transit[victim.key] = (tier.name, victim)
                 if stays:
                     self._sink(tier.name, victim)
+                elif not moved % SLICE:
+                    pause()
 
     def demote(self, key: Key) -> int:
         """Move a key one tier down, after the chunks that continue it in its tier. Returns how many moved.
@@ -150,11 +155,15 @@ class Mover:
         with self._moving:
             with r.lock:
                 tier = next((t for t in (r.hot, r.warm) if key in t), None)
-                going = [at for at in (key, *r.chains.descendants(key)) if tier is not None and at in tier]
-            for at in reversed(going):
-                if tier is None or not self._demote_one(tier, at):
+            at = None if tier is None else key
+            while tier is not None and at is not None:
+                with r.lock:
+                    leaf = tier.leaf(at if at in tier else key)
+                    meta = r.index.get(leaf)
+                if not self._demote_one(tier, leaf):
                     break
                 moved += 1
+                at = None if leaf == key or meta is None else meta.parent
         return moved
 
     def _demote_one(self, tier: MemoryTier, key: Key) -> bool:
@@ -177,12 +186,12 @@ class Mover:
             return 0
         written = 0
         with self._moving:
-            with r.lock:
-                warm, hot = list(r.warm.keys()), list(r.hot.keys())
+            warm, hot = r.warm.keys_now(), r.hot.keys_now()
             for tier, keys in ((r.warm, warm), (r.hot, hot)):
                 written += sum(self._copy_to_cold(tier, key) for key in keys)
-            with r.lock:
-                r.cold.touch(hot)
+            for part in slices(hot):
+                with r.lock:
+                    r.cold.touch(part)
         r.cold.flush()
         return written
 
@@ -196,17 +205,32 @@ class Mover:
         r = self._r
         while True:
             with r.lock:
-                victim = tier.displace(entry.nbytes, entry.key, meta.owner)
-                while victim is not None and self._left_at_once(tier.name, victim):
-                    victim = tier.displace(entry.nbytes, entry.key, meta.owner)
-                if victim is None:
+                victim, fits = self._displaced(tier, entry, meta)
+                if fits:
                     # Asking may take out an older value of the key, so only now: until here that value is still served.
                     if not wanted():
                         return False
                     tier.put(entry, soon=soon)
                     return True
-                r.transit[victim.key] = (tier.name, victim)
-            self._sink(tier.name, victim)
+                if victim is not None:
+                    r.transit[victim.key] = (tier.name, victim)
+            if victim is None:
+                pause()
+            else:
+                self._sink(tier.name, victim)
+
+    def _displaced(self, tier: MemoryTier, entry: Entry, meta: Meta) -> tuple[Entry | None, bool]:
+        """Have entries leave at once until one must sink, which is returned, or the entry fits: (None, True).
+
+        (None, False): enough left in this hold of the lock. One large entry may take the place of a million small ones.
+        """
+        lock = self._r.lock
+        while lock.steps > 0:
+            lock.steps -= EVICTION_STEPS
+            victim = tier.displace(entry.nbytes, entry.key, meta.owner)
+            if victim is None or not self._left_at_once(tier.name, victim):
+                return victim, victim is None
+        return None, False
 
     def _left_at_once(self, left: TierName, entry: Entry) -> bool:
         """What became of an entry that left a tier, under the lock; False: it must sink, which takes time."""

@@ -1,6 +1,7 @@
 """The read side: one look says what is where, how big it is and what it needs; then it is counted, and then read.
 
-`plan` takes the lock once for all keys of a call, so a get of a prefix sees one moment. Under it the keys are found,
+`plan` takes the lock once for the keys of a call, so a get of a prefix sees one moment; calls with more than 256 keys
+are looked at, and counted, in slices. Under the lock the keys are found,
 the caller's budget is charged, and hits, misses, use and deadlines are counted. Nobody looks the keys up again: what is
 in memory is in the plan, and what is on disk is read by `fetch`, without the lock; what left its tier meanwhile becomes
 a miss. Knows no tensors: `simulation` reads through it as well.
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kvstore.config import StoreConfig
 from kvstore.entries.entry import Entry
@@ -19,13 +20,21 @@ from kvstore.errors import EntryTooLarge
 from kvstore.hit import Held
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.slices import pause, slices
 from kvstore.residency.state import Residency
 from kvstore.stats import MissCause
 from kvstore.tiers import TierName
 
 _VALUE_NBYTES = attrgetter("value_nbytes")
 NOTHING: frozenset[str] = frozenset()
+LOOK_MAX = 256
+"""Keys looked at in one hold of the lock: one millisecond, three where each has expired."""
+HOT_MAX = 1024
+"""Those that are all in hot: a millisecond, or two."""
+MATCH_MAX = 1024
+"""Keys matched in one hold: a millisecond, three where a million keys leave none in the processor's cache."""
 _HOT: tuple[TierName] = ("hot",)
+_Lists = tuple[list[Key], list[TierName | None], list[Entry | None], list[Meta | None], list[MissCause]]
 
 
 class Found(NamedTuple):
@@ -82,6 +91,14 @@ class Plan:
         return bool(self.accept) and entry.value_nbytes >= self.from_nbytes and entry.is_encoded_in(self.accept)
 
 
+class _Lot(NamedTuple):
+    """How many of a get's keys a plan covers; `Store.plan` says what the fields mean."""
+
+    leading: bool
+    at_most_nbytes: float
+    whole_if_hot: bool
+
+
 class ReadPath:
     """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
 
@@ -106,28 +123,92 @@ class ReadPath:
         count_later: bool = False,
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
-        r = self._r
+        hot_nbytes = inf if whole_if_hot else at_most_nbytes
         while True:
-            with r.lock:
-                plan = self._all_hot(keys, inf if whole_if_hot else at_most_nbytes) or self._look(
-                    keys, leading=leading, at_most_nbytes=at_most_nbytes, whole_if_hot=whole_if_hot
-                )
+            plan = None
+            if len(keys) > LOOK_MAX:
+                plan = self._find_in_slices(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
+            with self._r.lock:
+                if plan is None:
+                    plan = self._all_hot(keys, hot_nbytes) or self._looked(
+                        keys, _Lot(leading, at_most_nbytes, whole_if_hot)
+                    )
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
+                refused: EntryTooLarge | None = None
+                counted = False
                 try:
                     if charge is not None:
                         charge(plan)
                 except EntryTooLarge as error:
                     refused = error
                 else:
-                    if not plan.hot or plan.ended:
-                        self._count(plan)
-                    elif count_later:
-                        r.lock.owed.append(partial(self._count_hot, plan))
-                    else:
-                        self._count_hot(plan)
-                    return plan
+                    counted = self._count_now(plan, count_later=count_later)
+            if refused is None:
+                if not counted:
+                    self._count_in_slices(plan)
+                return plan
             if not self._dropped_what_lies(plan):
                 raise refused
+
+    def _count_now(self, plan: Plan, *, count_later: bool) -> bool:
+        """Count a plan in this hold of the lock, or leave it to the next one; False: it is too long for that."""
+        hot = plan.hot and not plan.ended
+        if len(plan) > (HOT_MAX if hot else LOOK_MAX):
+            return False
+        if not hot:
+            self._count(plan)
+        elif count_later:
+            self._r.lock.owed.append(partial(self._count_hot, plan))
+        else:
+            self._count_hot(plan)
+        return True
+
+    def _count_in_slices(self, plan: Plan) -> None:
+        """Count a long plan, deepest first, as it is touched."""
+        hot = plan.hot and not plan.ended
+        most = HOT_MAX if hot else LOOK_MAX
+        for start in reversed(range(0, len(plan), most)):
+            stop = start + most
+            part = Plan(
+                plan.keys[start:stop], plan.tiers[start:stop], plan.entries[start:stop], plan.metas[start:stop],
+                plan.now, 0 if start else plan.nbytes, hot=hot, misses=() if start else plan.misses,
+            )  # fmt: skip
+            with self._r.lock:
+                self._count_hot(part) if hot else self._count(part)
+            if start:
+                pause()
+
+    def _find_in_slices(self, keys: Sequence[Key], how: "_Lot") -> Plan:
+        if len(keys) <= HOT_MAX:
+            with self._r.lock:
+                found = self._all_hot(keys, inf if how.whole_if_hot else how.at_most_nbytes)
+            if found is not None:
+                return found
+        plan = self._nothing_yet()
+        for part in slices(keys, LOOK_MAX):
+            with self._r.lock:
+                if not self._extend_hot(plan, part, how) and not self._look(plan, part, how):
+                    break
+        return plan
+
+    def _extend_hot(self, plan: Plan, keys: Sequence[Key], how: "_Lot") -> bool:
+        """Extend a plan by keys that are all in hot and fit its lot, in one step. Else False, with nothing changed."""
+        more = self._all_hot(keys, inf)
+        if more is None or not (plan.nbytes + more.nbytes <= how.at_most_nbytes or (how.whole_if_hot and plan.hot)):
+            return False
+        for have, found in ((plan.keys, more.keys), (plan.tiers, more.tiers), (plan.entries, more.entries),
+                            (plan.metas, more.metas)):  # fmt: skip
+            cast("list[object]", have).extend(found)
+        plan.nbytes += more.nbytes
+        return True
+
+    def _looked(self, keys: Sequence[Key], how: "_Lot") -> Plan:
+        plan = self._nothing_yet()
+        self._look(plan, keys, how)
+        return plan
+
+    def _nothing_yet(self) -> Plan:
+        return Plan([], [], [], [], self._r.clock.now(), 0, hot=True, misses=[])
 
     def _dropped_what_lies(self, plan: Plan) -> bool:
         """Whether a plan refused for its size held a record that only said so, which is dropped. Without the lock.
@@ -161,11 +242,12 @@ class ReadPath:
         """Where each key is held; None where it is not. Counts nothing, and leaves what has expired where it is."""
         r = self._r
         held: list[Held | None] = []
-        with r.lock:
-            for key in keys:
-                meta = r.peek(key)
-                place = r.lookup(key) if meta is not None else None
-                held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
+        for part in slices(keys, LOOK_MAX):
+            with r.lock:
+                for key in part:
+                    meta = r.peek(key)
+                    place = r.lookup(key) if meta is not None else None
+                    held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
         return held
 
     def leading(self, keys: Sequence[Key]) -> list[Held]:
@@ -174,24 +256,31 @@ class ReadPath:
         The hottest question there is, a thousand keys at a time: so one look at the clock, and one Held for all chunks
         of one size in one tier.
         """
-        r = self._r
         held: list[Held] = []
         made: dict[tuple[str, int], Held] = {}
-        with r.lock:
-            now, index, hot = r.clock.now(), r.index, r.hot
-            for key in keys:
-                meta = index.get(key)
-                if meta is None or meta.expired(now):
+        for part in slices(keys, MATCH_MAX):
+            with self._r.lock:
+                if not self._match(part, held, made):
                     break
-                place = ("hot", None) if key in hot else r.lookup(key)
-                if place is None:
-                    break
-                at = (place[0], meta.value_nbytes)
-                found = made.get(at)
-                if found is None:
-                    found = made[at] = Held(*at)
-                held.append(found)
         return held
+
+    def _match(self, keys: Sequence[Key], held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
+        """Extend `held` by leading keys; False: by fewer than all of them."""
+        r = self._r
+        now, index, hot = r.clock.now(), r.index, r.hot
+        for key in keys:
+            meta = index.get(key)
+            if meta is None or meta.expired(now):
+                return False
+            place = ("hot", None) if key in hot else r.lookup(key)
+            if place is None:
+                return False
+            at = (place[0], meta.value_nbytes)
+            found = made.get(at)
+            if found is None:
+                found = made[at] = Held(*at)
+            held.append(found)
+        return True
 
     def _all_hot(self, keys: Sequence[Key], at_most_nbytes: float) -> Plan | None:
         """The plan where hot holds all of the keys and they are one lot. Else None, with nothing changed.
@@ -212,23 +301,24 @@ class ReadPath:
             return None
         return Plan(keys, _HOT * len(keys), entries, metas, now, nbytes, hot=True)
 
-    def _look(self, keys: Sequence[Key], *, leading: bool, at_most_nbytes: float, whole_if_hot: bool) -> Plan:
-        """The plan of any keys, as many as make one lot. Forgets those whose deadline has passed."""
+    def _look(self, plan: Plan, keys: Sequence[Key], how: "_Lot") -> bool:
+        """Extend a plan by any keys, as many as make one lot. Forgets those whose deadline has passed.
+
+        False: the plan ends here, before the last of them.
+        """
         r = self._r
-        now = r.clock.now()
-        tiers: list[TierName | None] = []
-        entries: list[Entry | None] = []
-        metas: list[Meta | None] = []
-        misses: list[MissCause] = []
-        nbytes, hot, ended = 0, True, False
+        found_keys, tiers, entries, metas, misses = cast("_Lists", (
+            plan.keys, plan.tiers, plan.entries, plan.metas, plan.misses,
+        ))  # fmt: skip
+        nbytes, hot = plan.nbytes, plan.hot
         for key in keys:
             cause = r.miss_cause(key)
             meta = r.live(key)
             place = r.lookup(key) if meta is not None else None
             if meta is None or place is None:
                 misses.append(cause)
-                if leading:
-                    ended = True
+                if how.leading:
+                    plan.ended = True
                     break
                 hot = False
                 tiers.append(None)
@@ -237,14 +327,16 @@ class ReadPath:
                 continue
             tier, entry = place
             more, still_hot = nbytes + meta.value_nbytes, hot and tier == "hot"
-            if nbytes and more > at_most_nbytes and not (whole_if_hot and still_hot):
+            if nbytes and more > how.at_most_nbytes and not (how.whole_if_hot and still_hot):
                 break
             nbytes, hot = more, still_hot
             tiers.append(tier)
             entries.append(entry)
             metas.append(meta)
-        covered = keys if len(metas) == len(keys) else keys[: len(metas)]
-        return Plan(covered, tiers, entries, metas, now, nbytes, hot=hot, ended=ended, misses=misses)
+        covered = len(metas) - len(found_keys)
+        found_keys += keys[:covered]
+        plan.nbytes, plan.hot = nbytes, hot
+        return covered == len(keys)
 
     def _count_hot(self, plan: Plan) -> None:
         r, now, metas = self._r, plan.now, plan.metas

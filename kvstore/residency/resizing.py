@@ -34,7 +34,8 @@ def set_hot_capacity(r: Residency, mover: Mover, nbytes: int) -> int:
     """Set the hot tier's budget in bytes. Returns how many entries sank."""
     with r.lock:
         r.hot.capacity_nbytes = nbytes
-        keys = list(r.hot.keys()) if r.hot.used_nbytes > nbytes else []
+        over = r.hot.used_nbytes > nbytes
+    keys = r.hot.keys_now() if over else []
     moved = 0
     for key in keys:
         with r.lock:

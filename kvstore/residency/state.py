@@ -7,13 +7,16 @@ Invariants, all under `lock`:
 - A lossy copy in hot never outlives the encoded form below it. So an entry is encoded once in its life, and after any
   number of trips its bytes are those of the first encoding.
 - What the cold tier drops by itself it reports through `dropped_from_cold`, not holding its own lock.
+- A key in `leaving` is expired, so gone for every verb; it and what continues it are still to be taken out.
 Thread rule: hold `lock` for every call here; the cold tier is read and flushed outside it. Whoever takes the lock finds
-every get counted that was answered before.
+every get counted that was answered before. No call follows more links than `Lock.steps` has left of one hold: a chain
+with more chunks leaves in slices, the deepest chunks first, so that there are no orphans meanwhile.
 """
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from kvstore.metadata.deadlines import Deadlines
 from kvstore.metadata.inflight import InFlight
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
+from kvstore.metadata.slices import STEPS, slices
 from kvstore.metadata.tenants import Tenants
 from kvstore.metadata.tombstones import GoneCause, Tombstone, Tombstones
 from kvstore.policies import policy_named
@@ -40,13 +44,16 @@ class Lock(type(threading.RLock())):  # type: ignore[misc]  # CPython's own clas
     """The store's lock. owed: what a get left to be counted after its answer, which is done before anything else.
 
     So no verb can see the store without it, and none has to ask for it. Taken by `with` alone.
+    steps: what is left of the links that may be followed, and of the keys that may leave, in this hold.
     """
 
     def __init__(self) -> None:
         self.owed: deque[Callable[[], None]] = deque()
+        self.steps = STEPS
 
     def __enter__(self) -> bool:
         self.acquire()
+        self.steps = STEPS
         try:
             while self.owed:
                 self.owed.popleft()()
@@ -54,6 +61,22 @@ class Lock(type(threading.RLock())):  # type: ignore[misc]  # CPython's own clas
             self.release()
             raise
         return True
+
+
+@dataclass(slots=True, eq=False)
+class Departure:
+    """A key that leaves, with the chunks that continue it.
+
+    tier: the one it left last, if it is in none any more. at, meta: how far the walk over the chunks has come, and the
+    Meta that was there: while it still is, so is everything above it. ticket: of the last deletion queued on the disk.
+    """
+
+    key: Key
+    cause: GoneCause
+    tier: str = ""
+    at: Key | None = None
+    meta: Meta | None = None
+    ticket: int | None = None
 
 
 class Residency:
@@ -71,7 +94,8 @@ class Residency:
         self.tombstones = Tombstones()
         self.transit: dict[Key, tuple[TierName, Entry]] = {}
         self.flights = InFlight()
-        self.deadlines = Deadlines(self.index)
+        self.deadlines = Deadlines(self.index, clock.now())
+        self.leaving: OrderedDict[Key, Departure] = OrderedDict()
         self.balance: Balance | None = None
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
@@ -140,19 +164,31 @@ class Residency:
             self.cold.touch(keys)
 
     def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
-        """Keys that begin so are this tenant's from now on, those already held included."""
+        """Keys that begin so are this tenant's from now on, those already held included. Without the lock."""
         own = tuple(prefixes)
-        if not self.tenants.register(name, prefixes) or not any(key.startswith(own) for key in self.index):
-            return
+        with self.lock:
+            if not self.tenants.register(name, prefixes):
+                return
+        # What is put from here on has its owner already.
+        for keys in slices([key for key in self.keys_now() if key.startswith(own)]):
+            with self.lock:
+                self._give_to_tenant(keys)
+
+    def _give_to_tenant(self, keys: Sequence[Key]) -> None:
+        moving = [key for key in keys if key in self.index]
         tiers = [tier for tier in (self.hot, self.warm, self.cold) if tier is not None]
-        held = [tier.let_go(lambda key: key.startswith(own)) for tier in tiers]
-        for key, meta in self.index.items():
-            if key.startswith(own):
-                meta.owner.entries -= 1
-                meta.owner = self.tenants.owner(key, meta.owner.namespace)
-                meta.owner.entries += 1
-        for tier, keys in zip(tiers, held, strict=True):
-            tier.take_back(keys)
+        held = [tier.let_go(moving) for tier in tiers]
+        for key in moving:
+            meta = self.index[key]
+            meta.owner.entries -= 1
+            meta.owner = self.tenants.owner(key, meta.owner.namespace)
+            meta.owner.entries += 1
+        for tier, found in zip(tiers, held, strict=True):
+            tier.take_back(found)
+
+    def keys_now(self) -> list[Key]:
+        """A copy of all keys: one step of the interpreter. Any thread, without the lock: it takes some milliseconds."""
+        return list(dict.keys(self.index))
 
     def owner_of(self, key: Key) -> Owner:
         """Whose a held key is. Any thread, without the lock."""
@@ -165,8 +201,10 @@ class Residency:
         The caller puts the value somewhere before letting go of the lock. Returns a ticket as `forget` does.
         """
         old = self.index.get(key)
-        # Who has no Meta is in no tier and on no way.
-        ticket = None if old is None else self._take_out(key)
+        ticket = None
+        if old is not None:  # who has no Meta is in no tier and on no way
+            ticket = self._take_out(key)
+            self.deadlines.unwatch(old)
         self.index[key] = meta
         meta.owner.entries += 1
         if old is None:
@@ -176,6 +214,7 @@ class Residency:
                 self.balance.put(key)
         else:
             old.owner.entries -= 1
+            self.leaving.pop(key, None)
             meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
             self.chains.replace(key, old)
         self.deadlines.watch(key, meta)
@@ -183,10 +222,16 @@ class Residency:
 
     def recover(self, found: Iterable[tuple[Key, Meta]]) -> None:
         """Take over the keys that a restart found on disk, with owners and links. Before anything else is held."""
+        pinned: list[Meta] = []
         for key, meta in found:
             meta.owner.entries += 1
             self.index[key] = meta
             self.deadlines.watch(key, meta)
+            if meta.pinned:
+                pinned.append(meta)
+        for meta in pinned:
+            if meta.parent is not None:
+                self.index[meta.parent].pinned_children += 1
 
     def recovered_owner(self, key: Key, meta: Meta) -> Owner:
         """Whose a key is that was found on disk: by its prefix, and by the namespace its row names."""
@@ -197,31 +242,84 @@ class Residency:
         for key in orphans:
             self.forget(key, "orphaned")
 
-    def forget(self, key: Key, cause: GoneCause = "deleted") -> int | None:
+    def forget(self, key: Key, cause: GoneCause = "deleted", tier: str = "") -> int | None:
         """Take a key, and the chunks that continue it, out of everything; leave a tombstone for work under way.
 
-        The deletion on disk is queued. Who promises that the value never comes back waits for the ticket returned,
-        outside the lock: `cold.wait`.
+        What this hold of the lock has no steps for is `collect`ed later; the key itself is gone for every verb at once.
+        The deletion on disk is queued. Who promises that the value never comes back uses `depart` until it is done, and
+        waits for the ticket returned, outside the lock: `cold.wait`.
         """
-        ticket: int | None = None
-        leaving = [key]
-        now = self.clock.now()
-        for at in leaving:  # grows while it is walked
-            # Out of the tiers first: their orders ask the index whose a key is.
-            meta = self.index.get(at)
-            if meta is not None:
-                tiers = self.tiers_of(at)
-                self.tombstones.add(
-                    at,
-                    Tombstone(cause if at == key else "orphaned", tiers[-1] if tiers else "", now, meta.hits),
-                )
-                leaving += self.chains.unlink(at, meta)
-                meta.owner.entries -= 1
-            taken = self._take_out(at)
-            self.index.pop(at, None)
-            ticket = taken if taken is not None else ticket  # tickets rise: the last one stands for all
-        self.counters.orphaned += len(leaving) - 1
-        return ticket
+        departure = Departure(key, cause, tier)
+        if not self.depart(departure):
+            meta = self.index[key]
+            self.chains.set_pinned(meta, pinned=False)
+            meta.expires_at = min(meta.expires_at, 0.0)
+            self.leaving.setdefault(key, departure)
+        return departure.ticket
+
+    def depart(self, departure: Departure) -> bool:
+        """Take out what continues a key, the deepest first, and then the key. False: this hold has no steps left.
+
+        The walk follows first children down and parents up, so each call goes on where the last one ended.
+        """
+        key, index = departure.key, self.index
+        if key not in index:
+            departure.ticket = self._take_out(key) or departure.ticket
+            return True
+        at = departure.at
+        if at is None or index.get(at) is not departure.meta:
+            at = key
+        while self.lock.steps > 0:
+            self.lock.steps -= 1
+            meta = index[at]
+            if meta.first_child is not None:
+                at = meta.first_child
+                continue
+            parent = meta.parent
+            self._leave(at, meta, departure)
+            if at == key:
+                return True
+            assert parent is not None
+            at = parent
+        departure.at, departure.meta = at, index[at]
+        return False
+
+    def _leave(self, key: Key, meta: Meta, departure: Departure) -> None:
+        self.tombstones.add(key, self._tombstone(key, meta, departure))
+        self.counters.orphaned += key != departure.key
+        # Out of the tiers first: their orders ask the index whose a key is, and what it continues.
+        ticket = self._take_out(key)
+        if ticket is not None:
+            departure.ticket = ticket  # tickets rise: the last one stands for all
+        self._drop_meta(key, meta)
+
+    def _drop_meta(self, key: Key, meta: Meta) -> None:
+        self.deadlines.unwatch(meta)
+        self.chains.unlink(key, meta)
+        meta.owner.entries -= 1
+        self.leaving.pop(key, None)
+        del self.index[key]
+
+    def _tombstone(self, key: Key, meta: Meta, departure: Departure) -> Tombstone:
+        tiers = self.tiers_of(key)
+        own = key == departure.key
+        tier = tiers[-1] if tiers else departure.tier if own else ""
+        return Tombstone(departure.cause if own else "orphaned", tier, self.clock.now(), meta.hits)
+
+    def why_gone(self, key: Key) -> Tombstone | None:
+        """Why a key is gone, as far as that is still known; also of one that is still to be taken out."""
+        departure = self.leaving.get(key)
+        return self.tombstones.get(key) if departure is None else self._tombstone(key, self.index[key], departure)
+
+    def collect(self) -> bool:
+        """Go on with what is `leaving`, as far as this hold goes. True: nothing is left."""
+        while self.leaving and self.lock.steps > 0:
+            self.depart(next(iter(self.leaving.values())))
+        return not self.leaving
+
+    def is_gone(self, key: Key) -> bool:
+        """Whether a key is not held, or about to be taken out."""
+        return key not in self.index or key in self.leaving
 
     def _take_out(self, key: Key) -> int | None:
         self.flights.call_off(key)
@@ -234,7 +332,8 @@ class Residency:
     def unpin(self, key: Key) -> None:
         """Let a pinned key be evicted and expire again; its deadline starts anew."""
         meta = self.index[key]
-        meta.pinned, meta.pinned_until = False, inf
+        self.chains.set_pinned(meta, pinned=False)
+        meta.pinned_until = inf
         meta.expires_at = self.clock.now() + meta.ttl_s
         self.deadlines.watch(key, meta)
         for tier in (self.hot, self.warm, self.cold):
@@ -243,8 +342,9 @@ class Residency:
 
     def expire(self, key: Key) -> None:
         """Forget a key whose deadline has passed. Nobody waits: should a crash bring it back, so does its deadline."""
-        self.forget(key, "expired")
-        self.counters.expirations += 1
+        if key not in self.leaving:
+            self.forget(key, "expired")
+            self.counters.expirations += 1
 
     def forget_if_gone(self, key: Key, cause: GoneCause, left: TierName) -> bool:
         """Drop the Meta of a key that no tier holds any more, and what continues it. True: it is gone."""
@@ -252,14 +352,12 @@ class Residency:
         if meta is None or key in self.hot or key in self.warm or key in self.transit or self.in_cold(key):
             return False
         if meta.first_child is not None or left == "cold":
-            self.forget(key, cause)
+            self.forget(key, cause, left)
         else:
             # Nearly always a leaf, and in no tier: nothing to take out, nobody to take along.
-            self.chains.unlink(key, meta)
-            meta.owner.entries -= 1
             self.flights.call_off(key)
-            del self.index[key]
-        self.tombstones.add(key, Tombstone(cause, left, self.clock.now(), meta.hits))
+            self._drop_meta(key, meta)
+            self.tombstones.add(key, Tombstone(cause, left, self.clock.now(), meta.hits))
         return True
 
     def lost_clean_copy(self, key: Key) -> None:
@@ -292,12 +390,16 @@ def residency_of(config: StoreConfig, clock: Clock) -> Residency:
         meta = index.get(key)
         return NOBODY if meta is None else meta.owner
 
+    tenants = Tenants(config.quotas, config.namespaces, config.warm.namespaces)
+
     def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
-        order = Order(policy_named(config.policy), chains=chains, owner_of=owner_of, tier=name)
-        return MemoryTier(name, capacity_nbytes, pin_max_fraction=config.pin_max_fraction, order=order)
+        order = Order(
+            policy_named(config.policy), chains=chains, owner_of=owner_of, tier=name, tenants=tenants.names,
+            pin_max_nbytes=int(capacity_nbytes * config.pin_max_fraction),
+        )  # fmt: skip
+        return MemoryTier(name, capacity_nbytes, order=order)
 
     hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    tenants = Tenants(config.quotas, config.namespaces, config.warm.namespaces)
     made = Residency(clock, chains, hot=hot, warm=warm, tenants=tenants)
     if config.split == "auto":
         made.balance = Balance(hot, warm)
@@ -314,7 +416,7 @@ def open_cold(r: Residency, path: Path, config: ColdConfig) -> None:
         r.clock,
         meta_of=r.index.get,
         on_drop=r.dropped_from_cold,
-        order=Order(owner_of=r.owner_of, tier="cold"),
+        order=Order(owner_of=r.owner_of, tier="cold", tenants=r.tenants.names),
         owner_of=r.recovered_owner,
     )
     r.cold = cold

@@ -6,6 +6,7 @@ arrive a chunk waits for them, and if they do not arrive it is forgotten again.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from kvstore.config import StoreConfig
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
-from kvstore.keys import Key
+from kvstore.keys import KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.slices import SLICE, pause
 from kvstore.options import PutOptions
 from kvstore.residency import pins
 from kvstore.residency.mover import Mover
@@ -93,10 +95,23 @@ class WritePath:
                 self._take(entry, meta, pin=pin)
         finally:
             lost = self._settle(keys)
-        with r.lock:
-            if parent is not None:
-                r.touch([parent, *r.chains.ancestors(parent)])
+        if parent is not None:
+            self._touch_upwards(parent)
         return len(keys) - len(lost)
+
+    def _touch_upwards(self, key: Key) -> None:
+        """Count a chunk and those before it as used, nearest first, as many as a call could name."""
+        r, at = self._r, key
+        for start in range(0, KEYS_PER_CALL_MAX, SLICE):
+            if start:
+                pause()
+            with r.lock:
+                part = [at, *islice(r.chains.ancestors(at), SLICE - 1)]
+                r.touch(part)
+                meta = r.index.get(part[-1])
+                if meta is None or meta.parent is None:
+                    return
+                at = meta.parent
 
     def _continues(self, parent: Key) -> bool:
         """Whether a chunk may continue `parent`; counted where it may not."""
@@ -120,17 +135,23 @@ class WritePath:
         with r.lock:
             r.counters.puts += 1
             r.counters.put_nbytes += meta.value_nbytes
-            if not (pin or pins.continued_by_a_pin(r, entry.key)):
-                return
-            try:
-                pins.pin(r, [entry.key], None)
-            except OverQuota:
-                if pin:
-                    r.forget(entry.key, "over quota")
-                    raise
+            wanted = pin or pins.continued_by_a_pin(r, entry.key)
+        if wanted:
+            self._pin(entry.key, asked=pin)
+
+    def _pin(self, key: Key, *, asked: bool) -> None:
+        """Pin what was put, because that was asked for, or because a pinned chunk continues it."""
+        r = self._r
+        try:
+            pins.pin(r, [key], None)
+        except OverQuota:
+            if not asked:
                 # Put again, the chunk is larger than the form that was pinned: what continues it loses its pin.
-                for key in r.chains.descendants(entry.key):
-                    r.unpin(key)
+                pins.unpin_below(r, key)
+                return
+            with r.lock:
+                r.forget(key, "over quota")
+            raise
 
     def _settle(self, keys: Sequence[Key]) -> list[Key]:
         """Forget those whose parent did not arrive, or has left since; the keys that are gone with them."""
@@ -141,7 +162,7 @@ class WritePath:
                 meta = index.get(key)
                 if meta is not None and meta.parent is not None and meta.parent not in index:
                     r.forget(key, "orphaned")
-            return [key for key in keys if key not in index]
+            return [key for key in keys if r.is_gone(key)]
 
     def _copied(self, key: Key, tensors: Mapping[str, Any], options: PutOptions, *, own: bool) -> tuple[Entry, Meta]:
         """An entry of a caller's tensors, copied unless they are handed over. Nothing is copied of what is refused."""

@@ -1,8 +1,11 @@
 """Tensors in shared memory: memfd segments that processes of the same user may map read-only.
 
 A block lives as long as any tensor over it: the hot tier, a lease or a stream only hold the tensors, and the room is
-free when the last of them is gone. Segments are never shrunk, and closed only with the arena. Each belongs to one user
-id, and only processes of that user get its descriptor. Thread-safe.
+free when the last of them is gone. Each segment belongs to one user id, for its whole life, and only processes of that
+user get its descriptor: they may keep it mapped. So a segment is never given to another user; an empty one is closed
+where there is no room for a new one. While several users want room each has an equal share: one that has more gets no
+block at all for as long as one with less was refused lately, so its segments run empty as its entries leave hot.
+Thread-safe.
 """
 
 import ctypes
@@ -10,11 +13,14 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -28,6 +34,8 @@ SEGMENT_NBYTES = 128 << 20
 """A client maps it in 7 ms; a larger entry gets a segment of its own size."""
 PREFAULT_NBYTES = 32 << 20
 """Bytes touched ahead of their use, once per put: no more is wasted if the next put never comes."""
+REFUSED_S = 60.0
+"""How long a user that was refused room is waited for: it asks with each get and put."""
 _SLICE_NBYTES = 4 << 20
 _MADV_POPULATE_WRITE = 23
 _F_ADD_SEALS = 1033
@@ -55,6 +63,7 @@ class Segment:
         self.address = int(self.bytes.ctypes.data)
         self.free = FreeList(nbytes)
         self.ready_nbytes = 0
+        self.closed = False
 
     def prefault(self) -> None:
         """Touch the next pages without changing them: otherwise the first write to each MiB costs 0.7 ms more."""
@@ -67,7 +76,16 @@ class Segment:
 
     def close(self) -> None:
         """Close the descriptor. The memory is freed with the last mapping and tensor, here or in a client."""
+        self.closed = True
         os.close(self.fd)
+
+    def close_empty(self) -> None:
+        """Close one that no block lies in, and end the mapping here, whoever still refers to the segment."""
+        self.ready_nbytes = self.nbytes
+        self.bytes = np.empty(0, dtype=np.uint8)
+        with suppress(BufferError):
+            self._map.close()
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +110,17 @@ class BlockTensors(dict[str, torch.Tensor]):
 class Arena:
     """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory."""
 
-    def __init__(self, limit_nbytes: int, *, segment_nbytes: int = SEGMENT_NBYTES) -> None:
+    def __init__(
+        self,
+        limit_nbytes: int,
+        *,
+        segment_nbytes: int = SEGMENT_NBYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limit_nbytes = limit_nbytes
+        self._clock = clock
+        self._numbers = count(1)
+        self._refused: dict[int, float] = {}
         self._segment_nbytes = min(segment_nbytes, limit_nbytes)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
@@ -164,7 +191,7 @@ class Arena:
                 return None
         if block is None:
             return None
-        for segment in self._segments:
+        for segment in self._segments.copy():
             start = block - segment.address
             if start >= 0 and start + nbytes <= segment.nbytes and segment.free.holds(start):
                 if segment.owner != owner:
@@ -183,16 +210,46 @@ class Arena:
     def _take(self, owner: int, nbytes: int) -> tuple[Segment, int, int] | None:
         with self._lock:
             self._reclaim()
+            if self._refused and self._gives_way(owner):
+                return None
             for segment in self._segments:
                 if segment.owner == owner and segment.free.largest_nbytes >= aligned(nbytes):
                     return self._from(segment, nbytes)
-            room = self.limit_nbytes - self.nbytes
-            size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE
-            if size > room:
-                return None
-            segment = Segment(len(self._segments) + 1, owner, size)
-            self._segments.append(segment)
-            return self._from(segment, nbytes)
+            made = self._make(owner, nbytes)
+            if made is not None:
+                self._refused.pop(owner, None)
+                return self._from(made, nbytes)
+            # A user id per entry of the tokens file, or of this host's users in the socket's group.
+            if any(segment.owner != owner for segment in self._segments):
+                self._refused[owner] = self._clock()
+            return None
+
+    def _make(self, owner: int, nbytes: int) -> Segment | None:
+        """A new segment, in place of empty ones where they are in the way; None: no room."""
+        room = self.limit_nbytes - self.nbytes
+        wanted = aligned(nbytes) if room >= aligned(nbytes) else max(nbytes, self._segment_nbytes)
+        for segment in [s for s in self._segments if not s.free.used_nbytes]:
+            if room >= wanted:
+                break
+            self._segments.remove(segment)
+            segment.close_empty()
+            room += segment.nbytes
+        size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if size > room:
+            return None
+        made = Segment(next(self._numbers), owner, size)
+        self._segments.append(made)
+        return made
+
+    def _gives_way(self, owner: int) -> bool:
+        """Whether a user has more than its share while another one, that has less, was refused lately."""
+        oldest = self._clock() - REFUSED_S
+        self._refused = {user: at for user, at in self._refused.items() if at > oldest}
+        held = dict.fromkeys((owner, *self._refused), 0)
+        for segment in self._segments:
+            held[segment.owner] = held.get(segment.owner, 0) + segment.nbytes
+        share = self.limit_nbytes // len(held)
+        return held[owner] > share and any(held[user] < share for user in self._refused if user != owner)
 
     def _from(self, segment: Segment, nbytes: int) -> tuple[Segment, int, int] | None:
         start = segment.free.take(nbytes)

@@ -5,7 +5,7 @@ Memory tiers are not thread-safe: the store holds its lock around each call. The
 because its reads and writes take milliseconds and must not hold up the others.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from kvstore.entries.entry import Described, Entry
@@ -75,7 +75,7 @@ class LastTier(Tier, Protocol):
         """
         ...
 
-    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
         """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
         ...
 

@@ -32,6 +32,8 @@ MOVE_MAX = 2
 """Steps per decision at most: the counts are valid for the present border."""
 GHOSTS_MAX = 65_536
 """About 10 MB of keys."""
+TRIM_MAX = 64
+"""Ghosts dropped at one departure: one large entry may make all of them too old at once."""
 
 
 class Balance:
@@ -53,7 +55,10 @@ class Balance:
         self._left_nbytes += nbytes
         self._ghosts.pop(key, None)
         self._ghosts[key] = self._left_nbytes
-        while len(self._ghosts) > GHOSTS_MAX or next(iter(self._ghosts.values())) < self._left_nbytes - self.hot_nbytes:
+        for _ in range(TRIM_MAX):
+            oldest = next(iter(self._ghosts.values()))
+            if len(self._ghosts) <= GHOSTS_MAX and oldest >= self._left_nbytes - self.hot_nbytes:
+                break
             self._ghosts.popitem(last=False)
 
     def put(self, key: Key) -> None:

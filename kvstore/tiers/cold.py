@@ -14,6 +14,7 @@ Leaves out: time to live (the store sweeps), which entries deserve a place here 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import lmdb
@@ -34,11 +35,16 @@ from kvstore.hit import Verified
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
+from kvstore.metadata.slices import SLICE, pause
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.order import Order
+from kvstore.tiers.pinned import Pinned
 
 log = logging.getLogger(__name__)
+
+EVICTIONS_MAX = 128
+"""In one hold of the lock, some 20 us each: a large entry may take the place of a hundred thousand small ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +87,7 @@ class Cold:
         self._meta_of = meta_of
         self._on_drop = on_drop
         self._order = Order(tier="cold") if order is None else order
-        self._pinned: dict[Key, int] = {}
-        self._pin_max_nbytes = int(config.capacity_nbytes * pin_max_fraction)
+        self._pinned = Pinned(int(config.capacity_nbytes * pin_max_fraction), "cold", self._order.tenants)
         self._recovered = Recovered()
         self._scrubber = Scrubber(self)
         self._records = RecordLog(
@@ -134,7 +139,7 @@ class Cold:
             owner = meta.owner = owner_of(key, meta)
             used[owner] = used.get(owner, 0) + nbytes + ROW_NBYTES
             if meta.pinned:
-                self._pinned[key] = cost_of(nbytes)
+                self._pinned.hold(key, cost_of(nbytes), owner.tenant)
             else:
                 self._order.track(key, owner=owner)
         self._records.recovered(used)
@@ -228,6 +233,11 @@ class Cold:
         TierUnavailable when the buffer is full and the disk refuses writes.
         """
         cost = self._records.price(entry, self._meta_of(entry.key))
+        while not self._displace_some(entry, cost):
+            pause()
+
+    def _displace_some(self, entry: Entry, cost: int) -> bool:
+        """Evict a few; False: more have to go."""
         with self._changed:
             self._records.wait_for_buffer(entry.nbytes, self._buffer_nbytes)
             # What lies idle in shared blocks counts against the budget too, or the files would outgrow it.
@@ -240,19 +250,22 @@ class Cold:
 
             evicted = self._evict(lambda: not fits(slack), owner, cost) if self._order.admits(owner, cost) else []
             full = not fits(0)
-            pinned_nbytes = sum(self._pinned.values()) if full else 0
+            pinned_nbytes = self._pinned.nbytes
         for victim in evicted:
             self._on_drop(victim, "evicted")
+        if full and len(evicted) == EVICTIONS_MAX:
+            return False
         if full:
             raise OverQuota(
                 f"{cost} bytes do not fit the cold tier: {pinned_nbytes} of its "
                 f"{self.capacity_nbytes} bytes are pinned, or the quota of {owner.name!r} is too small; "
                 "unpin something or enlarge the tier or the quota"
             )
+        return True
 
     def _evict(self, too_full: Callable[[], bool], owner: Owner, nbytes: int) -> list[Key]:
         evicted: list[Key] = []
-        while too_full() and (victim := self._order.victim(owner, nbytes)) is not None:
+        while len(evicted) < EVICTIONS_MAX and too_full() and (victim := self._order.victim(owner, nbytes)) is not None:
             self._delete(victim, durable=False)
             self._records.counters.evictions += 1
             self.admission.left(victim)
@@ -271,7 +284,7 @@ class Cold:
             ticket = self._records.append(entry, cost, owner=owner, durable=durable)
             self.forget(entry.key)
             if meta is not None and meta.pinned:
-                self._pinned[entry.key] = cost
+                self._pinned.hold(entry.key, cost, owner.tenant)
             else:
                 self._order.track(entry.key, owner=owner)
             if durable:
@@ -290,20 +303,16 @@ class Cold:
         cost = self.nbytes_of(key)
         with self._changed:
             if key in self._order:
-                pinned_nbytes = sum(self._pinned.values()) + cost
-                if pinned_nbytes > self._pin_max_nbytes:
-                    raise OverQuota(
-                        f"pinning {cost} bytes would make {pinned_nbytes} pinned bytes in the cold tier, "
-                        f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
-                    )
+                tenant = self._order.owner_of(key).tenant
+                self._pinned.check(cost, tenant)
                 self._order.forget(key)
-                self._pinned[key] = cost
+                self._pinned.hold(key, cost, tenant)
         self.touch([key])
 
     def unpin(self, key: Key) -> None:
         """Let a key be evicted again, as the most recently used."""
         with self._changed:
-            if self._pinned.pop(key, None) is not None:
+            if self._pinned.release(key):
                 self._order.track(key)
         self.touch([key])
 
@@ -336,17 +345,16 @@ class Cold:
     def forget(self, key: Key) -> None:
         """Hold a key no longer. With the lock held; the record is the caller's."""
         self._order.forget(key)
-        self._pinned.pop(key, None)
+        self._pinned.release(key)
 
-    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
         """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
         with self._changed:
-            found = [key for key in self._order if concerns(key)]
-            pinned = [key for key in self._pinned if concerns(key)]
-            for key in (*found, *pinned):
+            found = [(key, key in self._pinned) for key in keys if self.holds(key)]
+            for key, _ in found:
                 self._order.count(self._order.owner_of(key), -self._records.cost(key))
                 self._order.forget(key)
-            return [*((key, False) for key in found), *((key, True) for key in pinned)]
+            return found
 
     def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
         """Order again what `let_go` returned, under the owner each key has now."""
@@ -357,6 +365,8 @@ class Cold:
                 self._records.give_to(key, owner)
                 if not pinned:
                     self._order.track(key, owner=owner)
+                else:
+                    self._pinned.hold(key, self._records.cost(key), owner.tenant)
 
     def tenants(self) -> dict[str, int]:
         """Bytes held by tenant."""
@@ -388,26 +398,34 @@ class Cold:
         missing = nbytes + int(total * self._free_min_fraction) - free
         if missing <= 0:
             return True
-        victims: list[Key] = []
+        evicted = 0
+        while missing > 0 and (victims := self._oldest_on_disk(missing)):
+            missing -= sum(place_nbytes(record_nbytes) for record_nbytes in victims.values())
+            evicted += len(victims)
+            # Should this fail, the rows stay until the next start finds them: space is lost for a while, nothing else.
+            self._records.evict_now(list(victims))
+            for key in victims:
+                self._on_drop(key, "evicted")
+        log.warning("cold event=disk_full evicted=%s", evicted)
+        return missing <= 0
+
+    def _oldest_on_disk(self, nbytes: int) -> dict[Key, int]:
+        """Let go of the least recently used records, up to so many bytes or `EVICTIONS_MAX`; their sizes by key."""
+        found: dict[Key, int] = {}
         with self._changed:
-            for key in self._order:
+            for key in islice(self._order, SLICE):  # those that something is pending for are passed over
                 record_nbytes = self._records.record_nbytes(key)
                 if record_nbytes is None:
                     continue
-                victims.append(key)
-                missing -= place_nbytes(record_nbytes)
+                found[key] = record_nbytes
+                nbytes -= place_nbytes(record_nbytes)
                 self._records.leaves(self._order.owner_of(key), record_nbytes)
-                if missing <= 0:
+                if nbytes <= 0 or len(found) == EVICTIONS_MAX:
                     break
-            for key in victims:
+            for key in found:
                 self.forget(key)
-            self._records.counters.evictions += len(victims)
-        log.warning("cold event=disk_full evicted=%s", len(victims))
-        # Should this fail, the rows stay until the next start finds them: space is lost for a while, nothing else.
-        self._records.evict_now(victims)
-        for key in victims:
-            self._on_drop(key, "evicted")
-        return missing <= 0
+            self._records.counters.evictions += len(found)
+        return found
 
     def may_gather(self, nbytes: int) -> bool:
         """Whether so many bytes may be written only to save room: not above the write budget, not on a full disk."""

@@ -5,7 +5,7 @@ Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capaci
 holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from kvstore.entries.entry import Entry
 from kvstore.errors import OverQuota
@@ -21,11 +21,12 @@ class MemoryTier:
     def __init__(
         self, name: TierName, capacity_nbytes: int, *, pin_max_fraction: float = 0.5, order: Order | None = None
     ) -> None:
+        """order: who leaves next, and how much may be pinned; by default LRU, and that fraction of the capacity."""
         self.name: TierName = name
         self.capacity_nbytes = capacity_nbytes
-        self._pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
         self._entries: dict[Key, Entry] = {}
-        self._order = Order() if order is None else order
+        pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
+        self._order = Order(tier=name, pin_max_nbytes=pin_max_nbytes) if order is None else order
         self._used_nbytes = 0
 
     @property
@@ -43,13 +44,21 @@ class MemoryTier:
         """Keys, least recently used first; pinned ones last."""
         return iter(self._order)
 
+    def keys_now(self) -> list[Key]:
+        """A copy of `keys`. Any thread, without the lock: a million take some milliseconds."""
+        return self._order.keys_now()
+
     def tenants(self) -> dict[str, int]:
         """Bytes held by tenant."""
         return self._order.used()
 
-    def let_go(self, concerns: Callable[[Key], bool]) -> list[tuple[Key, bool]]:
+    def leaf(self, key: Key) -> Key:
+        """A chunk that continues a key, that this tier holds unpinned, and that none in it continues; or the key."""
+        return self._order.leaf(key)
+
+    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
         """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
-        found = [(key, self._order.is_pinned(key)) for key in self._order if concerns(key)]
+        found = [(key, self._order.is_pinned(key)) for key in keys if key in self._entries]
         for key, _ in found:
             self._order.forget(key, self._entries[key].nbytes)
         return found
@@ -135,12 +144,7 @@ class MemoryTier:
         entry = self._entries.get(key)
         if entry is None or self._order.is_pinned(key):
             return
-        nbytes = self._order.pinned_nbytes + entry.nbytes
-        if nbytes > self._pin_max_nbytes:
-            raise OverQuota(
-                f"pinning {entry.nbytes} bytes would make {nbytes} pinned bytes in the {self.name} tier, "
-                f"the limit is {self._pin_max_nbytes} (pin_max_fraction); unpin something"
-            )
+        self._order.check_pin(key, entry.nbytes)
         self._order.pin(key, entry.nbytes)
 
     def unpin(self, key: Key) -> None:

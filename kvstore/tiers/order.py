@@ -2,13 +2,14 @@
 
 Each lane (a tenant, or one of its namespaces that has a quota; see `owner`) has an order of its own under the tier's
 policy. An owner over its quota loses its own keys; otherwise the tenant that holds the most bytes does. So a tenant
-that floods the store evicts its own entries first. Within a lane the policy names a victim, and the deepest of its
-descendants that the tier holds leaves in its place: no eviction takes a chunk's parent, whatever the policy. Under LRU,
-with chains touched deepest first, the victim already is that leaf.
+that floods the store evicts its own entries first. Within a lane the policy names a victim, and one of its descendants
+that the tier holds leaves in its place (`branches`): no eviction takes a chunk's parent, whatever the policy, unless
+more than a thousand chunks continue each other below it. Under LRU, with chains touched deepest first, the victim
+already is a leaf.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from math import inf
 
@@ -17,6 +18,8 @@ from kvstore.metadata.chains import Chains
 from kvstore.metadata.owner import NOBODY, TIERS, Owner
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU
+from kvstore.tiers.branches import Branches
+from kvstore.tiers.pinned import Pinned
 
 
 def nobody(key: Key) -> Owner:
@@ -28,7 +31,8 @@ def nobody(key: Key) -> Owner:
 class Order:
     """The keys of one tier, the pinned ones apart.
 
-    owner_of: the owner of every key held. chains: which key continues which; None: there are no chains.
+    owner_of: the owner of every key held. chains: which key continues which; None: there are no chains. pin_max_nbytes:
+    of all that is pinned. tenants: those that share the store.
     """
 
     def __init__(
@@ -38,9 +42,11 @@ class Order:
         chains: Chains | None = None,
         owner_of: Callable[[Key], Owner] = nobody,
         tier: str = "hot",
+        pin_max_nbytes: float = inf,
+        tenants: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._policy = policy
-        self._chains = chains
+        self._branches = None if chains is None else Branches(chains.index)
         self.owner_of = owner_of
         self._at = TIERS.index(tier)
         self._first = policy()
@@ -48,13 +54,13 @@ class Order:
         self._used: dict[str, int] = {"": 0}
         self._tenant_of: dict[str, str] = {"": ""}
         self._alone = True  # one lane, as in most stores: `owner_of` is not called
-        self._pinned: dict[Key, int] = {}
-        self._pinned_nbytes = 0
+        self.tenants = tenants
+        self._pinned = Pinned(pin_max_nbytes, tier, tenants)
 
     @property
     def pinned_nbytes(self) -> int:
         """Bytes of pinned keys."""
-        return self._pinned_nbytes
+        return self._pinned.nbytes
 
     def used(self) -> dict[str, int]:
         """Bytes by tenant, pinned ones included, without tenants that hold none."""
@@ -103,6 +109,8 @@ class Order:
         name = owner.lane
         lane = self._lanes.get(name)
         (self._open_lane(owner) if lane is None else lane).track(key, soon=soon)
+        if self._branches is not None:
+            self._branches.add(key)
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
@@ -125,20 +133,25 @@ class Order:
         self._used[owner.lane] = self._used.get(owner.lane, 0) - nbytes
         owner.nbytes[self._at] -= nbytes
         if self._pinned:
-            self._pinned_nbytes -= self._pinned.pop(key, 0)
+            self._pinned.release(key)
+        if self._branches is not None:
+            self._branches.drop(key)
         return self._lanes.get(owner.lane, self._first)
 
     def victim(self, owner: Owner, nbytes: int) -> Key | None:
         """The key to evict next for `nbytes` of an owner; None if all keys that could go are pinned."""
         if self._alone and not owner.limited:
             key = self._first.victim()
-            return key if key is None or self._chains is None else self._chains.leaf(key, self._first)
+            return None if key is None else self.leaf(key)
         for lane in self._lanes_in_turn(owner, nbytes):
-            order = self._lanes[lane]
-            key = order.victim()
+            key = self._lanes[lane].victim()
             if key is not None:
-                return key if self._chains is None else self._chains.leaf(key, order)
+                return self.leaf(key)
         return None
+
+    def leaf(self, key: Key) -> Key:
+        """A descendant that would leave before a key, or the key."""
+        return key if self._branches is None else self._branches.leaf(key)
 
     def _lanes_in_turn(self, owner: Owner, nbytes: int) -> list[str]:
         if self._left_of_own(owner) < nbytes:
@@ -161,20 +174,25 @@ class Order:
     def pin(self, key: Key, nbytes: int) -> None:
         """Keep a held key from being a victim. Does nothing if it is pinned."""
         if key not in self._pinned:
-            self._pinned[key] = nbytes
-            self._pinned_nbytes += nbytes
+            self._pinned.hold(key, nbytes, self.owner_of(key).tenant)
             self._lane_of(key).forget(key)
+            if self._branches is not None:
+                self._branches.drop(key)
 
     def unpin(self, key: Key) -> None:
         """Allow a key to be a victim again; it counts as the most recently used."""
-        nbytes = self._pinned.pop(key, None)
-        if nbytes is not None:
-            self._pinned_nbytes -= nbytes
+        if self._pinned.release(key):
             self._lane_of(key).track(key)
+            if self._branches is not None:
+                self._branches.add(key)
 
     def pinned_beside(self, key: Key) -> int:
         """Bytes of the pinned keys other than this one, which would be replaced."""
-        return self._pinned_nbytes - self._pinned.get(key, 0)
+        return self._pinned.nbytes - self._pinned.nbytes_of(key)
+
+    def check_pin(self, key: Key, nbytes: int) -> None:
+        """Raise OverQuota if a key of so many bytes may not be pinned."""
+        self._pinned.check(nbytes, self.owner_of(key).tenant)
 
     def is_pinned(self, key: Key) -> bool:
         """Whether a key is held and pinned."""
@@ -183,11 +201,19 @@ class Order:
     def __contains__(self, key: object) -> bool:
         if self._alone:  # called for each key of a batch, in each tier
             return key in self._first or key in self._pinned
-        return key in self._pinned or any(key in lane for lane in self._lanes.values())
+        return key in self._pinned or (isinstance(key, bytes) and key in self._lane_of(Key(key)))
 
     def __iter__(self) -> Iterator[Key]:
         """Keys, those that leave sooner first, pinned ones last."""
         return chain(*self._lanes.values(), self._pinned)
+
+    def keys_now(self) -> list[Key]:
+        """A copy of what iterating gives: one step of the interpreter for each lane. Any thread, without the lock."""
+        while True:
+            try:
+                return list(chain(*[list(lane) for lane in list(self._lanes.values())], list(self._pinned)))
+            except RuntimeError:  # a policy that is not ours, and changed meanwhile
+                continue
 
     def __len__(self) -> int:
         return len(self._pinned) + sum(map(len, self._lanes.values()))

@@ -18,6 +18,8 @@ ANYBODY = {
     "pinned_beside",
     "owner_of",  # "any thread, without the lock"
     "recovered_owner",
+    "keys_now",  # one step of the interpreter
+    "register_tenant",  # takes the lock itself
     "dropped_from_cold",  # takes the lock itself
     "in_cold",
     "tier",
@@ -132,7 +134,7 @@ def guard_cold(guard: Guard, cold: Cold) -> None:
     lock: Held = cold._changed._is_owned  # type: ignore[attr-defined]
     guard.methods(cold._order, lock)
     guard.methods(cold._records._pending, lock)
-    cold._pinned = guard.mapping(cold._pinned, lock, "pinned")
+    guard.methods(cold._pinned, lock)
     writer = cold._records._writer
     writer.dirty = guard.mapping(writer.dirty, lock, "dirty")
     segments = cold._records._segments

@@ -23,8 +23,13 @@ CHUNK_NBYTES = 2 << 20
 EARLY_NBYTES = 512 << 10
 """A frame costs 0.1 to 0.3 ms whatever is in it; so much takes as long to decode, while the next one is on its way."""
 
+UNUSUAL_FIELDS_MAX = 64
+UNUSUAL_HEADERS_MAX_NBYTES = 64 << 10
+"""Of a put's frame that is left to protobuf: what the daemon accepts of a header anyway."""
+
 Bytes = NDArray[np.uint8]
 _EMPTY = memoryview(b"")
+_WIRE_BYTES, _WIRE_FIXED = 2, {1: 8, 5: 4}
 _HEADER, _CHUNK, _END, _MISS = (n << 3 | 2 for n in (1, 2, 3, 4))
 
 
@@ -61,6 +66,8 @@ def parse_frame(data: bytes, kind: type[pb.PutFrame | pb.GetFrame]) -> Frame:
 
 def _parse_unusual(data: bytes, kind: type[pb.PutFrame | pb.GetFrame]) -> Frame:
     # Fields of a later version, or a field sent twice: protobuf's own rules decide, at protobuf's speed.
+    if kind is pb.PutFrame:
+        _check_unusual(memoryview(data))
     try:
         frame = kind.FromString(data)
     except DecodeError as error:
@@ -68,6 +75,29 @@ def _parse_unusual(data: bytes, kind: type[pb.PutFrame | pb.GetFrame]) -> Frame:
     found = {field.name: value for field, value in frame.ListFields()}
     parts = {name: memoryview(found[name].SerializeToString()) for name in ("header", "end", "miss") if name in found}
     return Frame(chunk=memoryview(frame.chunk), **parts)
+
+
+def _check_unusual(view: memoryview) -> None:
+    """Raise BadFrame for more fields, or larger headers, than would be worth parsing: each becomes an object."""
+    at = fields = headers_nbytes = 0
+    while at < len(view):
+        fields += 1
+        tag, at = _read_varint(view, at)
+        if tag & 7 == _WIRE_BYTES:
+            size, at = _read_varint(view, at)
+            headers_nbytes += size if tag == _HEADER else 0
+            at += size
+        elif tag & 7 in _WIRE_FIXED:
+            at += _WIRE_FIXED[tag & 7]
+        elif tag & 7:
+            raise BadFrame("a group in a frame")
+        else:
+            _, at = _read_varint(view, at)
+        if fields > UNUSUAL_FIELDS_MAX or headers_nbytes > UNUSUAL_HEADERS_MAX_NBYTES:
+            raise BadFrame(
+                f"a frame has at most {UNUSUAL_FIELDS_MAX} fields and headers of {UNUSUAL_HEADERS_MAX_NBYTES} bytes, "
+                f"got more than {fields - 1} and {headers_nbytes}"
+            )
 
 
 def build_frame(header: bytes | None, pieces: Sequence[memoryview] = (), end: bytes | None = None) -> bytes:

@@ -13,11 +13,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from kvstore.errors import InvalidEntry
 from kvstored.access.tenant_view import CALLER
 from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
 from kvstored.telemetry.spans import Metadata, Spans
-from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.requests import request_keys
 
 audit = logging.getLogger("kvstored.audit")
 
@@ -210,9 +211,8 @@ def _about(identity: Identity | None, request: bytes) -> dict[str, str | int]:
 
 def _keys(request: bytes) -> list[bytes]:
     try:
-        # Every request that names keys has them in field 1, as this one.
-        return list(pb.EvictRequest.FromString(request).keys)
-    except DecodeError:
+        return request_keys(request)
+    except (DecodeError, InvalidEntry):
         return []
 
 

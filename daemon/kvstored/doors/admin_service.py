@@ -16,6 +16,7 @@ from kvstored.access.tenant_view import TenantViews
 from kvstored.doors.service import Context, Service, answering
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
+from kvstored_client.wire.requests import read_request
 
 LIST_GROUP = 256
 
@@ -37,7 +38,7 @@ class AdminService(Service):
     @answering
     async def stats(self, request: bytes, _: Context) -> bytes:
         """Counters and gauges, the daemon's own among them."""
-        pb.StatsRequest.FromString(request)
+        read_request(pb.StatsRequest, request)
         found = await self._run(self._snapshot)
         reply = stats_message(found)
         reply.uptime_s = found.values["uptime_s"]
@@ -48,7 +49,7 @@ class AdminService(Service):
     @answering
     async def list(self, request: bytes, context: Context) -> None:
         """Entries in order of key."""
-        asked = pb.ListRequest.FromString(request)
+        asked = read_request(pb.ListRequest, request)
         if asked.tier and asked.tier not in TIER_NAMES:
             raise InvalidEntry(f"unknown tier {asked.tier}")
         found = self._store.entries(
@@ -64,14 +65,14 @@ class AdminService(Service):
     @answering
     async def inspect(self, request: bytes, _: Context) -> bytes:
         """One entry."""
-        key = check_key(pb.InspectRequest.FromString(request).key)
+        key = check_key(read_request(pb.InspectRequest, request).key)
         info = await self._run(self._store.inspect, key)
         return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
 
     @answering
     async def explain(self, request: bytes, _: Context) -> bytes:
         """Where keys are, or why they are gone."""
-        asked = pb.ExplainRequest.FromString(request)
+        asked = read_request(pb.ExplainRequest, request)
         keys = check_keys(asked.keys)
         own = self._views.keys_of(asked.tenant, keys) if asked.tenant else keys
         found = await self._run(self._store.explain, *own)
@@ -81,31 +82,31 @@ class AdminService(Service):
     @answering
     async def evict(self, request: bytes, _: Context) -> bytes:
         """Forget keys, counted as evictions."""
-        keys = check_keys(pb.EvictRequest.FromString(request).keys)
+        keys = check_keys(read_request(pb.EvictRequest, request).keys)
         return pb.EvictReply(evicted=await self._run(self._store.evict, *keys)).SerializeToString()
 
     @answering
     async def demote(self, request: bytes, _: Context) -> bytes:
         """One tier down."""
-        keys = check_keys(pb.DemoteRequest.FromString(request).keys)
+        keys = check_keys(read_request(pb.DemoteRequest, request).keys)
         return pb.MoveReply(moved=await self._run(self._store.demote, *keys)).SerializeToString()
 
     @answering
     async def promote(self, request: bytes, _: Context) -> bytes:
         """Copy to hot."""
-        keys = check_keys(pb.PromoteRequest.FromString(request).keys)
+        keys = check_keys(read_request(pb.PromoteRequest, request).keys)
         return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
 
     @answering
     async def drain(self, request: bytes, _: Context) -> bytes:
         """Write to cold what is only in memory."""
-        pb.DrainRequest.FromString(request)
+        read_request(pb.DrainRequest, request)
         return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
 
     @answering
     async def verify(self, request: bytes, context: Context) -> None:
         """Check every record on disk."""
-        pb.VerifyRequest.FromString(request)
+        read_request(pb.VerifyRequest, request)
         steps = self._store.verify()
         while (found := await self._run(_last_within, steps, VERIFY_REPORT_S)) is not None:
             await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())

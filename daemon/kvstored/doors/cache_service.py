@@ -29,6 +29,7 @@ from kvstored.doors.service import Context, Service, answering
 from kvstored.telemetry.metrics import Meter
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import build_miss, parse_frame
+from kvstored_client.wire.requests import read_request
 
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
@@ -114,7 +115,7 @@ class CacheService(Service):
             await self._cut_off(context)
 
     async def _get(self, request: bytes, context: Context) -> None:
-        asked = pb.GetRequest.FromString(request)
+        asked = read_request(pb.GetRequest, request)
         keys = CheckedKeys(asked.keys)
         reading = Reading(self._store, self._budget, asked, keys, frames_nbytes=self._budget.call_nbytes)
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
@@ -154,22 +155,22 @@ class CacheService(Service):
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:
         """Leading keys held, or each key's place."""
-        return await self._answer(self._verbs().match, pb.MatchRequest.FromString(request))
+        return await self._answer(self._verbs().match, read_request(pb.MatchRequest, request))
 
     @answering
     async def touch(self, request: bytes, _: Context) -> bytes:
         """Count as use."""
-        return await self._answer(self._verbs().touch, pb.TouchRequest.FromString(request))
+        return await self._answer(self._verbs().touch, read_request(pb.TouchRequest, request))
 
     @answering
     async def delete(self, request: bytes, _: Context) -> bytes:
         """Forget keys."""
-        return await self._answer(self._verbs().delete, pb.DeleteRequest.FromString(request))
+        return await self._answer(self._verbs().delete, read_request(pb.DeleteRequest, request))
 
     @answering
     async def pin(self, request: bytes, _: Context) -> bytes:
         """Pin or let go."""
-        return await self._answer(self._verbs().pin, pb.PinRequest.FromString(request))
+        return await self._answer(self._verbs().pin, read_request(pb.PinRequest, request))
 
     def _verbs(self) -> Verbs:
         return Verbs(self._store, self._epoch)
@@ -180,7 +181,7 @@ class CacheService(Service):
     @answering
     async def report(self, request: bytes, _: Context) -> bytes:
         """What a client says the cache was worth."""
-        saved_s = pb.ReportRequest.FromString(request).prefill_saved_s
+        saved_s = read_request(pb.ReportRequest, request).prefill_saved_s
         if not 0 <= saved_s <= REPORT_MAX_S:  # NaN included
             raise InvalidEntry(f"prefill_saved_s must be from 0 to {REPORT_MAX_S}, got {saved_s}")
         self._meter.saved(saved_s)

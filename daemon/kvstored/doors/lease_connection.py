@@ -41,6 +41,7 @@ from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Callers, Waiting
+from kvstored.doors.lending import Lending
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -73,12 +74,12 @@ _KEPT_REPLY, _SEGMENT, _SERIALIZED = attrgetter("kept_reply"), attrgetter("segme
 
 @dataclass
 class Shared:
-    """What every connection works on. budget: entries on their way; ingest: segments for puts, idle or not."""
+    """What every connection works on. budget: entries on their way; lending: what connections hold."""
 
     store: Store
     arena: Arena
     budget: Budget
-    ingest: Budget
+    lending: Lending
     verbs: Verbs
     lease_max_s: float
     records: Records
@@ -97,6 +98,9 @@ class Shared:
             "leases": sum(connection.leases for connection in connections),
             "lease_connections": len(connections),
             "leases_aged": self.aged,
+            "leased_entries": sum(connection.held for connection in connections),
+            "ingest_nbytes": self.lending.ingest.used_nbytes,
+            "ingest_hangups": self.lending.hangups,
         }
 
 
@@ -116,6 +120,9 @@ class Connection:
         self._store: StoreView = shared.views.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
+        self._holding = threading.Lock()
+        self.held = 0
+        self.ingest_nbytes = 0
         self._next = 1
         self._number = 0
         self._handed: set[Segment] = set()
@@ -159,7 +166,8 @@ class Connection:
         self._drop(list(self._leases))
         for segment in self._ingest.values():
             segment.close()
-            self._shared.ingest.give_back(segment.nbytes)
+        self._shared.lending.ingest.give_back(self.ingest_nbytes)
+        self.ingest_nbytes = 0
         self._ingest.clear()
 
     def hang_up(self) -> None:
@@ -175,9 +183,9 @@ class Connection:
             self._drop(old)
 
     def _drop(self, numbers: Iterable[int]) -> None:
-        # From two threads, without a lock: each step is one operation of the dictionary.
-        for number in numbers:
-            self._leases.pop(number, None)
+        with self._holding:  # from two threads
+            for number in numbers:
+                self.held -= len(self._leases.pop(number, (0, ()))[1])
 
     def _send(self, data: bytes) -> None:
         if self._fds:
@@ -244,6 +252,8 @@ class Connection:
         if verb == "ingest":
             if not call.ingest_nbytes:
                 raise InvalidEntry("an empty call")
+            if "put" not in self._rights:
+                Access.check(self._identity, VERBS["put"])
             return self._open_ingest(call.ingest_nbytes)
         if verb not in self._rights:
             Access.check(self._identity, VERBS[verb])  # which says why not
@@ -256,6 +266,8 @@ class Connection:
 
     def _get(self, asked: pb.GetRequest) -> bytes:
         shared, keys = self._shared, CheckedKeys(asked.keys)
+        if not shared.lending.may_hold(len(self._leases), self, shared.connections):
+            raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
         reading: Reading | None = None
 
         def charge(plan: Plan) -> None:
@@ -320,7 +332,9 @@ class Connection:
             return 0
         number = self._next
         self._next = number + 1
-        self._leases[number] = (time.monotonic() + self._shared.lease_max_s, held)
+        with self._holding:
+            self._leases[number] = (time.monotonic() + self._shared.lease_max_s, held)
+            self.held += len(held)
         return number
 
     def _read(self, reading: Reading) -> bytes:
@@ -376,10 +390,11 @@ class Connection:
 
     def _open_ingest(self, nbytes: int) -> bytes:
         size = -(-max(nbytes, INGEST_MIN_NBYTES) // (1 << 20)) * (1 << 20)
-        try:
-            self._shared.ingest.take(size)
-        except KvstoreError as error:
-            raise UseStream(str(error)) from None
+        lending = self._shared.lending
+        if not lending.lend(size, self, self._shared.connections.copy()):
+            limit = lending.ingest.limit_nbytes
+            raise UseStream(f"{size} bytes beside {self.ingest_nbytes} of this connection's, and {limit} of all")
+        self.ingest_nbytes += size
         # Numbered apart from the arena's: those count up from 1.
         segment = Segment((1 << 31) + len(self._ingest), self.uid, size, readers_only=False)
         self._ingest[segment.number] = segment

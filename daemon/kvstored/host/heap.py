@@ -2,7 +2,8 @@
 
 `process.tune` makes malloc keep freed memory, so that the next entry lands on warm pages. After a burst of large
 entries that would be gigabytes that no budget counts, so idle memory is bounded, by the bytes that may be in flight at
-once. Thread rule: `turn` on one thread.
+once. When nothing has been allocated or freed for some seconds there is no next entry to keep pages warm for: all but a
+little goes back, whatever left it (long headers of many calls, for one). Thread rule: `turn` on one thread.
 """
 
 import ctypes
@@ -10,6 +11,11 @@ from pathlib import Path
 
 INTERVAL_S = 0.25
 """Seconds between two turns: under load a gigabyte a second is freed and taken again."""
+QUIET_TURNS = 20
+"""Turns, 5 s of them, in which nothing was allocated or freed, but for `QUIET_NBYTES` of scrapes and the like."""
+QUIET_NBYTES = 1 << 20
+QUIET_IDLE_MAX_NBYTES = 64 << 20
+"""Idle memory that stays for the next entries even then."""
 
 
 class _Mallinfo(ctypes.Structure):
@@ -35,6 +41,8 @@ class Heap:
         # Resident memory outside malloc at the start: the interpreter's arenas, written pages of libraries.
         self._other_nbytes = self.resident_nbytes() - self._used_nbytes()
         self.trims = 0
+        self._quiet_turns = 0
+        self._used_before_nbytes = 0
 
     def idle_nbytes(self) -> int:
         """About how many resident bytes malloc holds but has not handed out."""
@@ -42,7 +50,15 @@ class Heap:
 
     def turn(self) -> None:
         """Check once, and give memory over the limit back."""
-        if self._info is not None and self._trim is not None and self.idle_nbytes() > self._idle_max_nbytes:
+        if self._info is None or self._trim is None:
+            return
+        idle_nbytes, used_nbytes = self.idle_nbytes(), self._used_nbytes()
+        quiet = abs(used_nbytes - self._used_before_nbytes) <= QUIET_NBYTES
+        self._quiet_turns = self._quiet_turns + 1 if quiet else 0
+        self._used_before_nbytes = used_nbytes
+        # At the end of a quiet time once: what the trim leaves no other one would take.
+        limit_nbytes = QUIET_IDLE_MAX_NBYTES if self._quiet_turns == QUIET_TURNS else self._idle_max_nbytes
+        if idle_nbytes > min(limit_nbytes, self._idle_max_nbytes):
             self._trim(0)
             self.trims += 1
 

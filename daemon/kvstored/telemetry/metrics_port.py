@@ -1,20 +1,23 @@
 """The metrics port: /metrics for Prometheus, / for people, /status.json for the page, /health for a probe.
 
 Read-only, loopback, no credentials, so it shows numbers only: no key, no token, no tenant's data. The Host header is
-checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing. Connections are bounded in number and
-in seconds.
+checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing. Connections are bounded in number, and
+each as a whole in seconds, however its bytes come. Where all slots are taken the oldest connection gives way to the new
+one: a scrape is answered in milliseconds, and who holds a slot for longer is not scraping.
 """
 
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from ipaddress import ip_address
 from math import isfinite
-from socket import AF_INET6, socket
+from socket import AF_INET6, SHUT_RDWR, socket
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 16
 TIMEOUT_S = 5.0
+"""From the connection to the end of its answer."""
+CHECK_INTERVAL_S = 0.5
 _HEADERS = {
     "Cache-Control": "no-store",
     # The page loads nothing from other origins, and may not be framed.
@@ -60,7 +65,9 @@ class MetricsPort:
                 "it empty for none"
             ) from None
         self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, name="kvstored-metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(CHECK_INTERVAL_S,), name="kvstored-metrics", daemon=True
+        )
         self._thread.start()
         log.info("listening metrics=http://%s:%d/", f"[{host}]" if ":" in host else host, self.port)
 
@@ -79,21 +86,43 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: Any) -> None:
         if ":" in address[0]:
             self.address_family = AF_INET6
-        self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        # Oldest first, with the time of each. Only shut down from here: the thread that serves a socket closes it.
+        self._open: dict[socket, float] = {}
+        self._lock = threading.Lock()
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection; close it at once if there are too many."""
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """Serve a connection, in place of the oldest one if there are too many."""
+        with self._lock:
+            if len(self._open) >= CONNECTIONS_MAX:
+                self._end(next(iter(self._open)))
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._lock:
+                self._open.pop(request, None)
+
+    def shutdown_request(self, request: Any) -> None:
+        """As the base class, once nobody here will touch the socket any more."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End connections that have had their time; the accepting thread calls this after each connection or pause."""
+        due = time.monotonic() - TIMEOUT_S
+        with self._lock:
+            for request in [request for request, since in self._open.items() if since <= due]:
+                self._end(request)
+
+    def _end(self, request: socket) -> None:
+        del self._open[request]
+        with suppress(OSError):
+            request.shutdown(SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's arguments
         """Log at debug level only: a client that went away is not an error."""

@@ -19,6 +19,10 @@ class Watched:
         self.deadlines.watch(Key(name), meta)
         return meta
 
+    def forget(self, name: bytes) -> None:
+        self.deadlines.unwatch(self.index[Key(name)])
+        del self.index[Key(name)]
+
     def due(self, now: float, limit: int = 100) -> list[bytes]:
         return sorted(self.deadlines.due(now, limit))
 
@@ -36,7 +40,6 @@ def test_a_key_is_due_at_its_deadline_and_once() -> None:
     assert watched.due(100.0) == []
     assert len(watched.deadlines) == 0
     assert watched.deadlines._buckets == {}
-    assert watched.deadlines._order == []
 
 
 def test_a_deadline_that_moved_to_later_is_found_late_enough() -> None:
@@ -70,7 +73,8 @@ def test_a_key_that_is_gone_is_not_due_and_one_put_again_has_its_new_deadline() 
     watched = Watched()
     watched.put(b"gone", 10.0)
     watched.put(b"again", 10.0)
-    del watched.index[Key(b"gone")]
+    watched.forget(b"gone")
+    watched.forget(b"again")
     watched.put(b"again", 15.0)
     assert watched.due(14.0) == []
     assert watched.due(15.0) == [b"again"]
@@ -95,3 +99,69 @@ def test_so_many_at_a_time_and_the_rest_in_the_next_turn() -> None:
     found = [watched.due(20.0, limit=3) for _ in range(4)]
     assert [len(some) for some in found] == [3, 3, 1, 0]
     assert sorted(name for some in found for name in some) == [b"%d" % n for n in range(7)]
+
+
+def test_deadlines_that_shrink_with_each_touch_are_held_once_a_key() -> None:
+    watched = Watched()
+    metas = [watched.put(b"%d" % n, 30 * 86400.0 + n) for n in range(100)]
+    for step in range(1000):
+        for n, meta in enumerate(metas):
+            meta.expires_at = 30 * 86400.0 + n - 2500.0 * step
+            watched.deadlines.watch(Key(b"%d" % n), meta)
+    assert len(watched.deadlines) == 100
+    assert _held(watched.deadlines) == 100
+    assert len(watched.due(watched.index[Key(b"99")].expires_at, limit=1000)) == 100
+
+
+def test_a_key_put_again_and_again_for_a_month_is_held_once() -> None:
+    watched = Watched()
+    for step in range(1000):
+        watched.put(b"a", 30 * 86400.0 + 97.0 * step)
+        if step < 999:
+            watched.forget(b"a")
+    assert _held(watched.deadlines) == 1
+    assert len(watched.deadlines._buckets) == 1
+
+
+def test_any_deadlines_take_a_few_hundred_buckets() -> None:
+    watched = Watched()
+    for n in range(50_000):
+        watched.put(b"%d" % n, 1.0 + n * 97.3)
+    assert len(watched.deadlines._buckets) < 64 * 7
+    assert watched.due(1.0 + 97.3 * 1000, limit=10**6) == sorted(b"%d" % n for n in range(1001))
+    assert _held(watched.deadlines) == 48_999
+
+
+def test_one_look_looks_at_no_more_keys_than_it_may_whatever_it_finds() -> None:
+    watched = Watched()
+    looked: list[Key] = []
+
+    class Index(dict[Key, Meta]):
+        def __getitem__(self, key: Key) -> Meta:
+            looked.append(key)
+            return super().__getitem__(key)
+
+    watched.index = Index()
+    watched.deadlines = Deadlines(watched.index)
+    for n in range(5000):
+        watched.put(b"%d" % n, 100.5).expires_at = 5000.0 + n  # each lives longer than its bucket says
+    turns = 0
+    while True:
+        looked.clear()
+        assert watched.due(2000.0, limit=64) == []
+        assert len(looked) <= 64 * 5, "a key, and the two beside it in the bucket it leaves and in the one it enters"
+        turns += 1
+        if not watched.deadlines.behind:
+            break
+    assert 5000 / 64 <= turns <= 5000 / 64 + 2
+
+
+def _held(deadlines: Deadlines) -> int:
+    """Items in all buckets, counted one by one."""
+    count = 0
+    for bucket in deadlines._buckets.values():
+        key = bucket.first
+        while key is not None:
+            count += 1
+            key = deadlines._index[key].due_next
+    return count

@@ -122,5 +122,36 @@ assert all(int(block[0]) == 1 for block in keep)
 """
 
 
+_QUIET = """
+import torch
+from kvstored.host import heap as module
+from kvstored.host.heap import Heap, QUIET_TURNS
+from kvstored.host.process import tune
+tune()
+heap = Heap(1 << 40)                     # no burst is over this
+blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(300)]
+keep = blocks[::30]
+del blocks
+for turn in range(2 * QUIET_TURNS):      # something comes and goes each time
+    held = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(4 * (turn % 2))]
+    heap.turn()
+assert heap.trims == 0, "under load pages stay warm"
+del held
+assert heap.idle_nbytes() > 200 << 20
+for _ in range(QUIET_TURNS + 1):
+    heap.turn()
+assert heap.trims == 1
+assert heap.idle_nbytes() < 64 << 20
+for _ in range(3 * QUIET_TURNS):
+    heap.turn()
+assert heap.trims == 1
+assert all(int(block[0]) == 1 for block in keep)
+"""
+
+
+def test_memory_that_was_freed_does_not_stay_when_nothing_happens_any_more():
+    subprocess.run([sys.executable, "-c", _QUIET], env=environment(), check=True, timeout=120)
+
+
 def test_memory_freed_after_a_burst_goes_back_and_what_is_in_use_does_not():
     subprocess.run([sys.executable, "-c", _BURST], env=environment(), check=True, timeout=120)
