@@ -2,7 +2,7 @@
 
 A block lives as long as any tensor over it: the hot tier, a lease or a stream only hold the tensors, and the room is
 free when the last of them is gone. Segments are never shrunk, and closed only with the arena. Each belongs to one user
-id, and only processes of that user get its descriptor. Thread-safe.
+id (or `Owner`), and only processes of that user get its descriptor. Thread-safe.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +38,24 @@ _madvise = ctypes.CDLL(None, use_errno=True).madvise  # through ctypes: mmap.mad
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+Owner = int | str
+"""A user id, or a name for one user's processes as what they are to the daemon now."""
+
+
 class Segment:
     """One memfd, mapped writable in this process and read-only in clients."""
 
-    def __init__(self, number: int, owner: int, nbytes: int, *, readers_only: bool = True) -> None:
+    def __init__(self, number: int, owner: Owner, nbytes: int, *, readers_only: bool = True) -> None:
         self.number = number
         self.owner = owner
         self.nbytes = nbytes
         self.fd = os.memfd_create(f"kvstored-{owner}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, nbytes)
-        self._map = mmap.mmap(self.fd, nbytes)
+        try:
+            os.ftruncate(self.fd, nbytes)
+            self._map = mmap.mmap(self.fd, nbytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
         # After mapping: the seal forbids new writable mappings and leaves this one. Without SHRINK a client could
         # truncate the file, and the daemon's next access would be a bus error.
         seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL | (_F_SEAL_FUTURE_WRITE if readers_only else 0)
@@ -121,7 +130,7 @@ class Arena:
                 "arena_fragmentation": 1 - largest / free if free else 0.0,
             }
 
-    def empty(self, specs: Mapping[str, TensorSpec], owner: int | None = None) -> BlockTensors | None:
+    def empty(self, specs: Mapping[str, TensorSpec], owner: Owner | None = None) -> BlockTensors | None:
         """Tensors of one entry in one block of a user's own segments (this process's by default). None: no room.
 
         What is returned says where the block is (`place`), so that nobody has to look for it afterwards.
@@ -147,7 +156,7 @@ class Arena:
         return BlockTensors(tensors, Place(segment, start, generation) if holds else None)
 
     def place_in(
-        self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: int
+        self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: Owner
     ) -> Place | None:
         """The block of an entry's tensors; None unless they lie in one block of this user, placed as by `layout`.
 
@@ -180,7 +189,7 @@ class Arena:
                 segment.close()
             self._segments.clear()
 
-    def _take(self, owner: int, nbytes: int) -> tuple[Segment, int, int] | None:
+    def _take(self, owner: Owner, nbytes: int) -> tuple[Segment, int, int] | None:
         with self._lock:
             self._reclaim()
             for segment in self._segments:
@@ -190,7 +199,10 @@ class Arena:
             size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE
             if size > room:
                 return None
-            segment = Segment(len(self._segments) + 1, owner, size)
+            try:
+                segment = Segment(len(self._segments) + 1, owner, size)
+            except OSError:  # out of descriptors or memory: tensors lie in ordinary memory, as without room
+                return None
             self._segments.append(segment)
             return self._from(segment, nbytes)
 
@@ -200,7 +212,8 @@ class Arena:
             return None
         self._generation += 1
         if start + nbytes > segment.ready_nbytes - PREFAULT_NBYTES // 2 and segment.ready_nbytes < segment.nbytes:
-            self._ahead.submit(segment.prefault)
+            with suppress(RuntimeError):  # out of threads: the first writer pays
+                self._ahead.submit(segment.prefault)
         return segment, start, self._generation
 
     def _reclaim(self) -> None:
