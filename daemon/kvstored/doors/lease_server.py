@@ -154,7 +154,10 @@ class LeaseServer:
             os.close(self._spare)
             self._spare = None
         with suppress(OSError):
+            self._sock.settimeout(0)  # only one that waits already
             self._sock.accept()[0].close()
+        with suppress(OSError):
+            self._sock.settimeout(TURN_S)
         self._keep_spare()
 
     def _accept(self) -> None:
