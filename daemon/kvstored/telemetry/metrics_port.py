@@ -8,6 +8,7 @@ in seconds.
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 16
 TIMEOUT_S = 5.0
+BACK_OFF_S = 0.05
 _HEADERS = {
     "Cache-Control": "no-store",
     # The page loads nothing from other origins, and may not be framed.
@@ -84,10 +86,22 @@ class _Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection; close it at once if there are too many."""
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread for it: sixteen of those closed the port for good
+            self._room.release()
+            raise
+
+    def get_request(self) -> Any:
+        """The next connection. Out of descriptors it waits a moment: the loop would ask again without a pause."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(BACK_OFF_S)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
