@@ -1,8 +1,13 @@
 """A client made of nothing but generated messages: what another language would write from the proto."""
 
+import socket
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import grpc
+import h2.config
+import h2.connection
+import h2.events
 
 from kvstored_client.wire._pb import cache_pb2 as pb
 
@@ -60,3 +65,63 @@ def entry_frames(key: bytes, payload: bytes) -> Iterator[pb.PutFrame]:
     for start in range(0, len(payload), CHUNK_NBYTES):
         yield pb.PutFrame(chunk=payload[start : start + CHUNK_NBYTES])
     yield pb.PutFrame(end=pb.EntryEnd())
+
+
+class HalfOpenCalls:
+    """Calls over one HTTP/2 connection whose messages never come, unless `speak` sends them."""
+
+    def __init__(self, where: Path | tuple[str, int], *metadata: tuple[str, str]) -> None:
+        """where: a unix socket's path, or (host, port)."""
+        self._sock = socket.socket(socket.AF_UNIX if isinstance(where, Path) else socket.AF_INET)
+        self._sock.settimeout(120)
+        self._sock.connect(str(where) if isinstance(where, Path) else where)
+        self._metadata = metadata
+        self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        self._h2.initiate_connection()
+        self._flush()
+        self.ended: dict[int, dict[str, str]] = {}
+
+    def open(self, path: str, count: int = 1) -> list[int]:
+        """Begin calls. Returns their streams."""
+        streams = []
+        for _ in range(count):
+            stream = self._h2.get_next_available_stream_id()
+            head = [(":method", "POST"), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
+            head += [("content-type", "application/grpc"), ("te", "trailers"), *self._metadata]
+            self._h2.send_headers(stream, head)
+            streams.append(stream)
+        self._flush()
+        return streams
+
+    def speak(self, stream: int, message: bytes) -> None:
+        """Send a call's message and end its side."""
+        self._h2.send_data(stream, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
+        self._flush()
+
+    def wait_for(self, stream: int) -> dict[str, str]:
+        """The trailers of a call, once it has ended."""
+        while stream not in self.ended:
+            self.take()
+        return self.ended[stream]
+
+    def take(self) -> None:
+        """Read what has come."""
+        data = self._sock.recv(1 << 16)
+        if not data:
+            raise ConnectionResetError("the daemon hung up")
+        for event in self._h2.receive_data(data):
+            if isinstance(event, h2.events.TrailersReceived | h2.events.ResponseReceived):
+                said = {_text(name): _text(value) for name, value in event.headers}
+                if "grpc-status" in said:
+                    self.ended[event.stream_id] = said
+        self._flush()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _flush(self) -> None:
+        self._sock.sendall(self._h2.data_to_send())
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

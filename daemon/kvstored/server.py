@@ -28,7 +28,9 @@ from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
+from kvstored.access.admission import Admission
 from kvstored.access.interceptor import Access, Interceptor, Records
+from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.tenant_view import TenantViews, read_secret, tenant_prefixes
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
@@ -39,7 +41,7 @@ from kvstored.doors.cache_service import CacheService
 from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
 from kvstored.doors.lending import Lending
-from kvstored.host.process import DirectoryLock, tune
+from kvstored.host.process import DirectoryLock, raise_descriptor_limit, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.sampler import Sampler
 from kvstored.settings import ServerSettings, Settings
@@ -53,6 +55,15 @@ METADATA_MAX_NBYTES = 10 << 10
 OPEN_TIMEOUT_S = 900
 HEARTBEAT_MAX_S = 120.0
 """The background thread has a turn per second; the longest healthy one, a flush that waits for the disk, takes 30 s."""
+DOOR_MAX_S = 30.0
+"""The threads of the lease socket turn each second."""
+PULSE_S = 10.0
+"""Between two looks at what has to move, where no service manager waits for a sign of life."""
+PROBE_S = 1.0
+CONNECTIONS_MIN, CONNECTIONS_MAX = 32, 1024
+"""Over gRPC, of one address: a client has one, and two while it reconnects."""
+DESCRIPTORS_KEPT = 512
+"""For the lease socket's 256 clients, segments, the index and records on disk."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
 
@@ -63,6 +74,8 @@ _OPTIONS = (
     ("grpc.max_metadata_size", METADATA_MAX_NBYTES),
     ("grpc.absolute_max_metadata_size", METADATA_MAX_NBYTES),
     ("grpc.max_concurrent_streams", 128),
+    # For the preface of HTTP/2 too; by default a connection that says nothing stays for two minutes.
+    ("grpc.server_handshake_timeout_ms", 5_000),
     # A window that grows to the line's speed holds megabytes for each of hundreds of streams, which no budget counts; a
     # message that is being read widens it as far as it needs.
     ("grpc.http2.bdp_probe", 0),
@@ -110,7 +123,7 @@ async def _serve(settings: Settings) -> int:
         daemon = Daemon(store, settings.server, arena)
         await daemon.start()
         _on_reload(daemon)
-        pulse = asyncio.create_task(_pulse(store))
+        pulse = asyncio.create_task(_pulse(store, daemon))
         notify("READY=1\nSTATUS=serving")
         await stop.wait()
         logger.info("stopping signal=received")
@@ -156,16 +169,21 @@ def _on_reload(daemon: "Daemon") -> None:
     signal.signal(signal.SIGHUP, request_reload)
 
 
-async def _pulse(store: Store) -> None:
-    """WATCHDOG=1 as long as the event loop, the store's locks and the background thread with the cold tier all move."""
-    interval_s = watchdog_interval_s()
-    while interval_s is not None:
+async def _pulse(store: Store, daemon: "Daemon") -> None:
+    """WATCHDOG=1 as long as all that serves moves: the event loop, the store's locks, its background thread, the doors.
+
+    Without a service manager the log says what does not.
+    """
+    interval_s = watchdog_interval_s() or PULSE_S
+    while True:
         await asyncio.get_running_loop().run_in_executor(None, store.stats)
         age_s = store.heartbeat_age_s()
-        if age_s < HEARTBEAT_MAX_S:
-            notify("WATCHDOG=1")
+        stuck = [] if age_s < HEARTBEAT_MAX_S else [f"the background thread has not turned for {age_s:.0f} s"]
+        stuck += await asyncio.get_running_loop().run_in_executor(None, daemon.closed_doors)
+        if stuck:
+            logger.error("watchdog not fed: %s", "; ".join(stuck))
         else:
-            logger.error("watchdog not fed: the background thread has not turned for %.0f s", age_s)
+            notify("WATCHDOG=1")
         await asyncio.sleep(interval_s)
 
 
@@ -182,10 +200,13 @@ class Daemon:
         self.watch = Sampler(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
+        self._admission = Admission(settings.calls_max, self.watch.meter.turn_away)
+        self._interceptor = Interceptor(self._access, self.watch.meter, records, self._admission, settings.silence_s)
+        # Not maximum_concurrent_rpcs: gRPC counts a call before anybody knows whose it is.
+        connections = connections_max(raise_descriptor_limit(), len(settings.listeners))
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(self._access, self.watch.meter, records)],
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=settings.calls_max,
+            interceptors=[self._interceptor],
+            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)),
         )
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
@@ -202,9 +223,11 @@ class Daemon:
             records,
             views,
             self._access.of_user,
+            SegmentOwners(),
             threading.Semaphore(settings.threads),
         )
         self._leases: list[LeaseServer] = []
+        self._bound: list[str] = []
         self.watch.sources += (
             self._arena.gauges,
             self._shared.gauges,
@@ -229,6 +252,7 @@ class Daemon:
                         f"cannot listen on {target}: {why_not_bound(target)}; choose another server.address"
                     ) from None
                 self._start_leases(socket_path(target))
+            self._bound.append(target if socket_path(target) else f"{target.rpartition(':')[0]}:{port}")
             kind = "tls" if tls else "tcp"
             shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
             logger.info("listening address=%s", shown)
@@ -253,6 +277,16 @@ class Daemon:
             logger.error("reload failed error=%s effect=%s", error, "the tokens read before stay in force")
         else:
             logger.info("reloaded tokens=%d", len(self._access.tokens.by_digest) if self._access.tokens else 0)
+            self._shared.owners.recheck(self._access.of_user)
+            for leases in self._leases:
+                leases.recheck()
+            self._interceptor.recheck()
+
+    def closed_doors(self) -> list[str]:
+        """Which addresses take no clients any more, in words. Blocks for a moment."""
+        closed = [f"nobody accepts at {target}" for target in self._bound if not accepts(target)]
+        old = [age_s for leases in self._leases if (age_s := leases.age_s()) >= DOOR_MAX_S]
+        return closed + [f"the lease socket has not turned for {age_s:.0f} s" for age_s in old]
 
     async def stop(self) -> None:
         """Refuse new calls, let running ones end, remove the sockets."""
@@ -277,6 +311,11 @@ class Daemon:
         if path is not None and wanted:
             self._leases.append(LeaseServer(lease_path(path), self._shared))
             self._leases[-1].start()
+
+
+def connections_max(descriptors: int, listeners: int) -> int:
+    """How many connections each address takes: together half of the descriptors that are not the daemon's own."""
+    return max(CONNECTIONS_MIN, min(CONNECTIONS_MAX, (descriptors - DESCRIPTORS_KEPT) // (2 * max(listeners, 1))))
 
 
 def arena_limit_nbytes(store: StoreConfig) -> int:
@@ -316,6 +355,25 @@ def why_not_bound(target: str) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return "refused without a reason"
+
+
+def accepts(target: str) -> bool:
+    """Whether somebody accepts connections at an address, in gRPC's spelling. True where that cannot be told."""
+    path = socket_path(target)
+    host, _, port = target.rpartition(":")
+    try:
+        if path is not None:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(PROBE_S)
+                probe.connect(str(path))
+        else:
+            anywhere = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}  # noqa: S104 - where to look, not where to listen
+            socket.create_connection((anywhere.get(host, host.strip("[]")), int(port)), PROBE_S).close()
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    except OSError:  # out of descriptors, a full queue: others are served
+        return True
+    return True
 
 
 @contextmanager

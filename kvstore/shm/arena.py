@@ -1,11 +1,11 @@
 """Tensors in shared memory: memfd segments that processes of the same user may map read-only.
 
 A block lives as long as any tensor over it: the hot tier, a lease or a stream only hold the tensors, and the room is
-free when the last of them is gone. Each segment belongs to one user id, for its whole life, and only processes of that
-user get its descriptor: they may keep it mapped. So a segment is never given to another user; an empty one is closed
-where there is no room for a new one. While several users want room each has an equal share: one that has more gets no
-block at all for as long as one with less was refused lately, so its segments run empty as its entries leave hot.
-Thread-safe.
+free when the last of them is gone. Each segment belongs to one user id (or `Owner`), for its whole life, and only
+processes of that user get its descriptor: they may keep it mapped. So a segment is never given to another user; an
+empty one is closed where there is no room for a new one. While several users want room each has an equal share: one
+that has more gets no block at all for as long as one with less was refused lately, so its segments run empty as its
+entries leave hot. Thread-safe.
 """
 
 import ctypes
@@ -45,16 +45,24 @@ _madvise = ctypes.CDLL(None, use_errno=True).madvise  # through ctypes: mmap.mad
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+Owner = int | str
+"""A user id, or a name for one user's processes as what they are to the daemon now."""
+
+
 class Segment:
     """One memfd, mapped writable in this process and read-only in clients."""
 
-    def __init__(self, number: int, owner: int, nbytes: int, *, readers_only: bool = True) -> None:
+    def __init__(self, number: int, owner: Owner, nbytes: int, *, readers_only: bool = True) -> None:
         self.number = number
         self.owner = owner
         self.nbytes = nbytes
         self.fd = os.memfd_create(f"kvstored-{owner}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, nbytes)
-        self._map = mmap.mmap(self.fd, nbytes)
+        try:
+            os.ftruncate(self.fd, nbytes)
+            self._map = mmap.mmap(self.fd, nbytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
         # After mapping: the seal forbids new writable mappings and leaves this one. Without SHRINK a client could
         # truncate the file, and the daemon's next access would be a bus error.
         seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL | (_F_SEAL_FUTURE_WRITE if readers_only else 0)
@@ -120,7 +128,7 @@ class Arena:
         self.limit_nbytes = limit_nbytes
         self._clock = clock
         self._numbers = count(1)
-        self._refused: dict[int, float] = {}
+        self._refused: dict[Owner, float] = {}
         self._segment_nbytes = min(segment_nbytes, limit_nbytes)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
@@ -148,7 +156,7 @@ class Arena:
                 "arena_fragmentation": 1 - largest / free if free else 0.0,
             }
 
-    def empty(self, specs: Mapping[str, TensorSpec], owner: int | None = None) -> BlockTensors | None:
+    def empty(self, specs: Mapping[str, TensorSpec], owner: Owner | None = None) -> BlockTensors | None:
         """Tensors of one entry in one block of a user's own segments (this process's by default). None: no room.
 
         What is returned says where the block is (`place`), so that nobody has to look for it afterwards.
@@ -174,7 +182,7 @@ class Arena:
         return BlockTensors(tensors, Place(segment, start, generation) if holds else None)
 
     def place_in(
-        self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: int
+        self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: Owner
     ) -> Place | None:
         """The block of an entry's tensors; None unless they lie in one block of this user, placed as by `layout`.
 
@@ -207,7 +215,7 @@ class Arena:
                 segment.close()
             self._segments.clear()
 
-    def _take(self, owner: int, nbytes: int) -> tuple[Segment, int, int] | None:
+    def _take(self, owner: Owner, nbytes: int) -> tuple[Segment, int, int] | None:
         with self._lock:
             self._reclaim()
             if self._refused and self._gives_way(owner):
@@ -224,7 +232,7 @@ class Arena:
                 self._refused[owner] = self._clock()
             return None
 
-    def _make(self, owner: int, nbytes: int) -> Segment | None:
+    def _make(self, owner: Owner, nbytes: int) -> Segment | None:
         """A new segment, in place of empty ones where they are in the way; None: no room."""
         room = self.limit_nbytes - self.nbytes
         wanted = aligned(nbytes) if room >= aligned(nbytes) else max(nbytes, self._segment_nbytes)
@@ -237,11 +245,14 @@ class Arena:
         size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE
         if size > room:
             return None
-        made = Segment(next(self._numbers), owner, size)
+        try:
+            made = Segment(next(self._numbers), owner, size)
+        except OSError:  # out of descriptors or memory: tensors lie in ordinary memory, as without room
+            return None
         self._segments.append(made)
         return made
 
-    def _gives_way(self, owner: int) -> bool:
+    def _gives_way(self, owner: Owner) -> bool:
         """Whether a user has more than its share while another one, that has less, was refused lately."""
         oldest = self._clock() - REFUSED_S
         self._refused = {user: at for user, at in self._refused.items() if at > oldest}
@@ -257,7 +268,8 @@ class Arena:
             return None
         self._generation += 1
         if start + nbytes > segment.ready_nbytes - PREFAULT_NBYTES // 2 and segment.ready_nbytes < segment.nbytes:
-            self._ahead.submit(segment.prefault)
+            with suppress(RuntimeError):  # out of threads: the first writer pays
+                self._ahead.submit(segment.prefault)
         return segment, start, self._generation
 
     def _reclaim(self) -> None:

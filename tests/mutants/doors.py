@@ -4,7 +4,7 @@ DOORS = (
     ("daemon/kvstored/doors/lease_connection.py", "if until <= now]", "if False]", "a stopped client keeps memory"),
     (
         "daemon/kvstored/doors/lease_connection.py",
-        "if segment.owner != self.uid:",
+        "if segment.owner != self._owner:",
         "if False:",
         "another user maps the owner's segment",
     ),
@@ -27,8 +27,8 @@ DOORS = (
         "rights are for the stream alone",
     ),
     (
-        "daemon/kvstored/doors/lease_connection.py",
-        "return reply + _NUMBERED.pack(_NUMBER_TAG, number) if number else reply",
+        "daemon/kvstored/doors/lease_packets.py",
+        "return reply + _NUMBERED.pack(NUMBER_TAG, number) if number else reply",
         "return reply",
         "answers without numbers",
     ),

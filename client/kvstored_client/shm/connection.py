@@ -48,6 +48,9 @@ INGEST_MAX_NBYTES = 256 << 20
 INGEST_TWICE_NBYTES = 128 << 20
 """With so much of it a put waits until the daemon has copied the last one, rather than that more is asked for."""
 _FDS_MAX = 64
+"""Descriptors in one packet, as the daemon hands them over; of more the kernel would drop the rest."""
+_ASK_AGAIN_MAX = 64
+"""Packets that may bring segments before one answers: 4,096 segments are 512 GiB of hot."""
 _ANCILLARY = (socket.CMSG_SPACE(4 * _FDS_MAX),)
 _AT_ONCE = (socket.MSG_DONTWAIT,)
 _CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
@@ -55,6 +58,10 @@ _CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
 class UseStream(Exception):
     """This call cannot be served through shared memory."""
+
+
+class _MoreSegments(UseStream):
+    """The daemon handed over a part of the segments that its answer needs: ask again."""
 
 
 class Silent(Exception):
@@ -209,6 +216,15 @@ class Connection:
         """
         if len(data) > PACKET_MAX_NBYTES - HEAD_NBYTES:
             raise UseStream(f"a call of {len(data)} bytes")
+        for _ in range(_ASK_AGAIN_MAX):
+            try:
+                return self._exchange(data, timeout_s)
+            except _MoreSegments:
+                continue
+        raise UseStream(f"{_ASK_AGAIN_MAX} packets brought segments and no answer")
+
+    def _exchange(self, data: bytes, timeout_s: float) -> pb.LeaseReply:
+        """One packet there, one back. Raises _MoreSegments, and as `exchange`."""
         sock = self._sock
         if sock is None or self.closed:
             raise UseStream("the connection ended")
@@ -264,12 +280,18 @@ class Connection:
         self.uncopied = None
         if reply.HasField("error"):
             self.settled = True
+            if reply.segments and reply.error.kind == "UseStream":
+                raise _MoreSegments(reply.error.message)
             raise _error_of(reply.error)
         return reply
 
     def _map(self, reply: pb.LeaseReply) -> None:
-        """Map the segments whose descriptors came with the packet."""
+        """Map the segments whose descriptors came with the packet. Any other number of them is a broken connection."""
         descriptors = self._take_descriptors()
+        if len(descriptors) != len(reply.segments):
+            found = len(descriptors)
+            self.abandon()
+            raise UseStream(f"{found} descriptors came with {len(reply.segments)} segments")
         try:
             for segment in reply.segments:
                 mapping = None

@@ -23,6 +23,8 @@ __all__ = ["Connection", "ConnectionPool", "Segments", "Silent", "UseStream"]
 CONNECTIONS_MAX = 4
 """Calls under way at once; more wait. Two cores are busy with two copies."""
 RETRY_S = 1.0
+SILENT_RETRY_MAX_S = 60.0
+"""A lease socket that takes connections and does not answer costs a wait each time: it is asked less and less."""
 LOOK_AGAIN_S = 0.05
 """How often to look for an idle connection unasked: an interrupted thread need not have told that it left one."""
 
@@ -46,6 +48,7 @@ class ConnectionPool:
         self.segments = Segments(0)
         self._releases = Releases()
         self._not_before = 0.0
+        self._silent_retry_s = RETRY_S
         self._closed = False
         self.copier = Copier()
         self.lent = False
@@ -120,13 +123,20 @@ class ConnectionPool:
         connection = hand[-1]
         try:
             # Segments are numbered anew in each life of the daemon: whose they are must be known before one is mapped.
-            epoch = connection.open(self._path, self.timeout_s)
+            # Half the patience: the other half is for the stream.
+            epoch = connection.open(self._path, self.timeout_s / 2)
+        except Silent as error:
+            # Nothing was asked yet, so nothing is under way: the daemon may be well and this socket of its alone stuck.
+            self._not_before = time.monotonic() + self._silent_retry_s
+            self._silent_retry_s = min(2 * self._silent_retry_s, SILENT_RETRY_MAX_S)
+            raise UseStream(f"a fresh lease connection: {error}") from None
         except (OSError, UseStream, KvstoreError) as error:
             connection.abandon()
             if isinstance(error, OSError) and is_foreign(error):
                 raise
             self._not_before = time.monotonic() + RETRY_S
             raise UseStream(str(error)) from None
+        self._silent_retry_s = RETRY_S
         segments = self.segments
         if epoch != segments.epoch:
             segments = self.segments = Segments(epoch)

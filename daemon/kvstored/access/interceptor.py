@@ -1,7 +1,8 @@
 """The interceptor of every gRPC call: it identifies the caller, checks its rights, times the call and keeps the audit.
 
-It is around all methods of kvstored's services; health checking stays open. A refusal says what to do, and nothing
-about the entries held. A verb that changes what others see leaves a line in the audit log, refused or not.
+It decides on the metadata, before the request is read: who is not known costs no place and no memory. Health checking
+stays open, with places of its own. A refusal says what to do, and nothing about the entries held. A verb that changes
+what others see leaves a line in the audit log, refused or not.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from kvstore.errors import InvalidEntry
+from kvstored.access.admission import Admission, Refusal
+from kvstored.access.open_call import OpenCall, peer_group
 from kvstored.access.tenant_view import CALLER
 from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
@@ -23,6 +26,9 @@ from kvstored_client.wire.requests import request_keys
 audit = logging.getLogger("kvstored.audit")
 
 PREFIX = "/kvstored.v1."
+HEALTH_PREFIX = "/grpc.health.v1."
+STRANGER_SILENCE_S = 2.0
+"""How long a caller that need not say who it is may leave a call without its message."""
 RIGHT_OF = {
     "Cache/Get": "read",
     "Cache/Match": "read",
@@ -40,14 +46,6 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Behavior = Callable[[Any, Any], Awaitable[Any]]
-
-
-class Refusal(Exception):
-    """A call that is refused: its status and a sentence."""
-
-    def __init__(self, code: grpc.StatusCode, text: str) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class Access:
@@ -135,51 +133,69 @@ class Records:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of kvstored's services."""
+    """Wraps every method: a caller is identified and gets a place before its message is read."""
 
-    def __init__(self, access: Access, meter: Meter, records: Records) -> None:
+    def __init__(self, access: Access, meter: Meter, records: Records, admission: Admission, silence_s: float) -> None:
         self._access = access
         self._meter = meter
         self._records = records
+        self._admission = admission
+        self._silence_s = silence_s
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._open: set[OpenCall] = set()
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """The method's handler, behind the interceptor."""
-        handler = await continuation(details)
+        handler: Any = await continuation(details)
         path = str(details.method)
-        if handler is None or not path.startswith(PREFIX):
-            return handler
+        if handler is None:
+            return None
         # Cached by path, only for methods that exist: a flood of invented paths takes no memory.
         if path not in self._wrapped:
-            self._wrapped[path] = self._wrap(path.removeprefix(PREFIX), handler)
+            method = path.removeprefix(PREFIX).removeprefix(HEALTH_PREFIX)
+            inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+            served = self._served(method, inner, one_message=not handler.request_streaming)
+            streams = handler.response_streaming
+            make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+            self._wrapped[path] = make(served, handler.request_deserializer, handler.response_serializer)
         return self._wrapped[path]
 
-    def _wrap(self, method: str, handler: Any) -> Any:
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._gated(method, handler.unary_unary))
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._gated(method, handler.unary_stream))
-        if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(self._gated(method, handler.stream_unary))
-        return grpc.stream_stream_rpc_method_handler(self._gated(method, handler.stream_stream))
+    def recheck(self) -> None:
+        """The tokens were replaced: end the open calls whose callers are no longer who they were, or may no longer."""
+        for call in list(self._open):
+            if call.method.startswith("Health/"):
+                continue
+            try:
+                identity = self._access.identify(call)
+                self._access.check(identity, call.method)
+                if identity != call.identity:
+                    raise Refusal(
+                        grpc.StatusCode.UNAUTHENTICATED,
+                        "this caller's entry in the tokens file was changed while the call ran: call again",
+                    )
+            except Refusal as refusal:
+                self._admission.count(call.method, "revoked")
+                call.end(refusal)
 
-    def _gated(self, method: str, inner: Behavior) -> Behavior:
-        async def gated(request: Any, context: Any) -> Any:
-            began = time.perf_counter()
-            code = "UNKNOWN"
-            identity = None
+    def _served(self, method: str, inner: Behavior, *, one_message: bool) -> Behavior:
+        async def served(_: Any, context: Any) -> Any:
+            began, code, request = time.perf_counter(), "UNKNOWN", b""
+            call = OpenCall(context, method)
             self._meter.begin(method)
             try:
-                identity = self._access.identify(context)
-                self._access.check(identity, method)
-                CALLER.set(identity)  # a variable of the call's task: it ends with the call
-                reply = await inner(request, context)
+                silence_s = self._admit(call)
+                if one_message:
+                    request = await self._message(call, silence_s)
+                reply = await inner(request, call)
             except Refusal as refusal:
                 code = refusal.code.name
-                await context.abort(refusal.code, str(refusal), (("kvstored-error", "PermissionDenied"),))
+                await call.abort(refusal.code, str(refusal), refusal.metadata)
             except asyncio.CancelledError:
-                code = "CANCELLED"
-                raise
+                if call.refusal is None:
+                    code = "CANCELLED"
+                    raise
+                code = call.refusal.code.name
+                await call.abort(call.refusal.code, str(call.refusal), call.refusal.metadata)
             except grpc.aio.AbortError:
                 code = _name(context.code())
                 raise
@@ -187,12 +203,47 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 code = "OK"
                 return reply
             finally:
-                self._meter.leave(method)
-                asked = request if isinstance(request, bytes) else b""
-                sent = (context.invocation_metadata() or ()) if self._records.traced else ()
-                self._records.ended(method, code, began, identity, str(context.peer()), asked, sent)
+                self._leave(call, code, began, request)
 
-        return gated
+        return served
+
+    def _admit(self, call: OpenCall) -> float:
+        """Identify the caller and give the call a place. Returns for how long it may be silent. Raises Refusal."""
+        group = peer_group(str(call.peer()))
+        call.place = None
+        if call.method.startswith("Health/"):
+            silence_s = min(self._silence_s, STRANGER_SILENCE_S)
+            caller = group
+        else:
+            identity = call.identity = self._access.identify(call)
+            self._access.check(identity, call.method)
+            CALLER.set(identity)  # a variable of the call's task: it ends with the call
+            silence_s = self._silence_s
+            # Of one tenant all tokens together. Who needs none is an address: over a unix socket, all of its users.
+            caller = f"local {group}" if identity is LOCAL else f"tenant {identity.tenant}"
+            if identity.tenant is None and identity is not LOCAL:
+                caller = f"caller {identity.name}"
+        call.place = self._admission.enter(call.method, caller, call.end)
+        call.add_done_callback(call.left)
+        self._open.add(call)
+        return silence_s
+
+    async def _message(self, call: OpenCall, silence_s: float) -> Any:
+        try:
+            return await call.only_message(silence_s)
+        except Refusal:
+            self._admission.count(call.method, "silent")
+            raise
+
+    def _leave(self, call: OpenCall, code: str, began: float, request: Any) -> None:
+        call.over()
+        self._open.discard(call)
+        self._meter.leave(call.method)
+        if call.method.startswith("Health/"):
+            return  # a watch that ends after a day would be the slowest call of all
+        asked = request if isinstance(request, bytes) else b""
+        sent = (call.invocation_metadata() or ()) if self._records.traced else ()
+        self._records.ended(call.method, code, began, call.identity, str(call.peer()), asked, sent)
 
 
 def _name(code: Any) -> str:

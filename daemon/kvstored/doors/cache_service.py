@@ -9,7 +9,6 @@ Runs on the event loop; whatever may block runs on the worker threads.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -144,13 +143,10 @@ class CacheService(Service):
             await context.write(frame)
 
     async def _cut_off(self, context: Context) -> None:
-        """Say so to a reader that took no frame; who does not even take that is not waited for."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._silence_s):
-                await context.abort(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    f"the reader took no frame for {self._silence_s} s (server.silence_s)",
-                )
+        """Say so to a reader that took no frame. Until it takes that, or is gone, its call counts as stalled."""
+        await context.abort(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"the reader took no frame for {self._silence_s} s (server.silence_s)"
+        )
 
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:

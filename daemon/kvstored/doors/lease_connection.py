@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from google.protobuf.message import DecodeError
@@ -31,7 +31,9 @@ from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.store import Store
 from kvstore.view import StoreView
-from kvstored.access.interceptor import RIGHT_OF, Access, Records, Refusal
+from kvstored.access.admission import Refusal
+from kvstored.access.interceptor import RIGHT_OF, Access, Records
+from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
 from kvstored.calls.budget import Budget
@@ -41,6 +43,16 @@ from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Callers, Waiting
+from kvstored.doors.lease_packets import (
+    NUMBER_NBYTES,
+    NUMBER_TAG,
+    MoreSegments,
+    Revoked,
+    UseStream,
+    number_of,
+    numbered,
+    refusal,
+)
 from kvstored.doors.lending import Lending
 from kvstored_client.wire._pb import cache_pb2 as pb
 
@@ -58,15 +70,13 @@ VERBS = {
 }
 """Fields of a LeaseCall, and the method each of them is: rights are the method's."""
 _LEASE = "Lease/"
+_MORE = "ABORTED"
+"""The status of a call that the client is to repeat; no error of the engine's has it."""
 SEND_TIMEOUT_S = 5.0
+SEGMENTS_MAX = 64
+"""Descriptors in one packet: for more a client has no room, and the kernel takes 253."""
 _GIVEN = struct.Struct("<BQBdBQ")
-_LEASE_TAG, _NOW_TAG, _NUMBER_TAG = 3 << 3 | 1, 13 << 3 | 1, 14 << 3 | 1  # fields of a LeaseReply of 8 bytes
-_NUMBERED = struct.Struct("<BQ")
-_CALL_NUMBER_TAG = 9 << 3 | 1  # of a LeaseCall, where it comes first
-
-
-class UseStream(Exception):
-    """This call cannot be served here: the client asks again over gRPC."""
+_LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
 
 
 _KEPT_REPLY, _SEGMENT, _SERIALIZED = attrgetter("kept_reply"), attrgetter("segment"), attrgetter("serialized")
@@ -85,11 +95,14 @@ class Shared:
     records: Records
     views: TenantViews
     identify: Callable[[int], Identity | None]
+    owners: SegmentOwners
     reads: threading.Semaphore
     """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""
     connections: set["Connection"] = field(default_factory=set)
     callers: Callers = field(default_factory=Callers)
     aged: int = 0
+    accept_failures: int = 0
+    refused: int = 0
 
     def gauges(self) -> dict[str, float]:
         """For the statistics."""
@@ -101,6 +114,8 @@ class Shared:
             "leased_entries": sum(connection.held for connection in connections),
             "ingest_nbytes": self.lending.ingest.used_nbytes,
             "ingest_hangups": self.lending.hangups,
+            "lease_accept_failures": self.accept_failures,
+            "lease_connections_refused": self.refused,
         }
 
 
@@ -117,6 +132,7 @@ class Connection:
         self._identity = identity
         self._rights = frozenset(verb for verb, method in VERBS.items() if RIGHT_OF[method] in identity.rights)
         self._peer = f"lease:{self.uid}"
+        self._owner = shared.owners.of(self.uid, identity)
         self._store: StoreView = shared.views.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
@@ -130,7 +146,7 @@ class Connection:
         self._fds: dict[Segment, int] = {}
         self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
-        self._room = partial(shared.arena.empty, owner=self.uid)
+        self._room = partial(shared.arena.empty, owner=self._owner)
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._serialized_always = always.SerializeToString()
 
@@ -175,6 +191,11 @@ class Connection:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
 
+    def is_current(self) -> bool:
+        """Whether this client's user is still the caller that it was: the tokens may have been replaced."""
+        identity = self._shared.identify(self.uid)
+        return identity is self._identity or identity == self._identity
+
     def expire(self, now: float) -> None:
         """Drop leases over their age: a client that was stopped must not hold memory for ever."""
         old = [number for number, (until, _) in list(self._leases.items()) if until <= now]
@@ -197,10 +218,12 @@ class Connection:
     def answer(self, packet: bytes) -> bytes | None:
         """The reply to one packet; None for one that only releases leases."""
         began = time.perf_counter()
+        if not self.is_current():
+            raise Revoked(f"user {self.uid} is no longer {self._identity.name}")
         try:
             call = pb.LeaseCall.FromString(packet)
         except DecodeError as error:
-            return _numbered(_refusal("InvalidEntry", str(error)), _number_of(packet))
+            return numbered(refusal("InvalidEntry", str(error)), number_of(packet))
         self._number = call.number
         if call.release:
             self._drop(call.release)
@@ -216,37 +239,43 @@ class Connection:
             records.ended(_LEASE + verb, code, began, self._identity, self._peer)
             if code == "OK" and not records.traced:  # nothing else is to be written down of the next one
                 self._observers[verb] = records.observer(_LEASE + verb)
-        if len(reply) > PACKET_MAX_NBYTES - _NUMBERED.size:
+        if len(reply) > PACKET_MAX_NBYTES - NUMBER_NBYTES:
             reply = self._too_large(verb, reply)
         elif code == "OK":
-            return reply if verb == "get" else _numbered(reply, call.number)
-        # A refusal names no segments: what this call was to hand over goes with the next one that needs it.
+            return reply if verb == "get" else numbered(reply, call.number)
+        elif code == _MORE:
+            return numbered(reply, call.number)
+        # Another refusal names no segments: what this call was to hand over goes with the next one that needs it.
         self._handed.difference_update(self._fds)
         self._fds.clear()
-        return _numbered(reply, call.number)
+        return numbered(reply, call.number)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""
         try:
             return "OK", self._allowed(verb, call)
-        except Refusal as refusal:
-            return refusal.code.name, _refusal("PermissionDenied", str(refusal))
+        except Refusal as refused:
+            return refused.code.name, refusal("PermissionDenied", str(refused))
+        except MoreSegments as error:
+            handed = [pb.Segment(number=segment.number, nbytes=segment.nbytes) for segment in self._fds]
+            reply = pb.LeaseReply(error=pb.LeaseError(kind="UseStream", message=str(error)), segments=handed)
+            return _MORE, reply.SerializeToString()
         except UseStream as error:
-            return "UNIMPLEMENTED", _refusal("UseStream", str(error))
+            return "UNIMPLEMENTED", refusal("UseStream", str(error))
         except KvstoreError as error:
             kinds = (kind.__name__ for kind in type(error).__mro__)
             name = next(kind for kind in kinds if hasattr(errors, kind))
-            return error.grpc_code, _refusal(name, str(error))
+            return error.grpc_code, refusal(name, str(error))
         except OSError:
             raise
         except Exception:
             logger.exception("lease call failed")
-            return "INTERNAL", _refusal("KvstoreError", "internal error, see the daemon's log")
+            return "INTERNAL", refusal("KvstoreError", "internal error, see the daemon's log")
 
     def _too_large(self, verb: str, reply: bytes) -> bytes:
         if verb == "get":  # it holds the newest lease
             self._drop([self._next - 1])
-        return _refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
+        return refusal("UseStream", f"a reply of {len(reply)} bytes is over {PACKET_MAX_NBYTES}")
 
     def _allowed(self, verb: str, call: pb.LeaseCall) -> bytes:
         if verb == "ingest":
@@ -302,7 +331,9 @@ class Connection:
     def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
         """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""
         new = set(map(_SEGMENT, kept_replies)) - self._handed
-        now = _GIVEN.pack(_LEASE_TAG, self._hold(plan.entries), _NOW_TAG, plan.now, _NUMBER_TAG, self._number)
+        if len(new) > SEGMENTS_MAX:
+            self._hand_some(new)
+        now = _GIVEN.pack(_LEASE_TAG, self._hold(plan.entries), _NOW_TAG, plan.now, NUMBER_TAG, self._number)
         if new:
             handed = pb.LeaseReply()
             for segment in new:
@@ -322,7 +353,7 @@ class Connection:
                     entry.keep_reply(kept_reply)
                     kept_replies[i] = kept_reply
         for segment in set(map(_SEGMENT, kept_replies)) - self._handed:
-            if segment.owner != self.uid:
+            if segment.owner != self._owner:
                 return None
         return kept_replies
 
@@ -364,14 +395,14 @@ class Connection:
         if isinstance(hit, Hit):
             sources: Mapping[str, torch.Tensor] = hit.tensors
             known: Place | None = getattr(sources, "place", None)
-            if known is not None and known.segment.owner == self.uid:
+            if known is not None and known.segment.owner == self._owner:
                 return sources, known  # decoded into room of this user's
             specs = {name: arrays.describe(name, x) for name, x in sources.items()}
         else:
             sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
             specs = {name: TensorSpec("uint8", (x.numel(),)) for name, x in sources.items()}
         places, nbytes = layout(specs)
-        place = arena.place_in(sources, places, nbytes, self.uid)
+        place = arena.place_in(sources, places, nbytes, self._owner)
         if place is not None:
             return sources, place
         room = self._room(specs)
@@ -384,9 +415,18 @@ class Connection:
     def _hand(self, reply: pb.LeaseReply, segment: Segment, *, writable: bool = False) -> None:
         if segment in self._handed:
             return
+        if len(self._fds) >= SEGMENTS_MAX:
+            raise MoreSegments(f"the answer lies in more segments than {SEGMENTS_MAX}, which is a packet's limit")
         self._handed.add(segment)
         reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
         self._fds[segment] = segment.fd
+
+    def _hand_some(self, segments: Iterable[Segment]) -> NoReturn:
+        """Hand over as many as a packet brings, instead of an answer. Raises MoreSegments."""
+        unsaid = pb.LeaseReply()  # the refusal says it
+        for segment in sorted(segments, key=attrgetter("number")):
+            self._hand(unsaid, segment)
+        raise AssertionError("so many fit into a packet")
 
     def _open_ingest(self, nbytes: int) -> bytes:
         size = -(-max(nbytes, INGEST_MIN_NBYTES) // (1 << 20)) * (1 << 20)
@@ -396,7 +436,12 @@ class Connection:
             raise UseStream(f"{size} bytes beside {self.ingest_nbytes} of this connection's, and {limit} of all")
         self.ingest_nbytes += size
         # Numbered apart from the arena's: those count up from 1.
-        segment = Segment((1 << 31) + len(self._ingest), self.uid, size, readers_only=False)
+        try:
+            segment = Segment((1 << 31) + len(self._ingest), self.uid, size, readers_only=False)
+        except (OSError, MemoryError) as error:  # out of descriptors or memory: the stream needs neither
+            self.ingest_nbytes -= size
+            lending.ingest.give_back(size)
+            raise UseStream(str(error)) from None
         self._ingest[segment.number] = segment
         reply = pb.LeaseReply()
         self._hand(reply, segment, writable=True)
@@ -447,20 +492,3 @@ class Connection:
             else:
                 sources.append(torch.from_numpy(segment.bytes[start : start + nbytes]))
         return sources
-
-
-def _refusal(kind: str, message: str) -> bytes:
-    return pb.LeaseReply(error=pb.LeaseError(kind=kind, message=message)).SerializeToString()
-
-
-def _numbered(reply: bytes, number: int) -> bytes:
-    """A reply as that to call `number`; 0 for a call that had none."""
-    return reply + _NUMBERED.pack(_NUMBER_TAG, number) if number else reply
-
-
-def _number_of(packet: bytes) -> int:
-    """The number of a call that cannot be read otherwise."""
-    if len(packet) < _NUMBERED.size:
-        return 0
-    tag, number = _NUMBERED.unpack_from(packet)
-    return int(number) if tag == _CALL_NUMBER_TAG else 0

@@ -89,6 +89,6 @@ class Lending:
         if asking.held <= HELD_MAX // 16:  # nearly always: no other connection is looked at
             return True
         held: dict[int, int] = {}
-        for one in connections:
+        for one in tuple(connections):  # others come and go meanwhile
             held[one.uid] = held.get(one.uid, 0) + one.held
         return held.get(asking.uid, 0) < HELD_TOTAL // max(1, len(held))

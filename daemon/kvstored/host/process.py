@@ -3,6 +3,8 @@
 import ctypes
 import fcntl
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 from kvstore.errors import ConfigError
@@ -27,6 +29,15 @@ def tune() -> None:
 
     # A copy split over two threads waits at a barrier: 8 ms, for 4 MiB, when another process runs.
     torch.set_num_threads(1)
+
+
+def raise_descriptor_limit() -> int:
+    """Allow this process as many descriptors as the system lets it have. Returns that many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # a hard limit over what the kernel allows at all
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class DirectoryLock:

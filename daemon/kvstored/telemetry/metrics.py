@@ -122,6 +122,10 @@ _DAEMON = (
     Family("kvstored_ingest_hangups_total", "counter", "Connections ended so that others get shared memory for puts.",
            value="ingest_hangups"),
     Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
+    Family("kvstored_lease_connections_refused_total", "counter", "Clients sent to the stream: too many, or no entry.",
+           value="lease_connections_refused"),
+    Family("kvstored_lease_accept_failures_total", "counter", "Clients that the lease socket could not take.",
+           value="lease_accept_failures"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
     Family("kvstored_heap_idle_bytes", "gauge", "Resident memory that is freed and not used again yet, about.",
@@ -137,6 +141,8 @@ _MEASURED = (
            "method,code"),
     Family("kvstored_rpc_running", "gauge", "Calls under way, by method.", "method"),
     Family("kvstored_rpc_refused_total", "counter", "Calls without a right to it, by status.", "code"),
+    Family("kvstored_calls_refused_total", "counter", "Calls refused or ended for want of a place, by kind of place.",
+           "lane,reason"),
     Family("kvstored_prefill_saved_seconds_total", "counter", "Prefill time that clients report as saved."),
     Family("kvstored_build_info", "gauge", "1; the version is in the label.", "version"),
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
@@ -167,6 +173,9 @@ class Meter:
         self._series: dict[tuple[str, str], Histogram] = {}
         self._running = PromGauge(*text("kvstored_rpc_running"), ("method",), registry=self.registry)
         self._refused = PromCounter(*text("kvstored_rpc_refused_total"), ("code",), registry=self.registry)
+        self._turned_away = PromCounter(
+            *text("kvstored_calls_refused_total"), ("lane", "reason"), registry=self.registry
+        )
         self._saved = PromCounter(*text("kvstored_prefill_saved_seconds_total"), registry=self.registry)
         PromGauge(*text("kvstored_build_info"), ("version",), registry=self.registry).labels(version).set(1)
 
@@ -192,6 +201,10 @@ class Meter:
     def refuse(self, code: str) -> None:
         """Count a refused call."""
         self._refused.labels(code).inc()
+
+    def turn_away(self, lane: str, reason: str) -> None:
+        """Count a call that got no place or had to give it up. See `access.admission`."""
+        self._turned_away.labels(lane, reason).inc()
 
     def saved(self, seconds: float) -> None:
         """Add seconds of prefill that a client reports as saved."""

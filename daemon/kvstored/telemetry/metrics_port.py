@@ -32,6 +32,7 @@ CONNECTIONS_MAX = 16
 TIMEOUT_S = 5.0
 """From the connection to the end of its answer."""
 CHECK_INTERVAL_S = 0.5
+BACK_OFF_S = 0.05
 _HEADERS = {
     "Cache-Control": "no-store",
     # The page loads nothing from other origins, and may not be framed.
@@ -98,6 +99,14 @@ class _Server(ThreadingHTTPServer):
                 self._end(next(iter(self._open)))
             self._open[request] = time.monotonic()
         super().process_request(request, client_address)
+
+    def get_request(self) -> Any:
+        """The next connection. Out of descriptors it waits a moment: the loop would ask again without a pause."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(BACK_OFF_S)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
