@@ -55,6 +55,26 @@ def open_own(path: Path, flags: int, what: str, *, mode: int = 0o600) -> int:
     raise ConfigError(f"{what}: {path} is no regular file with one name; remove it")
 
 
+def check_private(path: str | Path, what: str, *, secret: bool) -> None:
+    """Raise ConfigError for a file of settings that its group or everybody may write, or, if secret, everybody read.
+
+    Its group may read it: the daemon reads what root wrote. Raises OSError if it is not there.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116 - a Path or text
+    for bit, who, may, remedy in (
+        (stat.S_IWOTH, "everybody on this host", "write", "o-w"),
+        (stat.S_IWGRP, "its group", "write", "g-w"),
+        (stat.S_IROTH if secret else 0, "everybody on this host", "read", "o-r"),
+    ):
+        if mode & bit:
+            raise ConfigError(f"{what}: {who} can {may} {path}: chmod {remedy} {path}")
+
+
+def everybody_reads(path: str | Path) -> bool:
+    """Whether any user of this host may read a file. Raises OSError."""
+    return bool(os.stat(path).st_mode & stat.S_IROTH)  # noqa: PTH116 - a Path or text
+
+
 def check_directory(path: Path, what: str, *, group_may_write: bool, root_may_own: bool = True) -> None:
     """Raise ConfigError unless only this user (and root) decides what the names in a directory mean.
 

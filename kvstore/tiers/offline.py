@@ -164,7 +164,7 @@ def files_of(given: list[Path]) -> list[Path]:
     for path in given:
         if path.is_dir():
             inside = (file for file in path.iterdir() if file.suffix == SUFFIX and not file.name.startswith("."))
-            found += sorted(inside)
+            found += sorted(inside) or [path]  # refused by name, as no file
         else:
             found.append(path)
     return found

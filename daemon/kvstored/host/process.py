@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.ownership import check_directory, open_own
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
@@ -32,10 +33,16 @@ def tune() -> None:
 class DirectoryLock:
     """An flock on a file, held until `release` or the end of the process."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        """Take the lock. Raises ConfigError, which names the holder, if another process has it."""
+    def __init__(self, path: Path, what: str, *, group_may_write: bool = False) -> None:
+        """Take the lock; its directory is made if need be. Raises ConfigError, which names the holder, if it is taken.
+
+        Raises ConfigError, too, where the directory or the file is another user's, or a link: whoever may put names
+        there could have this process overwrite what it can write, and clients talk to what is not this daemon.
+        group_may_write: to the directory, as a group may to a volume that is made for its pod.
+        """
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        check_directory(path.parent, what, group_may_write=group_may_write)
+        self._fd = open_own(path, os.O_RDWR | os.O_CREAT, what, mode=0o640)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -118,6 +118,8 @@ _DAEMON = (
     Family("kvstored_leases", "gauge", "Gets whose tensors clients still read in place.", value="leases"),
     Family("kvstored_lease_connections", "gauge", "Clients on the lease socket.", value="lease_connections"),
     Family("kvstored_leases_aged_total", "counter", "Leases ended for their age.", value="leases_aged"),
+    Family("kvstored_lease_users_refused_total", "counter", "Lease connections of users without an entry for them.",
+           value="lease_users_refused"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
     Family("kvstored_heap_idle_bytes", "gauge", "Resident memory that is freed and not used again yet, about.",
