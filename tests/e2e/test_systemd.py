@@ -112,7 +112,8 @@ class Box:
         self.systemctl("daemon-reload")
         done = self.systemctl("start", f"worker-{uid}")
         errors = self.path(f"/run/worker-{uid}.errors")
-        assert done.returncode == 0, done.stderr + (errors.read_text() if errors.exists() else "") + self.log
+        told = errors.read_text() if errors.exists() else "no output"
+        assert done.returncode == 0, f"{done.stderr}{told}\n{self.log}\n{self.log_path.read_text()[-2000:]}"
         return json.loads(self.path(f"/run/worker-{uid}").read_text())
 
     def _is_up(self) -> bool:
