@@ -21,13 +21,13 @@ def main(path: str, how: str) -> int:
     try:
         return check(path, how)
     except (OSError, MemoryError, lmdb.ReadonlyError, lmdb.MemoryError, lmdb.DiskError, lmdb.LockError) as error:
-        told = error
+        told = str(error) or type(error).__name__
     except lmdb.Error as error:
         # The class itself stands for an errno that LMDB has no class for; its own codes for damage have theirs.
         if type(error) is not lmdb.Error:
             raise
-        told = error
-    sys.stdout.write(f"{told or type(told).__name__}\n")
+        told = str(error)
+    sys.stdout.write(f"{told}\n")
     return UNREADABLE
 
 
