@@ -101,11 +101,18 @@ class Box:
     def work(self, uid: int) -> dict[str, object]:
         """What a worker of a user says who is in the socket's group: WORKER, as a service with that user."""
         group = self.path("/run/kvstored/kvstored.sock").stat().st_gid
+        for file, line in (("passwd", f"w{uid}:x:{uid}:{uid}::/:/bin/sh"), ("group", f"w{uid}:x:{uid}:")):
+            at = self.path(f"/etc/{file}")  # of the box: its root is an overlay
+            if line not in at.read_text():
+                at.write_text(f"{at.read_text()}{line}\n")
+        groups = self.path("/etc/group")
+        if f":{group}:" not in groups.read_text():
+            groups.write_text(f"{groups.read_text()}clients:x:{group}:\n")
         (self.units / "worker.py").write_text(WORKER)
         (self.units / f"worker-{uid}.service").write_text(
             f"[Service]\nType=oneshot\nUser={uid}\nGroup={uid}\nSupplementaryGroups={group}\nProtectHome=tmpfs\n"
-            f"BindReadOnlyPaths={sys.base_prefix}\nStandardOutput=truncate:/run/worker-{uid}\n"
-            f"StandardError=truncate:/run/worker-{uid}.errors\n"
+            f"BindReadOnlyPaths={sys.base_prefix}\nStandardOutput=append:/run/worker-{uid}\n"
+            f"StandardError=append:/run/worker-{uid}.errors\n"
             f"Environment=PYTHONPATH={CHECKOUT}:{CHECKOUT}/daemon:{CHECKOUT}/client PYTHONDONTWRITEBYTECODE=1\n"
             f"ExecStart={ENVIRONMENT}/bin/{Path(sys.executable).name} /run/systemd/system/worker.py\n"
         )
@@ -113,6 +120,7 @@ class Box:
         done = self.systemctl("start", f"worker-{uid}")
         errors = self.path(f"/run/worker-{uid}.errors")
         told = errors.read_text() if errors.exists() else "no output"
+        told += self.systemctl("status", f"worker-{uid}").stdout
         assert done.returncode == 0, f"{done.stderr}{told}\n{self.log}\n{self.log_path.read_text()[-2000:]}"
         return json.loads(self.path(f"/run/worker-{uid}").read_text())
 
