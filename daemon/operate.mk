@@ -1,6 +1,9 @@
 # Operating: what CI runs in short forms, at length. Included by the Makefile.
 
-.PHONY: cli-docs load fuzz audit
+.PHONY: cli-docs load fuzz audit sbom
+
+sbom: install  ## What is installed in .venv, as CycloneDX JSON on standard output
+	@$(BIN)/python tools/sbom.py
 
 cli-docs: install  ## Write docs/cli.md from the commands
 	@PYTHONPATH=.:daemon:client $(BIN)/python -m kvstored.cli.manual > docs/cli.md

@@ -31,7 +31,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "kvstored: not installed, and not mine to install without root and apt-get: ${missing[*]}" >&2
     exit
 fi
-echo "kvstored: installing ${missing[*]}"
+echo "kvstored: the tests call these, and as root I install them: apt-get update; apt-get install -y ${missing[*]}"
 apt-get -qq update </dev/null || true
 # One by one: a package that this Debian does not have must not keep the others away.
 for package in "${missing[@]}"; do

@@ -25,7 +25,7 @@ fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "kvstored: installing python$version-venv"
+        echo "kvstored: this Python has no ensurepip; as root I run: apt-get update; apt-get install -y python$version-venv"
         apt-get -qq update </dev/null || true
         DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "python$version-venv" </dev/null >/dev/null
     else
@@ -40,6 +40,10 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet "$@" </dev/null; }
+
+# The installers themselves: ensurepip's are whatever this Python was released with.
+mapfile -t installers < <(grep -E '^(pip|setuptools)==' constraints.txt)
+pip install "${installers[@]}"
 
 if [ -n "$bare" ]; then
     pip install "$@"

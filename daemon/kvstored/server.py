@@ -97,7 +97,8 @@ def serve(settings: Settings) -> int:
     tune()
     locks: list[DirectoryLock] = []
     try:
-        locks.append(DirectoryLock(Path(settings.server.data_dir) / "daemon.lock", settings.server.data_dir))
+        data_dir = settings.server.data_dir
+        locks.append(DirectoryLock(Path(data_dir) / "daemon.lock", data_dir))
         for target in settings.server.targets:
             path = socket_path(target)
             if path is not None:
@@ -231,6 +232,7 @@ class Daemon:
         self.watch.sources += (
             self._arena.gauges,
             self._shared.gauges,
+            self._access.refused.gauges,
             # The executor's own queue: it has no other way to tell how many calls wait.
             lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
         )

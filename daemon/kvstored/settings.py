@@ -13,7 +13,7 @@ from typing import Any
 
 from kvstore.config import MIB, StoreConfig, check_range, from_mapping, read_toml
 from kvstore.errors import ConfigError
-from kvstored_client.wire.address import default_address, parse_address, socket_path, wants_tls
+from kvstored_client.wire.address import listening_address, parse_address, socket_path, wants_tls
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "text", "json")
@@ -150,7 +150,7 @@ def load_settings(
         server["data_dir"] = str(data_dir)
     if address is not None:
         server["address"] = address
-    server.setdefault("address", default_address(environ))
+    server.setdefault("address", listening_address(environ))
     server.setdefault("data_dir", str(default_data_dir(environ)))
     settings = from_mapping(Settings, table)
     if not settings.server.targets:

@@ -72,8 +72,8 @@ class SystemDisk:
         self._libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
     def open(self, path: Path, flags: int) -> int:
-        """A file descriptor; a new file is readable by its owner only."""
-        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+        """A file descriptor; a new file is readable by its owner only. No symbolic link is followed."""
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def close(self, fd: int) -> None:
         """Give a descriptor back."""

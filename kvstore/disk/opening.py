@@ -7,7 +7,9 @@
     segments/     records
     quarantine/   the newest few indexes that failed their check, for a later analysis
 
-Raises ConfigError for a directory that is in use or has a newer format. Damage is no error: the store starts empty.
+Raises ConfigError for a directory that is in use, has a newer format, belongs to another user, or has a symbolic link
+where one of these names should be. Damage is no error: the store starts empty. What could not be read is not damaged:
+an errno of the system ends the opening and deletes nothing.
 """
 
 import fcntl
@@ -15,6 +17,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from pathlib import Path
 
 from kvstore.disk import verify_child
 from kvstore.errors import ConfigError
+from kvstore.ownership import check_directory, open_own, user_name
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,10 @@ FORMAT, READABLE = 2, (1, 2)
 """2: records under 64 KiB share blocks. A version that knows only 1 would punch their neighbours, so it refuses."""
 VERIFY_TIMEOUT_S = 60.0
 QUARANTINES_MAX = 3
+_FOLDERS = ("index", "index.new", "segments", "quarantine")
+_FILES = ("index/data.mdb", "index/lock.mdb")
+_KILLED = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})
+"""How a check ends that somebody else ended. Damage ends it otherwise: SIGBUS, SIGSEGV, SIGABRT."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LMDB_META = struct.Struct("<16xIIQQI")
 _LMDB_MAGIC = 0xBEEFC0DE
@@ -62,7 +71,9 @@ class Directory:
         """Write durably whether the directory was closed in order. Raises OSError."""
         state = {"format": FORMAT, "clean": clean, "boot_id": _boot_id()}
         temporary = self.path / "STATE.new"
-        with temporary.open("w") as file:
+        temporary.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
             json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -77,9 +88,11 @@ def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory
     """Lock and check a directory; create it if it does not exist. Raises ConfigError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_directory(path, "cold.path", group_may_write=True, root_may_own=False)
+        _check_names(path)
         directory = Directory(path, _lock(path))
     except OSError as error:
-        raise ConfigError(f"cold.path {path}: {error.strerror}") from None
+        raise ConfigError(_refused(path, error)) from None
     try:
         _check(directory, verify_timeout_s)
         directory.segments.mkdir(mode=0o700, exist_ok=True)
@@ -87,13 +100,36 @@ def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory
     except BaseException as error:
         directory.release()
         if isinstance(error, OSError):
-            raise ConfigError(f"cold.path {path}: {error.strerror}") from None
+            raise ConfigError(_refused(path, error)) from None
         raise
     return directory
 
 
+def _refused(path: Path, error: OSError) -> str:
+    where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+    return f"cold.path {path}: {error.strerror}{where}"
+
+
+def _check_names(path: Path) -> None:
+    """Raise ConfigError unless what has one of our names is ours and no link. A missing one will be made."""
+    for name in (*_FOLDERS, *_FILES):
+        try:
+            found = os.lstat(path / name)
+        except FileNotFoundError:
+            continue
+        wanted = stat.S_ISDIR if name in _FOLDERS else stat.S_ISREG
+        if not wanted(found.st_mode):
+            kind = "directory" if name in _FOLDERS else "regular file"
+            raise ConfigError(f"cold.path {path}: {name} is a symbolic link or no {kind}; remove it")
+        if found.st_uid != os.geteuid():
+            raise ConfigError(
+                f"cold.path {path}: {name} belongs to {user_name(found.st_uid)}, and this process runs as "
+                f"{user_name(os.geteuid())}: chown -R {os.geteuid()} {path}"
+            )
+
+
 def _lock(path: Path) -> int:
-    fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_own(path / "LOCK", os.O_RDWR | os.O_CREAT, f"cold.path {path}")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -117,7 +153,7 @@ def _check(directory: Directory, verify_timeout_s: float) -> None:
             f"cold.path {directory.path} has format {state.get('format')}, this version knows 1 to {FORMAT}: "
             "use the version that wrote it, or put an empty file DROP there to start empty"
         )
-    if not (directory.index / "data.mdb").exists():
+    if not _is_there(directory.index / "data.mdb"):
         _empty(directory)
         return
     clean = state is not None and state.get("clean") is True
@@ -129,21 +165,34 @@ def _check(directory: Directory, verify_timeout_s: float) -> None:
         quarantine(directory, problem)
 
 
+def _is_there(path: Path) -> bool:
+    """As Path.exists, but an answer that cannot be had is no "no". Raises OSError."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _read_state(path: Path) -> dict[str, object] | None:
     try:
-        state = json.loads((path / "STATE").read_bytes())
-    except (OSError, ValueError):
+        with os.fdopen(os.open(path / "STATE", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            state = json.load(file)
+    except (FileNotFoundError, ValueError):
         return None
     return state if isinstance(state, dict) else None
 
 
 def index_is_whole(data: Path) -> bool:
-    """Whether an LMDB file has all pages that its newest meta page counts. This finds truncation without LMDB."""
+    """Whether an LMDB file has all pages that its newest meta page counts. This finds truncation without LMDB.
+
+    Raises OSError for a file that cannot be read: of that file nothing is known.
+    """
     try:
         with data.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             metas = [_last_page(file.read(4096)) for _ in range(2)]
-    except (OSError, struct.error):
+    except struct.error:
         return False
     last, _, page_nbytes = max(metas, key=lambda meta: meta[1])
     return last > 0 and size >= (last + 1) * page_nbytes
@@ -160,6 +209,7 @@ def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
     """Check an index in a child process. Returns the problem, None for a sound index, UNFINISHED for an unmade one.
 
     quick: only let LMDB read it all. If a file that was closed in order is damaged, the child dies and not the daemon.
+    Raises ConfigError if the check could not be made: the system refused the file or memory, or somebody ended it.
     """
     command = [sys.executable, "-P", verify_child.__file__, str(index), "quick" if quick else "whole"]
     try:
@@ -170,6 +220,12 @@ def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
         return None
     if done.returncode == verify_child.UNFINISHED:
         return UNFINISHED
+    if done.returncode == verify_child.UNREADABLE or done.returncode in _KILLED:
+        why = done.stdout.strip() or f"the check was ended by signal {-done.returncode}"
+        raise ConfigError(
+            f"the index {index} could not be checked: {why}. Nothing was deleted; remove the cause, or put an empty "
+            f"file DROP into {index.parent} to start empty"
+        )
     lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
     said = lines[0] if done.stdout.strip() else lines[-1]  # the first problem found, or the reason why the child died
     return f"check ended with {done.returncode}: {said}"

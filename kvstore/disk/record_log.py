@@ -40,8 +40,6 @@ WAIT_S = 30.0
 SEGMENTS_PER_TIER = 16
 """Holes give space back at once, so segments are only as short as gathering wants them: a new one costs 5 ms."""
 SEGMENT_MIN_NBYTES, SEGMENT_MAX_NBYTES = 16 << 20, 1 << 30
-_TRANSIENT = frozenset({11, 12, 23, 24})
-"""EAGAIN, ENOMEM, ENFILE, EMFILE: say nothing about the record."""
 
 
 class Holder(Protocol):
@@ -99,6 +97,7 @@ class RecordLog:
         # Sizes are the pending operations' to count: they alone know what is estimated and what is on disk.
         self._pending = Pending(count)
         self._seq = 0
+        self._told: set[int | None] = set()
         self._rows = Rows(directory.index, capacity_nbytes // 4)
         segment_nbytes = min(max(capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
         self._segments = Segments(directory.segments, disk, segment_nbytes)
@@ -220,7 +219,11 @@ class RecordLog:
         return row
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
-        """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged."""
+        """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged.
+
+        Only what was read and is not what was written is damage. An errno, whatever it is, says nothing of the record:
+        it is a miss now, and its row stays.
+        """
         with self.changed:
             operation = self._pending.find(key)
             now = self._rows.get(key)
@@ -229,12 +232,11 @@ class RecordLog:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            if isinstance(error, UnknownSeal | TierUnavailable) or (
-                isinstance(error, OSError) and error.errno in _TRANSIENT
-            ):
-                self.counters.read_errors += 1
-                return None
             if not self._holder.holds(key):
+                return None
+            if not moved and isinstance(error, UnknownSeal | TierUnavailable | OSError):
+                self.counters.read_errors += 1
+                self._tell_unreadable(key, error)
                 return None
             if not moved:
                 self.counters.corrupt_total += 1
@@ -247,6 +249,15 @@ class RecordLog:
         log.error("cold key=%s event=corrupt error=%s", key.hex(), printable(error))
         self._holder.dropped(key, "corrupt")
         return None
+
+    def _tell_unreadable(self, key: Key, error: Exception) -> None:
+        """One line for each errno: a directory of files that cannot be read would fill the log."""
+        if isinstance(error, OSError) and error.errno not in self._told:
+            self._told.add(error.errno)
+            log.error(
+                "cold key=%s event=unreadable error=%s effect=%s",
+                key.hex(), printable(error), "a miss, nothing is deleted; further ones are only counted",
+            )  # fmt: skip
 
     # Sizes.
 

@@ -1,5 +1,6 @@
 """Checks, in a child process, that an LMDB index can be opened safely. Exit code 0: yes. UNFINISHED: the file is
-whole and empty, without the table of rows, because the power was cut before the table was made.
+whole and empty, without the table of rows, because the power was cut before the table was made. UNREADABLE: the system
+refused the file, memory or the disk, and the first line printed says why: nothing is known of the index.
 
 It is a child, because a truncated file means SIGBUS and a damaged page may mean abort; neither is an exception. It is
 run by path and imports only lmdb: importing torch would take longer than the check.
@@ -10,12 +11,27 @@ import sys
 import lmdb
 import lmdb.verify
 
-UNFINISHED = 3
+UNFINISHED, UNREADABLE = 3, 4
 PROBES = 200
 """Rows written in an aborted transaction: a dozen pages, so that LMDB reads its list of free pages."""
 
 
 def main(path: str, how: str) -> int:
+    """The exit code of `check`, and UNREADABLE for what the system refused."""
+    try:
+        return check(path, how)
+    except (OSError, MemoryError, lmdb.ReadonlyError, lmdb.MemoryError, lmdb.DiskError, lmdb.LockError) as error:
+        told = str(error) or type(error).__name__
+    except lmdb.Error as error:
+        # The class itself stands for an errno that LMDB has no class for; its own codes for damage have theirs.
+        if type(error) is not lmdb.Error:
+            raise
+        told = str(error)
+    sys.stdout.write(f"{told}\n")
+    return UNREADABLE
+
+
+def check(path: str, how: str) -> int:
     """Unless `how` is "quick", first walk the file's bytes without LMDB: 3 s for a million rows.
 
     Then let LMDB read every row, and write in a transaction that is aborted: LMDB reads the list of free pages only

@@ -39,12 +39,14 @@ class Slot:
     end: int
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     """An untrusted file, open for reading. Raises OSError, and InvalidEntry unless it is a regular file.
 
-    Opens without blocking: opening a pipe that has no writer would wait forever, and a device may have no end.
+    Opens without blocking: opening a pipe that has no writer would wait forever, and a device may have no end. follow:
+    go where a symbolic link at `path` leads; else it is refused as an OSError.
     """
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115 - a descriptor
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    file = open(os.open(path, flags), "rb")  # noqa: PTH123, SIM115 - a descriptor
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise InvalidEntry(f"{path} is not a regular file")

@@ -11,10 +11,8 @@ Leaves out: the head of a record and its row in the index, with the entry's key,
 import hashlib
 import hmac
 import logging
-import os
 import re
 import secrets
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 
 from kvstore.errors import ConfigError, RecordCorrupt, UnknownSeal
+from kvstore.ownership import check_private
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +122,10 @@ NO_SEALS = Seals({})
 def read_keys(path: str | Path) -> list[Key]:
     """The keys of a file, 64 hexadecimal digits a line: the first one seals, all of them open. Raises ConfigError."""
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - a Path or text
+        check_private(path, "store.cold.key_files", secret=True)
         lines = Path(path).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"store.cold.key_files: cannot read {path}: {getattr(error, 'strerror', error)}") from None
-    if stat.S_IMODE(mode) & stat.S_IROTH:
-        raise ConfigError(f"store.cold.key_files: everybody on this host can read {path}: chmod o-r")
     if not lines or not all(map(_KEY.fullmatch, lines)):
         raise ConfigError(
             f"store.cold.key_files: {path} must hold 64 hexadecimal digits a line, the newest key first; "

@@ -1,14 +1,16 @@
 """Tools for a cold directory that no daemon has open: check, compact, export, import.
 
-Each of them opens the directory as a daemon would (lock, check, quarantine), so none runs beside a daemon.
-Raises ConfigError if the directory is in use or cannot be used.
+Each of them opens the directory as a daemon would (lock, check, quarantine), so none runs beside a daemon, and none as
+another user than the daemon's: `opening` refuses it. What they write is readable by that user only, and they follow no
+symbolic link. Raises ConfigError if the directory is in use or cannot be used.
 """
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +34,30 @@ from kvstore.tiers.cold import Cold
 Progress = Callable[[int, int], None]
 FILE_MAX_NBYTES = ENTRY_MAX_NBYTES + HEADER_MAX_NBYTES + 8
 _NAME_CHARACTERS = 128
+_SCRATCH_CHARACTERS = 200
+"""Of the name of a file that is being written: with a random end it stays below a file name's 255 bytes."""
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The result of a check. quarantined: why the index was quarantined, None if it was sound."""
+    """The result of a check. unreadable: records that the system or a missing key did not let us read; they stay.
+
+    quarantined: why the index was quarantined, None if it was sound.
+    """
 
     entries: int
     corrupt: int
+    unreadable: int
     quarantined: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """The result of an export. lost: entries that could not be read, so there is no file of them."""
+
+    entries: int
+    lost: int
 
 
 @contextmanager
@@ -68,7 +85,8 @@ def fsck(path: Path, clock: Clock, progress: Progress = lambda *_: None) -> Chec
         for found in verify(cold):
             corrupt = found.corrupt
             progress(found.checked, found.total)
-        return Checked(entries, damaged_rows + corrupt, cold.stats().quarantined)
+        stats = cold.stats()
+        return Checked(entries, damaged_rows + corrupt, stats.counters.read_errors, stats.quarantined)
 
 
 def compact(path: Path, clock: Clock) -> tuple[int, int]:
@@ -87,6 +105,7 @@ def compact(path: Path, clock: Clock) -> tuple[int, int]:
         fresh.mkdir(mode=0o700)
         with lmdb.open(str(directory.index), max_dbs=4, readonly=True, lock=False) as env:
             env.copy(str(fresh), compact=True)
+        (fresh / "data.mdb").chmod(0o600)  # LMDB makes it as the umask says
         (fresh / "data.mdb").rename(directory.index / "data.mdb")
         shutil.rmtree(fresh)
         directory.write_state(clean=True)
@@ -95,18 +114,60 @@ def compact(path: Path, clock: Clock) -> tuple[int, int]:
     return before, _disk_nbytes(path)
 
 
-def export(path: Path, target: Path, clock: Clock, progress: Progress = lambda *_: None) -> int:
-    """Write each entry to a file in `target`, named after its key. Returns the number of files."""
-    target.mkdir(parents=True, exist_ok=True)
+def export(path: Path, target: int | Path, clock: Clock, progress: Progress = lambda *_: None) -> Exported:
+    """Write each entry to a file in a directory, named after its key; a file of an earlier export is replaced.
+
+    target: a directory, or a descriptor of one: a caller who gave up rights could not go to it by its name.
+    """
+    fd = open_target(target) if isinstance(target, Path) else target
     written = 0
-    with opened(path, clock) as (cold, metas):
-        for done, (key, meta) in enumerate(metas.items(), start=1):
-            entry = cold.get(key)
-            if entry is not None:
-                (target / _file_name(key)).write_bytes(to_safetensors(entry, meta))
-                written += 1
-            progress(done, len(metas))
-    return written
+    try:
+        with opened(path, clock) as (cold, metas):
+            for done, (key, meta) in enumerate(metas.items(), start=1):
+                entry = cold.get(key)
+                if entry is not None:
+                    _write_new(fd, _file_name(key), to_safetensors(entry, meta))
+                    written += 1
+                progress(done, len(metas))
+            return Exported(written, len(metas) - written)
+    finally:
+        if isinstance(target, Path):
+            os.close(fd)
+
+
+def open_target(path: Path) -> int:
+    """A descriptor of a directory for an export, made with mode 0700 if it is not there. Raises OSError for a link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _write_new(directory: int, name: str, data: bytes) -> None:
+    """Write a file and give it its name once it is whole. What has the name already, a link too, is replaced."""
+    scratch = f".{name[:_SCRATCH_CHARACTERS]}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(scratch, flags, 0o600, dir_fd=directory)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.rename(scratch, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(scratch, dir_fd=directory)
+        raise
+
+
+def files_of(given: list[Path]) -> list[Path]:
+    """The files, and for a directory those that `export` wrote there, in order of name. Raises OSError."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = (file for file in path.iterdir() if file.suffix == SUFFIX and not file.name.startswith("."))
+            found += sorted(inside) or [path]  # refused by name, as no file
+        else:
+            found.append(path)
+    return found
 
 
 def import_files(
@@ -114,10 +175,12 @@ def import_files(
 ) -> list[str]:
     """Put exported files into a directory, to live for `ttl_s` seconds. Returns a line for each refused file.
 
-    A file is refused if kvstored did not write it, if the store would refuse its key or names, or if it does not
-    decode. The others are put. A chunk that is held already keeps its parent: a file names none.
+    files: files, and directories that `export` wrote. A file is refused if kvstored did not write it, if it is a link,
+    if the store would refuse its key or names, or if it does not decode. The others are put. A chunk that is held
+    already keeps its parent: a file names none.
     """
     refused: list[str] = []
+    files = files_of(files)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     with opened(path, clock) as (cold, metas):
         for done, file in enumerate(files, start=1):
@@ -140,7 +203,7 @@ def import_files(
 
 def _imported(file: Path) -> Entry:
     """The entry of an untrusted file. It is decoded once, to check that it can be. Raises KvstoreError."""
-    with open_regular(file) as opened:
+    with open_regular(file, follow=False) as opened:
         nbytes = os.fstat(opened.fileno()).st_size
         if nbytes > FILE_MAX_NBYTES:
             raise EntryTooLarge(f"a file has at most {FILE_MAX_NBYTES} bytes, got {nbytes}")
@@ -160,7 +223,7 @@ def _file_name(key: Key) -> str:
     # A file's name has at most 255 bytes: a longer key is cut, and a digest keeps the names distinct.
     whole = key.hex()
     short = f"{whole[:_NAME_CHARACTERS]}-{hashlib.sha256(key).hexdigest()}"
-    return f"{whole if len(whole) <= len(short) else short}.safetensors"
+    return (whole if len(whole) <= len(short) else short) + SUFFIX
 
 
 def _disk_nbytes(path: Path) -> int:

@@ -21,7 +21,7 @@ mount --rbind /sys sys
 umount -l sys/fs/cgroup 2>/dev/null || true
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount --rbind /dev dev
-mount -t tmpfs run run
+mount -t tmpfs -o mode=0755 run run
 # No tmpfs on tmp: the checkout may lie there, and what is written goes to the overlay anyway.
 mkdir -p run/systemd/system opt/box/{checkout,environment}
 mount --bind "$checkout" opt/box/checkout

@@ -24,6 +24,21 @@ CHECKOUT, ENVIRONMENT = "/opt/box/checkout", "/opt/box/environment"
 NAMESPACES = ["unshare", "-Cmpnui", "--fork", "--kill-child"]
 WATCHDOG_S = 12
 """Fed every 6 s: a busy machine must not make it bark at a daemon that is well."""
+USERS = (3001, 3002)
+WORKER = """
+import json, os, sys
+import numpy as np
+from kvstored_client import Client
+
+with Client(on_error="raise", framework="numpy", timeout_s=20) as cache:
+    key = b"of %d" % os.getuid()
+    put = cache.put(key, {"x": np.full(50_000, os.getuid() % 251, np.uint8)})
+    hit = cache.get(key)
+    with open("/proc/self/maps") as maps:
+        shared = sorted({line.partition("memfd:")[2].split()[0] for line in maps if "memfd:kvstored-" in line})
+    print(json.dumps({"uid": os.getuid(), "address": cache.address, "put": put, "shared": shared,
+                      "right": bool((hit.tensors["x"] == os.getuid() % 251).all()), "deleted": cache.delete(key)}))
+"""
 TARGET = "[Unit]\nDescription=what the test starts\nDefaultDependencies=no\n"
 
 pytestmark = pytest.mark.slow
@@ -83,6 +98,32 @@ class Box:
             f"Environment=PYTHONPATH={CHECKOUT}:{CHECKOUT}/daemon:{CHECKOUT}/client PYTHONDONTWRITEBYTECODE=1\n"
         )
 
+    def work(self, uid: int) -> dict[str, object]:
+        """What a worker of a user says who is in the socket's group: WORKER, as a service with that user."""
+        group = self.path("/run/kvstored/kvstored.sock").stat().st_gid
+        for file, line in (("passwd", f"w{uid}:x:{uid}:{uid}::/:/bin/sh"), ("group", f"w{uid}:x:{uid}:")):
+            at = self.path(f"/etc/{file}")  # of the box: its root is an overlay
+            if line not in at.read_text():
+                at.write_text(f"{at.read_text()}{line}\n")
+        groups = self.path("/etc/group")
+        if f":{group}:" not in groups.read_text():
+            groups.write_text(f"{groups.read_text()}clients:x:{group}:\n")
+        (self.units / "worker.py").write_text(WORKER)
+        (self.units / f"worker-{uid}.service").write_text(
+            f"[Service]\nType=oneshot\nUser={uid}\nGroup={uid}\nSupplementaryGroups={group}\nProtectHome=tmpfs\n"
+            f"BindReadOnlyPaths={sys.base_prefix}\nStandardOutput=append:/run/worker-{uid}\n"
+            f"StandardError=append:/run/worker-{uid}.errors\n"
+            f"Environment=PYTHONPATH={CHECKOUT}:{CHECKOUT}/daemon:{CHECKOUT}/client PYTHONDONTWRITEBYTECODE=1\n"
+            f"ExecStart={ENVIRONMENT}/bin/{Path(sys.executable).name} /run/systemd/system/worker.py\n"
+        )
+        self.systemctl("daemon-reload")
+        done = self.systemctl("start", f"worker-{uid}")
+        errors = self.path(f"/run/worker-{uid}.errors")
+        told = errors.read_text() if errors.exists() else "no output"
+        told += self.systemctl("status", f"worker-{uid}").stdout
+        assert done.returncode == 0, f"{done.stderr}{told}\n{self.log}\n{self.log_path.read_text()[-2000:]}"
+        return json.loads(self.path(f"/run/worker-{uid}").read_text())
+
     def _is_up(self) -> bool:
         assert self._outer.poll() is None, self.log_path.read_text()
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
@@ -100,6 +141,11 @@ class Box:
 
     def path(self, inside: str) -> Path:
         return Path(f"/proc/{self.init}/root{inside}")
+
+    @property
+    def units(self) -> Path:
+        """Where the units and their files are, inside."""
+        return self.path("/run/systemd/system")
 
     @property
     def log(self) -> str:
@@ -213,3 +259,36 @@ def test_stop_drains_and_removes_the_socket(box, client):
     assert box.systemctl("start", "kvstored").returncode == 0
     with Client(client.address, on_error="raise", framework="numpy", timeout_s=20) as again:
         assert is_held(again, b"only in memory", 3)
+
+
+def test_two_users_have_shared_memory_of_their_own_and_find_the_service_unasked(box, client):
+    """A user namespace of the service's would show the daemon one uid for both of them."""
+    for uid in USERS:
+        said = box.work(uid)
+        assert said == {
+            "uid": uid, "address": "unix:/run/kvstored/kvstored.sock", "put": True, "right": True, "deleted": 1,
+            "shared": said["shared"],
+        }  # fmt: skip
+        assert said["shared"], "nothing went through shared memory"
+        assert {name.split(":")[0] for name in said["shared"]} == {f"kvstored-{uid}"}
+        assert f"verb=Lease/delete who=local peer=lease:{uid} keys=1" in box.log
+
+
+def test_the_uid_of_a_tokens_entry_is_the_workers_own(box, client):
+    tokens = box.units / "tokens.toml"
+    tokens.write_text(
+        f'[[token]]\nname = "first"\nsha256 = "{"a" * 64}"\ntenant = "team-a"\nuid = {USERS[0]}\n'
+        'rights = ["read", "write"]\n'
+    )
+    config = box.units / "kvstored.toml"
+    before = config.read_text()
+    config.write_text(before.replace("[server]\n", '[server]\ntokens = "/run/systemd/system/tokens.toml"\n'))
+    try:
+        assert box.systemctl("restart", "kvstored").returncode == 0, box.log
+        assert box.work(USERS[0])["shared"]
+        assert f"verb=Lease/delete who=first peer=lease:{USERS[0]} keys=1" in box.log
+        assert not box.work(USERS[1])["shared"], "no entry: over the stream"
+        assert f"lease verb=connect who=nobody peer=lease:{USERS[1]} result=UNAUTHENTICATED" in box.log
+    finally:
+        config.write_text(before)
+        box.systemctl("restart", "kvstored")

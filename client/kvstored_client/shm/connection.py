@@ -30,6 +30,7 @@ from kvstored_client.interrupts import close_all, close_first, damage, is_foreig
 from kvstored_client.shm.mapping import MappedSegment
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import fixed64s
+from kvstored_client.wire.trust import Place
 
 PACKET_MAX_NBYTES = 256 << 10
 RELEASE_WITHIN_S = 0.01
@@ -197,7 +198,9 @@ class Connection:
         # For sending, which waits only where the daemon leaves packets lying: releases, while it is stopped.
         spec = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
+        place = Place(path)
         sock.connect(str(path))
+        place.check(sock)  # before anything is sent or mapped
         self._receive_into = sock.recvmsg_into
         self._poll.register(sock, select.POLLIN)
         self.closed = False

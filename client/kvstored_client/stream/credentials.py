@@ -8,6 +8,7 @@
 Files rather than values: an environment is readable in /proc and inherited by every child.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
@@ -16,9 +17,15 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from kvstore.ownership import everybody_reads
 from kvstored_client.wire.address import parse_address, socket_path, wants_tls
 
+logger = logging.getLogger(__name__)
+
 TOKEN_FILE_MAX_NBYTES = 4096
+_SECRET = frozenset({"KVSTORED_TOKEN_FILE", "KVSTORED_TLS_KEY"})
+_told: set[str] = set()
+"""Files that were complained of: once each, not with every channel."""
 
 
 class _CallDetails(NamedTuple):
@@ -111,6 +118,9 @@ def _tls(environ: Mapping[str, str]) -> grpc.ChannelCredentials:
 
 def _read(path: str, name: str) -> bytes:
     try:
+        if name in _SECRET and path not in _told and everybody_reads(path):
+            _told.add(path)
+            logger.warning("everybody on this host can read %s=%s: chmod o-r %s", name, path, path)
         return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{name}={path} cannot be read: {error.strerror}") from None

@@ -22,8 +22,9 @@ from kvstored_client.interrupts import damage, is_foreign
 from kvstored_client.puts import Outgoing
 from kvstored_client.stream.credentials import check_credentials, open_channel
 from kvstored_client.stream.watchdog import Watchdog
-from kvstored_client.wire.address import parse_address
+from kvstored_client.wire.address import parse_address, socket_path
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S
+from kvstored_client.wire.trust import Place, named_users
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +98,19 @@ class ReplyType(Protocol[Reply_co]):
 
 
 class Line:
-    """One channel and its methods."""
+    """One channel and its methods. Raises TierUnavailable for a socket whose listener is not to be trusted."""
 
     def __init__(self, address: str) -> None:
+        path = socket_path(parse_address(address))
+        self._place = None if path is None else Place(path)
+        if self._place is not None:
+            self._place.check_listener()
         self._channel = open_channel(address, _OPTIONS)
         self._methods: dict[str, Any] = {}
+
+    def is_current(self) -> bool:
+        """Whether gRPC, which connects again by itself, can still reach only whom this line was opened to."""
+        return self._place is None or self._place.is_current()
 
     def method(self, kind: str, path: str) -> Any:
         """What calls a path of the daemon's. Raises ValueError for a channel that was closed."""
@@ -123,6 +132,7 @@ class Transport:
         self.address = address
         self.target = parse_address(address)
         check_credentials(address)
+        named_users(os.environ)  # a mistake there is the caller's, and not a daemon that is down
         self.timeout_s = timeout_s
         self._lives = (0, 0)
         self._on_change = on_change
@@ -157,11 +167,19 @@ class Transport:
 
     def _open_line(self) -> Line:
         line = self._line.get("now")
+        if line is not None and not line.is_current():
+            self._line.pop("now", None)
+            line.close()
+            line = None
         if line is None:
             if self._closed:
                 raise TierUnavailable("this client is closed")
             try:
                 opened = Line(self.address)
+            except FileNotFoundError as error:
+                raise self.silent(f"failed to connect: there is no {error.filename}") from None
+            except TierUnavailable as error:
+                raise self.silent(str(error)) from None
             except (OSError, ImportError, RuntimeError, MemoryError) as error:
                 # Out of descriptors or threads: gRPC imports parts of itself only now.
                 if is_foreign(error):

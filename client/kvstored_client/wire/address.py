@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SOCKET_NAME = "kvstored.sock"
+SERVICE_DIRECTORY = Path("/run/kvstored")
+"""Where the system's service listens; systemd makes it, and root's own daemon does."""
 DEFAULT_PORT = 7411
 
 
-def default_address(environ: Mapping[str, str] = os.environ) -> str:
-    """$KVSTORED_ADDRESS, else the unix socket in the runtime directory."""
+def listening_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a daemon listens by default: $KVSTORED_ADDRESS, else the unix socket in the runtime directory."""
     return environ.get("KVSTORED_ADDRESS") or f"unix:{runtime_directory(environ) / SOCKET_NAME}"
+
+
+def default_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a client looks: `listening_address`, or the service's socket where this user's own is not there."""
+    own = listening_address(environ)
+    # The directory counts, not the socket: who may not enter it is told so by the connection, and nobody else would be.
+    if environ.get("KVSTORED_ADDRESS") or os.path.exists(own.removeprefix("unix:")) or not SERVICE_DIRECTORY.is_dir():  # noqa: PTH110 - False without rights
+        return own
+    return f"unix:{SERVICE_DIRECTORY / SOCKET_NAME}"
 
 
 def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
@@ -20,7 +31,7 @@ def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
     if given:
         return Path(given.split(":")[0])
     if os.geteuid() == 0:
-        return Path("/run/kvstored")
+        return SERVICE_DIRECTORY
     session = environ.get("XDG_RUNTIME_DIR")
     if session:
         return Path(session) / "kvstored"

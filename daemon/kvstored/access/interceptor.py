@@ -1,8 +1,8 @@
 """The interceptor of every gRPC call: it identifies the caller, checks its rights, times the call and keeps the audit.
 
 It decides on the metadata, before the request is read: who is not known costs no place and no memory. Health checking
-stays open, with places of its own. A refusal says what to do, and nothing about the entries held. A verb that changes
-what others see leaves a line in the audit log, refused or not.
+stays open, with places of its own. A refusal says what to do, and nothing about the entries held. A verb that deletes,
+pins or administers leaves a line in the audit log, and so does whatever is refused, through either door.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from kvstore.errors import InvalidEntry
+from kvstore.ownership import overflow_uid
 from kvstored.access.admission import Admission, Refusal
 from kvstored.access.open_call import OpenCall, peer_group
 from kvstored.access.tenant_view import CALLER
@@ -42,6 +43,10 @@ RIGHT_OF = {
 _REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
 _LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
 """Admin verbs that change nothing: no audit line for each refresh of a screen."""
+AUDITED = frozenset({"Cache/Delete", "Cache/Pin", "Lease/delete", "Lease/pin"})
+"""Verbs beside the admin's that change what others see. Not Put: it is the data path, and each put has its counters."""
+REFUSED_LINE_S = 60.0
+REFUSED_USERS_MAX = 1024
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
@@ -54,6 +59,8 @@ class Access:
     def __init__(self, tokens: Tokens | None, *, token_on_unix: bool) -> None:
         self.tokens = tokens
         self._token_on_unix = token_on_unix
+        self._nobody = overflow_uid()
+        self.refused = RefusedUsers()
 
     def identify(self, context: Any) -> Identity:
         """The caller. Raises Refusal."""
@@ -83,8 +90,14 @@ class Access:
         )
 
     def of_user(self, uid: int) -> Identity | None:
-        """The caller for a user id that the kernel has verified. None: it needs a token."""
-        return LOCAL if self.tokens is None else self.tokens.by_uid.get(uid)
+        """The caller for a user id that the kernel has verified. None: it needs a token, and is written down."""
+        found = LOCAL if self.tokens is None else self.tokens.by_uid.get(uid)
+        if uid == self._nobody:
+            # Any user that this namespace has no number for: to share memory among them would be to mix them up.
+            found = None
+        if found is None:
+            self.refused.refuse(uid, "the kernel's overflow user" if uid == self._nobody else "no entry")
+        return found
 
     @staticmethod
     def check(identity: Identity, method: str) -> None:
@@ -96,6 +109,33 @@ class Access:
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{identity.name} has the rights {held}; {method} needs {needed}: add it in the daemon's tokens file",
             )
+
+
+class RefusedUsers:
+    """Users whom the lease socket refused: all are counted, and each has a line in the audit log once a minute.
+
+    Their clients go on over the stream and try again each second: a line each time would hide all others.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told_at: dict[int, float] = {}
+        self.total = 0
+
+    def refuse(self, uid: int, why: str) -> None:
+        """Count a refused connection of a user."""
+        self.total += 1
+        now = self._clock()
+        if now - self._told_at.get(uid, -REFUSED_LINE_S) < REFUSED_LINE_S:
+            return
+        if len(self._told_at) >= REFUSED_USERS_MAX:
+            self._told_at.clear()
+        self._told_at[uid] = now
+        audit.info("lease verb=connect who=nobody peer=lease:%d result=UNAUTHENTICATED reason=%s", uid, why)
+
+    def gauges(self) -> dict[str, float]:
+        """For the statistics."""
+        return {"lease_users_refused": self.total}
 
 
 class Records:
@@ -128,7 +168,7 @@ class Records:
         refused = code in _REFUSED
         if refused:
             self._meter.refuse(code)
-        if refused or (method.startswith("Admin/") and method not in _LOOKING):
+        if refused or method in AUDITED or (method.startswith("Admin/") and method not in _LOOKING):
             _audit(method, identity, peer, b"" if refused else request, code)
 
 

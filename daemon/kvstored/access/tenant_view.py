@@ -21,6 +21,7 @@ from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
 from kvstore.keys import KEY_MAX_NBYTES, CheckedKeys, Key
 from kvstore.options import PutOptions
+from kvstore.ownership import open_own
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.transcode import Room
 from kvstore.store import Store
@@ -44,7 +45,8 @@ def read_secret(path: Path) -> bytes:
             os.fsync(fd)
         finally:
             os.close(fd)
-    found = path.read_bytes()
+    with os.fdopen(open_own(path, os.O_RDONLY, "the tenants' secret"), "rb") as file:
+        found = file.read(_SECRET_NBYTES + 1)
     if len(found) != _SECRET_NBYTES:
         raise ConfigError(f"{path} must hold {_SECRET_NBYTES} bytes, got {len(found)}; remove it to have one made")
     return found

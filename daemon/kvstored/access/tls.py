@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from kvstore.errors import ConfigError
+from kvstore.ownership import check_private
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Certificates:
         texts = []
         for path in self._paths:
             try:
+                if path == self._paths[1]:
+                    check_private(path, "server.tls_key", secret=True)
                 texts.append(path.read_bytes())
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}") from None

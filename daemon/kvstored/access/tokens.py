@@ -17,6 +17,7 @@ A caller with a tenant sees that tenant's keys and no others; one without sees a
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -26,7 +27,10 @@ from typing import Any
 
 from kvstore.config import read_toml
 from kvstore.errors import ConfigError
+from kvstore.ownership import check_private, everybody_reads, overflow_uid
 from kvstored.telemetry.logs import TOKEN_PREFIX
+
+log = logging.getLogger(__name__)
 
 RIGHTS = ("read", "write", "admin")
 TOKENS_MAX = 256
@@ -89,7 +93,10 @@ def make_token() -> str:
 
 def read_tokens(path: str | Path) -> Tokens:
     """The entries of a file. Raises ConfigError, naming the entry, for any mistake; none is skipped."""
-    table = read_toml(path)
+    table = read_toml(path)  # first: a file that is not there gets its own sentence
+    check_private(path, "server.tokens", secret=False)
+    if everybody_reads(path):
+        log.warning("tokens file=%s event=readable_by_everybody effect=%s", path, "names and rights are known to all")
     unknown = sorted(set(table) - {"token", "certificate"})
     if unknown:
         raise ConfigError(f"{path}: unknown table {unknown[0]!r:.40}; known: token, certificate")
@@ -108,15 +115,24 @@ def read_tokens(path: str | Path) -> Tokens:
         uid = entry.pop("uid", None)
         by_digest[known] = _identity(entry, where)
         if uid is not None:
-            if isinstance(uid, bool) or not isinstance(uid, int) or not 0 <= uid < 1 << 32 or uid in by_uid:
-                raise ConfigError(f"{where}: uid must be a user's number, each in one entry only, got {uid!r:.40}")
-            by_uid[uid] = by_digest[known]
+            by_uid[_checked_uid(uid, by_uid, where)] = by_digest[known]
     for number, entry in enumerate(_entries(table, "certificate", path), start=1):
         identity = _identity(entry, f"{path}: certificate {number}")
         by_common_name[identity.name] = identity
     if len(by_digest) > TOKENS_MAX:
         raise ConfigError(f"{path}: at most {TOKENS_MAX} tokens, got {len(by_digest)}")
     return Tokens(by_digest, by_common_name, by_uid)
+
+
+def _checked_uid(uid: Any, taken: Mapping[int, Identity], where: str) -> int:
+    if isinstance(uid, bool) or not isinstance(uid, int) or not 0 <= uid < 1 << 32 or uid in taken:
+        raise ConfigError(f"{where}: uid must be a user's number, each in one entry only, got {uid!r:.40}")
+    if uid == overflow_uid():
+        raise ConfigError(
+            f"{where}: uid = {uid} is what the kernel shows for every user that it has no number for (a user of "
+            "another container or namespace), so it names nobody; give that worker a token"
+        )
+    return uid
 
 
 def _entries(table: Mapping[str, Any], name: str, path: str | Path) -> list[dict[str, Any]]:

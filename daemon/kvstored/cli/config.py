@@ -25,18 +25,27 @@ def config() -> None:
 def check(file: Path | None) -> None:
     """Read FILE and the environment as `serve` would, tokens and certificates too. Exit code 2: there is a mistake."""
     with errors_as_exit_codes("the configured address"):
+        from kvstore.ownership import check_private, everybody_reads
         from kvstored.access.tokens import read_tokens
         from kvstored.settings import load_settings
         from kvstored.telemetry.spans import open_spans
 
-        server = load_settings(file).server
-        entries = 0
+        settings = load_settings(file)
+        server, entries, notes = settings.server, 0, list[str]()
         if server.tokens:
             found = read_tokens(server.tokens)
             entries = len(found.by_digest) + len(found.by_common_name)
+            if everybody_reads(server.tokens):
+                notes.append(f"note: everybody on this host can read {server.tokens}: chmod o-r {server.tokens}")
         for path in filter(None, (server.tls_certificate, server.tls_key, server.tls_client_ca)):
             Path(path).read_bytes()  # an OSError names the file
+        if server.tls_key:
+            check_private(server.tls_key, "server.tls_key", secret=True)
+        for path in settings.store.cold.key_files.values():
+            check_private(path, "store.cold.key_files", secret=True)
         open_spans(server.traces_endpoint, "").close()
+    for note in notes:
+        click.echo(note)
     click.echo(f"{file or 'defaults and environment'}: good" + (f", {entries} callers" if entries else ""))
 
 

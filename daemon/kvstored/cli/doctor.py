@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from kvstore.errors import KvstoreError
-from kvstored.cli.exits import REFUSED, errors_as_exit_codes
+from kvstore.errors import ConfigError, KvstoreError
+from kvstore.ownership import check_private, everybody_reads
+from kvstored.cli.exits import REFUSED, UNREACHABLE, errors_as_exit_codes
 from kvstored.cli.text import size
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _PACKAGES = (
     "safetensors",
     "prometheus-client",
 )
+_NO_ANSWER = "no answer"
 _MARKS = {"good": "ok  ", "note": "note", "bad": "BAD "}
 
 
@@ -54,8 +56,9 @@ class Finding:
 def doctor(config: Path | None, as_json: bool) -> None:  # noqa: FBT001 - a flag
     """Look for problems that a daemon would have on this host. Changes nothing. Exit code 4: there is a problem.
 
-    Checks versions, the compiled kernel, a GPU, the clock, limits, the data directory and its disk, memory against
-    the budgets, sockets and their permissions, and whether a daemon answers.
+    Exit code 3: the only one is that no daemon answers. Checks versions, the compiled kernel, a GPU, the clock, limits,
+    the data directory and its disk, memory against the budgets, who may read or write tokens and keys, sockets and
+    their permissions, and whether a daemon answers: the one of --config, else the one that a client would find.
     """
     import json
 
@@ -63,23 +66,25 @@ def doctor(config: Path | None, as_json: bool) -> None:  # noqa: FBT001 - a flag
         from kvstored.settings import load_settings
 
         settings = load_settings(config)
-    worst = False
+    bad: list[str] = []
     for finding in findings(settings):
-        worst = worst or finding.verdict == "bad"
+        if finding.verdict == "bad":
+            bad.append(finding.what)
         if as_json:
             click.echo(json.dumps(asdict(finding)))
         else:
             click.echo(f"{_MARKS[finding.verdict]}  {finding.what}")
             if finding.todo:
                 click.echo(f"      -> {finding.todo}")
-    if worst:
-        click.get_current_context().exit(REFUSED)
+    if bad:
+        silent = all(what.startswith(_NO_ANSWER) for what in bad)
+        click.get_current_context().exit(UNREACHABLE if silent else REFUSED)
 
 
 def findings(settings: "Settings") -> Iterator[Finding]:
     """All findings, in the order in which an operator would look."""
     looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-        _versions, _kernel, _gpu, _clock, _limits, _disk, _memory, _sockets, _daemon,
+        _versions, _kernel, _gpu, _clock, _limits, _disk, _memory, _secrets, _sockets, _daemon,
     )  # fmt: skip
     for look in looks:
         yield from look(settings)
@@ -227,13 +232,53 @@ def _memory(settings: "Settings") -> Iterator[Finding]:
         yield Finding("good", what)
 
 
+def _secrets(settings: "Settings") -> Iterator[Finding]:
+    server = settings.server
+    files = [("server.tokens", server.tokens, False), ("server.tls_key", server.tls_key, True)]
+    files += [("store.cold.key_files", path, True) for path in settings.store.cold.key_files.values()]
+    for what, path, secret in files:
+        if not path:
+            continue
+        try:
+            check_private(path, what, secret=secret)
+            readable = everybody_reads(path)
+        except ConfigError as error:
+            yield Finding("bad", str(error), "who may write it decides who may call; who reads a key has the secret")
+        except OSError as error:
+            yield Finding("bad", f"{what}: cannot read {path}: {error.strerror}", "name a file that is there")
+        else:
+            todo = f"names and rights are known to all: chmod o-r {path}" if readable else ""
+            yield Finding("note" if readable else "good", f"{what} {path} is written by its owner only", todo)
+
+
+def _addresses(settings: "Settings") -> list[tuple[str, str, bool]]:
+    """Each address, as a client writes it and in gRPC's spelling, and whether it uses TLS.
+
+    Where nothing is configured it is where a client of this user would look: perhaps the service's.
+    """
+    from kvstored_client.wire.address import default_address, listening_address, parse_address
+
+    server = settings.server
+    if server.address == listening_address():
+        return [(default_address(), parse_address(default_address()), False)]
+    given = [part.strip() for part in server.address.split(",") if part.strip()]
+    return [(text, target, tls) for text, (target, tls) in zip(given, server.listeners, strict=True)]
+
+
 def _sockets(settings: "Settings") -> Iterator[Finding]:
     from kvstored_client.wire.address import socket_path
 
-    for target, tls in settings.server.listeners:
+    for _, target, tls in _addresses(settings):
         path = socket_path(target)
         if path is None:
             yield Finding("good", f"{'tls' if tls else 'tcp'}:{target}")
+        elif not os.access(path.parent, os.X_OK):
+            group = path.parent.stat().st_gid if path.parent.exists() else os.getegid()
+            yield Finding(
+                "bad",
+                f"{path.parent} is not there or may not be entered by this user",
+                f"start the daemon, or join its group: usermod --append --groups {_group(group)} $USER",
+            )
         elif not path.exists():
             yield Finding("note", f"{path} is not there", "no daemon is running, or it listens elsewhere")
         elif not os.access(path, os.R_OK | os.W_OK):
@@ -264,13 +309,13 @@ def _group(number: int) -> str:
 def _daemon(settings: "Settings") -> Iterator[Finding]:
     from kvstored_client import Client
 
-    address = settings.server.address.split(",")[0].strip()
+    address = _addresses(settings)[0][0]
     try:
         with Client(address, timeout_s=2, framework="numpy", on_error="raise") as client:
             values: Any = client.stats().values
     except (KvstoreError, ValueError) as error:
         yield Finding(
-            "note", f"no answer at {address}: {str(error)[:120]}", "kvstored serve, or systemctl start kvstored"
+            "bad", f"{_NO_ANSWER} at {address}: {str(error)[:300]}", "kvstored serve, or systemctl start kvstored"
         )
         return
     yield Finding("good", f"the daemon at {address} is up for {values['uptime_s']:.0f} s")

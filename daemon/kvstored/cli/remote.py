@@ -19,7 +19,7 @@ TIMEOUT_S = 5.0
 def remote(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command on a daemon from `function(client, as_json, ...)`."""
 
-    @click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT  [default: $KVSTORED_ADDRESS, else the runtime directory]")  # fmt: skip  # noqa: E501
+    @click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT  [default: $KVSTORED_ADDRESS, else the runtime directory, else the service]")  # fmt: skip  # noqa: E501
     @click.option("--timeout-s", type=click.FloatRange(0.001, 86400), default=TIMEOUT_S, show_default=True,
                   help="Seconds that the daemon may be silent.")  # fmt: skip
     @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")

@@ -94,7 +94,8 @@ def _pieces(x: Any) -> Iterator[Bytes]:
 
 
 def _write_whole(path: Path, pieces: list[Any], moved: Callable[[int], None] | None) -> None:
-    # A temporary file, renamed when complete: an interrupted `get -o` leaves the old file or none.
+    # A temporary file, renamed when complete: an interrupted `get -o` leaves the old file or none. Its mode stays 0600,
+    # mkstemp's: from tensors prompts can be recovered, and whoever wants to share the file may say so.
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -102,9 +103,6 @@ def _write_whole(path: Path, pieces: list[Any], moved: Callable[[int], None] | N
                 file.write(piece)
                 if moved is not None:
                     moved(len(piece))
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(scratch).chmod(0o666 & ~mask)
         Path(scratch).replace(path)
     except BaseException:
         with suppress(FileNotFoundError):

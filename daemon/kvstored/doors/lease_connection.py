@@ -32,7 +32,7 @@ from kvstore.shm.layout import layout
 from kvstore.store import Store
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
-from kvstored.access.interceptor import RIGHT_OF, Access, Records
+from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access, Records
 from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
@@ -55,6 +55,7 @@ from kvstored.doors.lease_packets import (
 )
 from kvstored.doors.lending import Lending
 from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.trust import peer_uid
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Connection:
     def __init__(self, sock: socket.socket, shared: Shared) -> None:
         self._sock = sock
         self._shared = shared
-        _, self.uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        self.uid = peer_uid(sock)
         identity = shared.identify(self.uid)
         if identity is None:
             raise PermissionError(f"user {self.uid} has no entry in the tokens file")
@@ -236,8 +237,10 @@ class Connection:
             observe(time.perf_counter() - began)
         else:
             records = self._shared.records
-            records.ended(_LEASE + verb, code, began, self._identity, self._peer)
-            if code == "OK" and not records.traced:  # nothing else is to be written down of the next one
+            audited = _LEASE + verb in AUDITED
+            asked = getattr(call, verb).SerializeToString() if audited else b""
+            records.ended(_LEASE + verb, code, began, self._identity, self._peer, asked)
+            if code == "OK" and not (records.traced or audited):  # nothing else is to be written down of the next one
                 self._observers[verb] = records.observer(_LEASE + verb)
         if len(reply) > PACKET_MAX_NBYTES - NUMBER_NBYTES:
             reply = self._too_large(verb, reply)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from kvstore.ownership import check_directory, open_own
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
@@ -44,9 +45,15 @@ class DirectoryLock:
     """An flock on a file, held until `release` or the end of the process."""
 
     def __init__(self, path: Path, what: str) -> None:
-        """Take the lock. Raises ConfigError, which names the holder, if another process has it."""
+        """Take the lock; its directory is made if need be. Raises ConfigError, which names the holder, if it is taken.
+
+        Raises ConfigError, too, where the directory or the file is another user's, or a link: whoever may put names
+        there could have this process overwrite what it can write, and clients talk to what is not this daemon. A group
+        may write there, as to a volume that is made for its pod.
+        """
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        check_directory(path.parent, what, group_may_write=True)
+        self._fd = open_own(path, os.O_RDWR | os.O_CREAT, what, mode=0o640)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

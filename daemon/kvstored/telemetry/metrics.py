@@ -126,6 +126,8 @@ _DAEMON = (
            value="lease_connections_refused"),
     Family("kvstored_lease_accept_failures_total", "counter", "Clients that the lease socket could not take.",
            value="lease_accept_failures"),
+    Family("kvstored_lease_users_refused_total", "counter", "Lease connections of users without an entry for them.",
+           value="lease_users_refused"),
     Family("kvstored_pressure_shrinks_total", "counter", "Times the hot tier gave way to memory pressure.",
            value="pressure_shrinks"),
     Family("kvstored_heap_idle_bytes", "gauge", "Resident memory that is freed and not used again yet, about.",

@@ -490,7 +490,7 @@ def test_export_gives_each_key_a_file_of_its_own(tmp_path: Path) -> None:
     with Store.open(tmp_path / "cold", clock=clock) as store:
         for n in range(3):
             store.put(bytes(255) + bytes([n]), {"k": torch.full((3,), n)})
-    assert export(tmp_path / "cold", tmp_path / "files", clock) == 3
+    assert export(tmp_path / "cold", tmp_path / "files", clock).entries == 3
     files = sorted((tmp_path / "files").iterdir())
     assert len(files) == 3
     assert import_files(tmp_path / "to", files, clock, ttl_s=60) == []

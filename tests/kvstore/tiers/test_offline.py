@@ -12,7 +12,7 @@ from kvstore.clock import ManualClock
 from kvstore.errors import ConfigError
 from kvstore.metadata.meta import Meta
 from kvstore.tiers.admission import Admission
-from kvstore.tiers.offline import compact, export, fsck, import_files
+from kvstore.tiers.offline import Exported, compact, export, fsck, import_files
 from tests.kvstore.tiers.test_cold import Holder, filled, flip, key, segment_files
 
 MIB = 1 << 20
@@ -127,7 +127,7 @@ def test_fsck_compact_export_and_import(holder: Holder, tmp_path: Path) -> None:
     assert (checked.entries, checked.corrupt, checked.quarantined) == (3, 1, None)
     before, after = compact(holder.path, holder.clock)
     assert after < before
-    assert export(holder.path, tmp_path / "out", holder.clock) == 2
+    assert export(holder.path, tmp_path / "out", holder.clock) == Exported(2, 0)
     files = sorted((tmp_path / "out").iterdir())
     assert torch.equal(safetensors.torch.load_file(files[1])["x"], torch.full((100,), 2, dtype=torch.uint8))
     (tmp_path / "bad").write_bytes(os.urandom(100))

@@ -22,7 +22,7 @@ def test_fsck_compact_export_import(tmp_path: Path) -> None:
         assert run("fsck", "--data-dir", tmp_path / "data")[0] == 2  # in use
     code, out = run("fsck", "--data-dir", tmp_path / "data", "--json")
     assert code == 0
-    assert json.loads(out.splitlines()[0]) == {"entries": 3, "corrupt": 0, "quarantined": None}
+    assert json.loads(out.splitlines()[0]) == {"entries": 3, "corrupt": 0, "unreadable": 0, "quarantined": None}
     assert run("compact", "--data-dir", tmp_path / "data")[0] == 0
     assert run("export", "--data-dir", tmp_path / "data", tmp_path / "out")[0] == 0
     files = sorted((tmp_path / "out").iterdir())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from kvstore.errors import ConfigError
 from kvstore.stats import Stats, TierStats
 from kvstored.access.tokens import digest, read_tokens
 from kvstored.cli import cli
@@ -193,8 +194,92 @@ def test_doctor_finds_what_is_wrong_and_says_what_to_do(tmp_path, daemon):
     done = CliRunner().invoke(cli, ["doctor", "--config", str(config), "--json"], catch_exceptions=False)
     assert done.exit_code == 4
     bad = [json.loads(line) for line in done.output.splitlines() if '"bad"' in line]
-    assert len(bad) == 2
+    assert len(bad) == 3
+    assert bad[-1]["what"].startswith("no answer at unix:")
     assert all(one["todo"] for one in bad)
+    config.write_text(f"[server]\naddress = 'unix:{tmp_path}/k.sock'\ndata_dir = '{tmp_path}/d'\n"
+                      "[store.hot]\ncapacity_nbytes = '1MiB'\n[store.warm]\ncapacity_nbytes = '1MiB'\n"
+                      "[store.cold]\ncapacity_nbytes = '1MiB'\n")  # fmt: skip
+    done = CliRunner().invoke(cli, ["doctor", "--config", str(config), "--json"], catch_exceptions=False)
+    assert done.exit_code == 3, "nothing answers, and nothing else is wrong"
+
+
+def test_a_tokens_file_or_a_key_that_others_may_change_or_read_is_refused_everywhere(tmp_path):
+    from kvstored.access.tls import Certificates
+
+    (tmp_path / "t").write_text("")
+    (tmp_path / "key").write_text("-----BEGIN PRIVATE KEY-----")
+    (tmp_path / "pem").write_text("-----BEGIN CERTIFICATE-----")
+    config = tmp_path / "k.toml"
+    config.write_text(
+        f"[server]\naddress = 'unix:{tmp_path}/k.sock'\ntokens = '{tmp_path}/t'\n"
+        f"tls_certificate = '{tmp_path}/pem'\ntls_key = '{tmp_path}/key'\n"
+    )
+    for name, mode, words in (
+        ("t", 0o646, "everybody on this host can write"),
+        ("t", 0o660, "its group can write"),
+        ("t", 0o644, "note: everybody on this host can read"),
+        ("key", 0o644, "everybody on this host can read"),
+        ("key", 0o602, "everybody on this host can write"),
+    ):
+        (tmp_path / "t").chmod(0o640)
+        (tmp_path / "key").chmod(0o640)
+        assert CliRunner().invoke(cli, ["config", "check", str(config)]).exit_code == 0
+        (tmp_path / name).chmod(mode)
+        checked = CliRunner().invoke(cli, ["config", "check", str(config)])
+        refused = not words.startswith("note")
+        assert (checked.exit_code, words in checked.output) == (2 if refused else 0, True), checked.output
+        doctor = CliRunner().invoke(cli, ["doctor", "--config", str(config), "--json"]).output
+        found = [json.loads(line) for line in doctor.splitlines() if str(tmp_path / name) in line and "chmod" in line]
+        assert [one["verdict"] for one in found] == ["bad" if refused else "note"]
+        if refused:
+            with pytest.raises(ConfigError, match=words):
+                read_tokens(tmp_path / "t") if name == "t" else Certificates(
+                    str(tmp_path / "pem"), str(tmp_path / "key")
+                ).credentials()
+
+
+def test_the_overflow_uid_is_refused_as_an_identity(tmp_path):
+    from kvstore.ownership import overflow_uid
+    from kvstored.access.interceptor import Access
+
+    file = tmp_path / "tokens.toml"
+    file.write_text(f'[[token]]\nname = "a"\nsha256 = "{"a" * 64}"\nrights = ["read"]\nuid = {overflow_uid()}\n')
+    file.chmod(0o600)
+    with pytest.raises(ConfigError, match="names nobody"):
+        read_tokens(file)
+    access = Access(None, token_on_unix=False)
+    assert access.of_user(overflow_uid()) is None, "users of one number share no memory"
+    assert access.of_user(overflow_uid() - 1) is not None
+
+
+def test_a_user_whom_the_lease_socket_refuses_leaves_a_line_a_minute_and_is_counted(caplog):
+    from kvstored.access.interceptor import Access, RefusedUsers
+    from kvstored.access.tokens import Tokens
+
+    access, now = Access(Tokens(), token_on_unix=False), [0.0]
+    access.refused = RefusedUsers(lambda: now[0])
+    with caplog.at_level("INFO", "kvstored.audit"):
+        for _ in range(3):
+            assert access.of_user(4_000_000_000) is None
+        now[0] = 61.0
+        access.of_user(4_000_000_000)
+    assert [record.getMessage() for record in caplog.records] == [
+        "lease verb=connect who=nobody peer=lease:4000000000 result=UNAUTHENTICATED reason=no entry"
+    ] * 2
+    assert access.refused.gauges() == {"lease_users_refused": 4}
+
+
+def test_a_delete_and_a_pin_leave_a_line_through_either_door(daemon):
+    for shared in (True, False):
+        with daemon.client(framework="numpy", shared_memory=shared) as client:
+            for _ in range(2):  # the second one of a kind leaves its line as well
+                client.pin(b"audited")
+                client.delete(b"audited", b"other")
+    for door in ("Lease/delete", "Lease/pin", "Cache/Delete", "Cache/Pin"):
+        keys = 1 if door.lower().endswith("pin") else 2
+        lines = re.findall(rf"verb={door} who=local peer=\S+ keys={keys} first=\w+ result=OK", daemon.log)
+        assert len(lines) == 2, door
 
 
 def test_a_token_is_shown_once_and_its_entry_lets_it_in(tmp_path):

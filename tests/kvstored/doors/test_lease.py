@@ -301,15 +301,15 @@ def test_another_user_gets_the_bytes_in_his_own_segments_only(daemon):
     pid = os.fork()
     if pid == 0:
         try:
-            os.setgid(65534)
-            os.setuid(65534)
+            os.setgid(3001)
+            os.setuid(3001)
             inherited = set(Path("/proc/self/maps").read_text().splitlines())
             with Client(daemon.address, framework="numpy", on_error="raise") as other:
                 hit = other.get(b"mine")
                 assert np.array_equal(hit.tensors["x"], np.arange(1000))
                 mapped = set(Path("/proc/self/maps").read_text().splitlines()) - inherited
                 own = {line.partition("memfd:")[2].split()[0] for line in mapped if "memfd:kvstored-" in line}
-                assert own == {"kvstored-65534"}, "in segments of his own"
+                assert own == {"kvstored-3001"}, "in segments of his own"
             os._exit(0)
         except BaseException as error:  # noqa: BLE001
             sys.stderr.write(repr(error))

@@ -1,0 +1,65 @@
+"""What a daemon locks and writes when others can put names where it works."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvstore.errors import ConfigError
+from kvstored.access.tenant_view import read_secret
+from kvstored.host.process import DirectoryLock
+from tests.strangers import STRANGER, why_not
+
+needs_root = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def test_a_lock_truncates_nothing_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    for make in (os.symlink, os.link):
+        make(tmp_path / "precious", tmp_path / "k.sock.lock")
+        with pytest.raises(ConfigError, match="remove it"):
+            DirectoryLock(tmp_path / "k.sock.lock", "k.sock")
+        (tmp_path / "k.sock.lock").unlink()
+        assert (tmp_path / "precious").read_text() == "mine"
+    os.mkfifo(tmp_path / "k.sock.lock")
+    with pytest.raises(ConfigError, match="remove it"):
+        DirectoryLock(tmp_path / "k.sock.lock", "k.sock")
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["directory", "lock", "link"])
+def test_what_another_user_made_is_not_used(tmp_path: Path, what: str) -> None:
+    # Not sticky: there fs.protected_symlinks, where it is on, has the kernel refuse before we do.
+    (tmp_path / "real").mkdir()
+    place = tmp_path / "kvstored-0"
+    if what == "link":
+        place.symlink_to(tmp_path / "real")
+        os.lchown(place, STRANGER, STRANGER)
+    else:
+        place.mkdir()
+        (place / "k.sock.lock").write_text("theirs")
+        os.chown(place if what == "directory" else place / "k.sock.lock", STRANGER, STRANGER)
+    with pytest.raises(ConfigError, match="3001"):
+        DirectoryLock(place / "k.sock.lock", "k.sock")
+    if what != "link":
+        assert (place / "k.sock.lock").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(("mode", "may"), [(0o777, False), (0o775, True), (0o1777, True), (0o750, True)])
+def test_a_directory_where_anybody_may_replace_names_is_not_used(tmp_path: Path, mode: int, may: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(mode)
+    if may:  # /tmp, or a volume made for a pod's group: each file in it is checked by itself
+        DirectoryLock(tmp_path / "run" / "k.lock", "k").release()
+    else:
+        with pytest.raises(ConfigError, match=r"everybody may write to the directory .*chmod"):
+            DirectoryLock(tmp_path / "run" / "k.lock", "k")
+
+
+def test_the_tenants_secret_is_not_read_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "known").write_bytes(bytes(32))
+    (tmp_path / "tenants.secret").symlink_to(tmp_path / "known")
+    with pytest.raises(ConfigError, match="symbolic link"):
+        read_secret(tmp_path / "tenants.secret")
+    (tmp_path / "tenants.secret").unlink()
+    assert len(read_secret(tmp_path / "tenants.secret")) == 32
