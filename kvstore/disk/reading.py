@@ -47,7 +47,14 @@ def _entry(segments: Segments, key: Key, row: Row, seals: Seals) -> Entry:
 
 
 def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None:
-    if segments.read(row.place, buffers, skip) != sum(buffer.size for buffer in buffers):
+    try:
+        nbytes = segments.read(row.place, buffers, skip)
+    except OSError:
+        # An error says nothing of the record; that there is no such file, where others are, does.
+        if segments.lacks(row.place.segment):
+            raise RecordCorrupt(f"its row names segment {row.place.segment}, which is not there") from None
+        raise
+    if nbytes != sum(buffer.size for buffer in buffers):
         raise RecordCorrupt("record ends early")
 
 
@@ -55,7 +62,7 @@ def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
     """The tensors' types, shapes and receipts, from the record's head alone. Raises the same errors as `read_entry`."""
     with Blaming(RecordCorrupt, "record"):  # the boundary, as above
         head_bytes = np.empty(row.head_nbytes, np.uint8)
-        segments.read(row.place, [head_bytes])
+        _fill(segments, row, [head_bytes], 0)
         head = parse_head(head_bytes.tobytes(), key)
         _check_sizes(head, row)
         return specs_of(head, head_bytes.tobytes())

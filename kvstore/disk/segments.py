@@ -135,6 +135,10 @@ class Segments:
         """Fill the buffers from a place, `skip` bytes into it. Returns the bytes read. Raises OSError."""
         return self._disk.read(self._opened(place.segment).fd, buffers, place.offset + skip)
 
+    def lacks(self, number: int) -> bool:
+        """Whether there is no file of that number in a directory that can be read. Raises OSError where it cannot."""
+        return self.path.is_dir() and not self._file(number).exists()
+
     def free(self, places: Iterable[Place]) -> None:
         """Give the blocks of records that no row names any more back to the file system."""
         for place in places:

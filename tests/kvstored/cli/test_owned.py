@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def as_root(*args: object) -> tuple[int, str]:
 @pytest.fixture
 def strangers(tmp_path: Path) -> Path:
     """A data directory of another user's, as the service's is."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    top = Path(tempfile.gettempdir())
+    for parent in (tmp_path, *(parent for parent in tmp_path.parents if parent != top and top in parent.parents)):
         parent.chmod(0o755)
     give_to(fill(tmp_path / "data"), STRANGER)
     return tmp_path / "data"
