@@ -1,8 +1,8 @@
 """The run: worker A puts every state, the daemon restarts, worker B restores and judges.
 
-Strategies whose libraries want another path on PYTHONPATH have workers of their own, one engine after the other; all
-speak to one daemon. Nothing is timed while states are put, so two workers share that. A worker that dies in the middle
-of a strategy costs that row: another worker goes on with the next. Not thread-safe.
+Strategies whose libraries want another path on PYTHONPATH have workers of their own; all speak to one daemon. Nothing
+is timed while states are put and judged, so two workers share that; then one alone takes the times. A worker that dies
+in the middle of a strategy costs that row: another worker goes on with the next. Not thread-safe.
 """
 
 import importlib.util
@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 from experiments import ExperimentFailed, Found, Strategy
 from experiments.catalogue import ENGINES
 from experiments.daemon import child, daemon, environment
 from experiments.smollm import cache_directory, default_model
-from experiments.worker import Job
+from experiments.worker import Job, Role
 from kvstore.config import CodecPolicy
 
 ROW_S = 1200.0
@@ -85,13 +85,23 @@ def run(plan: Plan, tick: Tick) -> Iterator[Found]:
     with tempfile.TemporaryDirectory(prefix="kvx-") as top:
         home = Path(top)
         (home / "kvstored.toml").write_text(settings(plan.strategies))
-        for role in ("put", "get"):
+        for roles in lives(plan.strategies):
             with daemon(home) as address:
-                for name, outcome in _all(plan, role, address, home / "workers.log", outcomes):
-                    outcomes[name][role] = outcome
-                    tick(name)
+                for role in roles:
+                    for name, outcome in _all(plan, role, address, home / "workers.log", outcomes):
+                        outcomes[name][role] = outcome
+                        tick(name)
     for strategy in plan.strategies:
         yield found(strategy, outcomes[strategy.name])
+
+
+def lives(strategies: Sequence[Strategy]) -> tuple[tuple[Role, ...], ...]:
+    """The roles, by the daemon that serves them: one that is put to, and one that was started after it."""
+    return ("put",), (("judge", "time") if _lanes(strategies) > 1 else ("get",))
+
+
+def _lanes(strategies: Sequence[Strategy]) -> int:
+    return 2 if len(os.sched_getaffinity(0)) > 1 and len(strategies) >= SHARED_FROM else 1
 
 
 def found(strategy: Strategy, outcome: dict[str, Any]) -> Found:
@@ -104,7 +114,8 @@ def found(strategy: Strategy, outcome: dict[str, Any]) -> Found:
     failed = next((half["failed"] for half in outcome.values() if "failed" in half), "")
     if failed:
         return replace(row, failed=failed)
-    a, b = outcome["put"], dict(outcome["get"])
+    a = outcome["put"]
+    b = dict(outcome["get"]) if "get" in outcome else outcome["judge"] | outcome["time"]
     same = a["logits"] == b.pop("logits")
     if not same and strategy.policy is None:
         row = replace(row, failed="an exact state came back, and its logits are others than before it was stored")
@@ -134,14 +145,21 @@ class Workers:
                 process.kill()
 
 
-def _all(
-    plan: Plan, role: Literal["put", "get"], address: str, log: Path, outcomes: dict[str, dict[str, Any]]
-) -> Iterator[Outcome]:
-    """All strategies in one role, engine by engine; those that failed before are passed by."""
-    cores = len(os.sched_getaffinity(0))
-    lanes = 2 if cores > 1 and len(plan.strategies) >= SHARED_FROM else 1
-    # The same in both roles: another number of threads adds up in another order, and a logit has another last bit.
-    job = Job(role, address, str(plan.model), str(plan.text), plan.prefix, plan.continuation, cores // lanes, ())
+def _all(plan: Plan, role: Role, address: str, log: Path, outcomes: dict[str, dict[str, Any]]) -> Iterator[Outcome]:
+    """All strategies in one role; those that failed before are passed by."""
+    lanes = _lanes(plan.strategies)
+    # The same in all roles: another number of threads adds up in another order, and a logit has another last bit.
+    job = Job(
+        role,
+        address,
+        str(plan.model),
+        str(plan.text),
+        plan.prefix,
+        plan.continuation,
+        len(os.sched_getaffinity(0)) // lanes,
+        (),
+    )
+    workers, works = Workers(), list[Iterator[Outcome]]()
     for engine in ENGINES:
         names = [
             s.name
@@ -154,13 +172,13 @@ def _all(
         except ExperimentFailed as error:
             yield from ((name, {"failed": str(error)}) for name in names)
             continue
-        parts = [names[i::lanes] for i in range(lanes)] if role == "put" else [names]
-        workers = Workers()
-        yield from together([work(job, part, env, log, workers) for part in parts], workers)
+        parts = 1 if role == "time" else lanes
+        works += [work(job, names[i::parts], env, log, workers) for i in range(parts)]
+    yield from together(works, workers, 1 if role == "time" else lanes)
 
 
-def together(works: Sequence[Iterator[Outcome]], workers: Workers) -> Iterator[Outcome]:
-    """The outcomes of several `work`s side by side, as they come. All workers have ended once this ends, however."""
+def together(works: Sequence[Iterator[Outcome]], workers: Workers, at_once: int) -> Iterator[Outcome]:
+    """The outcomes of several `work`s, so many at once, as they come. All workers have ended once this ends."""
     said: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()
 
     def follow(outcomes: Iterator[Outcome]) -> None:
@@ -171,7 +189,7 @@ def together(works: Sequence[Iterator[Outcome]], workers: Workers) -> Iterator[O
             said.put(error)
         said.put(None)
 
-    with ThreadPoolExecutor(len(works)) as threads:
+    with ThreadPoolExecutor(at_once) as threads:
         try:
             for outcomes in works:
                 threads.submit(follow, outcomes)

@@ -1,4 +1,6 @@
-"""One worker: `python -m experiments.worker JOB` (JSON). Role "put" makes and stores, "get" restores and judges.
+"""One worker: `python -m experiments.worker JOB` (JSON).
+
+Role "put" makes and stores, "judge" restores and judges, "time" restores and takes times, "get" does both.
 
 It prints one JSON object a line: {"begin": NAME}, then {"found": NAME, ...} or {"failed": NAME, "why": ...}; and
 {"fatal": WHY} where the model or the text is no good. A strategy that raises leaves the others alone; one that kills
@@ -26,7 +28,7 @@ from experiments.attention import Baseline, NoContext
 from experiments.catalogue import named
 from experiments.lab import Lab, digest, load_model, quality
 from experiments.needles import answered, hidden
-from kvstore.hit import Fidelity, Hit
+from kvstore.hit import Fidelity
 from kvstored_client import Client
 
 DECODED_TOKENS = 6
@@ -35,13 +37,14 @@ TIMEOUT_S = 120.0
 KILL = "EXPERIMENTS_KILL"
 """For tests: ROLE:NAME, the strategy in whose middle the worker kills itself, as the kernel does when memory is out."""
 Document = Literal["text", "needles"]
+Role = Literal["put", "get", "judge", "time"]
 
 
 @dataclass(frozen=True)
 class Job:
     """What a worker does. threads: of torch, for what must be the same in both roles. strategies: names, in order."""
 
-    role: Literal["put", "get"]
+    role: Role
     address: str
     model: str
     text: str
@@ -148,51 +151,54 @@ def stored(bench: Bench, client: Client, strategy: Strategy, document: Document)
     return state
 
 
-def get(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
-    """Restore both documents' states and judge them. Times are taken with all threads."""
+def judge(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
+    """Restore both documents' states and judge them. Nothing is timed."""
     lab = bench.lab(strategy.units)
     own = strategy.units == "bytes"
     with bench.few_threads():
         exact = strategy.resume(lab, strategy.state(lab))(lab.rest) if own else bench.exact
-    tensors, found = restored(bench, client, strategy)
-    with bench.few_threads():
+        tensors, encoding = held(client, strategy, "text")
         logits = strategy.resume(lab, tensors)(lab.rest)
-    judged = quality(exact, logits, lab.rest)
-    told = lab if not own else None
-    return {
-        **found, **asdict(judged),
-        "logits": digest(logits),
-        "worse_than_nothing": told is not None and judged.kl > bench.nothing_kl,
-        "ms_per_token_over_baseline": slower(bench, strategy.resume(lab, tensors)),
-        "retrieval": retrieval(bench, client, strategy),
-        "note": strategy.notes(lab),
-    }  # fmt: skip
+        judged = quality(exact, logits, lab.rest)
+        return {
+            **asdict(judged),
+            "encoding": encoding,
+            "logits": digest(logits),
+            "worse_than_nothing": not own and judged.kl > bench.nothing_kl,
+            "retrieval": retrieval(bench, client, strategy),
+            "note": strategy.notes(lab),
+        }
 
 
-def restored(bench: Bench, client: Client, strategy: Strategy) -> tuple[Tensors, dict[str, Any]]:
-    """The text's state out of the daemon; how large it is held, how, and how long restoring takes of the prefill."""
-    lab, key = bench.lab(strategy.units), key_of(strategy, "text")
+def held(client: Client, strategy: Strategy, document: Document) -> tuple[Tensors, str]:
+    """A state out of the daemon, and how it was encoded. Raises RuntimeError where the daemon does not have it."""
     if isinstance(strategy, NoContext):
-        return {}, {"bytes_per_token": 0.0, "encoding": "-", "restore_over_prefill": 0.0}
+        return {}, "-"
+    hit = client.get(key_of(strategy, document))
+    if hit is None:
+        raise RuntimeError("the daemon does not give it back after the restart")
+    return hit.tensors, hit.encoding
+
+
+def take_times(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
+    """Restore the text's state with all threads, alone; and how large it is held."""
+    lab, key = bench.lab(strategy.units), key_of(strategy, "text")
+    with bench.few_threads():
+        tensors, _ = held(client, strategy, "text")
+        # What a strategy computes once and keeps is as it was where the state was put.
+        step = strategy.resume(lab, tensors)
+    found = {"ms_per_token_over_baseline": slower(bench, step)}
+    if isinstance(strategy, NoContext):
+        return {**found, "bytes_per_token": 0.0, "restore_over_prefill": 0.0}
     info = client.inspect(key)
     if info is None:
         raise RuntimeError("the daemon does not have it after the restart")
-
-    def once() -> Hit:
-        hit = client.get(key)
-        if hit is None:
-            raise RuntimeError("the daemon does not give it back after the restart")
-        strategy.resume(lab, hit.tensors)
-        return hit
-
-    with bench.few_threads():
-        hit = once()  # what a strategy computes once and keeps is as it was where the state was put
-    first_s, second_s = (timed(once)[1] for _ in range(2))
+    restored_s = min(timed(lambda: strategy.resume(lab, held(client, strategy, "text")[0]))[1] for _ in range(2))
     whole_s = bench.prefill_s if strategy.units == "tokens" else timed(lambda: strategy.state(lab))[1]
-    return hit.tensors, {
+    return {
+        **found,
         "bytes_per_token": info.tier_nbytes[0] / lab.ids.shape[1],
-        "encoding": hit.encoding,
-        "restore_over_prefill": min(first_s, second_s) / whole_s,
+        "restore_over_prefill": restored_s / whole_s,
     }
 
 
@@ -211,8 +217,7 @@ def slower(bench: Bench, step: Step) -> float:
 def retrieval(bench: Bench, client: Client, strategy: Strategy) -> float:
     """Percent of the questions answered exactly, each from the restored state as it was."""
     lab = bench.lab(strategy.units, "needles")
-    hit = client.get(key_of(strategy, "needles"))
-    tensors = {} if hit is None else hit.tensors
+    tensors, _ = held(client, strategy, "needles")
     right = sum(answered(strategy.resume(lab, tensors), question) for question in lab.questions)
     return 100 * right / len(lab.questions)
 
@@ -220,7 +225,11 @@ def retrieval(bench: Bench, client: Client, strategy: Strategy) -> float:
 def run(job: Job) -> Iterator[dict[str, Any]]:
     """Every strategy's outcome, as it comes."""
     bench = Bench(job)
-    roles: dict[str, Callable[[Bench, Client, Strategy], dict[str, Any]]] = {"put": put, "get": get}
+    roles: dict[str, Callable[[Bench, Client, Strategy], dict[str, Any]]] = {
+        "put": put,
+        "judge": judge,
+        "time": take_times,
+    }
     for units in {named(name).units for name in job.strategies}:
         bench.lab(units)  # a text that is too short ends the run before its first row
     with Client(job.address, timeout_s=TIMEOUT_S, on_error="raise") as client:

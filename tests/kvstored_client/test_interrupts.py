@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 
 import kvstored_client
+from kvstore.errors import InvalidEntry
+from kvstore.options import PutOptions
 from kvstored_client import Client
+from kvstored_client.interrupts import damage
 from kvstored_client.shm.pool import CONNECTIONS_MAX
 from tests.conftest import wait_until
 
@@ -445,3 +448,13 @@ def test_an_interrupted_copy_writes_to_the_caller_s_tensor_no_more(shared_daemon
         jobs[0].wait()  # whatever was before it has been done
         assert (out["x"] == 7).all()
         client.delete(b"large")
+
+
+def test_what_a_handler_raises_while_an_answer_is_read_is_no_damage() -> None:
+    """The innermost frame is this file's, as a signal handler's is."""
+    with pytest.raises(ValueError, match="mine") as raised:
+        raise ValueError("mine")
+    assert damage(raised.value, "an answer") is raised.value
+    with pytest.raises(InvalidEntry) as told:
+        PutOptions(ttl_s=-1.0)
+    assert damage(told.value, "an answer") is told.value

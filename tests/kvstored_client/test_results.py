@@ -55,6 +55,8 @@ def test_out_is_filled_in_place_whatever_it_is(shared_daemon):
         {"y": torch.zeros(3)},
         {"x": torch.zeros(3), "y": torch.zeros(3)},
         {"x": np.zeros(6, dtype=np.float32)[::2]},
+        {"x": np.frombuffer(bytes(12), dtype=np.float32)},  # read-only
+        {"x": np.zeros(3, dtype=np.dtype(np.float32).newbyteorder())},
         {},
     ],
 )
@@ -63,6 +65,14 @@ def test_an_out_that_does_not_fit_raises(shared_daemon, out):
     client.put(b"k", {"x": torch.ones(3)})
     with pytest.raises(InvalidEntry, match="out"):
         client.get(b"k", out=out)
+
+
+def test_a_lease_from_nobody_is_a_miss(tmp_path):
+    with Client(f"unix:{tmp_path}/nobody", timeout_s=0.2) as client:
+        with client.lease(b"k") as hit:
+            assert hit is None
+        with client.lease_many([b"k", b"l"]) as hits:
+            assert not any(hits)
 
 
 def test_strided_conjugated_and_empty_tensors_are_put_as_their_values(shared_daemon):

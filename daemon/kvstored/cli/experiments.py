@@ -112,7 +112,7 @@ def _run(  # noqa: PLR0913 - one for each option
 ) -> None:  # fmt: skip
     from experiments import ExperimentFailed, report
     from experiments.catalogue import chosen
-    from experiments.run import Plan, checked_model, checked_text
+    from experiments.run import Plan, checked_model, checked_text, lives
     from experiments.run import run as rows_of
 
     try:
@@ -120,8 +120,9 @@ def _run(  # noqa: PLR0913 - one for each option
         plan = Plan(checked_model(model), checked_text(text), *tokens, strategies)
         if plot is not None and not plot.parent.is_dir():
             raise ExperimentFailed(f"{plot.parent} is no directory to write {plot.name} to")
+        turns = sum(map(len, lives(strategies)))
         with click.progressbar(
-            length=2 * sum(not hasattr(s, "recorded") for s in strategies),
+            length=turns * sum(not hasattr(s, "recorded") for s in strategies),
             label="experiments",
             file=sys.stderr,
             item_show_func=lambda name: name or "",
