@@ -225,10 +225,11 @@ def retrieval(bench: Bench, client: Client, strategy: Strategy) -> float:
 def run(job: Job) -> Iterator[dict[str, Any]]:
     """Every strategy's outcome, as it comes."""
     bench = Bench(job)
-    roles: dict[str, Callable[[Bench, Client, Strategy], dict[str, Any]]] = {
+    roles: dict[Role, Callable[[Bench, Client, Strategy], dict[str, Any]]] = {
         "put": put,
         "judge": judge,
         "time": take_times,
+        "get": lambda *given: judge(*given) | take_times(*given),
     }
     for units in {named(name).units for name in job.strategies}:
         bench.lab(units)  # a text that is too short ends the run before its first row
