@@ -75,12 +75,12 @@ def everybody_reads(path: str | Path) -> bool:
     return bool(os.stat(path).st_mode & stat.S_IROTH)  # noqa: PTH116 - a Path or text
 
 
-def check_directory(path: Path, what: str, *, group_may_write: bool, root_may_own: bool = True) -> None:
-    """Raise ConfigError unless only this user (and root) decides what the names in a directory mean.
+def check_directory(path: Path, what: str, *, root_may_own: bool = True) -> None:
+    """Raise ConfigError for a directory of another user's, or one where everybody may replace what a name means.
 
-    A symbolic link at `path` itself is followed if root or this user made it. A directory that everybody may write
-    passes only with its sticky bit, and only where a group may write too: there nobody removes another's names, so it
-    is enough that each file is checked (`open_own`). Raises OSError if there is no directory.
+    A symbolic link at `path` itself is followed if root or this user made it. A group may write, as to a volume made
+    for its pod, and everybody where the sticky bit is set: there nobody removes another's names, so it is enough that
+    each file is checked (`open_own`). Raises OSError if there is no directory.
     """
     own = os.geteuid()
     allowed = {own, 0} if root_may_own else {own}
@@ -95,10 +95,5 @@ def check_directory(path: Path, what: str, *, group_may_write: bool, root_may_ow
             f"{what}: the directory {path} belongs to {user_name(found.st_uid)}, and this process runs as "
             f"{user_name(own)}: run it as that user (sudo -u), or name a directory of its own"
         )
-    if found.st_mode & stat.S_IWOTH and not (group_may_write and found.st_mode & stat.S_ISVTX):
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise ConfigError(f"{what}: everybody may write to the directory {path}: chmod o-w {path}, or name another")
-    if found.st_mode & stat.S_IWGRP and not group_may_write:
-        raise ConfigError(
-            f"{what}: the group {found.st_gid} may write to the directory {path} and replace what is in it: "
-            f"chmod g-w {path}, or name another"
-        )

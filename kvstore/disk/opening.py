@@ -88,7 +88,7 @@ def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory
     """Lock and check a directory; create it if it does not exist. Raises ConfigError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_directory(path, "cold.path", group_may_write=True, root_may_own=False)
+        check_directory(path, "cold.path", root_may_own=False)
         _check_names(path)
         directory = Directory(path, _lock(path))
     except OSError as error:

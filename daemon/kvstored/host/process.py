@@ -52,7 +52,7 @@ class DirectoryLock:
         may write there, as to a volume that is made for its pod.
         """
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        check_directory(path.parent, what, group_may_write=True)
+        check_directory(path.parent, what)
         self._fd = open_own(path, os.O_RDWR | os.O_CREAT, what, mode=0o640)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
