@@ -111,8 +111,8 @@ class Box:
         (self.units / "worker.py").write_text(WORKER)
         (self.units / f"worker-{uid}.service").write_text(
             f"[Service]\nType=oneshot\nUser={uid}\nGroup={uid}\nSupplementaryGroups={group}\nProtectHome=tmpfs\n"
-            f"BindReadOnlyPaths={sys.base_prefix}\nStandardOutput=append:/run/worker-{uid}\n"
-            f"StandardError=append:/run/worker-{uid}.errors\n"
+            f"BindReadOnlyPaths={sys.base_prefix}\nStandardOutput=truncate:/run/worker-{uid}\n"
+            f"StandardError=truncate:/run/worker-{uid}.errors\n"
             f"Environment=PYTHONPATH={CHECKOUT}:{CHECKOUT}/daemon:{CHECKOUT}/client PYTHONDONTWRITEBYTECODE=1\n"
             f"ExecStart={ENVIRONMENT}/bin/{Path(sys.executable).name} /run/systemd/system/worker.py\n"
         )
