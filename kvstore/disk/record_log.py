@@ -118,9 +118,9 @@ class RecordLog:
         self._segments.recover(found.places)
         return found
 
-    def recovered(self, used: dict[Owner, int]) -> None:
-        """Count what an owner's records take, all of them on the disk since before this process."""
-        for owner, nbytes in used.items():
+    def recovered(self, used: Iterable[tuple[Owner, int]]) -> None:
+        """Count what owners' records take, all of them on the disk since before this process."""
+        for owner, nbytes in used:
             self._pending.recovered(owner, nbytes)
 
     def start(self) -> None:

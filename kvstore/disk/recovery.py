@@ -1,6 +1,6 @@
 """From rows to ordered keys with their Metas, at a start: a million entries in a few seconds.
 
-It works by columns: numpy does the arithmetic and the sorting; the only object per key that stays is its Meta.
+It works by columns: numpy does the arithmetic and the sorting; the only object per key that stays is the key.
 Deadlines come from another process's clock, so they are clamped: none is further away than its TTL, and no entry was
 created in the future.
 """
@@ -10,37 +10,42 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
 
-from kvstore.disk.occupancy import PlaceTable, places_nbytes
-from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Found, Rows
+from kvstore.disk.columns import Coded, Found, KeyColumn, columns, rows_of
+from kvstore.disk.occupancy import PlaceTable
+from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Rows
 from kvstore.keys import Key
 from kvstore.metadata.chains import Links, links_of
-from kvstore.metadata.meta import Meta
-from kvstore.metadata.owner import labelled
+from kvstore.metadata.resting import COLUMNS, Resting, Table
 
 log = logging.getLogger(__name__)
 
-
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Codes = np.ndarray[Any, np.dtype[np.int64]]
+Fields = np.ndarray[Any, np.dtype[np.void]]
 
 
 @dataclass(slots=True)
 class Recovered:
-    """The contents of all rows. keys, metas and bytes of places are in order of use, the least recently used first.
+    """The contents of all rows. resting: the Metas, one for each of `keys`. order: the rows, that of the least recently
+    used key first.
 
-    places: rows of (segment, offset, nbytes). gone: keys of expired and of damaged rows, to be removed.
-    orphans: keys whose parent is not among them. clamped: keys whose deadline was clamped, with their seq. They must be
-    written back, or each restart after a step of the clock would move them again.
+    places: rows of (segment, offset, nbytes). namespaces: the names that occur; namespace: of each row, one of them.
+    gone: keys of expired and of damaged rows, to be removed. orphans: keys whose parent is not among them. clamped:
+    keys whose deadline was clamped, with their seq. They must be written back, or each restart after a step of the
+    clock would move them again.
     """
 
     keys: list[Key] = field(default_factory=list)
-    metas: list[Meta] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
+    resting: Resting = field(default_factory=Resting)
+    order: Codes = field(default_factory=lambda: np.empty(0, np.int64))
     places: PlaceTable = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    namespaces: list[str] = field(default_factory=list)
+    namespace: Codes = field(default_factory=lambda: np.empty(0, np.int64))
     last_seq: int = 0
     gone: list[Key] = field(default_factory=list)
     damaged: int = 0
@@ -51,31 +56,24 @@ class Recovered:
 def recover(rows: Rows, now: float) -> Recovered:
     """Read all rows. now: Unix seconds. Raises lmdb.Error."""
     found = Recovered()
-    chunks = [_living(chunk, now, found) for chunk in rows.scan()]
+    chunks = [_living(columns(keys, datas), now, found) for keys, datas in rows.scan()]
     if not chunks:
         return found
     fields = np.concatenate([chunk.fields for chunk in chunks])
+    found.order = np.argsort(fields["seq"])
+    found.keys = list(chain.from_iterable(chunk.keys for chunk in chunks))
+    links = links_of(rows_of(found.keys, KeyColumn.joined([chunk.parents for chunk in chunks])), found.order)
+    found.orphans = [found.keys[row] for row in links.orphans]
+    encodings = Coded.joined([chunk.encodings for chunk in chunks])
+    namespaces = Coded.joined([chunk.namespaces for chunk in chunks])
+    found.namespaces, found.namespace = namespaces.names, namespaces.codes
     until = np.concatenate([chunk.pinned_until for chunk in chunks])
-    order = np.argsort(fields["seq"], kind="stable")
-    at = order.tolist()
-
-    def sorted_column(name: str) -> list[Any]:
-        column = list(chain.from_iterable(getattr(chunk, name) for chunk in chunks))
-        return [column[i] for i in at]
-
-    found.keys = sorted_column("keys")
-    links = links_of(found.keys, sorted_column("parents"))
-    found.orphans = links.orphans
-    table = Found(
-        found.keys, fields[order], sorted_column("encodings"), until[order], [], sorted_column("namespaces"), []
-    )
     chunks.clear()
-    found.metas = _metas(table, links, now)
-    found.places = np.stack([table.fields[name].astype(np.int64) for name in ("segment", "offset", "nbytes")], axis=1)
-    found.nbytes = places_nbytes(found.places[:, 2]).tolist()
+    found.resting = Resting(found.keys, _table(fields, until, encodings.codes, links, now), encodings.names)
+    found.places = np.stack([fields[name].astype(np.int64) for name in ("segment", "offset", "nbytes")], axis=1)
     found.last_seq = int(fields["seq"].max(initial=0))
-    late = np.flatnonzero(table.fields["expires_at"] > now + table.fields["ttl_s"])
-    seqs = table.fields["seq"][late].tolist()
+    late = np.flatnonzero(fields["expires_at"] > now + fields["ttl_s"])
+    seqs = fields["seq"][late].tolist()
     found.clamped = {found.keys[i]: seq for i, seq in zip(late.tolist(), seqs, strict=True)}
     return found
 
@@ -86,55 +84,31 @@ def _living(chunk: Found, now: float, found: Recovered) -> Found:
         log.error("cold key=%s event=corrupt where=row", key.hex())
     found.damaged += len(chunk.damaged)
     found.gone += chunk.damaged
-    live = (chunk.fields["flags"] & PINNED > 0) | (_expires_at(chunk, now) > now)
+    live = (chunk.fields["flags"] & PINNED > 0) | (_expires_at(chunk.fields, now) > now)
     if live.all():
         return chunk
-    mask = live.tolist()
     found.gone += compress(chunk.keys, (~live).tolist())
-    keys, parents = list(compress(chunk.keys, mask)), list(compress(chunk.parents, mask))
-    encodings, names = (list(compress(column, mask)) for column in (chunk.encodings, chunk.namespaces))
-    return Found(keys, chunk.fields[live], encodings, chunk.pinned_until[live], parents, names, [])
+    return chunk.of(live)
 
 
-def _expires_at(chunk: Found, now: float) -> Floats:
-    clamped: Floats = np.minimum(chunk.fields["expires_at"], now + chunk.fields["ttl_s"])
+def _expires_at(fields: Fields, now: float) -> Floats:
+    clamped: Floats = np.minimum(fields["expires_at"], now + fields["ttl_s"])
     return clamped
 
 
-def _metas(rows: Found, links: Links, now: float) -> list[Meta]:
-    """One Meta per row. Equal numbers become one object: that saves a hundred bytes per key."""
-    f = rows.fields
-    flags = [(f["flags"] & flag > 0).tolist() for flag in (SLIDING, PINNED, EXACT, LOSSY)]
-    return list(
-        map(
-            Meta,
-            _shared(np.minimum(f["created_at"], now)),
-            _shared(_expires_at(rows, now)),
-            _shared(f["ttl_s"]),
-            _shared(f["value_nbytes"]),
-            *flags,
-            rows.encodings,
-            f["hits"].tolist(),
-            _shared(np.minimum(f["last_hit_at"], now)),
-            _shared(rows.pinned_until),
-            links.parents,
-            repeat(False),
-            links.first_children,
-            links.previous,
-            links.nexts,
-            repeat(None),
-            repeat(False),
-            map(labelled, rows.namespaces),
-        )
-    )
-
-
-def _shared(column: np.ndarray[Any, np.dtype[Any]]) -> list[float]:
-    """A column as Python numbers; equal neighbours are one object, as in chunks that were put or used together."""
-    values, repeats = column.tolist(), np.flatnonzero(column[1:] == column[:-1]).tolist()
-    for i in repeats:
-        values[i + 1] = values[i]
-    return values  # type: ignore[no-any-return]
+def _table(fields: Fields, pinned_until: Floats, encoding: Codes, links: Links, now: float) -> Table:
+    table = np.zeros(len(fields), COLUMNS)
+    for name in ("ttl_s", "value_nbytes", "hits"):
+        table[name] = fields[name]
+    for name, flag in (("sliding", SLIDING), ("pinned", PINNED), ("exact", EXACT), ("lossy", LOSSY)):
+        table[name] = fields["flags"] & flag > 0
+    table["created_at"] = np.minimum(fields["created_at"], now)
+    table["expires_at"] = _expires_at(fields, now)
+    table["last_hit_at"] = np.minimum(fields["last_hit_at"], now)
+    table["pinned_until"], table["encoding"] = pinned_until, encoding
+    table["parent"], table["first_child"] = links.parents, links.first_children
+    table["previous"], table["next"] = links.previous, links.nexts
+    return table
 
 
 @contextmanager

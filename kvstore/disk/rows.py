@@ -9,16 +9,14 @@ Thread rule: one thread writes; reads and `grow` take the lock (a read is 5 us).
 import contextlib
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import compress, islice
+from itertools import islice
 from math import isfinite, isnan
 from pathlib import Path
-from typing import Any
 
 import lmdb
-import numpy as np
 import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES
@@ -32,18 +30,10 @@ MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
 """A map is address space only, but no process has petabytes of it; a map that is full grows."""
 READERS_MAX = 126
 _DB = b"rows"
-_FIELDS = struct.Struct("<QddddQIIQQIB")
-_COLUMNS = np.dtype(
-    [
-        ("seq", "<u8"), ("created_at", "<f8"), ("expires_at", "<f8"), ("ttl_s", "<f8"), ("last_hit_at", "<f8"),
-        ("value_nbytes", "<u8"), ("hits", "<u4"), ("segment", "<u4"), ("offset", "<u8"), ("nbytes", "<u8"),
-        ("head_nbytes", "<u4"), ("flags", "u1"),
-    ]
-)  # fmt: skip
-"""The same fields for numpy."""
+FIELDS = struct.Struct("<QddddQIIQQIB")
 _SEGMENT, _SEGMENT_AT = struct.Struct("<I"), struct.calcsize("<QddddQI")
-_PINNED_UNTIL = struct.Struct("<d")
-_SUM, _SUM_MASK = struct.Struct("<I"), 0xFFFFFFFF
+PINNED_UNTIL = struct.Struct("<d")
+SUM = struct.Struct("<I")
 SLIDING, PINNED, EXACT, LOSSY, NAMED = 1, 2, 4, 8, 16
 """Flags. Do not renumber. NAMED: the name of a namespace comes before the parent's key."""
 SCAN_CHUNK = 50_000
@@ -52,19 +42,6 @@ SEQ_MAX = 1 << 62
 """A row beyond these, or with a time that is not a number, was never written here: records begin in a file's first GiB.
 To believe it would be to count its blocks (memory for each one before it), to read them, to refuse its key for its size
 at each get, or to number what comes next beyond a row's fields."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Rows as columns, all of the same length, and damaged: keys whose row fails its checksum."""
-
-    keys: list[Key]
-    fields: np.ndarray[Any, np.dtype[np.void]]
-    encodings: list[str]
-    pinned_until: np.ndarray[Any, np.dtype[np.float64]]
-    parents: list[Key | None]
-    namespaces: list[str]
-    damaged: list[Key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +63,25 @@ def pack_row(key: Key, row: Row) -> bytes:
     m = row.meta
     name = m.owner.namespace.encode()
     flags = SLIDING * m.sliding | PINNED * m.pinned | EXACT * m.exact | LOSSY * m.lossy | NAMED * bool(name)
-    fields = _FIELDS.pack(
+    fields = FIELDS.pack(
         row.seq, m.created_at, m.expires_at, m.ttl_s, m.last_hit_at, m.value_nbytes, min(m.hits, 0xFFFFFFFF),
         row.place.segment, row.place.offset, row.place.nbytes, row.head_nbytes, flags,
     )  # fmt: skip
-    body = fields + m.encoding.encode() + b"\0" + _PINNED_UNTIL.pack(m.pinned_until)
+    body = fields + m.encoding.encode() + b"\0" + PINNED_UNTIL.pack(m.pinned_until)
     body += (bytes([len(name)]) + name if name else b"") + (m.parent or b"")
-    return body + _SUM.pack(_checksum(key, body))
+    return body + SUM.pack(_checksum(key, body))
 
 
 def parse_row(key: Key, data: bytes) -> Row | None:
     """The row; None when its checksum does not match, or it names what no record of ours can be."""
-    body = data[: -_SUM.size]
-    if len(body) < _FIELDS.size or _SUM.unpack(data[-_SUM.size :])[0] != _checksum(key, body):
+    body = data[: -SUM.size]
+    if len(body) < FIELDS.size or SUM.unpack(data[-SUM.size :])[0] != _checksum(key, body):
         return None
     seq, created, expires, ttl_s, hit_at, value_nbytes, hits, segment, offset, nbytes, head_nbytes, flags = (
-        _FIELDS.unpack_from(body)
+        FIELDS.unpack_from(body)
     )
-    encoding, _, rest = body[_FIELDS.size :].partition(b"\0")
-    if len(rest) < _PINNED_UNTIL.size or not head_nbytes <= nbytes <= PLACE_MAX_NBYTES or offset > OFFSET_MAX:
+    encoding, _, rest = body[FIELDS.size :].partition(b"\0")
+    if len(rest) < PINNED_UNTIL.size or not head_nbytes <= nbytes <= PLACE_MAX_NBYTES or offset > OFFSET_MAX:
         return None
     if seq > SEQ_MAX or segment > SEGMENT_MAX or value_nbytes > ENTRY_MAX_NBYTES or len(key) > KEY_MAX_NBYTES:
         return None
@@ -114,103 +91,40 @@ def parse_row(key: Key, data: bytes) -> Row | None:
         return None
     meta = Meta(
         created, expires, ttl_s, value_nbytes, bool(flags & SLIDING), bool(flags & PINNED), bool(flags & EXACT),
-        bool(flags & LOSSY), _name(encoding), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
+        bool(flags & LOSSY), encoding_named(encoding), hits, hit_at, pinned_until, parent, owner=labelled(namespace),
     )  # fmt: skip
     return Row(Place(segment, offset, nbytes), head_nbytes, seq, meta)
 
 
 def _more(rest: bytes, flags: int) -> tuple[float, Key | None, str | None]:
     """When a pin lapses, the parent, and the namespace's name: None for what cannot be one."""
-    name, at = _namespace(rest, _PINNED_UNTIL.size) if flags & NAMED else ("", _PINNED_UNTIL.size)
-    return _PINNED_UNTIL.unpack_from(rest)[0], Key(rest[at:]) or None, name
+    name, at = _namespace(rest, PINNED_UNTIL.size) if flags & NAMED else ("", PINNED_UNTIL.size)
+    return PINNED_UNTIL.unpack_from(rest)[0], Key(rest[at:]) or None, name
 
 
 def _checksum(key: bytes, body: bytes) -> int:
     return xxhash.xxh3_64_intdigest(body + key) & 0xFFFFFFFF
 
 
-def _columns(keys: list[Key], datas: list[bytes]) -> Found:
-    size, tail = _FIELDS.size, -_SUM.size
-    digest = xxhash.xxh3_64_intdigest
-    found = np.array([digest(data[:tail] + key) & _SUM_MASK for key, data in zip(keys, datas, strict=True)], np.uint32)
-    said = np.frombuffer(b"".join([data[tail:].rjust(_SUM.size, b"\0") for data in datas]), "<u4")
-    lengths = np.fromiter(map(len, datas), np.int64, len(datas))
-    good = (found == said) & (lengths >= size + 1 + _PINNED_UNTIL.size - tail)
-    good &= np.fromiter(map(len, keys), np.int64, len(keys)) <= KEY_MAX_NBYTES
-    damaged: list[Key] = []
-    for look in (lambda _datas, _lengths: good, _sound):
-        mask = look(datas, lengths)
-        if not mask.all():
-            damaged += compress(keys, (~mask).tolist())
-            keys, datas = list(compress(keys, mask.tolist())), list(compress(datas, mask.tolist()))
-            lengths = lengths[mask]
-    fields = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
-    encodings, starts = _encodings(datas)
-    until = np.frombuffer(b"".join([d[s : s + 8] for d, s in zip(datas, starts, strict=True)]), "<f8")
-    starts = [s + _PINNED_UNTIL.size for s in starts]
-    names = [""] * len(datas)
-    bad = set(np.flatnonzero(np.isnan(until)).tolist())
-    for i in np.flatnonzero(fields["flags"] & NAMED).tolist():
-        name, starts[i] = _namespace(datas[i][:tail], starts[i])
-        if name is None:
-            bad.add(i)
-        else:
-            names[i] = name
-    if bad:
-        keep = [i for i in range(len(keys)) if i not in bad]
-        rest = _columns([keys[i] for i in keep], [datas[i] for i in keep])
-        return replace(rest, damaged=[*damaged, *(keys[i] for i in sorted(bad))])
-    ends = (lengths + tail).tolist()
-    parents = [Key(d[s:e]) if e > s else None for d, s, e in zip(datas, starts, ends, strict=True)]
-    return Found(keys, fields, encodings, until, parents, names, damaged)
-
-
-def _sound(datas: list[bytes], lengths: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which rows name what a record of ours can be, as `parse_row` has it.
-
-    A checksum keeps damage out, not an author who computes it.
-    """
-    size = _FIELDS.size
-    f = np.frombuffer(b"".join([data[:size] for data in datas]), _COLUMNS)
-    behind = np.array([data.find(0, size) for data in datas], np.int64)
-    sound: np.ndarray[Any, np.dtype[np.bool_]] = (behind >= size) & (
-        behind + 1 + _PINNED_UNTIL.size <= lengths - _SUM.size
-    )
-    sound &= (f["head_nbytes"] <= f["nbytes"]) & (f["nbytes"] <= PLACE_MAX_NBYTES) & (f["offset"] <= OFFSET_MAX)
-    sound &= (f["seq"] <= SEQ_MAX) & (f["segment"] <= SEGMENT_MAX) & (f["value_nbytes"] <= ENTRY_MAX_NBYTES)
-    sound &= np.isfinite(f["created_at"]) & np.isfinite(f["last_hit_at"])
-    sound &= ~np.isnan(f["expires_at"]) & ~np.isnan(f["ttl_s"])
-    return sound
-
-
 @lru_cache(maxsize=4096)
-def _name(data: bytes) -> str:
+def encoding_named(data: bytes) -> str:
+    """The name of an encoding; bytes that are no text are replaced."""
     return data.decode("utf-8", "replace")
 
 
 def _namespace(body: bytes, at: int) -> tuple[str | None, int]:
     """A namespace's name at a place, its length in the byte before it, and where it ends. None: no name of ours."""
     end = at + 1 + body[at] if at < len(body) else at
-    return (_known_namespace(body[at + 1 : end]) if at < end <= len(body) else None), end
+    return (namespace_named(body[at + 1 : end]) if at < end <= len(body) else None), end
 
 
 @lru_cache(maxsize=4096)
-def _known_namespace(data: bytes) -> str | None:
+def namespace_named(data: bytes) -> str | None:
+    """The name of a namespace; None for what no namespace is named."""
     try:
         return check_namespace(data.decode()) or None
     except (UnicodeDecodeError, InvalidEntry):
         return None
-
-
-def _encodings(datas: list[bytes]) -> tuple[list[str], list[int]]:
-    """Each row's encoding (equal ones are one object), and the offset of the fields that follow it."""
-    size = _FIELDS.size
-    ends = [data.index(0, size) for data in datas]
-    names: dict[bytes, str] = {}
-    found = [data[size:end] for data, end in zip(datas, ends, strict=True)]
-    for name in set(found):
-        names[name] = _name(name)
-    return [names[name] for name in found], [end + 1 for end in ends]
 
 
 class Rows:
@@ -243,13 +157,13 @@ class Rows:
             data = txn.get(key)
         return None if data is None else parse_row(key, bytes(data))
 
-    def scan(self) -> Iterator[Found]:
-        """All rows, some ten thousand at a time, in one read transaction. Before the writer starts."""
+    def scan(self) -> Iterator[tuple[Sequence[Key], Sequence[bytes]]]:
+        """All keys and rows, some ten thousand at a time, in one read transaction. Before the writer starts."""
         with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
             rows = iter(cursor)
             while chunk := list(islice(rows, SCAN_CHUNK)):
                 keys, datas = zip(*chunk, strict=True)
-                yield _columns(list(keys), list(datas))
+                yield keys, datas
 
     def of_segment(self, number: int) -> list[Key]:
         """Keys whose rows name a segment. It reads every row: a second for a million.
@@ -260,7 +174,7 @@ class Rows:
             return [
                 Key(key)
                 for key, data in cursor
-                if len(data) > _FIELDS.size and _SEGMENT.unpack_from(data, _SEGMENT_AT)[0] == number
+                if len(data) > FIELDS.size and _SEGMENT.unpack_from(data, _SEGMENT_AT)[0] == number
             ]
 
     def write(self, put: Mapping[Key, Row], remove: Iterable[Key]) -> list[Place]:

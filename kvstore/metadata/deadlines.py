@@ -5,11 +5,15 @@ hundred buckets hold any number of keys. When a wide bucket begins, its keys go 
 deadline and costs nothing here: a key that lives longer than its bucket says is moved when the bucket is looked at.
 Each key is in at most one bucket, and leaves it when it is forgotten, replaced, or due earlier: links in the Metas
 (`due_previous`, `due_next`) make that O(1). So no caller can make this grow beyond the index.
+The keys that a restart found are in no bucket: they are sorted by their deadlines, once, and looked at in this order.
 Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import floor, inf
+from typing import Any
+
+import numpy as np
 
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -17,6 +21,8 @@ from kvstore.metadata.meta import Meta
 WIDTHS = tuple(64.0**level for level in range(7))
 """Seconds. The widest is two thousand years: every deadline but infinity fits."""
 _FARTHEST = 1e18
+Rows = np.ndarray[Any, np.dtype[np.int32]]
+Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Bucket:
@@ -38,10 +44,20 @@ class Deadlines:
         self._now = now
         self._buckets: dict[tuple[float, float], Bucket] = {}
         self._watched = 0
+        self._resting: Sequence[Key] = ()
+        self._order: Rows = np.empty(0, np.int32)
+        self._times: Times = np.empty(0)
+        self._at = 0
         self.behind = False
 
     def __len__(self) -> int:
-        return self._watched
+        return self._watched + len(self._order) - self._at
+
+    def rest(self, keys: Sequence[Key], deadlines: Times) -> None:
+        """Watch the keys that a restart found, each with its deadline."""
+        finite = np.flatnonzero(deadlines < inf)
+        order = finite[np.argsort(deadlines[finite])]
+        self._resting, self._order, self._times, self._at = keys, order.astype(np.int32), deadlines[order], 0
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
@@ -90,7 +106,7 @@ class Deadlines:
         self._now = now
         found: list[Key] = []
         early: list[tuple[Key, Meta]] = []
-        left = limit
+        left = self._resting_due(now, limit, found)
         for bucket in sorted(self._begun(), key=_ends):
             while bucket.first is not None and left:
                 left -= 1
@@ -104,10 +120,32 @@ class Deadlines:
                 else:
                     self.watch(key, meta)
         # Of the second that is not over yet the rest may wait, unless there was something to find.
-        self.behind = not left and any(found or _ends(b) <= now or b.width > 1 for b in self._begun())
+        self.behind = not left and (
+            self._next_resting() <= now or any(found or _ends(b) <= now or b.width > 1 for b in self._begun())
+        )
         for key, meta in early:
             self.watch(key, meta)
         return found
+
+    def _resting_due(self, now: float, limit: int, found: list[Key]) -> int:
+        """Look at keys of a restart whose deadline was not later than now. Returns what is left of `limit`."""
+        while limit and self._next_resting() <= now:
+            key = self._resting[self._order[self._at]]
+            self._at += 1
+            limit -= 1
+            meta = self._index.get(key)
+            if meta is None or meta.due_in is not None:
+                continue  # gone, or watched anew
+            if meta.deadline <= now:
+                found.append(key)
+            else:
+                self.watch(key, meta)
+        if self._at == len(self._order) > 0:
+            self.rest((), np.empty(0))
+        return limit
+
+    def _next_resting(self) -> float:
+        return float(self._times[self._at]) if self._at < len(self._order) else inf
 
     def _begun(self) -> list[Bucket]:
         return [bucket for bucket in self._buckets.values() if bucket.starts <= self._now]

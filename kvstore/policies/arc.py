@@ -8,11 +8,11 @@ the capacity is the number of keys tracked when one is evicted, since a policy k
 the key comes in, after room was made for it, not before.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvstore.keys import Key
+from kvstore.policies.key_order import KeyOrder
 
 TRIM_MAX = 64
 """Ghosts forgotten at one eviction, which adds one: after many keys were deleted the rest go with the next ones."""
@@ -24,10 +24,10 @@ class ARC:
     __slots__ = ("_again", "_ghosts_again", "_ghosts_once", "_once", "_target")
 
     def __init__(self) -> None:
-        self._once: OrderedDict[Key, None] = OrderedDict()
-        self._again: OrderedDict[Key, None] = OrderedDict()
-        self._ghosts_once: OrderedDict[Key, None] = OrderedDict()
-        self._ghosts_again: OrderedDict[Key, None] = OrderedDict()
+        self._once = KeyOrder()
+        self._again = KeyOrder()
+        self._ghosts_once = KeyOrder()
+        self._ghosts_again = KeyOrder()
         self._target = 0.0
 
     def track(self, key: Key, *, soon: bool = False) -> None:
@@ -37,52 +37,50 @@ class ARC:
         elif key in self._ghosts_once:
             gain = max(1.0, len(self._ghosts_again) / len(self._ghosts_once))
             self._target = min(self._target + gain, float(len(self) + 1))
-            del self._ghosts_once[key]
-            self._again[key] = None
+            self._ghosts_once.discard(key)
+            self._again.append(key)
         elif key in self._ghosts_again:
             loss = max(1.0, len(self._ghosts_once) / len(self._ghosts_again))
             self._target = max(self._target - loss, 0.0)
-            del self._ghosts_again[key]
-            self._again[key] = None
+            self._ghosts_again.discard(key)
+            self._again.append(key)
+        elif soon:
+            self._once.prepend(key)
         else:
-            self._once[key] = None
-            self._once.move_to_end(key, last=not soon)
+            self._once.append(key)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Make known keys the most recent of those used again. Returns those known."""
         known = [key for key in keys if key in self]
         for key in known:
-            self._once.pop(key, None)
-            self._again[key] = None
-            self._again.move_to_end(key)
+            self._once.discard(key)
+            self._again.append(key)
         return known
 
     def forget(self, key: Key) -> None:
         """Stop tracking a key, and drop its ghost."""
         for keys in (self._once, self._again, self._ghosts_once, self._ghosts_again):
-            keys.pop(key, None)
+            keys.discard(key)
 
     def evict(self, key: Key) -> None:
         """Stop tracking a key and remember which list it left."""
         capacity = len(self)
-        if key in self._once:
-            del self._once[key]
-            self._ghosts_once[key] = None
-        elif key in self._again:
-            del self._again[key]
-            self._ghosts_again[key] = None
+        if self._once.discard(key):
+            self._ghosts_once.append(key)
+        elif self._again.discard(key):
+            self._ghosts_again.append(key)
         for _ in range(TRIM_MAX):
             if self._ghosts_once and len(self._once) + len(self._ghosts_once) > capacity:
-                self._ghosts_once.popitem(last=False)
+                self._ghosts_once.pop_first()
             elif len(self._ghosts_once) + len(self._ghosts_again) > capacity:
-                (self._ghosts_again or self._ghosts_once).popitem(last=False)
+                (self._ghosts_again or self._ghosts_once).pop_first()
             else:
                 break
 
     def victim(self) -> Key | None:
         """The oldest key of the list that is longer than its target."""
         once_first = self._once and (len(self._once) > self._target or not self._again)
-        return next(iter(self._once if once_first else self._again), None)
+        return (self._once if once_first else self._again).first()
 
     def __contains__(self, key: object) -> bool:
         return key in self._once or key in self._again

@@ -4,10 +4,10 @@ Touched with the deepest chunk of a chain first and the root last, this plain li
 leaf-first LRU would: an ancestor is always more recent than its descendants. So no tree is kept.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvstore.keys import Key
+from kvstore.policies.key_order import KeyOrder
 
 
 class LRU:
@@ -16,35 +16,38 @@ class LRU:
     __slots__ = ("_order",)
 
     def __init__(self) -> None:
-        self._order: OrderedDict[Key, None] = OrderedDict()
+        self._order = KeyOrder()
 
     def track(self, key: Key, *, soon: bool = False) -> None:
         """Track a key as the most recently used; `soon`: as the least recently used, if it is new."""
-        if key not in self._order:
-            self._order[key] = None  # at the end
-            if soon:
-                self._order.move_to_end(key, last=False)
+        if soon and key not in self._order:
+            self._order.prepend(key)
         else:
-            self._order.move_to_end(key)
+            self._order.append(key)
+
+    def track_all(self, keys: Sequence[Key]) -> None:
+        """Track new keys, the most recently used last: a million of them in a second."""
+        self._order.extend(keys)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Make known keys the most recently used, the last one the most recent. Returns the known keys."""
-        known = list(filter(self._order.__contains__, keys))
-        for key in known:
-            self._order.move_to_end(key)
-        return known
+        return self._order.touch(keys)
 
     def forget(self, key: Key) -> None:
         """Stop tracking a key."""
-        self._order.pop(key, None)
+        self._order.discard(key)
 
     def evict(self, key: Key) -> None:
         """Stop tracking a key; it leaves no ghost."""
-        self._order.pop(key, None)
+        self._order.discard(key)
 
     def victim(self) -> Key | None:
         """The least recently used key."""
-        return next(iter(self._order), None)
+        return self._order.first()
+
+    def keys_now(self) -> list[Key]:
+        """A copy of all keys, least recently used first. Any thread, without the lock."""
+        return self._order.keys_now()
 
     def __iter__(self) -> Iterator[Key]:
         """Keys, least recently used first."""

@@ -7,11 +7,12 @@ Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 202
 be promoted. The capacity is the number of keys tracked, since a policy knows no bytes.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvstore.keys import Key
+from kvstore.metadata.spread import Spread
+from kvstore.policies.key_order import KeyOrder
 
 SMALL_SHARE = 0.1
 """Share of the tracked keys. The paper's choice; on the Mooncake trace 0.05 to 0.2 differ by less than a point."""
@@ -25,64 +26,58 @@ TRIM_MAX = 64
 class S3FIFO:
     """Two queues of keys with their counts of hits, and ghosts. Amortized O(1), never more than `MOVES_MAX` steps."""
 
-    __slots__ = ("_ghosts", "_main", "_small")
+    __slots__ = ("_ghosts", "_hits", "_main", "_small")
 
     def __init__(self) -> None:
-        self._small: OrderedDict[Key, int] = OrderedDict()
-        self._main: OrderedDict[Key, int] = OrderedDict()
-        self._ghosts: OrderedDict[Key, None] = OrderedDict()
+        self._small, self._main, self._ghosts = KeyOrder(), KeyOrder(), KeyOrder()
+        self._hits: Spread[int] = Spread()  # of keys that have any
 
     def track(self, key: Key, *, soon: bool = False) -> None:
         """Track a key in the small queue, or in the main queue if it is a ghost; `soon`: at the head of its queue."""
         if key in self:
             self.touch((key,))
         else:
-            queue = self._main if key in self._ghosts else self._small
-            self._ghosts.pop(key, None)
-            queue[key] = 0
-            queue.move_to_end(key, last=not soon)
+            queue = self._main if self._ghosts.discard(key) else self._small
+            (queue.prepend if soon else queue.append)(key)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Count a hit of each. Returns the known keys."""
         known = [key for key in keys if key in self]
         for key in known:
-            queue = self._small if key in self._small else self._main
-            queue[key] = min(queue[key] + 1, COUNT_MAX)
+            self._hits[key] = min((self._hits.get(key) or 0) + 1, COUNT_MAX)
         return known
 
     def forget(self, key: Key) -> None:
         """Stop tracking a key, and drop its ghost."""
-        self._small.pop(key, None)
-        self._main.pop(key, None)
-        self._ghosts.pop(key, None)
+        for keys in (self._small, self._main, self._ghosts):
+            keys.discard(key)
+        self._hits.take(key)
 
     def evict(self, key: Key) -> None:
         """Stop tracking a key; one of the small queue leaves a ghost."""
-        if key in self._small:
-            del self._small[key]
-            self._ghosts[key] = None
+        self._hits.take(key)
+        if self._small.discard(key):
+            self._ghosts.append(key)
         else:
-            self._main.pop(key, None)
+            self._main.discard(key)
         for _ in range(min(TRIM_MAX, len(self._ghosts) - len(self))):
-            self._ghosts.popitem(last=False)
+            self._ghosts.pop_first()
 
     def victim(self) -> Key | None:
         """The first key at a head that was not hit; the keys before it move on, up to `MOVES_MAX` of them."""
         for _ in range(MOVES_MAX):
-            if self._small and (not self._main or len(self._small) > SMALL_SHARE * len(self)):
-                key, count = next(iter(self._small.items()))
-                if not count:
-                    return key
-                del self._small[key]
-                self._main[key] = 0
-            else:
-                if not self._main:
-                    return None
-                key, count = next(iter(self._main.items()))
-                if not count:
-                    return key
-                self._main[key] = count - 1
-                self._main.move_to_end(key)
+            small = self._small and (not self._main or len(self._small) > SMALL_SHARE * len(self))
+            key = (self._small if small else self._main).first()
+            if key is None:
+                return None
+            hits = self._hits.take(key)
+            if not hits:
+                return key
+            if small:
+                self._small.discard(key)
+            elif hits > 1:
+                self._hits[key] = hits - 1
+            self._main.append(key)
         return next(iter(self), None)
 
     def __contains__(self, key: object) -> bool:

@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig, StoreConfig
@@ -38,6 +41,9 @@ from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.balance import Balance
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
+
+if TYPE_CHECKING:
+    from kvstore.disk.recovery import Recovered
 
 
 class Lock(type(threading.RLock())):  # type: ignore[misc]  # CPython's own class, which has no public name
@@ -188,7 +194,7 @@ class Residency:
 
     def keys_now(self) -> list[Key]:
         """A copy of all keys: one step of the interpreter. Any thread, without the lock: it takes some milliseconds."""
-        return list(dict.keys(self.index))
+        return self.index.keys_now()
 
     def owner_of(self, key: Key) -> Owner:
         """Whose a held key is. Any thread, without the lock."""
@@ -220,26 +226,21 @@ class Residency:
         self.deadlines.watch(key, meta)
         return ticket
 
-    def recover(self, found: Iterable[tuple[Key, Meta]]) -> None:
-        """Take over the keys that a restart found on disk, with owners and links. Before anything else is held."""
-        pinned: list[Meta] = []
-        for key, meta in found:
-            meta.owner.entries += 1
-            self.index[key] = meta
-            self.deadlines.watch(key, meta)
-            if meta.pinned:
-                pinned.append(meta)
-        for meta in pinned:
-            if meta.parent is not None:
-                self.index[meta.parent].pinned_children += 1
+    def recover(self, found: "Recovered") -> None:
+        """Take over the keys that a restart found on disk, with owners and links. Before anything else is held.
 
-    def recovered_owner(self, key: Key, meta: Meta) -> Owner:
-        """Whose a key is that was found on disk: by its prefix, and by the namespace its row names."""
-        return self.tenants.owner(key, meta.owner.namespace)
-
-    def forget_orphans(self, orphans: Iterable[Key]) -> None:
-        """Forget chunks whose parent did not come back with them: a crash lost the parent, or its end came first."""
-        for key in orphans:
+        Chunks whose parent did not come back with them are forgotten: a crash lost the parent, or its end came first.
+        """
+        table, owners = found.resting.table, found.resting.owners
+        self.index.rest(found.keys, found.resting)
+        self.deadlines.rest(found.keys, np.where(table["pinned"], table["pinned_until"], table["expires_at"]))
+        for owner, entries in zip(owners, np.bincount(table["owner"], minlength=len(owners)).tolist(), strict=True):
+            owner.entries += entries
+        for row in np.flatnonzero(table["pinned"]).tolist():
+            parent = self.index[found.keys[row]].parent
+            if parent is not None:
+                self.index[parent].pinned_children += 1
+        for key in found.orphans:
             self.forget(key, "orphaned")
 
     def forget(self, key: Key, cause: GoneCause = "deleted", tier: str = "") -> int | None:
@@ -417,10 +418,8 @@ def open_cold(r: Residency, path: Path, config: ColdConfig) -> None:
         meta_of=r.index.get,
         on_drop=r.dropped_from_cold,
         order=Order(owner_of=r.owner_of, tier="cold", tenants=r.tenants.names),
-        owner_of=r.recovered_owner,
+        owners_of=r.tenants.owners,
     )
     r.cold = cold
     with r.lock:
-        found = cold.recovered()
-        r.recover(zip(found.keys, found.metas, strict=True))
-        r.forget_orphans(found.orphans)
+        r.recover(cold.recovered())

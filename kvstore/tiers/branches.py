@@ -5,11 +5,12 @@ one. This knows those that may leave this tier, so nobody looks through the othe
 Not thread-safe: the tier's lock covers each call.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.spread import Spread
+from kvstore.policies.key_order import KeyOrder
 
 LEVELS_MAX = 1024
 """Chunks followed downwards for one eviction: 0.2 ms. Who touches a chain deepest first never goes down one."""
@@ -20,9 +21,8 @@ class Branches:
 
     def __init__(self, index: Mapping[Key, Meta]) -> None:
         self._index = index
-        # Most chunks have one child: no container for it. Not a dict for the others: finding its last key takes a step
-        # for each one that left.
-        self._below: dict[Key, Key | OrderedDict[Key, None]] = {}
+        # Most chunks have one child: no container for it. Of several the newest is the first.
+        self._below: Spread[Key | KeyOrder] = Spread()
 
     def __len__(self) -> int:
         return len(self._below)
@@ -36,10 +36,11 @@ class Branches:
         held = self._below.get(parent)
         if held is None:
             self._below[parent] = key
-        elif isinstance(held, OrderedDict):
-            held[key] = None
+        elif isinstance(held, KeyOrder):
+            held.prepend(key)
         elif held != key:
-            self._below[parent] = OrderedDict.fromkeys((held, key))
+            children = self._below[parent] = KeyOrder()
+            children.extend((key, held))
 
     def drop(self, key: Key) -> None:
         """Drop a key, if it is there."""
@@ -48,8 +49,8 @@ class Branches:
         held = None if parent is None else self._below.get(parent)
         if parent is None or held is None:
             return
-        if isinstance(held, OrderedDict):
-            held.pop(key, None)
+        if isinstance(held, KeyOrder):
+            held.discard(key)
             if held:
                 return
         elif held != key:
@@ -62,5 +63,7 @@ class Branches:
             held = self._below.get(key)
             if held is None:
                 break
-            key = next(reversed(held)) if isinstance(held, OrderedDict) else held
+            newest = held.first() if isinstance(held, KeyOrder) else held
+            assert newest is not None, "it has no children"
+            key = newest
         return key

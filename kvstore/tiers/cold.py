@@ -12,29 +12,30 @@ Leaves out: time to live (the store sweeps), which entries deserve a place here 
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import lmdb
+import numpy as np
 
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
-from kvstore.disk.occupancy import place_nbytes
+from kvstore.disk.occupancy import place_nbytes, places_nbytes
 from kvstore.disk.opening import Directory, take
 from kvstore.disk.record_log import WAIT_S, RecordLog
-from kvstore.disk.recovery import Recovered, no_garbage_collection
+from kvstore.disk.recovery import Codes, Recovered, no_garbage_collection
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
-from kvstore.disk.writer import ROW_NBYTES, Counters, cost_of
+from kvstore.disk.writer import ROW_NBYTES, Counters
 from kvstore.entries.entry import Described, Entry
 from kvstore.entries.sealing import Seals
 from kvstore.errors import ConfigError, OverQuota
 from kvstore.hit import Verified
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.metadata.owner import NOBODY, Owner
+from kvstore.metadata.owner import Owner, labelled
 from kvstore.metadata.slices import SLICE, pause
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
@@ -43,6 +44,8 @@ from kvstore.tiers.pinned import Pinned
 
 log = logging.getLogger(__name__)
 
+OwnersOf = Callable[[Sequence[Key], Sequence[str], Codes], tuple[Sequence[Owner], Codes]]
+"""Keys, the namespaces that occur, which one each key was put under: the owners that occur, which one each key has."""
 EVICTIONS_MAX = 128
 """In one hold of the lock, some 20 us each: a large entry may take the place of a hundred thousand small ones."""
 
@@ -59,6 +62,12 @@ class ColdStats:
     healthy: bool
     quarantined: str | None
     counters: Counters
+
+
+def owners_by_name(keys: Sequence[Key], names: Sequence[str], of: Codes) -> tuple[Sequence[Owner], Codes]:
+    """Owners for a directory without a store: a record knows no more than a namespace's name."""
+    del keys
+    return [labelled(name) for name in names], of
 
 
 class Cold:
@@ -108,13 +117,13 @@ class Cold:
         pin_max_fraction: float = 0.5,
         disk: Disk | None = None,
         order: Order | None = None,
-        owner_of: Callable[[Key, Meta], Owner] = lambda _key, _meta: NOBODY,
+        owners_of: OwnersOf = owners_by_name,
     ) -> "Cold":
         """Take a directory into use, as `disk.opening` says; then ask `recovered` for what it holds.
 
         meta_of: the store's Meta of a key, asked when a record or a row is written; None: the store forgot the key and
         nothing is written. on_drop: told when an entry leaves by itself. order: who leaves next, without chains.
-        owner_of: whose a recovered key is. Raises ConfigError.
+        owners_of: whose the recovered keys are. Raises ConfigError.
         """
         seals = Seals(config.key_files)
         directory = take(path)
@@ -124,25 +133,26 @@ class Cold:
                 meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction, order=order,
             )  # fmt: skip
             with no_garbage_collection():
-                cold._recover(owner_of)
+                cold._recover(owners_of)
         except (OSError, lmdb.Error) as error:
             directory.release()
             raise ConfigError(f"cold.path {path} cannot be used: {error}") from None
         cold._records.start()
         return cold
 
-    def _recover(self, owner_of: Callable[[Key, Meta], Owner]) -> None:
+    def _recover(self, owners_of: OwnersOf) -> None:
         """Order, pins and used bytes from the rows; expired and damaged ones are removed."""
         found = self._recovered = self._records.recover(self._clock.now())
-        used: dict[Owner, int] = {}
-        for key, meta, nbytes in zip(found.keys, found.metas, found.nbytes, strict=True):
-            owner = meta.owner = owner_of(key, meta)
-            used[owner] = used.get(owner, 0) + nbytes + ROW_NBYTES
-            if meta.pinned:
-                self._pinned.hold(key, cost_of(nbytes), owner.tenant)
-            else:
-                self._order.track(key, owner=owner)
-        self._records.recovered(used)
+        owners, owner = owners_of(found.keys, found.namespaces, found.namespace)
+        found.resting.owners, found.resting.table["owner"] = owners, owner
+        nbytes = places_nbytes(found.places[:, 2]) + ROW_NBYTES
+        pinned = found.resting.table["pinned"]
+        free = found.order[~pinned[found.order]]
+        self._order.recover(found.keys, free, owners, owner)
+        for row in np.flatnonzero(pinned).tolist():
+            self._pinned.hold(found.keys[row], int(nbytes[row]), owners[owner[row]].tenant)
+        used = np.bincount(owner, nbytes, len(owners)).astype(np.int64)
+        self._records.recovered(zip(owners, used.tolist(), strict=True))
 
     def recovered(self) -> Recovered:
         """What was found at opening, least recently used first: once, then nothing. Values were not read."""
@@ -209,8 +219,7 @@ class Cold:
 
     def keys(self) -> Iterator[Key]:
         """Keys as of now: the pinned ones, then least recently used first."""
-        with self._changed:
-            return iter([*self._pinned, *self._order])
+        return iter([*self._pinned.keys_now(), *self._order.keys_now()])
 
     def get(self, key: Key) -> Entry | None:
         """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""

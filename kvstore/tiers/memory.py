@@ -11,6 +11,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.owner import NOBODY, Owner
+from kvstore.metadata.spread import Spread
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order
 
@@ -24,7 +25,7 @@ class MemoryTier:
         """order: who leaves next, and how much may be pinned; by default LRU, and that fraction of the capacity."""
         self.name: TierName = name
         self.capacity_nbytes = capacity_nbytes
-        self._entries: dict[Key, Entry] = {}
+        self._entries: Spread[Entry] = Spread()
         pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
         self._order = Order(tier=name, pin_max_nbytes=pin_max_nbytes) if order is None else order
         self._used_nbytes = 0
@@ -104,7 +105,8 @@ class MemoryTier:
                 f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
                 f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
-        entry = self._entries.pop(victim)
+        entry = self._entries[victim]
+        del self._entries[victim]
         self._used_nbytes -= entry.nbytes
         self._order.evict(victim, entry.nbytes)
         return entry
@@ -132,7 +134,7 @@ class MemoryTier:
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""
-        entry = self._entries.pop(key, None)
+        entry = self._entries.take(key)
         if entry is None:
             return False
         self._order.forget(key, entry.nbytes)

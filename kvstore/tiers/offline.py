@@ -27,6 +27,7 @@ from kvstore.entries.record import from_safetensors, to_safetensors
 from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, open_regular
 from kvstore.errors import ConfigError, EntryTooLarge, KvstoreError
 from kvstore.keys import Key, check_key
+from kvstore.metadata.index import Index
 from kvstore.metadata.meta import Meta
 from kvstore.printable import printable
 from kvstore.tiers.cold import Cold
@@ -61,16 +62,16 @@ class Exported:
 
 
 @contextmanager
-def opened(path: Path, clock: Clock) -> Iterator[tuple[Cold, dict[Key, Meta]]]:
+def opened(path: Path, clock: Clock) -> Iterator[tuple[Cold, Index]]:
     """A directory as a tier without limits, and the Metas of its keys. Expired records are removed."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a directory")
-    metas: dict[Key, Meta] = {}
+    metas = Index()
     config = ColdConfig(capacity_nbytes=1 << 50, free_min_fraction=0.0)
     cold = Cold.open(path, config, clock, meta_of=metas.get, on_drop=lambda *_: None)
     try:
         found = cold.recovered()
-        metas.update(zip(found.keys, found.metas, strict=True))
+        metas.rest(found.keys, found.resting)
         yield cold, metas
     finally:
         cold.close()

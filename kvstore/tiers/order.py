@@ -9,9 +9,12 @@ already is a leaf.
 Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from math import inf
+from typing import Any
+
+import numpy as np
 
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
@@ -21,11 +24,21 @@ from kvstore.policies.lru import LRU
 from kvstore.tiers.branches import Branches
 from kvstore.tiers.pinned import Pinned
 
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
 
 def nobody(key: Key) -> Owner:
     """The owner of every key in a tier without accounts."""
     del key
     return NOBODY
+
+
+def _copy(keys: Iterable[Key]) -> list[Key]:
+    while True:
+        try:
+            return list(keys)
+        except RuntimeError:  # it changed meanwhile
+            continue
 
 
 class Order:
@@ -113,6 +126,28 @@ class Order:
             self._branches.add(key)
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
+
+    def recover(self, keys: Sequence[Key], rows: Rows, owners: Sequence[Owner], owner: Rows) -> None:
+        """Track keys that a restart found: those at `rows`, the least recently used first. `count` counts their bytes.
+
+        owner: for each of `keys`, which of `owners` it has.
+        """
+        lanes: dict[str, list[int]] = {}
+        for code, of in enumerate(owners):
+            lanes.setdefault(of.lane, []).append(code)
+            if of.lane not in self._lanes:
+                self._open_lane(of)
+        for name, codes in lanes.items():
+            own = rows if len(lanes) == 1 else rows[np.isin(owner[rows], codes)]
+            lane, found = self._lanes[name], [keys[row] for row in own.tolist()]
+            if isinstance(lane, LRU):
+                lane.track_all(found)
+            else:
+                for key in found:
+                    lane.track(key)
+            if self._branches is not None:
+                for key in found:
+                    self._branches.add(key)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Count as use, in the order given. Returns the held keys without the pinned ones."""
@@ -208,12 +243,11 @@ class Order:
         return chain(*self._lanes.values(), self._pinned)
 
     def keys_now(self) -> list[Key]:
-        """A copy of what iterating gives: one step of the interpreter for each lane. Any thread, without the lock."""
-        while True:
-            try:
-                return list(chain(*[list(lane) for lane in list(self._lanes.values())], list(self._pinned)))
-            except RuntimeError:  # a policy that is not ours, and changed meanwhile
-                continue
+        """A copy of what iterating gives, in short steps of the interpreter. Any thread, without the lock."""
+        found: list[Key] = []
+        for lane in list(self._lanes.values()):
+            found += lane.keys_now() if isinstance(lane, LRU) else _copy(lane)
+        return found + self._pinned.keys_now()
 
     def __len__(self) -> int:
         return len(self._pinned) + sum(map(len, self._lanes.values()))

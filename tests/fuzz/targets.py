@@ -22,6 +22,7 @@ from kvstore.codecs import check_entry, codec_named, decode_entry
 from kvstore.codecs.hints import NO_HINTS
 from kvstore.codecs.layers import encode_runs
 from kvstore.disk import rows as index_rows
+from kvstore.disk.columns import columns
 from kvstore.disk.occupancy import Occupancy
 from kvstore.disk.rows import parse_row
 from kvstore.disk.segments import Place
@@ -107,12 +108,12 @@ def rows(data: bytes) -> None:
     """
     for body in (data[:-4], data):
         row = body + (xxhash.xxh3_64_intdigest(body + KEY) & 0xFFFFFFFF).to_bytes(4, "little")
-        found, whole = parse_row(KEY, row), index_rows._columns([KEY], [row])
+        found, whole = parse_row(KEY, row), columns([KEY], [row])
         assert whole.damaged == ([KEY] if found is None else [])
         if found is None:
             continue
         meta = found.meta
-        assert (whole.keys, whole.parents, whole.namespaces) == ([KEY], [meta.parent], [meta.owner.namespace])
+        assert (whole.keys, *whole.parents, *whole.namespaces) == ([KEY], meta.parent, meta.owner.namespace)
         assert whole.pinned_until.tolist() == [meta.pinned_until]
         assert all(map(isfinite, (meta.created_at, meta.last_hit_at)))
         assert meta.value_nbytes <= ENTRY_MAX_NBYTES

@@ -17,7 +17,6 @@ ANYBODY = {
     "admits",  # numbers; `displace` decides, under the lock
     "pinned_beside",
     "owner_of",  # "any thread, without the lock"
-    "recovered_owner",
     "keys_now",  # one step of the interpreter
     "register_tenant",  # takes the lock itself
     "dropped_from_cold",  # takes the lock itself

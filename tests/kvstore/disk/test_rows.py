@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.disk.rows import OFFSET_MAX, PLACE_MAX_NBYTES, Row, Rows, _checksum, _columns, pack_row, parse_row
+from kvstore.disk.columns import columns
+from kvstore.disk.rows import OFFSET_MAX, PLACE_MAX_NBYTES, Row, Rows, _checksum, pack_row, parse_row
 from kvstore.disk.segments import Place
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -44,12 +45,13 @@ def test_every_flag_parent_namespace_and_pin_comes_back() -> None:
         assert read is not None
         assert (read.place, read.head_nbytes, read.seq) == (row.place, row.head_nbytes, row.seq)
         assert read.meta == row.meta
-    found = _columns(list(datas), list(datas.values()))
+    found = columns(list(datas), list(datas.values()))
     assert found.keys == list(rows)
     assert found.damaged == []
+    parents = list(found.parents)
     for i, row in enumerate(rows.values()):
         m, f = row.meta, found.fields[i]
-        assert (found.parents[i], found.namespaces[i], found.encodings[i]) == (m.parent, m.owner.namespace, m.encoding)
+        assert (parents[i], found.namespaces[i], found.encodings[i]) == (m.parent, m.owner.namespace, m.encoding)
         assert found.pinned_until[i] == m.pinned_until
         assert f["flags"] & 15 == m.sliding + 2 * m.pinned + 4 * m.exact + 8 * m.lossy
         assert (f["seq"], f["segment"], f["offset"], f["nbytes"], f["head_nbytes"]) == (i, 2, 4096, 500, 100)
@@ -82,11 +84,11 @@ def test_no_flipped_bit_and_no_other_key_passes() -> None:
         datas.append(bytes(flipped))
         assert parse_row(KEY, bytes(flipped)) is None
     assert parse_row(Key(b"b key"), data) is None
-    assert _columns([KEY] * len(datas), datas).damaged == [KEY] * len(datas)
-    assert _columns([Key(b"b key")], [data]).damaged == [b"b key"]
+    assert columns([KEY] * len(datas), datas).damaged == [KEY] * len(datas)
+    assert columns([Key(b"b key")], [data]).damaged == [b"b key"]
     for nbytes in range(len(data)):
         assert parse_row(KEY, data[:nbytes]) is None
-        assert _columns([KEY], [data[:nbytes]]).damaged == [KEY]
+        assert columns([KEY], [data[:nbytes]]).damaged == [KEY]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_no_flipped_bit_and_no_other_key_passes() -> None:
 def test_a_place_that_no_record_of_ours_has_is_no_row(row: Row, sound: bool) -> None:
     data = pack_row(KEY, row)
     assert (parse_row(KEY, data) is not None) == sound
-    assert _columns([KEY], [data]).damaged == ([] if sound else [KEY])
+    assert columns([KEY], [data]).damaged == ([] if sound else [KEY])
 
 
 def test_writing_gives_back_the_places_that_no_row_names_any_more(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_writing_gives_back_the_places_that_no_row_names_any_more(tmp_path: Path
         assert found.place == c
         assert rows.of_segment(1) == [b"a"]
         assert rows.of_segment(2) == []
-        assert [key for chunk in rows.scan() for key in chunk.keys] == [b"a"]
+        assert [key for keys, _ in rows.scan() for key in keys] == [b"a"]
         before = rows.map_nbytes
         rows.grow(2 * before)
         assert rows.map_nbytes == 2 * before

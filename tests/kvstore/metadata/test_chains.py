@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -13,10 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+from kvstore.disk.columns import KeyColumn, rows_of
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
-from kvstore.metadata.chains import Chains, links_of
+from kvstore.metadata.chains import MISSING, Chains, links_of
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.resting import NONE
 from kvstore.store import Store
 
 MIB = 1 << 20
@@ -266,21 +269,43 @@ def test_links_made_at_once_are_those_made_one_by_one(seed: int) -> None:
     for key, parent in zip(keys, parents, strict=True):
         one_by_one.index[key] = Meta(0, 1, 1, 1, parent=parent)
         one_by_one.link(key)
-    links = links_of(keys, parents)
-    columns = (links.parents, links.first_children, links.previous, links.nexts)
-    for key, *at_once in zip(keys, *columns, strict=True):
+    order = list(range(60))
+    rng.shuffle(order)  # the rows need not lie as they were used
+    rows = [keys[order.index(row)] for row in range(60)]
+    above = [parents[order.index(row)] for row in range(60)]
+    found = links_of(rows_of(rows, KeyColumn.made([key or b"" for key in above])), np.array(order))
+    columns = (found.parents, found.first_children, found.previous, found.nexts)
+    for key, *at_once in zip(rows, *(column.tolist() for column in columns), strict=True):
         meta = one_by_one.index[key]
-        assert at_once == [meta.parent, meta.first_child, meta.previous, meta.next]
-    assert links.orphans == []
+        links = [None if row == NONE else rows[row] for row in at_once]
+        assert links == [meta.parent, meta.first_child, meta.previous, meta.next]
+    assert found.orphans == []
+
+
+@pytest.mark.parametrize("size", [4, 32, 48, 64, 65, 256])
+def test_the_row_of_a_key_is_found_whatever_its_length(size: int) -> None:
+    keys = [Key(b"%d" % n * size)[: size - n % 3] for n in range(1, 200)]
+    keys = [Key(key) for key in dict.fromkeys(keys)]
+    wanted = [*keys[::-1], b"", b"absent", keys[0] + b"\0"]
+    expected = [*range(len(keys) - 1, -1, -1), NONE, MISSING, MISSING]
+    assert rows_of(keys, KeyColumn.made(wanted)).tolist() == expected
+    assert rows_of([], KeyColumn.made([b"", b"k"])).tolist() == [NONE, MISSING]
+
+
+def test_keys_with_the_same_sum_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.disk.columns._mixed", lambda words, _sizes: np.zeros(len(words), np.uint64))
+    keys = [Key(b"%032d" % n) for n in range(9)]
+    assert rows_of(keys, KeyColumn.made([*keys[3:], b"%032d" % 99])).tolist() == [3, 4, 5, 6, 7, 8, MISSING]
 
 
 def test_orphans_and_rings_found_at_a_start_have_no_parent() -> None:
     a, b, c, d, lost = (Key(name) for name in (b"a", b"b", b"c", b"d", b"lost"))
-    links = links_of([a, b, c, d], [b, a, a, lost])
-    assert links.parents == [None, None, None, None]
-    assert links.first_children == [None, None, None, None]
-    assert links.orphans == [d]
-    assert links_of([], []).parents == []
+    keys = [a, b, c, d]
+    links = links_of(rows_of(keys, KeyColumn.made([b, a, a, lost])), np.arange(4))
+    assert links.parents.tolist() == [NONE] * 4
+    assert links.first_children.tolist() == [NONE] * 4
+    assert links.orphans == [3]
+    assert links_of(np.empty(0, np.int64), np.empty(0, np.int64)).parents.tolist() == []
 
 
 def test_a_key_put_again_as_a_chunk_continues_the_parent_it_names_then() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-import kvstore.residency.state
+import kvstore.metadata.index
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.errors import OverQuota
 from kvstore.keys import KEYS_PER_CALL_MAX, Key
 from kvstore.metadata import slices
-from kvstore.metadata.chains import Chains
+from kvstore.metadata.meta import Meta
 from kvstore.residency.state import Lock
 from kvstore.store import Store
 
@@ -24,16 +24,16 @@ VALUE = {"k": torch.ones(1)}
 ROOT = b"root"
 
 
-class Index(dict[Key, Any]):
+class Index(kvstore.metadata.index.Index):
     """Counts the Metas that are looked up."""
 
     looked = 0
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def get(self, key: Key) -> Meta | None:  # type: ignore[override]
         Index.looked += 1
-        return super().get(key, default)
+        return super().get(key)
 
-    def __getitem__(self, key: Key) -> Any:
+    def __getitem__(self, key: Key) -> Meta:
         Index.looked += 1
         return super().__getitem__(key)
 
@@ -61,7 +61,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, **config: Any) -> Store:
-    monkeypatch.setattr(kvstore.residency.state, "Chains", lambda: Chains(Index()))
+    monkeypatch.setattr("kvstore.metadata.chains.Index", Index)
     config = {"hot": HotConfig(64 << 20), "warm": WarmConfig(0), **config}
     store = Store.open(StoreConfig(**config), clock=ManualClock(), background=False)
     store._r.lock = Counted()

@@ -49,7 +49,7 @@ class Holder:
             meta_of=self._meta_of, on_drop=lambda *args: self.dropped.append(args), disk=self.disk,
         )  # fmt: skip
         found = self.cold.recovered()
-        self.metas = dict(zip(found.keys, found.metas, strict=True))
+        self.metas = {found.keys[row]: found.resting.meta(row) for row in found.order.tolist()}
         return self.cold
 
     def _meta_of(self, key: Key) -> Meta | None:
