@@ -1,12 +1,16 @@
 """Opening a cold directory: flock, DROP, STATE, verify, quarantine, in this order.
 
     LOCK          flocked by the one process that uses the directory
-    STATE         JSON: format, clean (closed in order), boot_id
+    STATE         JSON: format, clean (closed in order), boot_id, loading (its rows were being read)
     DROP          made by an operator: start empty, once
     index/        LMDB: rows
     segments/     records
     quarantine/   the newest few indexes that failed their check, for a later analysis
 
+What is read before a start may be damaged, and a damaged page can end a process. So a child process reads it first. Of
+a directory that was not closed in order another child checks each byte, which takes as long as reading the rows here:
+both go on at once, and nothing is written before the check has ended well. Should the rows end this process after
+all, STATE says `loading`, and the next start waits for the check before it reads them.
 Raises ConfigError for a directory that is in use, has a newer format, belongs to another user, or has a symbolic link
 where one of these names should be. Damage is no error: the store starts empty. What could not be read is not damaged:
 an errno of the system ends the opening and deletes nothing.
@@ -34,7 +38,8 @@ log = logging.getLogger(__name__)
 
 FORMAT, READABLE = 2, (1, 2)
 """2: records under 64 KiB share blocks. A version that knows only 1 would punch their neighbours, so it refuses."""
-VERIFY_TIMEOUT_S = 60.0
+VERIFY_TIMEOUT_S, VERIFY_NBYTES_PER_S = 60.0, 4 << 20
+"""A check may take so long, and in addition a second for so many bytes of the index: a million rows are 320 MB."""
 QUARANTINES_MAX = 3
 _FOLDERS = ("index", "index.new", "segments", "quarantine")
 _FILES = ("index/data.mdb", "index/lock.mdb")
@@ -45,17 +50,25 @@ _LMDB_META = struct.Struct("<16xIIQQI")
 _LMDB_MAGIC = 0xBEEFC0DE
 
 
+class IndexDamaged(Exception):
+    """A check that went on while the rows were read found damage: nothing that was read counts."""
+
+
 UNFINISHED = "unfinished"
 """The power was cut while an index was being made: it is empty, and no record was ever reported as stored."""
 
 
 @dataclass(slots=True)
 class Directory:
-    """A cold directory held by this process. quarantined: why opening emptied it, None if it did not."""
+    """A cold directory held by this process. quarantined: why opening emptied it, None if it did not.
+
+    checking: the check of each byte of the index, while it goes on.
+    """
 
     path: Path
     lock_fd: int
     quarantined: str | None = None
+    checking: "Check | None" = None
 
     @property
     def index(self) -> Path:
@@ -67,9 +80,19 @@ class Directory:
         """Where the records are."""
         return self.path / "segments"
 
+    def checked(self) -> str | None:
+        """Wait for the check that goes on. Returns the problem, None for a sound index. Raises ConfigError, OSError."""
+        if self.checking is None:
+            return None
+        problem, self.checking = self.checking.problem(), None
+        if problem is None:
+            self.write_state(clean=False)
+        return problem
+
     def write_state(self, *, clean: bool) -> None:
         """Write durably whether the directory was closed in order. Raises OSError."""
-        state = {"format": FORMAT, "clean": clean, "boot_id": _boot_id()}
+        loading = self.checking is not None
+        state = {"format": FORMAT, "clean": clean, "boot_id": _boot_id(), "loading": loading}
         temporary = self.path / "STATE.new"
         temporary.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -81,11 +104,16 @@ class Directory:
 
     def release(self) -> None:
         """Release the lock, so that another process may use the directory."""
+        if self.checking is not None:
+            self.checking.end()
         os.close(self.lock_fd)
 
 
-def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory:
-    """Lock and check a directory; create it if it does not exist. Raises ConfigError."""
+def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S, meanwhile: bool = False) -> Directory:
+    """Lock and check a directory; create it if it does not exist. Raises ConfigError.
+
+    meanwhile: return while each byte is still being checked. Then write nothing before `checked` has returned None.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_directory(path, "cold.path", root_may_own=False)
@@ -94,7 +122,7 @@ def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S) -> Directory
     except OSError as error:
         raise ConfigError(_refused(path, error)) from None
     try:
-        _check(directory, verify_timeout_s)
+        _check(directory, verify_timeout_s, meanwhile=meanwhile)
         directory.segments.mkdir(mode=0o700, exist_ok=True)
         directory.write_state(clean=False)
     except BaseException as error:
@@ -141,7 +169,7 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _check(directory: Directory, verify_timeout_s: float) -> None:
+def _check(directory: Directory, verify_timeout_s: float, *, meanwhile: bool) -> None:
     if (directory.path / "DROP").exists():
         log.warning("cold path=%s event=dropped reason=DROP file", directory.path)
         _empty(directory)
@@ -156,13 +184,15 @@ def _check(directory: Directory, verify_timeout_s: float) -> None:
     if not _is_there(directory.index / "data.mdb"):
         _empty(directory)
         return
-    clean = state is not None and state.get("clean") is True
-    whole = index_is_whole(directory.index / "data.mdb")
-    problem = verify(directory.index, verify_timeout_s, quick=clean and whole)
+    clean = state is not None and state.get("clean") is True and index_is_whole(directory.index / "data.mdb")
+    meanwhile = meanwhile and state is not None and state.get("loading") is False
+    problem = verify(directory.index, verify_timeout_s, "quick" if clean else "read" if meanwhile else "whole")
     if problem == UNFINISHED:
         _empty(directory)
     elif problem is not None:
         quarantine(directory, problem)
+    elif meanwhile and not clean:
+        directory.checking = Check(directory.index, verify_timeout_s, "bytes")
 
 
 def _is_there(path: Path) -> bool:
@@ -205,30 +235,64 @@ def _last_page(page: bytes) -> tuple[int, int, int]:
     return (last, transaction, page_nbytes) if (magic, version) == (_LMDB_MAGIC, 1) else (0, 0, 4096)
 
 
-def verify(index: Path, timeout_s: float, *, quick: bool) -> str | None:
-    """Check an index in a child process. Returns the problem, None for a sound index, UNFINISHED for an unmade one.
+class Check:
+    """A check of an index in a child process, which goes on until somebody asks for the problem.
 
-    quick: only let LMDB read it all. If a file that was closed in order is damaged, the child dies and not the daemon.
-    Raises ConfigError if the check could not be made: the system refused the file or memory, or somebody ended it.
+    how: see `verify_child.check`. If a file that was closed in order is damaged, the child dies and not the daemon.
     """
-    command = [sys.executable, "-P", verify_child.__file__, str(index), "quick" if quick else "whole"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout_s, text=True, check=False)  # noqa: S603 - our own file
-    except subprocess.TimeoutExpired:
-        return f"check took over {timeout_s} s"
-    if done.returncode == 0:
-        return None
-    if done.returncode == verify_child.UNFINISHED:
-        return UNFINISHED
-    if done.returncode == verify_child.UNREADABLE or done.returncode in _KILLED:
-        why = done.stdout.strip() or f"the check was ended by signal {-done.returncode}"
-        raise ConfigError(
-            f"the index {index} could not be checked: {why}. Nothing was deleted; remove the cause, or put an empty "
-            f"file DROP into {index.parent} to start empty"
-        )
-    lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-    said = lines[0] if done.stdout.strip() else lines[-1]  # the first problem found, or the reason why the child died
-    return f"check ended with {done.returncode}: {said}"
+
+    def __init__(self, index: Path, timeout_s: float, how: str) -> None:
+        self._index = index
+        self._timeout_s = timeout_s + (index / "data.mdb").stat().st_size / VERIFY_NBYTES_PER_S
+        self._child = subprocess.Popen(  # noqa: S603 - our own file
+            [sys.executable, "-P", verify_child.__file__, str(index), how],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """End the child."""
+        self._child.kill()
+        self._child.communicate()
+
+    def problem(self) -> str | None:
+        """Wait for the child. Returns the problem, None for a sound index, UNFINISHED for an unmade one.
+
+        Raises ConfigError if the check could not be made: the system refused the file or memory, or somebody ended it.
+        """
+        try:
+            out, err = self._child.communicate(timeout=self._timeout_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            return f"check took over {self._timeout_s:.0f} s"
+        except BaseException:
+            self.end()
+            raise
+        code = self._child.returncode
+        if code == 0:
+            return None
+        if code == verify_child.UNFINISHED:
+            return UNFINISHED
+        if code == verify_child.UNREADABLE or code in _KILLED:
+            why = out.strip() or f"the check was ended by signal {-code}"
+            raise ConfigError(
+                f"the index {self._index} could not be checked: {why}. Nothing was deleted; remove the cause, or put "
+                f"an empty file DROP into {self._index.parent} to start empty"
+            )
+        lines = (out + err).strip().splitlines() or ["no message"]
+        said = lines[0] if out.strip() else lines[-1]  # the first problem found, or the reason why the child died
+        return f"check ended with {code}: {said}"
+
+
+def verify(index: Path, timeout_s: float, how: str) -> str | None:
+    """Check an index, as `Check` says, and wait for it."""
+    return Check(index, timeout_s, how).problem()
+
+
+def start_empty(directory: Directory, problem: str) -> None:
+    """Go on without what the directory held, after its index was found damaged. Raises OSError."""
+    quarantine(directory, problem)
+    directory.segments.mkdir(mode=0o700)
+    directory.write_state(clean=False)
 
 
 def quarantine(directory: Directory, problem: str) -> None:

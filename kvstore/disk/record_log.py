@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Protocol
 
 from kvstore.disk import Disk
-from kvstore.disk.opening import Directory
+from kvstore.disk.opening import Directory, IndexDamaged
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, recover
@@ -105,8 +105,20 @@ class RecordLog:
         self._writer = Writer(self._rows, self._segments, self._pending, self.changed, callbacks)
 
     def recover(self, now: float) -> Recovered:
-        """What the rows name, without the expired and damaged ones, which are removed. Before `start`."""
-        found = recover(self._rows, now)
+        """What the rows name, without the expired and damaged ones, which are removed. Before `start`.
+
+        Raises IndexDamaged if the check of the directory's index, which ended meanwhile, found damage.
+        """
+        try:
+            found = recover(self._rows, now)
+        except Exception as error:
+            problem = self._directory.checked()
+            if problem is None:
+                raise
+            raise IndexDamaged(problem) from error
+        problem = self._directory.checked()
+        if problem is not None:
+            raise IndexDamaged(problem)
         self._seq = found.last_seq
         self._writer.dirty.update(found.clamped)
         self.counters.corrupt_total += found.damaged
@@ -117,6 +129,11 @@ class RecordLog:
         self._rows.reopen()
         self._segments.recover(found.places)
         return found
+
+    def abandon(self) -> None:
+        """Let go of the files, and write nothing. Before `start`."""
+        self._segments.close()
+        self._rows.close()
 
     def recovered(self, used: Iterable[tuple[Owner, int]]) -> None:
         """Count what owners' records take, all of them on the disk since before this process."""

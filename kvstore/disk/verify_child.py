@@ -7,6 +7,7 @@ run by path and imports only lmdb: importing torch would take longer than the ch
 """
 
 import sys
+from collections import deque
 
 import lmdb
 import lmdb.verify
@@ -32,27 +33,28 @@ def main(path: str, how: str) -> int:
 
 
 def check(path: str, how: str) -> int:
-    """Unless `how` is "quick", first walk the file's bytes without LMDB: 3 s for a million rows.
+    """The exit code. how: "bytes" walks the file's bytes without LMDB, which takes some seconds for a million rows.
 
-    Then let LMDB read every row, and write in a transaction that is aborted: LMDB reads the list of free pages only
-    when it writes.
+    "read" lets LMDB read every row, and write in a transaction that is aborted, since LMDB reads the list of free pages
+    only when it writes. "whole": both. "quick": as "read", of a file closed in order, so it has a table of rows.
     """
-    problems = [] if how == "quick" else lmdb.verify.verify(path)  # type: ignore[no-untyped-call]  # it has no types
+    problems = lmdb.verify.verify(path) if how in ("bytes", "whole") else []  # type: ignore[no-untyped-call]  # no types
     if problems:
         sys.stdout.write("\n".join(problems[:20]))
         return 1
+    if how == "bytes":
+        return 0
     # A map larger than any index: the file's own size would be enough for reading, but not for one more page.
     with lmdb.open(path, max_dbs=4, map_size=1 << 40, lib_version=0, sync=False) as env:
         if how != "quick" and not env.stat()["entries"]:
             return UNFINISHED
         db = env.open_db(b"rows", create=False)
         with env.begin(db=db) as txn, txn.cursor() as cursor:
-            rows = sum(1 for _ in cursor.iternext(keys=True, values=True))
+            deque(cursor.iternext(keys=True, values=True), maxlen=0)
         with env.begin(db=db, write=True) as txn:
             for n in range(PROBES):
                 txn.put(b"probe %d" % n, bytes(200))
             txn.abort()
-    sys.stdout.write(f"{rows} rows\n")
     return 0
 
 

@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,9 +177,14 @@ class Residency:
             if not self.tenants.register(name, prefixes):
                 return
         # What is put from here on has its owner already.
-        for keys in slices([key for key in self.keys_now() if key.startswith(own)]):
+        for keys in slices([key for key in self._keys_as_used() if key.startswith(own)]):
             with self.lock:
                 self._give_to_tenant(keys)
+
+    def _keys_as_used(self) -> Iterable[Key]:
+        """All keys, the least recently used first, as the lowest tier that holds them has it. Without the lock."""
+        cold = () if self.cold is None else self.cold.keys()
+        return dict.fromkeys(chain(cold, self.warm.keys_now(), self.hot.keys_now(), self.keys_now()))
 
     def _give_to_tenant(self, keys: Sequence[Key]) -> None:
         moving = [key for key in keys if key in self.index]

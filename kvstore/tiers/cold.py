@@ -24,7 +24,7 @@ from kvstore.clock import Clock
 from kvstore.config import ColdConfig
 from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.occupancy import place_nbytes, places_nbytes
-from kvstore.disk.opening import Directory, take
+from kvstore.disk.opening import Directory, IndexDamaged, start_empty, take
 from kvstore.disk.record_log import WAIT_S, RecordLog
 from kvstore.disk.recovery import Codes, Recovered, no_garbage_collection
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
@@ -126,17 +126,27 @@ class Cold:
         owners_of: whose the recovered keys are. Raises ConfigError.
         """
         seals = Seals(config.key_files)
-        directory = take(path)
+        directory = take(path, meanwhile=True)
+
         try:
-            cold = cls(
-                directory, config, clock, disk or SystemDisk(), seals,
-                meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction, order=order,
-            )  # fmt: skip
-            with no_garbage_collection():
-                cold._recover(owners_of)
+            while True:
+                cold = cls(
+                    directory, config, clock, disk or SystemDisk(), seals,
+                    meta_of=meta_of, on_drop=on_drop, pin_max_fraction=pin_max_fraction, order=order,
+                )  # fmt: skip
+                try:
+                    with no_garbage_collection():
+                        cold._recover(owners_of)
+                    break
+                except IndexDamaged as damage:
+                    cold._records.abandon()
+                    start_empty(directory, str(damage))
         except (OSError, lmdb.Error) as error:
             directory.release()
             raise ConfigError(f"cold.path {path} cannot be used: {error}") from None
+        except BaseException:
+            directory.release()
+            raise
         cold._records.start()
         return cold
 

@@ -17,7 +17,8 @@ ANYBODY = {
     "admits",  # numbers; `displace` decides, under the lock
     "pinned_beside",
     "owner_of",  # "any thread, without the lock"
-    "keys_now",  # one step of the interpreter
+    "keys_now",  # one step of the interpreter for each part
+    "_keys_as_used",  # copies of keys
     "register_tenant",  # takes the lock itself
     "dropped_from_cold",  # takes the lock itself
     "in_cold",
@@ -51,7 +52,8 @@ class Guard:
         if type(thing) in self._classes:
             return
         self._classes.add(type(thing))
-        for name, method in list(vars(type(thing)).items()):
+        own = [kind for kind in type(thing).__mro__[::-1] if kind.__module__.startswith("kvstore.")]
+        for name, method in {name: method for kind in own for name, method in vars(kind).items()}.items():
             if isinstance(method, FunctionType) and (name in names if names else name not in ANYBODY):
                 self._monkeypatch.setattr(type(thing), name, self._guarded(method, name))
 
@@ -108,6 +110,8 @@ def guard_store(guard: Guard, store: Store) -> None:
     lock: Held = r.lock._is_owned  # type: ignore[attr-defined]
     for thing in (r, r.hot, r.warm, r.chains, r.tombstones, r.flights, r.deadlines, r.tenants):
         guard.methods(thing, lock)
+    # Only where it changes or is walked: `meta_of` and `owner_of` look a key up from any thread.
+    guard.methods(r.index, lock, "__setitem__", "__delitem__", "__iter__", "__getitem__", "take", "clear", "rest")
     for thing in (r.counters, *r.counters.tiers.values()):
         guard.attributes(thing, lock)
     r.transit = guard.mapping(r.transit, lock, "transit")

@@ -1,6 +1,6 @@
 """Every verb holds the lock of whatever it uses: a `with` left out is noticed without two threads having to meet."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from kvstore.config import ColdConfig, HotConfig, QuotaConfig, StoreConfig, Warm
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, EntryTooLarge, OverQuota
 from kvstore.keys import Key
-from kvstore.metadata.chains import Chains
 from kvstore.store import Store
 from kvstore.tiers.cold import Cold
 from tests.kvstore.guarded import Guard, guard_cold, guard_store
@@ -33,17 +32,7 @@ class Checked:
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(kvstore.residency.state, "Chains", lambda: Chains(index_of()))
         self.guard = Guard(monkeypatch)
-        lock: list[Callable[[], bool]] = [lambda: True]
-
-        def held() -> bool:
-            return lock[-1]()
-
-        def index_of() -> dict[Any, Any]:
-            # Only told where it changes or is walked: `meta_of` and `owner_of` look a key up from any thread.
-            return self.guard.mapping({}, held, "index", reads=False)  # type: ignore[no-any-return]
-
         config = StoreConfig(
             hot=HotConfig(160 * KIB),
             warm=WarmConfig(64 * KIB),
@@ -54,7 +43,6 @@ class Checked:
         )
         self.store = Store.open(config, clock=ManualClock(), background=False)
         self.r = self.store._r
-        lock.append(self.r.lock._is_owned)
         guard_store(self.guard, self.store)
         self.guard.on = True
 
