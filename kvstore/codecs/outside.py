@@ -1,7 +1,7 @@
 """Codecs of other people: registered by a program or offered by an installed package, and tried before they are used.
 
 A codec's name stands in every record that it writes, so it is taken once and for good. A record whose codec is not
-installed where it is read is a miss: `outside_codec` raises UnknownEncoding, which names the encoding and what is known.
+installed where it is read is a miss: `outside_codec` raises UnknownEncoding, which names it and what is known here.
 """
 
 import inspect
