@@ -32,7 +32,7 @@ $(SETUP): | $(STAMP)
 endif
 -include daemon/operate.mk
 
-.PHONY: help demo test packages engines quick lint type proto proto-check bench format install clean
+.PHONY: help demo test packages engines quick lint type proto proto-check bench format install lock clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -91,7 +91,11 @@ proto-check: .venv-proto/.installed  ## Fail if generating again would change th
 
 install: $(STAMP) $(SETUP)  ## .venv with everything pinned in constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt tools/venv.sh
+lock:  ## tools/locks: the hashes of every pinned version's files, after a change of versions
+	@tools/venv.sh --bare $(PYTHON) .venv-lock uv
+	@tools/lock.sh .venv-lock/bin/uv
+
+$(STAMP): pyproject.toml constraints.txt tools/venv.sh tools/locks/all.lock tools/locks/installers.lock
 ifeq ($(VENV),.venv)
 	@tools/venv.sh $(PYTHON) $(VENV)
 	@touch $@
@@ -99,8 +103,8 @@ endif
 
 # A venv of its own: code generated for a newer protobuf refuses to import on an older one, so the generator is the
 # oldest we support while .venv has the newest.
-.venv-proto/.installed: tools/venv.sh
-	@tools/venv.sh --bare $(PYTHON) .venv-proto grpcio-tools==1.71.2 setuptools==80.9.0
+.venv-proto/.installed: tools/venv.sh tools/locks/proto.lock
+	@tools/venv.sh --bare $(PYTHON) .venv-proto --require-hashes --no-deps --only-binary :all: -r tools/locks/proto.lock
 	@touch $@
 
 clean:  ## Remove what these targets made, the model's cache aside

@@ -1,6 +1,6 @@
 # Operating: what CI runs in short forms, at length. Included by the Makefile.
 
-.PHONY: cli-docs load fuzz audit sbom
+.PHONY: cli-docs load fuzz fuzz-requests fuzz-records audit sbom
 
 sbom: install  ## What is installed in .venv, as CycloneDX JSON on standard output
 	@$(BIN)/python tools/sbom.py
@@ -15,6 +15,12 @@ fuzz: .venv-fuzz/.installed  ## Fuzz the parsers, FUZZ_S seconds each (60)
 	@for target in frames record safetensors tokens; do \
 	  PYTHONPATH=.:daemon:client .venv-fuzz/bin/python tests/fuzz/fuzz.py $$target --seconds $${FUZZ_S:-60} || exit 1; \
 	done
+
+fuzz-requests: install  ## FUZZ_COUNT (a million) fuzzed requests through both doors of a daemon, and its memory
+	PYTHONPATH=.:daemon:client $(BIN)/python -m tests.fuzz requests --count $${FUZZ_COUNT:-1000000}
+
+fuzz-records: install  ## FUZZ_COUNT (a million) mutated records through reads, imports and parsers
+	PYTHONPATH=.:daemon:client $(BIN)/python -m tests.fuzz records --count $${FUZZ_COUNT:-1000000}
 
 # A venv of its own: atheris instruments what it imports, and has wheels for fewer Pythons than we support.
 .venv-fuzz/.installed: tools/venv.sh constraints.txt

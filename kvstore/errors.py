@@ -1,17 +1,18 @@
 """Every error that the engine raises, by what the caller can do about it.
 
     KvstoreError
-    |-- InvalidEntry        the caller's data is wrong: fix it           INVALID_ARGUMENT
-    |   |-- EntryTooLarge   no tier could ever hold it                   RESOURCE_EXHAUSTED
-    |   `-- OutMismatch     `out` cannot take the entry: fix it          (client only)
-    |-- OverQuota           a budget is spent: wait, or ask for less     RESOURCE_EXHAUSTED
-    |-- CodecError          bytes do not decode under this codec         FAILED_PRECONDITION
-    |-- TierUnavailable     disk or peer is failing: retry later         UNAVAILABLE
-    |-- PermissionDenied    the caller lacks this right                  PERMISSION_DENIED
-    |-- LeaseKept           a tensor outlived its lease: copy it         (client only)
-    |-- RecordCorrupt       internal: a caller sees a miss               DATA_LOSS
-    |   `-- UnknownSeal     internal: its key is in no key file          (never leaves the store)
-    `-- ConfigError         start-up only: fix the configuration         (exit code 2)
+    |-- InvalidEntry         the caller's data is wrong: fix it           INVALID_ARGUMENT
+    |   |-- EntryTooLarge    no tier could ever hold it                   RESOURCE_EXHAUSTED
+    |   `-- OutMismatch      `out` cannot take the entry: fix it          (client only)
+    |-- OverQuota            a budget is spent: wait, or ask for less     RESOURCE_EXHAUSTED
+    |-- CodecError           bytes do not decode under this codec         FAILED_PRECONDITION
+    |   `-- UnknownEncoding  internal: no codec here has this name        (never leaves the store)
+    |-- TierUnavailable      disk or peer is failing: retry later         UNAVAILABLE
+    |-- PermissionDenied     the caller lacks this right                  PERMISSION_DENIED
+    |-- LeaseKept            a tensor outlived its lease: copy it         (client only)
+    |-- RecordCorrupt        internal: a caller sees a miss               DATA_LOSS
+    |   `-- UnknownSeal      internal: its key is in no key file          (never leaves the store)
+    `-- ConfigError          start-up only: fix the configuration         (exit code 2)
 
 A miss is None, never an exception. Every message carries the value and the limit.
 """
@@ -49,6 +50,10 @@ class CodecError(KvstoreError):
     """Encoded parts that do not belong together: wrong lengths, codes, scales or names."""
 
     grpc_code = "FAILED_PRECONDITION"
+
+
+class UnknownEncoding(CodecError):
+    """Nothing is wrong with the parts: their codec is another version's, or of a package that is not installed here."""
 
 
 class TierUnavailable(KvstoreError):

