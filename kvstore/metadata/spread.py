@@ -5,14 +5,56 @@ store's lock is held meanwhile. So the keys are spread over `PARTS` dictionaries
 caller can foresee. Not thread-safe but for `get` and `keys_now`: one step of the interpreter for each part.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from kvstore.keys import Key
 
 PARTS = 64
+Column = np.ndarray[Any, np.dtype[np.int64]]
 V = TypeVar("V")
+
+
+class Grouped:
+    """Keys that a restart found, by the part that each belongs to: so a part is made when somebody needs it.
+
+    rows: of `keys`, in their order. at: the part of each of them.
+    """
+
+    __slots__ = ("_keys", "_numbers", "_rows", "_starts")
+
+    def __init__(self, keys: Sequence[Key], rows: Column, at: Column, parts: int) -> None:
+        self._keys = keys
+        # Of 16 bits: sorted ten times faster.
+        self._numbers = np.argsort(at.astype(np.uint16) if parts <= 1 << 16 else at, kind="stable").astype(np.int32)
+        self._rows = rows[self._numbers].astype(np.int32)
+        self._starts = np.cumsum([0, *np.bincount(at, minlength=parts).tolist()]).tolist()
+
+    def size(self, part: int) -> int:
+        """Keys of a part."""
+        return int(self._starts[part + 1] - self._starts[part])
+
+    def keys(self, part: int) -> list[Key]:
+        """The keys of a part, in their order."""
+        return [self._keys[row] for row in self.rows(part)]
+
+    def rows(self, part: int) -> list[int]:
+        """The rows of the keys of a part."""
+        found: list[int] = self._rows[self._starts[part] : self._starts[part + 1]].tolist()
+        return found
+
+    def places(self, part: int) -> list[int]:
+        """The places of the keys of a part in the order of all."""
+        found: list[int] = self._numbers[self._starts[part] : self._starts[part + 1]].tolist()
+        return found
+
+
+def hashes_of(keys: Sequence[Key]) -> Column:
+    """The hash of the process of each key."""
+    return np.fromiter(map(hash, keys), np.int64, len(keys))
 
 
 class Spread(MutableMapping[Key, V]):

@@ -7,6 +7,7 @@ leaf-first LRU would: an ancestor is always more recent than its descendants. So
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvstore.keys import Key
+from kvstore.metadata.spread import Column
 from kvstore.policies.key_order import KeyOrder
 
 
@@ -25,9 +26,9 @@ class LRU:
         else:
             self._order.append(key)
 
-    def track_all(self, keys: Sequence[Key]) -> None:
-        """Track new keys, the most recently used last: a million of them in a second."""
-        self._order.extend(keys)
+    def track_all(self, keys: Sequence[Key], rows: Column, hashes: Column) -> None:
+        """Track many new keys at once, see `KeyOrder.extend`; that of the last row is the most recently used."""
+        self._order.extend(keys, rows, hashes)
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Make known keys the most recently used, the last one the most recent. Returns the known keys."""

@@ -40,7 +40,8 @@ class Branches:
             held.prepend(key)
         elif held != key:
             children = self._below[parent] = KeyOrder()
-            children.extend((key, held))
+            children.append(key)
+            children.append(held)
 
     def drop(self, key: Key) -> None:
         """Drop a key, if it is there."""

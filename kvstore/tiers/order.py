@@ -19,6 +19,7 @@ import numpy as np
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
 from kvstore.metadata.owner import NOBODY, TIERS, Owner
+from kvstore.metadata.spread import hashes_of
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU
 from kvstore.tiers.branches import Branches
@@ -137,17 +138,17 @@ class Order:
             lanes.setdefault(of.lane, []).append(code)
             if of.lane not in self._lanes:
                 self._open_lane(of)
+        hashes = hashes_of(keys)
         for name, codes in lanes.items():
-            own = rows if len(lanes) == 1 else rows[np.isin(owner[rows], codes)]
-            lane, found = self._lanes[name], [keys[row] for row in own.tolist()]
+            own, lane = rows if len(lanes) == 1 else rows[np.isin(owner[rows], codes)], self._lanes[name]
             if isinstance(lane, LRU):
-                lane.track_all(found)
+                lane.track_all(keys, own, hashes)
             else:
-                for key in found:
-                    lane.track(key)
-            if self._branches is not None:
-                for key in found:
-                    self._branches.add(key)
+                for row in own.tolist():
+                    lane.track(keys[row])
+        if self._branches is not None:
+            for row in rows.tolist():
+                self._branches.add(keys[row])
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Count as use, in the order given. Returns the held keys without the pinned ones."""

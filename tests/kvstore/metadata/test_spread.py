@@ -3,12 +3,13 @@
 import random
 from collections import OrderedDict
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.keys import Key
-from kvstore.metadata.spread import PARTS, Spread
+from kvstore.metadata.spread import PARTS, Spread, hashes_of
 from kvstore.policies import key_order
 from kvstore.policies.key_order import KeyOrder
 
@@ -37,7 +38,9 @@ class KeyOrderMachine(RuleBasedStateMachine):
     @rule(some=st.lists(keys, unique=True))
     def extend(self, some: list[Key]) -> None:
         new = [key for key in some if key not in self.model]
-        self.order.extend(new)
+        random.Random(len(some)).shuffle(some)
+        rows = np.array([some.index(key) for key in new], np.int64)
+        self.order.extend(some, rows, hashes_of(some))
         self.model.update(dict.fromkeys(new))
 
     @rule(some=st.lists(keys))
@@ -87,9 +90,12 @@ def test_no_part_of_an_order_is_long_however_it_grew() -> None:
     one_by_one, at_once = KeyOrder(), KeyOrder()
     for key in some:
         one_by_one.append(key)
-    at_once.extend(some)
+    at_once.extend(some[::-1], np.arange(len(some))[::-1], hashes_of(some[::-1]))
+    assert at_once.keys_now() == some
+    assert at_once._parts.count(None) > 10, "nobody needed them"
+    assert at_once.first() == some[0]
     for order in (one_by_one, at_once):
-        assert max(map(len, order._parts)) < 3 * key_order.PART_MAX
+        assert max(len(part or ()) for part in order._parts) < 3 * key_order.PART_MAX
         assert list(order) == some
         assert order.first() == some[0]
     at_once.append(some[0])

@@ -62,7 +62,7 @@ def told(meta: Meta) -> dict[str, object]:
 
 def awake(index: Index) -> int:
     """Keys whose Meta has been made."""
-    return sum(isinstance(held, Meta) for part in index._parts for held in part.values())
+    return sum(isinstance(held, Meta) for part in index._parts if part for held in part.values())
 
 
 @pytest.mark.parametrize("seed", range(3))
