@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "daemon"), str(ROOT / "client")]
 
 import numpy as np  # noqa: E402 - after the path
-from attacks import ATTACKER_UID, ATTACKS, DESCRIPTORS, Part, Target  # noqa: E402
 
+from bench.attacks import ATTACKER_UID, ATTACKS, DESCRIPTORS, Part, Target  # noqa: E402
 from kvstored.access.tokens import digest, make_token  # noqa: E402
 from kvstored_client import Client  # noqa: E402
 
@@ -70,26 +71,28 @@ class Victim:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._tensors = {"x": np.zeros(4096, np.uint8)}
-        self._calls: dict[str, Callable[[], bool]] = {}
+        self._calls: dict[str, Callable[[], object]] = {}
         for door in ("lease", "stream"):
             client = self._client(door)
-            self._calls[f"{door} put"] = lambda client=client: client.put(KEY, self._tensors)
-            self._calls[f"{door} get"] = lambda client=client: client.get(KEY) is not None
+            self._calls[f"{door} put"] = partial(client.put, KEY, self._tensors)
+            self._calls[f"{door} get"] = partial(_hit, client)
         for call in self._calls.values():  # connections, segments, first imports
             for _ in range(30):
                 call()
 
     def _client(self, door: str) -> Client:
-        return Client(f"unix:{self._target.socket}", on_error="raise", framework="numpy", shared_memory=door == "lease")
+        return Client(
+            f"unix:{self._target.socket_path}", on_error="raise", framework="numpy", shared_memory=door == "lease"
+        )
 
     def measure(self, found: Measured, seconds: float) -> None:
         """A round of calls, then a newcomer's."""
         self._try(found, seconds)
         for door in ("lease", "stream"):
             with self._client(door) as newcomer:
-                self._once(found, f"a newcomer, {door}", lambda newcomer=newcomer: newcomer.get(KEY) is not None)
-                self._once(found, f"a pin, {door}", lambda newcomer=newcomer: newcomer.pin(KEY) == 1)
-                self._once(found, f"an unpin, {door}", lambda newcomer=newcomer: newcomer.unpin(KEY) == 1)
+                self._once(found, f"a newcomer, {door}", partial(_hit, newcomer))
+                self._once(found, f"a pin, {door}", partial(newcomer.pin, KEY))
+                self._once(found, f"an unpin, {door}", partial(newcomer.unpin, KEY))
         self._once(found, "a scrape", self._scrape)
 
     def _scrape(self) -> bool:
@@ -108,7 +111,7 @@ class Victim:
             found.calls += len(taken)
 
     @staticmethod
-    def _once(found: Measured, name: str, call: Callable[[], bool]) -> float:
+    def _once(found: Measured, name: str, call: Callable[[], object]) -> float:
         began = time.perf_counter()
         try:
             why = "" if call() else "a miss"
@@ -117,6 +120,10 @@ class Victim:
         if why:
             found.errors.append(f"{name}: {why}")
         return time.perf_counter() - began
+
+
+def _hit(client: Client) -> bool:
+    return client.get(KEY) is not None
 
 
 @contextmanager
@@ -136,7 +143,7 @@ def attacking(target: Target, parts: tuple[Part, ...]) -> Iterator[list[int]]:
         for process in started:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                raise SystemExit(f"{process.args} did not start")
+                raise SystemExit(f"{process.args!r} did not start")
         yield [process.pid for process in started]
     finally:
         for process in started:
@@ -236,7 +243,7 @@ def running(*, small_segments: bool) -> Iterator[Target]:
         resource.prlimit(started.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
         try:
             until = time.monotonic() + START_S
-            while not Path(f"{target.socket}.lease").exists():
+            while not Path(f"{target.socket_path}.lease").exists():
                 if time.monotonic() > until or started.poll() is not None:
                     raise SystemExit((directory / "log").read_text())
                 time.sleep(0.05)

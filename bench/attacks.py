@@ -48,9 +48,9 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Target:
-    """The daemon. hup: how the operator's part replaces the tokens file: its text with the attacker and without."""
+    """The daemon, and the two texts of its tokens file that the operator's part takes in turns."""
 
-    socket: str
+    socket_path: str
     port: int
     metrics_port: int
     pid: int
@@ -61,7 +61,7 @@ class Target:
 
     def client(self, *, shared_memory: bool) -> Client:
         """The attacker as a usual client."""
-        return Client(f"unix:{self.socket}", framework="numpy", shared_memory=shared_memory, timeout_s=60)
+        return Client(f"unix:{self.socket_path}", framework="numpy", shared_memory=shared_memory, timeout_s=60)
 
     def channel(self, number: int = 0) -> grpc.Channel:
         """A connection over TCP, where nobody is known by a socket's permissions."""
@@ -72,7 +72,7 @@ class Target:
         """A connection to the lease socket."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.settimeout(5)
-        sock.connect(f"{self.socket}.lease")
+        sock.connect(f"{self.socket_path}.lease")
         return sock
 
 
