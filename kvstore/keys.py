@@ -81,6 +81,10 @@ class CheckedKeys(tuple[Key, ...]):
         """self[start:stop], which need not be checked again."""
         return tuple.__new__(CheckedKeys, self[start:stop])
 
+    def after(self, prefix: bytes) -> "CheckedKeys":
+        """Each key behind a prefix. The caller knows that the longest one has room for it."""
+        return tuple.__new__(CheckedKeys, [prefix + key for key in self])
+
 
 def check_keys(keys: Iterable[object]) -> CheckedKeys:
     """`CheckedKeys(keys)`, for those who think of it as a check."""

@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,10 +30,11 @@ from kvstore.store import Store
 from kvstored.access.admission import Admission
 from kvstored.access.interceptor import Access, Interceptor, Records
 from kvstored.access.segment_owners import SegmentOwners
-from kvstored.access.tenant_view import TenantViews, read_secret, tenant_prefixes
+from kvstored.access.tenant_view import CALLER, TenantViews, read_secret, tenant_prefixes
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
 from kvstored.calls.budget import Budget
+from kvstored.calls.fair_threads import FairThreads
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.admin_service import AdminService
 from kvstored.doors.cache_service import CacheService
@@ -189,7 +189,11 @@ async def _pulse(store: Store, daemon: "Daemon") -> None:
 
 
 class Daemon:
-    """The gRPC server around an open store."""
+    """The gRPC servers around an open store.
+
+    Each address has a server of its own: gRPC hands over calls in the order in which they came, so those of strangers
+    on the network would keep the unix socket's waiting.
+    """
 
     def __init__(
         self, store: Store, settings: ServerSettings, arena: Arena | None = None, spans: Spans | None = None
@@ -197,18 +201,13 @@ class Daemon:
         self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config))
-        self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="kvstored-store")
+        self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
         self.watch = Sampler(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
         self._admission = Admission(settings.calls_max, self.watch.meter.turn_away)
         self._interceptor = Interceptor(self._access, self.watch.meter, records, self._admission, settings.silence_s)
-        # Not maximum_concurrent_rpcs: gRPC counts a call before anybody knows whose it is.
-        connections = connections_max(raise_descriptor_limit(), len(settings.listeners))
-        self._server = grpc.aio.server(
-            interceptors=[self._interceptor],
-            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)),
-        )
+        self._servers: list[grpc.aio.Server] = []
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
@@ -224,6 +223,7 @@ class Daemon:
             records,
             views,
             self._access.of_user,
+            self._access.refuse_user,
             SegmentOwners(),
             threading.Semaphore(settings.threads),
         )
@@ -232,15 +232,12 @@ class Daemon:
         self.watch.sources += (
             self._arena.gauges,
             self._shared.gauges,
-            self._access.refused.gauges,
-            # The executor's own queue: it has no other way to tell how many calls wait.
-            lambda: {"calls_waiting": self._threads._work_queue.qsize()},  # noqa: SLF001
+            lambda: {"calls_waiting": self._threads.waiting},
         )
         room = self._arena.empty
         cache = CacheService(views, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
         admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats)
-        self._server.add_generic_rpc_handlers((cache.handler(), admin.handler()))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._handlers = cache.handler(), admin.handler()
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError if an address cannot be bound."""
@@ -258,18 +255,25 @@ class Daemon:
             kind = "tls" if tls else "tcp"
             shown = target if socket_path(target) else f"{kind}:{target.rpartition(':')[0]}:{port}"
             logger.info("listening address=%s", shown)
-        await self._server.start()
+        await asyncio.gather(*(server.start() for server in self._servers))
         self.watch.start()
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def _bind(self, target: str, *, tls: bool) -> int:
-        if not tls:
-            return self._server.add_insecure_port(target)
         s = self._settings
-        return self._server.add_secure_port(
-            target, Certificates(s.tls_certificate, s.tls_key, s.tls_client_ca).credentials()
+        # Not maximum_concurrent_rpcs: gRPC counts a call before anybody knows whose it is.
+        connections = connections_max(raise_descriptor_limit(), len(s.listeners))
+        server = grpc.aio.server(
+            interceptors=[self._interceptor],
+            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)),
         )
+        server.add_generic_rpc_handlers(self._handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._servers.append(server)
+        if not tls:
+            return server.add_insecure_port(target)
+        return server.add_secure_port(target, Certificates(s.tls_certificate, s.tls_key, s.tls_client_ca).credentials())
 
     def reload(self) -> None:
         """Read the tokens again. A wrong file changes nothing: the tokens read before stay valid."""
@@ -294,7 +298,7 @@ class Daemon:
         """Refuse new calls, let running ones end, remove the sockets."""
         self.watch.stop()
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._settings.drain_grace_s)
+        await asyncio.gather(*(server.stop(self._settings.drain_grace_s) for server in self._servers))
         for leases in self._leases:
             await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)

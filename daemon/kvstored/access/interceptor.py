@@ -18,6 +18,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.ownership import overflow_uid
 from kvstored.access.admission import Admission, Refusal
 from kvstored.access.open_call import OpenCall, peer_group
+from kvstored.access.refusals import Lines, Pace
 from kvstored.access.tenant_view import CALLER
 from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
@@ -45,8 +46,8 @@ _LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
 """Admin verbs that change nothing: no audit line for each refresh of a screen."""
 AUDITED = frozenset({"Cache/Delete", "Cache/Pin", "Lease/delete", "Lease/pin"})
 """Verbs beside the admin's that change what others see. Not Put: it is the data path, and each put has its counters."""
-REFUSED_LINE_S = 60.0
-REFUSED_USERS_MAX = 1024
+REFUSED_LINES = 16
+"""Of a caller in a minute, by method and status: a line for each refusal would hide all others."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
@@ -60,7 +61,7 @@ class Access:
         self.tokens = tokens
         self._token_on_unix = token_on_unix
         self._nobody = overflow_uid()
-        self.refused = RefusedUsers()
+        self.user_lines = Lines(1)
 
     def identify(self, context: Any) -> Identity:
         """The caller. Raises Refusal."""
@@ -90,14 +91,19 @@ class Access:
         )
 
     def of_user(self, uid: int) -> Identity | None:
-        """The caller for a user id that the kernel has verified. None: it needs a token, and is written down."""
-        found = LOCAL if self.tokens is None else self.tokens.by_uid.get(uid)
+        """The caller for a user id that the kernel has verified. None: it needs a token."""
         if uid == self._nobody:
             # Any user that this namespace has no number for: to share memory among them would be to mix them up.
-            found = None
-        if found is None:
-            self.refused.refuse(uid, "the kernel's overflow user" if uid == self._nobody else "no entry")
-        return found
+            return None
+        return LOCAL if self.tokens is None else self.tokens.by_uid.get(uid)
+
+    def refuse_user(self, uid: int) -> None:
+        """Write down that the lease socket refused a user: its clients try again each second."""
+        left_out = self.user_lines.left_out(uid)
+        if left_out is not None:
+            why = "the kernel's overflow user" if uid == self._nobody else "no entry"
+            form = "lease verb=connect who=nobody peer=lease:%d result=UNAUTHENTICATED left_out=%d reason=%s"
+            audit.info(form, uid, left_out, why)
 
     @staticmethod
     def check(identity: Identity, method: str) -> None:
@@ -111,39 +117,13 @@ class Access:
             )
 
 
-class RefusedUsers:
-    """Users whom the lease socket refused: all are counted, and each has a line in the audit log once a minute.
-
-    Their clients go on over the stream and try again each second: a line each time would hide all others.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._told_at: dict[int, float] = {}
-        self.total = 0
-
-    def refuse(self, uid: int, why: str) -> None:
-        """Count a refused connection of a user."""
-        self.total += 1
-        now = self._clock()
-        if now - self._told_at.get(uid, -REFUSED_LINE_S) < REFUSED_LINE_S:
-            return
-        if len(self._told_at) >= REFUSED_USERS_MAX:
-            self._told_at.clear()
-        self._told_at[uid] = now
-        audit.info("lease verb=connect who=nobody peer=lease:%d result=UNAUTHENTICATED reason=%s", uid, why)
-
-    def gauges(self) -> dict[str, float]:
-        """For the statistics."""
-        return {"lease_users_refused": self.total}
-
-
 class Records:
     """The records of a call, made when it ends, for both doors: its time, a refusal, a line in the audit log."""
 
     def __init__(self, meter: Meter, spans: Spans) -> None:
         self._meter = meter
         self._spans = spans
+        self._lines = Lines(REFUSED_LINES)
         self.traced = spans.wanted
 
     def observer(self, method: str) -> Callable[[float], None]:
@@ -165,11 +145,14 @@ class Records:
         self._meter.end(method, code, seconds)
         if self._spans.wanted:
             self._spans.record(method, code, seconds, metadata, _about(identity, request))
-        refused = code in _REFUSED
-        if refused:
+        if code in _REFUSED:
             self._meter.refuse(code)
-        if refused or method in AUDITED or (method.startswith("Admin/") and method not in _LOOKING):
-            _audit(method, identity, peer, b"" if refused else request, code)
+            caller = peer_group(peer) if identity is None else identity.account
+            left_out = self._lines.left_out((caller, method, code))
+            if left_out is not None:
+                _audit(method, identity, peer, b"", code, f" left_out={left_out}" if left_out else "")
+        elif method in AUDITED or (method.startswith("Admin/") and method not in _LOOKING):
+            _audit(method, identity, peer, request, code)
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
@@ -181,6 +164,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self._records = records
         self._admission = admission
         self._silence_s = silence_s
+        self._pace = Pace()
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._open: set[OpenCall] = set()
 
@@ -229,13 +213,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 reply = await inner(request, call)
             except Refusal as refusal:
                 code = refusal.code.name
-                await call.abort(refusal.code, str(refusal), refusal.metadata)
+                await self._refuse(call, refusal)
             except asyncio.CancelledError:
                 if call.refusal is None:
                     code = "CANCELLED"
                     raise
                 code = call.refusal.code.name
-                await call.abort(call.refusal.code, str(call.refusal), call.refusal.metadata)
+                await self._refuse(call, call.refusal)
             except grpc.aio.AbortError:
                 code = _name(context.code())
                 raise
@@ -260,13 +244,21 @@ class Interceptor(grpc.aio.ServerInterceptor):
             CALLER.set(identity)  # a variable of the call's task: it ends with the call
             silence_s = self._silence_s
             # Of one tenant all tokens together. Who needs none is an address: over a unix socket, all of its users.
-            caller = f"local {group}" if identity is LOCAL else f"tenant {identity.tenant}"
-            if identity.tenant is None and identity is not LOCAL:
-                caller = f"caller {identity.name}"
+            caller = f"local {group}" if identity is LOCAL else identity.account
         call.place = self._admission.enter(call.method, caller, call.end)
         call.add_done_callback(call.left)
         self._open.add(call)
         return silence_s
+
+    async def _refuse(self, call: OpenCall, refusal: Refusal) -> None:
+        """End a call, when its caller's refusals have their turn. Raises."""
+        call.over()
+        identity = call.identity
+        delay_s = self._pace.delay_s(peer_group(str(call.peer())) if identity is None else identity.account)
+        if delay_s:
+            with self._pace:
+                await asyncio.sleep(delay_s)
+        await call.abort(refusal.code, str(refusal), refusal.metadata)
 
     async def _message(self, call: OpenCall, silence_s: float) -> Any:
         try:
@@ -307,10 +299,10 @@ def _keys(request: bytes) -> list[bytes]:
         return []
 
 
-def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str) -> None:
+def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str, more: str = "") -> None:
     keys = _keys(request)
     audit.info(
-        "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s",
+        "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s%s",
         method, identity.name if identity else "nobody", peer, len(keys),
-        keys[0].hex()[:64] if keys else "-", code,
+        keys[0].hex()[:64] if keys else "-", code, more,
     )  # fmt: skip

@@ -71,7 +71,10 @@ class TenantView:
         return Key(self._long_prefix + hashlib.sha256(key).digest())
 
     def _all(self, keys: Sequence[bytes]) -> CheckedKeys:
-        return CheckedKeys([self.own(key) for key in keys])
+        checked = CheckedKeys(keys)
+        if max(map(len, checked), default=0) + PREFIX_NBYTES <= KEY_MAX_NBYTES:
+            return checked.after(self._prefix)  # one by one thousands of keys take a tenth of what a call may
+        return CheckedKeys([self.own(key) for key in checked])
 
     def put_entries(
         self, entries: Sequence[Entry], options: PutOptions, *, chain: bool = False, parent: Key | None = None

@@ -47,6 +47,11 @@ class Identity:
     rights: frozenset[str]
     tenant: str | None = None
 
+    @property
+    def account(self) -> str:
+        """Under whose name it counts, beside others: all tokens of a tenant together."""
+        return f"caller {self.name}" if self.tenant is None else f"tenant {self.tenant}"
+
 
 LOCAL = Identity("local", frozenset(RIGHTS))
 """Any caller that the socket's permissions allow, where no token is needed."""

@@ -96,6 +96,8 @@ class Shared:
     records: Records
     views: TenantViews
     identify: Callable[[int], Identity | None]
+    refuse: Callable[[int], None]
+    """Write down that a user was refused."""
     owners: SegmentOwners
     reads: threading.Semaphore
     """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""
@@ -103,7 +105,7 @@ class Shared:
     callers: Callers = field(default_factory=Callers)
     aged: int = 0
     accept_failures: int = 0
-    refused: int = 0
+    refused: dict[str, int] = field(default_factory=lambda: {"full": 0, "no_entry": 0})
 
     def gauges(self) -> dict[str, float]:
         """For the statistics."""
@@ -116,7 +118,7 @@ class Shared:
             "ingest_nbytes": self.lending.ingest.used_nbytes,
             "ingest_hangups": self.lending.hangups,
             "lease_accept_failures": self.accept_failures,
-            "lease_connections_refused": self.refused,
+            **{f"lease_connections_refused_{reason}": count for reason, count in self.refused.items()},
         }
 
 

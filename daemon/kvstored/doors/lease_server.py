@@ -7,22 +7,28 @@ clients take the stream at once, and `age_s` grows, so that the watchdog is not 
 
 import errno
 import logging
+import math
 import os
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from kvstored.access.refusals import Pace
 from kvstored.doors.lease_connection import PACKET_MAX_NBYTES, SEND_TIMEOUT_S, Connection, Shared
+from kvstored_client.wire.trust import peer_uid
 
 logger = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 256
 USER_CONNECTIONS_MAX = 192
 """Of one user: the rest is for the others."""
+TURNED_AWAY_MAX = 32
+"""Refused clients that are not hung up on yet."""
 TURN_S = 1.0
 """The accepting thread turns at least so often, which is what the watchdog looks at."""
 BACK_OFF_S = 0.05
@@ -45,6 +51,8 @@ class LeaseServer:
         self._stopping = threading.Event()
         self._spare: int | None = None
         self._failing = 0
+        self._pace = Pace()
+        self._turned_away: deque[tuple[float, socket.socket]] = deque()
         self._turned_at = dict.fromkeys((self._accept, self._watch_ages), time.monotonic())
 
     def start(self) -> None:
@@ -67,6 +75,7 @@ class LeaseServer:
             connection.hang_up()
         for thread in threads:
             thread.join(SEND_TIMEOUT_S)
+        self._close_turned_away(math.inf)
         if self._spare is not None:
             os.close(self._spare)
             self._spare = None
@@ -167,28 +176,47 @@ class LeaseServer:
         except (TimeoutError, ConnectionAbortedError):
             return
         try:
-            taken = self._serve(sock)
+            refused = self._serve(sock)
         except BaseException:
             sock.close()
             raise
-        if not taken:
-            self._shared.refused += 1
-            sock.close()  # the client uses the stream, where it can show a token
+        if refused:
+            self._shared.refused[refused] += 1
+            self._turn_away(sock)
 
-    def _serve(self, sock: socket.socket) -> bool:
-        """Give a client its thread. False: there are too many, or it is nobody that this socket serves."""
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Hang up: the client uses the stream, where it can show a token. Who comes again and again has to wait for it.
+
+        It holds one descriptor meanwhile, and would come again at once.
+        """
+        delay_s = self._pace.delay_s(str(peer_uid(sock)))
+        if delay_s:
+            self._turned_away.append((time.monotonic() + delay_s, sock))
+        else:
+            sock.close()
+        if len(self._turned_away) > TURNED_AWAY_MAX:
+            self._turned_away.popleft()[1].close()
+
+    def _close_turned_away(self, until: float) -> None:
+        with suppress(IndexError):  # two threads take from it
+            while self._turned_away[0][0] <= until:
+                self._turned_away.popleft()[1].close()
+
+    def _serve(self, sock: socket.socket) -> str:
+        """Give a client its thread. Else why not: there are too many, or it is nobody that this socket serves."""
         with self._lock:
             if len(self._connections) >= CONNECTIONS_MAX:
-                return False
+                return "full"
             # For sending only: a stopped client must not hold this thread, an idle one may stay.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SEND_TIMEOUT_S), 0))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
             try:
                 connection = Connection(sock, self._shared)
             except PermissionError:
-                return False
+                self._shared.refuse(peer_uid(sock))
+                return "no_entry"
             if sum(other.uid == connection.uid for other in self._connections) >= USER_CONNECTIONS_MAX:
-                return False
+                return "full"
             thread = threading.Thread(target=self._run, args=(connection,), name="kvstored-lease", daemon=True)
             self._connections.add(connection)
             try:
@@ -198,7 +226,7 @@ class LeaseServer:
                 raise
             self._threads = [t for t in self._threads if t.is_alive()]
             self._threads.append(thread)
-        return True
+        return ""
 
     def _run(self, connection: Connection) -> None:
         try:
@@ -214,3 +242,4 @@ class LeaseServer:
             connections = list(self._connections)
         for connection in connections:
             connection.expire(time.monotonic())
+        self._close_turned_away(time.monotonic())

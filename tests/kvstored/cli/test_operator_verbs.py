@@ -253,21 +253,22 @@ def test_the_overflow_uid_is_refused_as_an_identity(tmp_path):
     assert access.of_user(overflow_uid() - 1) is not None
 
 
-def test_a_user_whom_the_lease_socket_refuses_leaves_a_line_a_minute_and_is_counted(caplog):
-    from kvstored.access.interceptor import Access, RefusedUsers
+def test_a_user_whom_the_lease_socket_refuses_leaves_a_line_a_minute(caplog):
+    from kvstored.access.interceptor import Access
+    from kvstored.access.refusals import Lines
     from kvstored.access.tokens import Tokens
 
     access, now = Access(Tokens(), token_on_unix=False), [0.0]
-    access.refused = RefusedUsers(lambda: now[0])
+    access.user_lines = Lines(1, lambda: now[0])
     with caplog.at_level("INFO", "kvstored.audit"):
+        assert access.of_user(4_000_000_000) is None
+        assert not caplog.records, "who is only looked up is not refused"
         for _ in range(3):
-            assert access.of_user(4_000_000_000) is None
+            access.refuse_user(4_000_000_000)
         now[0] = 61.0
-        access.of_user(4_000_000_000)
-    assert [record.getMessage() for record in caplog.records] == [
-        "lease verb=connect who=nobody peer=lease:4000000000 result=UNAUTHENTICATED reason=no entry"
-    ] * 2
-    assert access.refused.gauges() == {"lease_users_refused": 4}
+        access.refuse_user(4_000_000_000)
+    line = "lease verb=connect who=nobody peer=lease:4000000000 result=UNAUTHENTICATED left_out=%d reason=no entry"
+    assert [record.getMessage() for record in caplog.records] == [line % 0, line % 2]
 
 
 def test_a_delete_and_a_pin_leave_a_line_through_either_door(daemon):

@@ -156,7 +156,7 @@ def test_one_user_leaves_room_for_others_on_the_lease_socket(inside, monkeypatch
         except (BrokenPipeError, ConnectionResetError):
             answered.append(False)
     assert answered == [True, True, True, False]
-    assert inside.daemon._shared.refused == 1
+    assert inside.daemon._shared.refused == {"full": 1, "no_entry": 0}
     for peer in peers:
         peer.close()
 

@@ -1,0 +1,121 @@
+"""Worker threads at which callers take turns: whoever asks for little waits for no other's queue.
+
+A caller may use all threads but one while it alone asks, and as many as there are processors, half of the threads at
+most, while others ask too: work in Python takes turns anyway, and the more of it goes on, the longer each of the others
+waits for its turn. Of what waits, each caller's next has its turn after the other callers'. Thread-safe.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ALONE_S = 1.0
+"""A caller is alone when all that was asked for so long was asked by it."""
+Work = tuple[Future[Any], Callable[[], Any]]
+
+
+class FairThreads(Executor):
+    """An executor. caller: who asks, called in `submit`."""
+
+    def __init__(self, threads: int, caller: Callable[[], str], name: str) -> None:
+        self._limit = threads
+        self._alone = max(1, threads - 1)
+        self._each = max(1, min(threads // 2, len(os.sched_getaffinity(0))))
+        self._asked_last = ""
+        self._changed_at = float("-inf")
+        """When another caller than before asked."""
+        self._caller = caller
+        self._name = name
+        self._turn = threading.Condition()
+        self._waiting: dict[str, deque[Work]] = {}
+        """By caller, whose turn is next first."""
+        self._running: dict[str, int] = {}
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._ends = False
+
+    @property
+    def waiting(self) -> int:
+        """Work that waits for a thread."""
+        with self._turn:
+            return sum(map(len, self._waiting.values()))
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """As Executor's."""
+        future: Future[R] = Future()
+        caller = self._caller()
+        with self._turn:
+            if self._ends:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if caller != self._asked_last:
+                self._asked_last, self._changed_at = caller, time.monotonic()
+            self._waiting.setdefault(caller, deque()).append((future, lambda: fn(*args, **kwargs)))
+            self._turn.notify()
+            # A thread that was woken counts as idle until it has taken its work out of the queue.
+            if sum(map(len, self._waiting.values())) > self._idle and len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - Executor's
+        """End the threads once nothing waits."""
+        with self._turn:
+            self._ends = True
+            if cancel_futures:
+                for future, _ in (work for queue in self._waiting.values() for work in queue):
+                    future.cancel()
+            self._turn.notify_all()
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _next(self) -> tuple[str, Work] | None:
+        """What has its turn; its caller goes to the end of the row. The lock is held."""
+        alone = time.monotonic() - self._changed_at >= ALONE_S
+        each = self._alone if alone else self._each
+        for caller, queue in self._waiting.items():
+            if self._running.get(caller, 0) < each:
+                work = queue.popleft()
+                del self._waiting[caller]
+                if queue:
+                    self._waiting[caller] = queue
+                self._running[caller] = self._running.get(caller, 0) + 1
+                return caller, work
+        return None
+
+    def _take(self) -> tuple[str, Work] | None:
+        """Wait for work. None: there is none, and none comes."""
+        with self._turn:
+            while (found := self._next()) is None:
+                if self._ends and not self._waiting:
+                    return None
+                self._idle += 1
+                self._turn.wait()
+                self._idle -= 1
+            return found
+
+    def _work(self) -> None:
+        while (found := self._take()) is not None:
+            caller, (future, call) = found
+            del found
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = call()
+                except BaseException as error:  # noqa: BLE001 - the future's, as in every executor
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+                    del result
+            del future, call
+            with self._turn:
+                self._running[caller] -= 1
+                if not self._running[caller]:
+                    del self._running[caller]
+                self._turn.notify_all() if self._ends else self._turn.notify()
