@@ -52,7 +52,10 @@ class Heap:
         """Check once, and give memory over the limit back."""
         if self._info is None or self._trim is None:
             return
-        idle_nbytes, used_nbytes = self.idle_nbytes(), self._used_nbytes()
+        try:
+            idle_nbytes, used_nbytes = self.idle_nbytes(), self._used_nbytes()
+        except OSError:
+            return  # out of descriptors: nothing can be read, and the next turn is soon
         quiet = abs(used_nbytes - self._used_before_nbytes) <= QUIET_NBYTES
         self._quiet_turns = self._quiet_turns + 1 if quiet else 0
         self._used_before_nbytes = used_nbytes
