@@ -3,15 +3,15 @@
     python bench/soak.py --minutes 60 --json
     python bench/soak.py --minutes 5
 
-Clients are processes; half of them use the lease socket with shared memory, half TLS. The daemon is killed with -9 once a
-minute in the first four fifths of the time, and in all of it clients are killed, both are stopped, descriptors and disk
-run out, the disk fails, the clock steps, tokens and certificates change, memory is short. In the last fifth the daemon
-lives on, so that what grows slowly is seen.
+Clients are processes; half of them use the lease socket with shared memory, half TLS. The daemon is killed with -9
+once a minute in the first four fifths of the time, and in all of it clients are killed, both are stopped, descriptors
+and disk run out, the disk fails, the clock steps, tokens and certificates change, memory is short. In the last fifth
+the daemon lives on, so that what grows slowly is seen.
 
-Exit status 1 where a promise is broken: a wrong value, one that was deleted or replaced and came back, a call or a worker
-that did not end, an error of another kind than a daemon in trouble has, a daemon or a client that died by itself, a daemon
-that did not serve half a minute after the last fault, something that grows. Then the directory of the run is kept, with the
-log of each process and the file `found` with a line for each finding. docs/contributing.md says what is promised.
+Exit status 1 where a promise is broken: a wrong value, one that was deleted or replaced and came back, a call or a
+worker that did not end, an error of another kind than a daemon in trouble has, a daemon or a client that died by
+itself, a daemon that did not serve half a minute after the last fault, something that grows. Then the directory of the
+run is kept, with the log of each process and the file `found` with a line for each finding.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("bench", ".", "daemon", "client")]
 
-from soaking.crew import WORKERS, Crew  # noqa: E402 - after the path
+from soaking.crew import WORKERS, Bounds, Crew  # noqa: E402 - after the path
 from soaking.daemon import PROBE, TENANTS, Daemon, Sample, growth, sample  # noqa: E402
 from soaking.faults import FAULTS, Scene  # noqa: E402
 from soaking.ledger import Ledger, durable_line, now  # noqa: E402
@@ -54,13 +54,14 @@ TAIL = 0.2
 FLAT_FROM_S = 400.0
 """A tail so long is judged for growth; a shorter one is still filling budgets and pools."""
 GROWN_MAX = {"rss": 64 << 20, "descriptors": 8, "threads": 8, "segments": 4, "heap": 100_000}
-"""In the tail, between the medians of its first and last third. Memory moves within its budgets, pools of threads by a few."""
+"""In the tail, between the medians of its first and last third. Memory moves within its budgets, threads by a few."""
 SPARED = (0, 1, 5, 6)
 """Workers that are not killed in the tail: two at each door, of all tenants."""
 FAULT_EVERY_S = 12.0
 TELL_EVERY_S = 10.0
 FIRST_UID = 61_001
 KINDS = ("wrong", "resurrected", "hung", "unexpected", "died", "unserved")
+TOTALS = ("calls", "hits", "stored", "deleted", "in_doubt")
 NOISE = ("Traceback", "maintainer duty failed", "Fatal Python error")
 
 
@@ -69,7 +70,8 @@ class Night:
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         root = os.geteuid() == 0
-        uids = {name: FIRST_UID + n if root else os.geteuid() for n, name in enumerate(TENANTS if root else TENANTS[:1])}
+        named = TENANTS if root else TENANTS[:1]
+        uids = {name: FIRST_UID + n if root else os.geteuid() for n, name in enumerate(named)}
         if root:
             uids[PROBE] = 0
         self.options = options
@@ -78,7 +80,9 @@ class Night:
         self.ledger = Ledger(directory / "ledger", WORKERS, make=True)
         self.rng = random.Random(options.seed)
         self.began = now()
-        self.crew = Crew(self.daemon, self.ledger, options.seed, self.began, options.client or ["kvstored_client:Client"])
+        clients = options.client or ["kvstored_client:Client"]
+        bounds = Bounds(options.timeout_s, options.slack_s, options.end_s, options.keys)
+        self.crew = Crew(self.daemon, self.ledger, options.seed, clients, bounds)
         self.scene = Scene(self.daemon, self.crew, self.ledger, self.rng, spared=())
         self.under_way: dict[str, Iterator[None]] = {}
         self.met: Counter[str] = Counter()
@@ -86,6 +90,7 @@ class Night:
         self.tail: list[Sample] = []
         self.kills = 0
         self.probes: list[Probe] = []
+        self.told_of: set[float] = set()
         self.clear_since = now()
         self.waited_for = False
         self.recovery_s = 0.0
@@ -184,7 +189,7 @@ class Night:
         self.start_daemon()
 
     def start_daemon(self) -> None:
-        """A new life. Counted before it begins and after the last one ended: no call is done by a later life than that."""
+        """A new life. Counted after the last one ended and before it begins: no call is done by a later one."""
         self.ledger.header["life"][0] += 1
         self.daemon.start()
         self.cleared()
@@ -211,8 +216,8 @@ class Night:
             if probe.wrong:
                 self.say("wrong", f"the probe of {probe.address}: {probe.wrong}")
                 probe.wrong = ""
-            if probe.late_s() > 10 and probe.began != getattr(probe, "told_of", 0.0):
-                probe.told_of = probe.began  # type: ignore[attr-defined]
+            if probe.late_s() > 0 and probe.began not in self.told_of:
+                self.told_of.add(probe.began)
                 self.daemon.signal(signal.SIGUSR1)
                 self.say("hung", f"the probe of {probe.address}, see daemon.dump")
         if not blocked:
@@ -256,9 +261,9 @@ class Night:
         last = self.samples[-1] if self.samples else None
         told = f"rss={last.rss >> 20}MiB fds={last.descriptors} threads={last.threads}" if last else ""
         line = (
-            f"soak {at / 60:5.1f} min life={self.ledger.life} calls={workers['calls'].sum()} hits={workers['hits'].sum()} "
-            f"stored={workers['stored'].sum()} deleted={workers['deleted'].sum()} doubts={workers['in_doubt'].sum()} "
-            f"client_kills={self.crew.kills} {told} faults={','.join(self.under_way) or '-'} "
+            f"soak {at / 60:5.1f} min life={self.ledger.life} "
+            + "".join(f"{name}={workers[name].sum()} " for name in TOTALS)
+            + f"client_kills={self.crew.kills} {told} faults={','.join(self.under_way) or '-'} "
             + " ".join(f"{kind}={found[kind]}" for kind in KINDS)
         )
         sys.stderr.write(line + "\n")
@@ -340,8 +345,7 @@ def report(night: Night, *, as_json: bool) -> None:
     rows += [(f"{name}_growth", value, units.get(name, "count")) for name, value in grown.items()]
     rows += [(f"worker_{name}_growth", value, units.get(name, "count")) for name, value in workers.items()]
     rows += [("recovery_s", round(night.recovery_s, 2), "s")]
-    totals = night.ledger.workers
-    rows += [(name, int(totals[name].sum()), "count") for name in ("calls", "hits", "stored", "deleted", "in_doubt")]
+    rows += [(name, int(night.ledger.workers[name].sum()), "count") for name in TOTALS]
     for name, value, unit in rows:
         line = {"name": name, "params": params, "value": value, "unit": unit, "ratios": {}}
         print(json.dumps(line) if as_json else f"{name:28} {value:>14} {unit}", flush=True)
@@ -357,7 +361,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--kills", type=int, help="of the daemon; one a minute by default")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
-    parser.add_argument("--client", action="append", metavar="MODULE:NAME", help="instead of the client; again: in turn")
+    parser.add_argument("--client", action="append", metavar="MODULE:NAME", help="not the client; several: in turn")
+    parser.add_argument("--timeout-s", type=float, default=Bounds.timeout_s, help="of each client")
+    parser.add_argument("--slack-s", type=float, default=Bounds.slack_s, help="before a call counts as hung")
+    parser.add_argument("--end-s", type=float, default=Bounds.end_s, help="for a worker that is told to end")
+    parser.add_argument("--keys", type=int, default=Bounds.plain, help="of each worker, for plain values")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--keep", type=Path, help="the directory of the run, kept in any case")
     options = parser.parse_args()
@@ -371,7 +379,8 @@ def main() -> int:
     night = Night(options, directory)
     os.environ["KVSTORED_TOKEN_FILE"] = str(night.daemon.token_file(PROBE))
     os.environ["KVSTORED_TLS_CA"] = str(night.daemon.authority.ca)
-    sys.stderr.write(f"soak seed={options.seed} minutes={options.minutes} kills={options.kills} directory={directory}\n")
+    told = f"minutes={options.minutes} kills={options.kills} directory={directory}"
+    sys.stderr.write(f"soak seed={options.seed} {told}\n")
     broken = ["it did not come to its end"]
     try:
         night.run()

@@ -6,17 +6,29 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from soaking.daemon import TENANTS, Daemon, Sample, sample
-from soaking.ledger import Ledger, durable_line, now
+from soaking.ledger import PLAIN, Ledger, durable_line, now
 
 WORKERS = 8
-SLACK_S = 10.0
-"""Over its bound, before a call counts as hung: two processors are shared by all of this."""
-END_S = 30.0
 GIVEN_UP_S = 60.0
 """A worker whose call hangs for so long is killed, so that the run goes on."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How patient a run is.
+
+    timeout_s: the clients'. slack_s: over its bound before a call counts as hung: all of this shares few processors.
+    end_s: for a worker that was told to end. plain: keys of each worker for plain values.
+    """
+
+    timeout_s: float = 5.0
+    slack_s: float = 10.0
+    end_s: float = 30.0
+    plain: int = PLAIN
 
 
 class Hands:
@@ -39,12 +51,13 @@ class Hands:
 class Crew:
     """All of them."""
 
-    def __init__(self, daemon: Daemon, ledger: Ledger, seed: int, began: float, clients: list[str]) -> None:
+    def __init__(self, daemon: Daemon, ledger: Ledger, seed: int, clients: list[str], bounds: Bounds) -> None:
         """clients: MODULE:NAME of what each worker calls in place of the client, in turn."""
         self._daemon = daemon
         self._ledger = ledger
         self._seed = seed
-        self.began = began
+        self.began = now()
+        self._bounds = bounds
         self.found = daemon.directory / "found"
         self.found.touch()
         self.found.chmod(0o666)
@@ -68,6 +81,7 @@ class Crew:
             "workers": WORKERS, "began": self.began, "found": str(self.found), "dump": str(dump),
             "ledger": str(directory / "ledger"), "lease": hands.lease, "client": hands.client, "uid": hands.uid,
             "address": self._daemon.unix if hands.lease else self._daemon.tls,
+            "timeout_s": self._bounds.timeout_s, "plain": self._bounds.plain,
             "environment": {
                 "KVSTORED_TOKEN_FILE": str(self._daemon.token_file(hands.tenant)),
                 "KVSTORED_TLS_CA": str(self._daemon.authority.ca),
@@ -79,7 +93,6 @@ class Crew:
         hands.samples = []
         row = self._ledger.workers[hands.number : hands.number + 1]
         row["began"] = 0.0
-        row["last_ok"] = now()
         # One thread for numpy's own: eight processes share two processors.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with (directory / f"worker-{hands.number}.log").open("ab") as log:
@@ -120,7 +133,7 @@ class Crew:
         began = float(row["began"])
         stopped_s = float(row["stopped_s"] - row["stopped_then_s"])
         late_s = now() - began - stopped_s - float(row["bound_s"]) if began else 0.0
-        if late_s <= SLACK_S or self._is_stopped(hands):
+        if late_s <= self._bounds.slack_s or self._is_stopped(hands):
             return
         assert hands.process is not None
         if hands.told_of != began:
@@ -142,8 +155,9 @@ class Crew:
     def say(self, what: str, hands: Hands, text: str) -> None:
         """A line of a worker's in the run's file."""
         row = self._ledger.workers[hands.number]
-        line = {"what": what, "at_s": round(now() - self.began, 2), "worker": hands.number, "verb": row["verb"].decode(),
-                "key": int(row["key"]), "life": self._ledger.life, "text": text}  # fmt: skip
+        line = {"what": what, "at_s": round(now() - self.began, 2), "worker": hands.number,
+                "verb": row["verb"].decode(), "key": int(row["key"]), "life": self._ledger.life,
+                "text": text}  # fmt: skip
         durable_line(self.found, json.dumps(line))
 
     def sample(self) -> None:
@@ -157,14 +171,16 @@ class Crew:
     def stop(self) -> None:
         """Tell all to end, and of those that do not within half a minute."""
         self._ledger.header["stop"] = 1
-        until = now() + END_S
+        until = now() + self._bounds.end_s
         for hands in self.hands:
             assert hands.process is not None
             try:
                 hands.process.wait(max(until - now(), 0.01))
             except subprocess.TimeoutExpired:
                 hands.process.send_signal(signal.SIGUSR1)
-                self.say("hung", hands, f"did not end within {END_S:.0f} s, see worker-{hands.number}.dump")
+                self.say(
+                    "hung", hands, f"did not end within {self._bounds.end_s:.0f} s, see worker-{hands.number}.dump"
+                )
         self.watch(over=True)
 
     def end(self) -> None:

@@ -1,6 +1,7 @@
 """The daemon of a soak: a real process on a directory of its own, with small budgets, tenants, TLS and the shim."""
 
 import os
+import random
 import resource
 import shutil
 import signal
@@ -62,7 +63,7 @@ def sample(pid: int, blocks: Path | None = None) -> Sample | None:
         links = []
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(FileNotFoundError):
-                links.append(os.readlink(link))
+                links.append(str(link.readlink()))
     except (OSError, ValueError):
         return None
     heap = 0
@@ -87,6 +88,15 @@ def growth(samples: Iterable[Sample]) -> dict[str, int]:
         - int(statistics.median(getattr(s, name) for s in found[:part]))
         for name in Sample._fields[1:]
     }
+
+
+def _free_port() -> int:
+    """Below those that the kernel gives to connections: while no daemon listens, a client could connect to itself."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def compiled(directory: Path) -> Path | None:
@@ -135,7 +145,8 @@ class Authority:
         self._run("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=kvstored",
                   "-keyout", str(new["key"]), "-out", str(new["csr"]))  # fmt: skip
         self._run("x509", "-req", "-in", str(new["csr"]), "-CA", str(self.ca), "-CAkey", str(self.directory / "ca.key"),
-                  "-CAcreateserial", "-days", "2", "-extfile", str(self.directory / "san"), "-out", str(new["pem"]))  # fmt: skip
+                  "-CAcreateserial", "-days", "2", "-extfile", str(self.directory / "san"),
+                  "-out", str(new["pem"]))  # fmt: skip
         new["key"].chmod(0o600)
         new["key"].replace(self.key)
         new["pem"].replace(self.certificate)
@@ -166,9 +177,7 @@ class Daemon:
         self.authority.ca.chmod(0o644)
         self.shim = compiled(self.directory)
         self.control = Control(self.directory / "control")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = _free_port()
         self._mount()
         self.write_tokens({})
         self._configure()

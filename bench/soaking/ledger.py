@@ -4,31 +4,33 @@ Each key has one writer, so its versions only rise, and any process may read it.
 
     floor <= version <= attempted
 
-A put that was acknowledged sets floor to its version: kill -9 may lose the value but may not bring an older one back. A
-delete that was acknowledged sets floor over all versions: nothing may come back. A call that ended in an error is in
-doubt: it may be done later, by a daemon that was stopped, so the key is not written again in that life of the daemon. So
-the rule is exact, and has no exception for calls in doubt.
+A put that was acknowledged sets floor to its version: kill -9 may lose the value but may not bring an older one back.
+A delete that was acknowledged sets floor over all versions: nothing may come back. A call that ended in an error is in
+doubt: it may be done later, by a daemon that was stopped, so the key is not written again in that life of the daemon.
+So the rule is exact, and has no exception for calls in doubt.
 Fields are eight bytes, each written by one process; numpy writes one in one step.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-KEYS = 384
-"""Of each worker. Each kind of value has its own part of them."""
+PLAIN, DYING, PREFIXES = 300, range(300, 340), range(340, 384)
+"""Keys of each worker: so many or fewer for plain values, others for a short time to live, and for prompts."""
+KEYS = PREFIXES.stop
 
 HEADER = np.dtype([
-    ("life", "<i8"), ("stop", "<i8"), ("ended", "<i8"), ("revoke_from", "<f8"), ("revoke_until", "<f8"),
+    ("life", "<i8"), ("stop", "<i8"), ("revoke_from", "<f8"), ("revoke_until", "<f8"),
 ])  # fmt: skip
 """life: how many daemons were started. revoke_*: when callers may be refused, by the monotonic clock."""
 
 WORKER = np.dtype([
-    ("began", "<f8"), ("bound_s", "<f8"), ("stopped_then_s", "<f8"), ("stopped_s", "<f8"), ("verb", "S16"), ("key", "<i8"),
-    ("calls", "<i8"), ("hits", "<i8"), ("stored", "<i8"), ("deleted", "<i8"), ("in_doubt", "<i8"), ("last_ok", "<f8"),
+    ("began", "<f8"), ("bound_s", "<f8"), ("stopped_then_s", "<f8"), ("stopped_s", "<f8"), ("verb", "S16"),
+    ("key", "<i8"), ("calls", "<i8"), ("hits", "<i8"), ("stored", "<i8"), ("deleted", "<i8"), ("in_doubt", "<i8"),
 ])  # fmt: skip
 """began: of the call under way, by the monotonic clock; 0: none. stopped_s: how long this worker was stopped so far."""
 
@@ -136,11 +138,8 @@ def lie(promise: Promise, attempted: int, version: int, *, began: float, life: i
     return None
 
 
-def now() -> float:
-    """The clock of the ledger: the same in all processes, and no step of the wall clock moves it."""
-    import time
-
-    return time.monotonic()
+now = time.monotonic
+"""The clock of the ledger: the same in all processes, and no step of the wall clock moves it."""
 
 
 def durable_line(path: Path, line: str) -> None:

@@ -1,4 +1,4 @@
-"""`kvstored serve` with two signals more: SIGUSR1 tells where each thread is, SIGUSR2 how many blocks Python's heap has."""
+"""`kvstored serve` with two more signals: SIGUSR1 tells where each thread is, SIGUSR2 how large Python's heap is."""
 
 import faulthandler
 import os

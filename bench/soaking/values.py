@@ -1,9 +1,9 @@
 """Values that say what they are: any process can tell of each byte whether it belongs to a key, a tenant and a version.
 
-Three forms. "exact": 8-byte words that follow from a table and from one word of (tenant, key, version), so that a word of
-another value, or at another place, is found. "float": keys and values as a model has them, which the store may keep with
-a loss; rows of 64 numbers are compared within a tolerance that another version's rows are far outside of. "prefix": the
-same, each token's row following from the token and its place, for the prefix layer.
+Three forms. "exact": 8-byte words that follow from a table and from one word of (tenant, key, version), so that a word
+of another value, or at another place, is found. "float": keys and values as a model has them, which the store may keep
+with a loss; rows of 64 numbers are compared within a tolerance that another version's rows are far outside of.
+"prefix": the same, each token's row following from the token and its place, for the prefix layer.
 Each entry of the first two forms has a tensor "about" beside it: JSON with tenant, key, version, sizes and a checksum.
 """
 
@@ -129,10 +129,11 @@ def tokens_of(worker: int, n: int, generation: int) -> list[int]:
 
 def kv_of(tenant: str, tokens: Sequence[int]) -> tuple[Any, Any]:
     """(k, v) of a prompt: each row follows from tenant, token, place, layer and head."""
-    base = np.asarray(tokens, np.int64) * 7919 + np.arange(len(tokens)) * 104_729 + _number(tenant, b"prefix", 0) % 65_537
+    places = np.arange(len(tokens))
+    base = np.asarray(tokens, np.int64) * 7919 + places * 104_729 + _number(tenant, b"prefix", 0) % 65_537
+    planes = (np.arange(LAYERS)[:, None, None] * HEADS + np.arange(HEADS)) * 131
     both = []
     for which in range(2):
-        grid = base[None, :, None] + 524_287 * which + (np.arange(LAYERS)[:, None, None] * HEADS + np.arange(HEADS)) * 131
-        starts = grid % FLOATS
+        starts = (base[None, :, None] + 524_287 * which + planes) % FLOATS
         both.append(floats()[starts[..., None] + np.arange(ROW)])
     return both[0], both[1]

@@ -1,7 +1,7 @@
 """A client process of the soak: random verbs for as long as it is told, each value it meets checked.
 
-It is told its place by a JSON file. What it found goes, one JSON object a line, to a file of the run: a line outlives kill
--9. The call under way stands in the ledger, where the supervisor sees one that does not end.
+It is told its place by a JSON file. What it found goes, one JSON object a line, to a file of the run: a line outlives
+kill -9. The call under way stands in the ledger, where the supervisor sees one that does not end.
 """
 
 import ctypes
@@ -26,15 +26,10 @@ sys.path[:0] = [str(Path(__file__).parents[2] / part) for part in ("bench", ".",
 
 from kvstore.errors import OverQuota, PermissionDenied, RecordCorrupt, TierUnavailable  # noqa: E402
 from soaking import values  # noqa: E402 - after the path
-from soaking.ledger import KEYS, Ledger, Promise, Row, durable_line, lie, now  # noqa: E402
+from soaking.ledger import DYING, KEYS, PREFIXES, Ledger, Promise, Row, durable_line, lie, now  # noqa: E402
 
-TIMEOUT_S = 5.0
 BYTES_PER_S = 32 << 20
 """A client gives a call a second more for so many bytes (PAYLOAD_BYTES_PER_S)."""
-PLAIN = range(300)
-DYING = range(300, 340)
-"""Keys whose values have a short time to live."""
-PREFIXES = range(340, KEYS)
 TTLS_S = (0.5, 2.0, 6.0)
 REFUSED_FOR_S = 15.0
 """So long after a reload calls that began under the old tokens may still be refused."""
@@ -65,6 +60,7 @@ class Worker:
         self.peers: list[tuple[int, int]] = [tuple(peer) for peer in place["peers"]]
         """(number, ordinal) of the workers of this tenant, itself included."""
         self.client = client
+        self.plain = range(place["plain"])
         self.ledger = ledger
         self.me = ledger.workers[self.number : self.number + 1]
         self.rng = random.Random(f"{place['seed']}-{self.number}-{place['incarnation']}")
@@ -96,7 +92,7 @@ class Worker:
             time.sleep(self.rng.random() * THINK_S)
 
     def settle_what_a_kill_left(self) -> None:
-        """A change of this key was under way when a worker of this number was killed: nobody knows what became of it."""
+        """A change was under way when a worker of this number was killed: nobody knows what became of it."""
         for n in range(KEYS):
             row = self.row(n)
             if row["open"]:
@@ -131,7 +127,7 @@ class Worker:
         """
         me, answered = self.me, [False]
         me["verb"], me["key"] = verb.encode(), n
-        me["bound_s"] = 2 * calls * TIMEOUT_S + nbytes / BYTES_PER_S
+        me["bound_s"] = 2 * calls * self.place["timeout_s"] + nbytes / BYTES_PER_S
         me["stopped_then_s"] = me["stopped_s"]
         began = now()
         me["began"] = began
@@ -139,7 +135,6 @@ class Worker:
             yield lambda: answered[0]
             answered[0] = True
             me["calls"] += 1
-            me["last_ok"] = now()
             self.away = False
         except (TierUnavailable, OverQuota, RecordCorrupt) as error:
             self.away = isinstance(error, TierUnavailable)
@@ -194,17 +189,17 @@ class Worker:
 
     def put(self) -> None:
         """One value under one key."""
-        n = self.writable(PLAIN)
+        n = self.writable(self.plain)
         if n is None:
             return
         row, key = self.row(n), self.key(n)
         version = row["attempted"] + 1
         tensors, fidelity, nbytes = self.value(key, version)
-        options = {"namespace": self.rng.choice(("", "", "chat", "batch")), "priority": self.rng.choice(("low", "normal"))}
+        namespace, priority = self.rng.choice(("", "", "chat", "batch")), self.rng.choice(("low", "normal"))
         with self.change([n]):
             row.begin(version)
             with self.call("put", n, nbytes=nbytes) as answered:
-                if not self.client.put(key, tensors, fidelity=fidelity, **options):
+                if not self.client.put(key, tensors, fidelity=fidelity, namespace=namespace, priority=priority):
                     raise NotStored("not stored")
             if answered():
                 row.stored(version)
@@ -229,7 +224,7 @@ class Worker:
 
     def fill(self) -> None:
         """A value that is made in shared memory."""
-        n = self.writable(PLAIN)
+        n = self.writable(self.plain)
         if n is None:
             return
         row, key = self.row(n), self.key(n)
@@ -248,7 +243,7 @@ class Worker:
 
     def put_many(self) -> None:
         """Several keys in one call."""
-        found = {self.writable(PLAIN) for _ in range(self.rng.randint(2, 8))} - {None}
+        found = {self.writable(self.plain) for _ in range(self.rng.randint(2, 8))} - {None}
         ns = sorted(n for n in found if n is not None)
         batch, versions, nbytes = [], {}, 0
         for n in ns:
@@ -268,7 +263,7 @@ class Worker:
 
     def delete(self) -> None:
         """For good: no restart brings it back."""
-        n = self.writable(PLAIN)
+        n = self.writable(self.plain)
         if n is None or not self.row(n)["attempted"]:
             return
         row = self.row(n)
@@ -282,7 +277,7 @@ class Worker:
 
     def pin(self) -> None:
         """Keep a key for a while, or let it go."""
-        n = self.rng.choice(PLAIN)
+        n = self.rng.choice(self.plain)
         with self.call("pin", n):
             if self.rng.random() < 0.5:
                 self.client.pin(self.key(n), ttl_s=5.0)
@@ -329,7 +324,7 @@ class Worker:
     def get(self) -> None:
         """One value."""
         worker, ordinal = self.somebody()
-        n = self.rng.choice(PLAIN)
+        n = self.rng.choice(self.plain)
         self.look("get", worker, n, lambda: [self.client.get(key_of(ordinal, n))], [key_of(ordinal, n)], [n])
 
     def get_dying(self) -> None:
@@ -341,7 +336,7 @@ class Worker:
     def get_many(self) -> None:
         """Several in one call."""
         worker, ordinal = self.somebody()
-        ns = self.rng.sample(PLAIN, self.rng.randint(2, 12))
+        ns = self.rng.sample(self.plain, min(self.rng.randint(2, 12), len(self.plain)))
         keys = [key_of(ordinal, n) for n in ns]
         self.look("get_many", worker, ns[0], lambda: self.client.get_many(keys), keys, ns)
 
@@ -353,14 +348,14 @@ class Worker:
         began, hits = now(), []
         with self.call(verb, n, nbytes=len(ns) * values.LARGEST_NBYTES):
             hits = read()
-        for hit, key, n, promise in zip(hits, keys, ns, promises, strict=False):
+        for hit, key, at, promise in zip(hits, keys, ns, promises, strict=False):
             if hit is not None:
-                self.check(verb, worker, n, key, hit, promise, began)
+                self.check(verb, worker, at, key, hit, promise, began)
 
     def lease(self) -> None:
         """One value where it lies, checked in the block."""
         worker, ordinal = self.somebody()
-        n = self.rng.choice(PLAIN)
+        n = self.rng.choice(self.plain)
         key, promise = key_of(ordinal, n), self.ledger.promise(worker, n)
         began = now()
         told: list[tuple[str, str]] = []
@@ -379,7 +374,9 @@ class Worker:
         for kind, text in self.judged(worker, n, key, hit, promise, began):
             self.say(kind, verb, n, text)
 
-    def judged(self, worker: int, n: int, key: bytes, hit: Any, promise: Promise, began: float) -> list[tuple[str, str]]:
+    def judged(
+        self, worker: int, n: int, key: bytes, hit: Any, promise: Promise, began: float
+    ) -> list[tuple[str, str]]:
         """(kind, sentence) of what is wrong with a hit. Keeps nothing of it."""
         self.me["hits"] += 1
         where = f"{key.decode()} of worker {worker}, from {hit.tier} as {hit.encoding}"
@@ -406,7 +403,7 @@ class Worker:
             return
         self.me["hits"] += 1
         if generation <= promise.deleted:
-            self.say("resurrected", "get_prefix", n, f"{held} tokens of prompt {generation} of worker {worker}, forgotten")
+            self.say("resurrected", "get_prefix", n, f"{held} tokens of prompt {generation} of {worker}, forgotten")
         self._check_prefix(n, tokens[:held], (k, v), f"prompt {generation} of worker {worker}")
 
     def _check_prefix(self, n: int, tokens: list[int], found: tuple[Any, Any], where: str) -> None:
@@ -419,14 +416,14 @@ class Worker:
 
     def touch(self) -> None:
         """Count some keys as used, and have them live a while longer."""
-        ns = self.rng.sample(PLAIN, 4)
+        ns = self.rng.sample(self.plain, min(4, len(self.plain)))
         with self.call("touch", ns[0]):
             self.client.touch([self.key(n) for n in ns], ttl_s=self.rng.choice((None, 600.0)))
 
     def match(self) -> None:
         """Where keys and prompts are held. A place that is told for a deleted key is a lie too."""
         worker, ordinal = self.somebody()
-        ns = self.rng.sample(PLAIN, 6)
+        ns = self.rng.sample(self.plain, min(6, len(self.plain)))
         promises = [self.ledger.promise(worker, n) for n in ns]
         held: list[Any] = []
         with self.call("locate", ns[0]):
@@ -471,7 +468,12 @@ def main() -> None:
     make = getattr(importlib.import_module(module), name)
     ledger = Ledger(Path(place["ledger"]), place["workers"])
     become(place["uid"])
-    options = {"timeout_s": TIMEOUT_S, "framework": "numpy", "on_error": "raise", "shared_memory": place["lease"]}
+    options = {
+        "timeout_s": place["timeout_s"],
+        "framework": "numpy",
+        "on_error": "raise",
+        "shared_memory": place["lease"],
+    }
     with make(place["address"], **options) as client:
         worker = Worker(place, client, ledger)
         try:

@@ -90,7 +90,9 @@ def test_a_key_that_cold_has_just_let_go_of_is_not_held(tmp_path: Path) -> None:
         assert store.get(b"child") is None
 
 
-def test_a_key_that_cold_lets_go_of_before_the_pin_is_not_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_cold_lets_go_of_before_the_pin_is_not_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_store(tmp_path) as store:
         in_cold_only(store, b"k")
         cold = store._r.cold
