@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("bench", ".", "daemon", "client")]
 
 from soaking.crew import WORKERS, Bounds, Crew  # noqa: E402 - after the path
 from soaking.daemon import PROBE, TENANTS, Daemon, Sample, growth, sample  # noqa: E402
-from soaking.faults import FAULTS, Scene  # noqa: E402
+from soaking.faults import FAULTS, Scene, dismiss_clients  # noqa: E402
 from soaking.ledger import Ledger, durable_line, now  # noqa: E402
 from soaking.probe import Probe  # noqa: E402
 
@@ -47,7 +47,9 @@ REFUSED = 2
 """The exit code of a daemon that cannot start with what it was given."""
 DISK_FAULTS = {"full_disk", "failing_disk"}
 SAMPLE_S = 2.0
-SERVES_WITHIN_S = 30.0
+FIRST_START_S = 240.0
+"""For the first start and for the last end of a daemon, on a machine that does other things as well."""
+SERVES_S = 30.0
 """After the last fault that may keep it from serving: the longest pause of a client's breaker, twice."""
 TAIL = 0.2
 """The share of the time, at its end, in which the daemon lives on."""
@@ -112,7 +114,7 @@ class Night:
         every_s = min(FAULT_EVERY_S, self.seconds / 12)
         names: list[str] = []
         second = every_s
-        while second < self.seconds - SERVES_WITHIN_S / 2:
+        while second < self.seconds * 0.98:
             if not names:
                 names = self.rng.sample(sorted(FAULTS), len(FAULTS))
             self.at(second, partial(self.begin, names.pop()))
@@ -131,10 +133,10 @@ class Night:
         self.probes = [Probe(self.daemon.unix, lease=True), Probe(self.daemon.tls, lease=False)]
         for probe in self.probes:
             probe.start()
-        while self.waited_for:
-            self.look()
-            time.sleep(TICK_S)
+        self.wait(lambda: all(probe.last_ok for probe in self.probes))
         self.crew.start()
+        self.wait(lambda: bool((self.ledger.workers["calls"] > 0).all()))
+        self.clear_since, self.waited_for = now(), False
         sampled = told = 0.0
         self.began = self.crew.began = now()
         while (at := now() - self.began) < self.seconds:
@@ -152,6 +154,14 @@ class Night:
             self.end(name)
         self.crew.stop()
         self.stop_daemon()
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """For something that comes before the run, or after it, and is not judged."""
+        until = now() + FIRST_START_S
+        while not done():
+            if now() > until or self.daemon.process is None or self.daemon.process.poll() is not None:
+                raise SystemExit((self.daemon.directory / "daemon.log").read_text()[-2000:] or "no daemon came up")
+            time.sleep(TICK_S)
 
     # What goes wrong.
 
@@ -184,6 +194,9 @@ class Night:
     def kill_daemon(self) -> None:
         """Kill -9, and a new one in its place."""
         self.say("fault", "kill -9 of the daemon")
+        with suppress(StopIteration):
+            next(dismiss_clients(self.scene))  # so that some meet its end while they end themselves
+        time.sleep(self.rng.random())
         self.daemon.kill()
         self.kills += 1
         self.start_daemon()
@@ -229,7 +242,7 @@ class Night:
         return now() - last > START_S
 
     def serves_again(self) -> None:
-        """Each door, within half a minute after the last fault."""
+        """Each door, within the time that a run gives it after the last fault."""
         if not self.waited_for:
             return
         last = min(probe.last_ok for probe in self.probes) if self.probes else 0.0
@@ -237,7 +250,7 @@ class Night:
         if last > self.clear_since:
             self.waited_for = False
             self.recovery_s = max(self.recovery_s, waited)
-        elif waited > SERVES_WITHIN_S:
+        elif waited > self.options.serves_s:
             self.waited_for = False
             self.daemon.signal(signal.SIGUSR1)
             errors = "; ".join(f"{probe.address}: {probe.error}" for probe in self.probes)
@@ -263,7 +276,8 @@ class Night:
         line = (
             f"soak {at / 60:5.1f} min life={self.ledger.life} "
             + "".join(f"{name}={workers[name].sum()} " for name in TOTALS)
-            + f"client_kills={self.crew.kills} {told} faults={','.join(self.under_way) or '-'} "
+            + f"client_kills={self.crew.kills} ends={self.crew.dismissed} {told} "
+            + f"faults={','.join(self.under_way) or '-'} "
             + " ".join(f"{kind}={found[kind]}" for kind in KINDS)
         )
         sys.stderr.write(line + "\n")
@@ -286,18 +300,19 @@ class Night:
 
     def stop_daemon(self) -> None:
         """In order: it has to end, too."""
+        self.wait(lambda: min(probe.last_ok for probe in self.probes) > self.clear_since)
         for probe in self.probes:
             probe.stop()
         self.daemon.signal(signal.SIGTERM)
         assert self.daemon.process is not None
         try:
-            code = self.daemon.process.wait(SERVES_WITHIN_S)
+            code = self.daemon.process.wait(FIRST_START_S)
             if code:
                 self.say("died", f"the daemon ended with {code} when it was asked to end, see daemon.log")
         except Exception:  # noqa: BLE001 - subprocess.TimeoutExpired
             self.daemon.signal(signal.SIGUSR1)
             time.sleep(1)
-            self.say("hung", f"the daemon did not end within {SERVES_WITHIN_S:.0f} s, see daemon.dump")
+            self.say("hung", f"the daemon did not end within {FIRST_START_S:.0f} s, see daemon.dump")
 
     def clean_up(self) -> None:
         """Whatever still runs ends, and nothing stays mounted."""
@@ -351,7 +366,8 @@ def report(night: Night, *, as_json: bool) -> None:
         print(json.dumps(line) if as_json else f"{name:28} {value:>14} {unit}", flush=True)
     if not as_json:
         last = night.tail[-1] if night.tail else None
-        print(f"faults: {dict(night.met)}, clients killed: {night.crew.kills}; at the end: {last}")
+        print(f"clients killed: {night.crew.kills}, told to end: {night.crew.dismissed}")
+        print(f"faults: {dict(night.met)}; at the end: {last}")
         print("errors met: " + "; ".join(f"{e['worker']}: {e['text']}" for e in night.lines() if e["what"] == "errors"))
 
 
@@ -365,6 +381,7 @@ def main() -> int:
     parser.add_argument("--timeout-s", type=float, default=Bounds.timeout_s, help="of each client")
     parser.add_argument("--slack-s", type=float, default=Bounds.slack_s, help="before a call counts as hung")
     parser.add_argument("--end-s", type=float, default=Bounds.end_s, help="for a worker that is told to end")
+    parser.add_argument("--serves-s", type=float, default=SERVES_S, help="until the daemon serves after the last fault")
     parser.add_argument("--keys", type=int, default=Bounds.plain, help="of each worker, for plain values")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--keep", type=Path, help="the directory of the run, kept in any case")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class Crew:
         self.found.chmod(0o666)
         self.hands = [Hands(n, daemon, clients[n % len(clients)]) for n in range(WORKERS)]
         self.kills = 0
+        self.dismissed = 0
 
     def start(self) -> None:
         """All of them."""
@@ -92,7 +94,7 @@ class Crew:
         hands.incarnation += 1
         hands.samples = []
         row = self._ledger.workers[hands.number : hands.number + 1]
-        row["began"] = 0.0
+        row["began"] = row["leave"] = 0.0
         # One thread for numpy's own: eight processes share two processors.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with (directory / f"worker-{hands.number}.log").open("ab") as log:
@@ -114,19 +116,34 @@ class Crew:
         self.kills += 1
         self._start(hands)
 
+    def dismiss(self, number: int) -> None:
+        """Tell one to end, which it has to do in time; another takes its place."""
+        if not self._ledger.workers["leave"][number]:
+            self._ledger.workers["leave"][number] = now()
+            self.dismissed += 1
+
     def watch(self, *, over: bool = False) -> None:
         """Tell of calls that do not end, and of workers that ended by themselves. over: they may end now."""
         for hands in self.hands:
             if hands.process is None:
                 continue  # not started yet
             code = hands.process.poll()
+            told = float(self._ledger.workers["leave"][hands.number])
             if code is not None:
-                if code or not over:
+                if code or not (over or told):
                     self.say("died", hands, f"ended with {code}, see worker-{hands.number}.log")
                 if not over:
                     self._start(hands)
                 continue
-            self._watch_call(hands)
+            if told and now() - told > self._bounds.end_s and not self._is_stopped(hands):
+                hands.process.send_signal(signal.SIGUSR1)
+                self.say(
+                    "hung", hands, f"did not end within {self._bounds.end_s:.0f} s, see worker-{hands.number}.dump"
+                )
+                time.sleep(1)  # for the dump
+                self.kill(hands.number)
+            else:
+                self._watch_call(hands)
 
     def _watch_call(self, hands: Hands) -> None:
         row = self._ledger.workers[hands.number]

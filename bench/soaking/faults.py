@@ -36,6 +36,10 @@ class Crew(Protocol):
         """End one at once; another takes its place."""
         ...
 
+    def dismiss(self, number: int) -> None:
+        """Tell one to end, which it has to do in time; another takes its place."""
+        ...
+
 
 @dataclass
 class Scene:
@@ -60,6 +64,14 @@ def kill_client(scene: Scene) -> Iterator[None]:
     yield
 
 
+def dismiss_clients(scene: Scene) -> Iterator[None]:
+    """Two workers are told to end, whatever else is going on."""
+    numbers = [number for number in scene.crew.pids() if number not in scene.spared]
+    for number in scene.rng.sample(numbers, min(2, len(numbers))):
+        scene.crew.dismiss(number)
+    yield
+
+
 def stop_daemon(scene: Scene) -> Iterator[None]:
     """SIGSTOP, then SIGCONT."""
     scene.daemon.signal(signal.SIGSTOP)
@@ -77,8 +89,10 @@ def stop_clients(scene: Scene) -> Iterator[None]:
             os.kill(pid, signal.SIGSTOP)
     yield
     for number, pid in chosen.items():
-        # Counted before it runs on, so that nobody takes the pause for a call that hangs.
+        # Counted before it runs on, so that nobody takes the pause for a call that hangs, or an end that does.
         scene.ledger.workers["stopped_s"][number] += now() - began
+        if scene.ledger.workers["leave"][number]:
+            scene.ledger.workers["leave"][number] += now() - began
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
@@ -258,6 +272,7 @@ def _own_group() -> Path:
 
 FAULTS: dict[str, tuple[Fault, bool, float]] = {
     "kill_client": (kill_client, False, 0.0),
+    "dismiss_clients": (dismiss_clients, False, 0.0),
     "stop_daemon": (stop_daemon, True, 12.0),
     "stop_clients": (stop_clients, False, 12.0),
     "crowd": (crowd, True, 8.0),

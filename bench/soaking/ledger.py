@@ -31,8 +31,10 @@ HEADER = np.dtype([
 WORKER = np.dtype([
     ("began", "<f8"), ("bound_s", "<f8"), ("stopped_then_s", "<f8"), ("stopped_s", "<f8"), ("verb", "S16"),
     ("key", "<i8"), ("calls", "<i8"), ("hits", "<i8"), ("stored", "<i8"), ("deleted", "<i8"), ("in_doubt", "<i8"),
+    ("leave", "<f8"),
 ])  # fmt: skip
-"""began: of the call under way, by the monotonic clock; 0: none. stopped_s: how long this worker was stopped so far."""
+"""began: of the call under way, by the monotonic clock; 0: none. stopped_s: how long this worker was stopped so far.
+leave: when it was told to end; 0: it was not."""
 
 ROW = np.dtype([
     ("attempted", "<i8"), ("floor", "<i8"), ("deleted", "<i8"), ("open", "<i8"), ("doubt", "<i8"),

@@ -83,7 +83,7 @@ class Worker:
             (self.get_dying, 6), (self.delete, 5), (self.touch, 3), (self.match, 3), (self.pin, 3), (self.fill, 3),
         )  # fmt: skip
         calls, weights = zip(*verbs, strict=True)
-        while not self.ledger.header["stop"][0]:
+        while not self.ledger.header["stop"][0] and not self.me["leave"][0]:
             if self.away:
                 time.sleep(AWAY_S)
                 self.get()  # changes would be in doubt, one after another, and their keys no longer written
