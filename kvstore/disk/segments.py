@@ -198,8 +198,9 @@ class Segments:
         return max(worth)[1] if worth else None
 
     def disk_nbytes(self) -> int:
-        """Bytes that the segments take on the file system."""
-        return sum(_allocated(self._file(number)) for number in self._found())
+        """Bytes that the segments take on the file system. Any thread; needs no descriptor."""
+        numbers = {*self._blocks, *(number for number, _, _ in self._unfreed)}
+        return sum(_allocated(self._file(number)) for number in numbers)
 
     def close(self) -> None:
         """Close the descriptors."""
