@@ -6,9 +6,9 @@ from dataclasses import replace
 from kvstore.hit import Hit
 from kvstored_client import Client
 
-STUCK_AT = 60
+STUCK_AT = 20
 """The read that does not come back in time."""
-STUCK_S = 12.0
+STUCK_S = 6.0
 TORN_EVERY = 5
 
 

@@ -29,28 +29,27 @@ def soak(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, float], str]:
     """(exit status, values by name, what was told)."""
     done = subprocess.run(
         [sys.executable, "bench/soak.py", "--json", "--keep", str(tmp_path / "run"), *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     return done.returncode, {row["name"]: row["value"] for row in rows}, done.stderr
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_short_soak_is_clean(tmp_path: Path):
     # A machine that is busy with other tests takes its time to start interpreters: that says nothing here.
     patient = ("--serves-s", "200", "--slack-s", "60", "--end-s", "120")
-    code, found, told = soak(tmp_path, "--minutes", "0.2", "--kills", "1", *patient)
+    code, found, told = soak(tmp_path, "--minutes", "0.12", "--kills", "1", *patient)
     assert code == 0, told
     assert found["wrong"] == found["resurrected"] == found["hung"] == 0
     assert found["stored"] > 0
     assert found["hits"] > 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_soak_with_a_lying_client_says_so(tmp_path: Path):
-    code, found, told = soak(
-        tmp_path, "--minutes", "0.3", "--kills", "1", "--client", "tests.crash.doctored:Liar", *QUICK
-    )
+    liar = ("--client", "tests.crash.doctored:Liar")
+    code, found, told = soak(tmp_path, "--minutes", "0.2", "--kills", "0", *liar, *QUICK)
     assert code == 1
     assert found["wrong"] > 0, told
     assert found["resurrected"] > 0, told
