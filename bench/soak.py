@@ -57,7 +57,7 @@ FLAT_FROM_S = 400.0
 """A tail so long is judged for growth; a shorter one is still filling budgets and pools."""
 GROWN_MAX = {"rss": 64 << 20, "descriptors": 8, "threads": 8, "segments": 4, "heap": 100_000}
 """In the tail, between the medians of its first and last third. Memory moves within its budgets, threads by a few."""
-POOLS_MAX = {"descriptors": 8, "threads": 8}
+POOLS_MAX = {"descriptors": 8, "threads": 8, "segments": 8, "rss": 256 << 20}
 SPARED = (0, 1, 5, 6)
 """Workers that are not killed in the tail: two at each door, of all tenants."""
 FAULT_EVERY_S = 12.0
@@ -337,7 +337,7 @@ class Night:
         log = (self.daemon.directory / "daemon.log").read_text(errors="replace")
         said += [f"noise: daemon.log has {log.count(word)} times {word!r}" for word in NOISE if word in log]
         if self.tail and self.tail[-1].at_s - self.tail[0].at_s >= FLAT_FROM_S:
-            # A worker's memory is mostly the daemon's, as far as it has mapped it by now.
+            # A worker's memory is mostly the daemon's, as far as it has mapped and read it by now.
             bounds = [("the daemon", growth(self.tail), GROWN_MAX), ("a worker", self.workers_grown(), POOLS_MAX)]
             said += [
                 f"growth: {name} of {whose} by {grown[name]} within the daemon's last life, at most {most}"
