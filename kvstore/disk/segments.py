@@ -30,6 +30,10 @@ WRITE_NBYTES = 4 << 20
 """Records go to the disk in pieces of this size; the disk writes one while the next is prepared."""
 SEGMENT_MAX = 1 << 31
 """The largest number of a segment: a row has 32 bits for it, and a larger one is not believed."""
+WHOLE = -1
+"""In place of a length: all of a segment."""
+UNFREED_MAX = 10_000
+"""Places that the file system did not take back and that are remembered, 1 MB; the others wait for the next start."""
 OPEN_MAX = 64
 """Descriptors kept for reading: about the number of segments in a tier."""
 
@@ -76,6 +80,7 @@ class Segments:
         self._tail = 0
         self._synced = True
         self._can_punch = True
+        self._unfreed: list[tuple[int, int, int]] = []
         self._readable: dict[int, _Opened] = {}
         self._opened_lock = threading.Lock()
 
@@ -140,7 +145,11 @@ class Segments:
         return self.path.is_dir() and not self._file(number).exists()
 
     def free(self, places: Iterable[Place]) -> None:
-        """Give the blocks of records that no row names any more back to the file system."""
+        """Give the blocks of records that no row names any more back to the file system.
+
+        What it does not take now it is offered again with the next records that leave.
+        """
+        self._unfreed = [part for part in self._unfreed if not self._given_back_again(*part)]
         for place in places:
             blocks = self._blocks.get(place.segment)
             if blocks is None:
@@ -148,15 +157,39 @@ class Segments:
             self.slack_nbytes -= blocks.slack_nbytes
             offset, nbytes = blocks.remove(place.offset, place.nbytes)
             self.slack_nbytes += blocks.slack_nbytes
-            try:
-                if blocks.live_nbytes <= 0 and place.segment != self._active:
-                    del self._blocks[place.segment]
-                    self._unlink(place.segment)
-                else:
-                    self._punch(place.segment, offset, nbytes)
-            except OSError as error:
-                # The space is lost until the next start finds it (`recover`); no value is lost.
-                log.warning("cold segment=%s event=free_failed error=%s", place.segment, error)
+            if blocks.live_nbytes <= 0 and place.segment != self._active:
+                del self._blocks[place.segment]
+                offset, nbytes = 0, WHOLE
+            self._give_back(place.segment, offset, nbytes)
+
+    def _give_back(self, number: int, offset: int, nbytes: int) -> None:
+        """Punch a part of a segment, or unlink the WHOLE of it."""
+        try:
+            if nbytes == WHOLE:
+                self._unlink(number)
+            else:
+                self._punch(number, offset, nbytes)
+        except OSError as error:
+            # No value is lost, and what is not taken before the daemon ends the next start finds (`recover`).
+            log.warning("cold segment=%s event=free_failed error=%s", number, error)
+            if len(self._unfreed) < UNFREED_MAX:
+                self._unfreed.append((number, offset, nbytes))
+
+    def _given_back_again(self, number: int, offset: int, nbytes: int) -> bool:
+        """Whether the file system takes now what it did not take before, or it is nobody's any more."""
+        is_there = number in self._blocks
+        if is_there == (nbytes == WHOLE):
+            return True  # unlinked meanwhile with all of its parts; or its number was given to a new segment
+        try:
+            if nbytes == WHOLE:
+                self._unlink(number)
+            else:
+                self._punch(number, offset, nbytes)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
 
     def sparsest(self, share: float, ignored: Container[int] = ()) -> int | None:
         """The closed segment with the most slack, if that is over `share` of its blocks; its records should move."""
@@ -165,8 +198,9 @@ class Segments:
         return max(worth)[1] if worth else None
 
     def disk_nbytes(self) -> int:
-        """Bytes that the segments take on the file system."""
-        return sum(_allocated(self._file(number)) for number in self._found())
+        """Bytes that the segments take on the file system. Any thread; needs no descriptor."""
+        numbers = {*self._blocks, *(number for number, _, _ in self._unfreed)}
+        return sum(_allocated(self._file(number)) for number in numbers)
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -224,7 +258,7 @@ class Segments:
         self._disk.close(fd)
         if self._blocks[number].live_nbytes <= 0:
             del self._blocks[number]
-            self._unlink(number)
+            self._give_back(number, 0, WHOLE)
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
         if buffers:

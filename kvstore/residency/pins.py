@@ -26,7 +26,7 @@ def pin(r: Residency, keys: Sequence[Key], ttl_s: float | None) -> int:
     try:
         for part in slices(tuple(dict.fromkeys(keys))):
             with r.lock:
-                held = [key for key in part if r.live(key) is not None]
+                held = [key for key in part if r.live(key) is not None and r.in_a_tier(key)]
                 changed += len(held)
                 long = [key for key in held if not pinning.at_once(key)]
             for key in long:
@@ -85,7 +85,7 @@ class _Pinning:
             meta = r.index.get(path[-1])
             if meta is None:
                 return False
-            if path[-1] in r.leaving:
+            if path[-1] in r.leaving or not r.in_a_tier(path[-1]):
                 path.clear()  # and so is what continues it
                 return True
             if self._holds(meta):
@@ -110,13 +110,25 @@ class _Pinning:
         r = self._r
         meta = r.index[key]
         if not meta.pinned:
-            # The lowest form is the one that would leave the store; copies above it may come and go.
-            r.tier(r.tiers_of(key)[-1]).pin(key)
+            if not self._pin_the_lowest(key):
+                return
             r.chains.set_pinned(meta, pinned=True)
             meta.pinned_until = self._until
             self._fresh.append(key)
         meta.pinned_until = max(meta.pinned_until, self._until)
         r.deadlines.watch(key, meta)
+
+    def _pin_the_lowest(self, key: Key) -> bool:
+        """Pin the form that would leave the store last; copies above it may come and go. False: none is left.
+
+        Cold evicts under its own lock alone, so it may let go of the key between the look and the pin.
+        """
+        r = self._r
+        while tiers := r.tiers_of(key):
+            r.tier(tiers[-1]).pin(key)
+            if tiers[-1] != "cold" or r.in_cold(key):
+                return True
+        return False
 
 
 def unpin(r: Residency, keys: Sequence[Key]) -> int:

@@ -127,6 +127,13 @@ class Residency:
             found.append("cold")
         return found
 
+    def in_a_tier(self, key: Key) -> bool:
+        """Whether a tier holds the key, or will once it has arrived there.
+
+        False with a Meta: cold has let go of the key, and has not yet told.
+        """
+        return key in self.hot or key in self.warm or key in self.transit or self.in_cold(key)
+
     def peek(self, key: Key) -> Meta | None:
         """The Meta of a key that is held and not expired. An expired one is left for a get to find and count."""
         meta = self.index.get(key)
@@ -356,7 +363,7 @@ class Residency:
     def forget_if_gone(self, key: Key, cause: GoneCause, left: TierName) -> bool:
         """Drop the Meta of a key that no tier holds any more, and what continues it. True: it is gone."""
         meta = self.index.get(key)
-        if meta is None or key in self.hot or key in self.warm or key in self.transit or self.in_cold(key):
+        if meta is None or self.in_a_tier(key):
             return False
         if meta.first_child is not None or left == "cold":
             self.forget(key, cause, left)

@@ -28,7 +28,7 @@ import torch
 
 from kvstore.dtypes import TensorSpec
 from kvstore.shm.freelist import FreeList
-from kvstore.shm.layout import aligned, layout
+from kvstore.shm.layout import CLOSED, aligned, layout
 
 SEGMENT_NBYTES = 128 << 20
 """A client maps it in 7 ms; a larger entry gets a segment of its own size."""
@@ -90,6 +90,7 @@ class Segment:
     def close_empty(self) -> None:
         """Close one that no block lies in, and end the mapping here, whoever still refers to the segment."""
         self.ready_nbytes = self.nbytes
+        self.bytes[:8].view(np.uint64)[0] = CLOSED  # so that clients let go of it, too
         self.bytes = np.empty(0, dtype=np.uint8)
         with suppress(BufferError):
             self._map.close()

@@ -4,6 +4,9 @@
 
 A block's generation is unique within the daemon's life and is overwritten before the room is used again. So if the
 generation is unchanged after a copy out of the block, the copy is of the requested entry.
+
+A segment that the daemon has closed begins with CLOSED instead: no block will lie in it again, and whoever still maps
+it keeps its pages from the system.
 """
 
 from collections.abc import Mapping
@@ -14,6 +17,8 @@ from kvstore.dtypes import TensorSpec
 ALIGN = 64
 """A cache line, and the alignment of the widest vector loads."""
 HEADER_NBYTES = ALIGN
+CLOSED = (1 << 64) - 1
+"""The first word of a closed segment. Generations count up from one."""
 
 
 def aligned(nbytes: int) -> int:

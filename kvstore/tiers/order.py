@@ -166,7 +166,9 @@ class Order:
 
     def _let_go(self, key: Key, nbytes: int) -> Policy:
         owner = self.owner_of(key)
-        self._used[owner.lane] = self._used.get(owner.lane, 0) - nbytes
+        # Else the owner never had a key here: a tier may be told to forget what it does not hold.
+        if owner.lane in self._lanes:
+            self._used[owner.lane] -= nbytes
         owner.nbytes[self._at] -= nbytes
         if self._pinned:
             self._pinned.release(key)

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 from kvstore import errors
 from kvstore.errors import KvstoreError
 from kvstore.shm.freelist import FreeList
+from kvstore.shm.layout import CLOSED
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
 from kvstored_client.shm.mapping import MappedSegment
@@ -465,9 +466,18 @@ class Segments:
         return number in self._mappings
 
     def add(self, number: int, mapping: MappedSegment) -> None:
-        """Keep a mapping, unless another connection was handed the segment meanwhile."""
+        """Keep a mapping, unless another connection was handed the segment meanwhile. Lets go of closed ones.
+
+        The daemon makes a segment in place of closed ones: so all that are mapped are at most twice what it may have.
+        """
         if self._mappings.setdefault(number, mapping) is mapping:
             mapping.populate()
+        for known, kept in list(self._mappings.items()):
+            if kept.words[0] == CLOSED:
+                self._mappings.pop(known, None)
+                for key, block in list(self.blocks.items()):
+                    if block.mapping is kept:
+                        self.blocks.pop(key, None)
 
     def get(self, number: int) -> MappedSegment:
         """The mapping of a segment. Raises UseStream for one that was never handed over."""

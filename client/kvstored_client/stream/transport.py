@@ -5,8 +5,10 @@ belongs to the process that made it: a forked child starts with a fresh one. Thr
 (see `interrupts`); gRPC, which has many, is called in threads that nothing interrupts.
 """
 
+import errno
 import logging
 import os
+import resource
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -33,6 +35,8 @@ ADMIN = "/kvstored.v1.Admin/"
 ERROR_METADATA = "kvstored-error"
 
 MESSAGE_MAX_NBYTES = 4 << 20
+DESCRIPTORS_MIN = 16
+"""Free ones that a channel is not opened without. gRPC aborts the process when it starts with fewer than four."""
 ASIDES_MAX = 4
 """Threads kept for the next call."""
 _OPTIONS = (
@@ -97,10 +101,19 @@ class ReplyType(Protocol[Reply_co]):
         ...
 
 
+def _check_descriptors() -> None:
+    """Raise OSError unless this process may open some more files."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - one step, which leaves nothing open if it is interrupted
+    if limit != resource.RLIM_INFINITY and opened + DESCRIPTORS_MIN > limit:
+        raise OSError(errno.EMFILE, f"{opened} of {limit} descriptors are open, and gRPC needs up to {DESCRIPTORS_MIN}")
+
+
 class Line:
     """One channel and its methods. Raises TierUnavailable for a socket whose listener is not to be trusted."""
 
     def __init__(self, address: str) -> None:
+        _check_descriptors()
         path = socket_path(parse_address(address))
         self._place = None if path is None else Place(path)
         if self._place is not None:

@@ -6,6 +6,7 @@ loop's thread.
 """
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
@@ -30,22 +31,25 @@ class OpenCall:
         """Why it was ended from outside."""
 
     async def read(self) -> Any:
-        """The peer's next message, or grpc.aio.EOF."""
-        if self.place is None:
-            return await self._context.read()
-        self.place.waits()
-        message = await self._context.read()
-        self.place.works()
-        return message
+        """The peer's next message, or grpc.aio.EOF. Raises CancelledError where the peer is gone."""
+        return await self._waiting(self._context.read())
 
     async def write(self, message: Any) -> None:
-        """Send a message: waits until the peer has room for it."""
-        if self.place is None:
-            await self._context.write(message)
-            return
-        self.place.waits()
-        await self._context.write(message)
-        self.place.works()
+        """Send a message: waits until the peer has room for it. Raises CancelledError where the peer is gone."""
+        await self._waiting(self._context.write(message))
+
+    async def _waiting(self, step: Awaitable[Any]) -> Any:
+        """The result of a step that waits for the peer."""
+        if self.place is not None:
+            self.place.waits()
+        try:
+            result = await step
+        except grpc.aio.InternalError:
+            # A batch that failed: the connection broke under it, before gRPC has cancelled the call for that.
+            raise asyncio.CancelledError from None
+        if self.place is not None:
+            self.place.works()
+        return result
 
     async def abort(self, code: Any, details: str = "", trailing: tuple[tuple[str, str], ...] = ()) -> None:
         """End the call with a status. Raises. Waits until the peer has taken what was sent before, or is gone."""

@@ -422,6 +422,7 @@ class Connection:
             return
         if len(self._fds) >= SEGMENTS_MAX:
             raise MoreSegments(f"the answer lies in more segments than {SEGMENTS_MAX}, which is a packet's limit")
+        self._handed = {known for known in self._handed if not known.closed}
         self._handed.add(segment)
         reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
         self._fds[segment] = segment.fd

@@ -7,7 +7,7 @@ little goes back, whatever left it (long headers of many calls, for one). Thread
 """
 
 import ctypes
-from pathlib import Path
+import os
 
 INTERVAL_S = 0.25
 """Seconds between two turns: under load a gigabyte a second is freed and taken again."""
@@ -16,6 +16,7 @@ QUIET_TURNS = 20
 QUIET_NBYTES = 1 << 20
 QUIET_IDLE_MAX_NBYTES = 64 << 20
 """Idle memory that stays for the next entries even then."""
+STATUS_MAX_NBYTES = 1 << 16
 
 
 class _Mallinfo(ctypes.Structure):
@@ -33,6 +34,8 @@ class Heap:
     def __init__(self, idle_max_nbytes: int) -> None:
         """idle_max_nbytes: limit of the bytes that are resident, freed and not used again."""
         self._idle_max_nbytes = idle_max_nbytes
+        # Kept open: a daemon out of descriptors still has to give memory back and to tell of it. Each read is fresh.
+        self._status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
         libc = ctypes.CDLL(None)
         self._info = getattr(libc, "mallinfo2", None)
         self._trim = getattr(libc, "malloc_trim", None)
@@ -43,6 +46,10 @@ class Heap:
         self.trims = 0
         self._quiet_turns = 0
         self._used_before_nbytes = 0
+
+    def __del__(self) -> None:
+        if hasattr(self, "_status"):
+            os.close(self._status)
 
     def idle_nbytes(self) -> int:
         """About how many resident bytes malloc holds but has not handed out."""
@@ -68,8 +75,7 @@ class Heap:
         info = self._info()
         return int(info.uordblks) + int(info.hblkhd)
 
-    @staticmethod
-    def resident_nbytes() -> int:
+    def resident_nbytes(self) -> int:
         """Anonymous memory of this process that is in RAM."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
+        lines = os.pread(self._status, STATUS_MAX_NBYTES, 0).splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith(b"RssAnon")), 0)

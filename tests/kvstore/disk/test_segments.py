@@ -65,3 +65,35 @@ def test_after_a_failure_nothing_is_added_to_that_segment_and_nothing_counted(tm
     segments.free([first, second])
     assert segments.slack_nbytes == 0
     segments.close()
+
+
+def test_space_that_the_file_system_does_not_take_back_is_offered_again(tmp_path: Path) -> None:
+    """Out of descriptors, or with a disk that failed for a moment, it stayed lost until the next start."""
+
+    class Refusing(SystemDisk):
+        refuses = True
+
+        def punch(self, fd: int, offset: int, nbytes: int) -> None:
+            if self.refuses:
+                raise OSError(errno.EIO, "failed")
+            super().punch(fd, offset, nbytes)
+
+        def unlink(self, path: Path) -> None:
+            if self.refuses:
+                raise OSError(errno.EIO, "failed")
+            super().unlink(path)
+
+    disk = Refusing()
+    segments = Segments(tmp_path, disk, segment_nbytes=200_000)
+    places = segments.append([[bytes([n]) * 100_000] for n in range(1, 7)])
+    assert [place.segment for place in places] == [1, 1, 2, 2, 3, 3]
+    segments.free([places[0], places[2], places[3]])
+    before = segments.disk_nbytes()
+    assert {file.name for file in tmp_path.iterdir()} >= {"00000001.seg", "00000002.seg"}
+    disk.refuses = False
+    segments.free([])
+    assert not (tmp_path / "00000002.seg").exists()
+    assert segments.disk_nbytes() < before - 250_000
+    assert (tmp_path / "00000001.seg").read_bytes()[places[1].offset :][:100_000] == b"\2" * 100_000
+    assert segments._unfreed == []
+    segments.close()

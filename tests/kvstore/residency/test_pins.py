@@ -65,3 +65,46 @@ def test_the_lowest_form_is_what_is_pinned(tmp_path: Path) -> None:
         assert Key(b"k") in store._r.cold._pinned  # type: ignore[attr-defined]
     with open_store(tmp_path) as store:
         assert until(store, b"k") == float("inf")
+
+
+def in_cold_only(store: Store, key: bytes) -> None:
+    store.put(key, VALUE, fidelity="exact")
+    assert store.demote(key) == 1
+    assert store._r.tiers_of(Key(key)) == ["cold"]
+
+
+def test_a_key_that_cold_has_just_let_go_of_is_not_held(tmp_path: Path) -> None:
+    """Between cold's eviction and its word to the store a key has a Meta and no tier: a pin raised IndexError."""
+    with open_store(tmp_path) as store:
+        store.put(b"parent", VALUE, fidelity="exact")
+        store.put(b"child", VALUE, fidelity="exact", parent=b"parent")
+        assert store.demote(b"parent") == 2
+        cold = store._r.cold
+        assert cold is not None
+        with cold._changed:  # type: ignore[attr-defined]
+            cold.forget(Key(b"parent"))  # type: ignore[attr-defined]
+        assert store.pin(b"parent") == 0
+        store.pin(b"child")
+        assert until(store, b"child") is None, "what it continues is on its way out"
+        store._r.dropped_from_cold(Key(b"parent"), "evicted")
+        assert store.get(b"child") is None
+
+
+def test_a_key_that_cold_lets_go_of_before_the_pin_is_not_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path) as store:
+        in_cold_only(store, b"k")
+        cold = store._r.cold
+        assert cold is not None
+
+        def pin(key: Key) -> None:
+            with cold._changed:  # type: ignore[union-attr]
+                cold.forget(key)  # type: ignore[union-attr]
+
+        monkeypatch.setattr(cold, "pin", pin)
+        store.pin(b"k")
+        assert until(store, b"k") is None
+        monkeypatch.undo()
+        store._r.dropped_from_cold(Key(b"k"), "evicted")
+        assert b"k" not in store._r.index

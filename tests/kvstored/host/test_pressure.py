@@ -155,3 +155,31 @@ def test_memory_that_was_freed_does_not_stay_when_nothing_happens_any_more():
 
 def test_memory_freed_after_a_burst_goes_back_and_what_is_in_use_does_not():
     subprocess.run([sys.executable, "-c", _BURST], env=environment(), check=True, timeout=120)
+
+
+_NO_DESCRIPTORS = """
+import resource, sys, torch
+from pathlib import Path
+from kvstore.config import ColdConfig, StoreConfig
+from kvstore.store import Store
+from kvstored.host.heap import Heap
+heap = Heap(32 << 20)
+store = Store.open(StoreConfig(cold=ColdConfig(sys.argv[1])), background=False)
+store.put(b"k", {"x": torch.randn(100_000)}, fidelity="exact")
+store.drain()
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+try:
+    open("/dev/null")
+except OSError:
+    heap.turn()
+    assert heap.resident_nbytes() > 10 << 20
+    assert store.stats().values["cold_disk_nbytes"] > 300_000
+else:
+    raise SystemExit("there were descriptors")
+"""
+
+
+def test_a_daemon_without_descriptors_still_tells_its_figures_and_minds_its_memory(tmp_path):
+    """The thread that watches failed four times a second, with a traceback each, and `stats` was an internal error."""
+    subprocess.run([sys.executable, "-c", _NO_DESCRIPTORS, str(tmp_path)], env=environment(), check=True, timeout=120)

@@ -1,0 +1,42 @@
+"""A call whose peer is gone: no defect of ours, and no line in the log."""
+
+import asyncio
+import logging
+
+import grpc
+import pytest
+
+from kvstored.access.open_call import OpenCall
+from kvstored.doors.service import answering
+
+
+class BrokenConnection:
+    """gRPC's context after the connection broke under a batch."""
+
+    async def read(self):
+        raise grpc.aio.InternalError("batch failed")
+
+    async def write(self, message):
+        raise grpc.aio.InternalError("batch failed")
+
+
+@answering
+async def reading(self, request, context):
+    await context.read()
+
+
+@answering
+async def writing(self, request, context):
+    await context.write(b"frame")
+
+
+@pytest.mark.parametrize("handler", [reading, writing])
+def test_a_batch_that_fails_with_the_connection_ends_the_call_without_a_word(handler, caplog):
+    """It was logged with a traceback, as a defect, for each client that was killed while a frame was on its way."""
+
+    async def serve():
+        await handler(None, b"", OpenCall(BrokenConnection(), "Cache/Get"))
+
+    with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
+        asyncio.run(serve())
+    assert caplog.records == []
