@@ -34,7 +34,7 @@ class Registry(Generic[T]):
 
     def add(self, name: str, thing: T) -> None:
         """Register a thing under a name; the same one twice changes nothing. Raises ConfigError."""
-        if not _NAME.fullmatch(name) or len(name) > self._name_max:
+        if not self.allows(name):
             raise ConfigError(
                 f"the name of a {self.kind} is 1 to {self._name_max} letters, digits and any of -_.:, got {name!r:.80}"
             )
@@ -43,6 +43,10 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{name!r} is a {self.kind} of kvstored itself: register yours under another name")
             if self._things.setdefault(name, thing) is not thing:
                 raise ConfigError(f"a {self.kind} named {name!r} is registered already: {self._things[name]!r:.120}")
+
+    def allows(self, name: str) -> bool:
+        """Whether anything may have this name."""
+        return _NAME.fullmatch(name) is not None and len(name) <= self._name_max
 
     def knows(self, name: object) -> bool:
         """Whether `find` would return something, or fail in loading it."""

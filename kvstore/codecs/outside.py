@@ -30,7 +30,12 @@ def register_codec(codec: Stored) -> None:
 
 
 def outside_codec(name: str) -> Stored:
-    """The codec that somebody registered or offers under a name. Raises UnknownEncoding."""
+    """The codec that somebody registered or offers under a name.
+
+    Raises UnknownEncoding, and CodecError for a name that no codec has in any version: that is damage.
+    """
+    if not CODECS.allows(name):
+        raise CodecError(f"no codec is named {name!r:.80}")
     try:
         found = CODECS.find(name, _register)
     except ConfigError as error:

@@ -175,7 +175,7 @@ def in_header(record: bytes, change: Callable[[list], None]) -> bytes:
 
 
 def odd_encoding(rows: list) -> None:
-    """A name that would become one of the daemon's numbers."""
+    """A name that no codec has, and that would become one of the daemon's numbers."""
     rows[0]["encoding"] = 'nf5"} 7'
 
 
