@@ -154,7 +154,7 @@ DOORS = (
         "        pass",
         "what cannot be decoded is met for ever",
     ),
-    ("kvstore/disk/rows.py", '(f["seq"] <= SEQ_MAX)', '(f["seq"] >= 0)', "a row that ends all writing"),
+    ("kvstore/disk/columns.py", '(f["seq"] <= SEQ_MAX)', '(f["seq"] >= 0)', "a row that ends all writing"),
     ("kvstore/disk/rows.py", "if seq > SEQ_MAX or segment", "if segment", "a row that ends all writing"),
 )
 """As `prepared.PREPARED`."""
