@@ -41,7 +41,7 @@ from kvstored.doors.cache_service import CacheService
 from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
 from kvstored.doors.lending import Lending
-from kvstored.host.process import DirectoryLock, raise_descriptor_limit, tune
+from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.sampler import Sampler
 from kvstored.settings import ServerSettings, Settings
@@ -125,6 +125,7 @@ async def _serve(settings: Settings) -> int:
         await daemon.start()
         _on_reload(daemon)
         pulse = asyncio.create_task(_pulse(store, daemon))
+        settle()
         notify("READY=1\nSTATUS=serving")
         await stop.wait()
         logger.info("stopping signal=received")
