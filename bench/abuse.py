@@ -145,6 +145,9 @@ def attacking(target: Target, parts: tuple[Part, ...]) -> Iterator[list[int]]:
             if process.stdout.readline() != "ready\n":
                 raise SystemExit(f"{process.args!r} did not start")
         yield [process.pid for process in started]
+        for process in started:
+            if process.poll() is not None:
+                raise SystemExit(f"{process.args!r} ended before it was told to: its attack was none")
     finally:
         for process in started:
             process.kill()

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -434,21 +435,25 @@ def main() -> int:
     if uid is not None and os.geteuid() == 0:
         os.setgroups([])
         os.setuid(uid)  # the group stays: it may use the sockets
-    with tempfile.NamedTemporaryFile("w", suffix=".token") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".token") as file:  # clients read it whenever they are made
         file.write(target.token)
         file.flush()
         os.environ["KVSTORED_TOKEN_FILE"] = file.name
         step = make(target)
 
-    def run() -> None:
-        while True:
-            step()
+        def run() -> None:
+            try:
+                while True:
+                    step()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)  # an attack that is none is not to be counted
 
-    for _ in range(threads):
-        threading.Thread(target=run, daemon=True).start()
-    print("ready", flush=True)
-    sys.stdin.read()
-    os._exit(0)  # whatever its threads wait for
+        for _ in range(threads):
+            threading.Thread(target=run, daemon=True).start()
+        print("ready", flush=True)
+        sys.stdin.read()
+        os._exit(0)  # whatever its threads wait for
 
 
 if __name__ == "__main__":
