@@ -445,7 +445,7 @@ def main() -> int:
             try:
                 while True:
                     step()
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - told, and the end
                 traceback.print_exc()
                 os._exit(1)  # an attack that is none is not to be counted
 
