@@ -26,7 +26,8 @@ from kvstore.clock import ManualClock
 from kvstore.codecs import check_entry, codec_named, decode_entry, encode_entry
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.layers import encode_runs
-from kvstore.disk.rows import Rows, pack_row, parse_row
+from kvstore.disk.columns import columns
+from kvstore.disk.rows import FIELDS, SUM, Row, Rows, _checksum, pack_row, parse_row
 from kvstore.disk.segments import Place
 from kvstore.dtypes import TensorSpec
 from kvstore.entries import record as records
@@ -339,11 +340,9 @@ ROW = replace(META, encoding="nf4", value_nbytes=8)
 )
 def test_a_row_of_no_record_of_ours_is_damaged_not_believed(change: dict, tmp_path: Path) -> None:
     """A place of 2**62 bytes was counted block by block at the start, or read."""
-    from kvstore.disk.rows import Row, _columns
-
     row = replace(Row(Place(1, 0, 5000), 200, 7, ROW), **change)
     data = pack_row(KEY, row)
-    whole = _columns([KEY, Key(b"other")], [data, pack_row(Key(b"other"), Row(Place(1, 0, 5000), 200, 7, ROW))])
+    whole = columns([KEY, Key(b"other")], [data, pack_row(Key(b"other"), Row(Place(1, 0, 5000), 200, 7, ROW))])
     assert Key(b"other") in whole.keys
     if "meta" in change:
         assert parse_row(KEY, data) is not None
@@ -353,12 +352,10 @@ def test_a_row_of_no_record_of_ours_is_damaged_not_believed(change: dict, tmp_pa
 
 
 def test_a_row_without_its_zero_is_damaged() -> None:
-    from kvstore.disk.rows import _FIELDS, _SUM, Row, _checksum, _columns
-
-    body = pack_row(KEY, Row(Place(1, 0, 5000), 200, 7, ROW))[: _FIELDS.size] + b"n" * 40
-    data = body + _SUM.pack(_checksum(KEY, body))
+    body = pack_row(KEY, Row(Place(1, 0, 5000), 200, 7, ROW))[: FIELDS.size] + b"n" * 40
+    data = body + SUM.pack(_checksum(KEY, body))
     assert parse_row(KEY, data) is None
-    assert _columns([KEY], [data]).damaged == [KEY]
+    assert columns([KEY], [data]).damaged == [KEY]
 
 
 def exported(tmp_path: Path, **tensors: torch.Tensor) -> bytes:
