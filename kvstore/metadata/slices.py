@@ -9,7 +9,7 @@ from typing import TypeVar
 
 SLICE = 128
 """Keys of a call dealt with in one hold of the lock: about a millisecond."""
-STEPS = 128
+STEPS = 64
 """Links followed, or keys taken out, in one hold of the lock while chains leave: one or two milliseconds."""
 PAUSE_S = 0.0001
 """Between two slices. Without it the thread that let go of the lock has it again before the one that waits is awake."""

@@ -18,8 +18,8 @@ from kvstore.keys import Key
 from kvstore.metadata.spread import Column, Grouped
 
 Part = OrderedDict[Key, int]
-PART_MAX = 2048
-"""Keys a part on average, at most. Dividing one that is twice as long takes a millisecond."""
+PART_MAX = 512
+"""Keys a part on average, at most. Dividing one that is twice as long takes one or two milliseconds."""
 _number = itemgetter(1)
 
 

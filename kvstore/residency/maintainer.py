@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 PROMOTIONS_MAX = 256
 """Promotions waiting. Beyond it a hit is only a hit: the next one asks again."""
-SWEEP_MAX = 64
+SWEEP_MAX = 32
 """Keys looked at for expiry in one hold of the lock: a millisecond, two where each is taken out of a disk's index."""
 COLD_MAINTAIN_INTERVAL_S = 60.0
 
