@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "daemon"), str(ROOT / "client")]
 import numpy as np  # noqa: E402 - after the path
 
 from bench.attacks import ATTACKER_UID, ATTACKS, DESCRIPTORS, Part, Target  # noqa: E402
+from bench.rivals import free_port  # noqa: E402
 from kvstored.access.tokens import digest, make_token  # noqa: E402
 from kvstored_client import Client  # noqa: E402
 
@@ -193,12 +193,6 @@ def under_attack(target: Target, victim: Victim, name: str, rounds: int, seconds
     }
 
 
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORED_")}
     return {**kept, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))}
@@ -217,7 +211,7 @@ def _target(directory: Path) -> Target:
     token_file.write_text(tokens["victim"])
     victim = _entry("victim", tokens["victim"], os.geteuid())
     both = victim + _entry("attacker", tokens["attacker"], ATTACKER_UID)
-    port, metrics_port = _port(), _port()
+    port, metrics_port = free_port(), free_port()
     (directory / "tokens.toml").write_text(both)
     (directory / "kvstored.toml").write_text(
         f'[server]\naddress = "unix:{directory}/k.sock,tcp:127.0.0.1:{port}"\ndata_dir = "{directory}/data"\n'

@@ -208,6 +208,9 @@ class Daemon:
         records = Records(self.watch.meter, self._spans)
         self._admission = Admission(settings.calls_max, self.watch.meter.turn_away)
         self._interceptor = Interceptor(self._access, self.watch.meter, records, self._admission, settings.silence_s)
+        # Not maximum_concurrent_rpcs: gRPC counts a call before anybody knows whose it is.
+        connections = connections_max(raise_descriptor_limit(), len(settings.listeners))
+        self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections))
         self._servers: list[grpc.aio.Server] = []
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
@@ -263,12 +266,7 @@ class Daemon:
 
     def _bind(self, target: str, *, tls: bool) -> int:
         s = self._settings
-        # Not maximum_concurrent_rpcs: gRPC counts a call before anybody knows whose it is.
-        connections = connections_max(raise_descriptor_limit(), len(s.listeners))
-        server = grpc.aio.server(
-            interceptors=[self._interceptor],
-            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)),
-        )
+        server = grpc.aio.server(interceptors=[self._interceptor], options=self._options)
         server.add_generic_rpc_handlers(self._handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._servers.append(server)

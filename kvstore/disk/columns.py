@@ -23,11 +23,12 @@ from kvstore.disk.rows import (
     SUM,
     encoding_named,
     namespace_named,
-)  # fmt: skip
+)
 from kvstore.disk.segments import SEGMENT_MAX
 from kvstore.keys import KEY_MAX_NBYTES, Key
 from kvstore.metadata.chains import MISSING
 from kvstore.metadata.resting import NONE
+from kvstore.metadata.spread import Column
 
 _COLUMNS = np.dtype(
     [
@@ -42,7 +43,6 @@ _NAME_NBYTES, _NAMESPACE_NBYTES = 24, 256
 """Windows: an encoding's name is nearly always shorter, a namespace's with the byte of its length never longer."""
 _PASSES_MAX = 32
 _WORDS_MAX, _MULTIPLIER = 8, np.uint64(0x9E3779B97F4A7C15)
-Column = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Words = np.ndarray[Any, np.dtype[np.uint64]]

@@ -80,14 +80,14 @@ class Directory:
         """Where the records are."""
         return self.path / "segments"
 
-    def checked(self) -> str | None:
-        """Wait for the check that goes on. Returns the problem, None for a sound index. Raises ConfigError, OSError."""
+    def finish_check(self) -> None:
+        """Wait for the check that goes on, if one does. Raises IndexDamaged, ConfigError, OSError."""
         if self.checking is None:
-            return None
+            return
         problem, self.checking = self.checking.problem(), None
-        if problem is None:
-            self.write_state(clean=False)
-        return problem
+        if problem is not None:
+            raise IndexDamaged(problem)
+        self.write_state(clean=False)
 
     def write_state(self, *, clean: bool) -> None:
         """Write durably whether the directory was closed in order. Raises OSError."""
@@ -112,7 +112,7 @@ class Directory:
 def take(path: Path, *, verify_timeout_s: float = VERIFY_TIMEOUT_S, meanwhile: bool = False) -> Directory:
     """Lock and check a directory; create it if it does not exist. Raises ConfigError.
 
-    meanwhile: return while each byte is still being checked. Then write nothing before `checked` has returned None.
+    meanwhile: return while each byte is still being checked. Then write nothing before `finish_check` has returned.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Protocol
 
 from kvstore.disk import Disk
-from kvstore.disk.opening import Directory, IndexDamaged
+from kvstore.disk.opening import Directory
 from kvstore.disk.pending import Delete, Pending, Put
 from kvstore.disk.reading import read_entry, read_specs
 from kvstore.disk.recovery import Recovered, recover
@@ -111,14 +111,10 @@ class RecordLog:
         """
         try:
             found = recover(self._rows, now)
-        except Exception as error:
-            problem = self._directory.checked()
-            if problem is None:
-                raise
-            raise IndexDamaged(problem) from error
-        problem = self._directory.checked()
-        if problem is not None:
-            raise IndexDamaged(problem)
+        except Exception:
+            self._directory.finish_check()  # damage may be why
+            raise
+        self._directory.finish_check()
         self._seq = found.last_seq
         self._writer.dirty.update(found.clamped)
         self.counters.corrupt_total += found.damaged

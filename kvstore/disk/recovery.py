@@ -21,11 +21,11 @@ from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Rows
 from kvstore.keys import Key
 from kvstore.metadata.chains import Links, links_of
 from kvstore.metadata.resting import COLUMNS, Resting, Table
+from kvstore.metadata.spread import Column
 
 log = logging.getLogger(__name__)
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Codes = np.ndarray[Any, np.dtype[np.int64]]
 Fields = np.ndarray[Any, np.dtype[np.void]]
 
 
@@ -42,10 +42,10 @@ class Recovered:
 
     keys: list[Key] = field(default_factory=list)
     resting: Resting = field(default_factory=Resting)
-    order: Codes = field(default_factory=lambda: np.empty(0, np.int64))
+    order: Column = field(default_factory=lambda: np.empty(0, np.int64))
     places: PlaceTable = field(default_factory=lambda: np.empty((0, 3), np.int64))
     namespaces: list[str] = field(default_factory=list)
-    namespace: Codes = field(default_factory=lambda: np.empty(0, np.int64))
+    namespace: Column = field(default_factory=lambda: np.empty(0, np.int64))
     last_seq: int = 0
     gone: list[Key] = field(default_factory=list)
     damaged: int = 0
@@ -96,7 +96,7 @@ def _expires_at(fields: Fields, now: float) -> Floats:
     return clamped
 
 
-def _table(fields: Fields, pinned_until: Floats, encoding: Codes, links: Links, now: float) -> Table:
+def _table(fields: Fields, pinned_until: Floats, encoding: Column, links: Links, now: float) -> Table:
     table = np.zeros(len(fields), COLUMNS)
     for name in ("ttl_s", "value_nbytes", "hits"):
         table[name] = fields[name]

@@ -163,12 +163,9 @@ class Segments:
             self._give_back(place.segment, offset, nbytes)
 
     def _give_back(self, number: int, offset: int, nbytes: int) -> None:
-        """Punch a part of a segment, or unlink the WHOLE of it."""
+        """Take away a part of a segment, or note it for the next time."""
         try:
-            if nbytes == WHOLE:
-                self._unlink(number)
-            else:
-                self._punch(number, offset, nbytes)
+            self._take_away(number, offset, nbytes)
         except OSError as error:
             # No value is lost, and what is not taken before the daemon ends the next start finds (`recover`).
             log.warning("cold segment=%s event=free_failed error=%s", number, error)
@@ -181,15 +178,19 @@ class Segments:
         if is_there == (nbytes == WHOLE):
             return True  # unlinked meanwhile with all of its parts; or its number was given to a new segment
         try:
-            if nbytes == WHOLE:
-                self._unlink(number)
-            else:
-                self._punch(number, offset, nbytes)
+            self._take_away(number, offset, nbytes)
         except FileNotFoundError:
             return True
         except OSError:
             return False
         return True
+
+    def _take_away(self, number: int, offset: int, nbytes: int) -> None:
+        """Punch a part of a segment, or unlink the WHOLE of it. Raises OSError."""
+        if nbytes == WHOLE:
+            self._unlink(number)
+        else:
+            self._punch(number, offset, nbytes)
 
     def sparsest(self, share: float, ignored: Container[int] = ()) -> int | None:
         """The closed segment with the most slack, if that is over `share` of its blocks; its records should move."""

@@ -21,8 +21,8 @@ from kvstore.keys import Key
 from kvstore.metadata.index import Index
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.resting import NONE
+from kvstore.metadata.spread import Column
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 MISSING = -2
 """In a column of rows: the row of a key that is not there. NONE: no key is named."""
 WALK_MAX = 5000
@@ -169,14 +169,14 @@ class Chains:
 class Links(NamedTuple):
     """Links of many Metas as columns of rows, NONE where there is no link. orphans: rows whose parent is not there."""
 
-    parents: Rows
-    first_children: Rows
-    previous: Rows
-    nexts: Rows
+    parents: Column
+    first_children: Column
+    previous: Column
+    nexts: Column
     orphans: list[int]
 
 
-def links_of(parents: Rows, order: Rows) -> Links:
+def links_of(parents: Column, order: Column) -> Links:
     """The links that `Chains.link` would make key by key, in a tenth of the time: for a start with a million keys.
 
     parents: for each row that of its parent, NONE or MISSING. order: the rows in the order in which they are linked.

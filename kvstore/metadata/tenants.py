@@ -9,7 +9,6 @@ Not thread-safe: the store's lock covers each call.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,8 @@ from kvstore.config import QuotaConfig
 from kvstore.errors import InvalidEntry
 from kvstore.keys import Key
 from kvstore.metadata.owner import NO_LIMITS, Limits, Owner
+from kvstore.metadata.spread import Column
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 TENANT_PREFIX_NBYTES = 16
 OWNERS_MAX = 4096
 """About 2 MB. Further namespaces are counted under none."""
@@ -47,18 +46,19 @@ class Tenants:
 
     def owner(self, key: Key, namespace: str = "") -> Owner:
         """The owner of a key that was put under this namespace."""
-        of = (self.tenant_of(key), namespace)
-        found = self._owners.get(of)
-        return found if found is not None else self._make(*of)
+        return self._named(self.tenant_of(key), namespace)
 
-    def owners(self, keys: Sequence[Key], names: Sequence[str], of: Rows) -> tuple[list[Owner], Rows]:
+    def owners(self, keys: Sequence[Key], names: Sequence[str], of: Column) -> tuple[list[Owner], Column]:
         """The owners of many keys that were put under the namespaces `names[of]`; for each key, which one it is."""
         if not self._by_prefix:
-            return [self._owners.get(("", name)) or self._make("", name) for name in names], of
+            return [self._named("", name) for name in names], of
         pairs = list(zip(map(self.tenant_of, keys), of.tolist(), strict=True))
         known = {pair: code for code, pair in enumerate(dict.fromkeys(pairs))}
-        owners = [self._owners.get((tenant, names[code])) or self._make(tenant, names[code]) for tenant, code in known]
+        owners = [self._named(tenant, names[code]) for tenant, code in known]
         return owners, np.fromiter(map(known.__getitem__, pairs), np.int64, len(pairs))
+
+    def _named(self, tenant: str, namespace: str) -> Owner:
+        return self._owners.get((tenant, namespace)) or self._make(tenant, namespace)
 
     def _make(self, tenant: str, namespace: str) -> Owner:
         # "MODEL@DIGEST": a quota may name one identity, or the model for all of its identities.

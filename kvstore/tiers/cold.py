@@ -26,7 +26,7 @@ from kvstore.disk import Disk, SystemDisk
 from kvstore.disk.occupancy import place_nbytes, places_nbytes
 from kvstore.disk.opening import Directory, IndexDamaged, start_empty, take
 from kvstore.disk.record_log import WAIT_S, RecordLog
-from kvstore.disk.recovery import Codes, Recovered, no_garbage_collection
+from kvstore.disk.recovery import Recovered, no_garbage_collection
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
 from kvstore.disk.writer import ROW_NBYTES, Counters
 from kvstore.entries.entry import Described, Entry
@@ -37,6 +37,7 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import Owner, labelled
 from kvstore.metadata.slices import SLICE, pause
+from kvstore.metadata.spread import Column
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.order import Order
@@ -44,7 +45,7 @@ from kvstore.tiers.pinned import Pinned
 
 log = logging.getLogger(__name__)
 
-OwnersOf = Callable[[Sequence[Key], Sequence[str], Codes], tuple[Sequence[Owner], Codes]]
+OwnersOf = Callable[[Sequence[Key], Sequence[str], Column], tuple[Sequence[Owner], Column]]
 """Keys, the namespaces that occur, which one each key was put under: the owners that occur, which one each key has."""
 EVICTIONS_MAX = 128
 """In one hold of the lock, some 20 us each: a large entry may take the place of a hundred thousand small ones."""
@@ -64,7 +65,7 @@ class ColdStats:
     counters: Counters
 
 
-def owners_by_name(keys: Sequence[Key], names: Sequence[str], of: Codes) -> tuple[Sequence[Owner], Codes]:
+def owners_by_name(keys: Sequence[Key], names: Sequence[str], of: Column) -> tuple[Sequence[Owner], Column]:
     """Owners for a directory without a store: a record knows no more than a namespace's name."""
     del keys
     return [labelled(name) for name in names], of
@@ -127,7 +128,6 @@ class Cold:
         """
         seals = Seals(config.key_files)
         directory = take(path, meanwhile=True)
-
         try:
             while True:
                 cold = cls(

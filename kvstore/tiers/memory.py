@@ -105,8 +105,7 @@ class MemoryTier:
                 f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
                 f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
-        entry = self._entries[victim]
-        del self._entries[victim]
+        entry = self._entries.pop(victim)
         self._used_nbytes -= entry.nbytes
         self._order.evict(victim, entry.nbytes)
         return entry

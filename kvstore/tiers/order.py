@@ -12,20 +12,17 @@ Knows keys, sizes and owners, no values. Not thread-safe: the tier's lock covers
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from math import inf
-from typing import Any
 
 import numpy as np
 
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
 from kvstore.metadata.owner import NOBODY, TIERS, Owner
-from kvstore.metadata.spread import hashes_of
+from kvstore.metadata.spread import Column, hashes_of
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU
 from kvstore.tiers.branches import Branches
 from kvstore.tiers.pinned import Pinned
-
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def nobody(key: Key) -> Owner:
@@ -128,10 +125,10 @@ class Order:
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
-    def recover(self, keys: Sequence[Key], rows: Rows, owners: Sequence[Owner], owner: Rows) -> None:
+    def recover(self, keys: Sequence[Key], rows: Column, owners: Sequence[Owner], owner: Column) -> None:
         """Track keys that a restart found: those at `rows`, the least recently used first. `count` counts their bytes.
 
-        owner: for each of `keys`, which of `owners` it has.
+        For an order without chains, as of the tier that a restart fills. owner: for each of `keys`, one of `owners`.
         """
         lanes: dict[str, list[int]] = {}
         for code, of in enumerate(owners):
@@ -146,9 +143,6 @@ class Order:
             else:
                 for row in own.tolist():
                     lane.track(keys[row])
-        if self._branches is not None:
-            for row in rows.tolist():
-                self._branches.add(keys[row])
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Count as use, in the order given. Returns the held keys without the pinned ones."""

@@ -25,7 +25,6 @@ from kvstore.metadata.index import Index
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.metadata.resting import COLUMNS, NONE, Resting
-from kvstore.options import PutOptions
 from kvstore.policies import policy_named
 from kvstore.store import Store
 from kvstore.tiers.order import Order
@@ -76,11 +75,10 @@ def test_a_start_knows_of_each_key_what_was_known_before(config: StoreConfig, cl
             key = rng.choice([b"", tenant]) + b"%d" % n
             own = [held for held in keys if held.startswith(tenant) == key.startswith(tenant)]
             parent = rng.choice(own) if own and rng.random() < 0.6 else None
-            options = PutOptions(
-                ttl_s=rng.choice([50.0, 500.0, 1e6]), sliding=rng.random() < 0.5, pin=rng.random() < 0.1,
-                namespace=rng.choice(["", "a", "model@00"]),
+            store.put(
+                key, value(n), parent=parent, ttl_s=rng.choice([50.0, 500.0, 1e6]), sliding=rng.random() < 0.5,
+                pin=rng.random() < 0.1, namespace=rng.choice(["", "a", "model@00"]),
             )  # fmt: skip
-            _put(store, key, n, parent, options)
             keys.append(key)
             clock.advance(1.0)
         store.touch(rng.sample(keys, 30))
@@ -109,13 +107,6 @@ def test_a_start_knows_of_each_key_what_was_known_before(config: StoreConfig, cl
 def _cold_keys(store: Store) -> list[Key]:
     assert store._r.cold is not None
     return list(store._r.cold.keys())
-
-
-def _put(store: Store, key: bytes, n: int, parent: bytes | None, options: PutOptions) -> None:
-    store.put(
-        key, value(n), parent=parent, ttl_s=options.ttl_s, sliding=options.sliding, pin=options.pin,
-        namespace=options.namespace,
-    )  # fmt: skip
 
 
 def resting(count: int) -> tuple[list[Key], Resting]:
