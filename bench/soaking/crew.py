@@ -16,6 +16,8 @@ from soaking.ledger import PLAIN, Ledger, durable_line, now
 WORKERS = 8
 GIVEN_UP_S = 60.0
 """A worker whose call hangs for so long is killed, so that the run goes on."""
+BEGUN_CALLS = 50
+"""After so many calls a worker has loaded whatever it loads late."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Hands:
         self.process: subprocess.Popen[bytes] | None = None
         self.incarnation = 0
         self.told_of = 0.0
+        self.calls_before = 0
+        """Of those before this process."""
         self.samples: list[Sample] = []
 
 
@@ -95,6 +99,7 @@ class Crew:
         hands.samples = []
         row = self._ledger.workers[hands.number : hands.number + 1]
         row["began"] = row["leave"] = 0.0
+        hands.calls_before = int(row["calls"][0])
         # One thread for numpy's own: eight processes share two processors.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with (directory / f"worker-{hands.number}.log").open("ab") as log:
@@ -106,6 +111,11 @@ class Crew:
     def pids(self) -> dict[int, int]:
         """Of those that run, by number."""
         return {h.number: h.process.pid for h in self.hands if h.process is not None and h.process.poll() is None}
+
+    def at_work(self) -> dict[int, int]:
+        """As `pids`, of those that have begun: all that a first call loads is loaded."""
+        calls = self._ledger.workers["calls"]
+        return {n: pid for n, pid in self.pids().items() if calls[n] >= self.hands[n].calls_before + BEGUN_CALLS}
 
     def kill(self, number: int) -> None:
         """End one at once; another takes its place."""

@@ -248,7 +248,9 @@ class Daemon:
         if self.shim is not None:
             environment |= {"LD_PRELOAD": str(self.shim), "KVSTORED_SOAK_CONTROL": str(self.directory / "control"),
                             "KVSTORED_SOAK_UNDER": str(self.directory / "disk")}  # fmt: skip
-        command = [sys.executable, str(Path(__file__).with_name("serve.py")), "serve"]
+        # The faults' signals come at any time, also before Python has begun: a service manager sends none so early.
+        deaf = ["env", "--ignore-signal=HUP", "--ignore-signal=USR1", "--ignore-signal=USR2"]
+        command = [*deaf, sys.executable, str(Path(__file__).with_name("serve.py")), "serve"]
         self.blocks.unlink(missing_ok=True)
         with (self.directory / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(

@@ -32,6 +32,10 @@ class Crew(Protocol):
         """Of those that run, by number."""
         ...
 
+    def at_work(self) -> dict[int, int]:
+        """As `pids`, of those that have begun."""
+        ...
+
     def kill(self, number: int) -> None:
         """End one at once; another takes its place."""
         ...
@@ -101,6 +105,7 @@ def crowd(scene: Scene) -> Iterator[None]:
     """The daemon is out of descriptors: idle connections to each of its sockets have them."""
     daemon = scene.daemon
     try:
+        _idle(daemon, 2).close()  # it serves: a daemon that starts has to open files
         there = len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
         before = daemon.limit_descriptors((there + 8, resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[1]))
     except OSError:
@@ -134,9 +139,9 @@ def _idle(daemon: Daemon, which: int) -> socket.socket:
 
 def poor_client(scene: Scene) -> Iterator[None]:
     """A worker is out of descriptors."""
-    pids = scene.crew.pids()
-    pid = pids[scene.rng.choice(sorted(pids))]
-    with suppress(OSError):
+    pids = scene.crew.at_work()
+    with suppress(OSError, IndexError):
+        pid = pids[scene.rng.choice(sorted(pids))]
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         there = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (there, before[1]))

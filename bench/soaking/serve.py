@@ -15,7 +15,6 @@ def main() -> None:
     # Open from the start: the handler runs wherever the daemon is, also when it is out of descriptors.
     blocks = os.open(os.environ["KVSTORED_SOAK_BLOCKS"], os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     signal.signal(signal.SIGUSR2, lambda *_: os.pwrite(blocks, b"%16d" % sys.getallocatedblocks(), 0))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon has its own handler: systemd reloads none before
     # Only now: it takes a second, in which a signal must not end the process.
     from kvstored.__main__ import main as kvstored
 

@@ -150,8 +150,6 @@ def _stop_signals() -> asyncio.Event:
     # Not loop.add_signal_handler: closing the loop would restore the default action while the process still ends.
     for number in STOP_SIGNALS:
         signal.signal(number, request_stop)
-    # Until the tokens are loaded: the default action would end the process.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return stop
 
 

@@ -1,5 +1,6 @@
 """A daemon's life: start, lock, health, drain, restart."""
 
+import os
 import signal
 import socket
 import stat
@@ -61,6 +62,19 @@ def test_sighup_does_not_end_it(daemon):
     daemon.signal(signal.SIGHUP)
     wait_until(lambda: "reloaded tokens=0" in daemon.log)
     assert daemon.client().stats().values["uptime_s"] > 0
+    assert daemon.stop() == 0
+
+
+def test_sighup_does_not_end_it_while_it_reads_its_settings(daemon_factory):
+    daemon = daemon_factory(start=False)
+    text = daemon.config.read_text()
+    daemon.config.unlink()
+    os.mkfifo(daemon.config)
+    daemon.start(wait=False)
+    with daemon.config.open("w") as settings:  # opens when the daemon does
+        daemon.signal(signal.SIGHUP)
+        settings.write(text)
+    daemon.wait_until_up()
     assert daemon.stop() == 0
 
 

@@ -29,6 +29,8 @@ class OpenCall:
         self.place: Place | None = None
         self.refusal: Refusal | None = None
         """Why it was ended from outside."""
+        self._first: asyncio.Future[None] | None = None
+        """The first message's way out."""
 
     async def read(self) -> Any:
         """The peer's next message, or grpc.aio.EOF. Raises CancelledError where the peer is gone."""
@@ -36,7 +38,13 @@ class OpenCall:
 
     async def write(self, message: Any) -> None:
         """Send a message: waits until the peer has room for it. Raises CancelledError where the peer is gone."""
-        await self._waiting(self._context.write(message))
+        if self._first is not None:
+            await self._waiting(self._context.write(message))
+            return
+        # The call's head goes out with the first message. If that were cancelled, gRPC would send the head once more
+        # with the status, fail at it, and leave the peer to wait for its deadline.
+        self._first = asyncio.ensure_future(self._context.write(message))
+        await self._waiting(asyncio.shield(self._first))
 
     async def _waiting(self, step: Awaitable[Any]) -> Any:
         """The result of a step that waits for the peer."""
@@ -55,6 +63,8 @@ class OpenCall:
         """End the call with a status. Raises. Waits until the peer has taken what was sent before, or is gone."""
         self.over()
         try:
+            if self._first is not None:
+                await self._first
             await self._context.abort(code, details, trailing)
         except grpc.aio.AbortError:
             raise

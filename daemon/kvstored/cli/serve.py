@@ -1,5 +1,6 @@
 """`kvstored serve`: the daemon, in the foreground, until SIGTERM."""
 
+import signal
 import sys
 
 import click
@@ -19,6 +20,8 @@ def serve(config: str | None, data_dir: str | None, address: str | None) -> None
 
     Settings: the file, then KVSTORED_* in the environment, then these options. docs/operations.md lists them all.
     """
+    # Until the daemon takes it for a reload: the default action would end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up()  # for errors before the log settings are read
     with errors_as_exit_codes(address or "the configured address"):
         from kvstored.settings import load_settings

@@ -154,15 +154,33 @@ def test_an_open_put_ends_with_the_entry_it_was_begun_by(daemon, change):
     raw.close()
 
 
-def test_an_open_get_ends_when_its_token_is_revoked(daemon):
+@pytest.mark.parametrize("taken", [0, 1])
+def test_an_open_get_ends_when_its_token_is_revoked(daemon, taken):
+    # With nothing taken the head of the reply is under way too: it went out twice, and the caller heard nothing.
     client = daemon.client()
-    client.put(b"large", {"x": np.zeros(8 << 20, np.uint8)}, fidelity="exact")
+    client.put(b"large", {"x": np.zeros(64 << 20, np.uint8)}, fidelity="exact")
     raw = RawClient(f"unix:{daemon.socket_path}")
     request = pb.GetRequest(keys=[b"large"]).SerializeToString()
     call = raw.channel.unary_stream("/kvstored.v1.Cache/Get")(request, metadata=BEARER, timeout=120)
-    next(call)
+    for _ in range(taken):
+        next(call)
+    wait_until(lambda: daemon.daemon._shared.budget.used_nbytes > 0)
     reload(daemon, KEPT)
     with pytest.raises(grpc.RpcError) as ended:
         list(call)
     assert ended.value.code() == grpc.StatusCode.UNAUTHENTICATED
     raw.close()
+
+
+def test_who_takes_not_even_the_first_frame_is_told_so(tmp_path):
+    with daemon_inside(silence_s=0.2) as daemon:
+        daemon.client().put(b"large", {"x": np.zeros(64 << 20, np.uint8)}, fidelity="exact")
+        raw = RawClient(f"unix:{daemon.socket_path}")
+        call = raw.get(pb.GetRequest(keys=[b"large"]))
+        budget = daemon.daemon._shared.budget
+        wait_until(lambda: budget.used_nbytes > 0)
+        wait_until(lambda: budget.used_nbytes == 0)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(call)
+        assert "the reader took no frame for 0.2 s" in ended.value.details()
+        raw.close()
