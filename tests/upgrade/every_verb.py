@@ -140,7 +140,8 @@ def main() -> None:
         with Client(
             address, framework="numpy", on_error="raise", timeout_s=60, shared_memory=door == "shared", decode="daemon"
         ) as client:
-            told.append({**values(client, own, int(door == "shared")), **verbs(client, own), "refused": refusals(client, own)})
+            data = values(client, own, int(door == "shared"))
+            told.append({**data, **verbs(client, own), "refused": refusals(client, own)})
             told[-1]["failures"] = client.failures
     json.dump([str(Path(kvstored_client.__file__).parent), *told], sys.stdout)
 
