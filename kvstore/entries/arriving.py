@@ -7,15 +7,12 @@ memory later changes nothing, and no two readers see different bytes. Thread-saf
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 
 import torch
 
 from kvstore.arrays import CheckedSpecs
-from kvstore.entries.entry import TENSOR_OVERHEAD_NBYTES, EncodedTensor
+from kvstore.entries.entry import NO_ATTRS, TENSOR_OVERHEAD_NBYTES, EncodedTensor, untrack_tensors
 from kvstore.errors import CodecError
-
-_EXACT: Mapping[str, object] = MappingProxyType({})
 
 
 class ArrivingTensors(Mapping[str, EncodedTensor]):
@@ -61,9 +58,11 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
                     raise CodecError("the bytes of this entry could not be copied when it was put")
                 made = copy()
                 self._place = getattr(made, "place", None)
-                self._tensors = {
-                    name: EncodedTensor(spec, "raw", {"": made[name]}, _EXACT) for name, spec in self.specs.items()
+                tensors = {
+                    name: EncodedTensor(spec, "raw", {"": made[name]}, NO_ATTRS) for name, spec in self.specs.items()
                 }
+                untrack_tensors(tensors)
+                self._tensors = tensors
             return self._tensors
 
     def __getitem__(self, name: str) -> EncodedTensor:

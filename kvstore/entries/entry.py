@@ -16,6 +16,7 @@ import torch
 
 from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.keys import Key
+from kvstore.untracked import untrack
 
 ENTRY_OVERHEAD_NBYTES = 512
 """Counted for an entry in addition to its payload: Entry, Meta, key and three dictionary slots, as measured
@@ -24,6 +25,8 @@ TENSOR_OVERHEAD_NBYTES = 864
 """Counted for each tensor part in addition to its payload: the torch.Tensor, its storage and its names."""
 
 
+NO_ATTRS: Mapping[str, object] = MappingProxyType({})
+"""The attributes of a tensor whose encoding needs none."""
 _TORCH = {name: getattr(torch, name, None) for name in BY_NAME}
 
 
@@ -44,7 +47,7 @@ class EncodedTensor:
     spec: TensorSpec
     encoding: str
     parts: Mapping[str, torch.Tensor]
-    attrs: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    attrs: Mapping[str, object] = field(default_factory=lambda: NO_ATTRS)
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +63,22 @@ class EncodedTensor:
     def described(self) -> "Described":
         """The tensor without its parts."""
         return Described(self.spec, self.encoding, self.relative_error)
+
+
+def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
+    """As `Entry.untrack`, of its tensors. A mapping that makes them when they are asked for is not asked."""
+    if isinstance(tensors, MappingProxyType):
+        return
+    untrack(tensors)
+    if not isinstance(tensors, dict):
+        return
+    for tensor in tensors.values():
+        untrack(tensor)
+        untrack(tensor.spec)
+        if isinstance(tensor.parts, dict):
+            untrack(tensor.parts)
+        for part in tensor.parts.values():
+            untrack(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +134,11 @@ class Entry:
     def keep_reply(self, kept_reply: object) -> None:
         """Keep a reply. The fields it is built from never change, so two threads that build it build equal replies."""
         object.__setattr__(self, "kept_reply", kept_reply)
+
+    def untrack(self) -> None:
+        """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
+        untrack(self)
+        untrack_tensors(self.tensors)
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device; the same entry if they are there already."""

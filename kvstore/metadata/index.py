@@ -15,6 +15,7 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.resting import Resting
 from kvstore.metadata.spread import Grouped, hashes_of
+from kvstore.untracked import untrack
 
 PARTS = 512
 """Dictionaries that the keys are spread over, see `spread`. One of a million keys has 2,000: it is made in 2 ms."""
@@ -63,6 +64,7 @@ class Index(MutableMapping[Key, Meta]):
             found = part.get(key)
             if isinstance(found, int):
                 found = part[key] = self._resting.meta(found)
+                untrack(found)
             return found
 
     def _part(self, at: int) -> Part:
@@ -77,6 +79,7 @@ class Index(MutableMapping[Key, Meta]):
             return part
 
     def __setitem__(self, key: Key, meta: Meta) -> None:
+        untrack(meta)
         self._part(hash(key) % PARTS)[key] = meta
 
     def __delitem__(self, key: Key) -> None:

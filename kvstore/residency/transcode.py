@@ -7,7 +7,6 @@ sizes, so the same mover, tiers and policies can be asked what they would do wit
 
 import time
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -18,12 +17,11 @@ from kvstore.codecs.choice import CodecChoice
 from kvstore.codecs.hints import Hints
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed
-from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.entry import NO_ATTRS, EncodedTensor, Entry
 from kvstore.keys import Key
 from kvstore.residency.state import Residency
 
 _RAM = torch.device("cpu")
-_EXACT: Mapping[str, object] = MappingProxyType({})
 
 
 Room = Callable[[Mapping[str, TensorSpec]], dict[str, torch.Tensor] | None]
@@ -59,7 +57,7 @@ def made_entry(key: Key, specs: CheckedSpecs, tensors: Mapping[str, torch.Tensor
 
     A door that received the tensors has checked the specs already; nobody behind it does so again.
     """
-    raw = {name: EncodedTensor(specs[name], "raw", {"": x}, _EXACT) for name, x in tensors.items()}
+    raw = {name: EncodedTensor(specs[name], "raw", {"": x}, NO_ATTRS) for name, x in tensors.items()}
     return Entry(key, raw, block=getattr(tensors, "place", None))
 
 
@@ -73,7 +71,7 @@ def raw_entry(
     errors = {name: {"relative_error": error} for name, error in (receipt or {}).items() if error}
     raw = {
         name: EncodedTensor(
-            TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x}, errors.get(name, _EXACT)
+            TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape)), "raw", {"": x}, errors.get(name, NO_ATTRS)
         )
         for name, x in tensors.items()
     }

@@ -121,6 +121,7 @@ class MemoryTier:
             self.remove(key)
         if self._used_nbytes + nbytes > self.capacity_nbytes:
             raise OverQuota(f"the {self.name} tier has no room for {nbytes} bytes: displace first")
+        entry.untrack()
         self._entries[key] = entry
         self._used_nbytes += nbytes
         self._order.track(key, nbytes, soon=soon)
