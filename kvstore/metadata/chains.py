@@ -25,8 +25,8 @@ from kvstore.metadata.spread import Column
 
 MISSING = -2
 """In a column of rows: the row of a key that is not there. NONE: no key is named."""
-WALK_MAX = 5000
-"""Links followed at most while the store's lock is held: one or two milliseconds. A call names 4,096 keys at most."""
+WALK_MAX = 512
+"""Links followed at most while the store's lock is held: one or two milliseconds."""
 
 
 class Chains:
@@ -36,6 +36,8 @@ class Chains:
         self.index = Index()
         self._awaited: dict[Key, Key] = {}
         self._awaited_pins: dict[Key, int] = {}
+        self._awaited_below: set[Key] = set()
+        """Those of them that will come before chunks which count as rooted already."""
 
     @property
     def awaited(self) -> int:
@@ -48,21 +50,38 @@ class Chains:
         if self._awaited:
             meta.first_child = self._awaited.pop(key, None)
             meta.pinned_children = self._awaited_pins.pop(key, 0)
-        if meta.parent is None:
-            return
-        # The parent is usually not indexed yet, because chains are put deepest first; then there can be no ring.
-        if meta.parent in self.index and self._closes_a_ring(key, meta.parent):
-            meta.parent = None
-        self._tie(key, meta)
+        below = key in self._awaited_below
+        self._awaited_below.discard(key)
+        parent = meta.parent
+        if parent is not None:
+            before = self.index.get(parent)
+            # A rooted parent continues no key that was not there. One that is not rooted may continue this one, and one
+            # that is not there yet, as a rule since chains are put deepest first, continues nothing.
+            if before is not None and (below or not before.rooted) and self._closes_a_ring(key, parent):
+                meta.parent = None
+        self._tie(key, meta, below=below)
 
-    def _tie(self, key: Key, meta: Meta) -> None:
+    def root(self, key: Key) -> None:
+        """Note it if all chunks before a key are there. For the keys of a chain that came deepest first, root first."""
+        meta = self.index.get(key)
+        if meta is not None and not meta.rooted:
+            before = None if meta.parent is None else self.index.get(meta.parent)
+            meta.rooted = meta.parent is None or (before is not None and before.rooted)
+
+    def _tie(self, key: Key, meta: Meta, *, below: bool) -> None:
+        """below: chunks that count as rooted continue it."""
         parent = meta.parent
         if parent is None:
+            meta.rooted = True
             return
         before = self.index.get(parent)
         if before is None:
+            meta.rooted = False
+            if below:
+                self._awaited_below.add(parent)
             meta.next, self._awaited[parent] = self._awaited.get(parent), key
         else:
+            meta.rooted = before.rooted
             meta.next, before.first_child = before.first_child, key
         meta.previous = None
         if meta.next is not None:
@@ -88,15 +107,20 @@ class Chains:
         The parent that the new Meta names counts only if the key was in no chain.
         """
         new = self.index[key]
-        new.first_child, new.pinned_children = old.first_child, old.pinned_children
+        new.first_child, new.pinned_children, new.rooted = old.first_child, old.pinned_children, old.rooted
         if old.parent is not None:
             new.parent, new.previous, new.next = old.parent, old.previous, old.next
             if old.pinned:
                 self._count_pin(old.parent, -1)
-        elif new.parent is not None and not self._closes_a_ring(key, new.parent):
-            self._tie(key, new)
-        else:
-            new.parent = None
+            return
+        below = new.first_child is not None
+        if new.parent is not None:
+            before = self.index.get(new.parent)
+            # What continues this key is rooted through it, which a parent that waits for its own would make untrue.
+            waits = below and before is not None and not before.rooted
+            if waits or self._closes_a_ring(key, new.parent):
+                new.parent = None
+        self._tie(key, new, below=below)
 
     def set_pinned(self, meta: Meta, *, pinned: bool) -> None:
         """Pin or unpin the Meta of a key in the index, and have its parent count it."""
@@ -164,6 +188,7 @@ class Chains:
             self._awaited[parent] = child
         else:
             self._awaited.pop(parent, None)
+            self._awaited_below.discard(parent)
 
 
 class Links(NamedTuple):

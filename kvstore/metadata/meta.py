@@ -22,8 +22,8 @@ class Meta:
     exact: it must never become lossy. lossy: it went through a lossy codec. encoding: that of the form below hot, or
     "raw" if there is none. value_nbytes: bytes of the decoded tensors. pinned_until: when its pin ends by itself. soon:
     low priority, evicted before others unless it is hit. parent: the chunk before this one in its chain. root: it was
-    put as the first chunk of a chain. first_child, previous, next and pinned_children belong to `chains`, due_in,
-    due_previous and due_next to `deadlines`. owner: the tenant and namespace it is counted under.
+    put as the first chunk of a chain. first_child, previous, next, pinned_children and rooted belong to `chains`,
+    due_in, due_previous and due_next to `deadlines`. owner: the tenant and namespace it is counted under.
     """
 
     created_at: float
@@ -49,6 +49,7 @@ class Meta:
     due_previous: Key | None = field(default=None, compare=False, repr=False)
     due_next: Key | None = field(default=None, compare=False, repr=False)
     pinned_children: int = 0
+    rooted: bool = field(default=False, compare=False, repr=False)
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""

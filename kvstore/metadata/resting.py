@@ -45,4 +45,5 @@ class Resting:
         return Meta(
             created, expires, ttl_s, nbytes, sliding, pinned, exact, lossy, self.encodings[encoding], hits, hit_at,
             until, parent, first_child=first_child, previous=previous, next=following, owner=self.owners[owner],
+            rooted=True,  # orphans are forgotten at the start
         )  # fmt: skip

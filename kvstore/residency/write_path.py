@@ -19,7 +19,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.keys import KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
-from kvstore.metadata.slices import SLICE, pause
+from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.options import PutOptions
 from kvstore.residency import pins
 from kvstore.residency.mover import Mover
@@ -155,14 +155,16 @@ class WritePath:
 
     def _settle(self, keys: Sequence[Key]) -> list[Key]:
         """Forget those whose parent did not arrive, or has left since; the keys that are gone with them."""
-        r = self._r
-        with r.lock:
-            index = r.index
-            for key in keys:
-                meta = index.get(key)
-                if meta is not None and meta.parent is not None and meta.parent not in index:
-                    r.forget(key, "orphaned")
-            return [key for key in keys if r.is_gone(key)]
+        r, index, gone = self._r, self._r.index, list[Key]()
+        for part in slices(keys):  # root first: what is forgotten takes only keys with it that come later
+            with r.lock:
+                for key in part:
+                    meta = index.get(key)
+                    if meta is not None and meta.parent is not None and meta.parent not in index:
+                        r.forget(key, "orphaned")
+                    r.chains.root(key)
+                gone += [key for key in part if r.is_gone(key)]
+        return gone
 
     def _copied(self, key: Key, tensors: Mapping[str, Any], options: PutOptions, *, own: bool) -> tuple[Entry, Meta]:
         """An entry of a caller's tensors, copied unless they are handed over. Nothing is copied of what is refused."""

@@ -3,12 +3,13 @@
 import random
 import shutil
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -137,6 +138,7 @@ class Trees(RuleBasedStateMachine):
                 assert meta.parent == key[:-1]
                 assert meta.parent in held, "an orphan"
                 assert key in set(r.chains.children(meta.parent))
+            assert meta.rooted, "all chunks before it are there"
             if meta.pinned:
                 assert all(r.index[at].pinned for at in r.chains.ancestors(key)), "a pin without its prefix"
         assert all(r.index[child].parent == key for key in r.index for child in r.chains.children(key))
@@ -226,6 +228,60 @@ def test_a_ring_of_parents_is_no_ring() -> None:
         store.put(b"c", value(b"c"), parent=b"c")
         assert store.delete(b"b") == 1
         assert store.locate([b"a"])[0] is not None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4, unique=True), st.sampled_from(" abcdef")),
+        max_size=12,
+    )
+)
+def test_whatever_parents_are_named_no_chunk_continues_itself(puts: list[tuple[list[str], str]]) -> None:
+    with memory_store() as store:
+        index = store._r.index
+        for names, parent in puts:
+            entries = [(name.encode(), {"k": torch.ones(1)}) for name in names]
+            store.put_many(entries, chain=True, parent=parent.encode() if parent != " " else None)
+            for at in list(index):
+                above = list(islice(store._r.chains.ancestors(at), len(index) + 1))
+                assert len(above) < len(index), "a ring"
+                assert index[at].rooted
+                assert index[[at, *above][-1]].parent is None
+            assert store._r.chains.awaited == 0
+
+
+def test_the_last_chunk_of_a_chain_put_behind_a_long_one_is_linked_without_following_either() -> None:
+    with Store.open(StoreConfig(HotConfig(1 << 24)), clock=ManualClock(), background=False) as store:
+        x = {"k": torch.ones(1)}
+        first, second = ([b"%d-%d" % (n, i) for i in range(600)] for n in range(2))
+        store.put_many([(key, x) for key in first], chain=True)
+        looked_up: list[Key] = []
+        ancestors = store._r.chains.ancestors
+        store._r.chains.ancestors = lambda key: (looked_up.append(at) or at for at in ancestors(key))  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store._write_path, "_touch_upwards", lambda _: None)
+            assert store.put_many([(key, x) for key in second], chain=True, parent=first[-1]) == len(second)
+        assert looked_up == []
+        assert store._r.index[Key(second[0])].parent == first[-1]
+
+
+def test_a_root_is_not_put_below_a_chunk_that_waits_for_its_own_parent() -> None:
+    chains = Chains()
+
+    def put(name: str, parent: str | None) -> Meta:
+        key = Key(name.encode())
+        old = chains.index.get(key)
+        meta = chains.index[key] = Meta(0, 1, 1, 1, parent=None if parent is None else Key(parent.encode()))
+        chains.link(key) if old is None else chains.replace(key, old)
+        return meta
+
+    put("waits", "coming")
+    put("root", None)
+    put("below", "root")
+    assert put("root", "waits").parent is None
+    put("coming", "below")
+    assert list(chains.ancestors(Key(b"waits"))) == [b"coming", b"below", b"root"]
 
 
 def test_a_pin_holds_the_prefix_it_ends_and_lapses_by_itself() -> None:
