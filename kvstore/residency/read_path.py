@@ -1,6 +1,6 @@
 """The read side: one look says what is where, how big it is and what it needs; then it is counted, and then read.
 
-`plan` takes the lock once for the keys of a call, so a get of a prefix sees one moment; calls with more than 256 keys
+`plan` takes the lock once for the keys of a call, so a get of a prefix sees one moment; calls with more than 128 keys
 are looked at, and counted, in slices. Under the lock the keys are found,
 the caller's budget is charged, and hits, misses, use and deadlines are counted. Nobody looks the keys up again: what is
 in memory is in the plan, and what is on disk is read by `fetch`, without the lock; what left its tier meanwhile becomes
@@ -27,10 +27,10 @@ from kvstore.tiers import TierName
 
 _VALUE_NBYTES = attrgetter("value_nbytes")
 NOTHING: frozenset[str] = frozenset()
-LOOK_MAX = 256
-"""Keys looked at in one hold of the lock: one millisecond, three where each has expired."""
-HOT_MAX = 1024
-"""Those that are all in hot: a millisecond, or two."""
+LOOK_MAX = 128
+"""Keys looked at in one hold of the lock: half a millisecond, three where each of a million has expired."""
+HOT_MAX = 512
+"""Those that are all in hot: half a millisecond, three where a million keys leave none in the processor's cache."""
 MATCH_MAX = 1024
 """Keys matched in one hold: a millisecond, three where a million keys leave none in the processor's cache."""
 _HOT: tuple[TierName] = ("hot",)
