@@ -40,13 +40,14 @@ Outcome = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. model: a directory. text: a file. prefix, continuation: tokens."""
+    """What to run. model: a directory. text: a file. prefix, continuation: tokens. times: whether they are taken."""
 
     model: Path
     text: Path
     prefix: int
     continuation: int
     strategies: tuple[Strategy, ...]
+    times: bool = True
 
 
 TEXTS = (Path("/usr/share/common-licenses/GPL-3"), Path(str(pydoc_data.topics.__file__)))
@@ -85,7 +86,7 @@ def run(plan: Plan, tick: Tick) -> Iterator[Found]:
     with tempfile.TemporaryDirectory(prefix="kvx-") as top:
         home = Path(top)
         (home / "kvstored.toml").write_text(settings(plan.strategies))
-        for roles in lives(plan.strategies):
+        for roles in lives(plan):
             with daemon(home) as address:
                 for role in roles:
                     for name, outcome in _all(plan, role, address, home / "workers.log", outcomes):
@@ -95,9 +96,11 @@ def run(plan: Plan, tick: Tick) -> Iterator[Found]:
         yield found(strategy, outcomes[strategy.name])
 
 
-def lives(strategies: Sequence[Strategy]) -> tuple[tuple[Role, ...], ...]:
+def lives(plan: Plan) -> tuple[tuple[Role, ...], ...]:
     """The roles, by the daemon that serves them: one that is put to, and one that was started after it."""
-    return ("put",), (("judge", "time") if _lanes(strategies) > 1 else ("get",))
+    if not plan.times:
+        return ("put",), ("judge",)
+    return ("put",), (("judge", "time") if _lanes(plan.strategies) > 1 else ("get",))
 
 
 def _lanes(strategies: Sequence[Strategy]) -> int:
@@ -115,7 +118,7 @@ def found(strategy: Strategy, outcome: dict[str, Any]) -> Found:
     if failed:
         return replace(row, failed=failed)
     a = outcome["put"]
-    b = dict(outcome["get"]) if "get" in outcome else outcome["judge"] | outcome["time"]
+    b = dict(outcome["get"]) if "get" in outcome else outcome["judge"] | outcome.get("time", {})
     same = a["logits"] == b.pop("logits")
     if not same and strategy.policy is None:
         row = replace(row, failed="an exact state came back, and its logits are others than before it was stored")

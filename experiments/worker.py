@@ -163,6 +163,7 @@ def judge(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
         return {
             **asdict(judged),
             "encoding": encoding,
+            "bytes_per_token": held_nbytes(client, strategy) / lab.ids.shape[1],
             "logits": digest(logits),
             "worse_than_nothing": not own and judged.kl > bench.nothing_kl,
             "retrieval": retrieval(bench, client, strategy),
@@ -181,25 +182,28 @@ def held(client: Client, strategy: Strategy, document: Document) -> tuple[Tensor
 
 
 def take_times(bench: Bench, client: Client, strategy: Strategy) -> dict[str, Any]:
-    """Restore the text's state with all threads, alone; and how large it is held."""
-    lab, key = bench.lab(strategy.units), key_of(strategy, "text")
+    """Restore the text's state with all threads, alone."""
+    lab = bench.lab(strategy.units)
     with bench.few_threads():
         tensors, _ = held(client, strategy, "text")
         # What a strategy computes once and keeps is as it was where the state was put.
         step = strategy.resume(lab, tensors)
     found = {"ms_per_token_over_baseline": slower(bench, step)}
     if isinstance(strategy, NoContext):
-        return {**found, "bytes_per_token": 0.0, "restore_over_prefill": 0.0}
-    info = client.inspect(key)
-    if info is None:
-        raise RuntimeError("the daemon does not have it after the restart")
+        return {**found, "restore_over_prefill": 0.0}
     restored_s = min(timed(lambda: strategy.resume(lab, held(client, strategy, "text")[0]))[1] for _ in range(2))
     whole_s = bench.prefill_s if strategy.units == "tokens" else timed(lambda: strategy.state(lab))[1]
-    return {
-        **found,
-        "bytes_per_token": info.tier_nbytes[0] / lab.ids.shape[1],
-        "restore_over_prefill": restored_s / whole_s,
-    }
+    return {**found, "restore_over_prefill": restored_s / whole_s}
+
+
+def held_nbytes(client: Client, strategy: Strategy) -> int:
+    """Bytes of the text's state in the daemon. Raises RuntimeError where it does not have it."""
+    if isinstance(strategy, NoContext):
+        return 0
+    info = client.inspect(key_of(strategy, "text"))
+    if info is None:
+        raise RuntimeError("the daemon does not have it after the restart")
+    return info.tier_nbytes[0]
 
 
 def slower(bench: Bench, step: Step) -> float:

@@ -210,7 +210,8 @@ def rows() -> dict[str, dict]:
         pytest.skip(missing)
     names = ("minicache", "lorc-fp16", "4-bit", "attention-sink", "sliding-window", "h2o", "h2o-4-bit")
     whole = os.environ.get("EXPERIMENTS_ALL") == "1"
-    done = command("run", *(("all",) if whole else names), "--text", gpl, "--tokens", "256+64", "--json")
+    times = () if whole else ("--no-times",)
+    done = command("run", *(("all",) if whole else names), *times, "--text", gpl, "--tokens", "256+64", "--json")
     assert done.returncode == 0, done.stderr
     return rows_of(done)
 
@@ -240,6 +241,11 @@ class TestTheRealModel:
         exact = {name for name, row in rows.items() if row["bit_equal"]}
         assert {"baseline", "no-context", "minicache", "lorc-fp16", "attention-sink", "h2o"} <= exact
         assert not {"4-bit", "h2o-4-bit"} & exact
+
+    def test_no_time_is_taken_where_none_is_wanted(self, rows):
+        if os.environ.get("EXPERIMENTS_ALL") != "1":
+            times = {(row["ms_per_token_over_baseline"], row["restore_over_prefill"]) for row in rows.values()}
+            assert times == {(None, None)}
 
     def test_the_baseline_finds_needles_and_no_context_finds_none(self, rows):
         assert rows["baseline"]["retrieval"] >= 75

@@ -41,6 +41,7 @@ _OPTIONS = (
     click.option("--model", type=click.Path(path_type=Path), help="A directory of transformers'.  [default: SmolLM2]"),
     click.option("--text", type=click.Path(path_type=Path), help="Plain text.  [default: GPL-3, else Python's topics]"),
     click.option("--tokens", type=Tokens(), default="512+128", show_default=True, help="Of prefix and continuation."),
+    click.option("--no-times", "times", is_flag=True, flag_value=False, default=True, help="Leave out what is timed."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a row."),
     click.option("--markdown", is_flag=True, help="The table in Markdown."),
     click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="KL over bytes a token, as an SVG."),
@@ -108,7 +109,7 @@ def _list() -> None:
 
 def _run(  # noqa: PLR0913 - one for each option
     what: tuple[str, ...], *, model: Path | None, text: Path | None, tokens: tuple[int, int], as_json: bool,
-    markdown: bool, plot: Path | None, bytes_per_token: float | None, kl: float | None,
+    markdown: bool, plot: Path | None, bytes_per_token: float | None, kl: float | None, times: bool,
 ) -> None:  # fmt: skip
     from experiments import ExperimentFailed, report
     from experiments.catalogue import chosen
@@ -117,10 +118,10 @@ def _run(  # noqa: PLR0913 - one for each option
 
     try:
         strategies = chosen(what)
-        plan = Plan(checked_model(model), checked_text(text), *tokens, strategies)
+        plan = Plan(checked_model(model), checked_text(text), *tokens, strategies, times)
         if plot is not None and not plot.parent.is_dir():
             raise ExperimentFailed(f"{plot.parent} is no directory to write {plot.name} to")
-        turns = sum(map(len, lives(strategies)))
+        turns = sum(map(len, lives(plan)))
         with click.progressbar(
             length=turns * sum(not hasattr(s, "recorded") for s in strategies),
             label="experiments",
