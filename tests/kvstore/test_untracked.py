@@ -17,7 +17,8 @@ ENTRIES = 2000
 
 @pytest.fixture
 def store() -> Iterator[Store]:
-    with Store.open(StoreConfig(HotConfig(1 << 28), WarmConfig(1 << 28)), clock=ManualClock(), background=False) as found:
+    config = StoreConfig(HotConfig(1 << 28), WarmConfig(1 << 28))
+    with Store.open(config, clock=ManualClock(), background=False) as found:
         yield found
 
 
