@@ -30,10 +30,10 @@ class ServerSettings:
     only clients with a certificate of this authority may connect. tokens: the file of the callers, see
     `access.tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
     metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. insecure_metrics: allow
-    one beyond the loopback. traces_endpoint: the URL for OpenTelemetry traces of calls (OTLP over HTTP); empty: none. log_format: "text",
-    "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
-    before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received,
-    read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads: store
+    one beyond the loopback. traces_endpoint: the URL for OpenTelemetry traces of calls (OTLP over HTTP); empty: none.
+    log_format: "text", "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may
+    stall for memory before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being
+    received, read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads: store
     operations at once. drain_grace_s: seconds for running calls to end after SIGTERM. lease_max_s: seconds that a
     client on this host may hold shared memory after one get.
     """
@@ -179,8 +179,8 @@ def check_metrics_address(text: str, *, anywhere: bool = False) -> tuple[str, in
         local = False
     if not local and not anywhere:
         raise ConfigError(
-            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; to reach it "
-            "from elsewhere put a proxy with a password in front, or set server.insecure_metrics = true if everybody "
+            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; to reach "
+            "it from elsewhere put a proxy with a password in front, or set server.insecure_metrics = true if everybody "
             "who reaches it may read the numbers, tenants' and namespaces' names among them"
         )
     return host, int(port)

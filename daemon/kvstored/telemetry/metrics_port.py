@@ -1,10 +1,10 @@
 """The metrics port: /metrics for Prometheus, / for people, /status.json for the page, /health for a probe.
 
 Read-only, loopback, no credentials, so it shows numbers only: no key, no token, no tenant's data. The Host header is
-checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing; not where an operator allows other hosts
-to read it (`server.insecure_metrics`), who come with whatever name they know. Connections are bounded in number, and
-each as a whole in seconds, however its bytes come. Where all slots are taken the oldest connection gives way to the new
-one: a scrape is answered in milliseconds, and who holds a slot for longer is not scraping.
+checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing; not where an operator lets other hosts
+read it (`server.insecure_metrics`), who come with whatever name they know. Connections are bounded in number, and each as
+a whole in seconds, however its bytes come. Where all slots are taken the oldest connection gives way to the new one: a
+scrape is answered in milliseconds, and who holds a slot for longer is not scraping.
 """
 
 import json
