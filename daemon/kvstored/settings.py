@@ -33,8 +33,8 @@ class ServerSettings:
     one beyond the loopback. traces_endpoint: the URL for OpenTelemetry traces of calls (OTLP over HTTP); empty: none.
     log_format: "text", "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may
     stall for memory before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being
-    received, read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads: store
-    operations at once. drain_grace_s: seconds for running calls to end after SIGTERM. lease_max_s: seconds that a
+    received, read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads:
+    store operations at once. drain_grace_s: seconds for running calls to end after SIGTERM. lease_max_s: seconds that a
     client on this host may hold shared memory after one get.
     """
 
@@ -179,9 +179,9 @@ def check_metrics_address(text: str, *, anywhere: bool = False) -> tuple[str, in
         local = False
     if not local and not anywhere:
         raise ConfigError(
-            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; to reach "
-            "it from elsewhere put a proxy with a password in front, or set server.insecure_metrics = true if everybody "
-            "who reaches it may read the numbers, tenants' and namespaces' names among them"
+            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; to "
+            "reach it from elsewhere put a proxy with a password in front, or set server.insecure_metrics = true if "
+            "everybody who reaches it may read the numbers, tenants' and namespaces' names among them"
         )
     return host, int(port)
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from kvstored.cli import cli
 from kvstored.settings import load_settings
 from tests.conftest import ROOT, environment, free_port
+from tests.side import side, why_missing
 
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -180,3 +182,62 @@ def test_the_citation_names_the_project_as_it_is():
     assert f'version = "{told["version"]}"' in project
     assert f'license = "{told["license"]}"' in project
     assert f'Repository = "{told["repository-code"]}"' in project
+
+
+ENGINES = {
+    "vllm": (
+        "vllm",
+        ["Creating v1 connector with name: ", "External prefix cache hit rate:", "vllm:external_prefix_cache_hits"],
+    ),
+    "sglang": ("sglang", ["Creating dynamic storage backend '", "sglang:prefetched_tokens_total", "#cached-token"]),
+    "lmcache": ("lmcache", ["test_l2_adapter"]),
+}
+"""The wheel of each page's engine, and what the page says that the engine prints or exports."""
+
+
+@cache
+def source_of(wheel: str) -> str:
+    """All Python of an engine's wheel, unpacked by `make test`. Skips where it is not."""
+    reason = why_missing(wheel)
+    if reason:
+        pytest.skip(reason)
+    return "\n".join(path.read_text(errors="replace") for path in (side() / wheel / wheel).rglob("*.py"))
+
+
+@pytest.mark.parametrize("page", ENGINES)
+def test_an_engines_page_has_a_whole_command_line_whose_options_and_classes_exist(page):
+    (block,) = blocks(f"integrations/{page}.md", "sh")
+    for text in re.findall(r"'(\{.*?\})'", block, re.DOTALL):
+        told = json.loads(text)
+        inner = told.get("kv_connector_extra_config") or told.get("adapter_params") or told
+        module = told.get("kv_connector_module_path") or told.get("module_path")
+        if module:
+            name = told.get("class_name") or told["kv_connector"]
+            path = ROOT / "client" / Path(*module.split(".")).with_suffix(".py")
+            assert re.search(rf"^class {name}\b", path.read_text(), re.MULTILINE), name
+            assert inner["address"] in block.split("&")[0], "the address of the daemon in the line before"
+    source = source_of(ENGINES[page][0])
+    for line in block.replace("\\\n", " ").splitlines():
+        if not line.startswith("kvstored"):
+            for option in re.findall(r"(?<!\S)--([a-z0-9-]+)", line):
+                assert f"--{option}" in source or option.replace("-", "_") in source, option
+
+
+@pytest.mark.parametrize("page", ENGINES)
+def test_what_a_page_says_that_an_engine_prints_is_in_the_engines_source(page):
+    text = (DOCS / "integrations" / f"{page}.md").read_text()
+    wheel, printed = ENGINES[page]
+    source = source_of(wheel)
+    for line in printed:
+        assert line in text, line
+        assert line in source, line
+    ours = (ROOT / f"client/kvstored_client/integrations/{page}.py").read_text()
+    assert "running without the store: " in text
+    assert '"running without the store: %s"' in ours
+
+
+def test_every_engines_page_says_how_to_see_that_it_works():
+    for page in (DOCS / "integrations").glob("*.md"):
+        if page.name != "README.md":
+            assert "How do I see that it works" in page.read_text(), page.name
+            assert "`kvstored stats`" in page.read_text(), page.name

@@ -2,8 +2,8 @@
 
 Read-only, loopback, no credentials, so it shows numbers only: no key, no token, no tenant's data. The Host header is
 checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing; not where an operator lets other hosts
-read it (`server.insecure_metrics`), who come with whatever name they know. Connections are bounded in number, and each as
-a whole in seconds, however its bytes come. Where all slots are taken the oldest connection gives way to the new one: a
+read it (`server.insecure_metrics`), who come with whatever name they know. Connections are bounded in number, and each
+as a whole in seconds, however its bytes come. Where all slots are taken the oldest one gives way to the new one: a
 scrape is answered in milliseconds, and who holds a slot for longer is not scraping.
 """
 
