@@ -1,12 +1,16 @@
 # Operating: what CI runs in short forms, at length. Included by the Makefile.
 
-.PHONY: cli-docs load fuzz fuzz-requests fuzz-records audit sbom
+.PHONY: cli-docs wheels load fuzz fuzz-requests fuzz-records audit sbom
 
 sbom: install  ## What is installed in .venv, as CycloneDX JSON on standard output
 	@$(BIN)/python tools/sbom.py
 
-cli-docs: install  ## Write docs/cli.md from the commands
+cli-docs: install  ## Write docs/cli.md and docs/kvstored.1 from the commands
 	@PYTHONPATH=.:daemon:client $(BIN)/python -m kvstored.cli.manual > docs/cli.md
+	@PYTHONPATH=.:daemon:client $(BIN)/python -m kvstored.cli.manual man > docs/kvstored.1
+
+wheels: install  ## dist/: the source archives and wheels of kvstored and of its kernel
+	@tools/wheels.sh $(BIN)/python dist
 
 load: install  ## 64 clients x 8 streams for ten minutes (LOAD_ARGS)
 	PYTHONPATH=.:daemon:client $(BIN)/python bench/load.py $(LOAD_ARGS)

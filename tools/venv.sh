@@ -64,4 +64,16 @@ echo "kvstored: installing into $venv (a few minutes the first time: torch and t
 locked all
 pip install --constraint constraints.txt "$(grep -E '^torch==' constraints.txt)"
 # Without isolation and index: the build uses the locked hatchling, and an extra that the lock does not have fails here.
-pip install --no-index --no-build-isolation --editable '.[daemon,transformers,demo,bench,dev]'
+# The kernel is no package of an index here: kernel/kernel.mk compiles this tree's and installs it, where a compiler is.
+pip install --no-index --no-build-isolation --no-deps --editable .
+wanted=$("$venv/bin/python" - daemon transformers demo bench dev <<'END'
+import sys, tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+for name in [*project["dependencies"], *(name for extra in sys.argv[1:] for name in project["optional-dependencies"][extra])]:
+    if not name.startswith("kvstored-kernel"):
+        print(name)
+END
+)
+pip install --no-index --requirement <(echo "$wanted")

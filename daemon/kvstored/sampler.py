@@ -54,7 +54,8 @@ class Sampler:
     def start(self) -> None:
         """Start the thread, and the metrics port if one is set. Raises ConfigError if it cannot be bound."""
         if self._settings.metrics_address:
-            self._port = MetricsPort(self._settings.metrics_address, self.meter.registry, self.status)
+            address, anywhere = self._settings.metrics_address, self._settings.insecure_metrics
+            self._port = MetricsPort(address, self.meter.registry, self.status, anywhere=anywhere)
         self._thread.start()
 
     def stop(self) -> None:

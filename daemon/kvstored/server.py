@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
+from kvstore.kernels.cpu import installed
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission
@@ -95,6 +96,7 @@ _OPTIONS = (
 def serve(settings: Settings) -> int:
     """Run the daemon until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError if it cannot start."""
     tune()
+    _say_if_no_kernel()
     locks: list[DirectoryLock] = []
     try:
         data_dir = settings.server.data_dir
@@ -110,6 +112,15 @@ def serve(settings: Settings) -> int:
             signal.signal(number, signal.SIG_IGN)
         for lock in reversed(locks):
             lock.release()
+
+
+def _say_if_no_kernel() -> None:
+    """Of a kernel with another ABI `kvstore.kernels.cpu` has already said so."""
+    if installed()[0] is None:
+        logger.warning(
+            "no codec kernel effect=NF4 costs about 35 times the CPU, in plain torch "
+            "do=pip install kvstored-kernel==%s, or in a clone: make kernel", own_version(),
+        )  # fmt: skip
 
 
 async def _serve(settings: Settings) -> int:

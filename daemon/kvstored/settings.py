@@ -29,12 +29,12 @@ class ServerSettings:
     tier. tls_certificate, tls_key: PEM files for tls: addresses, read again when they change. tls_client_ca:
     only clients with a certificate of this authority may connect. tokens: the file of the callers, see
     `access.tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
-    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. traces_endpoint: the URL
-    for OpenTelemetry traces of calls (OTLP over HTTP); empty: none. log_format: "text",
-    "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may stall for memory
-    before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being received,
-    read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads: store
-    operations at once. drain_grace_s: seconds for running calls to end after SIGTERM. lease_max_s: seconds that a
+    metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. insecure_metrics: allow
+    one beyond the loopback. traces_endpoint: the URL for OpenTelemetry traces of calls (OTLP over HTTP); empty: none.
+    log_format: "text", "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may
+    stall for memory before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being
+    received, read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads:
+    store operations at once. drain_grace_s: seconds for running calls to end after SIGTERM. lease_max_s: seconds that a
     client on this host may hold shared memory after one get.
     """
 
@@ -47,6 +47,7 @@ class ServerSettings:
     token_on_unix: bool = False
     insecure_tcp: bool = False
     metrics_address: str = ""
+    insecure_metrics: bool = False
     traces_endpoint: str = ""
     log_format: str = "auto"
     log_level: str = "info"
@@ -69,7 +70,7 @@ class ServerSettings:
         _check_choice("server.log_format", self.log_format, FORMATS)
         _check_choice("server.log_level", self.log_level, LEVELS)
         if self.metrics_address:
-            check_metrics_address(self.metrics_address)
+            check_metrics_address(self.metrics_address, anywhere=self.insecure_metrics)
         if self.traces_endpoint and not self.traces_endpoint.startswith(("http://", "https://")):
             raise ConfigError(
                 "server.traces_endpoint must be a URL such as http://127.0.0.1:4318/v1/traces, "
@@ -166,18 +167,21 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_metrics_address(text: str) -> tuple[str, int]:
-    """(host, port) of "127.0.0.1:9411". Raises ConfigError for an address that is not on the loopback."""
+def check_metrics_address(text: str, *, anywhere: bool = False) -> tuple[str, int]:
+    """(host, port) of "127.0.0.1:9411". Raises ConfigError for one that is not on the loopback, unless `anywhere`."""
     host, colon, port = text.rpartition(":")
     host = host.strip("[]")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"server.metrics_address must be HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}")
     try:
         local = ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
     except ValueError:
         local = False
-    if not colon or not port.isdigit() or int(port) > 65535 or not local:
+    if not local and not anywhere:
         raise ConfigError(
-            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; "
-            "to reach it from elsewhere put a proxy with a password in front"
+            f"server.metrics_address must be a loopback HOST:PORT such as 127.0.0.1:9411, got {text!r:.80}; to "
+            "reach it from elsewhere put a proxy with a password in front, or set server.insecure_metrics = true if "
+            "everybody who reaches it may read the numbers, tenants' and namespaces' names among them"
         )
     return host, int(port)
 

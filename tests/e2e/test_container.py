@@ -38,9 +38,18 @@ def test_what_the_build_reads_is_sent():
     forced = re.findall(r'^"([a-z/.]+)" = "kvstored/', text, re.MULTILINE)
     assert wheel
     assert forced
-    for path in (*forced, *wheel, "README.md", "LICENSE", "constraints.txt"):
+    shared = re.findall(r'^"([\w/.]+)" = "share/', text, re.MULTILINE)
+    assert shared
+    for path in (*forced, *wheel, *shared, "README.md", "LICENSE", "constraints.txt", "kernel/pyproject.toml"):
         assert (ROOT / path).exists(), path
         assert path.split("/")[0] not in IGNORED, path
+
+
+def test_it_installs_the_kernel_and_a_torch_without_cuda():
+    (build,) = (line for line in arguments("RUN") if "venv" in line)
+    assert " /src/kernel '/src[daemon]'" in build
+    assert arguments("ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
+    assert any("g++" in line for line in arguments("RUN")), "the kernel is compiled there"
 
 
 @pytest.mark.parametrize("word", ["CMD", "HEALTHCHECK"])

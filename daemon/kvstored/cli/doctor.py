@@ -28,6 +28,7 @@ _FILES_MIN = 4096
 _YEAR_2025 = 1_735_689_600
 _PACKAGES = (
     "kvstored",
+    "kvstored-kernel",
     "grpcio",
     "protobuf",
     "numpy",
@@ -105,32 +106,40 @@ def _versions(_: "Settings") -> Iterator[Finding]:
 
 
 def _kernel(_: "Settings") -> Iterator[Finding]:
-    none = Finding("note", "no compiled codec kernel: NF4 runs in plain torch", "`make kernel`, where a compiler is")
     try:
         from kvstore.kernels import best
         from kvstore.kernels.cpu import ABI, ISAS, installed, kernels
-    except ImportError:
-        yield none
+    except ImportError:  # no torch, so no daemon runs from this environment: the line before says so
         return
     found = kernels()
     used = best(found)
     library, abi = installed()
-    if library is not None and abi != ABI:
+    remedy = f"pip install kvstored-kernel=={_own_version()}; in a clone: make kernel"
+    if library is None:
+        yield Finding("bad", "no compiled codec kernel: NF4 costs about 35 times the CPU, in plain torch", remedy)
+    elif abi != ABI:
         yield Finding(
             "bad",
             f"compiled codec kernel: its ABI is {abi}, this version needs {ABI}, so NF4 runs in plain torch",
-            "install the kernel of this version: `make kernel`",
+            f"install the kernel of this version: {remedy}",
         )
-    elif used is None:
-        yield none
     elif used is found[-1]:
         yield Finding("good", f"compiled codec kernel: {ISAS[used.isa]}")
     else:
+        # The first one is its own measure, so there is one that is used.
+        better = "" if used is None else f", {ISAS[used.isa]} is used"
         yield Finding(
             "bad",
-            f"compiled codec kernel: its {ISAS[found[-1].isa]} code writes wrong bytes here, {ISAS[used.isa]} is used",
+            f"compiled codec kernel: its {ISAS[found[-1].isa]} code writes wrong bytes here{better}",
             "build it with another compiler: `make kernel`",
         )
+
+
+def _own_version() -> str:
+    try:
+        return version("kvstored")
+    except PackageNotFoundError:  # run from a tree
+        return "VERSION"
 
 
 def _gpu(settings: "Settings") -> Iterator[Finding]:

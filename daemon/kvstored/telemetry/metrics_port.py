@@ -1,9 +1,10 @@
 """The metrics port: /metrics for Prometheus, / for people, /status.json for the page, /health for a probe.
 
 Read-only, loopback, no credentials, so it shows numbers only: no key, no token, no tenant's data. The Host header is
-checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing. Connections are bounded in number, and
-each as a whole in seconds, however its bytes come. Where all slots are taken the oldest connection gives way to the new
-one: a scrape is answered in milliseconds, and who holds a slot for longer is not scraping.
+checked, so a page of another site whose name resolves to 127.0.0.1 gets nothing; not where an operator lets other hosts
+read it (`server.insecure_metrics`), who come with whatever name they know. Connections are bounded in number, and each
+as a whole in seconds, however its bytes come. Where all slots are taken the oldest one gives way to the new one: a
+scrape is answered in milliseconds, and who holds a slot for longer is not scraping.
 """
 
 import json
@@ -51,13 +52,19 @@ _ASSETS = {
 class MetricsPort:
     """The server, on its own threads: a scrape works while the event loop is busy."""
 
-    def __init__(self, address: str, registry: CollectorRegistry, status: Callable[[], Mapping[str, Any]]) -> None:
-        """Bind. Raises ConfigError."""
-        host, port = check_metrics_address(address)
+    def __init__(
+        self,
+        address: str,
+        registry: CollectorRegistry,
+        status: Callable[[], Mapping[str, Any]],
+        *,
+        anywhere: bool = False,
+    ) -> None:
+        """Bind. anywhere: beyond the loopback too. Raises ConfigError."""
+        host, port = check_metrics_address(address, anywhere=anywhere)
         pages = {path: (_asset(name), kind) for path, (name, kind) in _ASSETS.items()}
-        handler = type(
-            "Handler", (_Handler,), {"registry": registry, "status_of": staticmethod(status), "pages": pages}
-        )
+        told = {"registry": registry, "status_of": staticmethod(status), "pages": pages, "anywhere": anywhere}
+        handler = type("Handler", (_Handler,), told)
         try:
             self._server = _Server((host, port), handler)
         except OSError as error:
@@ -148,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
     registry: CollectorRegistry
     status_of: Callable[[], Mapping[str, Any]]
     pages: Mapping[str, tuple[bytes, str]]
+    anywhere: bool
     connection: socket
     timeout = TIMEOUT_S
     protocol_version = "HTTP/1.1"
@@ -158,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer one of the four paths."""
         self.close_connection = True  # one request per connection: an idle one holds no thread
         path = self.path.partition("?")[0]
-        if not self._local_host():
+        if not (self.anywhere or self._local_host()):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"this port answers to its loopback address only\n")
         elif path == "/metrics":
             self._answer(HTTPStatus.OK, generate_latest(self.registry), CONTENT_TYPE_LATEST)

@@ -60,6 +60,17 @@ def test_doctor_calls_it_bad_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     assert found.what in [json.loads(line)["what"] for line in done.output.splitlines()]
 
 
+def test_doctor_calls_a_missing_kernel_bad_and_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a note that named `make kernel`, which who installs with pip does not have."""
+    monkeypatch.setattr(cpu, "LIBRARY", None)
+    monkeypatch.setattr(cpu, "installed", lambda: (None, 0))
+    done = CliRunner().invoke(cli, ["doctor", "--json"])
+    assert done.exit_code == 4
+    [found] = [line for line in map(json.loads, done.output.splitlines()) if "codec kernel" in line["what"]]
+    assert found["verdict"] == "bad"
+    assert "pip install kvstored-kernel==" in found["todo"]
+
+
 def test_a_client_asks_for_nothing_encoded_where_the_kernel_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain torch decodes slower than the bytes travel."""
     monkeypatch.setattr(decoding, "find_spec", lambda _name: object())

@@ -1,6 +1,7 @@
 """The operator's verbs: filters, eviction by filter, live views, settings, doctor, tokens, completion, the manual."""
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -15,7 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore.stats import Stats, TierStats
 from kvstored.access.tokens import digest, read_tokens
 from kvstored.cli import cli
-from kvstored.cli.manual import manual
+from kvstored.cli.manual import man_page, manual
 from kvstored.cli.top import accounts, rates, screen
 from tests.conftest import ROOT
 from tests.kvstored.conftest import running_daemon
@@ -340,3 +341,16 @@ def test_verify_reads_every_record_while_the_daemon_serves_and_drops_what_is_dam
 def test_the_manual_is_current():
     """`make cli-docs` writes it."""
     assert (ROOT / "docs/cli.md").read_text() == manual()
+    assert (ROOT / "docs/kvstored.1").read_text() == man_page()
+
+
+def test_man_reads_its_page_without_a_warning_and_has_every_verb():
+    if shutil.which("man") is None or shutil.which("groff") is None:
+        pytest.skip("man or groff is not installed")
+    done = subprocess.run(
+        ["man", "--warnings", "-E", "ascii", "-l", str(ROOT / "docs/kvstored.1")], capture_output=True, text=True,
+        timeout=60, check=False, env={**os.environ, "MANWIDTH": "100", "MAN_KEEP_FORMATTING": "", "PAGER": "cat"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in cli.commands:
+        assert re.search(rf"^ +kvstored {name}\b", done.stdout, re.MULTILINE), name

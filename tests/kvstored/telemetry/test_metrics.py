@@ -8,12 +8,14 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.errors import ConfigError
 from kvstored.cli import cli
 from kvstored.settings import check_metrics_address, load_settings
 from kvstored.telemetry.metrics import FAMILIES
+from kvstored.telemetry.metrics_port import MetricsPort
 from tests.conftest import ROOT, free_port, wait_until
 from tests.kvstored.conftest import http_get, running_daemon
 
@@ -202,10 +204,32 @@ def test_idle_connections_do_not_keep_others_out_for_long(busy, port):
             one.close()
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:9411", "example.org:9411", "9411", "127.0.0.1:x", "127.0.0.1:99999"])
-def test_a_metrics_address_beyond_this_host_is_refused(address):
-    with pytest.raises(ConfigError, match="loopback HOST:PORT"):
-        load_settings(environ={"KVSTORED_SERVER__METRICS_ADDRESS": address})
+@pytest.mark.parametrize("address", ["0.0.0.0:9411", "example.org:9411"])
+def test_a_metrics_address_beyond_this_host_is_refused_unless_it_is_allowed(address):
+    """A pod's or a container's could not be scraped without a proxy beside it."""
+    environ = {"KVSTORED_SERVER__METRICS_ADDRESS": address}
+    with pytest.raises(ConfigError, match=r"loopback HOST:PORT .* server.insecure_metrics = true"):
+        load_settings(environ=environ)
+    settings = load_settings(environ=environ | {"KVSTORED_SERVER__INSECURE_METRICS": "true"})
+    assert settings.server.metrics_address == address
+
+
+@pytest.mark.parametrize("address", ["9411", ":9411", "127.0.0.1:x", "127.0.0.1:99999"])
+@pytest.mark.parametrize("allowed", ["true", "false"])
+def test_what_is_no_host_and_port_is_refused_in_either_case(address, allowed):
+    environ = {"KVSTORED_SERVER__METRICS_ADDRESS": address, "KVSTORED_SERVER__INSECURE_METRICS": allowed}
+    with pytest.raises(ConfigError, match="must be HOST:PORT"):
+        load_settings(environ=environ)
+
+
+def test_a_port_for_other_hosts_answers_to_any_name_that_they_know():
+    port = free_port()
+    served = MetricsPort(f"0.0.0.0:{port}", CollectorRegistry(), dict, anywhere=True)
+    try:
+        assert http_get(port, "/health", Host="kvstored.monitoring.svc:9411")[0] == 200
+        assert http_get(port, "/metrics", Host="10.1.2.3:9411")[0] == 200
+    finally:
+        served.close()
 
 
 def test_loopback_addresses_are_taken():
