@@ -24,7 +24,7 @@ from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
-from kvstore.lookup import Lookup
+from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -291,7 +291,7 @@ class Client:
 
     def report(self, *, prefill_saved_s: float) -> None:
         """Tell the daemon's metrics how much prefill time was saved since the last report, in seconds."""
-        request = pb.ReportRequest(prefill_saved_s=prefill_saved_s)
+        request = pb.ReportRequest(prefill_saved_s=check_saved(prefill_saved_s))
         self._data(lambda: self._transport.unary(CACHE + "Report", request, pb.ReportReply), None)
 
     def inspect(self, key: bytes) -> EntryInfo | None:

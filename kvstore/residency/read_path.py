@@ -19,7 +19,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge
 from kvstore.hit import Held
 from kvstore.keys import Key
-from kvstore.lookup import Lookup
+from kvstore.lookup import Lookup, check_lookup
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import pause, slices
 from kvstore.residency.state import Residency
@@ -128,6 +128,8 @@ class ReadPath:
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
         hot_nbytes = inf if whole_if_hot else at_most_nbytes
+        if lookup is not None:
+            check_lookup(lookup)
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
@@ -274,7 +276,7 @@ class ReadPath:
         """
         held: list[Held] = []
         made: dict[tuple[str, int], Held] = {}
-        how, r = Lookup(len(keys)) if lookup is None else lookup, self._r
+        how, r = Lookup(len(keys)) if lookup is None else check_lookup(lookup), self._r
         for part in slices(keys, MATCH_MAX):
             before = len(held)
             with r.lock:

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from kvstore.hit import Fidelity
 from kvstore.keys import Identity, chunk_keys
+from kvstore.lookup import Lookup
 from kvstored_client.integrations.guard import guarded
 from kvstored_client.integrations.transformers import identity
 from kvstored_client.integrations.transformers.state import NotCacheable, Watch
@@ -119,7 +120,8 @@ class PressedCache:
     def restore(self, ids: torch.Tensor) -> Pressed | None:
         """The pressed cache of a context (1, tokens) where it is held; None on a miss. Marks the model's modules."""
         key = self._key(ids)
-        hit = self.guard.get(key) if key is not None else None
+        tokens = int(ids.shape[1])
+        hit = self.guard.get(key, lookup=Lookup(1, tokens, tokens)) if key is not None else None
         if hit is None:
             return None
         try:

@@ -31,6 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore.hit import Fidelity
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
@@ -173,7 +174,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             salt = adapters.salt_of(request)
             hashes = _hashes(request, salt)[: (request.num_tokens - 1) // self._block_size]
-            held = self._held(hashes)
+            # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
+            held = self._held(hashes, counted=request.request_id not in self._tracked)
         except adapters.Unknown as error:
             self._say_once(f"requests run without the store: {error}")
             return 0, False
@@ -233,11 +235,15 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._said.add(text)
             logger.warning(text)
 
-    def _held(self, hashes: list[bytes]) -> int:
-        """Leading blocks of which every rank's shard is held."""
+    def _held(self, hashes: list[bytes], *, counted: bool) -> int:
+        """Leading blocks of which every rank's shard is held. The first rank's question is counted for all."""
         if not hashes:
             return 0
-        return min(int(self._guard.match([self._key(h, rank) for h in hashes])) for rank in range(self._ranks))
+        whole = Lookup(len(hashes), len(hashes) * self._block_size, self._block_size) if counted else ELSEWHERE
+        return min(
+            int(self._guard.match([self._key(h, rank) for h in hashes], lookup=ELSEWHERE if rank else whole))
+            for rank in range(self._ranks)
+        )
 
     def _note(self, name: str, block_ids: Any, *, fresh: bool) -> None:
         tracked = self._tracked.get(name)
@@ -271,7 +277,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._told(work)
         for start in range(0, len(loads), _BLOCKS_PER_FETCH):
             part = loads[start : start + _BLOCKS_PER_FETCH]
-            hits = self._guard.get_many([self._key(found, self._rank) for found, _ in part])
+            hits = self._guard.get_many([self._key(found, self._rank) for found, _ in part], lookup=ELSEWHERE)
             for (_, block), hit in zip(part, hits, strict=True):
                 if hit is None or not self._filled_block(block, hit.tensors):
                     self._failed.add(block)

@@ -60,6 +60,7 @@ def lookup_message(lookup: Lookup | None) -> pb.Lookup | None:
     """A lookup as a message."""
     if lookup is None:
         return None
+    check_lookup(lookup)
     return pb.Lookup(
         keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted
     )
