@@ -12,9 +12,9 @@ from math import inf
 from typing import Literal
 
 MissCause = Literal["absent", "expired", "evicted", "deleted", "orphaned", "corrupt", "lost"]
-"""absent: never put, or gone so long ago that nobody remembers. expired. evicted: for capacity or a quota. deleted: by a
-caller. orphaned: the chunk before it left. corrupt: failed its checksum. lost: left its tier during the read, was never
-written, or cannot be read here: its key file or its codec is missing."""
+"""absent: never put, or gone so long ago that nobody remembers. expired. evicted: for capacity or a quota. deleted: by
+a caller. orphaned: the chunk before it left. corrupt: failed its checksum. lost: left its tier during the read, was
+never written, or cannot be read here: its key file or its codec is missing."""
 MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "evicted", "deleted", "orphaned", "corrupt", "lost")
 
 

@@ -224,13 +224,11 @@ class Store:
         return self._lease_many(CheckedKeys(keys), leading=leading, lookup=lookup)
 
     @contextmanager
-    def _lease_many(
-        self, keys: CheckedKeys, *, leading: bool, lookup: Lookup | None
-    ) -> Iterator[Iterator[Hit | None]]:
+    def _lease_many(self, keys: CheckedKeys, *, leading: bool, lookup: Lookup | None) -> Iterator[Iterator[Hit | None]]:
         found = self._read(keys, leading=leading, lookup=lookup)
         yield self._answers.hits(found, leading=leading, copy=False)
 
-    def plan(
+    def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         keys: Sequence[bytes],
         *,
@@ -465,9 +463,7 @@ class Store:
         if self._closed:
             raise TierUnavailable("the store is closed")
 
-    def _read(
-        self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None
-    ) -> list[Found | None]:
+    def _read(self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None) -> list[Found | None]:
         self._check_open()
         return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=lookup))
 

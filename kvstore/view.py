@@ -35,7 +35,7 @@ class StoreView(Protocol):
         """Put entries that a door has made, root first. Returns how many were stored."""
         ...
 
-    def plan(
+    def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         keys: CheckedKeys,
         *,

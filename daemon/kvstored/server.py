@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
+from kvstore.kernels.cpu import kernels
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission

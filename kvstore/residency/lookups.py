@@ -113,9 +113,7 @@ class Lookups:
             self.asked.take(keys[i], now)
         return True
 
-    def _each(
-        self, keys: Sequence[Key], metas: Sequence[Meta | None], misses: Sequence[MissCause], now: float
-    ) -> None:
+    def _each(self, keys: Sequence[Key], metas: Sequence[Meta | None], misses: Sequence[MissCause], now: float) -> None:
         """Keys that have nothing to do with each other."""
         if not self.asked:
             self._add(Lookup(len(metas)), len(metas) - len(misses))

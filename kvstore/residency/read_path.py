@@ -54,8 +54,8 @@ class Plan:
     keys: those covered, from the first on: fewer than asked for where a lot is full, or a chain ends. entries: as held;
     None on disk. now: the store's clock, Unix seconds. nbytes: of all tensors once decoded. hot: all that was found
     lies in hot as it was put, and nothing was missing but the end of a chain. ended: a chain ended at a miss, which is
-    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told. lookup: what the next keys of
-    the same get count as.
+    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told. lookup: what the next keys
+    of the same get count as.
     The entries live as long as the plan does, whatever happens to their keys.
     """
 
@@ -113,7 +113,7 @@ class ReadPath:
         self._promote_window_s = config.promote_window_s
         self._request_promotions = request_promotions
 
-    def plan(
+    def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         keys: Sequence[Key],
         *,
@@ -128,8 +128,7 @@ class ReadPath:
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
         hot_nbytes = inf if whole_if_hot else at_most_nbytes
-        if lookup is not None:
-            check_lookup(lookup)
+        check_lookup(lookup)
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
@@ -276,7 +275,7 @@ class ReadPath:
         """
         held: list[Held] = []
         made: dict[tuple[str, int], Held] = {}
-        how, r = Lookup(len(keys)) if lookup is None else check_lookup(lookup), self._r
+        how, r = check_lookup(lookup) or Lookup(len(keys)), self._r
         for part in slices(keys, MATCH_MAX):
             before = len(held)
             with r.lock:

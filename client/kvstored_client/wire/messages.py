@@ -61,9 +61,7 @@ def lookup_message(lookup: Lookup | None) -> pb.Lookup | None:
     if lookup is None:
         return None
     check_lookup(lookup)
-    return pb.Lookup(
-        keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted
-    )
+    return pb.Lookup(keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted)
 
 
 def read_lookup(message: pb.GetRequest | pb.MatchRequest) -> Lookup | None:

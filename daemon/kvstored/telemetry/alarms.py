@@ -36,7 +36,7 @@ def _disk(now: Mapping[str, float], hour: Mapping[str, float]) -> list[Alarm]:
     if now.get("cold_healthy", 1) == 0:
         found.append(Alarm(
             "KvstoredDiskFailing", "critical", "The disk refuses writes: entries stay in memory.",
-            "df and dmesg. Full: make room, or lower store.cold.capacity_nbytes. Broken: stop, replace it, start empty.",
+            "df, dmesg. Full: make room, or lower store.cold.capacity_nbytes. Broken: stop, replace it, start empty.",
         ))  # fmt: skip
     if hour["cold_corrupt_total"] > 0:
         found.append(Alarm(
@@ -71,7 +71,7 @@ def _load(now: Mapping[str, float], lately: Mapping[str, float]) -> list[Alarm]:
          "The journal has the reason: LimitNOFILE= or TasksMax= of the unit, or a process with too many connections."),
     )  # fmt: skip
     found = [Alarm(name, "warning", text, do) for holds, name, text, do in rules if holds]
-    if now.get("heartbeat_age_s", 0) > 60:  # noqa: PLR2004 - the alert's own number
+    if now.get("heartbeat_age_s", 0) > 60:
         text = f"The background thread has not turned for {now['heartbeat_age_s']:.0f} s."
         found.append(Alarm("KvstoredStalled", "warning", text, "Usually a disk that does not answer: dmesg."))
     return found

@@ -262,7 +262,7 @@ class Calls:
         return self.total_s / self.count if self.count else 0.0
 
     def quantile(self, share: float) -> float:
-        """Seconds within which this share of calls was done, from the histogram; its last bound where it is over that."""
+        """Seconds within which this share of calls was done, from the histogram; at most its last bound."""
         due, before, low = share * self.count, 0, 0.0
         for bound, seen in sorted(self.up_to.items()):
             if seen >= due and seen > before:

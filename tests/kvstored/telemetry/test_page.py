@@ -108,7 +108,8 @@ def status_of_a_bad_hour():
         "history": history,
         "calls": [{"method": "Cache/Get", "mean_s": 0.0123, "p50_s": 0.004, "p99_s": 0.25, "count": 4321}],
         "alarms": [
-            {"name": "KvstoredDiskFailing", "severity": "critical", "text": "The disk refuses writes.", "do": "df, dmesg"},
+            {"name": "KvstoredDiskFailing", "severity": "critical", "text": "The disk refuses writes.",
+             "do": "df, dmesg"},
             {"name": "<u>", "severity": "warning", "text": "Hit ratio 10% in five minutes.", "do": "more room"},
         ],
         "addresses": {"listening": ["unix:/run/kvstored/kvstored.sock"], "metrics": "127.0.0.1:9411"},
