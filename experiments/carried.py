@@ -51,17 +51,17 @@ class Carried:
         found = self._entries.get(key)
         return None if found is None else Hit(key, found, "hot", "raw", lossy=False, age_s=0.0)
 
-    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+    def get_many(self, keys: Sequence[bytes], *, leading: bool = False, **_: Any) -> list[Hit | None]:
         """The entries under keys."""
         del leading
         return [self.get(key) for key in keys]
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Any:
+    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False, **_: Any) -> Any:
         """The same, for a block."""
         yield self.get_many(keys, leading=leading)
 
-    def match(self, keys: Sequence[bytes]) -> Match:
+    def match(self, keys: Sequence[bytes], **_: Any) -> Match:
         """How many leading keys are held."""
         held = []
         for key in keys:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvstore.hit import Held, Hit, Match
 from kvstore.keys import KEYS_PER_CALL_MAX
+from kvstore.lookup import Lookup, said
 
 
 def in_pieces(cache: Any) -> "Pieces":
@@ -59,15 +60,21 @@ class Pieces:
         for piece in reversed(pieces[:-1]):
             self._cache.touch([key for key, _ in piece])
 
-    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+    def get_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> list[Hit | None]:
         """Values in the order of keys; leading: up to the first miss."""
         pieces = cut(keys)
+        if len(pieces) == 1:
+            return list(self._cache.get_many(keys, leading=leading, **said(lookup)))
+        counts = _Counts(lookup, len(keys))
         if not leading:
             # Deepest first, as in one call.
-            return list(joined(*reversed([list(self._cache.get_many(piece)) for piece in reversed(pieces)])))
+            parts = [list(self._cache.get_many(piece, lookup=counts.next())) for piece in reversed(pieces)]
+            return list(joined(*reversed(parts)))
         found: list[Hit | None] = []
         for i, piece in enumerate(pieces):
-            got = list(self._cache.get_many(piece, leading=True))
+            got = list(self._cache.get_many(piece, leading=True, lookup=counts.next()))
             found += got
             if len(got) < len(piece) or None in got:
                 pieces = pieces[: i + 1]
@@ -77,27 +84,31 @@ class Pieces:
         return found
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> AbstractContextManager[Iterable[Hit | None]]:
         """`get_many` without copies; the lease of a piece begins when its first hit is read."""
         if len(keys) <= KEYS_PER_CALL_MAX:
-            return self._cache.lease_many(keys, leading=leading)  # type: ignore[no-any-return]
-        return self._leased(cut(keys), leading=leading)
+            return self._cache.lease_many(keys, leading=leading, **said(lookup))  # type: ignore[no-any-return]
+        return self._leased(cut(keys), _Counts(lookup, len(keys)), leading=leading)
 
     @contextmanager
-    def _leased(self, pieces: list[Sequence[bytes]], *, leading: bool) -> Iterator[Iterable[Hit | None]]:
+    def _leased(
+        self, pieces: list[Sequence[bytes]], counts: "_Counts", *, leading: bool
+    ) -> Iterator[Iterable[Hit | None]]:
         with ExitStack() as leases:
             begun: list[Sequence[bytes]] = []
-            yield self._hits(pieces, leases, begun, leading=leading)
+            yield self._hits(pieces, leases, begun, counts, leading=leading)
         if leading:
             for piece in reversed(begun[:-1]):
                 self._cache.touch(piece)
 
     def _hits(
-        self, pieces: list[Sequence[bytes]], leases: ExitStack, begun: list[Sequence[bytes]], *, leading: bool
-    ) -> Iterator[Hit | None]:
+        self, pieces: list[Sequence[bytes]], leases: ExitStack, begun: list[Sequence[bytes]], counts: "_Counts",
+        *, leading: bool,
+    ) -> Iterator[Hit | None]:  # fmt: skip
         for piece in pieces:
-            hits = iter(leases.enter_context(self._cache.lease_many(piece, leading=leading)))
+            lease = self._cache.lease_many(piece, leading=leading, lookup=counts.next())
+            hits = iter(leases.enter_context(lease))
             begun.append(piece)
             left = len(piece)
             while left:
@@ -109,22 +120,27 @@ class Pieces:
             if leading and left:
                 return
 
-    def match(self, keys: Sequence[bytes]) -> Match:
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
         """Leading keys held."""
         pieces = cut(keys)
         if len(pieces) == 1:
-            return self._cache.match(keys)  # type: ignore[no-any-return]
+            return self._cache.match(keys, **said(lookup))  # type: ignore[no-any-return]
         held: tuple[Held, ...] = ()
+        counts = _Counts(lookup, len(keys))
         for piece in pieces:
-            got = self._cache.match(piece)
+            got = self._cache.match(piece, lookup=counts.next())
             held += tuple(got.held)
             if int(got) < len(piece):
                 break
         return Match(held)
 
-    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+    def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held."""
-        return list(joined(*[self._cache.locate(piece) for piece in cut(keys)]))
+        found: list[Held | None] = []
+        for piece in cut(keys):
+            found += self._cache.locate(piece, **said(lookup))
+            lookup = None if lookup is None else lookup.continued()
+        return found
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first."""
@@ -142,3 +158,16 @@ class Pieces:
     def unpin(self, *keys: bytes) -> int:
         """Unpin keys, the deepest first."""
         return sum(int(self._cache.unpin(*piece)) for piece in reversed(cut(keys)))
+
+
+class _Counts:
+    """What each piece of a call counts as: the first one says what all of them ask for."""
+
+    def __init__(self, lookup: Lookup | None, keys: int) -> None:
+        self._next = Lookup(keys) if lookup is None else lookup
+
+    def next(self) -> Lookup:
+        """For the next piece."""
+        now = self._next
+        self._next = now.continued()
+        return now

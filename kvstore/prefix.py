@@ -7,7 +7,7 @@ Invariant: a chunk is only put when its parents are held or put in the same call
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kvstore import arrays
 from kvstore.dtypes import TensorSpec
@@ -20,6 +20,7 @@ from kvstore.keys import (
     chunk_keys,
     tail_keys,
 )
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstore.pieces import in_pieces
 
 TOKEN_AXIS = 1
@@ -47,17 +48,19 @@ class Cache(Protocol):
         """
         ...
 
-    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
-        """Get entries; `leading`: a chain, root first, up to the first miss."""
+    def get_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> list[Hit | None]:
+        """Get entries; `leading`: a chain, root first, up to the first miss. lookup: how it is counted."""
         ...
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> AbstractContextManager[Iterable[Hit | None]]:
         """`get_many` without copies, inside a `with` block; RecordCorrupt at its end if the lease ended before."""
         ...
 
-    def match(self, keys: Sequence[bytes]) -> Match:
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
         """Leading keys held."""
         ...
 
@@ -140,6 +143,13 @@ class _Filled:
         """Nothing of the chunks is kept."""
 
 
+class _Tail(NamedTuple):
+    """A partial chunk that is held."""
+
+    key: bytes
+    tokens: int
+
+
 class Namespace:
     """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
 
@@ -180,7 +190,7 @@ class Namespace:
         # All of them or none, as a rule: then this one question was all. A count between says not which.
         held: int = self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
         if 0 < held < len(keys):
-            held = self._cache.match(keys)
+            held = self._cache.match(keys, lookup=ELSEWHERE)
         entries = []
         for i in range(held, len(keys)):
             start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
@@ -210,12 +220,16 @@ class Namespace:
         full = keys[: len(token_ids) // self.chunk_tokens]
         taken = _Joined() if out is None else _Filled(*out)
         try:
-            with self._cache.lease_many(full, leading=True) if full else nullcontext(()) as hits:
+            whole = self._lookup(token_ids, keys)
+            with self._cache.lease_many(full, leading=True, lookup=whole) if full else nullcontext(()) as hits:
                 held = taken.take(self._whole(hits))
                 tail = self._tail(token_ids, keys, held)
                 if tail is None:
+                    if keys and not full:  # a prompt of less than a chunk: nobody has counted it yet
+                        self._cache.get_many(keys, leading=True, lookup=whole)
                     return taken.result()
-                with self._cache.lease_many([tail], leading=True) as last:
+                at = self._tail_lookup(tail, whole, asked=not full)
+                with self._cache.lease_many([tail.key], leading=True, lookup=at) as last:
                     taken.take(self._whole(last))
                     return taken.result()
         except RecordCorrupt:  # the lease ended before the copy: what was copied may be another chunk's
@@ -239,13 +253,15 @@ class Namespace:
 
     def get_prefix_hits(self, token_ids: Sequence[int]) -> tuple[int, list[Hit]]:
         """Like `get_prefix`, as the hits of its chunks, root first: for tier, encoding and age of each."""
-        keys = self._longest(token_ids)
-        whole = list(self._whole(self._cache.get_many(keys, leading=True) if keys else []))
+        keys = self._longest(token_ids, counted=True)
+        hits = self._cache.get_many(keys, leading=True, lookup=ELSEWHERE) if keys else []
+        whole = list(self._whole(hits))
         return sum(tokens for _, tokens in whole), [hit for hit, _ in whole]
 
     def match_prefix(self, token_ids: Sequence[int]) -> Match:
         """Where the chunks of the longest cached prefix are held. Does not count as use."""
-        return self._cache.match(self._longest(token_ids))
+        keys = self._longest(token_ids, counted=True)
+        return self._cache.match(keys, lookup=ELSEWHERE)
 
     def pin_prefix(self, token_ids: Sequence[int], *, ttl_s: float | None = None) -> int:
         """Keep the longest cached prefix from eviction and expiry, for `ttl_s` seconds or until unpinned.
@@ -277,21 +293,41 @@ class Namespace:
         gone = self._cache.delete(*held, keep_shared=True) if held else 0
         return gone + self._cache.delete(*reversed(keys), keep_shared=True)
 
-    def _longest(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Keys of the longest chain held: whole chunks, then the longest partial one that was put."""
-        keys = self.keys(token_ids)
-        held = self._cache.match(keys)
-        tail = self._tail(token_ids, keys, held)
-        return [*keys[:held], tail] if tail is not None else keys[:held]
+    def _longest(self, token_ids: Sequence[int], *, counted: bool = False) -> list[bytes]:
+        """Keys of the longest chain held: whole chunks, then the longest partial one that was put.
 
-    def _tail(self, token_ids: Sequence[int], keys: list[bytes], held: int) -> bytes | None:
-        """The key of the longest partial chunk that is held behind the first `held` chunks; None: there is none."""
+        counted: as a lookup.
+        """
+        keys = self.keys(token_ids)
+        # By tokens a chunk: the last one may have fewer, which its own question below sets right.
+        full = len(token_ids) // self.chunk_tokens
+        whole = self._lookup(token_ids, keys) if counted else ELSEWHERE
+        held = self._cache.match(keys[:full], lookup=whole) if full else 0
+        tail = self._tail(token_ids, keys, held)
+        if tail is None:
+            if counted and keys and not full:
+                self._cache.match(keys, lookup=whole)
+            return keys[:held]
+        if counted:
+            self._cache.match([tail.key], lookup=self._tail_lookup(tail, whole, asked=not full))
+        return [*keys[:held], tail.key]
+
+    def _lookup(self, token_ids: Sequence[int], keys: Sequence[bytes]) -> Lookup:
+        return Lookup(len(keys), len(token_ids), self.chunk_tokens)
+
+    def _tail_lookup(self, tail: "_Tail", whole: Lookup, *, asked: bool) -> Lookup:
+        """How the question for a partial chunk counts. asked: it is the first of its lookup."""
+        return (whole if asked else whole.continued())._replace(key_tokens=tail.tokens)
+
+    def _tail(self, token_ids: Sequence[int], keys: list[bytes], held: int) -> "_Tail | None":
+        """The longest partial chunk that is held behind the first `held` chunks; None: there is none."""
         rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
         if held == len(keys) or not len(rest):
             return None
         # A longer prompt continues inside the chunk where a shorter one ended: ask for each length it may have.
         tails = tail_keys(keys[held - 1] if held else self.digest, rest)
-        return next((key for key, at in zip(tails, self._cache.locate(tails), strict=True) if at), None)
+        places = self._cache.locate(tails)
+        return next((_Tail(key, len(tails) - i) for i, key in enumerate(tails) if places[i]), None)
 
     def _tokens_of(self, hit: Hit) -> int | None:
         # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.

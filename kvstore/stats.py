@@ -11,10 +11,11 @@ from itertools import accumulate, pairwise
 from math import inf
 from typing import Literal
 
-MissCause = Literal["absent", "expired", "corrupt", "lost"]
-"""absent: never put, deleted or evicted. expired. corrupt: failed its checksum. lost: left its tier during the read,
-or cannot be read here: its key file or its codec is missing."""
-MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "corrupt", "lost")
+MissCause = Literal["absent", "expired", "evicted", "deleted", "orphaned", "corrupt", "lost"]
+"""absent: never put, or gone so long ago that nobody remembers. expired. evicted: for capacity or a quota. deleted: by
+a caller. orphaned: the chunk before it left. corrupt: failed its checksum. lost: left its tier during the read, was
+never written, or cannot be read here: its key file or its codec is missing."""
+MISS_CAUSES: tuple[MissCause, ...] = ("absent", "expired", "evicted", "deleted", "orphaned", "corrupt", "lost")
 
 
 ERROR_BOUNDS = (0.0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -81,6 +82,21 @@ class TierCounters:
 
 
 @dataclass(slots=True)
+class LookupCounters:
+    """Questions for the cached part of a prompt, each counted once (`residency.lookups`).
+
+    keys, tokens: asked for; tokens only where the caller says how many. hit_keys, hit_tokens: of these, found.
+    misses: by why the first key missing of a lookup was missing, and each key missing of a plain get.
+    """
+
+    keys: int = 0
+    tokens: int = 0
+    hit_keys: int = 0
+    hit_tokens: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
 class Counters:
     """Counts of the store since start; sizes in bytes of decoded tensors, times in seconds.
 
@@ -101,6 +117,8 @@ class Counters:
     orphaned: int = 0
     refused_chunks: int = 0
     maintainer_errors: int = 0
+    prefill_saved_s: float = 0.0
+    lookups: LookupCounters = field(default_factory=LookupCounters)
     misses: Counter[str] = field(default_factory=Counter)
     hits_in: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By the tier that answered and the encoding there."""
@@ -135,13 +153,24 @@ class Stats:
 
 
 def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, float]:
-    """All numbers by name. `hit_ratio` is hits over gets, 0 before the first get."""
+    """All numbers by name.
+
+    `hit_ratio` is lookup_hit_keys over lookup_keys and `token_hit_ratio` lookup_hit_tokens over lookup_tokens; 0 before
+    the first lookup.
+    """
     hits = sum(tier.hits for tier in counters.tiers.values())
+    lookups = counters.lookups
     values: dict[str, float] = {
         "gets": counters.gets,
         "hits": hits,
         "misses": sum(counters.misses.values()),
-        "hit_ratio": hits / counters.gets if counters.gets else 0.0,
+        "lookup_keys": lookups.keys,
+        "lookup_hit_keys": lookups.hit_keys,
+        "hit_ratio": _ratio(lookups.hit_keys, lookups.keys),
+        "lookup_tokens": lookups.tokens,
+        "lookup_hit_tokens": lookups.hit_tokens,
+        "token_hit_ratio": _ratio(lookups.hit_tokens, lookups.tokens),
+        "prefill_saved_s": counters.prefill_saved_s,
         "puts": counters.puts,
         "put_nbytes": counters.put_nbytes,
         "hit_nbytes": counters.hit_nbytes,
@@ -158,8 +187,14 @@ def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, floa
         "evictions": sum(tier.evictions for tier in counters.tiers.values()),
     }
     values.update({f"misses_{cause}": counters.misses[cause] for cause in MISS_CAUSES})
+    values.update({f"lookup_misses_{cause}": lookups.misses[cause] for cause in MISS_CAUSES})
     values.update({f"hits_{tier}_{encoding}": count for (tier, encoding), count in sorted(counters.hits_in.items())})
     for encoding, errors in sorted(counters.errors.items()):
         values.update(errors.values(encoding))
     values.update(gauges)
     return values
+
+
+def _ratio(part: int, whole: int) -> float:
+    # A caller that says less than it asks for cannot make more than all of it a hit.
+    return min(1.0, part / whole) if whole else 0.0

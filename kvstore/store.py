@@ -28,6 +28,7 @@ from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Key, check_key, check_prefix, identity_of, named
+from kvstore.lookup import Lookup, check_saved
 from kvstore.metadata.slices import slices
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
@@ -197,12 +198,14 @@ class Store:
         found = self._read((check_key(key),))[0]
         return None if found is None else self._answers.hit(found, out=out)
 
-    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+    def get_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
 
-        Keys are touched deepest first.
+        Keys are touched deepest first. lookup: how it counts among the lookups, by default each key as one.
         """
-        found = self._read(CheckedKeys(keys), leading=leading)
+        found = self._read(CheckedKeys(keys), leading=leading, lookup=lookup)
         return list(self._answers.hits(found, leading=leading))
 
     def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
@@ -215,17 +218,17 @@ class Store:
         yield None if found is None else self._answers.hit(found, copy=False)
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> AbstractContextManager[Iterator[Hit | None]]:
         """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
-        return self._lease_many(CheckedKeys(keys), leading=leading)
+        return self._lease_many(CheckedKeys(keys), leading=leading, lookup=lookup)
 
     @contextmanager
-    def _lease_many(self, keys: CheckedKeys, *, leading: bool) -> Iterator[Iterator[Hit | None]]:
-        found = self._read(keys, leading=leading)
+    def _lease_many(self, keys: CheckedKeys, *, leading: bool, lookup: Lookup | None) -> Iterator[Iterator[Hit | None]]:
+        found = self._read(keys, leading=leading, lookup=lookup)
         yield self._answers.hits(found, leading=leading, copy=False)
 
-    def plan(
+    def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         keys: Sequence[bytes],
         *,
@@ -236,6 +239,7 @@ class Store:
         whole_if_hot: bool = False,
         charge: Callable[[Plan], None] | None = None,
         count_later: bool = False,
+        lookup: Lookup | None = None,
     ) -> Plan:
         """The one look of a get, for a server: what is where, how big it is and what it needs; `read` then reads it.
 
@@ -245,12 +249,13 @@ class Store:
         that the caller decodes itself, from `from_nbytes` decoded bytes on. at_most_nbytes: of one lot, once decoded:
         the plan covers the first key, and as many more as fit; ask again for the rest. whole_if_hot: what lies in hot
         and needs no copy is no lot. count_later: where all is in hot, whoever is waiting is answered first; it is
-        counted as soon as anybody takes the lock, or by `settle`.
+        counted as soon as anybody takes the lock, or by `settle`. lookup: as for `get_many`; ask for the rest with the
+        plan's own.
         """
         self._check_open()
         return self._read_path.plan(
             CheckedKeys(keys), leading=leading, accept=accept, from_nbytes=from_nbytes, at_most_nbytes=at_most_nbytes,
-            whole_if_hot=whole_if_hot, charge=charge, count_later=count_later,
+            whole_if_hot=whole_if_hot, charge=charge, count_later=count_later, lookup=lookup,
         )  # fmt: skip
 
     def read(self, plan: Plan, *, room: Room | None = None) -> Iterator[Hit | Found | None]:
@@ -267,13 +272,23 @@ class Store:
         with self._r.lock:
             pass
 
-    def match(self, keys: Sequence[bytes]) -> Match:
-        """How many leading keys of a chain are held, and where. Does not count as use."""
-        return Match(tuple(self._read_path.leading(CheckedKeys(keys))))
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
+        """How many leading keys of a chain are held, and where. Does not count as use.
 
-    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
-        """Where each key is held; None where it is not. Does not count as use."""
-        return self._read_path.peek(CheckedKeys(keys))
+        lookup: how it counts among the lookups, by default each key as one; a get of the same keys within a minute
+        belongs to it.
+        """
+        return Match(tuple(self._read_path.leading(CheckedKeys(keys), lookup)))
+
+    def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
+        """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
+        return self._read_path.peek(CheckedKeys(keys), lookup)
+
+    def report(self, *, prefill_saved_s: float) -> None:
+        """Add seconds of prefill that hits made unnecessary to the counters: 0 to 86400. Raises InvalidEntry."""
+        saved_s = check_saved(prefill_saved_s)
+        with self._r.lock:
+            self._r.counters.prefill_saved_s += saved_s
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
@@ -448,9 +463,9 @@ class Store:
         if self._closed:
             raise TierUnavailable("the store is closed")
 
-    def _read(self, keys: Sequence[Key], *, leading: bool = False) -> list[Found | None]:
+    def _read(self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None) -> list[Found | None]:
         self._check_open()
-        return self._read_path.fetch(self._read_path.plan(keys, leading=leading))
+        return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=lookup))
 
     def _forget(self, keys: Sequence[Key], cause: GoneCause, *, keep_shared: bool = False) -> int:
         gone, ticket = departures.take_out(self._r, keys, cause, keep_shared=keep_shared)

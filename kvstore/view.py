@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from kvstore.config import StoreConfig
 from kvstore.hit import Held, Hit, Match
 from kvstore.keys import CheckedKeys, Key
+from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class StoreView(Protocol):
         """Put entries that a door has made, root first. Returns how many were stored."""
         ...
 
-    def plan(
+    def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         keys: CheckedKeys,
         *,
@@ -45,6 +46,7 @@ class StoreView(Protocol):
         whole_if_hot: bool = False,
         charge: "Callable[[Plan], None] | None" = None,
         count_later: bool = False,
+        lookup: Lookup | None = None,
     ) -> "Plan":
         """Look once: what is where, how big, what it needs; charge and count."""
         ...
@@ -53,11 +55,11 @@ class StoreView(Protocol):
         """The hits of a plan, not copied."""
         ...
 
-    def match(self, keys: CheckedKeys) -> Match:
+    def match(self, keys: CheckedKeys, *, lookup: Lookup | None = None) -> Match:
         """How many leading keys of a chain are held, and where."""
         ...
 
-    def locate(self, keys: CheckedKeys) -> list[Held | None]:
+    def locate(self, keys: CheckedKeys, *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held."""
         ...
 

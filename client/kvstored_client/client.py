@@ -24,6 +24,7 @@ from kvstore import arrays
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
+from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.stats import Stats
@@ -40,6 +41,7 @@ from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.address import default_address, lease_path, socket_path
 from kvstored_client.wire.messages import (
     GetOptions,
+    lookup_message,
     read_entry_info,
     read_explanation,
     read_held,
@@ -182,23 +184,29 @@ class Client:
         """
         return self._receive([check_key(key)], leading=False, out=None if out is None else [out])[0]
 
-    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
+    def get_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
 
-        Keys are touched deepest first.
+        Keys are touched deepest first. lookup: how it counts among the daemon's lookups, by default each key as one.
         """
         checked = check_keys(keys)
-        return leading_hits(self._receive(checked, leading=leading), leading=leading)
+        return leading_hits(self._receive(checked, leading=leading, lookup=lookup), leading=leading)
 
-    def match(self, keys: Sequence[bytes]) -> Match:
-        """How many leading keys of a chain are held, and where. Does not count as use."""
-        held = self._match(check_keys(keys), every=False)
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
+        """How many leading keys of a chain are held, and where. Does not count as use.
+
+        lookup: how it counts among the daemon's lookups, by default each key as one; a get of the same keys within a
+        minute belongs to it.
+        """
+        held = self._match(check_keys(keys), every=False, lookup=lookup)
         return Match(tuple(at for at in held if at is not None))
 
-    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
-        """Where each key is held; None where it is not. Does not count as use."""
+    def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
+        """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
         checked = check_keys(keys)
-        return self._match(checked, every=True) or [None] * len(checked)
+        return self._match(checked, every=True, lookup=lookup) or [None] * len(checked)
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
@@ -234,10 +242,10 @@ class Client:
         return OneLease(self._lease, [check_key(key)], leading=False)
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> AbstractContextManager[Sequence[Hit | None]]:
         """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
-        return Leases(self._lease, check_keys(keys), leading=leading)
+        return Leases(self._lease, check_keys(keys), leading=leading, lookup=lookup)
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.
@@ -282,8 +290,8 @@ class Client:
                 yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
 
     def report(self, *, prefill_saved_s: float) -> None:
-        """Tell the daemon's metrics how much prefill time was saved since the last report. Never raises for trouble."""
-        request = pb.ReportRequest(prefill_saved_s=prefill_saved_s)
+        """Tell the daemon's metrics how much prefill time was saved since the last report, in seconds."""
+        request = pb.ReportRequest(prefill_saved_s=check_saved(prefill_saved_s))
         self._data(lambda: self._transport.unary(CACHE + "Report", request, pb.ReportReply), None)
 
     def inspect(self, key: bytes) -> EntryInfo | None:
@@ -369,16 +377,23 @@ class Client:
         reply = self._noted(self._understood(pb.PutReply.FromString, self._transport.put(batch)))
         return self._at_most(len(batch), int(reply.stored))
 
-    def _receive(self, keys: Sequence[bytes], *, leading: bool, out: Out = None) -> list[Hit | None]:
+    def _receive(
+        self, keys: Sequence[bytes], *, leading: bool, out: Out = None, lookup: Lookup | None = None
+    ) -> list[Hit | None]:
         """Hits by position. out: for each key tensors to fill, or None."""
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(self._read, None, hits, keys, leading=leading, out=out)
+            if lookup is None and leading and len(keys) > calls.KEYS_PER_PACKET:
+                lookup = Lookup(len(keys))  # what lies behind the first miss is in no packet
+            self._data(self._read, None, hits, keys, leading=leading, out=out, lookup=lookup)
         return hits
 
-    def _read(self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out) -> None:
+    def _read(
+        self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out, lookup: Lookup | None
+    ) -> None:
         framework, accept = self._resolved()
-        how = _how_to_get(leading, accept, SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0)
+        from_nbytes = SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0
+        how = _how_to_get(leading, accept, from_nbytes, lookup)
         try:
             hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
         except UseStream:
@@ -398,20 +413,24 @@ class Client:
             self._resolved_for = torch_there, resolved
         return resolved
 
-    def _lease(self, keys: Sequence[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading)
+    def _lease(
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+    ) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading, lookup=lookup)
 
-    def _leased(self, keys: Sequence[bytes], *, leading: bool) -> AbstractContextManager[Sequence[Hit | None]]:
+    def _leased(
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+    ) -> AbstractContextManager[Sequence[Hit | None]]:
         framework, accept = self._resolved()
         try:
-            return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0), framework)
+            return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0, lookup), framework)
         except UseStream:
             receiver = Receiver(keys, framework)
-            receiver.read_from(self._transport, _how_to_get(leading, accept, 0).request(keys))
+            receiver.read_from(self._transport, _how_to_get(leading, accept, 0, lookup).request(keys))
             return nullcontext(leading_hits(receiver.hits, leading=leading))
 
-    def _match(self, keys: Sequence[bytes], *, every: bool) -> list[Held | None]:
-        request = pb.MatchRequest(keys=keys, every=every)
+    def _match(self, keys: Sequence[bytes], *, every: bool, lookup: Lookup | None) -> list[Held | None]:
+        request = pb.MatchRequest(keys=keys, every=every, lookup=lookup_message(lookup))
         return self._data(self._held, [], request)
 
     def _held(self, request: pb.MatchRequest) -> list[Held | None]:

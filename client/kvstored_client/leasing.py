@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 from kvstore.hit import Hit
+from kvstore.lookup import Lookup
 
 NOTHING_LEASED: AbstractContextManager[Sequence[Hit | None]] = nullcontext(())
 
@@ -18,13 +19,15 @@ class Leases:
         keys: Sequence[bytes],
         *,
         leading: bool,
+        lookup: Lookup | None = None,
     ) -> None:
         self._begin = begin
         self._keys = keys
         self._leading = leading
+        self._lookup = lookup
 
     def __enter__(self) -> Sequence[Hit | None]:
-        self._block = self._begin(self._keys, leading=self._leading)
+        self._block = self._begin(self._keys, leading=self._leading, lookup=self._lookup)
         return self._block.__enter__()
 
     def __exit__(

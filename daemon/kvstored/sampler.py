@@ -20,11 +20,15 @@ from kvstored.host.heap import Heap
 from kvstored.host.pressure import INTERVAL_S as PRESSURE_INTERVAL_S
 from kvstored.host.pressure import PressureValve
 from kvstored.settings import ServerSettings
+from kvstored.telemetry.alarms import alarms
 from kvstored.telemetry.history import INTERVAL_S, History
 from kvstored.telemetry.metrics import Meter, StoreCollector
 from kvstored.telemetry.metrics_port import MetricsPort
 
 log = logging.getLogger(__name__)
+
+STATUS_SCHEMA = 1
+"""Of /status.json: goes up only where a field changes its meaning or goes away."""
 
 
 class Sampler:
@@ -79,29 +83,47 @@ class Sampler:
             "heap_idle_nbytes": self._heap.idle_nbytes(),
             "heartbeat_age_s": max(0.0, self._store.heartbeat_age_s()),
         }
+        own |= self.meter.values()
+        own["prefill_saved_s"] += found.values["prefill_saved_s"]
         for source in self.sources:
             own.update(source())
         return Stats({**found.values, **own}, found.tiers)
 
     def admin_stats(self) -> Stats:
-        """The same with the mean time of each method's calls: what the command line shows."""
+        """The same with the times of each method's calls: what the command line shows."""
         found = self.snapshot()
-        means = {f"call_mean_s_{method}": mean for method, mean, _ in self.meter.slowest()}
-        return Stats({**found.values, **means}, found.tiers)
+        times: dict[str, float] = {}
+        for one in self.meter.calls():
+            times[f"call_mean_s_{one.method}"] = one.mean_s
+            times[f"call_p99_s_{one.method}"] = one.quantile(0.99)
+        return Stats({**found.values, **times}, found.tiers)
 
     def status(self) -> Mapping[str, Any]:
-        """The numbers of the status page."""
+        """The numbers of the status page. docs/operations.md describes them; a field is added, none changed."""
         now = self.snapshot()
+        lately, hour = (self.history.recent(now.values, within_s) for within_s in (300.0, 3600.0))
         return {
+            "schema": STATUS_SCHEMA,
             "version": self._version,
             "values": dict(now.values),
             "tiers": {name: asdict(tier) for name, tier in now.tiers.items()},
             "history": self.history.series(),
             "calls": [
-                {"method": method, "mean_s": round(mean, 6), "count": count}
-                for method, mean, count in self.meter.slowest()
+                {
+                    "method": one.method, "mean_s": round(one.mean_s, 6), "count": one.count,
+                    "p50_s": round(one.quantile(0.5), 6), "p99_s": round(one.quantile(0.99), 6),
+                }
+                for one in self.meter.calls()
             ],
-        }
+            "alarms": [asdict(alarm) for alarm in alarms(now.values, lately, hour)],
+            "addresses": self._addresses(),
+            "paths": {"data_dir": self._settings.data_dir, "cold": self._store.config.cold.path or ""},
+            "config": {"server": shown(self._settings), "store": shown(self._store.config)},
+        }  # fmt: skip
+
+    def _addresses(self) -> dict[str, Any]:
+        listening = [part.strip() for part in self._settings.address.split(",") if part.strip()]
+        return {"listening": listening, "metrics": self._settings.metrics_address}
 
     def _run(self) -> None:
         sampled_at = pressed_at = float("-inf")
@@ -109,7 +131,7 @@ class Sampler:
             try:
                 if time.monotonic() - sampled_at >= INTERVAL_S:
                     sampled_at = time.monotonic()
-                    self.history.take(self._store.stats())
+                    self.history.take(self.snapshot())
                 if self._valve is not None and time.monotonic() - pressed_at >= PRESSURE_INTERVAL_S:
                     pressed_at = time.monotonic()
                     self._valve.turn()
@@ -118,3 +140,16 @@ class Sampler:
                 log.exception("watch turn failed")
             if self._stopping.wait(HEAP_INTERVAL_S):
                 return
+
+
+def shown(settings: Any) -> dict[str, Any]:
+    """Settings as plain values for JSON. They name files of secrets, and hold none."""
+    return {name: _plain(value) for name, value in asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -25,7 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
-from kvstore.kernels.cpu import installed
+from kvstore.kernels.cpu import installed, kernels
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission
@@ -137,6 +137,7 @@ async def _serve(settings: Settings) -> int:
         _on_reload(daemon)
         pulse = asyncio.create_task(_pulse(store, daemon))
         settle()
+        _say_what_serves(settings)
         notify("READY=1\nSTATUS=serving")
         await stop.wait()
         logger.info("stopping signal=received")
@@ -147,6 +148,19 @@ async def _serve(settings: Settings) -> int:
         await loop.run_in_executor(None, store.close)
     logger.info("stopped")
     return 0
+
+
+def _say_what_serves(settings: Settings) -> None:
+    """One line of what an operator asks first: version, where the data lies, budgets, how long entries stay."""
+    store, server = settings.store, settings.server
+    cold_nbytes = store.cold.capacity_nbytes if store.cold.path is not None else 0
+    logger.info(
+        "serving version=%s data_dir=%s hot_nbytes=%d warm_nbytes=%d cold_nbytes=%d ttl_s=%g policy=%s kernel=%s "
+        "metrics=%s tokens=%s",
+        own_version(), server.data_dir, store.hot.capacity_nbytes, store.warm.capacity_nbytes, cold_nbytes,
+        store.ttl_s, store.policy, "compiled" if kernels() else "none", server.metrics_address or "none",
+        server.tokens or "none",
+    )  # fmt: skip
 
 
 def _stop_signals() -> asyncio.Event:

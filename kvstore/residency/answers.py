@@ -114,6 +114,7 @@ class Answers:
             if not self._r.counters.hits_in[at]:
                 del self._r.counters.hits_in[at]  # a stranger's encoding is no name for a number
             self._r.counters.misses["lost" if kept else "corrupt"] += 1
+            self._r.lookups.lost(0, "lost" if kept else "corrupt")
         if not kept:
             self._forget([found.key], "corrupt")
 

@@ -19,6 +19,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge
 from kvstore.hit import Held
 from kvstore.keys import Key
+from kvstore.lookup import Lookup, check_lookup
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import pause, slices
 from kvstore.residency.state import Residency
@@ -53,7 +54,8 @@ class Plan:
     keys: those covered, from the first on: fewer than asked for where a lot is full, or a chain ends. entries: as held;
     None on disk. now: the store's clock, Unix seconds. nbytes: of all tensors once decoded. hot: all that was found
     lies in hot as it was put, and nothing was missing but the end of a chain. ended: a chain ended at a miss, which is
-    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told.
+    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told. lookup: what the next keys
+    of the same get count as.
     The entries live as long as the plan does, whatever happens to their keys.
     """
 
@@ -69,6 +71,7 @@ class Plan:
     misses: Sequence[MissCause] = ()
     accept: Collection[str] = field(default=NOTHING)
     from_nbytes: int = 0
+    lookup: Lookup | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -110,7 +113,7 @@ class ReadPath:
         self._promote_window_s = config.promote_window_s
         self._request_promotions = request_promotions
 
-    def plan(
+    def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
         keys: Sequence[Key],
         *,
@@ -121,9 +124,11 @@ class ReadPath:
         whole_if_hot: bool = False,
         charge: Callable[[Plan], None] | None = None,
         count_later: bool = False,
+        lookup: Lookup | None = None,
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
         hot_nbytes = inf if whole_if_hot else at_most_nbytes
+        check_lookup(lookup)
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
@@ -142,6 +147,9 @@ class ReadPath:
                 except EntryTooLarge as error:
                     refused = error
                 else:
+                    plan.lookup = self._r.lookups.got(
+                        lookup, keys, plan.metas, plan.misses, ended=plan.ended, leading=leading, now=plan.now
+                    )
                     counted = self._count_now(plan, count_later=count_later)
             if refused is None:
                 if not counted:
@@ -232,36 +240,52 @@ class ReadPath:
             if tier is None or meta is None:
                 found.append(None)
                 continue
-            value = entry if entry is not None else self._from_disk(key, meta)
+            value = entry if entry is not None else self._from_disk(key, meta, plan.lookup)
             if value is None and plan.leading:
                 break
             found.append(None if value is None else Found(key, tier, value, now - meta.created_at))
         return found
 
-    def peek(self, keys: Sequence[Key]) -> list[Held | None]:
-        """Where each key is held; None where it is not. Counts nothing, and leaves what has expired where it is."""
+    def peek(self, keys: Sequence[Key], lookup: Lookup | None = None) -> list[Held | None]:
+        """Where each key is held; None where it is not. Leaves what has expired where it is.
+
+        Counts nothing, unless `lookup` says that it is one.
+        """
         r = self._r
         held: list[Held | None] = []
         for part in slices(keys, LOOK_MAX):
+            before = len(held)
             with r.lock:
                 for key in part:
                     meta = r.peek(key)
                     place = r.lookup(key) if meta is not None else None
                     held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
+                if lookup is not None:
+                    missing = held.index(None, before) if None in held[before:] else None
+                    found = len(part) - held[before:].count(None)
+                    r.lookups.matched(lookup, part, found, None if missing is None else r.miss_cause(keys[missing]))
+            lookup = None if lookup is None else lookup.continued()
         return held
 
-    def leading(self, keys: Sequence[Key]) -> list[Held]:
-        """Where the leading keys of a chain are held, up to the first miss. Does not count as use.
+    def leading(self, keys: Sequence[Key], lookup: Lookup | None = None) -> list[Held]:
+        """Where the leading keys of a chain are held, up to the first miss. A lookup; does not count as use.
 
         The hottest question there is, a thousand keys at a time: so one look at the clock, and one Held for all chunks
         of one size in one tier.
         """
         held: list[Held] = []
         made: dict[tuple[str, int], Held] = {}
+        how, r = check_lookup(lookup) or Lookup(len(keys)), self._r
         for part in slices(keys, MATCH_MAX):
-            with self._r.lock:
-                if not self._match(part, held, made):
-                    break
+            before = len(held)
+            with r.lock:
+                whole = self._match(part, held, made)
+                r.lookups.matched(how, part, len(held) - before, None if whole else r.miss_cause(keys[len(held)]))
+                if lookup is None or lookup.counted:
+                    r.lookups.asked.note(part, r.clock.now())
+            if not whole:
+                break
+            how = how.continued()
         return held
 
     def _match(self, keys: Sequence[Key], held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
@@ -312,11 +336,10 @@ class ReadPath:
         ))  # fmt: skip
         nbytes, hot = plan.nbytes, plan.hot
         for key in keys:
-            cause = r.miss_cause(key)
             meta = r.live(key)
             place = r.lookup(key) if meta is not None else None
             if meta is None or place is None:
-                misses.append(cause)
+                misses.append(r.miss_cause(key))
                 if how.leading:
                     plan.ended = True
                     break
@@ -392,7 +415,7 @@ class ReadPath:
             meta.expires_at = now + meta.ttl_s
         return tier != "hot" and (self._promote_after == 1 or (self._promote_after == 2 and bool(recent)))
 
-    def _from_disk(self, key: Key, meta: Meta) -> Entry | None:
+    def _from_disk(self, key: Key, meta: Meta, lookup: Lookup | None) -> Entry | None:
         r = self._r
         assert r.cold is not None
         entry = r.cold.get(key)
@@ -404,7 +427,9 @@ class ReadPath:
             # Counted as a hit when it was found; cold has dropped it since.
             c.tiers["cold"].hits -= 1
             c.hit_nbytes -= meta.value_nbytes
-            c.misses["corrupt" if key not in r.index else "lost"] += 1
+            cause: MissCause = "corrupt" if key not in r.index else "lost"
+            c.misses[cause] += 1
+            r.lookups.lost(0 if lookup is None else lookup.key_tokens, cause)
             return None
 
 

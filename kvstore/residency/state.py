@@ -37,6 +37,7 @@ from kvstore.metadata.slices import STEPS, slices
 from kvstore.metadata.tenants import Tenants
 from kvstore.metadata.tombstones import GoneCause, Tombstone, Tombstones
 from kvstore.policies import policy_named
+from kvstore.residency.lookups import Lookups
 from kvstore.stats import Counters, MissCause, TierCounters
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.balance import Balance
@@ -106,6 +107,7 @@ class Residency:
         self.balance: Balance | None = None
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
+        self.lookups = Lookups(self.counters.lookups)
 
     def in_cold(self, key: Key) -> bool:
         """Whether the cold tier holds the key."""
@@ -166,8 +168,12 @@ class Residency:
         return ("cold", None) if self.in_cold(key) else None
 
     def miss_cause(self, key: Key) -> MissCause:
-        """Why a key that is not live is missing, as far as the index still knows."""
-        return "absent" if key not in self.index else "expired"
+        """Why a key is missing, as far as that is still known: two looks, and nothing is made for it."""
+        gone = self.leaving.get(key) or self.tombstones.get(key)
+        if gone is not None:
+            return _MISSES[gone.cause]
+        meta = self.index.get(key)
+        return "absent" if meta is None else "expired" if meta.expired(self.clock.now()) else "lost"
 
     def touch(self, keys_deepest_first: Iterable[Key]) -> None:
         """Count as use, in every tier that holds them."""
@@ -229,6 +235,7 @@ class Residency:
         if old is None:
             self.chains.link(key)
             self.tombstones.discard(key)
+            self.lookups.asked.discard(key)
             if self.balance is not None:
                 self.balance.put(key)
         else:
@@ -392,6 +399,10 @@ class Residency:
             self.forget_if_gone(key, _CAUSES.get(reason, "write failed"), "cold")
 
 
+_MISSES: dict[GoneCause, MissCause] = {
+    "expired": "expired", "evicted": "evicted", "over quota": "evicted", "deleted": "deleted", "orphaned": "orphaned",
+    "corrupt": "corrupt", "write failed": "lost",
+}  # fmt: skip
 _CAUSES: dict[str, GoneCause] = {"evicted": "evicted", "corrupt": "corrupt"}
 
 

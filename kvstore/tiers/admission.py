@@ -67,3 +67,8 @@ class Admission:
         """Bytes that may still be written."""
         gained = (self._clock.now() - self._filled_at) * self._nbytes_per_day / DAY_S
         return min(self._left_nbytes + gained, float(self._nbytes_per_day))
+
+    @property
+    def shown_nbytes(self) -> float:
+        """The same for people: 0 where there is no budget, or it is overdrawn."""
+        return max(0.0, self.left_nbytes) if self._nbytes_per_day else 0.0

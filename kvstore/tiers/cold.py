@@ -197,7 +197,7 @@ class Cold:
         """Numbers by name for the store's stats."""
         return self._records.gauges() | {
             "cold_refusals": float(self.admission.refusals),
-            "cold_write_left_nbytes": self.admission.left_nbytes,
+            "cold_write_left_nbytes": self.admission.shown_nbytes,
         }
 
     def stats(self) -> ColdStats:

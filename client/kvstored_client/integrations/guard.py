@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from kvstore.errors import ConfigError, InvalidEntry, PermissionDenied
 from kvstore.hit import Held, Hit, Match
+from kvstore.lookup import REPORT_MAX_S, Lookup, said
 from kvstore.pieces import in_pieces
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
@@ -73,7 +74,8 @@ class Guard:
         self._pid = 0
         self._start_afresh()
         # The first call of a client makes the connection; a lookup's deadline is too short to share with that.
-        self._callers.run(_Call(lambda: self.cache.match([b"kvstored"])))
+        # `locate`, which is no lookup: a miss that nobody asked for would be in every worker's hit ratio.
+        self._callers.run(_Call(lambda: self.cache.locate([b"kvstored"])))
         _alive.add(self)
 
     @property
@@ -134,28 +136,40 @@ class Guard:
         """Put entries, root first. Returns how many were stored, as far as that is known in time."""
         return self.call(lambda: int(self.cache.put_many(entries, **how)), self.fetch_timeout_s, 0)
 
-    def get(self, key: bytes) -> Hit | None:
+    def get(self, key: bytes, *, lookup: Lookup | None = None) -> Hit | None:
         """The value under a key; None on a miss."""
-        return self.get_many([key])[0]
+        return self.get_many([key], lookup=lookup)[0]
 
-    def get_many(self, keys: Sequence[bytes], *, leading: bool = False) -> list[Hit | None]:
-        """Values in the order of keys. leading: a chain, up to the first miss."""
+    def get_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> list[Hit | None]:
+        """Values in the order of keys. leading: a chain, up to the first miss. lookup: how it is counted."""
         missing: list[Hit | None] = [] if leading else [None] * len(keys)
-        found = self.call(lambda: list(self.cache.get_many(keys, leading=leading)), self.fetch_timeout_s, missing)
+        found = self.call(
+            lambda: list(self.cache.get_many(keys, leading=leading, **said(lookup))), self.fetch_timeout_s, missing
+        )
         return found if leading or len(found) == len(keys) else missing
 
     @contextmanager
-    def lease_many(self, keys: Sequence[bytes], *, leading: bool = False) -> Iterator[list[Hit | None]]:
+    def lease_many(
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> Iterator[list[Hit | None]]:
         """As get_many, with copies: no deadline would cover a view that is read later."""
-        yield self.get_many(keys, leading=leading)
+        yield self.get_many(keys, leading=leading, lookup=lookup)
 
-    def match(self, keys: Sequence[bytes]) -> Match:
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
         """How many leading keys are held, and where."""
-        return self.call(lambda: self.cache.match(keys), self.lookup_timeout_s, Match(()))
+        return self.call(lambda: self.cache.match(keys, **said(lookup)), self.lookup_timeout_s, Match(()))
 
-    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+    def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held."""
-        return self.call(lambda: list(self.cache.locate(keys)), self.lookup_timeout_s, [None] * len(keys))
+        missing: list[Held | None] = [None] * len(keys)
+        return self.call(lambda: list(self.cache.locate(keys, **said(lookup))), self.lookup_timeout_s, missing)
+
+    def report(self, *, prefill_saved_s: float) -> None:
+        """Add seconds of prefill that hits made unnecessary to the cache's numbers, later."""
+        if prefill_saved_s > 0:
+            self.later(lambda: self.cache.report(prefill_saved_s=min(prefill_saved_s, REPORT_MAX_S)), 0)
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use."""

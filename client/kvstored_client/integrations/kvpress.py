@@ -27,7 +27,9 @@ from transformers import DynamicCache
 
 from kvstore.hit import Fidelity
 from kvstore.keys import Identity, chunk_keys
+from kvstore.lookup import Lookup
 from kvstored_client.integrations.guard import guarded
+from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.transformers import identity
 from kvstored_client.integrations.transformers.state import NotCacheable, Watch
 
@@ -97,6 +99,7 @@ class PressedCache:
             "model": f"{type(model).__name__}/{fields}", "layers": layers, "kv_heads": heads, "head_dim": dim,
             "layout": "pressed-kept", "fidelity": fidelity,
         }  # fmt: skip
+        self._time = PrefillTime()
         self._watch = Watch(model, revision, besides=frozenset({_MARKS}))
         try:
             self._watch.look()
@@ -105,12 +108,18 @@ class PressedCache:
 
     def prefill(self, ids: torch.Tensor) -> Pressed:
         """The pressed cache of a context (1, tokens): restored where it is held, else computed and kept."""
+        began, tokens = self._time.clock(), int(ids.shape[1])
         found = self.restore(ids)
+        restored_at = self._time.clock()
         if found is not None:
+            self.guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, restored_at - began))
             return found
         cache = DynamicCache()
         with torch.inference_mode(), self.press(self.model):
             self.model.model(input_ids=ids, past_key_values=cache)
+        if ids.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._time.observe(1, tokens, self._time.clock() - restored_at)
         rows = int(cache.layers[0].keys.shape[2])
         found = Pressed(cache, rows if self._positions == "compacted" else int(ids.shape[1]), restored=False)
         self._keep(ids, found)
@@ -119,7 +128,8 @@ class PressedCache:
     def restore(self, ids: torch.Tensor) -> Pressed | None:
         """The pressed cache of a context (1, tokens) where it is held; None on a miss. Marks the model's modules."""
         key = self._key(ids)
-        hit = self.guard.get(key) if key is not None else None
+        tokens = int(ids.shape[1])
+        hit = self.guard.get(key, lookup=Lookup(1, tokens, tokens)) if key is not None else None
         if hit is None:
             return None
         try:

@@ -27,6 +27,7 @@ from llama_cpp import __version__ as llama_cpp_version
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from kvstore.keys import chunk_keys, token_bytes
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import Guard, guarded
 
@@ -87,7 +88,7 @@ class KvstoredLlamaCache(BaseLlamaCache):  # no __len__: Llama asks `if self.cac
         return self._put_nbytes
 
     def __contains__(self, key: Sequence[int]) -> bool:
-        return self._usable() and bool(self.guard.match(self._pointers(key)[:1]))
+        return self._usable() and bool(self.guard.match(self._pointers(key)[:1], lookup=ELSEWHERE))
 
     def __getitem__(self, key: Sequence[int]) -> LlamaState:
         """The state that shares the longest prefix with these tokens. Raises KeyError on a miss."""
@@ -147,15 +148,17 @@ class KvstoredLlamaCache(BaseLlamaCache):  # no __len__: Llama asks `if self.cac
 
     def _find(self, tokens: list[int]) -> LlamaState | None:
         pointers = self._pointers(tokens)
-        held = self.guard.match(pointers) if pointers else 0
+        whole = Lookup(len(pointers), len(tokens), STEP_TOKENS)
+        held = self.guard.match(pointers, lookup=whole) if pointers else 0
         if not held:
             return None
         deepest = pointers[max(0, held - CANDIDATES) : held]
-        targets = [_bytes(hit.tensors["state"]) for hit in reversed(self.guard.get_many(deepest)) if hit is not None]
+        hits = self.guard.get_many(deepest, lookup=ELSEWHERE)
+        targets = [_bytes(hit.tensors["state"]) for hit in reversed(hits) if hit is not None]
         states = list(dict.fromkeys(targets))  # several pointers lead to one state
         places = self.guard.locate(states) if states else []
         for key, place in zip(states, places, strict=True):
-            hit = self.guard.get(key) if place is not None else None
+            hit = self.guard.get(key, lookup=ELSEWHERE) if place is not None else None
             if hit is not None:
                 return self._state(hit.tensors, tokens)
         return None

@@ -41,6 +41,7 @@ from lmcache.v1.protocol import RemoteMetadata
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
@@ -238,14 +239,15 @@ class KvstoredL2Adapter(L2AdapterInterface):
 
     def _lookup(self, keys: list[Any]) -> Any:
         found = Bitmap(len(keys))
-        for i, held in enumerate(self._guard.locate(self._keys(keys))):
+        # LMCache does not tell its second level how many tokens an object has.
+        for i, held in enumerate(self._guard.locate(self._keys(keys), lookup=Lookup(len(keys)))):
             if held is not None:
                 found.set(i)
         return found
 
     def _load(self, keys: list[Any], objects: list[Any]) -> Any:
         found = Bitmap(len(keys))
-        hits = self._guard.get_many(self._keys(keys))
+        hits = self._guard.get_many(self._keys(keys), lookup=ELSEWHERE)
         for i, (hit, obj) in enumerate(zip(hits, objects, strict=True)):
             if hit is not None and _fills(hit.tensors, obj):
                 found.set(i)
@@ -283,6 +285,7 @@ class KvstoredConnector(RemoteConnector):
         except configured.NoStableForm as error:
             logger.warning("running without the store: %s", error)
         self._local = context.local_cpu_backend
+        self._chunk_tokens = int(getattr(context.config, "chunk_size", 0) or 0)
 
     async def exists(self, key: Any) -> bool:
         """Whether the key is held."""
@@ -290,14 +293,15 @@ class KvstoredConnector(RemoteConnector):
 
     def exists_sync(self, key: Any) -> bool:
         """Whether the key is held."""
-        return self._root is not None and self._guard.match([_key_of(self._root, key)]) > 0
+        lookup = Lookup(1, self._chunk_tokens, self._chunk_tokens)
+        return self._root is not None and self._guard.match([_key_of(self._root, key)], lookup=lookup) > 0
 
     async def get(self, key: Any) -> Any:
         """The object, in memory of LMCache's; None on a miss."""
         return await asyncio.to_thread(self._get, key)
 
     def _get(self, key: Any) -> Any:
-        hit = None if self._root is None else self._guard.get(_key_of(self._root, key))
+        hit = None if self._root is None else self._guard.get(_key_of(self._root, key), lookup=ELSEWHERE)
         if hit is None or not {_DATA, _META} <= hit.tensors.keys():
             return None
         try:

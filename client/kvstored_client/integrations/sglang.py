@@ -29,6 +29,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from kvstore.hit import Fidelity
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
@@ -158,7 +159,7 @@ class KvstoredHiCache(HiCacheStorage):
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """How many leading pages are held."""
         del extra_info
-        return self._safely(lambda: int(self._guard.match(self._keys(_KV, keys))), 0)
+        return self._safely(lambda: self._leading(keys), 0)
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
         """Fill pages of the host pool. Returns which were."""
@@ -204,7 +205,7 @@ class KvstoredHiCache(HiCacheStorage):
         return done
 
     def _exists_in_pools(self, keys: list[str], transfers: list[PoolTransfer]) -> PoolTransferResult:
-        pages = int(self._guard.match(self._keys(_KV, keys)))
+        pages = self._leading(keys)
         hits: dict[str, int] = {PoolName.KV: pages} if pages else {}
         restorable = list(range(1, pages + 1))
         for transfer in transfers:
@@ -222,6 +223,12 @@ class KvstoredHiCache(HiCacheStorage):
             restorable = [n for n in restorable if n in usable]
         return PoolTransferResult(restorable[-1] if restorable else 0, hits, restorable)
 
+    def _leading(self, keys: list[str]) -> int:
+        """Leading KV pages held: the lookup of a prompt, as SGLang makes it."""
+        tokens = int(getattr(getattr(self, "mem_pool_host", None), "page_size", 0) or 0)
+        lookup = Lookup(len(keys), len(keys) * tokens, tokens)
+        return int(self._guard.match(self._keys(_KV, keys), lookup=lookup))
+
     def _fill(self, pool_name: str, pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         starts = _page_starts(pool, keys, host_indices)
         blank = [pool.get_dummy_flat_data_page() for _ in keys]
@@ -238,7 +245,8 @@ class KvstoredHiCache(HiCacheStorage):
 
     def _pages(self, pool_name: str, keys: list[str], targets: Sequence[Any]) -> list[torch.Tensor | None]:
         found: list[torch.Tensor | None] = []
-        for hit, target in zip(self._guard.get_many(self._keys(pool_name, keys)), targets, strict=True):
+        hits = self._guard.get_many(self._keys(pool_name, keys), lookup=ELSEWHERE)
+        for hit, target in zip(hits, targets, strict=True):
             page = None if hit is None else hit.tensors.get("page")
             if page is not None and target is not None:
                 fits = page.dtype == target.dtype and page.numel() == target.numel()

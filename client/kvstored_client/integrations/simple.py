@@ -111,7 +111,9 @@ class _KVCache:
                 return None
             self._hits += 1
             seconds, layers = self._costs.get(digest, (0.0, 1))
-            self._saved_s += max(0.0, seconds / layers - (time.perf_counter() - start))
+            saved_s = max(0.0, seconds / layers - (time.perf_counter() - start))
+            self._saved_s += saved_s
+        self._guard.report(prefill_saved_s=saved_s)
         return hit.tensors["k"].to(self._device), hit.tensors["v"].to(self._device)
 
     def get_stats(self) -> dict[str, float]:

@@ -31,8 +31,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore.hit import Fidelity
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
+from kvstored_client.integrations.prefill_time import PrefillTime
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +112,13 @@ _BLOCKS_PER_FETCH = 8
 
 @dataclass
 class _Work(KVConnectorMetadata):
-    """What a step's worker loads and keeps: block hashes and where the blocks are. root: the scheduler's identity."""
+    """What a step's worker loads and keeps: block hashes and where the blocks are. root: the scheduler's identity.
+
+    prefill: tokens of the step where it is one whole prefill and nothing else, so that its time can be told; else 0.
+    """
 
     root: bytes = b""
+    prefill: int = 0
     loads: list[tuple[bytes, int]] = field(default_factory=list)
     saves: list[tuple[bytes, int]] = field(default_factory=list)
 
@@ -158,6 +164,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._layers: dict[str, torch.Tensor] = {}
         self._failed: set[int] = set()
         self._said: set[str] = set()
+        self._time = PrefillTime()
+        self._loaded_at = 0.0
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -173,7 +181,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             salt = adapters.salt_of(request)
             hashes = _hashes(request, salt)[: (request.num_tokens - 1) // self._block_size]
-            held = self._held(hashes)
+            # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
+            held = self._held(hashes, counted=request.request_id not in self._tracked)
         except adapters.Unknown as error:
             self._say_once(f"requests run without the store: {error}")
             return 0, False
@@ -204,6 +213,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         for new in scheduler_output.scheduled_new_reqs:
             self._note(new.req_id, new.block_ids, fresh=True)
             work.saves += self._filled(new.req_id, new.num_computed_tokens + scheduled.get(new.req_id, 0))
+            alone = len(scheduled) == 1 and not new.num_computed_tokens
+            work.prefill = int(scheduled.get(new.req_id, 0)) if alone else 0
         old = scheduler_output.scheduled_cached_reqs
         for i, name in enumerate(old.req_ids):
             self._note(name, old.new_block_ids[i], fresh=name in old.resumed_req_ids)
@@ -233,11 +244,15 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._said.add(text)
             logger.warning(text)
 
-    def _held(self, hashes: list[bytes]) -> int:
-        """Leading blocks of which every rank's shard is held."""
+    def _held(self, hashes: list[bytes], *, counted: bool) -> int:
+        """Leading blocks of which every rank's shard is held. The first rank's question is counted for all."""
         if not hashes:
             return 0
-        return min(int(self._guard.match([self._key(h, rank) for h in hashes])) for rank in range(self._ranks))
+        whole = Lookup(len(hashes), len(hashes) * self._block_size, self._block_size) if counted else ELSEWHERE
+        return min(
+            int(self._guard.match([self._key(h, rank) for h in hashes], lookup=ELSEWHERE if rank else whole))
+            for rank in range(self._ranks)
+        )
 
     def _note(self, name: str, block_ids: Any, *, fresh: bool) -> None:
         tracked = self._tracked.get(name)
@@ -269,12 +284,19 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         work = self._get_connector_metadata()
         loads = work.loads if isinstance(work, _Work) else []
         self._told(work)
+        began, filled = self._time.clock(), 0
         for start in range(0, len(loads), _BLOCKS_PER_FETCH):
             part = loads[start : start + _BLOCKS_PER_FETCH]
-            hits = self._guard.get_many([self._key(found, self._rank) for found, _ in part])
+            hits = self._guard.get_many([self._key(found, self._rank) for found, _ in part], lookup=ELSEWHERE)
             for (_, block), hit in zip(part, hits, strict=True):
                 if hit is None or not self._filled_block(block, hit.tensors):
                     self._failed.add(block)
+                else:
+                    filled += 1
+        self._loaded_at = self._time.clock()
+        tokens = filled * self._block_size
+        if tokens and not self._rank:  # the ranks compute side by side
+            self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._loaded_at - began))
 
     def _told(self, work: Any) -> None:
         self._root = getattr(work, "root", b"") or self._root
@@ -312,6 +334,9 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._told(work)
         for found, block in saves:
             tensors = {name: part.detach().to("cpu", copy=True) for name, part in self._parts(block).items()}
+            if work.prefill:  # the copy has waited for the device, so the forward pass has ended
+                self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
+                work.prefill = 0
             nbytes = sum(part.numel() * part.element_size() for part in tensors.values())
             entry = [(self._key(found, self._rank), tensors)]
             self._guard.later(lambda entry=entry: self._put(entry), nbytes)  # type: ignore[misc]  # bound now

@@ -27,6 +27,7 @@ import vllm
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, RequestOffloadingContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
+from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
@@ -96,7 +97,8 @@ class KvstoredTier(SecondaryTierManager):
         # All lookups that came together are one call.
         with self._lock:
             asked = self._asked[:4096]
-        held = self._guard.locate(asked)
+        # Each chunk once while its answer is known; a prompt's chunks are not told apart from another's.
+        held = self._guard.locate(asked, lookup=Lookup(len(asked)))
         with self._lock:
             for key, at in zip(asked, held, strict=True):
                 self._learn(key, held=at is not None)
@@ -159,7 +161,7 @@ class KvstoredTier(SecondaryTierManager):
     def _load(self, job: TransferJob) -> JobResult:
         good = []
         keys = list(job.keys)
-        hits = self._guard.get_many([self._key(key) for key in keys])
+        hits = self._guard.get_many([self._key(key) for key in keys], lookup=ELSEWHERE)
         for key, slot, hit in zip(keys, job.chunk_ids, hits, strict=True):
             chunk = None if hit is None else hit.tensors.get("chunk")
             target = self._slots[int(slot)]

@@ -214,6 +214,7 @@ def get(
             connection.give_back(reply.lease)
         if how.leading and len(reply.leased) < len(part):
             break
+        how = how.continued()
     return hits, stale, epoch
 
 

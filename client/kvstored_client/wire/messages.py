@@ -1,12 +1,13 @@
 """Messages of the proto to and from the plain objects of `kvstore`: the part both ends need. No I/O, no state."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
 from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Held, Priority, TensorInfo
+from kvstore.lookup import Lookup, check_lookup
 from kvstore.stats import Stats, TierStats
 from kvstored_client.wire._pb import cache_pb2 as pb
 
@@ -34,6 +35,7 @@ class GetOptions:
     leading: bool = False
     accept: tuple[str, ...] = ()
     accept_from_nbytes: int = 0
+    lookup: Lookup | None = None
     rest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,8 +44,32 @@ class GetOptions:
     def request(self, keys: Iterable[bytes] = ()) -> pb.GetRequest:
         """The request for these keys."""
         return pb.GetRequest(
-            keys=keys, leading=self.leading, accept=self.accept, accept_from_nbytes=self.accept_from_nbytes
+            keys=keys,
+            leading=self.leading,
+            accept=self.accept,
+            accept_from_nbytes=self.accept_from_nbytes,
+            lookup=lookup_message(self.lookup),
         )
+
+    def continued(self) -> "GetOptions":
+        """Those of a later call of the same get."""
+        return self if self.lookup is None else replace(self, lookup=self.lookup.continued())
+
+
+def lookup_message(lookup: Lookup | None) -> pb.Lookup | None:
+    """A lookup as a message."""
+    if lookup is None:
+        return None
+    check_lookup(lookup)
+    return pb.Lookup(keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted)
+
+
+def read_lookup(message: pb.GetRequest | pb.MatchRequest) -> Lookup | None:
+    """What a request says of its lookup; None: nothing. Raises InvalidEntry."""
+    if not message.HasField("lookup"):
+        return None
+    asked = message.lookup
+    return check_lookup(Lookup(asked.keys, asked.tokens, asked.key_tokens, not asked.uncounted))
 
 
 def tensor_specs(specs: Mapping[str, TensorInfo]) -> list[pb.TensorSpec]:

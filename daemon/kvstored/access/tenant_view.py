@@ -92,13 +92,13 @@ class TenantView:
         """As Store.read, for a plan of this view."""
         return self._store.read(plan, room=room)
 
-    def match(self, keys: Sequence[bytes]) -> Match:
+    def match(self, keys: Sequence[bytes], **how: Any) -> Match:
         """As Store.match."""
-        return self._store.match(self._all(keys))
+        return self._store.match(self._all(keys), **how)
 
-    def locate(self, keys: Sequence[bytes]) -> list[Held | None]:
+    def locate(self, keys: Sequence[bytes], **how: Any) -> list[Held | None]:
         """As Store.locate."""
-        return self._store.locate(self._all(keys))
+        return self._store.locate(self._all(keys), **how)
 
     def touch(self, keys: Sequence[bytes], **how: Any) -> int:
         """As Store.touch."""

@@ -15,7 +15,7 @@ from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Gather, cut_frames
-from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
+from kvstored_client.wire.messages import TIERS, read_lookup, relative_errors, tensor_specs
 
 AT_HAND_MAX = 2
 AT_HAND_NBYTES = 4 << 20
@@ -48,6 +48,7 @@ class Reading:
         self._leading = asked.leading
         self._accept = frozenset(asked.accept)
         self._accept_from_nbytes = asked.accept_from_nbytes
+        self._lookup = read_lookup(asked)
         self._at = 0
         self._lots = 0
         self._counted_nbytes = 0
@@ -64,12 +65,14 @@ class Reading:
             from_nbytes=self._accept_from_nbytes,
             at_most_nbytes=self._budget.lot_nbytes,
             charge=self.charge,
+            lookup=self._lookup,
         )
         self.begin(plan)
 
     def begin(self, plan: Plan) -> None:
         """Read this lot next; it is charged."""
         self._plan = plan
+        self._lookup = plan.lookup
         self._lots += 1
 
     @property

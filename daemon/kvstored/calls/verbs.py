@@ -3,7 +3,7 @@
 from kvstore.keys import CheckedKeys
 from kvstore.view import StoreView
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.messages import held_message
+from kvstored_client.wire.messages import held_message, read_lookup
 
 
 class Verbs:
@@ -16,7 +16,11 @@ class Verbs:
     def match(self, asked: pb.MatchRequest) -> pb.MatchReply:
         """Leading keys held, or each key's place."""
         keys = CheckedKeys(asked.keys)
-        held = self._store.locate(keys) if asked.every else list(self._store.match(keys).held)
+        lookup = read_lookup(asked)
+        if asked.every:
+            held = self._store.locate(keys, lookup=lookup)
+        else:
+            held = list(self._store.match(keys, lookup=lookup).held)
         return pb.MatchReply(held=map(held_message, held), boot_epoch=self.epoch)
 
     def touch(self, asked: pb.TouchRequest) -> pb.TouchReply:

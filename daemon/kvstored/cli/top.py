@@ -40,7 +40,9 @@ def top(client: "Client", as_json: bool, interval_s: float, count: int | None) -
         if as_json:
             span_s = at - looked_at
             found = {kind: [asdict(one) for one in accounts(kind, before, now, span_s)] for kind in KINDS}
-            print_json({"tiers": now.as_dict()["tiers"], "rates": rates(before, now, span_s), **found})
+            print_json({
+                "schema": SCHEMA, "tiers": now.as_dict()["tiers"], "rates": rates(before, now, span_s), **found,
+            })  # fmt: skip
         else:
             lines = screen(before, now, at - looked_at)
             height: int = shutil.get_terminal_size().lines - 1
@@ -70,7 +72,12 @@ def repeat(look: Callable[[], None], interval_s: float, count: int | None) -> No
         click.echo()
 
 
-_COUNTED = ("gets", "hits", "puts", "hit_nbytes", "put_nbytes", "evictions", "expirations", "deletes")
+SCHEMA = 1
+"""Of `stats --json` and `top --json`, which docs/operations.md describes."""
+_COUNTED = (
+    "gets", "hits", "puts", "hit_nbytes", "put_nbytes", "evictions", "expirations", "deletes", "lookup_keys",
+    "lookup_hit_keys", "lookup_tokens", "lookup_hit_tokens", "prefill_saved_s",
+)  # fmt: skip
 
 
 def rates(before: Stats | None, now: Stats, span_s: float, counted: Sequence[str] = _COUNTED) -> dict[str, float]:
@@ -88,7 +95,6 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
     """The view, line by line."""
     v = now.values
     rate = rates(before, now, span_s)
-    recent = f"{rate['hits'] / rate['gets']:.1%}" if rate["gets"] else "-"
     lines = [
         f"kvstored  up {duration(v.get('uptime_s', 0))}  entries {v.get('entries', 0):,.0f}  "
         f"in flight {size(v.get('in_flight_nbytes', 0))}  refused {v.get('in_flight_refused', 0):,.0f}"
@@ -106,20 +112,35 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
         for name, t in now.tiers.items()
     ]
     lines += table(("TIER", "FULL", "USED", "OF", "ENTRIES", "HITS", "DEMOTED", "PROMOTED", "EVICTED"), rows, left=2)
-    lines += ["", f"hit ratio {recent} now, {v.get('hit_ratio', 0):.1%} since start"]
+    lines += ["", *_lookups(v, rate)]
     lines.append(
         f"per second: {rate['gets']:,.1f} gets, {rate['puts']:,.1f} puts, {size(rate['hit_nbytes'])} out, "
         f"{size(rate['put_nbytes'])} in, {rate['evictions']:,.1f} evicted, {rate['expirations']:,.1f} expired"
     )
-    causes = [(name.removeprefix("misses_"), n) for name, n in sorted(v.items()) if name.startswith("misses_") and n]
+    missed = "lookup_misses_"
+    causes = [(name.removeprefix(missed), n) for name, n in sorted(v.items()) if name.startswith(missed) and n]
     if causes:
-        lines.append("misses: " + ", ".join(f"{n:,.0f} {printable(cause)}" for cause, n in causes))
+        lines.append("lookups missed: " + ", ".join(f"{n:,.0f} {printable(cause)}" for cause, n in causes))
     for kind, head in KINDS.items():
         found = accounts(kind, before, now, span_s)[:_ROWS]
         rows = [(a.name, f"{a.hits_per_s:,.1f}", f"{a.hits:,}", f"{a.entries:,}", size(a.nbytes)) for a in found]
         if rows:
             lines += ["", *table((head, "HITS/S", "HITS", "ENTRIES", "BYTES"), rows)]
     return lines + _calls(v)
+
+
+def _lookups(values: Mapping[str, float], rate: Mapping[str, float]) -> list[str]:
+    """What the cache is worth: prefill saved, and the share found of what was looked up."""
+    lines = [f"prefill saved {duration(values.get('prefill_saved_s', 0))}, {rate['prefill_saved_s']:,.2f} s a second"]
+    for kind, name in (("tokens", "token_hit_ratio"), ("keys", "hit_ratio")):
+        asked, total = rate[f"lookup_{kind}"], values.get(f"lookup_{kind}", 0)
+        if total or kind == "keys":
+            recent = f"{min(1.0, rate[f'lookup_hit_{kind}'] / asked):.1%}" if asked else "-"
+            lines.append(
+                f"hit ratio of {kind} {recent} now, {values.get(name, 0):.1%} since start; "
+                f"{asked:,.1f} looked up a second, {total:,.0f} since start"
+            )
+    return lines
 
 
 KINDS = {"namespace": "HOTTEST NAMESPACES", "tenant": "TENANTS"}
@@ -157,7 +178,12 @@ def _calls(values: Mapping[str, float]) -> list[str]:
     if not means:
         return []
     slowest = sorted(means.items(), key=lambda item: -item[1])[:6]
-    return ["", *table(("SLOWEST CALLS", "MEAN"), [(name, duration_ms(mean)) for name, mean in slowest])]
+    late = [values.get(f"call_p99_s_{name}") for name, _ in slowest]
+    rows = [
+        (name, duration_ms(mean), "-" if p99 is None else duration_ms(p99))
+        for (name, mean), p99 in zip(slowest, late, strict=True)
+    ]
+    return ["", *table(("SLOWEST CALLS", "MEAN", "99 % WITHIN"), rows)]
 
 
 def duration_ms(seconds: float) -> str:

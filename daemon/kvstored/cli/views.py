@@ -16,7 +16,7 @@ from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, size, table
-from kvstored.cli.top import repeat
+from kvstored.cli.top import SCHEMA, repeat
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -37,7 +37,7 @@ def stats(client: "Client", as_json: bool, watch_s: float | None) -> None:  # no
 def _print_stats(client: "Client", *, as_json: bool) -> None:
     found = client.stats()
     if as_json:
-        print_json(found.as_dict())
+        print_json({"schema": SCHEMA, **found.as_dict()})
         return
     head = ("TIER", "ENTRIES", "USED", "CAPACITY", "FULL", "HITS", "PUTS", "EVICTED", "DEMOTED", "PROMOTED")
     rows = [

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
+from kvstore.lookup import check_saved
 from kvstore.residency.transcode import Room
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
@@ -36,8 +37,6 @@ LOOKED_UP_MAX = 64
 """Keys looked up on the event loop itself: some 0.1 ms."""
 READ_AT_ONCE_NBYTES = 8 << 10
 """A larger request is read on a worker thread: to count the fields of a hostile one takes 2 ms."""
-REPORT_MAX_S = 86400
-"""More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
 
 M = TypeVar("M", bound=Message)
 
@@ -186,10 +185,7 @@ class CacheService(Service):
     @answering
     async def report(self, request: bytes, _: Context) -> bytes:
         """What a client says the cache was worth."""
-        saved_s = read_request(pb.ReportRequest, request).prefill_saved_s
-        if not 0 <= saved_s <= REPORT_MAX_S:  # NaN included
-            raise InvalidEntry(f"prefill_saved_s must be from 0 to {REPORT_MAX_S}, got {saved_s}")
-        self._meter.saved(saved_s)
+        self._meter.saved(check_saved(read_request(pb.ReportRequest, request).prefill_saved_s))
         return pb.ReportReply(boot_epoch=self._epoch).SerializeToString()
 
     def handler(self) -> grpc.GenericRpcHandler:

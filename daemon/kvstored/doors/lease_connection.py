@@ -55,6 +55,7 @@ from kvstored.doors.lease_packets import (
 )
 from kvstored.doors.lending import Lending
 from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.messages import read_lookup
 from kvstored_client.wire.trust import peer_uid
 
 logger = logging.getLogger(__name__)
@@ -320,6 +321,7 @@ class Connection:
             whole_if_hot=True,
             charge=charge,
             count_later=True,
+            lookup=read_lookup(asked),
         )
         kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
         if kept_replies is not None:

@@ -7,8 +7,10 @@ gets a line. Thread rule: `Meter` on the event loop and on scrape threads (prome
 thread.
 """
 
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isinf
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -46,6 +48,14 @@ _TIER = (
 _STORE = (
     Family("kvstored_gets_total", "counter", "Keys asked for.", value="gets"),
     Family("kvstored_misses_total", "counter", "Gets not answered, by cause.", "cause", "misses_{}"),
+    Family("kvstored_lookup_keys_total", "counter", "Keys looked up, by a match or a get; each lookup once.",
+           value="lookup_keys"),
+    Family("kvstored_lookup_hit_keys_total", "counter", "Of these, held.", value="lookup_hit_keys"),
+    Family("kvstored_lookup_tokens_total", "counter", "Tokens of prompts looked up, where the caller says how many.",
+           value="lookup_tokens"),
+    Family("kvstored_lookup_hit_tokens_total", "counter", "Of these, held.", value="lookup_hit_tokens"),
+    Family("kvstored_lookup_misses_total", "counter", "Lookups that ended early, by why the first key is missing.",
+           "cause", "lookup_misses_{}"),
     Family("kvstored_hits_total", "counter", "Gets answered, by the tier that answered and the encoding it held.",
            "tier,encoding", "hits_{}"),
     Family("kvstored_hit_bytes_total", "counter", "Decoded bytes of entries found.", value="hit_nbytes"),
@@ -150,8 +160,8 @@ _MEASURED = (
 
 FAMILIES = (*_TIER, *_STORE, _ERRORS, *_DAEMON, *_MEASURED)
 
-DERIVED = frozenset({"hits", "misses", "hit_ratio", "evictions"})
-"""Sums over labels, and a quotient: a query computes them, not an exporter."""
+DERIVED = frozenset({"hits", "misses", "hit_ratio", "token_hit_ratio", "evictions", "prefill_saved_s", "calls_refused"})
+"""Sums over labels, quotients, and what `Meter` exports: no metric is made of them here."""
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """From a small hit over the unix socket (0.5 ms) to a large put on a slow link."""
@@ -171,6 +181,9 @@ class Meter:
             *text("kvstored_rpc_seconds"), ("method", "code"), buckets=_SECONDS, registry=self.registry
         )
         self._series: dict[tuple[str, str], Histogram] = {}
+        self._lock = threading.Lock()
+        self._saved_s = 0.0
+        self._turned_away_calls = 0
         self._running = PromGauge(*text("kvstored_rpc_running"), ("method",), registry=self.registry)
         self._refused = PromCounter(*text("kvstored_rpc_refused_total"), ("code",), registry=self.registry)
         self._turned_away = PromCounter(
@@ -205,21 +218,57 @@ class Meter:
     def turn_away(self, lane: str, reason: str) -> None:
         """Count a call that got no place or had to give it up. See `access.admission`."""
         self._turned_away.labels(lane, reason).inc()
+        with self._lock:
+            self._turned_away_calls += 1
 
     def saved(self, seconds: float) -> None:
         """Add seconds of prefill that a client reports as saved."""
         self._saved.inc(seconds)
+        with self._lock:
+            self._saved_s += seconds
 
-    def slowest(self) -> list[tuple[str, float, int]]:
-        """By method: (method, mean seconds, calls), slowest first."""
-        sums: dict[str, list[float]] = {}
+    def values(self) -> dict[str, float]:
+        """What is counted here and shown beside the store's numbers."""
+        return {"prefill_saved_s": self._saved_s, "calls_refused": self._turned_away_calls}
+
+    def calls(self) -> list["Calls"]:
+        """By method, the slowest in the mean first."""
+        found: dict[str, Calls] = {}
         for metric in self._seconds.collect():
             for sample in metric.samples:
-                if sample.name.endswith(("_sum", "_count")):
-                    at = sums.setdefault(sample.labels["method"], [0.0, 0.0])
-                    at[sample.name.endswith("_count")] += sample.value
-        rows = [(method, total / count, int(count)) for method, (total, count) in sums.items() if count]
-        return sorted(rows, key=lambda row: -row[1])
+                at = found.setdefault(sample.labels["method"], Calls(sample.labels["method"]))
+                if sample.name.endswith("_sum"):
+                    at.total_s += sample.value
+                elif sample.name.endswith("_count"):
+                    at.count += int(sample.value)
+                elif sample.name.endswith("_bucket"):
+                    bound = float(sample.labels["le"])
+                    at.up_to[bound] = at.up_to.get(bound, 0) + int(sample.value)
+        return sorted((one for one in found.values() if one.count), key=lambda one: -one.mean_s)
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of a method since start. up_to: how many took at most so many seconds."""
+
+    method: str
+    total_s: float = 0.0
+    count: int = 0
+    up_to: dict[float, int] = field(default_factory=dict)
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds of a call in the mean."""
+        return self.total_s / self.count if self.count else 0.0
+
+    def quantile(self, share: float) -> float:
+        """Seconds within which this share of calls was done, from the histogram; at most its last bound."""
+        due, before, low = share * self.count, 0, 0.0
+        for bound, seen in sorted(self.up_to.items()):
+            if seen >= due and seen > before:
+                return low if isinf(bound) else low + (bound - low) * (due - before) / (seen - before)
+            before, low = seen, bound
+        return low
 
 
 class StoreCollector(Collector):

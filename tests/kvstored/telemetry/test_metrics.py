@@ -176,7 +176,24 @@ def test_the_port_serves_four_pages_and_no_others(busy, port):
     assert "<title>kvstored</title>" in body
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     found = json.loads(http_get(port, "/status.json")[1])
-    assert set(found) == {"version", "values", "tiers", "history", "calls"}
+    assert found["schema"] == 1
+    text = (ROOT / "docs/operations.md").read_text().partition("### The numbers as JSON")[2].partition("## Traces")[0]
+    documented = {
+        name
+        for names, where in re.findall(r"^\| (`.*?`) \| ([a-z, ]+) \|", text, re.MULTILINE)
+        if where in ("all", "status", "status, stats")
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert set(found) == documented
+    assert set(found["tiers"]["hot"]) == {
+        "entries", "used_nbytes", "capacity_nbytes", "hits", "puts", "evictions", "demotions", "promotions",
+    }  # fmt: skip
+    assert set(found["calls"][0]) == {"method", "count", "mean_s", "p50_s", "p99_s"}
+    assert 0 < found["calls"][0]["p50_s"] <= found["calls"][0]["p99_s"]
+    assert found["addresses"] == {"listening": [busy.address], "metrics": f"127.0.0.1:{port}"}
+    assert found["config"]["store"]["hot"]["capacity_nbytes"] == 2 * MIB
+    assert found["alarms"] == []
+    assert [name for name, value in found["values"].items() if value is None or value < 0] == []
 
 
 def test_a_page_of_another_site_cannot_read_it_through_its_own_name(busy, port):

@@ -11,6 +11,9 @@ Not thread-safe, as the model is not.
 """
 
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers import DynamicCache
 
 from kvstore.keys import CHUNK_TOKENS
 from kvstored_client.integrations.guard import guarded
+from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.transformers import identity
 from kvstored_client.integrations.transformers.calls import Call, NotUnderstood, end_tokens, read_call
 from kvstored_client.integrations.transformers.profile import Profile, Profiles, Terms
@@ -30,6 +34,7 @@ __all__ = ["KvstoredCache", "PrefixCache", "Usage"]
 
 logger = logging.getLogger(__name__)
 
+_PASSES = 2
 _REASONS_MAX = 100
 """Reasons remembered as logged. A reason may name a value of the caller's, of which there may be many."""
 
@@ -45,12 +50,37 @@ class KvstoredCache(DynamicCache):
 
 @dataclass
 class Usage:
-    """What the store did since the start: calls that used it, calls passed on, tokens of prompts and those restored."""
+    """What the store did since the start: calls that used it, calls passed on, tokens of prompts and those restored.
+
+    prefill_saved_s: seconds of prefill not computed, less what restoring took: measured, see `prefill_time`.
+    """
 
     calls: int = 0
     passed_on: int = 0
     prompt_tokens: int = 0
     restored_tokens: int = 0
+    prefill_saved_s: float = 0.0
+
+
+@contextmanager
+def passes_of(cache: Any) -> Iterator[list[float]]:
+    """When the first two forward passes reach this cache's first layer: between them lies the prefill.
+
+    By an attribute of this one object, for as long as the block: the caller gets a cache of the type he would get.
+    """
+    began: list[float] = []
+    update = cache.update
+
+    def timed(key_states: Any, value_states: Any, layer_idx: int, *args: Any, **options: Any) -> Any:
+        if layer_idx == 0 and len(began) < _PASSES:
+            began.append(time.perf_counter())
+        return update(key_states, value_states, layer_idx, *args, **options)
+
+    cache.update = timed
+    try:
+        yield began
+    finally:
+        vars(cache).pop("update", None)
 
 
 class PrefixCache:
@@ -81,6 +111,7 @@ class PrefixCache:
         self._keep_answers = keep_answers
         self._terms = Terms(fidelity, salt, chunk_tokens)
         self._said: set[str] = set()
+        self._time = PrefillTime()
         self._profiles: Profiles | None = self._new_profiles(revision)
 
     def _new_profiles(self, revision: str | None) -> Profiles:
@@ -101,13 +132,15 @@ class PrefixCache:
 
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update(vars(self) | {"_said": set(), "usage": Usage(), "_profiles": None})
+        vars(twin).update(vars(self) | {"_said": set(), "usage": Usage(), "_profiles": None, "_time": PrefillTime()})
         vars(twin).update({name: deepcopy(getattr(self, name), memo) for name in ("model", "_replaced")})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cache: threads and connections cannot be pickled."""
-        return vars(self) | {"guard": None, "_profiles": None, "_said": set(), "usage": Usage()}
+        return vars(self) | {
+            "guard": None, "_profiles": None, "_said": set(), "usage": Usage(), "_time": PrefillTime(),
+        }  # fmt: skip
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """`model.generate`, from the longest cached prefix on. Takes and returns what that does."""
@@ -119,9 +152,14 @@ class PrefixCache:
         self.usage.calls += 1
         self.usage.prompt_tokens += sum(len(tokens) for tokens in call.rows.tokens)
         if profile.attention is not None:
+            began = time.perf_counter()
             past = self._filled(profile, call.rows, DynamicCache)
-            out = self._generate(call.ids, **(call.options | {"past_key_values": past}))
+            spent_s, restored = time.perf_counter() - began, past.get_seq_length()
+            with passes_of(past) as passes:
+                out = self._generate(call.ids, **(call.options | {"past_key_values": past}))
+            passes.append(time.perf_counter())
             self._keep(profile, call, past, out)
+            self._count_saved(call, passes, restored, spent_s)
             return out
         state = self._advanced(profile, call)
         if state is None:
@@ -229,6 +267,29 @@ class PrefixCache:
         self.usage.restored_tokens += sum(rows.own(i, restored) for i in range(len(rows.pads)))
         return cache
 
+    def _count_saved(self, call: Call, passes: list[float], restored: int, spent_s: float) -> None:
+        """Measure this call's prefill, or report what was saved of it. passes: when each began, and the end."""
+        try:
+            rows, width = call.ids.shape
+            if not restored:
+                if len(passes) > 1:
+                    self._time.observe(rows, width, passes[1] - passes[0])
+                return
+
+            def prefill(tokens: int) -> None:
+                engine = identity.engine_of(self.model)
+                with torch.no_grad():
+                    engine(call.ids[:, :tokens], past_key_values=DynamicCache(config=identity.text_config(self.model)))
+                if call.ids.device.type != "cpu":
+                    torch.accelerator.synchronize()
+
+            may = None if self.model.training else prefill  # in training a pass may change more than its cache
+            saved_s = self._time.restored(rows, width, restored, spent_s, may)
+            self.usage.prefill_saved_s += saved_s
+            self.guard.report(prefill_saved_s=saved_s)
+        except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and is returned
+            self._say(f"the prefill was not timed: {type(error).__name__}: {error}")
+
     def _keep(self, profile: Profile, call: Call, past: Any, out: Any) -> None:
         """Keep a prompt and its answer."""
         try:
@@ -262,16 +323,22 @@ class PrefixCache:
         try:
             assert profile.recurrent is not None
             assert profile.snapshots is not None
+            began = time.perf_counter()
             state, at = self._restored(profile, call.rows)
-            due = call.rows.width - 1
+            due, restored_at = call.rows.width - 1, time.perf_counter()
             if at < due:
                 state = profile.recurrent.advance(state, call.ids, call.rows, at, due)
+                if not at:
+                    self._time.observe(len(call.rows.pads), due, time.perf_counter() - restored_at)
                 if self._unmoved(profile):
                     profile.snapshots.keep(call.rows, due, state)
         except Exception as error:  # noqa: BLE001 - the boundary: the model computes it all
             self._say(f"{type(self.model).__name__} was not advanced: {type(error).__name__}: {error}")
             return None
         self.usage.restored_tokens += sum(call.rows.own(i, at) for i in range(len(call.rows.pads)))
+        saved_s = self._time.restored(len(call.rows.pads), due, at, restored_at - began)
+        self.usage.prefill_saved_s += saved_s
+        self.guard.report(prefill_saved_s=saved_s)
         return state
 
     def _restored(self, profile: Profile, rows: Rows) -> tuple[Any, int]:

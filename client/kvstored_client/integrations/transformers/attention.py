@@ -11,6 +11,7 @@ import torch
 
 from kvstore.hit import Hit
 from kvstore.keys import Identity
+from kvstore.lookup import ELSEWHERE
 from kvstore.prefix import Namespace
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
@@ -110,7 +111,7 @@ class Attention:
 def _held(cache: Any, space: Namespace, prefixes: list[list[int]]) -> bool:
     """Whether all chunks of these prefixes are held. Counts as use, as a put of them does."""
     chains = [space.keys(tokens) for tokens in prefixes]
-    if any(cache.match(keys) < len(keys) for keys in chains):
+    if any(cache.match(keys, lookup=ELSEWHERE) < len(keys) for keys in chains):
         return False
     for keys in chains:
         cache.touch(keys)

@@ -13,6 +13,7 @@ import torch
 
 from kvstore.hit import Fidelity
 from kvstore.keys import KEYS_PER_CALL_MAX, Identity, tail_keys
+from kvstore.lookup import Lookup
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.rows import Rows
 
@@ -109,13 +110,16 @@ class Snapshots:
         common: set[int] | None = None
         for row, own in enumerate(keys):
             first = max(0, len(own) - KEYS_PER_CALL_MAX)
-            held = self._guard.locate(own[first:]) if own else []
+            asked = Lookup(1, len(rows.tokens[row]), counted=False)  # one snapshot, of whatever length
+            held = self._guard.locate(own[first:], lookup=asked) if own else []
             at = {rows.pads[row] + first + i + 1 for i, place in enumerate(held) if place is not None}
             common = at if common is None else common & at
         if not common:
             return None
         length = max(common)
-        hits = self._guard.get_many([own[rows.own(row, length) - 1] for row, own in enumerate(keys)])
+        lengths = [rows.own(row, length) for row in range(len(keys))]
+        lookup = Lookup(key_tokens=sum(lengths) // len(lengths))
+        hits = self._guard.get_many([own[n - 1] for own, n in zip(keys, lengths, strict=True)], lookup=lookup)
         found = [hit.tensors for hit in hits if hit is not None]
         if len(found) != len(hits) or any(f.keys() != found[0].keys() for f in found):
             return None

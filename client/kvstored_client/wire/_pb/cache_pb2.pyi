@@ -137,16 +137,30 @@ class PutReply(_message.Message):
     def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes")
+    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes", "lookup")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEADING_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FROM_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     leading: bool
     accept: _containers.RepeatedScalarFieldContainer[str]
     accept_from_nbytes: int
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ...) -> None: ...
+    lookup: Lookup
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ...) -> None: ...
+
+class Lookup(_message.Message):
+    __slots__ = ("keys", "tokens", "key_tokens", "uncounted")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCOUNTED_FIELD_NUMBER: _ClassVar[int]
+    keys: int
+    tokens: int
+    key_tokens: int
+    uncounted: bool
+    def __init__(self, keys: _Optional[int] = ..., tokens: _Optional[int] = ..., key_tokens: _Optional[int] = ..., uncounted: bool = ...) -> None: ...
 
 class GetFrame(_message.Message):
     __slots__ = ("header", "chunk", "end", "miss")
@@ -205,12 +219,14 @@ class GetMiss(_message.Message):
     def __init__(self, index: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("keys", "every")
+    __slots__ = ("keys", "every", "lookup")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     EVERY_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     every: bool
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., every: bool = ...) -> None: ...
+    lookup: Lookup
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., every: bool = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ...) -> None: ...
 
 class MatchReply(_message.Message):
     __slots__ = ("held", "boot_epoch")

@@ -1,0 +1,54 @@
+"""How a call counts among the lookups of prefixes.
+
+A lookup is one question for the cached part of a prompt. It may take several calls: a match and then gets, or pieces of
+a long chain. Whoever asks says how many keys and tokens it is about with the first call; each call then counts what it
+finds, unless it says that another one does. Imports no torch: a light client imports this.
+"""
+
+from typing import NamedTuple
+
+from kvstore.errors import InvalidEntry
+
+REPORT_MAX_S = 86400
+"""More than a day of prefill saved since the last report is a mistake, and would spoil the sum for good."""
+TOKENS_MAX = 1 << 30
+"""The same for the tokens of one lookup, and for its keys."""
+
+
+class Lookup(NamedTuple):
+    """keys, tokens: what the whole lookup asks for, said by its first call. key_tokens: tokens that each key found
+    stands for, 0 if unknown. counted: count what this call finds.
+    """
+
+    keys: int = 0
+    tokens: int = 0
+    key_tokens: int = 0
+    counted: bool = True
+
+    def continued(self) -> "Lookup":
+        """The same lookup in a later call: what was asked for is counted, only what is found is not yet."""
+        return self._replace(keys=0, tokens=0)
+
+
+ELSEWHERE = Lookup(counted=False)
+"""For a call that is no lookup by itself, or part of one that another call counts."""
+
+
+def said(lookup: Lookup | None) -> dict[str, Lookup]:
+    """The keyword argument for a verb; none where nothing is said, so that any cache with the common verbs will do."""
+    return {} if lookup is None else {"lookup": lookup}
+
+
+def check_saved(seconds: float) -> float:
+    """Seconds of prefill saved, as reported. Raises InvalidEntry."""
+    if not 0 <= seconds <= REPORT_MAX_S:  # NaN included
+        raise InvalidEntry(f"prefill_saved_s must be from 0 to {REPORT_MAX_S}, got {seconds}")
+    return seconds
+
+
+def check_lookup(lookup: Lookup | None) -> Lookup | None:
+    """A lookup whose numbers can be, or none. Raises InvalidEntry."""
+    for name, value in zip(("keys", "tokens", "key_tokens"), lookup or (), strict=False):
+        if not 0 <= value <= TOKENS_MAX:
+            raise InvalidEntry(f"lookup: {name} must be from 0 to {TOKENS_MAX}, got {value}")
+    return lookup
