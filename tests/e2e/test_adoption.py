@@ -241,3 +241,20 @@ def test_every_engines_page_says_how_to_see_that_it_works():
         if page.name != "README.md":
             assert "How do I see that it works" in page.read_text(), page.name
             assert "`kvstored stats`" in page.read_text(), page.name
+
+
+@pytest.mark.slow
+def test_the_pages_snippets_pass_the_type_checker(tmp_path):
+    """The README's failed it three times: `hit` may be None."""
+    snippets = []
+    for page in (ROOT / "README.md", DOCS / "tutorial.md", DOCS / "faq.md"):
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+            snippets.append(tmp_path / f"{page.stem.lower()}_{number}.py")
+            snippets[-1].write_text(code)
+    assert len(snippets) == 5
+    # The checker's cache of `make type` is used where there is one: torch's types take a minute to read.
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *map(str, snippets)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

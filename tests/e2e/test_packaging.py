@@ -110,7 +110,12 @@ def test_the_wheel_has_what_an_operator_copies_and_reads(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     shared = {name.split(".data/data/share/")[1] for name in names if ".data/data/share/" in name}
     pages = {f"doc/kvstored/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")}
-    wanted = {"kvstored/grafana/kvstored.json", "kvstored/prometheus/alerts.yml", "man/man1/kvstored.1"}
+    wanted = {
+        "kvstored/grafana/kvstored.json",
+        "kvstored/prometheus/alerts.yml",
+        "man/man1/kvstored.1",
+        "kvstored/deploy/compose.yml",
+    }
     assert (pages | wanted | {"doc/kvstored/README.md", "doc/kvstored/CHANGELOG.md"}) - shared == set()
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from kvstore.config import StoreConfig
 from kvstored.cli import cli
 from tests.conftest import ROOT, environment
 
@@ -112,6 +113,11 @@ def test_what_a_thousand_tokens_take_is_measured(smollm):
     for tokens, name in (told[:2], told[2:]):
         nf4 = next(float(row.split("|")[5]) for row in rows if f" {name} " in row)
         assert int(tokens.replace(",", "")) == round(64 * 2**30 / (nf4 * 1e6), -4)
+
+
+def test_the_deadline_it_states_is_the_default():
+    assert "**Entries leave one hour after their last use**" in README
+    assert StoreConfig().ttl_s == 3600
 
 
 @pytest.mark.parametrize("page", PAGES)
