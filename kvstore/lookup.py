@@ -48,7 +48,9 @@ def check_saved(seconds: float) -> float:
 
 def check_lookup(lookup: Lookup | None) -> Lookup | None:
     """A lookup whose numbers can be, or none. Raises InvalidEntry."""
-    for name, value in zip(("keys", "tokens", "key_tokens"), lookup or (), strict=False):
+    if lookup is None:
+        return None
+    for name, value in zip(("keys", "tokens", "key_tokens"), lookup, strict=False):
         if not 0 <= value <= TOKENS_MAX:
             raise InvalidEntry(f"lookup: {name} must be from 0 to {TOKENS_MAX}, got {value}")
     return lookup

@@ -4,7 +4,6 @@
 in its worker, and for callers that say nothing of it. Bounded in keys and in time. Everything under the store's lock.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 from kvstore.keys import Key
@@ -22,8 +21,9 @@ class Asked:
     """Keys that a match named and no get has asked for yet, with how often."""
 
     def __init__(self) -> None:
-        self._young: Counter[Key] = Counter()
-        self._old: Counter[Key] = Counter()
+        # No Counter: its `update` takes longer than the whole match of a key.
+        self._young: dict[Key, int] = {}
+        self._old: dict[Key, int] = {}
         self._since = 0.0
 
     def __bool__(self) -> bool:
@@ -33,8 +33,10 @@ class Asked:
         """Remember the keys of a match."""
         if len(self._young) >= ASKED_MAX or not 0 <= now - self._since < ASKED_S:
             stale = not 0 <= now - self._since < 2 * ASKED_S
-            self._old, self._young, self._since = Counter() if stale else self._young, Counter(), now
-        self._young.update(keys)
+            self._old, self._young, self._since = {} if stale else self._young, {}, now
+        young = self._young
+        for key in keys:
+            young[key] = young.get(key, 0) + 1
 
     def take(self, key: Key, now: float) -> bool:
         """Whether a match named the key within the last minute; that match is then used up."""
@@ -87,7 +89,7 @@ class Lookups:
             return ELSEWHERE
         how = Lookup(len(keys) if ended else len(metas)) if lookup is None else lookup
         self._add(how, len(metas) - (0 if leading else len(misses)))
-        if how.counted:
+        if misses and how.counted:
             self._counters.misses.update(misses)
         return lookup if lookup is None else lookup.continued()
 
@@ -116,8 +118,13 @@ class Lookups:
     def _each(self, keys: Sequence[Key], metas: Sequence[Meta | None], misses: Sequence[MissCause], now: float) -> None:
         """Keys that have nothing to do with each other."""
         if not self.asked:
-            self._add(Lookup(len(metas)), len(metas) - len(misses))
-            self._counters.misses.update(misses)
+            c, asked = self._counters, len(metas)
+            c.keys += asked
+            if not misses:  # the commonest get of all
+                c.hit_keys += asked
+                return
+            c.hit_keys += asked - len(misses)
+            c.misses.update(misses)
             return
         causes = iter(misses)
         for key, meta in zip(keys, metas, strict=False):

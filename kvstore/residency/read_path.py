@@ -281,11 +281,12 @@ class ReadPath:
             with r.lock:
                 whole = self._match(part, held, made)
                 r.lookups.matched(how, part, len(held) - before, None if whole else r.miss_cause(keys[len(held)]))
-                if lookup is None or lookup.counted:
+                if how.counted:
                     r.lookups.asked.note(part, r.clock.now())
             if not whole:
                 break
-            how = how.continued()
+            if len(held) < len(keys):
+                how = how.continued()
         return held
 
     def _match(self, keys: Sequence[Key], held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
