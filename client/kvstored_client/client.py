@@ -12,16 +12,16 @@ Thread-safe. A forked child gets a connection of its own.
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 
 from kvstore import arrays
-from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
+from kvstore.errors import InvalidEntry
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
 from kvstore.lookup import Lookup, check_saved
@@ -30,15 +30,14 @@ from kvstore.prefix import Namespace
 from kvstore.stats import Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
-from kvstored_client.interrupts import damage
+from kvstored_client.doors import SOFT, Doors, OnError
 from kvstored_client.leasing import NOTHING_LEASED, Leases, OneLease, leading_hits
 from kvstored_client.puts import Outgoing, put_options
 from kvstored_client.shm import calls
-from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
+from kvstored_client.shm.pool import UseStream
 from kvstored_client.stream.receiver import Receiver
-from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Transport, log_change
+from kvstored_client.stream.transport import ADMIN, CACHE
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.address import default_address, lease_path, socket_path
 from kvstored_client.wire.messages import (
     GetOptions,
     lookup_message,
@@ -51,10 +50,7 @@ from kvstored_client.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-OnError = Literal["miss", "raise"]
 TIMEOUT_S = 5.0
-_SOFT = (TierUnavailable, OverQuota, RecordCorrupt)
-"""What a daemon in trouble looks like: a miss on the data path."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -62,7 +58,7 @@ P = ParamSpec("P")
 _how_to_get = lru_cache(maxsize=64)(GetOptions)
 
 
-class Client:
+class Client(Doors):
     """A cache behind a daemon.
 
     address: "unix:PATH" or "tcp:HOST:PORT"; by default $KVSTORED_ADDRESS, else the runtime directory's socket.
@@ -93,31 +89,8 @@ class Client:
         arrays.resolve_framework(framework)
         self._decode = decode
         self._framework = framework
-        self._on_error = on_error
-        self._transport = Transport(address or default_address(), timeout_s, log_change)
-        path = socket_path(self._transport.target)
-        # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
-        self._pool = ConnectionPool(lease_path(path), timeout_s) if shared_memory and path is not None else None
-        if self._pool is not None:
-            self._transport.on_fork = self._pool.start_afresh
-        self.failures = 0
         self._resolved_for: tuple[bool | None, tuple[str, tuple[str, ...]]] = (None, ("", ()))
-        self._epoch = 0  # the last one seen over shared memory
-
-    @property
-    def address(self) -> str:
-        """Where the daemon is."""
-        return self._transport.address
-
-    @property
-    def boot_epoch(self) -> int:
-        """A number that changes with each start of the daemon; 0 before the first answer."""
-        return self._transport.boot_epoch
-
-    @property
-    def restarts(self) -> int:
-        """How often the daemon was found restarted."""
-        return self._transport.restarts
+        super().__init__(address, timeout_s, on_error, shared_memory=shared_memory)
 
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -257,7 +230,7 @@ class Client:
         arrays.check_specs({"x": spec})
         try:
             return self._through_shared_memory(calls.empty, spec, framework)
-        except (UseStream, *_SOFT):
+        except (UseStream, *SOFT):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
     def evict(self, *keys: bytes) -> int:
@@ -441,79 +414,3 @@ class Client:
     def _pin(self, keys: tuple[bytes, ...], *, pinned: bool, ttl_s: float | None = None) -> int:
         request = pb.PinRequest(keys=check_keys(keys), pinned=pinned, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
         return self._data(lambda: self._at_most(len(keys), self._ask("Pin", request, pb.PinReply).changed), 0)
-
-    def _ask(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
-        """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
-        name = verb.lower()
-        try:
-            reply_message = self._through_shared_memory(calls.ask, pb.LeaseCall(**{name: request}))
-        except UseStream:
-            return self._noted(self._transport.unary(CACHE + verb, request, reply))  # type: ignore[no-any-return]
-        return self._noted(getattr(reply_message, name))  # type: ignore[no-any-return]
-
-    def _through_shared_memory(
-        self, call: Callable[Concatenate[ConnectionPool, list[Connection], P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """A call through shared memory. Raises UseStream where there is none, and what the call itself raises."""
-        pool, breaker = self._pool, self._transport.breaker
-        if pool is None:
-            raise UseStream("another host, or switched off")
-        if breaker.failures or breaker.openings:
-            self._transport.allow()
-        hand: list[Connection] = []
-        try:
-            try:
-                result = call(pool, hand, *args, **kwargs)
-            finally:
-                if hand:
-                    pool.put_back(hand)
-        except Silent as error:
-            pool.put_back(hand)
-            raise self._transport.silent(str(error)) from None
-        except BaseException:
-            pool.put_back(hand)  # the first time it may have been interrupted
-            raise
-        if breaker.failures or breaker.openings:
-            self._transport.answered()
-        return result
-
-    def _understood(self, read: Callable[[Any], T], answer: Any) -> T:
-        """What an answer says. Raises RecordCorrupt for one that says what cannot be."""
-        try:
-            return read(answer)
-        except InvalidEntry as error:
-            raise RecordCorrupt(f"what {self.address} answered cannot be: {error}") from None
-        except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
-            raise damage(error, f"what {self.address} answered") from None
-
-    def _at_most(self, asked: int, answered: int) -> int:
-        if answered > asked:
-            raise RecordCorrupt(f"{self.address} answered {answered} of {asked}")
-        return answered
-
-    def _saw_epoch(self, epoch: int) -> None:
-        self._transport.saw_epoch(epoch)
-        self._epoch = epoch
-
-    def _noted(self, reply: Any) -> Any:
-        self._transport.saw_epoch(reply.boot_epoch)
-        return reply
-
-    def _operate(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
-        """A verb of the operator's."""
-        try:
-            return self._transport.unary(ADMIN + verb, request, reply)
-        except _SOFT:
-            self.failures += 1
-            raise
-
-    def _data(self, call: Callable[P, T], otherwise: T, *args: P.args, **kwargs: P.kwargs) -> T:
-        """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
-        try:
-            return call(*args, **kwargs)
-        except _SOFT as error:
-            self.failures += 1
-            if self._on_error == "raise":
-                raise
-            logger.debug("answered as a miss: %s", error)
-            return otherwise

@@ -313,16 +313,10 @@ class Connection:
                 reading = charged  # not one that was refused: another plan may follow it
 
         plan = self._store.plan(
-            keys,
-            leading=asked.leading,
-            accept=frozenset(asked.accept) if asked.accept else NOTHING,
-            from_nbytes=asked.accept_from_nbytes,
-            at_most_nbytes=shared.budget.lot_nbytes,
-            whole_if_hot=True,
-            charge=charge,
-            count_later=True,
-            lookup=read_lookup(asked),
-        )
+            keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
+            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes, whole_if_hot=True,
+            charge=charge, count_later=True, lookup=read_lookup(asked),
+        )  # fmt: skip
         kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
         if kept_replies is not None:
             return self._hot_reply(plan, kept_replies)
