@@ -6,7 +6,7 @@
 
 On the data path a daemon that is down, draining or busy means a miss (False, 0): the caller prefills as if there were
 no cache. `on_error="raise"` raises instead. The caller's own mistakes always raise, and so do the operator's verbs
-(entries, inspect, evict, demote, promote, ping, stats), whose answer nothing can stand in for. Thread-safe. A forked child gets a connection of its own.
+(entries, inspect, evict, ping, stats, ...), for which nothing can stand in. Thread-safe; a forked child connects anew.
 """
 
 import logging

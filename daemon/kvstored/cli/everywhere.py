@@ -6,7 +6,7 @@ An option before the verb is the default of the same option after it. One that t
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ def before_the_verb(context: click.Context, given: dict[str, Any]) -> None:
         if name not in known:
             option = next(p.opts[0] for p in context.command.params if p.name == name)
             raise BadUsage(f"`kvstored {verb}` has no option {option}")
-    context.default_map = {verb: _defaults(command, chosen)}
+    context.default_map = {str(verb): _defaults(command, chosen)}
 
 
 def _options_of(command: click.Command) -> set[str]:
@@ -104,6 +104,6 @@ def _options_of(command: click.Command) -> set[str]:
     return found
 
 
-def _defaults(command: click.Command, chosen: dict[str, Any]) -> dict[str, Any]:
+def _defaults(command: click.Command, chosen: dict[str, Any]) -> MutableMapping[str, Any]:
     inner = command.commands if isinstance(command, click.Group) else {}
     return {**chosen, **{name: _defaults(each, chosen) for name, each in inner.items()}}

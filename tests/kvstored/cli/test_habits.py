@@ -241,3 +241,15 @@ def test_demote_and_promote_take_filters_and_a_dry_run(client, run):
     assert json.loads(run("promote", "--tier", "cold", "--json"))["promoted"] == 2
     assert set(tiers().values()) == {"hot"}
     run("demote", code=2)
+
+
+def test_the_clients_package_exports_what_a_worker_names_and_imports_nothing_early():
+    code = (
+        "import sys, kvstored_client as k; assert not {'grpc', 'numpy', 'torch'} & set(sys.modules), 'imported early';"
+        "from kvstored_client import Client, Hit, errors; assert errors.InvalidEntry and Hit.__name__ == 'Hit';"
+        "assert Client is k.Client and k.__version__ and set(k.__all__) <= set(dir(k)) and 'torch' not in sys.modules;"
+        "assert not hasattr(k, 'Clinet')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True,
+                          timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
