@@ -11,7 +11,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NewType, Self
+from typing import Any, NewType, Required, Self, TypedDict
 
 from kvstore.errors import InvalidEntry
 from kvstore.hit import FIDELITIES
@@ -163,7 +163,25 @@ class Identity:
         return hashlib.sha256(text.encode()).digest()
 
 
-def identity_of(fields: Mapping[str, Any]) -> Identity:
+class IdentityFields(TypedDict, total=False):
+    """The keyword arguments of `namespace`, for type checkers: the fields of `Identity`."""
+
+    model: Required[str]
+    revision: Required[str]
+    dtype: Required[str]
+    layers: Required[int]
+    kv_heads: Required[int]
+    head_dim: Required[int]
+    layout: Required[str]
+    rope: Mapping[str, object] | str | None
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    fidelity: str
+
+
+def identity_of(fields: "Mapping[str, Any] | IdentityFields") -> Identity:
     """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
     try:
         return Identity(**fields)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -27,7 +27,7 @@ from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
-from kvstore.keys import CHUNK_TOKENS, CheckedKeys, Key, check_key, check_prefix, identity_of, named
+from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
 from kvstore.lookup import Lookup, check_saved
 from kvstore.metadata.slices import slices
 from kvstore.metadata.tombstones import GoneCause
@@ -392,7 +392,7 @@ class Store:
         """Counters since start and gauges of now."""
         return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
 
-    def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
+    def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Unpack[IdentityFields]) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
         return Namespace(self, identity_of(identity), chunk_tokens)
 

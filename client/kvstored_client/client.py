@@ -6,8 +6,7 @@
 
 On the data path a daemon that is down, draining or busy means a miss (False, 0): the caller prefills as if there were
 no cache. `on_error="raise"` raises instead. The caller's own mistakes always raise, and so do the operator's verbs
-(entries, inspect, evict, demote, promote, stats), whose answer nothing can stand in for.
-Thread-safe. A forked child gets a connection of its own.
+(entries, inspect, evict, ping, stats, ...), for which nothing can stand in. Thread-safe; a forked child connects anew.
 """
 
 import logging
@@ -16,14 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
 
 from kvstore import arrays
-from kvstore.errors import InvalidEntry
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
-from kvstore.keys import CHUNK_TOKENS, Identity, check_key, check_keys, check_prefix
+from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
@@ -309,17 +307,18 @@ class Client(Doors):
                 for entry in self._understood(pb.ListReply.FromString, message).entries:
                     yield self._understood(read_entry_info, entry)
 
+    def ping(self) -> bool:
+        """Whether the daemon serves; False while it stops. Needs no right. Raises TierUnavailable without an answer."""
+        return self._transport.health()
+
     def stats(self) -> Stats:
         """Counters since start and gauges of now. Raises if the daemon cannot answer."""
         reply = self._operate("Stats", pb.StatsRequest(), pb.StatsReply)
         return self._understood(read_stats, self._noted(reply))
 
-    def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Any) -> Namespace:
+    def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Unpack[IdentityFields]) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
-        try:
-            return Namespace(self, Identity(**identity), chunk_tokens)
-        except TypeError as error:
-            raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
+        return Namespace(self, identity_of(identity), chunk_tokens)
 
     def close(self) -> None:
         """End the connection. Closing twice is harmless. Tensors of `empty` stay readable."""

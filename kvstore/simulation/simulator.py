@@ -8,6 +8,7 @@ speed: a put goes through every check and counter of the store. docs/prefixes.md
 """
 
 import heapq
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,9 +72,9 @@ def layout_of(text: str) -> Layout:
     if text in LAYOUTS:
         return LAYOUTS[text]
     parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,6}", part) for part in parts):
         known = ", ".join(LAYOUTS)
-        raise ConfigError(f"a layout is one of {known}, or LAYERSxKV_HEADSxHEAD_DIM such as 32x8x128, got {text!r}")
+        raise ConfigError(f"a layout is one of {known}, or LAYERSxKV_HEADSxHEAD_DIM such as 32x8x128, got {text!r:.80}")
     return Layout(*map(int, parts))
 
 

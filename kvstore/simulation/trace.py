@@ -46,7 +46,7 @@ def _request(line: str, where: str) -> Request:
         row = json.loads(line)
         blocks = tuple(int(block) for block in row["hash_ids"])
         at_s = float(row["timestamp"]) / 1000
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InvalidEntry(f"{where}: not a request with timestamp and hash_ids: {error!r:.80}") from None
     if any(not 0 <= block < 1 << 62 for block in blocks) or len(set(blocks)) < len(blocks):
         raise InvalidEntry(f"{where}: hash_ids must be different numbers in 0..2**62")

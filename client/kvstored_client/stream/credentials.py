@@ -87,11 +87,16 @@ def open_channel(
 
 
 def check_credentials(address: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The token to send to an address, if any. Raises ValueError for one that cannot be read or must not be sent."""
+    """The token to send to an address, if any. Raises ValueError for one that must not be sent or cannot be read.
+
+    That is every file named in the environment, those for TLS too: the mistake is the caller's, and no daemon is down.
+    """
     token = read_token(environ)
     target = parse_address(address)
     if token is not None and not wants_tls(address) and not _stays_here(target):
         raise ValueError(f"a token would cross the network unencrypted to {target}; use tls:{target}")
+    if wants_tls(address):
+        _tls(environ)
     return token
 
 

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 CACHE = "/kvstored.v1.Cache/"
 ADMIN = "/kvstored.v1.Admin/"
+HEALTH = "/grpc.health.v1.Health/Check"
+SERVING = b"\x08\x01"
+"""A HealthCheckResponse of status SERVING; the base install has no generated messages for it."""
 ERROR_METADATA = "kvstored-error"
 
 MESSAGE_MAX_NBYTES = 4 << 20
@@ -210,6 +213,10 @@ class Transport:
             return reply.FromString(data)
         except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
             raise damage(error, f"what {self.address} answered") from None
+
+    def health(self) -> bool:
+        """Whether the daemon says that it serves, by gRPC's health check: it needs no right. Raises KvstoreError."""
+        return self._attempt("unary_unary", HEALTH, b"", self.timeout_s) == SERVING
 
     def put(self, batch: Sequence[Outgoing]) -> bytes:
         """Entries there, a PutReply back, serialized. Raises KvstoreError."""

@@ -5,6 +5,8 @@ Client verbs run with the base install; only `serve` and the offline verbs need 
 Exit codes are in `exits`, the text form of keys in `keytext`, tables in `text`, safetensors files in `tensorfile`.
 """
 
+from typing import Any
+
 import click
 
 from kvstored.cli import (
@@ -16,12 +18,14 @@ from kvstored.cli import (
     evict,
     experiments,
     install,
+    ping,
     serve,
     token,
     top,
     traces,
     views,
 )
+from kvstored.cli.everywhere import Kvstored, before_the_verb, everywhere
 
 _EPILOG = """\b
 Keys: text is taken as UTF-8; hex:00ff... stands for any bytes.
@@ -29,13 +33,37 @@ Exit codes: 0 done; 1 not held; 2 bad usage, configuration or file; 3 no daemon 
 4 the daemon refused; 70 a defect in kvstored."""
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="kvstored")
-def cli() -> None:
-    """A cache store for the KV caches of language models: run the daemon, inspect it, move entries."""
+def _cli(context: click.Context, /, **given: Any) -> None:
+    """A cache store for the KV caches of language models: run the daemon, inspect it, move entries.
+
+    The options below may stand before the verb or after it.
+    """
+    before_the_verb(context, given)
 
 
-_MODULES = (views, top, traces, entries, evict, config, doctor, directory, token, install, completion, experiments)
+cli = click.group(
+    "cli",
+    cls=Kvstored,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)(click.version_option(package_name="kvstored")(click.pass_context(everywhere(_cli, group=True))))
+
+
+_MODULES = (
+    ping,
+    views,
+    top,
+    traces,
+    entries,
+    evict,
+    config,
+    doctor,
+    directory,
+    token,
+    install,
+    completion,
+    experiments,
+)
 
 for _command in (serve.serve, *(command for module in _MODULES for command in module.COMMANDS)):
     cli.add_command(_command)

@@ -1,4 +1,4 @@
-"""Verbs for single entries: get, put, delete, pin, unpin, promote, demote."""
+"""Verbs for single entries: get, put, ttl, touch, delete, pin, unpin."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity
 from kvstore.printable import printable
 from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
-from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.keytext import KEY, key_text, show_key
 from kvstored.cli.progress import waiting
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.tensorfile import read_tensors, write_tensors
@@ -46,7 +46,7 @@ def get(client: "Client", as_json: bool, key: bytes, output: Path) -> None:  # n
         write_tensors(output, hit.tensors, facts, bar.update)
     if as_json:
         print_json({
-            "key": show_key(key), "output": str(output), "tier": hit.tier, "encoding": hit.encoding,
+            "key": key_text(key), "output": str(output), "tier": hit.tier, "encoding": hit.encoding,
             "lossy": hit.lossy, "age_s": hit.age_s, "nbytes": nbytes, "tensors": _tensors(hit.tensors),
             "receipt": receipt_dict(hit.receipt),
         })  # fmt: skip
@@ -76,7 +76,7 @@ def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | 
     if not stored:
         raise Refused(f"the daemon did not store {show_key(key)}: `kvstored explain {show_key(key)}` may know why")
     if as_json:
-        print_json({"key": show_key(key), "stored": True, "nbytes": nbytes, "tensors": _tensors(tensors)})
+        print_json({"key": key_text(key), "stored": True, "nbytes": nbytes, "tensors": _tensors(tensors)})
     else:
         click.echo(f"{show_key(key)}: {len(tensors)} tensors, {size(nbytes)}")
 
@@ -84,6 +84,40 @@ def put(client: "Client", as_json: bool, key: bytes, file: Path, ttl_s: float | 
 def _tensors(tensors: Any) -> dict[str, dict[str, object]]:
     specs = {name: describe(name, x) for name, x in tensors.items()}
     return {name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in specs.items()}
+
+
+@click.command()
+@click.argument("key", type=KEY)
+@remote
+def ttl(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT001 - `remote` calls it
+    """Seconds until an entry expires; "pinned" if it does not. Does not count as use. Exit code 1: not held."""
+    info = client.inspect(key)
+    if info is None:
+        raise NotHeld(f"not held: {show_key(key)}")
+    if as_json:
+        print_json({"key": key_text(key), "ttl_left_s": info.ttl_left_s, "pinned": info.pinned})
+    else:
+        click.echo("pinned" if info.ttl_left_s is None else f"{info.ttl_left_s:.0f}")
+
+
+@click.command()
+@click.argument("keys", type=KEY, nargs=-1, required=True, metavar="KEY...")
+@click.option("--ttl-s", type=click.FloatRange(min=0, min_open=True),
+              help="Seconds to live from now.  [default: each entry's own]")  # fmt: skip
+@remote
+def touch(client: "Client", as_json: bool, keys: tuple[bytes, ...], ttl_s: float | None) -> None:  # noqa: FBT001
+    """Count as use of keys and move their deadlines, as a get does. Exit code 1: not all of them are held.
+
+    A deadline that does not slide, and a pinned entry, stay as they are.
+    """
+    unique = tuple(dict.fromkeys(keys))
+    count = client.touch(unique, ttl_s=ttl_s)
+    if as_json:
+        print_json({"verb": "touch", "asked": len(unique), "touched": count})
+    else:
+        click.echo(f"touched {count} of {len(unique)}")
+    if count < len(unique):
+        click.get_current_context().exit(NOT_HELD)
 
 
 def _over_keys(verb: str, done: str, summary: str) -> click.Command:
@@ -108,9 +142,9 @@ def _over_keys(verb: str, done: str, summary: str) -> click.Command:
 COMMANDS = (
     get,
     put,
+    ttl,
+    touch,
     _over_keys("delete", "deleted", "Forget keys in all tiers, for good."),
     _over_keys("pin", "pinned", "Keep keys from eviction and expiry."),
     _over_keys("unpin", "unpinned", "Let keys be evicted and expire again."),
-    _over_keys("promote", "promoted", "Copy keys to the hot tier."),
-    _over_keys("demote", "demoted", "Move keys one tier down; pinned ones stay."),
 )

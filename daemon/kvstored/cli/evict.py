@@ -1,14 +1,16 @@
-"""`kvstored evict`, `kvstored drain` and `kvstored verify`: make room, write to disk, check the disk, by hand."""
+"""`kvstored evict`, `demote`, `promote`, `flush`, `drain` and `verify`: make room, write to disk, check it, by hand."""
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
 
-from kvstore.hit import Verified
-from kvstored.cli.exits import NOT_HELD, REFUSED, BadUsage
+from kvstore.hit import EntryInfo, Verified
+from kvstore.printable import printable
+from kvstored.cli.exits import NOT_HELD, REFUSED, BadUsage, NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY
 from kvstored.cli.progress import waiting
@@ -22,53 +24,108 @@ _BATCH = 1000
 """Keys per call: one transaction on disk, and the progress bar moves a few times a second."""
 
 
-@click.command()
-@click.argument("keys", type=KEY, nargs=-1, metavar="[KEY]...")
-@click.option("--dry-run", is_flag=True, help="Count the entries that would be evicted, evict none.")
-@filtered
-@remote
-def evict(client: "Client", as_json: bool, keys: tuple[bytes, ...], dry_run: bool, filters: Filters) -> None:  # noqa: FBT001 - `remote` calls it
-    """Forget keys in all tiers, as evictions. The keys are the given ones, or all that match the filters.
+@dataclass(frozen=True)
+class _Verb:
+    """A verb over given keys, or over all entries that match filters."""
 
-    An entry must match all filters: --tier cold --older-than-s 86400. Without keys and filters nothing is evicted.
-    Exit code 1: not all of the given keys were held.
-    """
-    if bool(keys) == filters.given:
-        raise BadUsage("evict takes keys or filters (--prefix, --tier, --older-than-s, ...), one of the two")
-    if not keys:
-        _evict_fitting(client, filters, as_json=as_json, dry_run=dry_run)
-        return
-    unique = tuple(dict.fromkeys(keys))
-    count = sum(at is not None for at in client.locate(unique)) if dry_run else client.evict(*unique)
-    done = "would_evict" if dry_run else "evicted"
-    if as_json:
-        print_json({"verb": "evict", "asked": len(unique), done: count})
+    name: str
+    done: str
+    help: str
+
+
+_VERBS = (
+    _Verb("evict", "evicted", "Forget keys in all tiers, as evictions."),
+    _Verb("demote", "demoted", "Move keys one tier down; pinned ones stay. With --tier hot: out of hot alone."),
+    _Verb("promote", "promoted", "Copy keys to the hot tier."),
+)
+_HELP = """{help} The keys are the given ones, or all that match the filters.
+
+An entry must match all filters: --tier {tier} --older-than-s 86400. Without keys and filters nothing is {done}.
+Exit code 1: not all of the given keys were.
+"""
+
+
+def _command(verb: _Verb) -> click.Command:
+    tier = "hot" if verb.name == "demote" else "cold"
+
+    @click.command(name=verb.name, help=_HELP.format(help=verb.help, tier=tier, done=verb.done))
+    @click.argument("keys", type=KEY, nargs=-1, metavar="[KEY]...")
+    @click.option("--dry-run", is_flag=True, help=f"Count the entries that would be {verb.done}, change none.")
+    @filtered
+    @remote
+    def command(client: "Client", as_json: bool, keys: tuple[bytes, ...], dry_run: bool, filters: Filters) -> None:  # noqa: FBT001 - `remote` calls it
+        if bool(keys) == filters.given:
+            raise BadUsage(f"{verb.name} takes keys or filters (--prefix, --tier, --older-than-s, ...), one of the two")
+        if keys:
+            _named(client, verb, tuple(dict.fromkeys(keys)), as_json=as_json, dry_run=dry_run)
+        else:
+            over_fitting(client, verb, filters, as_json=as_json, dry_run=dry_run)
+
+    return command
+
+
+def _named(client: "Client", verb: _Verb, keys: tuple[bytes, ...], *, as_json: bool, dry_run: bool) -> None:
+    if dry_run and verb.name == "evict":
+        count = sum(held is not None for held in client.locate(keys))
+    elif dry_run:
+        count = sum(info is not None and _moves(verb, info) for info in map(client.inspect, keys))
     else:
-        click.echo(f"{done.replace('_', ' ')} {count} of {len(unique)}")
-    if count < len(unique):
+        count = getattr(client, verb.name)(*keys)
+    done = f"would_{verb.name}" if dry_run else verb.done
+    if as_json:
+        print_json({"verb": verb.name, "asked": len(keys), done: count})
+    else:
+        click.echo(f"{done.replace('_', ' ')} {count} of {len(keys)}")
+    if count < len(keys):
         click.get_current_context().exit(NOT_HELD)
 
 
-def _evict_fitting(client: "Client", filters: Filters, *, as_json: bool, dry_run: bool) -> None:
-    with waiting("looking", 0):
-        found = [(info.key, sum(info.tier_nbytes), info.pinned) for info in filters.entries(client)]
-    pinned = sum(pin for *_, pin in found)
+def _moves(verb: _Verb, info: EntryInfo) -> bool:
+    """Whether a verb would do anything to an entry, as far as its facts tell."""
+    if verb.name == "promote":
+        return "hot" not in info.tiers
     # A named key is evicted even if it is pinned; a filter leaves pinned keys alone.
-    keys = [key for key, _, pin in found if not pin]
-    nbytes = sum(held for _, held, pin in found if not pin)
+    return not info.pinned and (verb.name == "evict" or info.tiers[:1] != ("cold",))
+
+
+def over_fitting(client: "Client", verb: _Verb, filters: Filters, *, as_json: bool, dry_run: bool) -> None:
+    """A verb over all entries that match the filters."""
+    with waiting("looking", 0):
+        found = [(info.key, sum(info.tier_nbytes), info.pinned, _moves(verb, info)) for info in filters.entries(client)]
+    keys = [key for key, _, _, moves in found if moves]
+    pinned = sum(pin for _, _, pin, moves in found if not moves)
+    nbytes = sum(held for _, held, _, moves in found if moves)
     count = len(keys)
     if not dry_run:
         count = 0
-        with click.progressbar(length=len(keys), label="evicting", hidden=len(keys) < _BATCH) as bar:
+        with click.progressbar(length=len(keys), label=verb.name, file=sys.stderr, hidden=len(keys) < _BATCH) as bar:
             for batch in _batches(keys):
-                count += client.evict(*batch)
+                count += getattr(client, verb.name)(*batch)
                 bar.update(len(batch))
-    done = "would_evict" if dry_run else "evicted"
+    done = f"would_{verb.name}" if dry_run else verb.done
     if as_json:
-        print_json({"verb": "evict", "asked": len(keys), done: count, "held_nbytes": nbytes, "pinned_kept": pinned})
+        print_json({"verb": verb.name, "asked": len(keys), done: count, "held_nbytes": nbytes, "pinned_kept": pinned})
     else:
         kept = f"; {pinned} pinned ones stay" if pinned else ""
         click.echo(f"{done.replace('_', ' ')} {count} entries, {size(nbytes)}{kept}")
+
+
+@click.command()
+@click.option("--namespace", default="", help="Only entries put under this name, its versions NAME@... included.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@remote
+def flush(client: "Client", as_json: bool, namespace: str, yes: bool) -> None:  # noqa: FBT001 - `remote` calls it
+    """Forget all entries in all tiers, or all of a namespace, after a question. Pinned ones stay.
+
+    They count as evictions. Exit code 1: the answer was no.
+    """
+    filters = Filters(namespace=namespace)
+    if not yes:
+        count = sum(1 for _ in filters.entries(client))
+        of = f"in namespace {printable(namespace)} " if namespace else ""
+        if not click.confirm(f"Forget {count:,} entries {of}at {client.address}?", err=True):
+            raise NotHeld("nothing was forgotten")
+    over_fitting(client, _VERBS[0], filters, as_json=as_json, dry_run=False)
 
 
 def _batches(keys: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -112,4 +169,4 @@ def verify(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` 
         sys.exit(REFUSED)
 
 
-COMMANDS = (evict, drain, verify)
+COMMANDS = (*map(_command, _VERBS), flush, drain, verify)

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from kvstored_client import Client
 
 
-class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click we allow
+class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic only in the newest click we allow
     """Bytes: 4096, 512MiB, 1.5GB."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes, or a usage error."""
         try:
             return parse_nbytes(value)
         except ConfigError as error:
             self.fail(str(error), param, ctx)
+
+
+SIZE = SizeType()
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def filtered(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--tenant", default="", help="Only entries of this tenant.")
     @click.option("--encoding", help="Only entries held in this encoding: raw, nf4, ...")
     @click.option("--older-than-s", type=click.FloatRange(min=0), help="Only entries that were put longer ago.")
-    @click.option("--larger-than", type=_Size(), metavar="SIZE", help="Only entries of more decoded bytes: 512MiB.")
+    @click.option("--larger-than", type=SIZE, metavar="SIZE", help="Only entries of more decoded bytes: 512MiB.")
     @functools.wraps(function)
     def command(
         *arguments: Any,

@@ -1,4 +1,4 @@
-"""Shared by all client verbs: --address, --timeout-s, --json, and a `Client` for the duration of the command."""
+"""Shared by all client verbs: a `Client` for the duration of the command, and JSON lines."""
 
 import functools
 import json
@@ -8,30 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvstored.cli.everywhere import CREDENTIALS, everywhere, shown
 from kvstored.cli.exits import BadUsage, errors_as_exit_codes
 
 if TYPE_CHECKING:
     from kvstored_client import Client
 
-TIMEOUT_S = 5.0
-
 
 def remote(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command on a daemon from `function(client, as_json, ...)`."""
 
-    @click.option("--address", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT  [default: $KVSTORED_ADDRESS, else the runtime directory, else the service]")  # fmt: skip  # noqa: E501
-    @click.option("--timeout-s", type=click.FloatRange(0.001, 86400), default=TIMEOUT_S, show_default=True,
-                  help="Seconds that the daemon may be silent.")  # fmt: skip
-    @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
     @functools.wraps(function)
     def command(address: str | None, timeout_s: float, as_json: bool, **arguments: Any) -> None:  # noqa: FBT001 - a flag
         from kvstored_client.wire.address import default_address
 
         where = address or default_address()
-        with errors_as_exit_codes(where), _client(where, timeout_s) as client:
+        given = {name: arguments.pop(name) for name in CREDENTIALS}
+        with shown(given), errors_as_exit_codes(where), _client(where, timeout_s) as client:
             function(client, as_json, **arguments)
 
-    return command
+    return everywhere(command)
 
 
 def _client(address: str, timeout_s: float) -> "Client":

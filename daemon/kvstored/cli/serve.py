@@ -5,10 +5,8 @@ import sys
 
 import click
 
-from kvstored.cli.exits import BadUsage, errors_as_exit_codes
+from kvstored.cli.exits import errors_as_exit_codes
 from kvstored.telemetry.logs import set_up
-
-_ENGINE = frozenset({"torch", "lmdb", "zstandard", "safetensors", "grpc_health", "prometheus_client"})
 
 
 @click.command()
@@ -28,12 +26,6 @@ def serve(config: str | None, data_dir: str | None, address: str | None) -> None
 
         settings = load_settings(config, data_dir=data_dir, address=address)
         set_up(settings.server.log_format, settings.server.log_level)
-        try:
-            from kvstored.server import serve as run
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in _ENGINE:
-                raise
-            raise BadUsage(
-                f"the daemon needs the engine, and {error.name} is not installed: pip install 'kvstored[daemon]'"
-            ) from None
+        from kvstored.server import serve as run
+
         sys.exit(run(settings))

@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
     if seconds < _MINUTE_S:
         return f"{seconds:.1f}s"
     if seconds < _HOUR_S:
-        return f"{seconds // _MINUTE_S:.0f}m{seconds % _MINUTE_S:.0f}s"
+        return f"{seconds // _MINUTE_S:.0f}m{seconds % _MINUTE_S // 1:.0f}s"
     if seconds < _DAY_S:
         return f"{seconds // _HOUR_S:.0f}h{seconds % _HOUR_S // _MINUTE_S:.0f}m"
     return f"{seconds // _DAY_S:.0f}d{seconds % _DAY_S // _HOUR_S:.0f}h"

@@ -4,20 +4,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from lzma import LZMAError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
-from kvstore.config import ADMISSIONS, POLICIES, ColdConfig, StoreConfig, parse_nbytes
-from kvstore.errors import ConfigError
+from kvstore.config import ADMISSIONS, POLICIES, ColdConfig, StoreConfig
+from kvstore.errors import ConfigError, InvalidEntry
 from kvstore.extensions import imported
 from kvstore.hit import Explanation
 from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
 from kvstore.simulation.trace import Request, read_trace, replay
 from kvstored.cli.exits import BadUsage
-from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.filters import SIZE
+from kvstored.cli.keytext import KEY, key_text, show_key
 from kvstored.cli.plot import Line, chart
 from kvstored.cli.prompt import read_identity, read_token_ids
 from kvstored.cli.remote import print_json, remote
@@ -54,7 +56,7 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
     if as_json:
         for of, (_, tokens) in zip(found, chunks, strict=True):
             entry = None if of.entry is None else info_dict(of.entry)
-            print_json({"key": show_key(of.key), "tokens": tokens, "state": of.state, "tier": of.tier,
+            print_json({"key": key_text(of.key), "tokens": tokens, "state": of.state, "tier": of.tier,
                         "gone_s": of.gone_s, "hits": of.hits, "entry": entry})  # fmt: skip
         return
     rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
@@ -74,8 +76,11 @@ def _chunks(
         raise BadUsage("give KEYS, or --tokens FILE together with --identity")
     if tokens is None or identity is None:
         return [(key, "-") for key in keys]
-    ids = read_token_ids(tokens)
-    of = chunk_keys(read_identity(identity).digest(), ids, chunk_tokens)
+    try:  # before the daemon is called: the mistake is in the file
+        ids = read_token_ids(tokens)
+        of = chunk_keys(read_identity(identity).digest(), ids, chunk_tokens)
+    except InvalidEntry as error:
+        raise BadUsage(str(error)) from None
     starts = range(0, len(ids), chunk_tokens)
     return [(key, f"{at}-{min(at + chunk_tokens, len(ids))}") for key, at in zip(of, starts, strict=True)]
 
@@ -122,7 +127,7 @@ def replay_command(
 
     With --embedded and without --speed the store uses the trace's clock, so that entries expire as in the trace.
     """
-    asked = read_trace(trace, requests)
+    asked = _read(trace, requests)
     value = {"kv": np.random.default_rng(0).standard_normal(max(1, block_nbytes // 4), dtype=np.float32)}
     began = time.monotonic()
     with ExitStack() as stack:
@@ -137,13 +142,25 @@ def replay_command(
         with click.progressbar(length=len(asked), label="replaying", hidden=as_json) as bar:
             for done in replay(cache, asked, lambda _: value, before=before):  # noqa: B007 - the last is the result
                 bar.update(1)
-    if done is None:
-        raise ConfigError(f"{trace} holds no request")
+    assert done is not None, "a trace has a request"
     result = {**asdict(done), "hit_ratio": done.hits / max(1, done.blocks), "seconds": time.monotonic() - began}
     if as_json:
         print_json(result)
     else:
         click.echo(f"{done.hits:,} of {done.blocks:,} blocks hit ({result['hit_ratio']:.2%}), {done.puts:,} put")
+
+
+def _read(trace: Path, limit: int | None) -> list[Request]:
+    """The requests of a trace. Raises BadUsage: no daemon refuses it."""
+    try:
+        found = read_trace(trace, limit)
+    except InvalidEntry as error:
+        raise BadUsage(str(error)) from None  # it names the line
+    except (UnicodeDecodeError, EOFError, LZMAError) as error:
+        raise BadUsage(f"{trace} is no trace of JSON lines: {error}") from None
+    if not found:
+        raise BadUsage(f"{trace} holds no request")
+    return found
 
 
 def _no_clock(_at_s: float) -> None:
@@ -171,8 +188,8 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
 
 @click.command(name="simulate")
 @click.argument("trace", type=_FILE)
-@click.option("--ram", required=True, help='Memory for hot and warm together, such as "64GiB".')
-@click.option("--disk", default="0", help="The cold tier. 0: none.")
+@click.option("--ram", required=True, type=SIZE, help='Memory for hot and warm together, such as "64GiB".')
+@click.option("--disk", default="0", type=SIZE, help="The cold tier. 0: none.")
 @click.option("--hot", default="0.1", help='Share of RAM for tensors as put, the rest NF4; "auto": learned.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
@@ -192,10 +209,12 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
     split, share = ("auto", 0.1) if how["hot"] == "auto" else ("fixed", _share(how["hot"]))
     store = StoreConfig(policy=how["policy"], split=split, cold=ColdConfig(admission=how["admission"]))
     setup = Setup(
-        parse_nbytes(how["ram"]), parse_nbytes(how["disk"]), share, layout_of(how["layout"]),
+        how["ram"], how["disk"], share, layout_of(how["layout"]),
         how["dtype"], store=store,
     )  # fmt: skip
-    asked = read_trace(trace, requests)
+    if plot is not None and not plot.parent.is_dir():  # before minutes of work
+        raise BadUsage(f"{plot}: there is no directory {plot.parent}")
+    asked = _read(trace, requests)
     report = _run(asked, setup, "simulating", quiet=as_json)
     best = optimum(asked, setup.ram_nbytes // setup.value_nbytes) / max(1, report.blocks)
     if plot is not None:

@@ -1,7 +1,9 @@
 """Verbs that only read: stats, ls, inspect."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from heapq import nsmallest
 from itertools import islice
 from math import inf
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from kvstore.printable import printable
 from kvstore.stats import ERRORS, errors_of
 from kvstored.cli.exits import NotHeld
 from kvstored.cli.filters import Filters, filtered
-from kvstored.cli.keytext import KEY, show_key
+from kvstored.cli.keytext import KEY, key_text, short_key, show_key
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, size, table
 from kvstored.cli.top import SCHEMA, repeat
@@ -21,7 +23,13 @@ from kvstored.cli.top import SCHEMA, repeat
 if TYPE_CHECKING:
     from kvstored_client import Client
 
-_LS_HEAD = ("KEY", "TIERS", "ENCODING", "VALUE", "HELD", "AGE", "TTL", "HITS")
+_LS_HEAD = ("KEY", "NAMESPACE", "TENANT", "TIERS", "ENCODING", "VALUE", "HELD", "AGE", "TTL", "HITS")
+_ORDERS: dict[str, Callable[[EntryInfo], float]] = {
+    "hits": lambda info: -info.hits,
+    "age": lambda info: -info.age_s,
+    "size": lambda info: -info.value_nbytes,
+    "ttl": lambda info: inf if info.ttl_left_s is None else info.ttl_left_s,
+}
 _PAGE = 500
 """Rows aligned at a time, so that a listing of a million keys begins at once."""
 
@@ -64,20 +72,61 @@ def _print_stats(client: "Client", *, as_json: bool) -> None:
 
 @click.command()
 @click.option("--limit", type=click.IntRange(min=1), help="The number of entries at most.")
+@click.option("--sort", type=click.Choice(list(_ORDERS)),
+              help="Most hits, oldest, largest decoded or soonest to expire first.")  # fmt: skip
+@click.option("--full", is_flag=True, help="Keys in full, not the first 12 digits of those in hexadecimal.")
 @filtered
 @remote
-def ls(client: "Client", as_json: bool, limit: int | None, filters: Filters) -> None:  # noqa: FBT001
-    """Entries, in order of key. An entry must match all filters."""
-    entries = filters.entries(client, limit)
+def ls(
+    client: "Client",
+    as_json: bool,  # noqa: FBT001 - `remote` calls it
+    limit: int | None,
+    sort: str | None,
+    full: bool,  # noqa: FBT001
+    filters: Filters,
+) -> None:
+    """Entries, in order of key. An entry must match all filters. The last line has the totals of those shown."""
+    entries = _sorted(filters.entries(client), sort, limit) if sort else filters.entries(client, limit)
     if as_json:
         for info in entries:
             print_json(info_dict(info))
         return
+    shown, totals = show_key if full else short_key, Totals()
     first = True
-    for page in _pages(entries):
-        lines = table(_LS_HEAD, [_row(info) for info in page], left=3)
+    for page in _pages(totals.of(entries)):
+        lines = table(_LS_HEAD, [_row(info, shown) for info in page], left=5)
         click.echo("\n".join(lines if first else lines[1:]))
         first = False
+    click.echo(totals.line())
+
+
+def _sorted(entries: Iterator[EntryInfo], sort: str, limit: int | None) -> list[EntryInfo]:
+    # Of a million entries --limit keeps only as many in memory.
+    order = _ORDERS[sort]
+    return sorted(entries, key=order) if limit is None else nsmallest(limit, entries, key=order)
+
+
+@dataclass
+class Totals:
+    """What has passed `of`."""
+
+    entries: int = 0
+    value_nbytes: int = 0
+    tier_nbytes: Counter[str] = field(default_factory=Counter)
+
+    def of(self, entries: Iterable[EntryInfo]) -> Iterator[EntryInfo]:
+        """The entries, counted."""
+        for info in entries:
+            self.entries += 1
+            self.value_nbytes += info.value_nbytes
+            self.tier_nbytes.update(dict(zip(info.tiers, info.tier_nbytes, strict=True)))
+            yield info
+
+    def line(self) -> str:
+        """All of them in a line."""
+        held = "".join(f"; {tier} {size(nbytes)}" for tier, nbytes in self.tier_nbytes.items())
+        count = f"{self.entries:,} {'entry' if self.entries == 1 else 'entries'}"
+        return printable(f"{count}, {size(self.value_nbytes)} decoded, {size(self.tier_nbytes.total())} held{held}")
 
 
 @click.command()
@@ -93,7 +142,7 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
         return
     held = ", ".join(f"{tier} ({size(n)})" for tier, n in zip(info.tiers, info.tier_nbytes, strict=True))
     facts = {
-        "key": show_key(info.key),
+        "key": key_text(info.key),
         "held in": held,
         "encoding": info.encoding + (", lossy" if info.lossy else ", bit for bit as put"),
         "fidelity": info.fidelity,
@@ -113,7 +162,7 @@ def info_dict(info: EntryInfo) -> dict[str, object]:
     """An entry for JSON: the key in its text form, and in hexadecimal."""
     return {
         **asdict(info),
-        "key": show_key(info.key),
+        "key": key_text(info.key),
         "key_hex": info.key.hex(),
         "receipt": receipt_dict(info.receipt),
     }
@@ -128,10 +177,12 @@ def _pages(entries: Iterator[EntryInfo]) -> Iterator[list[EntryInfo]]:
             yield page
 
 
-def _row(info: EntryInfo) -> tuple[str, ...]:
+def _row(info: EntryInfo, shown: Callable[[bytes], str]) -> tuple[str, ...]:
     encoding = info.encoding + (" exact" if info.fidelity == "exact" else "")
     return (
-        show_key(info.key),
+        shown(info.key),
+        info.namespace or "-",
+        info.tenant or "-",
         "+".join(info.tiers),
         encoding,
         size(info.value_nbytes),

@@ -1,6 +1,7 @@
 """The command line, against a real daemon: what it prints, what it exits with, what it leaves on disk."""
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from kvstored.cli import cli
-from kvstored.cli.keytext import parse_key, show_key
+from kvstored.cli.keytext import key_text, parse_key, show_key
 from kvstored.cli.tensorfile import read_tensors, write_tensors
 from kvstored.cli.text import duration, size, table
 from kvstored_client import Client
@@ -131,8 +132,19 @@ def test_ls_lists_by_prefix_tier_and_limit(run, file):
         run("put", f"listed-{i}", file)
     run("demote", "listed-1")
     lines = run("ls", "--prefix", "listed-").stdout.splitlines()
-    assert lines[0].split() == ["KEY", "TIERS", "ENCODING", "VALUE", "HELD", "AGE", "TTL", "HITS"]
-    assert [line.split()[0] for line in lines[1:]] == ["listed-0", "listed-1", "listed-2"]
+    assert lines[0].split() == [
+        "KEY",
+        "NAMESPACE",
+        "TENANT",
+        "TIERS",
+        "ENCODING",
+        "VALUE",
+        "HELD",
+        "AGE",
+        "TTL",
+        "HITS",
+    ]
+    assert [line.split()[0] for line in lines[1:-1]] == ["listed-0", "listed-1", "listed-2"]
     warm = run("ls", "--prefix", "listed-", "--tier", "warm", "--json").stdout.splitlines()
     assert [json.loads(line)["key"] for line in warm] == ["listed-1"]
     assert len(run("ls", "--prefix", "listed-", "--limit", 2, "--json").stdout.splitlines()) == 2
@@ -165,7 +177,7 @@ def test_binary_keys_are_written_as_hex_and_read_back_so(run, running, file):
     with Client(running.address, framework="numpy") as client:
         client.put(key, {"x": np.zeros(3, np.float32)})
     word = f"hex:{key.hex()}"
-    assert word in run("ls", "--prefix", "hex:0001").stdout
+    assert word in run("ls", "--full", "--prefix", "hex:0001").stdout
     assert json.loads(run("inspect", word, "--json").stdout)["key_hex"] == key.hex()
     assert run("pin", word).exit_code == 0
     assert run("unpin", word).exit_code == 0
@@ -173,7 +185,9 @@ def test_binary_keys_are_written_as_hex_and_read_back_so(run, running, file):
 
 @pytest.mark.parametrize("key", [b"a", "Schlüssel".encode(), b"hex:ff", b"a b", b"\xff\xfe", b"-x", b"\n", b"x" * 256])
 def test_every_key_survives_being_printed_and_typed(key):
-    assert parse_key(show_key(key)) == key
+    assert parse_key(key_text(key)) == key
+    (typed,) = shlex.split(show_key(key))
+    assert parse_key(typed) == key
 
 
 def test_stats_shows_all_tiers_and_counters(run, file):
@@ -278,5 +292,7 @@ def test_what_the_daemon_holds_outlives_it(daemon_factory, file, tmp_path):
 
 def test_numbers_for_people():
     assert [size(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "3.0 TiB"]
-    assert [duration(s) for s in (0.0123, 5, 61, 7325, 93784)] == ["12ms", "5.0s", "1m1s", "2h2m", "1d2h"]
+    assert [duration(s) for s in (0.0123, 5, 61, 3599.9, 7325, 93784)] == [
+        "12ms", "5.0s", "1m1s", "59m59s", "2h2m", "1d2h",
+    ]  # fmt: skip
     assert table(("A", "N"), [("long", "1"), ("b", "100")]) == ["A       N", "long    1", "b     100"]
