@@ -80,13 +80,13 @@ def run(tree: Path, *command: str) -> str:
 
 def test_what_the_page_adds_passes_the_tests_that_it_names(tree):
     """The policy its contract, the codec warm and cold, the verb and the setting their own tests and the documents'."""
-    wanted = "clock or bounds_its_ghosts or bf16 or ping or banner or verb or setting"
+    wanted = "clock or bounds_its_ghosts or bf16 or uptime or banner or verb or setting"
     files = [
-        "tests/contract/test_policies.py", "tests/kvstore/codecs/test_bf16.py", "tests/kvstored/cli/test_ping.py",
+        "tests/contract/test_policies.py", "tests/kvstore/codecs/test_bf16.py", "tests/kvstored/cli/test_uptime.py",
         "tests/kvstored/test_banner.py", "tests/e2e/test_house.py",
     ]  # fmt: skip
     said = run(tree, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", *files, "-k", wanted)
-    for part in ("[clock]", "test_bf16", "test_ping", "test_banner", "every_verb", "every_setting"):
+    for part in ("[clock]", "test_bf16", "test_uptime", "test_banner", "every_verb", "every_setting"):
         assert part in said, f"nothing of {part} was run:\n{said}"
 
 

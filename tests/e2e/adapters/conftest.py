@@ -385,7 +385,7 @@ class VLLMConnector(Written):
         return self.written()
 
     def held(self, names: list[str]) -> list[bool]:
-        return [self.connector._held([name.encode()]) == 1 for name in names]
+        return [self.connector._held([name.encode()], counted=True) == 1 for name in names]
 
     def restore(self, names: list[str]) -> list[torch.Tensor | None]:
         self.memory.zero_()
