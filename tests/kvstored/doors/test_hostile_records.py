@@ -68,7 +68,7 @@ def client_by(daemon: DaemonProcess, door: str, decode: str) -> Client:
 def counted(client: Client) -> int:
     """Records that the daemon dropped for what was in them."""
     values = client.stats().values
-    return int(values["misses_corrupt"])
+    return int(values["cold_corrupt_total"])
 
 
 def met(client: Client, key: bytes) -> bool:
