@@ -9,13 +9,12 @@ no cache. `on_error="raise"` raises instead. The caller's own mistakes always ra
 (entries, inspect, evict, ping, stats, ...), for which nothing can stand in. Thread-safe; a forked child connects anew.
 """
 
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 
@@ -46,12 +45,7 @@ from kvstored_client.wire.messages import (
     tier_number,
 )
 
-logger = logging.getLogger(__name__)
-
 TIMEOUT_S = 5.0
-
-T = TypeVar("T")
-P = ParamSpec("P")
 
 _how_to_get = lru_cache(maxsize=64)(GetOptions)
 

@@ -10,10 +10,10 @@ from kvstore.arrays import describe
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity
 from kvstore.printable import printable
-from kvstored.cli.exits import NOT_HELD, BadUsage, NotHeld, Refused
+from kvstored.cli.exits import BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, key_text, show_key
 from kvstored.cli.progress import waiting
-from kvstored.cli.remote import print_json, remote
+from kvstored.cli.remote import print_json, remote, report_count
 from kvstored.cli.tensorfile import read_tensors, write_tensors
 from kvstored.cli.text import accuracy, duration, receipt_dict, size
 
@@ -111,13 +111,7 @@ def touch(client: "Client", as_json: bool, keys: tuple[bytes, ...], ttl_s: float
     A deadline that does not slide, and a pinned entry, stay as they are.
     """
     unique = tuple(dict.fromkeys(keys))
-    count = client.touch(unique, ttl_s=ttl_s)
-    if as_json:
-        print_json({"verb": "touch", "asked": len(unique), "touched": count})
-    else:
-        click.echo(f"touched {count} of {len(unique)}")
-    if count < len(unique):
-        click.get_current_context().exit(NOT_HELD)
+    report_count("touch", "touched", client.touch(unique, ttl_s=ttl_s), len(unique), as_json=as_json)
 
 
 def _over_keys(verb: str, done: str, summary: str) -> click.Command:
@@ -128,13 +122,7 @@ def _over_keys(verb: str, done: str, summary: str) -> click.Command:
     @remote
     def command(client: "Client", as_json: bool, keys: tuple[bytes, ...]) -> None:  # noqa: FBT001
         unique = tuple(dict.fromkeys(keys))
-        count = getattr(client, verb)(*unique)
-        if as_json:
-            print_json({"verb": verb, "asked": len(unique), done: count})
-        else:
-            click.echo(f"{done} {count} of {len(unique)}")
-        if count < len(unique):
-            click.get_current_context().exit(NOT_HELD)
+        report_count(verb, done, getattr(client, verb)(*unique), len(unique), as_json=as_json)
 
     return command
 

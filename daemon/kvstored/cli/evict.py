@@ -10,11 +10,11 @@ import click
 
 from kvstore.hit import EntryInfo, Verified
 from kvstore.printable import printable
-from kvstored.cli.exits import NOT_HELD, REFUSED, BadUsage, NotHeld
+from kvstored.cli.exits import REFUSED, BadUsage, NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY
 from kvstored.cli.progress import waiting
-from kvstored.cli.remote import print_json, remote
+from kvstored.cli.remote import print_json, remote, report_count
 from kvstored.cli.text import size
 
 if TYPE_CHECKING:
@@ -71,13 +71,7 @@ def _named(client: "Client", verb: _Verb, keys: tuple[bytes, ...], *, as_json: b
         count = sum(info is not None and _moves(verb, info) for info in map(client.inspect, keys))
     else:
         count = getattr(client, verb.name)(*keys)
-    done = f"would_{verb.name}" if dry_run else verb.done
-    if as_json:
-        print_json({"verb": verb.name, "asked": len(keys), done: count})
-    else:
-        click.echo(f"{done.replace('_', ' ')} {count} of {len(keys)}")
-    if count < len(keys):
-        click.get_current_context().exit(NOT_HELD)
+    report_count(verb.name, f"would_{verb.name}" if dry_run else verb.done, count, len(keys), as_json=as_json)
 
 
 def _moves(verb: _Verb, info: EntryInfo) -> bool:

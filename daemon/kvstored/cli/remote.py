@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstored.cli.everywhere import CREDENTIALS, everywhere, shown
-from kvstored.cli.exits import BadUsage, errors_as_exit_codes
+from kvstored.cli.exits import NOT_HELD, BadUsage, errors_as_exit_codes
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -43,6 +43,16 @@ def _client(address: str, timeout_s: float) -> "Client":
 def print_json(value: object) -> None:
     """Print one line of JSON, in ASCII. NaN and infinity, which JSON cannot express, are null."""
     click.echo(json.dumps(_known(value), separators=(", ", ": "), allow_nan=False))
+
+
+def report_count(verb: str, done: str, count: int, asked: int, *, as_json: bool) -> None:
+    """Print how many of the keys named a verb has dealt with; all of them, or exit code 1."""
+    if as_json:
+        print_json({"verb": verb, "asked": asked, done: count})
+    else:
+        click.echo(f"{done.replace('_', ' ')} {count} of {asked}")
+    if count < asked:
+        click.get_current_context().exit(NOT_HELD)
 
 
 def _known(value: object) -> object:
