@@ -44,7 +44,7 @@ demo: install  ## A real model, its prefill stored, the daemon restarted, restor
 test: packages install  ## All tests
 	@tools/model.sh $(BIN)/python
 	@tools/engines/side.sh $(BIN)/python >/dev/null
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 packages:  ## The Debian packages that the tests call, where root may install them
 	@tools/packages.sh

@@ -202,12 +202,8 @@ def wait_until(condition: Callable[[], object], sentence: str = "did not happen"
         time.sleep(0.01)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, a file goes to one of them, as it shares a daemon. Heavy ones first."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """What takes minutes begins first: a process that gets it last ends alone with it."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 

@@ -17,7 +17,7 @@ ENGINES = {
 """Each engine's folders of wheels."""
 
 
-@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_adapter(engine: str, daemon: DaemonProcess) -> None:
     for folder in ENGINES[engine]:
         if missing := why_missing(folder):
