@@ -8,12 +8,12 @@ Sizes are bytes, as integers or text: "512MiB", "4GiB", "1.5GB".
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kvstore import extensions
 from kvstore.errors import ConfigError
@@ -188,6 +188,45 @@ class StoreConfig:
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
 
 
+LIVE = frozenset({"hot.capacity_nbytes", "warm.capacity_nbytes", "cold.capacity_nbytes", "ttl_s"})
+"""Settings of a store that may change while it is open."""
+
+
+class Setting(NamedTuple):
+    """One setting in force. origin: where its value is from. live: it can change without a restart."""
+
+    name: str
+    value: Any
+    origin: str
+    live: bool
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting of a configuration dataclass, by its name in the file ("hot.capacity_nbytes")."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{each.name}.")
+        else:
+            yield prefix + each.name, value
+
+
+def differing(old: Any, new: Any) -> list[str]:
+    """The names of the settings in which two configurations of one kind differ."""
+    return [name for (name, a), (_, b) in zip(leaves(old), leaves(new), strict=True) if a != b]
+
+
+def check_live(old: Any, new: Any, live: Collection[str]) -> list[str]:
+    """The names of the settings that differ. Raises ConfigError if one of them cannot change while it is in use."""
+    changed = differing(old, new)
+    fixed = [name for name in changed if name not in live]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change while the store is open; what can: {', '.join(sorted(live))}"
+        )
+    return changed
+
+
 def layer_range(text: str) -> range:
     """The layers of "3" or "0-3". Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
@@ -247,14 +286,15 @@ def from_mapping(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown setting {where}{key}{hint}")
-        values[key] = _convert(hints[key], value, f"{where}{key}")
+        values[key] = convert(hints[key], value, f"{where}{key}")
     missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
     if missing:
         raise ConfigError(f"missing setting {where}{missing[0]}")
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def convert(hint: Any, value: Any, name: str) -> Any:
+    """A value of a TOML file or of the environment as the type of a setting. Raises ConfigError, naming it."""
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} is a table of settings, got {value!r}")
@@ -283,7 +323,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 def _convert_tables(hint: Any, value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} is a table of tables, got {value!r}")
-    return {key: _convert(hint, inner, f"{name}.{key}") for key, inner in value.items()}
+    return {key: convert(hint, inner, f"{name}.{key}") for key, inner in value.items()}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

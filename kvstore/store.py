@@ -22,7 +22,7 @@ import torch
 
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs.choice import CodecChoice
-from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
+from kvstore.config import LIVE, ColdConfig, StoreConfig, check_live, from_mapping, read_toml
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
@@ -39,7 +39,7 @@ from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
-from kvstore.residency.resizing import set_hot_capacity
+from kvstore.residency.resizing import set_budgets, set_hot_capacity
 from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.residency.write_path import WritePath, check_ttl
@@ -429,6 +429,21 @@ class Store:
     def set_hot_capacity(self, nbytes: int) -> int:
         """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
         return set_hot_capacity(self._r, self._mover, nbytes)
+
+    @without_torch_modes
+    def reconfigure(self, config: StoreConfig) -> list[str]:
+        """Take other settings while open: the tiers' budgets and the default TTL. Returns the names of what changed.
+
+        Budgets are in force when it returns: what no longer fits sank to the tier below, or left the last one. The TTL
+        is that of later puts. Not for two threads at once. Raises ConfigError, and changes nothing, if a setting
+        differs that is not in `kvstore.config.LIVE`.
+        """
+        self._check_open()
+        changed = check_live(self.config, config, LIVE)
+        self.config = self._write_path.config = config
+        if any(name != "ttl_s" for name in changed):
+            set_budgets(self._r, self._mover, config)
+        return changed
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""

@@ -19,6 +19,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 
 from kvstore import arrays
+from kvstore.config import Setting
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
@@ -38,9 +39,11 @@ from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import (
     GetOptions,
     lookup_message,
+    read_changes,
     read_entry_info,
     read_explanation,
     read_held,
+    read_settings,
     read_stats,
     tier_number,
 )
@@ -309,6 +312,20 @@ class Client(Doors):
         """Counters since start and gauges of now. Raises if the daemon cannot answer."""
         reply = self._operate("Stats", pb.StatsRequest(), pb.StatsReply)
         return self._understood(read_stats, self._noted(reply))
+
+    def settings(self) -> list[Setting]:
+        """The daemon's settings in force, each with its origin. Raises if the daemon cannot answer."""
+        reply = self._operate("Settings", pb.SettingsRequest(), pb.SettingsReply)
+        return self._understood(read_settings, reply)
+
+    def configure(self, settings: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+        """Change settings that need no restart: by name, each value as text. What changed: the values before and now.
+
+        Raises InvalidEntry, and nothing has changed, for one that is unknown, wrong or needs a restart; and if the
+        daemon cannot answer.
+        """
+        reply = self._operate("Configure", pb.ConfigureRequest(settings=settings), pb.ConfigureReply)
+        return self._understood(read_changes, reply)
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Unpack[IdentityFields]) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""

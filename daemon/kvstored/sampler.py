@@ -32,11 +32,11 @@ STATUS_SCHEMA = 1
 
 
 class Sampler:
-    """The observers of a store and its daemon."""
+    """The observers of a store and its daemon. settings: those in force, for the page."""
 
     def __init__(self, store: Store, settings: ServerSettings, version: str) -> None:
         self._store = store
-        self._settings = settings
+        self.settings = settings
         self._version = version
         self._started_at = time.monotonic()
         self._stopping = threading.Event()
@@ -57,8 +57,8 @@ class Sampler:
 
     def start(self) -> None:
         """Start the thread, and the metrics port if one is set. Raises ConfigError if it cannot be bound."""
-        if self._settings.metrics_address:
-            address, anywhere = self._settings.metrics_address, self._settings.insecure_metrics
+        if self.settings.metrics_address:
+            address, anywhere = self.settings.metrics_address, self.settings.insecure_metrics
             self._port = MetricsPort(address, self.meter.registry, self.status, anywhere=anywhere)
         self._thread.start()
 
@@ -117,13 +117,13 @@ class Sampler:
             ],
             "alarms": [asdict(alarm) for alarm in alarms(now.values, lately, hour)],
             "addresses": self._addresses(),
-            "paths": {"data_dir": self._settings.data_dir, "cold": self._store.config.cold.path or ""},
-            "config": {"server": shown(self._settings), "store": shown(self._store.config)},
+            "paths": {"data_dir": self.settings.data_dir, "cold": self._store.config.cold.path or ""},
+            "config": {"server": shown(self.settings), "store": shown(self._store.config)},
         }  # fmt: skip
 
     def _addresses(self) -> dict[str, Any]:
-        listening = [part.strip() for part in self._settings.address.split(",") if part.strip()]
-        return {"listening": listening, "metrics": self._settings.metrics_address}
+        listening = [part.strip() for part in self.settings.address.split(",") if part.strip()]
+        return {"listening": listening, "metrics": self.settings.metrics_address}
 
     def _run(self) -> None:
         sampled_at = pressed_at = float("-inf")

@@ -14,11 +14,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -44,8 +45,9 @@ from kvstored.doors.lease_server import LeaseServer
 from kvstored.doors.lending import Lending
 from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
+from kvstored.live import LiveSettings
 from kvstored.sampler import Sampler
-from kvstored.settings import ServerSettings, Settings
+from kvstored.settings import ServerSettings, Settings, Source
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored_client.wire.address import lease_path, socket_path
 
@@ -65,6 +67,9 @@ CONNECTIONS_MIN, CONNECTIONS_MAX = 32, 1024
 """Over gRPC, of one address: a client has one, and two while it reconnects."""
 DESCRIPTORS_KEPT = 512
 """For the lease socket's 256 clients, segments, the index and records on disk."""
+Origins = Mapping[str, str]
+"""By setting, where its value is from."""
+NO_ORIGINS: Origins = MappingProxyType({})
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVICES = ("", "kvstored.v1.Cache", "kvstored.v1.Admin")
 
@@ -93,8 +98,11 @@ _OPTIONS = (
 )
 
 
-def serve(settings: Settings) -> int:
-    """Run the daemon until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError if it cannot start."""
+def serve(settings: Settings, source: Source | None = None, origins: Origins = NO_ORIGINS) -> int:
+    """Run the daemon until SIGTERM or SIGINT. Returns the exit code. Raises ConfigError if it cannot start.
+
+    source: where SIGHUP reads the settings again. origins: where each is from.
+    """
     tune()
     _say_if_no_kernel()
     locks: list[DirectoryLock] = []
@@ -105,7 +113,7 @@ def serve(settings: Settings) -> int:
             path = socket_path(target)
             if path is not None:
                 locks.append(DirectoryLock(path.with_name(path.name + ".lock"), str(path)))
-        return asyncio.run(_serve(settings))
+        return asyncio.run(_serve(settings, source, origins))
     finally:
         # Otherwise one more signal during the stop would end the process with that signal's exit status.
         for number in (*STOP_SIGNALS, signal.SIGHUP):
@@ -123,7 +131,7 @@ def _say_if_no_kernel() -> None:
         )  # fmt: skip
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, source: Source | None, origins: Origins) -> int:
     stop = _stop_signals()
     loop = asyncio.get_running_loop()
     # After a power cut opening verifies and rebuilds, for minutes if the index is large: more than the default of 90 s.
@@ -132,7 +140,7 @@ async def _serve(settings: Settings) -> int:
     tenants = _tenants(settings.server)
     store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty, tenants=tenants))
     try:
-        daemon = Daemon(store, settings.server, arena)
+        daemon = Daemon(store, settings.server, arena, source=source, origins=origins)
         await daemon.start()
         _on_reload(daemon)
         pulse = asyncio.create_task(_pulse(store, daemon))
@@ -179,17 +187,24 @@ def _stop_signals() -> asyncio.Event:
 
 
 def _on_reload(daemon: "Daemon") -> None:
-    """SIGHUP, systemd's reload: read the tokens again. Changed certificates are read without a signal."""
+    """SIGHUP, systemd's reload: read tokens and settings again. Changed certificates are read without a signal."""
     loop = asyncio.get_running_loop()
+    running: set[asyncio.Task[None]] = set()
 
-    def reload() -> None:
+    async def reload() -> None:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         daemon.reload()
+        await loop.run_in_executor(None, daemon.reread)  # a smaller budget moves what no longer fits
         notify("READY=1")
+
+    def begin() -> None:
+        task = loop.create_task(reload())
+        running.add(task)
+        task.add_done_callback(running.discard)
 
     def request_reload(*_: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: the daemon is stopping
-            loop.call_soon_threadsafe(reload)
+            loop.call_soon_threadsafe(begin)
 
     signal.signal(signal.SIGHUP, request_reload)
 
@@ -220,7 +235,13 @@ class Daemon:
     """
 
     def __init__(
-        self, store: Store, settings: ServerSettings, arena: Arena | None = None, spans: Spans | None = None
+        self,
+        store: Store,
+        settings: ServerSettings,
+        arena: Arena | None = None,
+        spans: Spans | None = None,
+        source: Source | None = None,
+        origins: Origins = NO_ORIGINS,
     ) -> None:
         self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
@@ -263,7 +284,9 @@ class Daemon:
         )
         room = self._arena.empty
         cache = CacheService(views, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
-        admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats)
+        own = Settings(settings, store.config)
+        self.live = LiveSettings(own, self._apply, source.read if source else lambda: (own, {}), origins)
+        admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats, self.live)
         self._handlers = cache.handler(), admin.handler()
 
     async def start(self) -> None:
@@ -309,6 +332,28 @@ class Daemon:
             for leases in self._leases:
                 leases.recheck()
             self._interceptor.recheck()
+
+    def reread(self) -> None:
+        """Take the settings of the file and the environment as they are now; those that need a restart are named."""
+        try:
+            changed = self.live.reread()
+        except ConfigError as error:
+            logger.error("reload failed error=%s effect=%s", error, "the settings read before stay in force")
+            return
+        if changed.restart:
+            logger.warning(
+                "settings changed that need a restart names=%s effect=%s",
+                ",".join(changed.restart), "those read at the start stay in force",
+            )  # fmt: skip
+
+    def _apply(self, settings: Settings) -> None:
+        """Make the live settings of these take effect."""
+        store = self._shared.store
+        logging.getLogger().setLevel(settings.server.log_level.upper())
+        self.watch.settings = settings.server
+        self._arena.limit_nbytes = max(self._arena.limit_nbytes, arena_limit_nbytes(settings.store))
+        store.reconfigure(settings.store)
+        self._arena.limit_nbytes = arena_limit_nbytes(settings.store)
 
     def closed_doors(self) -> list[str]:
         """Which addresses take no clients any more, in words. Blocks for a moment."""

@@ -6,12 +6,13 @@ environment two underscores stand for a dot: KVSTORED_STORE__HOT__CAPACITY_NBYTE
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from kvstore.config import MIB, StoreConfig, check_range, from_mapping, read_toml
+from kvstore.config import MIB, StoreConfig, check_range, from_mapping, leaves, read_toml
 from kvstore.errors import ConfigError
 from kvstored_client.wire.address import listening_address, parse_address, socket_path, wants_tls
 
@@ -134,6 +135,22 @@ class Settings:
     store: StoreConfig = field(default_factory=StoreConfig)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a daemon has its settings from: a file, the environment, and options of its command line."""
+
+    config: str | Path | None = None
+    data_dir: str | None = None
+    address: str | None = None
+
+    def read(self) -> tuple["Settings", dict[str, str]]:
+        """The settings as they are now, and the origin of each. Raises ConfigError."""
+        table = read_toml(self.config) if self.config is not None else {}
+        given = {"data_dir": self.data_dir, "address": self.address}
+        settings = _settings(deepcopy(table), given, os.environ)
+        return settings, origins(settings, table, str(self.config), given)
+
+
 def load_settings(
     config: str | Path | None = None,
     *,
@@ -143,14 +160,16 @@ def load_settings(
 ) -> Settings:
     """The settings in force. Raises ConfigError for an unknown key, a wrong type or a value out of range."""
     table: dict[str, Any] = read_toml(config) if config is not None else {}
+    return _settings(table, {"data_dir": data_dir, "address": address}, environ)
+
+
+def _settings(table: dict[str, Any], given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+    """The settings of a file's tables, which change. given: the server's that the command line has."""
     _overlay(table, environ)
     server = table.setdefault("server", {})
     if not isinstance(server, dict):
         raise ConfigError(f"server is a table of settings, got {server!r}")
-    if data_dir is not None:
-        server["data_dir"] = str(data_dir)
-    if address is not None:
-        server["address"] = address
+    server |= {name: str(value) for name, value in given.items() if value is not None}
     server.setdefault("address", listening_address(environ))
     server.setdefault("data_dir", str(default_data_dir(environ)))
     settings = from_mapping(Settings, table)
@@ -160,6 +179,45 @@ def load_settings(
         cold = replace(settings.store.cold, path=str(Path(settings.server.data_dir) / "cold"))
         settings = replace(settings, store=replace(settings.store, cold=cold))
     return settings
+
+
+def origins(
+    settings: Settings,
+    table: Mapping[str, Any],
+    file: str,
+    given: Mapping[str, object],
+    environ: Mapping[str, str] = os.environ,
+) -> dict[str, str]:
+    """Where each setting's value is from: "default", the file, a variable, or an option of the command line.
+
+    table: what the file says. given: the options, by the server's setting ("address").
+    """
+    variables = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."): name
+        for name in environ
+        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name
+    }
+    default = dict(leaves(Settings()))
+    found: dict[str, str] = {}
+    for name, value in leaves(settings):
+        if given.get(name.removeprefix("server.")) is not None:
+            found[name] = "--" + name.removeprefix("server.").replace("_", "-")
+        elif name in variables:
+            found[name] = variables[name]
+        elif _in_file(table, name):
+            found[name] = file
+        else:  # directories depend on the user and on the service manager
+            found[name] = "default" if value == default[name] else "this host"
+    return found
+
+
+def _in_file(table: Mapping[str, Any], name: str) -> bool:
+    at: Any = table
+    for step in name.split("."):
+        if not isinstance(at, Mapping) or step not in at:
+            return False
+        at = at[step]
+    return True
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

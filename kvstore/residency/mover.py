@@ -25,7 +25,7 @@ from kvstore.tiers.memory import MemoryTier
 
 log = logging.getLogger(__name__)
 
-_NO_KEY = Key(b"")
+NO_KEY = Key(b"")
 EVICTION_STEPS = 2
 """What an eviction counts for among the steps of a hold: some 20 us. 64 of them, then others may have the lock."""
 
@@ -133,7 +133,7 @@ class Mover:
             while True:
                 with r.lock:
                     try:
-                        victim = tier.displace(0, _NO_KEY)
+                        victim = tier.displace(0, NO_KEY)
                     except OverQuota:
                         return moved  # the rest is pinned
                     if victim is None:

@@ -28,12 +28,12 @@ from kvstore.residency.transcode import made_entry
 
 
 class WritePath:
-    """Takes entries in. Any thread."""
+    """Takes entries in. Any thread. config: in force for the next put."""
 
     def __init__(self, residency: Residency, mover: Mover, config: StoreConfig, device: torch.device) -> None:
         self._r = residency
         self._mover = mover
-        self._config = config
+        self.config = config
         self._device = device
 
     def put(
@@ -172,13 +172,13 @@ class WritePath:
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
         described = {name: arrays.describe(name, x) for name, x in tensors.items()}
-        specs = arrays.CheckedSpecs(described, self._config.entry_max_nbytes)
+        specs = arrays.CheckedSpecs(described, self.config.entry_max_nbytes)
         meta = self._meta(specs.nbytes, options)
         return made_entry(key, specs, {name: self._owned(x, specs[name], own=own) for name, x in tensors.items()}), meta
 
     def _meta(self, nbytes: int, options: PutOptions) -> Meta:
         """The Meta of a new value. Raises InvalidEntry or EntryTooLarge for what only a store knows to be too much."""
-        ttl = self._config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self._config)
+        ttl = self.config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self.config)
         r, exact = self._r, options.fidelity == "exact"
         largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
         if nbytes > largest and (exact or nbytes > 9 * largest):

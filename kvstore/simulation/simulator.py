@@ -26,7 +26,7 @@ from kvstore.hit import Verified
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.residency.maintainer import Maintainer
-from kvstore.residency.mover import Mover
+from kvstore.residency.mover import NO_KEY, Mover
 from kvstore.residency.read_path import ReadPath
 from kvstore.residency.state import Residency, residency_of
 from kvstore.residency.write_path import WritePath
@@ -223,6 +223,14 @@ class SizedCold:
         while (victim := self._tier.displace(entry.nbytes, entry.key, owner)) is not None:
             self.admission.left(victim.key)
             self._on_drop(victim.key, "evicted")
+
+    def resize(self, nbytes: int, pin_max_nbytes: int) -> int:
+        """Another budget."""
+        self.capacity_nbytes, before = nbytes, len(self._tier)
+        self._tier.resize(nbytes, pin_max_nbytes)
+        while (victim := self._tier.displace(0, NO_KEY)) is not None:
+            self._on_drop(victim.key, "evicted")
+        return before - len(self._tier)
 
     def queue_removal(self, key: Key) -> None:
         """Forget at once."""

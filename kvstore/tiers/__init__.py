@@ -75,6 +75,10 @@ class LastTier(Tier, Protocol):
         """
         ...
 
+    def resize(self, nbytes: int, pin_max_nbytes: int) -> int:
+        """Another budget, and another limit of pins, by evicting what no longer fits. Returns how many left."""
+        ...
+
     def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
         """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
         ...

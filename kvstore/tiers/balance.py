@@ -50,6 +50,15 @@ class Balance:
         self._avoidable, self._hot_tail, self._warm_tail, self._warm_top = ([0.0] * STEPS for _ in range(4))
         self._events = 0
 
+    def resize(self, hot_nbytes: int, warm_nbytes: int) -> None:
+        """Other budgets: the border goes where they put it, and is learned from there."""
+        self.total_nbytes = hot_nbytes + warm_nbytes
+        self.step_nbytes = max(1, self.total_nbytes // STEPS)
+        self.hot_nbytes = hot_nbytes
+        for by_step in (self._avoidable, self._hot_tail, self._warm_tail, self._warm_top):
+            by_step[:] = [0.0] * STEPS
+        self._events = 0
+
     def left(self, key: Key, nbytes: int) -> None:
         """Note that an entry left memory. nbytes: its bytes in warm."""
         self._left_nbytes += nbytes

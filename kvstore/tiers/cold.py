@@ -35,7 +35,7 @@ from kvstore.errors import ConfigError, OverQuota
 from kvstore.hit import Verified
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.metadata.owner import Owner, labelled
+from kvstore.metadata.owner import NOBODY, Owner, labelled
 from kvstore.metadata.slices import SLICE, pause
 from kvstore.metadata.spread import Column
 from kvstore.tiers import TierName
@@ -281,6 +281,25 @@ class Cold:
                 "unpin something or enlarge the tier or the quota"
             )
         return True
+
+    def resize(self, nbytes: int, pin_max_nbytes: int) -> int:
+        """Another budget, and another limit of pins: what no longer fits is evicted. Returns how many entries.
+
+        Call it without a lock that `on_drop` takes. Pinned entries stay.
+        """
+        with self._changed:
+            self.capacity_nbytes = nbytes
+            self._pinned.limit_nbytes = pin_max_nbytes
+        count = 0
+        while True:
+            with self._changed:
+                evicted = self._evict(lambda: self.used_nbytes > self.capacity_nbytes, NOBODY, 0)
+            for victim in evicted:
+                self._on_drop(victim, "evicted")
+            count += len(evicted)
+            if len(evicted) < EVICTIONS_MAX:
+                return count
+            pause()
 
     def _evict(self, too_full: Callable[[], bool], owner: Owner, nbytes: int) -> list[Key]:
         evicted: list[Key] = []

@@ -72,6 +72,11 @@ class MemoryTier:
             if pinned:
                 self._order.pin(key, nbytes)
 
+    def resize(self, nbytes: int, pin_max_nbytes: int) -> None:
+        """Another budget, and another limit of pins. It may hold more until somebody displaces the rest."""
+        self.capacity_nbytes = nbytes
+        self._order.set_pin_limit(pin_max_nbytes)
+
     def get(self, key: Key) -> Entry | None:
         """The entry; this does not count as use."""
         return self._entries.get(key)

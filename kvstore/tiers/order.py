@@ -73,6 +73,10 @@ class Order:
         """Bytes of pinned keys."""
         return self._pinned.nbytes
 
+    def set_pin_limit(self, nbytes: float) -> None:
+        """How many bytes may be pinned. What is pinned over it stays."""
+        self._pinned.limit_nbytes = nbytes
+
     def used(self) -> dict[str, int]:
         """Bytes by tenant, pinned ones included, without tenants that hold none."""
         return {tenant: nbytes for tenant in set(self._tenant_of.values()) if (nbytes := self._used_by(tenant))}

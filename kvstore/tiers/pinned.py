@@ -15,7 +15,7 @@ class Pinned:
     """Keys with their bytes and tenants. All operations O(1). tenants: those that share the store, as of now."""
 
     def __init__(self, limit_nbytes: float, tier: str, tenants: Callable[[], Collection[str]] = tuple) -> None:
-        self._limit_nbytes = limit_nbytes
+        self.limit_nbytes = limit_nbytes
         self._tier = tier
         self._tenants = tenants
         self._pins: Spread[tuple[str, int]] = Spread()
@@ -47,17 +47,17 @@ class Pinned:
     def check(self, nbytes: int, tenant: str) -> None:
         """Raise OverQuota if a key of so many bytes may not be pinned for a tenant."""
         total, own = self.nbytes + nbytes, self._by_tenant.get(tenant, 0) + nbytes
-        if total > self._limit_nbytes:
+        if total > self.limit_nbytes:
             raise OverQuota(
                 f"pinning {nbytes} bytes would make {total} pinned bytes in the {self._tier} tier, "
-                f"the limit is {self._limit_nbytes} (pin_max_fraction); unpin something"
+                f"the limit is {self.limit_nbytes} (pin_max_fraction); unpin something"
             )
         sharing = len({tenant, *self._tenants(), *self._by_tenant})
-        share = self._limit_nbytes // sharing
+        share = self.limit_nbytes // sharing
         if own > share:
             raise OverQuota(
                 f"pinning {nbytes} bytes would make {own} bytes pinned for {tenant or 'callers without a tenant'!r} in "
-                f"the {self._tier} tier, the share of each of {sharing} is {share} of {self._limit_nbytes} "
+                f"the {self._tier} tier, the share of each of {sharing} is {share} of {self.limit_nbytes} "
                 "(pin_max_fraction); unpin something"
             )
 

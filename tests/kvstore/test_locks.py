@@ -1,6 +1,7 @@
 """Every verb holds the lock of whatever it uses: a `with` left out is noticed without two threads having to meet."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,10 @@ def test_what_leaves(checked: Checked) -> None:
     fill(store)
     assert store.set_hot_capacity(20 * KIB) > 0
     store.set_hot_capacity(160 * KIB)
+    fill(store)
+    small = replace(store.config, hot=HotConfig(20 * KIB), cold=replace(store.config.cold, capacity_nbytes=1 << 20))
+    for config in (small, replace(small, cold=replace(small.cold, capacity_nbytes=1 << 21))):
+        store.reconfigure(config)
 
 
 def test_what_goes_wrong_on_the_way(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """Messages of the proto to and from the plain objects of `kvstore`: the part both ends need. No I/O, no state."""
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from math import inf
+from typing import Any
 
+from kvstore.config import Setting
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
 from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Held, Priority, TensorInfo
@@ -237,3 +240,33 @@ def read_explanation(message: pb.Explanation) -> Explanation:
     """An Explanation from the proto."""
     entry = read_entry_info(message.entry) if message.HasField("entry") else None
     return Explanation(message.key, message.state, message.tier, message.gone_s, message.hits, entry)
+
+
+def settings_message(settings: Iterable[Setting]) -> pb.SettingsReply:
+    """The message of `read_settings`. What JSON cannot express becomes text."""
+    return pb.SettingsReply(
+        settings=[
+            pb.Setting(name=one.name, value=_json(one.value), origin=one.origin, live=one.live) for one in settings
+        ]
+    )
+
+
+def read_settings(reply: pb.SettingsReply) -> list[Setting]:
+    """The settings in force."""
+    return [Setting(one.name, json.loads(one.value), one.origin, one.live) for one in reply.settings]
+
+
+def changes_message(changes: Mapping[str, tuple[Any, Any]]) -> pb.ConfigureReply:
+    """The message of `read_changes`."""
+    return pb.ConfigureReply(
+        changes=[pb.SettingChange(name=name, before=_json(a), now=_json(b)) for name, (a, b) in changes.items()]
+    )
+
+
+def read_changes(reply: pb.ConfigureReply) -> dict[str, tuple[Any, Any]]:
+    """What changed: by name, the values before and now."""
+    return {one.name: (json.loads(one.before), json.loads(one.now)) for one in reply.changes}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=lambda x: asdict(x) if is_dataclass(x) and not isinstance(x, type) else str(x))

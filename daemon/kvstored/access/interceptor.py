@@ -42,8 +42,10 @@ RIGHT_OF = {
 }
 """The right that a method needs; any other method, known or not, needs admin."""
 _REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
-_LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect"})
+_LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect", "Admin/Settings"})
 """Admin verbs that change nothing: no audit line for each refresh of a screen."""
+_KEYLESS = frozenset({"Admin/Configure"})
+"""Verbs that change something and name no keys: what they changed has a line of its own (`live`)."""
 AUDITED = frozenset({"Cache/Delete", "Cache/Pin", "Lease/delete", "Lease/pin"})
 """Verbs beside the admin's that change what others see. Not Put: it is the data path, and each put has its counters."""
 REFUSED_LINES = 16
@@ -144,7 +146,7 @@ class Records:
         seconds = time.perf_counter() - began
         self._meter.end(method, code, seconds)
         if self._spans.wanted:
-            self._spans.record(method, code, seconds, metadata, _about(identity, request))
+            self._spans.record(method, code, seconds, metadata, _about(method, identity, request))
         if code in _REFUSED:
             self._meter.refuse(code)
             caller = peer_group(peer) if identity is None else identity.account
@@ -282,9 +284,9 @@ def _name(code: Any) -> str:
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
 
 
-def _about(identity: Identity | None, request: bytes) -> dict[str, str | int]:
+def _about(method: str, identity: Identity | None, request: bytes) -> dict[str, str | int]:
     """The attributes of a call's span: the caller and the number of keys, never the keys."""
-    said: dict[str, str | int] = {"keys": len(_keys(request))} if request else {}
+    said: dict[str, str | int] = {"keys": len(_keys(method, request))} if request else {}
     if identity is not None:
         said["caller"] = identity.name
         if identity.tenant is not None:
@@ -292,7 +294,9 @@ def _about(identity: Identity | None, request: bytes) -> dict[str, str | int]:
     return said
 
 
-def _keys(request: bytes) -> list[bytes]:
+def _keys(method: str, request: bytes) -> list[bytes]:
+    if method in _KEYLESS:
+        return []
     try:
         return request_keys(request)
     except (DecodeError, InvalidEntry):
@@ -300,7 +304,7 @@ def _keys(request: bytes) -> list[bytes]:
 
 
 def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str, more: str = "") -> None:
-    keys = _keys(request)
+    keys = _keys(method, request)
     audit.info(
         "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s%s",
         method, identity.name if identity else "nobody", peer, len(keys),

@@ -1,16 +1,18 @@
-"""`kvstored config check|show`: the settings that the daemon would use, and the origin of each."""
+"""`kvstored config check|show|set`: the settings that the daemon uses or would use, and the origin of each."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from kvstored.cli.exits import errors_as_exit_codes
+from kvstored.cli.exits import BadUsage, errors_as_exit_codes
+from kvstored.cli.progress import waiting
+from kvstored.cli.remote import print_json, remote
 from kvstored.cli.text import table
+
+if TYPE_CHECKING:
+    from kvstore.config import Setting
+    from kvstored_client import Client
 
 _FILE = click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 
@@ -51,59 +53,58 @@ def check(file: Path | None) -> None:
 
 @config.command()
 @_FILE
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
 @click.option("--changed", is_flag=True, help="Only settings that are not the default.")
-def show(*, file: Path | None, as_json: bool, changed: bool) -> None:
-    """Every setting with its value and its origin: the default, FILE, or the environment's variable."""
-    with errors_as_exit_codes("the configured address"):
-        from kvstored.settings import load_settings
+@click.option("--running", is_flag=True, help="Those in force in the running daemon, not those of a file.")
+@remote
+def show(client: "Client", as_json: bool, *, file: Path | None, changed: bool, running: bool) -> None:  # noqa: FBT001 - `remote` calls it
+    """Every setting with its value and its origin: the default, FILE, or the environment's variable.
 
-        settings = load_settings(file)
-        found = [row for row in _rows(settings, file) if not (changed and row[2] == "default")]
+    --running asks the daemon, which needs the admin right; LIVE says what `config set` may change.
+    """
+    if running and file is not None:
+        raise BadUsage("--running asks the daemon for its own settings: leave FILE out")
+    found = client.settings() if running else _of_file(file)
+    rows = [row for row in found if not (changed and row.origin == "default")]
     if as_json:
-        click.echo(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in found}))
+        print_json({row.name: {"value": row.value, "origin": row.origin, "live": row.live} for row in rows})
         return
-    click.echo("\n".join(table(("SETTING", "VALUE", "ORIGIN"), [(n, _text(v), o) for n, v, o in found], left=3)))
+    cells = [(row.name, _text(row.value), row.origin, "live" if row.live else "-") for row in rows]
+    click.echo("\n".join(table(("SETTING", "VALUE", "ORIGIN", "LIVE"), cells, left=4)))
 
 
-def _rows(settings: object, file: Path | None) -> Iterator[tuple[str, Any, str]]:
-    from kvstore.config import read_toml
-    from kvstored.settings import ENVIRONMENT_PREFIX
+def _of_file(file: Path | None) -> "list[Setting]":
+    from kvstore.config import Setting, leaves
+    from kvstored.live import LIVE
+    from kvstored.settings import Source
 
-    table_of_file: Mapping[str, Any] = read_toml(file) if file is not None else {}
-    variables = {
-        name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."): name
-        for name in os.environ
-        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name
-    }
-    for name, value, default in _leaves(settings, type(settings)()):
-        if name in variables:
-            origin = variables[name]
-        elif _in_file(table_of_file, name):
-            origin = str(file)
-        elif value != default:
-            origin = "this host"  # directories depend on the user and on the service manager
-        else:
-            origin = "default"
-        yield name, value, origin
+    settings, where = Source(file).read()
+    return [Setting(name, value, where[name], name in LIVE) for name, value in leaves(settings)]
 
 
-def _leaves(value: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for each in fields(value):
-        at, other = getattr(value, each.name), getattr(default, each.name)
-        if is_dataclass(at):
-            yield from _leaves(at, other, f"{prefix}{each.name}.")
-        else:
-            yield prefix + each.name, at, other
+@config.command("set")
+@click.argument("settings", nargs=-1, required=True, metavar="NAME=VALUE...")
+@remote
+def set_(client: "Client", as_json: bool, *, settings: tuple[str, ...]) -> None:  # noqa: FBT001 - `remote` calls it
+    """Change settings of the running daemon: the tiers' budgets, the default TTL, the log level.
 
-
-def _in_file(table_of_file: Mapping[str, Any], name: str) -> bool:
-    at: Any = table_of_file
-    for step in name.split("."):
-        if not isinstance(at, Mapping) or step not in at:
-            return False
-        at = at[step]
-    return True
+    They hold until it is restarted or reloaded, which take what its file says: write them there too. A smaller
+    budget takes effect at once: what no longer fits sinks to the tier below. Sizes may be written as 8GiB.
+    """
+    asked: dict[str, str] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise BadUsage(f"expected NAME=VALUE, such as store.hot.capacity_nbytes=8GiB, got {text!r:.80}")
+        asked[name] = value
+    with waiting("changing", 0):
+        changed = client.configure(asked)
+    if as_json:
+        print_json({name: {"before": before, "now": now} for name, (before, now) in changed.items()})
+        return
+    for name in asked:
+        before, now = changed.get(name, (None, None))
+        click.echo(f"{name} is {_text(now)}, was {_text(before)}" if name in changed else f"{name} is so already")
+    click.echo("until the next restart or reload: to keep it, write it into the daemon's file", err=True)
 
 
 def _text(value: object) -> str:

@@ -22,10 +22,11 @@ def serve(config: str | None, data_dir: str | None, address: str | None) -> None
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up()  # for errors before the log settings are read
     with errors_as_exit_codes(address or "the configured address"):
-        from kvstored.settings import load_settings
+        from kvstored.settings import Source
 
-        settings = load_settings(config, data_dir=data_dir, address=address)
+        source = Source(config, data_dir, address)
+        settings, origins = source.read()
         set_up(settings.server.log_format, settings.server.log_level)
         from kvstored.server import serve as run
 
-        sys.exit(run(settings))
+        sys.exit(run(settings, source, origins))

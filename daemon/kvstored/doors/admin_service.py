@@ -8,14 +8,22 @@ from time import monotonic
 
 import grpc
 
-from kvstore.errors import InvalidEntry
+from kvstore.errors import ConfigError, InvalidEntry
 from kvstore.hit import Verified
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
 from kvstored.access.tenant_view import TenantViews
 from kvstored.doors.service import Context, Service, answering
+from kvstored.live import LiveSettings
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.messages import TIER_NAMES, entry_info_message, explanation_message, stats_message
+from kvstored_client.wire.messages import (
+    TIER_NAMES,
+    changes_message,
+    entry_info_message,
+    explanation_message,
+    settings_message,
+    stats_message,
+)
 from kvstored_client.wire.requests import read_request
 
 LIST_GROUP = 256
@@ -29,11 +37,13 @@ class AdminService(Service):
     """What an operator does."""
 
     def __init__(
-        self, views: TenantViews, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats]
-    ) -> None:
+        self, views: TenantViews, threads: Executor, boot_epoch: int, version: str, snapshot: Callable[[], Stats],
+        settings: LiveSettings,
+    ) -> None:  # fmt: skip
         super().__init__(views, threads, boot_epoch)
         self._version = version
         self._snapshot = snapshot
+        self._settings = settings
 
     @answering
     async def stats(self, request: bytes, _: Context) -> bytes:
@@ -111,6 +121,22 @@ class AdminService(Service):
         while (found := await self._run(_last_within, steps, VERIFY_REPORT_S)) is not None:
             await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())
 
+    @answering
+    async def settings(self, request: bytes, _: Context) -> bytes:
+        """The settings in force."""
+        read_request(pb.SettingsRequest, request)
+        return settings_message(self._settings.rows()).SerializeToString()
+
+    @answering
+    async def configure(self, request: bytes, _: Context) -> bytes:
+        """Change settings that need no restart."""
+        asked = dict(read_request(pb.ConfigureRequest, request).settings)
+        try:
+            changed = await self._run(self._settings.change, asked)
+        except ConfigError as error:
+            raise InvalidEntry(str(error)) from None
+        return changes_message(changed.applied).SerializeToString()
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto."""
         unary = grpc.unary_unary_rpc_method_handler
@@ -126,6 +152,8 @@ class AdminService(Service):
                 "Promote": unary(self.promote),
                 "Drain": unary(self.drain),
                 "Verify": grpc.unary_stream_rpc_method_handler(self.verify),
+                "Settings": unary(self.settings),
+                "Configure": unary(self.configure),
             },
         )
 
