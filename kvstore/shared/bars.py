@@ -32,6 +32,8 @@ class Bars:
     def __init__(self, directory: Path | None, *, at_most: int = BARS_MAX) -> None:
         """Raises ConfigError for a file that is another user's, OSError where it cannot be read."""
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # taken first
+        self._unwritten: list[Key] = []
         self._at_most = at_most
         self._waiting: OrderedDict[Key, int] = OrderedDict()
         self._ended: dict[Key, int] = {}
@@ -54,18 +56,34 @@ class Bars:
         return self.everything or key in self._waiting or key in self._ended
 
     def add(self, keys: Sequence[Key]) -> None:
-        """Bar keys; with a directory, for good when this returns. Before their entries leave the store."""
-        if not keys:
-            return
+        """Bar keys, before their entries leave the store. In memory: `keep` writes it down. Under the store's lock."""
         with self._lock:
             self._turn += 1
-            fresh = [key for key in keys if key not in self._waiting]
-            for key in keys:
-                self._waiting[key] = self._turn
+            self._unwritten += [key for key in keys if key not in self._waiting]
+            self._waiting.update(dict.fromkeys(keys, self._turn))
             if len(self._waiting) > self._at_most:
-                self._bar_everything()
-            else:
-                self._append(fresh)
+                self.everything = True
+                self._waiting.clear()
+
+    def lift(self, keys: Sequence[Key]) -> None:
+        """Bar these no more: they were not deleted after all."""
+        with self._lock:
+            for key in keys:
+                self._waiting.pop(key, None)
+
+    def keep(self) -> None:
+        """Have the bars on disk, if there is a directory, so that no restart forgets them. Not under a lock."""
+        with self._writing, self._lock:
+            keys, self._unwritten = self._unwritten, []
+            fd, everything = self._fd, self.everything
+        if fd < 0:
+            return
+        with self._writing:
+            if everything:
+                os.ftruncate(fd, 0)
+                self._write(_line(_ALL))
+            elif keys:
+                self._write(b"".join(map(_line, keys)))
 
     def waiting(self, at_most: int) -> list[tuple[Key, int]]:
         """Keys whose objects are to be deleted, the oldest first, each with its turn, for `done`."""
@@ -80,7 +98,7 @@ class Bars:
                     del self._waiting[key]
                     if self._flights:
                         self._ended[key] = self._turn
-            self._shrink()
+        self._shrink()
 
     def flushed(self) -> None:
         """Everything in the store is out of reach: no bar is needed."""
@@ -89,7 +107,7 @@ class Bars:
                 self._ended.update(dict.fromkeys(self._waiting, self._turn))
             self._waiting.clear()
             self.everything = False
-            self._shrink()
+        self._shrink()
 
     @contextmanager
     def flight(self) -> Iterator[None]:
@@ -110,21 +128,10 @@ class Bars:
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._lock:
+        with self._writing, self._lock:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
-
-    def _bar_everything(self) -> None:
-        self.everything = True
-        self._waiting.clear()
-        if self._fd >= 0:
-            os.ftruncate(self._fd, 0)
-            self._write(_line(_ALL))
-
-    def _append(self, keys: Sequence[Key]) -> None:
-        if self._fd >= 0 and keys and not self.everything:
-            self._write(b"".join(map(_line, keys)))
 
     def _write(self, data: bytes) -> None:
         while data:
@@ -132,21 +139,24 @@ class Bars:
         os.fdatasync(self._fd)
 
     def _shrink(self) -> None:
-        if self._fd < 0 or self.everything:
-            return
-        if not self._waiting:
-            # Not synced: what a crash brings back is deleted once more.
-            os.ftruncate(self._fd, 0)
-        elif os.fstat(self._fd).st_size > _REWRITE_NBYTES + 4 * sum(map(len, self._waiting)):
-            self._rewrite()
+        """Take out of the file what is done. Not synced: what a crash brings back is deleted once more."""
+        with self._writing:
+            with self._lock:
+                left = None if self.everything or self._unwritten else list(self._waiting)
+            if self._fd < 0 or left is None:
+                return
+            if not left:
+                os.ftruncate(self._fd, 0)
+            elif os.fstat(self._fd).st_size > _REWRITE_NBYTES + 4 * sum(map(len, left)):
+                self._rewrite(left)
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, keys: Sequence[Key]) -> None:
         assert self._path is not None
         fresh = self._path.with_suffix(".new")
         fresh.unlink(missing_ok=True)
         fd = open_own(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, "store.cold.path")
         old, self._fd = self._fd, fd
-        self._write(b"".join(map(_line, self._waiting)))
+        self._write(b"".join(map(_line, keys)))
         fresh.replace(self._path)
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         os.fsync(directory)
@@ -166,7 +176,8 @@ class Bars:
         if data and not data.endswith(b"\n"):
             self._write(b"\n")  # a line that a crash cut off must not swallow the next one
         if len(self._waiting) > self._at_most:
-            self._bar_everything()
+            self.everything = True
+            self._waiting.clear()
 
 
 def _line(key: bytes) -> bytes:

@@ -19,7 +19,7 @@ from hashlib import sha256
 from kvstore.clock import Clock
 from kvstore.errors import RecordCorrupt
 from kvstore.shared import HEAD_NBYTES, Engine, SharedUnavailable
-from kvstore.shared.names import MAC_NBYTES, TAG_NBYTES, VERSION, Names
+from kvstore.shared.names import MAC_NBYTES, VERSION, Names
 
 MAGIC = b"KVSE"
 _HEAD = struct.Struct("<4sHHQ16x32s")
@@ -139,7 +139,3 @@ class Epochs:
 
 def _is(digest: bytes, text: bytes) -> bool:
     return hmac.compare_digest(digest, sha256(text).digest())
-
-
-assert TAG_NBYTES * 2 != len(_ALL)
-assert _HEAD.size + MAC_NBYTES == HEAD_NBYTES

@@ -113,9 +113,7 @@ def parse_head(names: Names, alias: Key, data: bytes | memoryview) -> Head:
     return head
 
 
-def opened(  # noqa: PLR0913 - what is believed, and what it is compared with
-    names: Names, alias: Key, key: Key, head: Head, data: bytearray, seals: Seals, *, clear: bool
-) -> Arrived:
+def opened(names: Names, alias: Key, key: Key, head: Head, data: bytearray, seals: Seals, *, clear: bool) -> Arrived:
     """The entry of an object that arrived whole, under its own key; it may share memory with `data`.
 
     clear: records that are not sealed are taken. Raises RecordCorrupt, of which UnknownSeal is one.
