@@ -45,7 +45,7 @@ def asking(address: Address, login: Login, tls: TlsFiles, timeout_s: float) -> I
     client = redis.Redis(
         address.host, address.port, username=login.user or None, password=login.password or None, protocol=2,
         socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0),
-        client_name=None, lib_name=None, lib_version=None, **options,
+        **options,
     )  # fmt: skip
     try:
         yield client

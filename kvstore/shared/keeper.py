@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvstore.errors import KvstoreError
 from kvstore.shared.addresses import Address
 from kvstore.shared.breaker import PAUSE_MAX_S
 from kvstore.shared.link import Denied, Link
@@ -49,7 +48,7 @@ class Keeper:
         self._lock = threading.Lock()
         self._begun = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._closed = False
+        self._closed = self._ended = False
         self._wanted = True
         self._learned_at = -REFRESH_S
         self._tried_at = -REFRESH_S
@@ -67,8 +66,9 @@ class Keeper:
         self._wanted = True
         if not self._begun:
             self._begin()
-        with suppress(OSError):
-            os.eventfd_write(self._wake_fd, 1)
+        with self._lock:
+            if not self._ended:
+                os.eventfd_write(self._wake_fd, 1)
 
     def _begin(self) -> None:
         with self._lock:
@@ -91,11 +91,10 @@ class Keeper:
             if self._closed:
                 return
             self._closed = True
-            if not self._begun:
-                os.close(self._wake_fd)
-                return
-        with suppress(OSError):
-            os.eventfd_write(self._wake_fd, 1)
+            if self._begun:
+                os.eventfd_write(self._wake_fd, 1)
+            else:
+                self._end_waking()
 
     def _run(self) -> None:
         while not self._closed:
@@ -113,6 +112,12 @@ class Keeper:
             self._give_up_probes()
         for probe in self._probes.values():
             probe.link.close()
+        with self._lock:
+            self._end_waking()
+
+    def _end_waking(self) -> None:
+        """Under the lock: a number that was closed may be another file's by now."""
+        self._ended = True
         os.close(self._wake_fd)
 
     def _wait_ms(self) -> int:
@@ -133,7 +138,7 @@ class Keeper:
         for node in nodes[:ASKED_AT_ONCE]:
             try:
                 topology = self._learn(node.address)
-            except (OSError, KvstoreError, Denied) as error:
+            except Exception as error:  # noqa: BLE001 - whatever a server answers, this thread goes on
                 self.reason = "denied" if isinstance(error, Denied) else "unreachable"
                 self.sentence = f"{node.address}: {error}"
                 node.breaker.failed(hung=isinstance(error, TimeoutError))

@@ -17,7 +17,7 @@ from typing import Final
 
 from kvstore.shared import Buffer
 from kvstore.shared.addresses import Address, Place
-from kvstore.shared.resp import PENDING, Broken, Pending, Refusal, Replies, Reply, command
+from kvstore.shared.resp import INLINE_MAX_NBYTES, PENDING, Broken, Pending, Refusal, Replies, Reply, command
 
 WINDOW_NBYTES = 4 << 20
 """Bytes of values asked for or sent and not yet answered, a connection. A server handles what lies in its buffer in one
@@ -188,11 +188,7 @@ class Link:
 
     def _send(self) -> None:
         while True:
-            while self._waiting and (not self._weight or self._weight + self._waiting[0].weight <= WINDOW_NBYTES):
-                op = self._waiting.popleft()
-                self._weight += op.weight
-                self._out.extend(memoryview(buffer).cast("B") for buffer in op.buffers)
-                self._due.append(op)
+            self._fill()
             self._wants_write = bool(self._out)
             if not self._out:
                 return
@@ -201,6 +197,24 @@ class Link:
             except _WOULD_BLOCK as wait:
                 self._wants_write = not isinstance(wait, ssl.SSLWantReadError)
                 return
+
+    def _fill(self) -> None:
+        """Put on its way what the window has room for; small buffers are joined."""
+        small: list[Buffer] = []
+        while self._waiting and (not self._weight or self._weight + self._waiting[0].weight <= WINDOW_NBYTES):
+            op = self._waiting.popleft()
+            self._weight += op.weight
+            self._due.append(op)
+            for buffer in op.buffers:
+                if len(buffer) <= INLINE_MAX_NBYTES:
+                    small.append(buffer)
+                    continue
+                if small:
+                    self._out.append(memoryview(b"".join(small)))
+                    small = []
+                self._out.append(memoryview(buffer))
+        if small:
+            self._out.append(memoryview(b"".join(small)))
 
     def _write(self) -> int:
         if isinstance(self._socket, ssl.SSLSocket):

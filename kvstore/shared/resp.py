@@ -23,6 +23,8 @@ _BUFFER_NBYTES = 1 << 16
 SKIP_MAX_NBYTES = 1 << 26
 """A body of another length than was asked for is read and dropped up to this; a longer one costs the connection."""
 
+_DIGITS_MAX = len(str(1 << 63))
+
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
 _new_bytearray.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 _new_bytearray.restype = ctypes.py_object
@@ -65,15 +67,18 @@ class Pending:
 PENDING: Final = Pending()
 
 
-def command(*parts: Buffer | str | int) -> list[Buffer]:
-    """The buffers of a command, in order; a part that is a large buffer is not copied."""
-    return chunked(
-        [[part if isinstance(part, bytes | bytearray | memoryview) else str(part).encode()] for part in parts]
-    )
+def command(*parts: bytes | str | int) -> list[Buffer]:
+    """A command without large values, in one buffer."""
+    out = [b"*%d" % len(parts)]
+    for part in parts:
+        word = part if isinstance(part, bytes) else str(part).encode()
+        out += (b"$%d" % len(word), word)
+    out.append(b"")
+    return [b"\r\n".join(out)]
 
 
 def chunked(parts: list[list[Buffer]]) -> list[Buffer]:
-    """As `command`, of parts that are several buffers one behind the other."""
+    """A command whose parts are buffers one behind the other; a large one is not copied."""
     out: list[Buffer] = []
     small = bytearray(b"*%d\r\n" % len(parts))
     for part in parts:
@@ -202,7 +207,7 @@ class Replies:
 
 
 def _integer(line: bytes) -> int:
-    digits = line.removeprefix(b"-")
-    if not digits.isdigit() or len(digits) > len(str(1 << 63)):
+    digits = line if line.isdigit() else line.removeprefix(b"-")
+    if not digits.isdigit() or len(digits) > _DIGITS_MAX:
         raise Broken(f"not a number: {line[:40]!r}")
     return int(line)

@@ -18,7 +18,17 @@ from kvstore.shared.discovery import TlsFiles, Unfit, asking, learn
 from kvstore.shared.exchange import Call
 from kvstore.shared.keeper import Keeper
 from kvstore.shared.link import Denied, Login, Op
-from kvstore.shared.long_values import UNIT_NBYTES, Upload, cut, get_op, head_op, other_gets, set_op, unlink_rounds
+from kvstore.shared.long_values import (  # fmt: skip
+    UNIT_NBYTES,
+    Upload,
+    cut,
+    get_op,
+    head_op,
+    may_be_long,
+    other_gets,
+    set_op,
+    unlink_rounds,
+)
 from kvstore.shared.nodes import Nodes, Topology
 from kvstore.shared.resp import Refusal, command, room
 
@@ -64,7 +74,7 @@ class Valkey:
         ops: list[Op] = []
         wholes: list[bytearray | None] = []
         for name, size in zip(_encoded(names), nbytes, strict=True):
-            whole = room(size) if size > self._piece_nbytes else None
+            whole = room(size) if size > UNIT_NBYTES else None  # longer ones may be in pieces
             target, low = (memoryview(whole), min(size, HEAD_NBYTES)) if whole is not None else (None, size)
             ops.append(get_op(name, low, size, target, min(size, self._piece_nbytes)))
             wholes.append(whole)
@@ -94,7 +104,9 @@ class Valkey:
             pieces = cut(buffers, self._piece_nbytes)
             if len(pieces) > 1:
                 uploads[at] = Upload(name, pieces)
-            ops.append(set_op(name, pieces[0], ttl if replace or len(pieces) > 1 else ("NX", *ttl)))
+                ops.append(uploads[at].first(ttl))
+            else:
+                ops.append(set_op(name, pieces[0], ttl if replace else ("NX", *ttl)))
         if not ops:
             return []
         call = self._call(timeout_s)
@@ -109,11 +121,21 @@ class Valkey:
 
     def claim(self, names: Sequence[str], ttl_s: float, timeout_s: float) -> list[bool]:
         """See `Engine`."""
-        how = ("NX", "PX", max(1, math.ceil(1000 * ttl_s)))
-        ops = [set_op(name, [b"1"], how) for name in _encoded([name + CLAIM_SUFFIX for name in names])]
+        ops = [_claim_op(name, ttl_s) for name in names]
         if ops:
             _run(self._call(timeout_s), ops)
         return [op.reply == b"OK" for op in ops]
+
+    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool]:
+        """See `AsksAndClaims`. What is there is claimed too, for nothing: asking first would be another round trip."""
+        heads = [head_op(name) for name in _encoded(names)]
+        claims = [_claim_op(name, claim_s) for name in names]
+        if heads:
+            _run(self._call(timeout_s), [op for pair in zip(heads, claims, strict=True) for op in pair])
+        return [
+            head.reply if isinstance(head.reply, bytes) and head.reply else claim.reply == b"OK"
+            for head, claim in zip(heads, claims, strict=True)
+        ]
 
     def delete(self, names: Sequence[str], timeout_s: float) -> list[bool]:
         """See `Engine`. The other pieces of long values are removed as far as they are found."""
@@ -127,12 +149,12 @@ class Valkey:
         rounds = [
             unlink_rounds(head.name, head.reply)
             for head, length in zip(heads, lengths, strict=True)
-            if isinstance(head.reply, bytes) and isinstance(length.reply, int) and _may_be_long(length.reply)
+            if isinstance(head.reply, bytes) and isinstance(length.reply, int) and may_be_long(length.reply)
         ]
         while rounds:
-            asked = [(more, next(more)) for more in rounds]
+            asked = [(more, next(more, [])) for more in rounds]
             call.run([op for _, pieces in asked for op in pieces])
-            rounds = [more for more, pieces in asked if all(op.reply == 1 for op in pieces)]
+            rounds = [more for more, pieces in asked if pieces and all(op.reply == 1 for op in pieces)]
         return [isinstance(op.reply, int) for op in ops]
 
     def health(self, timeout_s: float) -> Health:
@@ -174,6 +196,10 @@ class Valkey:
             raise KvstoreError(str(error) or type(error).__name__) from None
 
 
+def _claim_op(name: str, ttl_s: float) -> Op:
+    return set_op(f"{name}{CLAIM_SUFFIX}".encode("ascii"), [b"1"], ("NX", "PX", max(1, math.ceil(1000 * ttl_s))))
+
+
 def _encoded(names: Sequence[str]) -> list[bytes]:
     return [name.encode("ascii") for name in names]
 
@@ -197,10 +223,6 @@ def _joined(whole: bytearray, others: list[Op] | None) -> bytearray | None:
     if others is None or any(not isinstance(op.reply, int) for op in others):
         return None
     return whole
-
-
-def _may_be_long(nbytes: int) -> bool:
-    return nbytes > 0 and nbytes % UNIT_NBYTES == 0
 
 
 def _find_whole(call: Call, uploads: dict[int, Upload]) -> set[int]:

@@ -1,16 +1,23 @@
 """Real Valkey and S3 servers for tests: a process group of their own, ended by their ids."""
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sysconfig
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
+import obstore
 import redis
+
+from kvstore.shared import s3
+from kvstore.shared.addresses import S3Url
 
 NODE_TIMEOUT_MS = 1000
 """Of a test Cluster: it replaces a primary in about two seconds."""
@@ -168,4 +175,64 @@ class Servers:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class S3Server:
+    """SeaweedFS in one process. Begun at once, waited for when it is first used: it takes some seconds."""
+
+    credentials: ClassVar[dict[str, str]] = {"access_key_id": "kvstored", "secret_access_key": "not-a-secret"}
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="kvd-s3-"))
+        self.port, *others = free_ports(6, 12_000)
+        access = self.directory / "s3.json"
+        key, secret = self.credentials.values()
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        access.write_text(
+            json.dumps(
+                {
+                    "identities": [
+                        {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+                    ]
+                }
+            )
+        )
+        master, volume, filer, *_ = others
+        with (self.directory / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    str(Path(sysconfig.get_path("scripts")) / "weed"), "server", f"-dir={self.directory}",
+                    "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.port={self.port}", f"-s3.config={access}",
+                    f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
+                    "-master.volumePreallocate=false", "-volume.max=10",
+                ],
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_for(self, bucket: str) -> None:
+        """Make a bucket, which says that it is up."""
+        store = s3.connect(S3Url(bucket, "", self.endpoint, "us-east-1"), self.credentials)
+        deadline = time.monotonic() + _START_S
+        while True:
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                with suppress(Exception):
+                    obstore.put(store, "first", b"made by the server", use_multipart=False)
+                    return
+            time.sleep(0.05)
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text()[-2000:]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
