@@ -39,6 +39,16 @@ class _Exchange:
         """Whether nothing has come since it began."""
         return self.link.received_nbytes == self.before_nbytes
 
+    @property
+    def stalled(self) -> bool:
+        """Whether no answer has begun to come: one to PING is none."""
+        return not self.link.is_amid_body and not self.answered
+
+    @property
+    def answered(self) -> bool:
+        """Whether any of it has its reply."""
+        return any(op.reply is not PENDING for op in self.ops)
+
 
 class Call:
     """Ops to be answered within timeout_s. changed: called when the topology seems to be another."""
@@ -75,7 +85,7 @@ class Call:
         finally:
             for exchange in list(self._running.values()):
                 self._reasons.setdefault("timeout", f"{exchange.node.address} did not answer in time")
-                self.reached |= not exchange.silent
+                self.reached |= exchange.answered
                 self._fail(exchange, hung=exchange.silent)
         if ops and not self.reached:
             raise self.unavailable()
@@ -94,9 +104,9 @@ class Call:
             if fd in self._running:
                 self._step(self._running[fd])
         if stalled_in_s > 0 and self._monotonic() >= self._stalled_at:
-            for exchange in [one for one in self._running.values() if one.silent and self._could_move(one)]:
+            for exchange in [one for one in self._running.values() if one.stalled and self._could_move(one)]:
                 self._reasons.setdefault("timeout", f"{exchange.node.address} did not answer in time")
-                self._fail(exchange, hung=True)
+                self._fail(exchange, hung=exchange.silent)
                 self._route(exchange.ops, replica=True)
 
     def _could_move(self, exchange: _Exchange) -> bool:
@@ -168,6 +178,10 @@ class Call:
         else:
             if link.idle:
                 self._finish(exchange)
+            elif link.is_answered:  # and more has come: which reply is whose cannot be told
+                for op in exchange.ops:
+                    op.reply = PENDING
+                self._lose(exchange, fd, "protocol", f"{link.address} sends more replies than it was asked for")
             else:
                 self._poll.modify(fd, link.events)
 
@@ -202,7 +216,7 @@ class Call:
     def _lose(self, exchange: _Exchange, fd: int, reason: str, sentence: str) -> None:
         """A link failed: what it has not answered is asked of a replica, if it only reads."""
         self._reasons.setdefault(reason, sentence)
-        self.reached |= reason != "denied" and exchange.link.greeted and not exchange.silent
+        self.reached |= exchange.answered
         self._fail(exchange, hung=False, fd=fd)
         self._route([op for op in exchange.ops if op.reply is PENDING and not op.writes], replica=True)
 

@@ -22,8 +22,8 @@ from kvstore.shared.resp import Broken
 
 REFRESH_S = 60.0
 """A topology is looked at this often without a reason to: a replica that was added, a host that left."""
-REFRESH_AGAIN_S = 0.25
-"""And at most this often with one: while a primary is being replaced every call has a reason."""
+REFRESH_AGAIN_S = 0.5
+"""And this often while a server of it fails: its replica may be the primary by now."""
 RETRY_S = 1.0
 """A topology that could not be learned is tried again after this."""
 ASKED_AT_ONCE = 3
@@ -98,9 +98,7 @@ class Keeper:
 
     def _run(self) -> None:
         while not self._closed:
-            now = self._monotonic()
-            pause_s = RETRY_S if self._nodes.topology is None else REFRESH_AGAIN_S
-            if (self._wanted and now - self._tried_at >= pause_s) or now - self._learned_at >= REFRESH_S:
+            if self._refresh_in_s() <= 0:
                 self._refresh()
             self._begin_probes()
             for fd, _ in self._poll.poll(self._wait_ms()):
@@ -124,9 +122,17 @@ class Keeper:
         now = self._monotonic()
         waits = [node.breaker.due_s() for node in self._nodes.known()]
         waits += [probe.until - now for probe in self._probes.values()]
-        pause_s = RETRY_S if self._nodes.topology is None else REFRESH_AGAIN_S
-        waits.append(self._tried_at + pause_s - now if self._wanted else self._learned_at + REFRESH_S - now)
+        waits.append(self._refresh_in_s())
         return max(0, int(1000 * min(wait for wait in waits if wait is not None)) + 1)
+
+    def _refresh_in_s(self) -> float:
+        """Seconds until the topology is looked at: again and again while a server of it fails."""
+        now = self._monotonic()
+        if self._nodes.topology is None:
+            return self._tried_at + RETRY_S - now
+        if self._wanted or not all(node.breaker.closed for node in self._nodes.known()):
+            return self._tried_at + REFRESH_AGAIN_S - now
+        return self._learned_at + REFRESH_S - now
 
     def _refresh(self) -> None:
         """Ask servers that are well, a few of them; the others are asked when a probe finds them well."""

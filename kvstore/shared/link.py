@@ -87,8 +87,6 @@ class Link:
         self._token = 0
         self._salt: Final = secrets.token_hex(4)
         self._wants_write = True
-        self.greeted = False
-        """Whether it has ever answered."""
         try:
             self._socket.setblocking(False)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -118,7 +116,17 @@ class Link:
     @property
     def idle(self) -> bool:
         """Whether every command has its reply and nothing else has come."""
-        return not (self._due or self._waiting or self._out) and self._replies.is_empty
+        return self.is_answered and self._replies.is_empty
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether every command has its reply."""
+        return not (self._due or self._waiting or self._out)
+
+    @property
+    def is_amid_body(self) -> bool:
+        """Whether a value is coming."""
+        return self._replies.is_amid_body
 
     def is_usable(self) -> bool:
         """Whether it may be used again: the server has not closed it and has sent nothing unasked."""
@@ -270,4 +278,3 @@ class Link:
             raise Broken(f"{self.address}: {reply.text}")
         if reply != op.expected:
             raise Broken(f"{self.address} answers to another call")
-        self.greeted = True

@@ -115,6 +115,11 @@ class Replies:
         """Whether nothing has come beyond the replies that were taken."""
         return self._low == self._high and not self._tail
 
+    @property
+    def is_amid_body(self) -> bool:
+        """Whether the beginning of a long body has come."""
+        return self._tail
+
     def next(
         self, kinds: bytes, nbytes: int = 0, nbytes_max: int = 0, target: memoryview | None = None
     ) -> Reply | Pending:

@@ -1,4 +1,4 @@
-"""The protocol's parser against streams that are cut, broken or of another kind: right bytes in the right place, or none."""
+"""The protocol's parser and streams that are cut, broken or of another kind: bytes in their place, or none."""
 
 import pytest
 from hypothesis import given
@@ -106,7 +106,7 @@ def test_garbage_is_broken_or_unfinished(garbage, data):
     [
         b"*1\r\n$1\r\na\r\n", b">1\r\n+x\r\n", b"%1\r\n", b":5\r\n", b"+OK\r\n", b"$\r\n", b"$ 5\r\nhello\r\n",
         b"$+5\r\nhello\r\n", b"$5_0\r\n", b"$-2\r\n", b"\r\n", b"$5\r\nhelloXX", b"$%d\r\n" % (SKIP_MAX_NBYTES + 1),
-        b"$99999999999999999999\r\n", b"$" + b"1" * 5000, b"x" * 5000, "$٥\r\nhello\r\n".encode(),
+        b"$99999999999999999999\r\n", b"$" + b"1" * 5000, b"x" * 5000, b"$\xd9\xa5\r\nhello\r\n",
     ],
 )  # fmt: skip
 def test_what_is_not_the_reply_that_is_due_breaks_the_connection(stream):
