@@ -48,11 +48,20 @@ def free_ports(n: int, low: int) -> list[int]:
 class Servers:
     """Valkey processes on the loopback. cluster: 6 of them, 3 primaries with a replica each."""
 
-    def __init__(self, n: int = 1, *, cluster: bool = False, options: tuple[str, ...] = (), binary: str = "") -> None:
+    def __init__(
+        self,
+        n: int = 1,
+        *,
+        cluster: bool = False,
+        options: tuple[str, ...] = (),
+        binary: str = "",
+        tls: Path | None = None,
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kvd-valkey-"))
         self.ports = free_ports(n, 12_000)
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self._binary = binary or valkey_server()
+        self._tls = tls
         self._options = [
             "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--protected-mode", "no",
             "--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru", "--repl-diskless-sync-delay", "0",
@@ -78,20 +87,29 @@ class Servers:
     def start(self, port: int) -> None:
         place = self.directory / str(port)
         self.processes[port] = subprocess.Popen(
-            [self._binary, *self._options, "--port", str(port), "--dir", str(place), "--logfile", str(place / "log")],
+            [self._binary, *self._options, *self._ports(port), "--dir", str(place), "--logfile", str(place / "log")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
 
+    def _ports(self, port: int) -> list[str]:
+        if self._tls is None:
+            return ["--port", str(port)]
+        return [
+            "--port", "0", "--tls-port", str(port), "--tls-ca-cert-file", str(self._tls / "ca.pem"),
+            "--tls-cert-file", str(self._tls / "server.pem"), "--tls-key-file", str(self._tls / "server.key"),
+        ]  # fmt: skip
+
     def client(self, port: int) -> redis.Redis:
         return redis.Redis(port=port, socket_timeout=5)
 
     def wait_for(self, port: int) -> None:
+        """It accepts connections and has loaded what it has."""
         deadline = time.monotonic() + _START_S
         while True:
-            with suppress(redis.RedisError, OSError):
-                if self.client(port).ping():
+            with suppress(redis.RedisError, OSError), socket.create_connection(("127.0.0.1", port), 5):
+                if self._tls is not None or self.client(port).ping():
                     return
             log = self.directory / str(port) / "log"
             assert time.monotonic() < deadline, log.read_text()[-2000:] if log.exists() else "did not start"
