@@ -16,7 +16,7 @@ from kvstore.shared.open import open_engine
 
 from .servers import Servers
 
-SECRET = "not-a-secret"
+SECRET = "not-a-secret"  # noqa: S105 - a test server's
 RIGHTS = "~kvstored:* -@all +get +getrange +set +unlink +strlen +exists +ping +info +cluster +readonly +asking"
 TIMEOUT_S = 20.0
 
