@@ -108,9 +108,11 @@ def _parse_s3(where: str, query: str) -> S3Url:
     return S3Url(bucket, prefix, endpoint, options.get("region", ""), style == "true")
 
 
-def resolve(address: Address) -> Place:
-    """The first socket address of a server. Raises OSError. May wait for a name server."""
-    family, _, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+def resolve(address: Address, *, numeric: bool = False) -> Place:
+    """The first socket address of a server. Raises OSError. May wait for a name server, unless numeric."""
+    flags = socket.AI_NUMERICHOST if numeric else 0
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
+    family, _, _, _, place = found[0]
     return int(family), (str(place[0]), int(place[1]))
 
 

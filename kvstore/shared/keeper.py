@@ -153,17 +153,24 @@ class Keeper:
             if topology != self._nodes.topology:
                 _log.info("shared store topology cluster=%s servers=%d", topology.cluster, len(topology.addresses()))
             self._nodes.adopt(topology)
+            self._find_all()
             self._learned_at = self._monotonic()
             break
         with self.tried:
             self.attempts += 1
             self.tried.notify_all()
 
+    def _find_all(self) -> None:
+        for node in self._nodes.known():
+            with suppress(OSError):  # told by the first call that wants it
+                node.find()
+
     def _begin_probes(self) -> None:
         for node in self._nodes.known():
             if not node.breaker.take_probe():
                 continue
             try:
+                node.find()
                 link = node.open()
                 link.begin([])
             except OSError:

@@ -23,6 +23,7 @@ WINDOW_NBYTES = 4 << 20
 """Bytes of values asked for or sent and not yet answered, a connection. A server handles what lies in its buffer in one
 turn: 22 MiB in pieces pipelined at once held Valkey 8.1 for 22 ms, 4 MiB at a time for 0.9."""
 _BUFFERS_AT_ONCE = 256
+_WAKE_NBYTES = 1 << 18
 _TLS_RECORD_NBYTES = 1 << 14
 _DENIALS = ("NOAUTH", "WRONGPASS", "NOPERM")
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -84,12 +85,14 @@ class Link:
         self._due: deque[Op] = deque()
         self._waiting: deque[Op] = deque()
         self._weight = 0
+        self._wakes_at = 1
         self._token = 0
         self._salt: Final = secrets.token_hex(4)
         self._wants_write = True
         try:
             self._socket.setblocking(False)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, WINDOW_NBYTES)
             failed = self._socket.connect_ex(to)
             if failed not in (0, errno.EINPROGRESS):
                 raise OSError(failed, os.strerror(failed))
@@ -254,7 +257,18 @@ class Link:
             try:
                 self._replies.receive()
             except _WOULD_BLOCK:
+                self._wait_for_more()
                 return False
+
+    def _wait_for_more(self) -> None:
+        """Have poll wait for a good part of a body, not for each packet: a third of the time of a get otherwise.
+
+        Not with TLS, which may have taken a part of what is missing already.
+        """
+        wanted = max(1, min(self._replies.missing_nbytes, _WAKE_NBYTES))
+        if wanted != self._wakes_at and self._login.context is None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+            self._wakes_at = wanted
 
     def _take_replies(self) -> bool:
         freed = False

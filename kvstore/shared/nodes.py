@@ -88,10 +88,13 @@ class Node:
             link.close()
 
     def open(self, *, replica: bool = False) -> Link:
-        """A new link. Raises OSError."""
-        if self._place is None:
-            self._place = resolve(self.address)
-        return Link(self.address, self._place, self._login, replica=replica)
+        """A new link. Raises OSError, also for a name whose address is not known: nothing waits for a name server."""
+        place = self._place or resolve(self.address, numeric=True)
+        return Link(self.address, place, self._login, replica=replica)
+
+    def find(self) -> None:
+        """Learn the address of its name. Raises OSError. May wait."""
+        self._place = self._place or resolve(self.address)
 
     def give(self, link: Link) -> None:
         """Take a link back after a whole exchange."""
@@ -102,7 +105,7 @@ class Node:
             link.close()
 
     def drop_idle(self, *, forget_place: bool = False) -> None:
-        """Close what is idle: the server failed. forget_place: and ask for its address again."""
+        """Close what is idle: the server failed. forget_place: and have its address found again."""
         if forget_place:
             self._place = None
         for idle in self._idle.values():

@@ -45,7 +45,7 @@ def _open_valkey(url: ValkeyUrl, config: SharedConfig, clock: Clock) -> Guarded:
     login = Login(told.get("username", ""), told.get("password", ""), _tls_context(config) if url.tls else None)
     tls = TlsFiles(config.ca_file, config.cert_file, config.key_file)
     engine = Valkey(url.seeds, login, clock, tls=tls, piece_nbytes=config.piece_nbytes)
-    return Guarded(engine, clock, state=engine.nodes.breaker)
+    return Guarded(engine, clock, state=engine.nodes.breaker, punctual=True)
 
 
 def _open_s3(url: S3Url, config: SharedConfig, clock: Clock) -> Guarded:

@@ -116,6 +116,11 @@ class Replies:
         return self._low == self._high and not self._tail
 
     @property
+    def missing_nbytes(self) -> int:
+        """What is still to come of the body that is being received."""
+        return self._missing
+
+    @property
     def is_amid_body(self) -> bool:
         """Whether the beginning of a long body has come."""
         return self._tail

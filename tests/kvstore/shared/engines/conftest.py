@@ -60,7 +60,7 @@ def _engines(request) -> Iterator[Callable[[str], Guarded]]:
                 made[kind] = Guarded(s3.S3(s3.connect(url, server.credentials), url), clock)
             else:
                 inner = valkey_of(request.getfixturevalue("standalone" if kind == "valkey" else "cluster"))
-                made[kind] = Guarded(inner, clock, state=inner.nodes.breaker)
+                made[kind] = Guarded(inner, clock, state=inner.nodes.breaker, punctual=True)
         return made[kind]
 
     yield engine

@@ -116,7 +116,7 @@ def own_cluster():
 def test_a_primary_that_ends_under_load_costs_misses_and_nothing_else(own_cluster, hangs, turn):
     own_cluster.wait_until_whole()
     inner = valkey_of(own_cluster)
-    engine = Guarded(inner, SystemClock(), state=inner.nodes.breaker)
+    engine = Guarded(inner, SystemClock(), state=inner.nodes.breaker, punctual=True)
     tag = f"probe:{hangs}:{turn}"
     wait_until_all_slots_take_writes(engine, tag)
     load = Load(engine)
@@ -154,7 +154,7 @@ def test_a_primary_that_ends_under_load_costs_misses_and_nothing_else(own_cluste
 def test_when_all_servers_hang_calls_end_and_then_are_refused_at_once_until_they_go_on(own_cluster):
     own_cluster.wait_until_whole()
     inner = valkey_of(own_cluster)
-    engine = Guarded(inner, SystemClock(), state=inner.nodes.breaker)
+    engine = Guarded(inner, SystemClock(), state=inner.nodes.breaker, punctual=True)
     names = [f"hung:{n}" for n in range(30)]
     try:
         wait_until_all_slots_take_writes(engine, "hung")
