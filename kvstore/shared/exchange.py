@@ -17,7 +17,7 @@ from kvstore.shared import SharedUnavailable
 from kvstore.shared.addresses import Address
 from kvstore.shared.link import Denied, Link, Op
 from kvstore.shared.nodes import Node, Nodes, Shard, slot_of
-from kvstore.shared.resp import PENDING, Broken, Refusal, command
+from kvstore.shared.resp import PENDING, Broken, Closed, Refusal, command
 
 HOPS_MAX = 4
 """Redirections of one command: a topology that changes meanwhile needs two."""
@@ -171,17 +171,17 @@ class Call:
             link.step()
         except Denied as error:
             self._lose(exchange, fd, "denied", str(error))
+        except Closed as error:
+            self._lose(exchange, fd, "unreachable", f"{link.address}: {error}")
         except Broken as error:
-            self._lose(exchange, fd, "protocol", f"{link.address}: {error}")
+            self._disbelieve(exchange, fd, f"{link.address}: {error}")
         except OSError as error:
             self._lose(exchange, fd, "unreachable", f"{link.address}: {error.strerror or error}")
         else:
             if link.idle:
                 self._finish(exchange)
             elif link.is_answered:  # and more has come: which reply is whose cannot be told
-                for op in exchange.ops:
-                    op.reply = PENDING
-                self._lose(exchange, fd, "protocol", f"{link.address} sends more replies than it was asked for")
+                self._disbelieve(exchange, fd, f"{link.address} sends more replies than it was asked for")
             else:
                 self._poll.modify(fd, link.events)
 
@@ -212,6 +212,12 @@ class Call:
         for address, group in moved.items():
             self._begin(self._nodes.node(address), group)
         self._route(elsewhere, replica=True)
+
+    def _disbelieve(self, exchange: _Exchange, fd: int, sentence: str) -> None:
+        """Which reply is whose cannot be told: none of them counts."""
+        for op in exchange.ops:
+            op.reply = PENDING
+        self._lose(exchange, fd, "protocol", sentence)
 
     def _lose(self, exchange: _Exchange, fd: int, reason: str, sentence: str) -> None:
         """A link failed: what it has not answered is asked of a replica, if it only reads."""

@@ -1,7 +1,7 @@
 """One connection to a Valkey or Redis server that never blocks: TCP, TLS, AUTH, then commands and their replies.
 
-Each use of it is one exchange that begins with a PING of its own number. So a reply that was meant for an earlier call
-is seen before any of this one's is taken, and a connection whose replies were cut off is closed, never used again.
+Each use of it is one exchange between two PINGs with numbers of their own. So a reply that was meant for an earlier
+call, and one too many or too few, is seen; a connection whose replies were cut off is closed, never used again.
 One thread at a time. Knows no cluster and no deadline (`exchange`).
 """
 
@@ -145,11 +145,15 @@ class Link:
 
     def begin(self, ops: list[Op]) -> None:
         """Queue an exchange; `step` sends it."""
+        self._waiting.append(self._ping())
+        self._waiting.extend(ops)
+        self._waiting.append(self._ping())
+        self._wants_write = True
+
+    def _ping(self) -> _Own:
         self._token += 1
         token = f"{self._salt}{self._token}".encode()
-        self._waiting.append(_Own(b"", command("PING", token), b"$", len(token), len(token), expected=token))
-        self._waiting.extend(ops)
-        self._wants_write = True
+        return _Own(b"", command("PING", token), b"$", len(token), len(token), expected=token)
 
     def step(self) -> None:
         """Send and receive what can be without waiting."""

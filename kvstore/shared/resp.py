@@ -40,6 +40,10 @@ class Broken(Exception):
     """What came is not the reply that was due. The connection is of no further use."""
 
 
+class Closed(Broken):
+    """The stream ended. What came before is right."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """An error reply. code: its first word, as MOVED or NOPERM."""
@@ -156,7 +160,7 @@ class Replies:
         return number if kind == b":" else None
 
     def receive(self) -> None:
-        """Read once. Raises BlockingIOError where there is nothing, Broken at the end of the stream, OSError."""
+        """Read once. Raises BlockingIOError where there is nothing, Closed at the end of the stream, OSError."""
         if self._missing:
             got = self._recv_into(self._target[-self._missing :] if not self._skipping else self._scratch())
             self._missing -= got
@@ -170,7 +174,7 @@ class Replies:
             got = self._recv_into(self._view[self._high :])
             self._high += got
         if not got:
-            raise Broken("the server closed the connection")
+            raise Closed("the server closed the connection")
         self.nbytes += got
 
     def _scratch(self) -> memoryview:
