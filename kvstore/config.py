@@ -26,6 +26,7 @@ POLICIES = extensions.OWN_POLICIES
 SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
 """Which entries may be written to disk (`tiers.admission`)."""
+SHARED_SCHEMES = ("valkey", "valkeys", "redis", "rediss", "s3")
 CODECS = ("auto", "nf4-kv", "nf4", "int8", "raw")
 MAX_RELATIVE_ERROR = 0.25
 """The default bound of "auto", as a fraction of the content of keys and values (docs/codecs.md). SmolLM2, Gemma 3 and
@@ -122,6 +123,84 @@ class ColdConfig:
 
 
 @dataclass(frozen=True)
+class SharedConfig:
+    """A store outside that several hosts share: Valkey, Redis or S3. No url: none.
+
+    url: valkey://HOST:PORT[,HOST:PORT...], valkeys:// (TLS), redis://, rediss:// or s3://BUCKET/PREFIX, without a
+    secret in it. credentials_file: user and password, or the keys of S3. secret_file: 64 hexadecimal digits, the same
+    on all hosts: what names are derived from. key_files: records are encrypted, as with `cold.key_files`. clear: they
+    are not, which has to be said. ttl_s: seconds that an object is kept. lookup_s, fetch_s: seconds that a get waits
+    for the question and for the values. tokens_min: shorter prefixes are neither published nor asked for. admission:
+    which chunks are published: "all"; "reused", those that were hit here; "ghost", also those that left a tier lately
+    and were put again. write_nbytes_per_day: after so many bytes only chunks that were hit are published; 0: no budget.
+    buffer_nbytes: bytes of records that wait to be published; the oldest are dropped. piece_nbytes: longer values are
+    sent in pieces of this. exact: chunks that must stay exact are published, too. prefill_tokens_per_s: how fast the
+    model computes them: what arrives more slowly is not fetched; 0: unknown. ca_file, cert_file, key_file: PEM files
+    for TLS.
+    """
+
+    url: str = ""
+    credentials_file: str = ""
+    secret_file: str = ""
+    key_files: Mapping[str, str] = field(default_factory=dict)
+    clear: bool = False
+    ttl_s: float = 3600.0
+    lookup_s: float = 0.02
+    fetch_s: float = 2.0
+    tokens_min: int = 512
+    admission: str = "all"
+    write_nbytes_per_day: int = 0
+    buffer_nbytes: int = 256 * MIB
+    piece_nbytes: int = 4 * MIB
+    exact: bool = False
+    prefill_tokens_per_s: float = 0.0
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+    def __post_init__(self) -> None:
+        check_range("store.shared.ttl_s", self.ttl_s, 1, 365 * 86400.0)
+        check_range("store.shared.lookup_s", self.lookup_s, 0.001, 60)
+        check_range("store.shared.fetch_s", self.fetch_s, 0.001, 600)
+        check_range("store.shared.tokens_min", self.tokens_min, 0, 1 << 30)
+        check_choice("store.shared.admission", self.admission, ADMISSIONS)
+        check_range("store.shared.write_nbytes_per_day", self.write_nbytes_per_day, 0, 1 << 60)
+        check_range("store.shared.buffer_nbytes", self.buffer_nbytes, MIB, 1 << 40)
+        check_range("store.shared.piece_nbytes", self.piece_nbytes, 64 << 10, 512 * MIB)
+        check_range("store.shared.prefill_tokens_per_s", self.prefill_tokens_per_s, 0, 1e9)
+        if not self.url:
+            self._check_off()
+        else:
+            self._check_on()
+
+    def _check_off(self) -> None:
+        told = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        if told or self.key_files:
+            raise ConfigError(f"store.shared.{(told or ['key_files'])[0]} is set and store.shared.url is not")
+
+    def _check_on(self) -> None:
+        scheme, colon, rest = self.url.partition("://")
+        if not colon or scheme not in SHARED_SCHEMES or not rest:
+            schemes = ", ".join(f"{known}://" for known in SHARED_SCHEMES)
+            raise ConfigError(f"store.shared.url must begin with one of {schemes}, got {scheme!r:.40}")
+        if "@" in rest.partition("/")[0]:  # and is not shown: it has a password in it
+            raise ConfigError(
+                "store.shared.url has a user or password in it: put them in store.shared.credentials_file"
+            )
+        if not self.secret_file:
+            raise ConfigError("store.shared.secret_file is missing: the names in the shared store are derived from it")
+        if self.clear and self.key_files:
+            raise ConfigError("store.shared.clear = true and store.shared.key_files contradict each other: set one")
+        if not self.clear and not self.key_files:
+            raise ConfigError(
+                "store.shared.key_files is missing: whoever reads the shared store would read the prompts' keys and "
+                'values; name a file, key_files = { "*" = FILE }, or set clear = true'
+            )
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ConfigError("store.shared.cert_file and store.shared.key_file belong together: set both or neither")
+
+
+@dataclass(frozen=True)
 class QuotaConfig:
     """The bytes of each tier that one tenant or namespace may hold. None: no limit, only fair eviction."""
 
@@ -146,6 +225,7 @@ class StoreConfig:
     hot: HotConfig = field(default_factory=HotConfig)
     warm: WarmConfig = field(default_factory=WarmConfig)
     cold: ColdConfig = field(default_factory=ColdConfig)
+    shared: SharedConfig = field(default_factory=SharedConfig)
     ttl_s: float = 3600.0
     ttl_max_s: float = 30 * 86400.0
     promote_after: int = 2

@@ -44,7 +44,10 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Where a key is held, and the bytes of its decoded tensors."""
+    """Where a key is held, and the bytes of its decoded tensors.
+
+    tier: "shared" for what is on no tier of this host: another host has put it, and a get fetches it.
+    """
 
     tier: str
     nbytes: int
@@ -95,6 +98,8 @@ class Explanation:
 
     state: "held", a `metadata.tombstones.GoneCause`, or "never put" (also if its tombstone is gone). tier: the
     uppermost that holds it, or the lowest that held it last. gone_s: seconds since it left. entry: its facts, if held.
+    shared: whether the shared store has it, such as "yes, 8.7 MiB, 512 s left" or "no: it is a partial chunk"; empty:
+    nothing is shared.
     """
 
     key: bytes
@@ -103,6 +108,7 @@ class Explanation:
     gone_s: float = 0.0
     hits: int = 0
     entry: EntryInfo | None = None
+    shared: str = ""
 
 
 class Verified(NamedTuple):

@@ -190,7 +190,9 @@ class Namespace:
         # All of them or none, as a rule: then this one question was all. A count between says not which.
         held: int = self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
         if 0 < held < len(keys):
-            held = self._cache.match(keys, lookup=ELSEWHERE)
+            # Not `match`, which may count what only other hosts have: the rest would continue what is not held here.
+            places = self._cache.locate(keys)
+            held = places.index(None) if None in places else len(keys)
         entries = []
         for i in range(held, len(keys)):
             start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)

@@ -25,7 +25,7 @@ from kvstore.codecs.choice import CodecChoice
 from kvstore.config import LIVE, ColdConfig, StoreConfig, check_live, from_mapping, read_toml
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
-from kvstore.errors import TierUnavailable
+from kvstore.errors import ConfigError, TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
 from kvstore.lookup import Lookup, check_saved
@@ -40,9 +40,12 @@ from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
 from kvstore.residency.resizing import set_budgets, set_hot_capacity
+from kvstore.residency.sharing import Sharing
+from kvstore.residency.sharing import opened as sharing_of
 from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.residency.write_path import WritePath, check_ttl
+from kvstore.shared import Engine
 from kvstore.stats import Stats
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Store:
         background: bool = True,
         room: Room | None = None,
         tenants: Mapping[str, Sequence[bytes]] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.config = config
         self._framework = framework
@@ -77,8 +81,11 @@ class Store:
             open_cold(r, Path(config.cold.path), config.cold)
         self._maintainer = Maintainer(r, self._mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
+        self._sharing = sharing_of(r, self._mover, self._write_path, config, engine)
         if background:
             self._maintainer.start()
+            if self._sharing is not None:
+                self._sharing.source.start()
 
     @classmethod
     def open(
@@ -90,6 +97,7 @@ class Store:
         background: bool = True,
         room: Room | None = None,
         tenants: Mapping[str, Sequence[bytes]] | None = None,
+        engine: Engine | None = None,
     ) -> Self:
         """Open a store.
 
@@ -97,7 +105,8 @@ class Store:
         their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
         background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
         hot are made (see `arena`), by default ordinary memory. tenants: those known from the start, as for
-        `register_tenant`, which costs more once the store holds something.
+        `register_tenant`, which costs more once the store holds something. engine: the shared store, instead of what
+        `shared.url` names.
         Raises ConfigError, or TierUnavailable when another process has the directory.
         """
         if isinstance(source, StoreConfig):
@@ -109,7 +118,7 @@ class Store:
         else:
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
         return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
-                   tenants=tenants)  # fmt: skip
+                   tenants=tenants, engine=engine)  # fmt: skip
 
     @without_torch_modes
     def put(  # noqa: PLR0913 - keyword-only, each one optional
@@ -198,6 +207,26 @@ class Store:
         found = self._read((check_key(key),))[0]
         return None if found is None else self._answers.hit(found, out=out)
 
+    def bring(
+        self, keys: Sequence[bytes], *, leading: bool = True, lookup: Lookup | None = None, timeout_s: float = inf
+    ) -> None:
+        """Hold what other hosts have put of a chain, from where it ends on this host; for `plan`, which never waits.
+
+        Waits for the shared store, `store.shared.lookup_s` and `fetch_s` at most and no longer than timeout_s. Without
+        [store.shared], or where the chain does not end here, it does nothing. leading: False: of keys in any order,
+        those that a match has found outside.
+        """
+        if self._sharing is not None:
+            checked = CheckedKeys(keys)
+            if leading:
+                self._sharing.bring(checked, lookup, timeout_s)
+            else:
+                self._sharing.bring_promised(checked, timeout_s)
+
+    def ends_here(self, keys: Sequence[bytes]) -> bool:
+        """Whether `bring` of these keys may wait: something is shared, and not all of them are held here."""
+        return self._sharing is not None and self._sharing.ends_here(CheckedKeys(keys))
+
     def get_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> list[Hit | None]:
@@ -276,9 +305,10 @@ class Store:
         """How many leading keys of a chain are held, and where. Does not count as use.
 
         lookup: how it counts among the lookups, by default each key as one; a get of the same keys within a minute
-        belongs to it.
+        belongs to it. What another host has put and this one could fetch counts as held, in the tier "shared".
         """
-        return Match(tuple(self._read_path.leading(CheckedKeys(keys), lookup)))
+        more = None if self._sharing is None else self._sharing.more
+        return Match(tuple(self._read_path.leading(CheckedKeys(keys), lookup, more)))
 
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
@@ -309,9 +339,15 @@ class Store:
         """Forget keys in all tiers, for good: no restart or power cut brings them back. Returns how many were held.
 
         Chunks that continue a key go with it, uncounted; with `keep_shared` a key that others continue stays instead.
-        Name a prefix deepest first then.
+        Name a prefix deepest first then. With [store.shared] their objects are deleted there, too, and until that is
+        acknowledged this host neither reads nor publishes them; what other hosts hold of them stays there.
         """
-        gone = self._forget(named(keys), "deleted", keep_shared=keep_shared)
+        doomed = named(keys)
+        if self._sharing is not None:
+            self._sharing.bar(doomed)
+        gone = self._forget(doomed, "deleted", keep_shared=keep_shared)
+        if self._sharing is not None:
+            self._sharing.deleted(doomed, some_stay=keep_shared)
         with self._r.lock:
             self._r.counters.deletes += gone
         return gone
@@ -370,7 +406,26 @@ class Store:
 
     def explain(self, *keys: bytes | CheckedKeys) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
-        return explain(self._r, named(keys))
+        found = explain(self._r, checked := named(keys))
+        if self._sharing is None:
+            return found
+        shared = self._sharing.explain(checked)
+        return [replace(of, shared=text) for of, text in zip(found, shared, strict=True)]
+
+    def check_shared(self) -> list[str]:
+        """What is wrong with the shared store, a sentence each; empty: nothing. Puts, reads and deletes a probe.
+
+        Raises ConfigError without [store.shared].
+        """
+        return self._shared().source.check()
+
+    def flush_shared(self, namespace: str | None = None) -> None:
+        """Put what the shared store has of a namespace, or everything, out of reach: all hosts miss it within 2 s.
+
+        What hosts hold in their own tiers stays. Raises ConfigError without [store.shared], SharedUnavailable where the
+        shared store does not answer.
+        """
+        self._shared().source.flush(namespace)
 
     def entries(
         self,
@@ -390,7 +445,8 @@ class Store:
 
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
-        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting})
+        shared = {} if self._sharing is None else self._sharing.source.gauges()
+        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting, **shared})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Unpack[IdentityFields]) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -398,8 +454,10 @@ class Store:
 
     @without_torch_modes
     def maintain(self) -> None:
-        """One turn of the maintainer: expiry sweep, queued promotions, periodic flushes."""
+        """One turn of the maintainer: expiry sweep, queued promotions, periodic flushes; and of the shared store's."""
         self._maintainer.run_once()
+        if self._sharing is not None:
+            self._sharing.source.run_once()
 
     @without_torch_modes
     def drain(self) -> int:
@@ -456,6 +514,8 @@ class Store:
             return
         self._closed = True
         self._maintainer.stop()
+        if self._sharing is not None:
+            self._sharing.source.close()
         try:
             self._mover.drain()
         finally:
@@ -480,7 +540,17 @@ class Store:
 
     def _read(self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None) -> list[Found | None]:
         self._check_open()
+        if self._sharing is not None:
+            if leading:
+                self._sharing.bring(keys, lookup)
+            else:
+                self._sharing.bring_promised(keys)
         return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=lookup))
+
+    def _shared(self) -> Sharing:
+        if self._sharing is None:
+            raise ConfigError("nothing is shared with other hosts: set store.shared.url")
+        return self._sharing
 
     def _forget(self, keys: Sequence[Key], cause: GoneCause, *, keep_shared: bool = False) -> int:
         gone, ticket = departures.take_out(self._r, keys, cause, keep_shared=keep_shared)

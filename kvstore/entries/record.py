@@ -87,6 +87,16 @@ class Head:
         return bool(self.flags & _LOSSY)
 
     @property
+    def exact(self) -> bool:
+        """Whether it was put to stay exact."""
+        return bool(self.flags & _EXACT)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the data section is encrypted."""
+        return bool(self.flags & _SEALED)
+
+    @property
     def nbytes(self) -> int:
         """Bytes before the data section."""
         return FIXED_NBYTES + self.json_nbytes

@@ -88,11 +88,12 @@ class Key:
 class Seals:
     """The keys of a store. Any thread."""
 
-    def __init__(self, files: Mapping[str, str]) -> None:
-        """files: by namespace, tenant, TENANT/NAMESPACE or "*", a file of keys. Raises ConfigError."""
+    def __init__(self, files: Mapping[str, str], setting: str = "store.cold.key_files") -> None:
+        """files: by namespace, tenant, TENANT/NAMESPACE or "*", a file of keys. Raises ConfigError, naming `setting`."""
         if files:
-            _check_installed()
-        keys = {name: read_keys(path) for name, path in files.items()}
+            _check_installed(setting)
+        keys = {name: read_keys(path, setting) for name, path in files.items()}
+        self._setting = setting
         self._sealing = {name: found[0] for name, found in keys.items()}
         self._opening = {key.id: key for found in keys.values() for key in found}
         self._missing: set[bytes] = set()
@@ -111,35 +112,35 @@ class Seals:
         if key is None:
             if name not in self._missing:
                 self._missing.add(name)
-                log.warning("records are sealed under a key of no file in store.cold.key_files id=%s", name.hex())
-            raise UnknownSeal(f"sealed under key {name.hex()}, which is in no file of store.cold.key_files")
+                log.warning("records are sealed under a key of no file in %s id=%s", self._setting, name.hex())
+            raise UnknownSeal(f"sealed under key {name.hex()}, which is in no file of {self._setting}")
         return key.open(sealed, bound)
 
 
 NO_SEALS = Seals({})
 
 
-def read_keys(path: str | Path) -> list[Key]:
+def read_keys(path: str | Path, setting: str = "store.cold.key_files") -> list[Key]:
     """The keys of a file, 64 hexadecimal digits a line: the first one seals, all of them open. Raises ConfigError."""
     try:
-        check_private(path, "store.cold.key_files", secret=True)
+        check_private(path, setting, secret=True)
         lines = Path(path).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"store.cold.key_files: cannot read {path}: {getattr(error, 'strerror', error)}") from None
+        raise ConfigError(f"{setting}: cannot read {path}: {getattr(error, 'strerror', error)}") from None
     if not lines or not all(map(_KEY.fullmatch, lines)):
         raise ConfigError(
-            f"store.cold.key_files: {path} must hold 64 hexadecimal digits a line, the newest key first; "
+            f"{setting}: {path} must hold 64 hexadecimal digits a line, the newest key first; "
             "`openssl rand -hex 32` makes one"
         )
     return [Key(bytes.fromhex(line)) for line in lines]
 
 
 @cache
-def _check_installed() -> None:
+def _check_installed(setting: str) -> None:
     try:
         import cryptography  # noqa: F401
     except ImportError:
-        raise ConfigError("store.cold.key_files needs cryptography: pip install 'kvstored[sealed]'") from None
+        raise ConfigError(f"{setting} needs cryptography: pip install 'kvstored[sealed]'") from None
 
 
 def _pieces(data: Sequence[Bytes]) -> Iterator[Bytes]:

@@ -83,6 +83,69 @@ class Mover:
                     f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
                 )
 
+    def admit_below(self, entry: Entry, meta: Meta, wanted: Callable[[], bool]) -> bool:
+        """Hold an entry from outside in its form below hot: in warm, or in cold where it must stay exact or is too large.
+
+        Never in hot: hot holds what was put, or decoded for a promotion. wanted: asked under the lock just before.
+        False: it is not wanted, it is held already, or no tier takes it.
+        """
+        r, key = self._r, entry.key
+
+        def install() -> bool:
+            if r.live(key) is not None or not wanted():
+                return False
+            meta.lossy, meta.encoding = entry.lossy, entry.encoding
+            r.install(key, meta)
+            return True
+
+        with self._moving:
+            if (entry.lossy or r.cold is None) and r.warm.admits(entry.nbytes, key, meta.owner):
+                if not self._place(r.warm, entry, install, meta):
+                    return False
+                into: TierName = "warm"
+            else:
+                if r.cold is None or not self._cold_has_room(r.cold, entry):
+                    return False
+                with r.lock:
+                    if not install():
+                        return False
+                    r.cold.put(entry)
+                into = "cold"
+        with r.lock:
+            r.counters.tiers[into].puts += 1
+        return True
+
+    def copy_below(self, key: Key) -> Entry | None:
+        """The form below hot of a live key; one that is in hot alone is encoded, and the copy kept in warm.
+
+        Its demotion then finds a clean copy: it is encoded once, only earlier. None: it is gone.
+        """
+        r = self._r
+        with r.lock:
+            meta = r.live(key)
+            place = r.lookup(key) if meta is not None else None
+        if meta is None or place is None:
+            return None
+        entry = place[1] if place[1] is not None else self._read_cold(key)
+        if entry is None:
+            return None
+        below = self._form_below(entry, meta)
+        if place[0] != "hot" or not below.lossy or entry.lossy:
+            return below
+
+        def wanted() -> bool:
+            # Put again, demoted or deleted meanwhile: then this form is of no use, or there is one already.
+            if r.index.get(key) is not meta or key not in r.hot or key in r.warm or r.in_cold(key):
+                return False
+            meta.lossy, meta.encoding = below.lossy, below.encoding
+            r.counters.tiers["warm"].puts += 1
+            return True
+
+        with self._moving:
+            if r.warm.admits(below.nbytes, key, meta.owner):
+                self._place(r.warm, below, wanted, meta)
+        return below
+
     def promote(self, key: Key) -> bool:
         """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
 

@@ -35,6 +35,8 @@ HOT_MAX = 512
 MATCH_MAX = 1024
 """Keys matched in one hold: a millisecond, three where a million keys leave none in the processor's cache."""
 _HOT: tuple[TierName] = ("hot",)
+More = Callable[[Sequence[Key], int, Lookup], list[Held]]
+"""What follows the first of a chain's keys, so many, that are held here: where another host has put it."""
 _Lists = tuple[list[Key], list[TierName | None], list[Entry | None], list[Meta | None], list[MissCause]]
 
 
@@ -267,8 +269,10 @@ class ReadPath:
             lookup = None if lookup is None else lookup.continued()
         return held
 
-    def leading(self, keys: Sequence[Key], lookup: Lookup | None = None) -> list[Held]:
+    def leading(self, keys: Sequence[Key], lookup: Lookup | None = None, more: More | None = None) -> list[Held]:
         """Where the leading keys of a chain are held, up to the first miss. A lookup; does not count as use.
+
+        more: asked, without the lock, for what follows the first miss.
 
         The hottest question there is, a thousand keys at a time: so one look at the clock, and one Held for all chunks
         of one size in one tier.
@@ -280,14 +284,26 @@ class ReadPath:
             before = len(held)
             with r.lock:
                 whole = self._match(part, held, made)
-                r.lookups.matched(how, part, len(held) - before, None if whole else r.miss_cause(keys[len(held)]))
-                if how.counted:
-                    r.lookups.asked.note(part, r.clock.now())
+                if whole or more is None:
+                    self._count_matched(how, keys, part, held, before)
+            if not whole and more is not None:
+                held += more(keys, len(held), how)
+                with r.lock:
+                    self._count_matched(how, keys, part, held, before)
             if not whole:
                 break
             if len(held) < len(keys):
                 how = how.continued()
         return held
+
+    def _count_matched(
+        self, how: Lookup, keys: Sequence[Key], part: Sequence[Key], held: Sequence[Held], before: int
+    ) -> None:
+        r, found = self._r, len(held) - before
+        missing = None if found >= len(part) else r.miss_cause(keys[len(held)])
+        r.lookups.matched(how, part, found, missing)
+        if how.counted:
+            r.lookups.asked.note(part if found <= len(part) else keys[before : len(held)], r.clock.now())
 
     def _match(self, keys: Sequence[Key], held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
         """Extend `held` by leading keys; False: by fewer than all of them."""

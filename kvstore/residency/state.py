@@ -105,6 +105,8 @@ class Residency:
         self.deadlines = Deadlines(self.index, clock.now())
         self.leaving: OrderedDict[Key, Departure] = OrderedDict()
         self.balance: Balance | None = None
+        self.deleted: Callable[[Key], None] | None = None
+        """Told, under the lock, of each key that a caller deletes, and of each that goes with it."""
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
         self.lookups = Lookups(self.counters.lookups)
@@ -308,6 +310,8 @@ class Residency:
     def _leave(self, key: Key, meta: Meta, departure: Departure) -> None:
         self.tombstones.add(key, self._tombstone(key, meta, departure))
         self.counters.orphaned += key != departure.key
+        if self.deleted is not None and departure.cause == "deleted":
+            self.deleted(key)
         # Out of the tiers first: their orders ask the index whose a key is, and what it continues.
         ticket = self._take_out(key)
         if ticket is not None:

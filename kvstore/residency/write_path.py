@@ -5,7 +5,8 @@ nothing could ever match it. A chain is put deepest first, so that the root ends
 arrive a chunk waits for them, and if they do not arrive it is forgotten again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,6 +36,8 @@ class WritePath:
         self._mover = mover
         self.config = config
         self._device = device
+        self.offer: Callable[[Sequence[Key], int], None] | None = None
+        """Told of the chunks of a chain that were put, root first, and of their bytes as put."""
 
     def put(
         self, key: Key, tensors: Mapping[str, Any], options: PutOptions, parent: Key | None = None, *, own: bool
@@ -88,16 +91,48 @@ class WritePath:
             # A chain is one namespace's, whatever its later chunks are put under.
             owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
         lost: list[Key] = []
+        nbytes = 0
         try:
             for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
                 meta.parent, meta.root = before, before is None
                 meta.owner = owner
                 self._take(entry, meta, pin=pin)
+                nbytes += meta.value_nbytes
         finally:
             lost = self._settle(keys)
+        if self.offer is not None:
+            self.offer(keys, nbytes)
         if parent is not None:
             self._touch_upwards(parent)
         return len(keys) - len(lost)
+
+    def take_from_outside(
+        self, keys: Sequence[Key], deepest_first: Iterable[tuple[Entry, Meta]], parent: Key | None, namespace: str,
+        wanted: Callable[[Key], bool],
+    ) -> int:  # fmt: skip
+        """Take in a chain that another host has put, below hot. Returns how many of its chunks are held, root first.
+
+        What is held here already stays. wanted: asked under the lock, just before a chunk is installed.
+        """
+        r = self._r
+        with r.lock:
+            if parent is not None and r.live(parent) is None:
+                return 0
+            owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
+        for part in slices(keys):
+            with r.lock:
+                for key in part:
+                    r.live(key)  # an expired one leaves now: later it would take along what continues it
+        try:
+            for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
+                meta.parent, meta.root, meta.owner = before, before is None, owner
+                try:
+                    self._mover.admit_below(entry, meta, partial(wanted, entry.key))
+                except OverQuota:
+                    continue  # pinned meanwhile, or no room for its owner: what continues it goes with it
+        finally:
+            lost = set(self._settle(keys))
+        return next((i for i, key in enumerate(keys) if key in lost), len(keys))
 
     def _touch_upwards(self, key: Key) -> None:
         """Count a chunk and those before it as used, nearest first, as many as a call could name."""
@@ -127,7 +162,10 @@ class WritePath:
             above = None if parent is None else self._r.index.get(parent)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
         self._take(entry, meta, pin=options.pin)
-        return not self._settle([entry.key])
+        stored = not self._settle([entry.key])
+        if stored and parent is not None and self.offer is not None:
+            self.offer((entry.key,), meta.value_nbytes)
+        return stored
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
         r = self._r

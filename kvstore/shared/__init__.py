@@ -8,13 +8,13 @@ Thread rule: an engine may be called from any thread.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from kvstore.errors import KvstoreError
 
 HEAD_NBYTES = 96
-"""What a lookup reads of an object: the fixed part of a record's header (`entries.record`), so that one round trip
-proves presence, version, owner and size."""
+"""What a lookup reads of an object: its head (`shared.objects`), authenticated, so that one round trip proves presence,
+version, key, size and time to live."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -78,3 +78,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of connections and threads. Idempotent; a call in progress ends with SharedUnavailable."""
+
+
+@runtime_checkable
+class AsksAndClaims(Protocol):
+    """What an engine may have in addition: presence and claim in one round trip, so that publishing takes two."""
+
+    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool]:
+        """As `heads` and `claim` of each name, asked together. Where there is an object, its first HEAD_NBYTES.
+
+        Else whether the name is now this caller's to upload, within claim_s.
+        """

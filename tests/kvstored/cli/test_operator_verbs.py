@@ -159,10 +159,10 @@ def test_config_shows_every_setting_with_its_origin(tmp_path, monkeypatch):
     monkeypatch.setenv("KVSTORED_STORE__TTL_S", "77")
     done = CliRunner().invoke(cli, ["config", "show", str(file), "--json"])
     found = json.loads(done.output)
-    assert found["server.silence_s"] == {"value": 3.0, "origin": str(file)}
-    assert found["store.hot.capacity_nbytes"] == {"value": 2 << 30, "origin": str(file)}
-    assert found["store.ttl_s"] == {"value": 77.0, "origin": "KVSTORED_STORE__TTL_S"}
-    assert found["store.promote_after"] == {"value": 2, "origin": "default"}
+    assert found["server.silence_s"] == {"value": 3.0, "origin": str(file), "live": False}
+    assert found["store.hot.capacity_nbytes"] == {"value": 2 << 30, "origin": str(file), "live": True}
+    assert found["store.ttl_s"] == {"value": 77.0, "origin": "KVSTORED_STORE__TTL_S", "live": True}
+    assert found["store.promote_after"] == {"value": 2, "origin": "default", "live": False}
     assert found["server.data_dir"]["origin"] == "this host"
     changed = CliRunner().invoke(cli, ["config", "show", str(file), "--changed"]).output
     assert "server.silence_s" in changed

@@ -1,0 +1,94 @@
+"""One host's side of the shared store: the engine, and everything that turns keys into names and bytes into heads.
+
+Shared by `publisher`, `fetcher` and `source`. Any thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvstore.clock import Clock
+from kvstore.config import SharedConfig
+from kvstore.entries.sealing import NO_SEALS, Seals
+from kvstore.errors import RecordCorrupt
+from kvstore.keys import Key
+from kvstore.shared import AsksAndClaims, Engine
+from kvstore.shared.bars import Bars
+from kvstore.shared.epochs import Epochs
+from kvstore.shared.names import Names, name_of
+from kvstore.shared.numbers import Numbers
+from kvstore.shared.objects import Head, parse_head
+
+CLAIM_S = 2.0
+"""How long a host has to upload what it claimed; the others look again then."""
+
+
+class Looked(NamedTuple):
+    """What a lookup found under a name. head: of an object that may be read. there: there is something.
+
+    claimed: there is nothing, and this host is the one to upload it.
+    """
+
+    head: Head | None
+    there: bool
+    claimed: bool = False
+
+
+@dataclass
+class Outside:
+    """The shared store as this host knows it."""
+
+    engine: Engine
+    names: Names
+    epochs: Epochs
+    bars: Bars
+    clock: Clock
+    config: SharedConfig
+    entry_max_nbytes: int
+    seals: Seals = NO_SEALS
+    numbers: Numbers = field(default_factory=Numbers)
+
+    def alias(self, key: Key) -> Key:
+        """The key of an object, under the present epoch."""
+        return self.names.alias(key, self.epochs.all)
+
+    def be_fresh(self, timeout_s: float) -> None:
+        """Have a table of epochs that can be relied on. A round trip only where the background is late.
+
+        Raises SharedUnavailable.
+        """
+        if not self.epochs.fresh:
+            self.epochs.refresh(timeout_s)
+
+    def readable(self, head: Head) -> bool:
+        """Whether an object was published after the last flush of its namespace, and is not too large for this host."""
+        return head.namespace_epoch >= self.epochs.of(head.tag) and head.value_nbytes <= self.entry_max_nbytes
+
+    def heads(self, aliases: Sequence[Key], timeout_s: float) -> list[Looked]:
+        """What is there. One round trip. Raises SharedUnavailable."""
+        found = self.engine.heads([name_of(alias) for alias in aliases], timeout_s)
+        return [self._looked(alias, data) for alias, data in zip(aliases, found, strict=True)]
+
+    def heads_or_claims(self, aliases: Sequence[Key], timeout_s: float) -> list[Looked]:
+        """What is there, and which of the others this host is to upload. Raises SharedUnavailable."""
+        names = [name_of(alias) for alias in aliases]
+        if isinstance(self.engine, AsksAndClaims):
+            both = self.engine.heads_or_claims(names, CLAIM_S, timeout_s)
+            return [
+                Looked(None, there=False, claimed=found) if isinstance(found, bool) else self._looked(alias, found)
+                for alias, found in zip(aliases, both, strict=True)
+            ]
+        looked = self.heads(aliases, timeout_s)
+        absent = [name for name, found in zip(names, looked, strict=True) if not found.there]
+        claims = iter(self.engine.claim(absent, CLAIM_S, timeout_s) if absent else ())
+        return [found if found.there else Looked(None, there=False, claimed=next(claims)) for found in looked]
+
+    def _looked(self, alias: Key, data: bytes | None) -> Looked:
+        if data is None:
+            return Looked(None, there=False)
+        try:
+            head = parse_head(self.names, alias, data)
+        except RecordCorrupt:
+            self.numbers.count(corrupt=1)
+            return Looked(None, there=True)
+        return Looked(head if self.readable(head) else None, there=True)
