@@ -223,6 +223,11 @@ class Store:
             else:
                 self._sharing.bring_promised(checked, timeout_s)
 
+    @property
+    def shares(self) -> bool:
+        """Whether there is a shared store to `bring` from."""
+        return self._sharing is not None
+
     def ends_here(self, keys: Sequence[bytes]) -> bool:
         """Whether `bring` of these keys may wait: something is shared, and not all of them are held here."""
         return self._sharing is not None and self._sharing.ends_here(CheckedKeys(keys))
@@ -301,13 +306,14 @@ class Store:
         with self._r.lock:
             pass
 
-    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None, local: bool = False) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use.
 
         lookup: how it counts among the lookups, by default each key as one; a get of the same keys within a minute
-        belongs to it. What another host has put and this one could fetch counts as held, in the tier "shared".
+        belongs to it. What another host has put and this one could fetch counts as held, in the tier "shared", unless
+        `local`.
         """
-        more = None if self._sharing is None else self._sharing.more
+        more = None if self._sharing is None or local else self._sharing.more
         return Match(tuple(self._read_path.leading(CheckedKeys(keys), lookup, more)))
 
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:

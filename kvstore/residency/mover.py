@@ -84,7 +84,7 @@ class Mover:
                 )
 
     def admit_below(self, entry: Entry, meta: Meta, wanted: Callable[[], bool]) -> bool:
-        """Hold an entry from outside in its form below hot: in warm, or in cold where it must stay exact or is too large.
+        """Hold an entry from outside in its form below hot: in warm, or in cold if it is exact or too large for warm.
 
         Never in hot: hot holds what was put, or decoded for a promotion. wanted: asked under the lock just before.
         False: it is not wanted, it is held already, or no tier takes it.

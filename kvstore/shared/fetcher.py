@@ -5,8 +5,8 @@
 
 None of it waits longer than `lookup_s` and `fetch_s`, or than its caller has time. What had arrived by then is the hit;
 the rest is fetched in the background. A key is asked for by one call at a time, the others wait for that one. An answer
-"not there" holds for a second, a head for half a minute. Never raises what the store does wrong: it is a miss. Any thread, no
-lock of the store's held.
+"not there" holds for a second, a head for half a minute. Never raises what the store does wrong: it is a miss. Any
+thread, without a lock.
 """
 
 import logging
