@@ -63,8 +63,16 @@ class Sharing:
 
     # What the store's verbs ask.
 
-    def bring(self, keys: Sequence[Key], lookup: Lookup | None = None, timeout_s: float = inf) -> None:
-        """Hold what other hosts have of a chain that ends here. No round trip where it does not end."""
+    def bring(
+        self, keys: Sequence[Key], lookup: Lookup | None = None, timeout_s: float = inf, *, leading: bool = True
+    ) -> None:
+        """Hold what other hosts have of a chain that ends here. No round trip where it does not end.
+
+        leading: False: keys in any order, of which those are brought that a match has found.
+        """
+        if not leading:
+            self._bring_promised(keys, timeout_s)
+            return
         clock = self._r.clock
         until = clock.now() + min(timeout_s, self._config.lookup_s + self._config.fetch_s)
         for _ in range(ROUNDS_MAX):
@@ -73,7 +81,7 @@ class Sharing:
             if run is None or left_s <= 0 or not self.source.fetcher.bring(run, left_s):
                 return
 
-    def bring_promised(self, keys: Sequence[Key], timeout_s: float = inf) -> None:
+    def _bring_promised(self, keys: Sequence[Key], timeout_s: float) -> None:
         """Hold those of these keys that a match has found outside: an engine gets them one by one."""
         fetcher = self.source.fetcher
         for run in fetcher.promised(keys):

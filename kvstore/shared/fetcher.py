@@ -150,7 +150,7 @@ class Fetcher:
     @contextmanager
     def _alone(self, run: Run, wait_s: float) -> Iterator[bool]:
         """One call at a time for a key. False: another one was under way, and has been waited for."""
-        mine = _Flight()
+        mine, own = _Flight(), list[Key]()
         with self._lock:
             other = self._flights.get(run.keys[0])
             if other is None:

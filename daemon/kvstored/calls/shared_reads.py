@@ -7,7 +7,7 @@ takes no thread from the others, and no queue grows. On the event loop.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 THREADS = 32
 """Of which each mostly waits for a server, at most `store.shared.lookup_s` and `fetch_s`."""
@@ -36,7 +36,7 @@ class SharedReads:
         """End the threads."""
         self._pool.shutdown(wait=True)
 
-    def _freed(self, future: "asyncio.Future[object]") -> None:
+    def _freed(self, future: "asyncio.Future[Any]") -> None:
         self._left += 1
         if not future.cancelled():
             future.exception()  # its caller may be gone, and nobody else looks
