@@ -10,7 +10,7 @@ none of them overtakes another.
 """
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -57,8 +57,8 @@ class Candidate(NamedTuple):
 class Held(Protocol):
     """What the publisher asks of the store that it publishes from."""
 
-    def candidate(self, key: Key) -> Candidate | str:
-        """What may be published, or a word for why it may not."""
+    def candidate(self, key: Key, *, continued: bool = False) -> Candidate | str:
+        """What may be published, or a word for why it may not. continued: what continues it is published, too."""
         ...
 
     def ancestors(self, key: Key, at_most: int) -> list[Key]:
@@ -219,32 +219,41 @@ class Publisher:
 
     def _chosen(self, keys: Sequence[Key]) -> list[Candidate]:
         """What is published of the keys offered, with what they continue: parents before children."""
-        out, held = self._out, self._held
         chosen: dict[Key, Candidate] = {}
-        refused: set[Key] = set()
-        why = Counter[str]()
-        for key in keys:
+        refused: dict[Key, str] = {}
+        for key in reversed(keys):  # the deepest first: a short prefix may be the beginning of a longer one
+            if key in chosen:
+                continue
             path = [key]
-            for before in held.ancestors(key, CHAIN_MAX):
-                if before in chosen or before in refused:
+            for before in self._held.ancestors(key, CHAIN_MAX):
+                if before in chosen:
                     break
                 path.append(before)
-            for at in reversed(path):
-                if at in chosen or at in refused:
-                    continue
-                found = held.candidate(at) if at not in out.bars else "deleted"
-                if isinstance(found, str) or not found.deserves or found.parent in refused:
-                    refused.add(at)
-                    reason = found if isinstance(found, str) else "unused" if not found.deserves else "parent"
-                    why[reason] += at in keys
-                    if reason == "unused":
-                        self._keep_unused(at)
-                    continue
-                chosen[at] = found
-        for reason, count in why.items():
-            if count:
-                out.numbers.drop(reason, count)
+            why = self._choose(path, chosen)
+            if why:
+                refused[key] = why
+        for key, why in refused.items():
+            if key not in chosen:
+                self._out.numbers.drop(why)
+                if why == "unused":
+                    self._keep_unused(key)
         return [chunk for chunk in chosen.values() if not self._is_known(chunk)]
+
+    def _choose(self, path: Sequence[Key], chosen: dict[Key, Candidate]) -> str:
+        """Choose a chunk and those before it, nearest first, or as many as may leave, and say why not all of them."""
+        last = self._held.candidate(path[0])
+        if isinstance(last, str):
+            return last
+        for at in reversed(path):
+            found = last if at == path[0] else self._held.candidate(at, continued=True)
+            if at in self._out.bars:
+                return "deleted"
+            if isinstance(found, str):
+                return found if at == path[0] else "parent"
+            if not found.deserves:
+                return "unused"
+            chosen[at] = found
+        return ""
 
     def _keep_unused(self, key: Key) -> None:
         self._unused[key] = None

@@ -154,7 +154,7 @@ class CacheService(Service):
             return
         ends = store.ends_here(keys) if len(keys) <= FIRST_MISSING_MAX else await self._run(store.ends_here, keys)
         if ends:
-            left_s = context.time_remaining()
+            left_s: Any = context.time_remaining()  # None, whatever its types say, where the caller set no deadline
             bring = partial(
                 store.bring, keys, leading=asked.leading, lookup=read_lookup(asked),
                 timeout_s=inf if left_s is None else left_s,
