@@ -95,7 +95,7 @@ class Mover:
             if r.live(key) is not None or not wanted():
                 return False
             meta.lossy, meta.encoding = entry.lossy, entry.encoding
-            r.install(key, meta)
+            r.install(key, meta, put=False)
             return True
 
         with self._moving:

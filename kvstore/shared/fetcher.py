@@ -265,6 +265,8 @@ class Fetcher:
                 late = took_s >= 0.95 * left_s
                 if not late:
                     self._not_there(aliases[held : held + 1])
+                    if held < len(bodies) and bodies[held] is None:
+                        out.did_not_come(aliases[held])
                 return taken, late
         return taken, False
 

@@ -205,7 +205,7 @@ class Publisher:
         later: list[Key] = []
         waiting: set[Key] = set()
         for chunk, alias, found in zip(chunks, aliases, looked, strict=True):
-            if found.head is not None:
+            if self._out.worth_keeping(alias, found):
                 self._is_there(chunk, alias)
                 self._out.numbers.count(duplicate_uploads=1)
             elif (found.there or found.claimed) and chunk.parent not in waiting:
@@ -318,6 +318,7 @@ class Publisher:
         return later
 
     def _is_there(self, chunk: Candidate, alias: Key) -> None:
+        self._out.incomplete.pop(alias, None)
         self._published[alias] = self._out.epochs.of(self._out.names.tag(chunk.namespace))
         if len(self._published) > PUBLISHED_MAX:
             self._published.popitem(last=False)
