@@ -71,5 +71,5 @@ class SharedVerbs:
     def _with_shared(self, found: list[Explanation]) -> list[Explanation]:
         if self._sharing is None:
             return found
-        shared = self._sharing.explain([of.key for of in found])
+        shared = self._sharing.explain(CheckedKeys(of.key for of in found))
         return [replace(of, shared=text) for of, text in zip(found, shared, strict=True)]

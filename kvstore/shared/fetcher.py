@@ -285,6 +285,7 @@ class Fetcher:
                 out.numbers.count(corrupt=1)
                 log.debug("shared object is not believed name=%s error=%s", name_of(alias), printable(error))
                 if not isinstance(error, UnknownSeal):  # good for a host that has the key
+                    out.did_not_come(alias)
                     self._damaged.append(alias)
                     self._wake()
                 self._not_there([alias])

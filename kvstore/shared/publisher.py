@@ -324,7 +324,8 @@ class Publisher:
             self._published.popitem(last=False)
 
     def _is_known(self, chunk: Candidate) -> bool:
-        known = self._published.get(self._out.alias(chunk.key))
+        alias = self._out.alias(chunk.key)
+        known = None if alias in self._out.incomplete else self._published.get(alias)
         return known is not None and known >= self._out.epochs.of(self._out.names.tag(chunk.namespace))
 
     def _try_again(self, keys: Sequence[Key], since: dict[Key, _Offer]) -> None:
