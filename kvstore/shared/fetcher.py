@@ -74,6 +74,7 @@ class Fetcher:
         self._install = install
         self._wake = wake
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._flights: dict[Key, _Flight] = {}
         self._heads: OrderedDict[Key, tuple[Head, float]] = OrderedDict()
         self._absent: OrderedDict[Key, float] = OrderedDict()
@@ -123,14 +124,15 @@ class Fetcher:
             return not first
 
     def run_once(self) -> None:
-        """Fetch what calls left unfinished, and have damaged objects deleted."""
-        while self._later:
-            run = self._worth_asking(self._later.popleft())
-            if run.keys:
-                with self._alone(run, 0.0) as first:
-                    if first:
-                        self._fetched(run, BACKGROUND_S, background=True)
-        self._delete_damaged()
+        """Fetch what calls left unfinished, and have damaged objects deleted. One thread at a time."""
+        with self._turn:
+            while self._later:
+                run = self._worth_asking(self._later.popleft())
+                if run.keys:
+                    with self._alone(run, 0.0) as first:
+                        if first:
+                            self._fetched(run, BACKGROUND_S, background=True)
+            self._delete_damaged()
 
     @property
     def waiting(self) -> bool:

@@ -90,6 +90,7 @@ class Publisher:
         self._out = outside
         self._held = held
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._queue: deque[_Offer] = deque()
         self._nbytes = 0
         self._retry_at = 0.0
@@ -125,18 +126,18 @@ class Publisher:
             self._out.numbers.drop("full", dropped)
 
     def run_once(self) -> None:
-        """Delete and publish what waits, until nothing does or the store does not answer."""
-        now = self._out.clock.now()
-        if now < self._retry_at:
-            return
-        try:
-            self._delete()
-            self._offer_used()
-            while (offers := self._taken()) is not None:
-                self._publish_or_keep(offers)
-        except SharedUnavailable as error:
-            self._out.numbers.failed(error.reason)
-            self._retry_at = self._out.clock.now() + BACKOFF_S
+        """Delete and publish what waits, until nothing does or the store does not answer. One thread at a time."""
+        with self._turn:
+            if self._out.clock.now() < self._retry_at:
+                return
+            try:
+                self._delete()
+                self._offer_used()
+                while (offers := self._taken()) is not None:
+                    self._publish_or_keep(offers)
+            except SharedUnavailable as error:
+                self._out.numbers.failed(error.reason)
+                self._retry_at = self._out.clock.now() + BACKOFF_S
 
     def _delete(self) -> None:
         out = self._out
