@@ -37,6 +37,8 @@ from kvstored_client.wire.requests import read_request
 
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
+WAITING_MAX = 0.8
+"""The share of a caller's time that may go by waiting for the shared store: what is there has to be sent, too."""
 FIRST_MISSING_MAX = 512
 """Keys looked at on the event loop for one that is not here: 0.05 ms."""
 LOOKED_UP_MAX = 64
@@ -157,7 +159,7 @@ class CacheService(Service):
             left_s: Any = context.time_remaining()  # None, whatever its types say, where the caller set no deadline
             bring = partial(
                 store.bring, keys, leading=asked.leading, lookup=read_lookup(asked),
-                timeout_s=inf if left_s is None else left_s,
+                timeout_s=inf if left_s is None else WAITING_MAX * left_s,
             )  # fmt: skip
             await self._outside.run(bring)
 
