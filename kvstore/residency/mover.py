@@ -135,7 +135,8 @@ class Mover:
 
         def wanted() -> bool:
             # Put again, demoted or deleted meanwhile: then this form is of no use, or there is one already.
-            if r.index.get(key) is not meta or key not in r.hot or key in r.warm or r.in_cold(key):
+            same = r.index.get(key) is meta and key in r.hot
+            if not same or key in r.warm or r.in_cold(key):
                 return False
             meta.lossy, meta.encoding = below.lossy, below.encoding
             r.counters.tiers["warm"].puts += 1
