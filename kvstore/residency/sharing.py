@@ -280,4 +280,9 @@ def opened(
         if engine is not None:
             raise ConfigError("an engine for the shared store needs store.shared.url")
         return None
-    return Sharing(residency, mover, write_path, config, engine)
+    try:
+        return Sharing(residency, mover, write_path, config, engine)
+    except BaseException:
+        if residency.cold is not None:
+            residency.cold.close()  # its directory is locked
+        raise

@@ -174,6 +174,8 @@ class Fetcher:
         """The leading heads, from memory as far as it goes."""
         out, now = self._out, self._out.clock.now()
         timeout_s = min(timeout_s, out.config.lookup_s)
+        if self._absent.get(out.alias(run.keys[0]), 0.0) > now:
+            return []
         try:
             out.be_fresh(timeout_s)
             aliases = [out.alias(key) for key in run.keys]

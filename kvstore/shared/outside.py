@@ -66,7 +66,7 @@ class Outside:
         Raises SharedUnavailable.
         """
         if not self.epochs.fresh:
-            self.epochs.refresh(timeout_s)
+            self.epochs.refresh(timeout_s, unless_fresh=True)
 
     def readable(self, head: Head) -> bool:
         """Whether an object was published after the last flush of its namespace, and is not too large for this host."""

@@ -176,14 +176,18 @@ class Publisher:
         """Offers whose time has come, of one batch; None: there are none."""
         now = self._out.clock.now()
         taken: list[_Offer] = []
+        delayed: list[_Offer] = []
+        keys = 0
         with self._lock:
-            for _ in range(len(self._queue)):
+            while self._queue and keys < BATCH_KEYS:
                 offer = self._queue.popleft()
-                if offer.not_before > now or sum(len(o.keys) for o in taken) >= BATCH_KEYS:
-                    self._queue.append(offer)
-                else:
-                    taken.append(offer)
-                    self._nbytes -= offer.nbytes
+                if offer.not_before > now:
+                    delayed.append(offer)
+                    continue
+                taken.append(offer)
+                keys += len(offer.keys)
+                self._nbytes -= offer.nbytes
+            self._queue.extend(delayed)
         return taken or None
 
     def _publish_or_keep(self, offers: list[_Offer]) -> None:

@@ -46,6 +46,40 @@ def test_a_store_that_hangs_costs_a_get_its_lookup_time_and_the_next_one_nothing
     assert ns.get_prefix(tokens)[0] == 4 * CHUNK
 
 
+def test_with_the_table_of_epochs_too_old_a_store_that_hangs_costs_no_more(hosts):
+    hosts.published(4)
+    b = hosts.open(lookup_s=0.02)
+    b.maintain()
+    hosts.clock.advance(60)
+    hosts.server.down = True
+    ns, (tokens, _, _) = hosts.namespace(b), prefix(4)
+    began = hosts.clock.now()
+    assert ns.get_prefix(tokens)[0] == 0
+    assert hosts.clock.now() - began == pytest.approx(0.02)
+    assert hosts.trips_of(lambda: ns.get_prefix(tokens)) == 0
+
+
+def test_callers_that_wait_for_the_table_of_epochs_wait_no_longer_than_for_one_answer(hosts):
+    """Not one after the other, each with a deadline of its own."""
+    hosts.published(4)
+    b = hosts.open(lookup_s=0.05)
+    hosts.clock.advance(60)
+    inside, release = threading.Event(), threading.Event()
+
+    def hang(names):
+        inside.set()
+        release.wait(20)
+
+    hosts.server.at["heads"] = hang
+    first = threading.Thread(target=lambda: hosts.namespace(b).get_prefix(prefix(4)[0]))
+    first.start()
+    assert inside.wait(20)
+    assert hosts.namespace(b).get_prefix(prefix(4, seed=1)[0])[0] == 0  # returns, though the first one hangs
+    assert values(b)["shared_errors_epochs"] == 1
+    release.set()
+    first.join(20)
+
+
 def test_a_caller_with_less_time_waits_no_longer_than_that(hosts):
     hosts.published(4)
     b = hosts.open(fetch_s=2.0)

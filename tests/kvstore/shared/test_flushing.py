@@ -110,6 +110,23 @@ def test_a_damaged_table_of_epochs_flushes_everything_and_sharing_goes_on(hosts)
     assert got(hosts, hosts.open()) == 4 * CHUNK
 
 
+def test_a_table_of_epochs_whose_body_is_lost_flushes_everything_and_sharing_goes_on(hosts):
+    a = hosts.published(4)
+    a.flush_shared("nobody's")
+    (table,) = [name for name in hosts.server.objects if name not in hosts.server.names()]
+    data, until = hosts.server.objects[table]
+    hosts.server.objects[table] = data[:100], until
+    b = hosts.open()
+    for _ in range(3):
+        b.maintain()
+        hosts.clock.advance(1.5)
+    assert got(hosts, b) == 0
+    hosts.clock.advance(3)
+    c = hosts.published(4)
+    assert got(hosts, hosts.open()) == 4 * CHUNK
+    assert c.stats().values["shared_published"] == 4
+
+
 def test_an_unreachable_store_refuses_a_flush_with_a_sentence(hosts):
     a = hosts.open()
     hosts.server.down = True

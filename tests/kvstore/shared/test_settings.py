@@ -61,6 +61,15 @@ def test_a_secret_that_is_missing_open_to_others_or_no_secret_is_refused(hosts):
         hosts.open()
 
 
+def test_a_refused_store_leaves_its_directory_to_the_next(hosts, tmp_path):
+    text = hosts.secret.read_text()
+    hosts.secret.write_text("none")
+    with pytest.raises(ConfigError):
+        hosts.open(cold=tmp_path / "cold")
+    hosts.secret.write_text(text)
+    assert hosts.open(cold=tmp_path / "cold").shares
+
+
 def test_a_seal_key_that_is_missing_is_refused_by_its_own_setting(hosts):
     hosts.seal.unlink()
     with pytest.raises(ConfigError, match=r"store\.shared\.key_files: cannot read"):
