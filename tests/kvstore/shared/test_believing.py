@@ -148,6 +148,7 @@ FOREIGN: dict[str, Callable[[Seals], bytearray]] = {
     "another namespace's name": lambda seals: spliced(
         seals, an_object(seals, 0, namespace="model@2"), HEAD_NBYTES, RECORD_AT
     ),
+    "a record in clear under a good head": lambda seals: an_object(NO_SEALS, 0),
     "a record in clear": lambda seals: with_record(an_object(seals, 0), forged_record(0)),
     "sealed data changed and summed again": lambda seals: resummed(an_object(seals, 0), -5),
 }
