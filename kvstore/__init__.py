@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvstore.codecs.outside import register_codec
-    from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+    from kvstore.config import ColdConfig, HotConfig, SharedConfig, StoreConfig, WarmConfig
     from kvstore.errors import (
         CodecError,
         ConfigError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OverQuota,
         PermissionDenied,
         RecordCorrupt,
+        SharedUnavailable,
         TierUnavailable,
     )
     from kvstore.hit import EntryInfo, Held, Hit, Match, TensorInfo
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ColdConfig": "config",
     "HotConfig": "config",
+    "SharedConfig": "config",
     "StoreConfig": "config",
     "WarmConfig": "config",
     "CodecError": "errors",
@@ -47,6 +49,7 @@ _HOME = {
     "OverQuota": "errors",
     "PermissionDenied": "errors",
     "RecordCorrupt": "errors",
+    "SharedUnavailable": "errors",
     "TierUnavailable": "errors",
     "EntryInfo": "hit",
     "Held": "hit",
@@ -80,6 +83,8 @@ __all__ = [
     "PermissionDenied",
     "PutOptions",
     "RecordCorrupt",
+    "SharedConfig",
+    "SharedUnavailable",
     "Store",
     "StoreConfig",
     "TensorInfo",

@@ -8,6 +8,7 @@
     |-- CodecError           bytes do not decode under this codec         FAILED_PRECONDITION
     |   `-- UnknownEncoding  internal: no codec here has this name        (never leaves the store)
     |-- TierUnavailable      disk or peer is failing: retry later         UNAVAILABLE
+    |-- SharedUnavailable    the shared store does not answer: retry      UNAVAILABLE
     |-- PermissionDenied     the caller lacks this right                  PERMISSION_DENIED
     |-- LeaseKept            a tensor outlived its lease: copy it         (client only)
     |-- RecordCorrupt        internal: a caller sees a miss               DATA_LOSS
@@ -60,6 +61,17 @@ class TierUnavailable(KvstoreError):
     """A tier or the daemon cannot answer now; the value may still be there later."""
 
     grpc_code = "UNAVAILABLE"
+
+
+class SharedUnavailable(KvstoreError):
+    """The shared store did not answer in time, or refused. A get sees a miss; a flush, or a check, tells its caller."""
+
+    grpc_code = "UNAVAILABLE"
+
+    def __init__(self, reason: str, sentence: str | None = None) -> None:
+        """reason: a word for metrics. With one argument it is the sentence, as it comes over the wire."""
+        super().__init__(reason if sentence is None else sentence)
+        self.reason = "unavailable" if sentence is None else reason
 
 
 class PermissionDenied(KvstoreError):

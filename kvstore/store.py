@@ -25,7 +25,7 @@ from kvstore.codecs.choice import CodecChoice
 from kvstore.config import LIVE, ColdConfig, StoreConfig, check_live, from_mapping, read_toml
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
-from kvstore.errors import ConfigError, TierUnavailable
+from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
 from kvstore.lookup import Lookup, check_saved
@@ -40,7 +40,7 @@ from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
 from kvstore.residency.resizing import set_budgets, set_hot_capacity
-from kvstore.residency.sharing import Sharing
+from kvstore.residency.shared_verbs import SharedVerbs
 from kvstore.residency.sharing import opened as sharing_of
 from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
@@ -51,7 +51,7 @@ from kvstore.stats import Stats
 log = logging.getLogger(__name__)
 
 
-class Store:
+class Store(SharedVerbs):
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
     def __init__(
@@ -207,26 +207,6 @@ class Store:
         found = self._read((check_key(key),))[0]
         return None if found is None else self._answers.hit(found, out=out)
 
-    def bring(
-        self, keys: Sequence[bytes], *, leading: bool = True, lookup: Lookup | None = None, timeout_s: float = inf
-    ) -> None:
-        """Hold what other hosts have put of a chain, from where it ends on this host; for `plan`, which never waits.
-
-        Waits for the shared store, `store.shared.lookup_s` and `fetch_s` at most and no longer than timeout_s. Without
-        [store.shared], or where the chain does not end here, it does nothing. leading: False: of keys in any order,
-        those that a match has found outside.
-        """
-        if self._sharing is not None:
-            checked = CheckedKeys(keys)
-            if leading:
-                self._sharing.bring(checked, lookup, timeout_s)
-            else:
-                self._sharing.bring_promised(checked, timeout_s)
-
-    def ends_here(self, keys: Sequence[bytes]) -> bool:
-        """Whether `bring` of these keys may wait: something is shared, and not all of them are held here."""
-        return self._sharing is not None and self._sharing.ends_here(CheckedKeys(keys))
-
     def get_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> list[Hit | None]:
@@ -301,13 +281,14 @@ class Store:
         with self._r.lock:
             pass
 
-    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
+    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None, local: bool = False) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use.
 
         lookup: how it counts among the lookups, by default each key as one; a get of the same keys within a minute
-        belongs to it. What another host has put and this one could fetch counts as held, in the tier "shared".
+        belongs to it. What another host has put and this one could fetch counts as held, in the tier "shared", unless
+        `local`.
         """
-        more = None if self._sharing is None else self._sharing.more
+        more = None if self._sharing is None or local else self._sharing.more
         return Match(tuple(self._read_path.leading(CheckedKeys(keys), lookup, more)))
 
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
@@ -343,11 +324,8 @@ class Store:
         acknowledged this host neither reads nor publishes them; what other hosts hold of them stays there.
         """
         doomed = named(keys)
-        if self._sharing is not None:
-            self._sharing.bar(doomed)
-        gone = self._forget(doomed, "deleted", keep_shared=keep_shared)
-        if self._sharing is not None:
-            self._sharing.deleted(doomed, some_stay=keep_shared)
+        with self._barred(doomed, some_stay=keep_shared):
+            gone = self._forget(doomed, "deleted", keep_shared=keep_shared)
         with self._r.lock:
             self._r.counters.deletes += gone
         return gone
@@ -406,26 +384,7 @@ class Store:
 
     def explain(self, *keys: bytes | CheckedKeys) -> list[Explanation]:
         """For each key where it is held, or why it is gone, as far as that is still known. Does not count as use."""
-        found = explain(self._r, checked := named(keys))
-        if self._sharing is None:
-            return found
-        shared = self._sharing.explain(checked)
-        return [replace(of, shared=text) for of, text in zip(found, shared, strict=True)]
-
-    def check_shared(self) -> list[str]:
-        """What is wrong with the shared store, a sentence each; empty: nothing. Puts, reads and deletes a probe.
-
-        Raises ConfigError without [store.shared].
-        """
-        return self._shared().source.check()
-
-    def flush_shared(self, namespace: str | None = None) -> None:
-        """Put what the shared store has of a namespace, or everything, out of reach: all hosts miss it within 2 s.
-
-        What hosts hold in their own tiers stays. Raises ConfigError without [store.shared], SharedUnavailable where the
-        shared store does not answer.
-        """
-        self._shared().source.flush(namespace)
+        return self._with_shared(explain(self._r, named(keys)))
 
     def entries(
         self,
@@ -541,16 +500,8 @@ class Store:
     def _read(self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None) -> list[Found | None]:
         self._check_open()
         if self._sharing is not None:
-            if leading:
-                self._sharing.bring(keys, lookup)
-            else:
-                self._sharing.bring_promised(keys)
+            self._sharing.bring(keys, lookup, leading=leading)
         return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=lookup))
-
-    def _shared(self) -> Sharing:
-        if self._sharing is None:
-            raise ConfigError("nothing is shared with other hosts: set store.shared.url")
-        return self._sharing
 
     def _forget(self, keys: Sequence[Key], cause: GoneCause, *, keep_shared: bool = False) -> int:
         gone, ticket = departures.take_out(self._r, keys, cause, keep_shared=keep_shared)

@@ -51,12 +51,27 @@ class StoreView(Protocol):
         """Look once: what is where, how big, what it needs; charge and count."""
         ...
 
+    @property
+    def shares(self) -> bool:
+        """Whether there is a shared store to `bring` from."""
+        ...
+
+    def bring(
+        self, keys: CheckedKeys, *, leading: bool = True, lookup: Lookup | None = None, timeout_s: float = inf
+    ) -> None:
+        """Hold what other hosts have put of a chain. May wait for the shared store."""
+        ...
+
+    def ends_here(self, keys: CheckedKeys) -> bool:
+        """Whether not all of these keys are held here. Never waits."""
+        ...
+
     def read(self, plan: "Plan", *, room: "Room | None" = None) -> "Iterator[Hit | Found | None]":
         """The hits of a plan, not copied."""
         ...
 
-    def match(self, keys: CheckedKeys, *, lookup: Lookup | None = None) -> Match:
-        """How many leading keys of a chain are held, and where."""
+    def match(self, keys: CheckedKeys, *, lookup: Lookup | None = None, local: bool = False) -> Match:
+        """How many leading keys of a chain are held, and where; local: on this host."""
         ...
 
     def locate(self, keys: CheckedKeys, *, lookup: Lookup | None = None) -> list[Held | None]:

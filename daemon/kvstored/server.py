@@ -32,11 +32,12 @@ from kvstore.store import Store
 from kvstored.access.admission import Admission
 from kvstored.access.interceptor import Access, Interceptor, Records
 from kvstored.access.segment_owners import SegmentOwners
-from kvstored.access.tenant_view import CALLER, TenantViews, read_secret, tenant_prefixes
+from kvstored.access.tenant_view import CALLER, TenantViews, tenant_prefixes, tenants_secret
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
 from kvstored.calls.budget import Budget
 from kvstored.calls.fair_threads import FairThreads
+from kvstored.calls.shared_reads import SharedReads
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.admin_service import AdminService
 from kvstored.doors.cache_service import CacheService
@@ -137,7 +138,7 @@ async def _serve(settings: Settings, source: Source | None, origins: Origins) ->
     # After a power cut opening verifies and rebuilds, for minutes if the index is large: more than the default of 90 s.
     notify(f"EXTEND_TIMEOUT_USEC={OPEN_TIMEOUT_S * 1_000_000}\nSTATUS=opening the cold tier")
     arena = Arena(arena_limit_nbytes(settings.store))
-    tenants = _tenants(settings.server)
+    tenants = _tenants(settings)
     store = await loop.run_in_executor(None, partial(Store.open, settings.store, room=arena.empty, tenants=tenants))
     try:
         daemon = Daemon(store, settings.server, arena, source=source, origins=origins)
@@ -260,7 +261,7 @@ class Daemon:
         epoch = secrets.randbits(63) | 1
         budget = self.watch.budget
         ingest = Budget(settings.in_flight_nbytes)
-        views = TenantViews(store, read_secret(Path(settings.data_dir) / "tenants.secret"))
+        views = TenantViews(store, tenants_secret(settings.data_dir, store.config.shared))
         self._shared = Shared(
             store,
             self._arena,
@@ -283,7 +284,10 @@ class Daemon:
             lambda: {"calls_waiting": self._threads.waiting},
         )
         room = self._arena.empty
-        cache = CacheService(views, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room)
+        self._outside = SharedReads()
+        cache = CacheService(
+            views, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room, self._outside
+        )
         own = Settings(settings, store.config)
         self.live = LiveSettings(own, self._apply, source.read if source else lambda: (own, {}), origins)
         admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats, self.live)
@@ -369,6 +373,7 @@ class Daemon:
         for leases in self._leases:
             await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._outside.close)
         await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
         for target in self._settings.targets:
             path = socket_path(target)
@@ -400,12 +405,12 @@ def arena_limit_nbytes(store: StoreConfig) -> int:
     return hot_nbytes + max(hot_nbytes // 8, 64 << 20)
 
 
-def _tenants(settings: ServerSettings) -> dict[str, tuple[bytes, bytes]]:
+def _tenants(settings: Settings) -> dict[str, tuple[bytes, bytes]]:
     """The tenants that may call, with their prefixes: the store needs them at its start to assign their records."""
-    tokens = _tokens(settings)
+    tokens = _tokens(settings.server)
     if tokens is None or not tokens.tenants:
         return {}
-    secret = read_secret(Path(settings.data_dir) / "tenants.secret")
+    secret = tenants_secret(settings.server.data_dir, settings.store.shared)
     return {tenant: tenant_prefixes(secret, tenant) for tenant in sorted(tokens.tenants)}
 
 

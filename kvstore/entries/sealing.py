@@ -89,7 +89,10 @@ class Seals:
     """The keys of a store. Any thread."""
 
     def __init__(self, files: Mapping[str, str], setting: str = "store.cold.key_files") -> None:
-        """files: by namespace, tenant, TENANT/NAMESPACE or "*", a file of keys. Raises ConfigError, naming `setting`."""
+        """files: by namespace, tenant, TENANT/NAMESPACE or "*", a file of keys. setting: for messages.
+
+        Raises ConfigError.
+        """
         if files:
             _check_installed(setting)
         keys = {name: read_keys(path, setting) for name, path in files.items()}

@@ -84,7 +84,7 @@ class Mover:
                 )
 
     def admit_below(self, entry: Entry, meta: Meta, wanted: Callable[[], bool]) -> bool:
-        """Hold an entry from outside in its form below hot: in warm, or in cold where it must stay exact or is too large.
+        """Hold an entry from outside in its form below hot: in warm, or in cold if it is exact or too large for warm.
 
         Never in hot: hot holds what was put, or decoded for a promotion. wanted: asked under the lock just before.
         False: it is not wanted, it is held already, or no tier takes it.
@@ -95,7 +95,7 @@ class Mover:
             if r.live(key) is not None or not wanted():
                 return False
             meta.lossy, meta.encoding = entry.lossy, entry.encoding
-            r.install(key, meta)
+            r.install(key, meta, put=False)
             return True
 
         with self._moving:
@@ -135,7 +135,8 @@ class Mover:
 
         def wanted() -> bool:
             # Put again, demoted or deleted meanwhile: then this form is of no use, or there is one already.
-            if r.index.get(key) is not meta or key not in r.hot or key in r.warm or r.in_cold(key):
+            same = r.index.get(key) is meta and key in r.hot
+            if not same or key in r.warm or r.in_cold(key):
                 return False
             meta.lossy, meta.encoding = below.lossy, below.encoding
             r.counters.tiers["warm"].puts += 1

@@ -63,8 +63,16 @@ class Sharing:
 
     # What the store's verbs ask.
 
-    def bring(self, keys: Sequence[Key], lookup: Lookup | None = None, timeout_s: float = inf) -> None:
-        """Hold what other hosts have of a chain that ends here. No round trip where it does not end."""
+    def bring(
+        self, keys: Sequence[Key], lookup: Lookup | None = None, timeout_s: float = inf, *, leading: bool = True
+    ) -> None:
+        """Hold what other hosts have of a chain that ends here. No round trip where it does not end.
+
+        leading: False: keys in any order, of which those are brought that a match has found.
+        """
+        if not leading:
+            self._bring_promised(keys, timeout_s)
+            return
         clock = self._r.clock
         until = clock.now() + min(timeout_s, self._config.lookup_s + self._config.fetch_s)
         for _ in range(ROUNDS_MAX):
@@ -73,7 +81,7 @@ class Sharing:
             if run is None or left_s <= 0 or not self.source.fetcher.bring(run, left_s):
                 return
 
-    def bring_promised(self, keys: Sequence[Key], timeout_s: float = inf) -> None:
+    def _bring_promised(self, keys: Sequence[Key], timeout_s: float) -> None:
         """Hold those of these keys that a match has found outside: an engine gets them one by one."""
         fetcher = self.source.fetcher
         for run in fetcher.promised(keys):
@@ -128,7 +136,9 @@ class Sharing:
         waits = self.source.waits_for(key)
         if waits:
             return f"no: {waits}"
-        found = self.candidate(key)
+        with self._r.lock:
+            continued = key in self._r.index and self._r.index[key].first_child is not None
+        found = self.candidate(key, continued=continued)
         if isinstance(found, str):
             return f"no: {_REASONS.get(found, found)}"
         if not found.deserves:
@@ -149,14 +159,14 @@ class Sharing:
         namespace = arrived[0].namespace
         return self._write_path.take_from_outside(keys, metas, parent, namespace, lambda key: key not in bars)
 
-    def candidate(self, key: Key) -> Candidate | str:
+    def candidate(self, key: Key, *, continued: bool = False) -> Candidate | str:
         """See `publisher.Held`."""
         r = self._r
         with r.lock:
             meta = r.live(key)
             if meta is None:
                 return "gone"
-            why = self._refusal(meta) or self._partial(meta) or self._short(key, meta)
+            why = self._refusal(meta) or self._partial(meta) or ("" if continued else self._short(key))
             if why:
                 return why
             owner = meta.owner
@@ -189,13 +199,13 @@ class Sharing:
 
     def _refusal(self, meta: Meta) -> str:
         if meta.parent is None and not meta.root:
-            return "no chain"
+            return "no_chain"
         if meta.exact and not self._config.exact:
             return "exact"
         if meta.soon:
-            return "low priority"
+            return "low_priority"
         # Its deadline is a moment of this host's clock, which no other host can tell.
-        return "" if meta.sliding else "fixed deadline"
+        return "" if meta.sliding else "fixed_deadline"
 
     def _partial(self, meta: Meta) -> str:
         """Whole chunks of a namespace are alike: one that is smaller ended its prompt. No other prompt has it."""
@@ -210,9 +220,9 @@ class Sharing:
             self._whole_nbytes[owner] = whole
         return ""
 
-    def _short(self, key: Key, meta: Meta) -> str:
+    def _short(self, key: Key) -> str:
         """Nobody asks for a prefix of fewer tokens; with what continues it later, its chunks are published, too."""
-        if meta.first_child is not None or not self._config.tokens_min:
+        if not self._config.tokens_min:
             return ""
         place = self._r.lookup(key)
         tokens = CHUNK_TOKENS if place is None or place[1] is None else _tokens_of(place[1])
@@ -245,9 +255,9 @@ class Sharing:
 
 
 _REASONS = {
-    "gone": "it is neither there nor here", "no chain": "it is no chunk of a chain",
-    "exact": "it stays exact, and store.shared.exact is false", "low priority": "it was put with low priority",
-    "fixed deadline": "its deadline does not slide", "partial": "it is a partial chunk",
+    "gone": "it is neither there nor here", "no_chain": "it is no chunk of a chain",
+    "exact": "it stays exact, and store.shared.exact is false", "low_priority": "it was put with low priority",
+    "fixed_deadline": "its deadline does not slide", "partial": "it is a partial chunk",
     "short": "its prefix has fewer tokens than store.shared.tokens_min",
 }  # fmt: skip
 
@@ -270,4 +280,9 @@ def opened(
         if engine is not None:
             raise ConfigError("an engine for the shared store needs store.shared.url")
         return None
-    return Sharing(residency, mover, write_path, config, engine)
+    try:
+        return Sharing(residency, mover, write_path, config, engine)
+    except BaseException:
+        if residency.cold is not None:
+            residency.cold.close()  # its directory is locked
+        raise

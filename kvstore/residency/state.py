@@ -222,8 +222,10 @@ class Residency:
         meta = self.index.get(key)
         return NOBODY if meta is None else meta.owner
 
-    def install(self, key: Key, meta: Meta) -> int | None:
+    def install(self, key: Key, meta: Meta, *, put: bool = True) -> int | None:
         """Give a key a Meta, new or in place of an older value, which leaves all tiers; its chain stays whole.
+
+        put: False: it came from outside, for a lookup that has been counted.
 
         The caller puts the value somewhere before letting go of the lock. Returns a ticket as `forget` does.
         """
@@ -237,7 +239,8 @@ class Residency:
         if old is None:
             self.chains.link(key)
             self.tombstones.discard(key)
-            self.lookups.asked.discard(key)
+            if put:
+                self.lookups.asked.discard(key)
             if self.balance is not None:
                 self.balance.put(key)
         else:

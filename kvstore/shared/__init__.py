@@ -10,21 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from kvstore.errors import KvstoreError
+from kvstore.errors import SharedUnavailable
+
+__all__ = ["HEAD_NBYTES", "AsksAndClaims", "Buffer", "Engine", "Health", "SharedUnavailable"]
 
 HEAD_NBYTES = 96
 """What a lookup reads of an object: its head (`shared.objects`), authenticated, so that one round trip proves presence,
 version, key, size and time to live."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-
-
-class SharedUnavailable(KvstoreError):
-    """The shared store did not answer in time, or refused. `reason`: a word for metrics."""
-
-    def __init__(self, reason: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

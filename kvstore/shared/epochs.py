@@ -13,7 +13,8 @@ import hmac
 import json
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 
 from kvstore.clock import Clock
@@ -30,6 +31,8 @@ TTL_S = 365 * 86400.0
 TAGS_MAX = 1024
 """Namespaces with an epoch of their own. One more flush of a namespace flushes everything, and the table is empty."""
 _BODY_MAX_NBYTES = 1 << 20
+BODY_TRIES = 3
+"""So often the body of a table may be missing though its head is there: then it is damaged."""
 _ALL = "all"
 
 
@@ -43,6 +46,7 @@ class Epochs:
         self._lock = threading.Lock()
         self._known: dict[str, int] = {}
         self._digest = b""
+        self._without_body = 0
         self.read_at: float | None = None
 
     @property
@@ -64,14 +68,25 @@ class Epochs:
         """Whether it is time to read it again."""
         return self.read_at is None or self._clock.now() - self.read_at >= REFRESH_S
 
-    def refresh(self, timeout_s: float) -> None:
+    def refresh(self, timeout_s: float, *, unless_fresh: bool = False) -> None:
         """Read the table, and repair it where this host knows more. Raises SharedUnavailable."""
-        with self._lock:
-            self._refresh(timeout_s)
+        with self._alone(timeout_s):
+            if not (unless_fresh and self.fresh):
+                self._refresh(timeout_s)
+
+    @contextmanager
+    def _alone(self, timeout_s: float) -> Iterator[None]:
+        """One at a time: who waits for another's answer waits no longer than for one of its own."""
+        if not self._lock.acquire(timeout=timeout_s):
+            raise SharedUnavailable("epochs", f"the table of epochs was not read within {timeout_s} s")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def raised(self, tag: bytes | None, timeout_s: float) -> None:
         """Flush a namespace, or everything (None). Raises SharedUnavailable: it may hold all the same."""
-        with self._lock:
+        with self._alone(timeout_s):
             self._refresh(timeout_s)
             # Not only one more: a number that a lost table had used before would bring its objects back.
             number = max(self.all, *self._known.values(), int(self._clock.now() * 1000), 0) + 1
@@ -90,10 +105,11 @@ class Epochs:
                 self._write(timeout_s)
         elif bytes(head) != self._digest:
             found = self._read(head, timeout_s)
+            damaged = found is None
             if found is None:
                 found = {_ALL: max(self.all, int(now * 1000)) + 1}
             self._merge(found)
-            if self._known != found:
+            if damaged or self._known != found:
                 self._write(timeout_s)
             else:
                 self._digest = bytes(head)
@@ -113,7 +129,11 @@ class Epochs:
             return None
         body = self._engine.get([self._names.epochs], [HEAD_NBYTES + nbytes], timeout_s)[0]
         if body is None:
+            self._without_body += 1
+            if self._without_body >= BODY_TRIES:
+                return None
             raise SharedUnavailable("epochs", "the table of epochs did not arrive")
+        self._without_body = 0
         if bytes(body[:HEAD_NBYTES]) != bytes(head):
             raise SharedUnavailable("epochs", "the table of epochs changed while it was read")
         text = bytes(body[HEAD_NBYTES:])

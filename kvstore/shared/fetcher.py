@@ -5,8 +5,8 @@
 
 None of it waits longer than `lookup_s` and `fetch_s`, or than its caller has time. What had arrived by then is the hit;
 the rest is fetched in the background. A key is asked for by one call at a time, the others wait for that one. An answer
-"not there" holds for a second, a head for half a minute. Never raises what the store does wrong: it is a miss. Any thread, no
-lock of the store's held.
+"not there" holds for a second, a head for half a minute. Never raises what the store does wrong: it is a miss. Any
+thread, without a lock.
 """
 
 import logging
@@ -74,6 +74,7 @@ class Fetcher:
         self._install = install
         self._wake = wake
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._flights: dict[Key, _Flight] = {}
         self._heads: OrderedDict[Key, tuple[Head, float]] = OrderedDict()
         self._absent: OrderedDict[Key, float] = OrderedDict()
@@ -123,14 +124,15 @@ class Fetcher:
             return not first
 
     def run_once(self) -> None:
-        """Fetch what calls left unfinished, and have damaged objects deleted."""
-        while self._later:
-            run = self._worth_asking(self._later.popleft())
-            if run.keys:
-                with self._alone(run, 0.0) as first:
-                    if first:
-                        self._fetched(run, BACKGROUND_S, background=True)
-        self._delete_damaged()
+        """Fetch what calls left unfinished, and have damaged objects deleted. One thread at a time."""
+        with self._turn:
+            while self._later:
+                run = self._worth_asking(self._later.popleft())
+                if run.keys:
+                    with self._alone(run, 0.0) as first:
+                        if first:
+                            self._fetched(run, BACKGROUND_S, background=True)
+            self._delete_damaged()
 
     @property
     def waiting(self) -> bool:
@@ -150,7 +152,7 @@ class Fetcher:
     @contextmanager
     def _alone(self, run: Run, wait_s: float) -> Iterator[bool]:
         """One call at a time for a key. False: another one was under way, and has been waited for."""
-        mine = _Flight()
+        mine, own = _Flight(), list[Key]()
         with self._lock:
             other = self._flights.get(run.keys[0])
             if other is None:
@@ -172,6 +174,8 @@ class Fetcher:
         """The leading heads, from memory as far as it goes."""
         out, now = self._out, self._out.clock.now()
         timeout_s = min(timeout_s, out.config.lookup_s)
+        if self._absent.get(out.alias(run.keys[0]), 0.0) > now:
+            return []
         try:
             out.be_fresh(timeout_s)
             aliases = [out.alias(key) for key in run.keys]
@@ -265,6 +269,8 @@ class Fetcher:
                 late = took_s >= 0.95 * left_s
                 if not late:
                     self._not_there(aliases[held : held + 1])
+                    if held < len(bodies) and bodies[held] is None:
+                        out.did_not_come(aliases[held])
                 return taken, late
         return taken, False
 
@@ -283,6 +289,7 @@ class Fetcher:
                 out.numbers.count(corrupt=1)
                 log.debug("shared object is not believed name=%s error=%s", name_of(alias), printable(error))
                 if not isinstance(error, UnknownSeal):  # good for a host that has the key
+                    out.did_not_come(alias)
                     self._damaged.append(alias)
                     self._wake()
                 self._not_there([alias])

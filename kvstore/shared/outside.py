@@ -3,7 +3,9 @@
 Shared by `publisher`, `fetcher` and `source`. Any thread.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +23,9 @@ from kvstore.shared.objects import Head, parse_head
 
 CLAIM_S = 2.0
 """How long a host has to upload what it claimed; the others look again then."""
+
+
+INCOMPLETE_MAX = 4096
 
 
 class Looked(NamedTuple):
@@ -47,6 +52,9 @@ class Outside:
     entry_max_nbytes: int
     seals: Seals = NO_SEALS
     numbers: Numbers = field(default_factory=Numbers)
+    incomplete: OrderedDict[Key, None] = field(default_factory=OrderedDict)
+    """Objects whose heads came and whose bodies did not, though there was time: a piece is lost, or a replica lags. No
+    reason to delete them; who computes the chunk again replaces them."""
 
     def alias(self, key: Key) -> Key:
         """The key of an object, under the present epoch."""
@@ -58,7 +66,7 @@ class Outside:
         Raises SharedUnavailable.
         """
         if not self.epochs.fresh:
-            self.epochs.refresh(timeout_s)
+            self.epochs.refresh(timeout_s, unless_fresh=True)
 
     def readable(self, head: Head) -> bool:
         """Whether an object was published after the last flush of its namespace, and is not too large for this host."""
@@ -83,6 +91,13 @@ class Outside:
         claims = iter(self.engine.claim(absent, CLAIM_S, timeout_s) if absent else ())
         return [found if found.there else Looked(None, there=False, claimed=next(claims)) for found in looked]
 
+    def did_not_come(self, alias: Key) -> None:
+        """Remember an incomplete object."""
+        self.incomplete[alias] = None
+        if len(self.incomplete) > INCOMPLETE_MAX:
+            with suppress(KeyError):  # two threads
+                self.incomplete.popitem(last=False)
+
     def _looked(self, alias: Key, data: bytes | None) -> Looked:
         if data is None:
             return Looked(None, there=False)
@@ -92,3 +107,7 @@ class Outside:
             self.numbers.count(corrupt=1)
             return Looked(None, there=True)
         return Looked(head if self.readable(head) else None, there=True)
+
+    def worth_keeping(self, alias: Key, found: Looked) -> bool:
+        """Whether what is under a name need not be published again."""
+        return found.head is not None and alias not in self.incomplete

@@ -10,7 +10,7 @@ none of them overtakes another.
 """
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -57,8 +57,8 @@ class Candidate(NamedTuple):
 class Held(Protocol):
     """What the publisher asks of the store that it publishes from."""
 
-    def candidate(self, key: Key) -> Candidate | str:
-        """What may be published, or a word for why it may not."""
+    def candidate(self, key: Key, *, continued: bool = False) -> Candidate | str:
+        """What may be published, or a word for why it may not. continued: what continues it is published, too."""
         ...
 
     def ancestors(self, key: Key, at_most: int) -> list[Key]:
@@ -90,6 +90,7 @@ class Publisher:
         self._out = outside
         self._held = held
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._queue: deque[_Offer] = deque()
         self._nbytes = 0
         self._retry_at = 0.0
@@ -125,18 +126,18 @@ class Publisher:
             self._out.numbers.drop("full", dropped)
 
     def run_once(self) -> None:
-        """Delete and publish what waits, until nothing does or the store does not answer."""
-        now = self._out.clock.now()
-        if now < self._retry_at:
-            return
-        try:
-            self._delete()
-            self._offer_used()
-            while (offers := self._taken()) is not None:
-                self._publish_or_keep(offers)
-        except SharedUnavailable as error:
-            self._out.numbers.failed(error.reason)
-            self._retry_at = self._out.clock.now() + BACKOFF_S
+        """Delete and publish what waits, until nothing does or the store does not answer. One thread at a time."""
+        with self._turn:
+            if self._out.clock.now() < self._retry_at:
+                return
+            try:
+                self._delete()
+                self._offer_used()
+                while (offers := self._taken()) is not None:
+                    self._publish_or_keep(offers)
+            except SharedUnavailable as error:
+                self._out.numbers.failed(error.reason)
+                self._retry_at = self._out.clock.now() + BACKOFF_S
 
     def _delete(self) -> None:
         out = self._out
@@ -175,14 +176,18 @@ class Publisher:
         """Offers whose time has come, of one batch; None: there are none."""
         now = self._out.clock.now()
         taken: list[_Offer] = []
+        delayed: list[_Offer] = []
+        keys = 0
         with self._lock:
-            for _ in range(len(self._queue)):
+            while self._queue and keys < BATCH_KEYS:
                 offer = self._queue.popleft()
-                if offer.not_before > now or sum(len(o.keys) for o in taken) >= BATCH_KEYS:
-                    self._queue.append(offer)
-                else:
-                    taken.append(offer)
-                    self._nbytes -= offer.nbytes
+                if offer.not_before > now:
+                    delayed.append(offer)
+                    continue
+                taken.append(offer)
+                keys += len(offer.keys)
+                self._nbytes -= offer.nbytes
+            self._queue.extend(delayed)
         return taken or None
 
     def _publish_or_keep(self, offers: list[_Offer]) -> None:
@@ -205,7 +210,7 @@ class Publisher:
         later: list[Key] = []
         waiting: set[Key] = set()
         for chunk, alias, found in zip(chunks, aliases, looked, strict=True):
-            if found.head is not None:
+            if self._out.worth_keeping(alias, found):
                 self._is_there(chunk, alias)
                 self._out.numbers.count(duplicate_uploads=1)
             elif (found.there or found.claimed) and chunk.parent not in waiting:
@@ -219,32 +224,41 @@ class Publisher:
 
     def _chosen(self, keys: Sequence[Key]) -> list[Candidate]:
         """What is published of the keys offered, with what they continue: parents before children."""
-        out, held = self._out, self._held
         chosen: dict[Key, Candidate] = {}
-        refused: set[Key] = set()
-        why = Counter[str]()
-        for key in keys:
+        refused: dict[Key, str] = {}
+        for key in reversed(keys):  # the deepest first: a short prefix may be the beginning of a longer one
+            if key in chosen:
+                continue
             path = [key]
-            for before in held.ancestors(key, CHAIN_MAX):
-                if before in chosen or before in refused:
+            for before in self._held.ancestors(key, CHAIN_MAX):
+                if before in chosen:
                     break
                 path.append(before)
-            for at in reversed(path):
-                if at in chosen or at in refused:
-                    continue
-                found = held.candidate(at) if at not in out.bars else "deleted"
-                if isinstance(found, str) or not found.deserves or found.parent in refused:
-                    refused.add(at)
-                    reason = found if isinstance(found, str) else "unused" if not found.deserves else "parent"
-                    why[reason] += at in keys
-                    if reason == "unused":
-                        self._keep_unused(at)
-                    continue
-                chosen[at] = found
-        for reason, count in why.items():
-            if count:
-                out.numbers.drop(reason, count)
+            why = self._choose(path, chosen)
+            if why:
+                refused[key] = why
+        for key, why in refused.items():
+            if key not in chosen:
+                self._out.numbers.drop(why)
+                if why == "unused":
+                    self._keep_unused(key)
         return [chunk for chunk in chosen.values() if not self._is_known(chunk)]
+
+    def _choose(self, path: Sequence[Key], chosen: dict[Key, Candidate]) -> str:
+        """Choose a chunk and those before it, nearest first, or as many as may leave, and say why not all of them."""
+        last = self._held.candidate(path[0])
+        if isinstance(last, str):
+            return last
+        for at in reversed(path):
+            found = last if at == path[0] else self._held.candidate(at, continued=True)
+            if at in self._out.bars:
+                return "deleted"
+            if isinstance(found, str):
+                return found if at == path[0] else "parent"
+            if not found.deserves:
+                return "unused"
+            chosen[at] = found
+        return ""
 
     def _keep_unused(self, key: Key) -> None:
         self._unused[key] = None
@@ -309,12 +323,14 @@ class Publisher:
         return later
 
     def _is_there(self, chunk: Candidate, alias: Key) -> None:
+        self._out.incomplete.pop(alias, None)
         self._published[alias] = self._out.epochs.of(self._out.names.tag(chunk.namespace))
         if len(self._published) > PUBLISHED_MAX:
             self._published.popitem(last=False)
 
     def _is_known(self, chunk: Candidate) -> bool:
-        known = self._published.get(self._out.alias(chunk.key))
+        alias = self._out.alias(chunk.key)
+        known = None if alias in self._out.incomplete else self._published.get(alias)
         return known is not None and known >= self._out.epochs.of(self._out.names.tag(chunk.namespace))
 
     def _try_again(self, keys: Sequence[Key], since: dict[Key, _Offer]) -> None:

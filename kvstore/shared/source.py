@@ -116,7 +116,7 @@ class Source:
         steps: list[tuple[str, Callable[[], bool]]] = [
             ("put", lambda: out.engine.put([(name, [data])], 60.0, HEALTH_S, replace=True) == [True]),
             ("heads", lambda: out.engine.heads([name], HEALTH_S) == [data[:96]]),
-            ("get", lambda: out.engine.get([name], [len(data)], HEALTH_S) == [data]),
+            ("get", lambda: out.engine.get([name], [len(data)], HEALTH_S) == [bytearray(data)]),
             ("delete", lambda: out.engine.delete([name], HEALTH_S) == [True]),
         ]
         for verb, step in steps:

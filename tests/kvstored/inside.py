@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvstore.config import ColdConfig, HotConfig, StoreConfig
+from kvstore.config import ColdConfig, HotConfig, SharedConfig, StoreConfig
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.server import Daemon
@@ -22,7 +22,7 @@ WAIT_S = 120.0
 class InsideDaemon:
     """daemon: the server around `store`; port: its TCP port, 0 without one."""
 
-    def __init__(self, directory: Path, port: int, settings: ServerSettings, arena: Arena) -> None:
+    def __init__(self, directory: Path, port: int, settings: ServerSettings, arena: Arena, **outside: Any) -> None:
         self.directory = directory
         self.socket_path = directory / "k.sock"
         self.port = port
@@ -33,8 +33,12 @@ class InsideDaemon:
         self._thread.start()
         cold = ColdConfig(path=str(directory / "cold"))
         self.store = Store.open(
-            StoreConfig(hot=HotConfig(capacity_nbytes=arena.limit_nbytes), cold=cold), room=arena.empty
-        )
+            StoreConfig(
+                hot=HotConfig(capacity_nbytes=arena.limit_nbytes), cold=cold,
+                shared=outside.get("shared", SharedConfig()),
+            ),
+            room=arena.empty, engine=outside.get("engine"),
+        )  # fmt: skip
         self.daemon: Daemon = self.on_loop(lambda: Daemon(self.store, settings, arena))
         self.wait_for(self.daemon.start())
 
@@ -74,9 +78,16 @@ class InsideDaemon:
 
 @contextmanager
 def daemon_inside(
-    *, tcp: bool = False, tokens: str = "", segment_nbytes: int = 1 << 20, **server: Any
+    *,
+    tcp: bool = False,
+    tokens: str = "",
+    segment_nbytes: int = 1 << 20,
+    outside: dict[str, Any] | None = None,
+    **server: Any,
 ) -> Iterator[InsideDaemon]:
-    """A running daemon. tokens: the text of its tokens file; server: its settings."""
+    """A running daemon. tokens: the text of its tokens file; outside: `shared`, the settings of the shared store, and
+    its `engine`; server: its settings.
+    """
     with tempfile.TemporaryDirectory(prefix="kvi-") as top:
         directory = Path(top)
         port = free_port() if tcp else 0
@@ -87,7 +98,9 @@ def daemon_inside(
         elif tcp:
             server["insecure_tcp"] = True
         settings = ServerSettings(address=address, data_dir=str(directory / "data"), pressure_percent=0, **server)
-        found = InsideDaemon(directory, port, settings, Arena(512 << 20, segment_nbytes=segment_nbytes))
+        found = InsideDaemon(
+            directory, port, settings, Arena(512 << 20, segment_nbytes=segment_nbytes), **(outside or {})
+        )
         try:
             yield found
         finally:

@@ -16,6 +16,8 @@ from kvstored_client.wire._pb import cache_pb2 as pb
 
 TIER_NAMES = {pb.TIER_HOT: "hot", pb.TIER_WARM: "warm", pb.TIER_COLD: "cold"}
 TIERS = {name: number for number, name in TIER_NAMES.items()}
+_PLACES = {**TIER_NAMES, pb.TIER_SHARED: "shared"}
+_PLACE_NUMBERS = {name: number for number, name in _PLACES.items()}
 _FIDELITIES: dict[str, pb.Fidelity] = {"auto": pb.FIDELITY_AUTO, "exact": pb.FIDELITY_EXACT}
 _TIER_COUNTS = (
     "entries",
@@ -151,13 +153,13 @@ def tier_number(name: str | None) -> pb.Tier:
 
 def read_held(message: pb.Held) -> Held | None:
     """Where a key is held; None where it is not."""
-    name = TIER_NAMES.get(message.tier)
+    name = _PLACES.get(message.tier)
     return Held(name, message.nbytes) if name is not None else None
 
 
 def held_message(held: Held | None) -> pb.Held:
     """The message of `read_held`."""
-    return pb.Held(tier=TIERS[held.tier], nbytes=held.nbytes) if held else pb.Held()
+    return pb.Held(tier=_PLACE_NUMBERS[held.tier], nbytes=held.nbytes) if held else pb.Held()
 
 
 def entry_info_message(info: EntryInfo) -> pb.EntryInfo:
@@ -233,13 +235,15 @@ def stats_message(stats: Stats) -> pb.StatsReply:
 def explanation_message(of: Explanation) -> pb.Explanation:
     """An Explanation as the proto has it."""
     entry = None if of.entry is None else entry_info_message(of.entry)
-    return pb.Explanation(key=of.key, state=of.state, tier=of.tier, gone_s=of.gone_s, hits=of.hits, entry=entry)
+    return pb.Explanation(
+        key=of.key, state=of.state, tier=of.tier, gone_s=of.gone_s, hits=of.hits, entry=entry, shared=of.shared
+    )
 
 
 def read_explanation(message: pb.Explanation) -> Explanation:
     """An Explanation from the proto."""
     entry = read_entry_info(message.entry) if message.HasField("entry") else None
-    return Explanation(message.key, message.state, message.tier, message.gone_s, message.hits, entry)
+    return Explanation(message.key, message.state, message.tier, message.gone_s, message.hits, entry, message.shared)
 
 
 def settings_message(settings: Iterable[Setting]) -> pb.SettingsReply:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kvstore.config import StoreConfig
+from kvstore.config import SharedConfig, StoreConfig
 from kvstore.entries.entry import Entry
 from kvstore.errors import ConfigError, PermissionDenied
 from kvstore.hit import Held, Hit, Match
@@ -24,6 +24,7 @@ from kvstore.options import PutOptions
 from kvstore.ownership import open_own
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.transcode import Room
+from kvstore.shared.names import read_secret as read_shared_secret
 from kvstore.store import Store
 from kvstore.view import StoreView
 from kvstored.access.tokens import LOCAL, Identity
@@ -35,13 +36,33 @@ PREFIX_NBYTES = 16
 _SECRET_NBYTES = 32
 
 
-def read_secret(path: Path) -> bytes:
-    """The data directory's secret, made at first use. If it is lost, every tenant starts with an empty cache."""
+def tenants_secret(data_dir: str | Path, shared: SharedConfig) -> bytes:
+    """The secret of the tenants' keys: the data directory's own or, with [store.shared], the same on all hosts.
+
+    Raises ConfigError where the directory has another one: its tenants would share nothing, and nobody would see why.
+    """
+    path = Path(data_dir) / "tenants.secret"
+    if not shared.url:
+        return read_secret(path)
+    due = hmac.digest(read_shared_secret(shared.secret_file), b"kvstored tenants v1", hashlib.sha256)
+    if read_secret(path, made=due) != due:
+        raise ConfigError(
+            f"{path} is not the secret that follows from store.shared.secret_file, {shared.secret_file}: tenants' keys "
+            "would be other keys than on the other hosts. Remove it; each tenant then starts with an empty cache"
+        )
+    return due
+
+
+def read_secret(path: Path, *, made: bytes | None = None) -> bytes:
+    """The data directory's secret, made at first use. If it is lost, every tenant starts with an empty cache.
+
+    made: what is written at first use, by default random bytes.
+    """
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, secrets.token_bytes(_SECRET_NBYTES))
+            os.write(fd, made or secrets.token_bytes(_SECRET_NBYTES))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -87,6 +108,19 @@ class TenantView:
     def plan(self, keys: CheckedKeys, **how: Any) -> Plan:
         """As Store.plan; the plan, and the entries read by it, have the store's keys."""
         return self._store.plan(self._all(keys), **how)
+
+    @property
+    def shares(self) -> bool:
+        """As Store.shares."""
+        return self._store.shares
+
+    def bring(self, keys: CheckedKeys, **how: Any) -> None:
+        """As Store.bring."""
+        self._store.bring(self._all(keys), **how)
+
+    def ends_here(self, keys: CheckedKeys) -> bool:
+        """As Store.ends_here."""
+        return self._store.ends_here(self._all(keys))
 
     def read(self, plan: Plan, *, room: Room | None = None) -> Iterator[Hit | Found | None]:
         """As Store.read, for a plan of this view."""

@@ -9,8 +9,10 @@ from kvstored_client.wire.messages import held_message, read_lookup
 class Verbs:
     """Match, touch, delete and pin on a store. Raise KvstoreError."""
 
-    def __init__(self, store: StoreView, boot_epoch: int) -> None:
+    def __init__(self, store: StoreView, boot_epoch: int, *, local: bool = False) -> None:
+        """local: a match asks no other host."""
         self._store = store
+        self._local = local
         self.epoch = boot_epoch
 
     def match(self, asked: pb.MatchRequest) -> pb.MatchReply:
@@ -20,7 +22,7 @@ class Verbs:
         if asked.every:
             held = self._store.locate(keys, lookup=lookup)
         else:
-            held = list(self._store.match(keys, lookup=lookup).held)
+            held = list(self._store.match(keys, lookup=lookup, local=self._local).held)
         return pb.MatchReply(held=map(held_message, held), boot_epoch=self.epoch)
 
     def touch(self, asked: pb.TouchRequest) -> pb.TouchReply:

@@ -13,6 +13,7 @@ from kvstored.cli.text import table
 if TYPE_CHECKING:
     from kvstore.config import Setting
     from kvstored_client import Client
+    from kvstore.config import SharedConfig
 
 _FILE = click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 
@@ -45,10 +46,27 @@ def check(file: Path | None) -> None:
             check_private(server.tls_key, "server.tls_key", secret=True)
         for path in settings.store.cold.key_files.values():
             check_private(path, "store.cold.key_files", secret=True)
+        _check_shared(settings.store.shared)
         open_spans(server.traces_endpoint, "").close()
     for note in notes:
         click.echo(note)
     click.echo(f"{file or 'defaults and environment'}: good" + (f", {entries} callers" if entries else ""))
+
+
+def _check_shared(shared: "SharedConfig") -> None:
+    """Read the files of [store.shared] as the daemon would. Raises ConfigError."""
+    if not shared.url:
+        return
+    from kvstore.entries.sealing import Seals
+    from kvstore.ownership import check_private
+    from kvstore.shared.names import read_secret
+
+    read_secret(shared.secret_file)
+    Seals(shared.key_files, "store.shared.key_files")
+    for name in ("credentials_file", "key_file"):
+        path = getattr(shared, name)
+        if path:
+            check_private(path, f"store.shared.{name}", secret=True)
 
 
 @config.command()

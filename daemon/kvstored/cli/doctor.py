@@ -244,7 +244,15 @@ def _memory(settings: "Settings") -> Iterator[Finding]:
 def _secrets(settings: "Settings") -> Iterator[Finding]:
     server = settings.server
     files = [("server.tokens", server.tokens, False), ("server.tls_key", server.tls_key, True)]
-    files += [("store.cold.key_files", path, True) for path in settings.store.cold.key_files.values()]
+    shared = settings.store.shared
+    for what, paths in (
+        ("store.cold.key_files", settings.store.cold.key_files.values()),
+        ("store.shared.key_files", shared.key_files.values()),
+        ("store.shared.secret_file", [shared.secret_file]),
+        ("store.shared.credentials_file", [shared.credentials_file]),
+        ("store.shared.key_file", [shared.key_file]),
+    ):
+        files += [(what, path, True) for path in paths]
     for what, path, secret in files:
         if not path:
             continue

@@ -57,10 +57,12 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
         for of, (_, tokens) in zip(found, chunks, strict=True):
             entry = None if of.entry is None else info_dict(of.entry)
             print_json({"key": key_text(of.key), "tokens": tokens, "state": of.state, "tier": of.tier,
-                        "gone_s": of.gone_s, "hits": of.hits, "entry": entry})  # fmt: skip
+                        "gone_s": of.gone_s, "hits": of.hits, "entry": entry, "shared": of.shared})  # fmt: skip
         return
     rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
-    head = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "PINNED BY", "HITS")
+    head: tuple[str, ...] = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "PINNED BY", "HITS")
+    if any(of.shared for of in found):
+        head, rows = (*head, "SHARED"), [(*row, of.shared) for row, of in zip(rows, found, strict=True)]
     click.echo("\n".join(table(head, rows, left=5)))
 
 

@@ -9,6 +9,8 @@ Runs on the event loop; whatever may block runs on the worker threads.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 import grpc
@@ -24,15 +26,21 @@ from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_frames
 from kvstored.calls.puts import PutStream, put_ready
+from kvstored.calls.shared_reads import SharedReads
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.service import Context, Service, answering
 from kvstored.telemetry.metrics import Meter
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import build_miss, parse_frame
+from kvstored_client.wire.messages import read_lookup
 from kvstored_client.wire.requests import read_request
 
 PUT_GROUP_NBYTES = 64 << 20
 """Whole entries collected before they go to the store together: one chain in one touch, without holding all of it."""
+WAITING_MAX = 0.8
+"""The share of a caller's time that may go by waiting for the shared store: what is there has to be sent, too."""
+FIRST_MISSING_MAX = 512
+"""Keys looked at on the event loop for one that is not here: 0.05 ms."""
 LOOKED_UP_MAX = 64
 """Keys looked up on the event loop itself: some 0.1 ms."""
 READ_AT_ONCE_NBYTES = 8 << 10
@@ -65,8 +73,10 @@ class CacheService(Service):
         silence_s: float,
         meter: Meter,
         room: Room,
+        outside: SharedReads,
     ) -> None:
         super().__init__(views, threads, boot_epoch)
+        self._outside = outside
         self._meter = meter
         self._budget = budget
         self._silence_s = silence_s
@@ -124,6 +134,7 @@ class CacheService(Service):
         else:
             asked = await self._run(read_request, pb.GetRequest, request)
         keys = CheckedKeys(asked.keys)
+        await self._bring(asked, keys, context)
         reading = Reading(self._store, self._budget, asked, keys, frames_nbytes=self._budget.call_nbytes)
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
         few = len(keys) <= LOOKED_UP_MAX
@@ -137,6 +148,20 @@ class CacheService(Service):
                 await self._write_lot(context, lot)
         finally:
             reading.close()
+
+    async def _bring(self, asked: pb.GetRequest, keys: CheckedKeys, context: Context) -> None:
+        """Have what other hosts have put here, where something is missing; as long as the caller has time."""
+        store = self._store
+        if not store.shares:
+            return
+        ends = store.ends_here(keys) if len(keys) <= FIRST_MISSING_MAX else await self._run(store.ends_here, keys)
+        if ends:
+            left_s: Any = context.time_remaining()  # None, whatever its types say, where the caller set no deadline
+            bring = partial(
+                store.bring, keys, leading=asked.leading, lookup=read_lookup(asked),
+                timeout_s=inf if left_s is None else WAITING_MAX * left_s,
+            )  # fmt: skip
+            await self._outside.run(bring)
 
     async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | EncodedReply | None]]) -> None:
         for index, hit in lot:
@@ -159,7 +184,14 @@ class CacheService(Service):
     @answering
     async def match(self, request: bytes, _: Context) -> bytes:
         """Leading keys held, or each key's place."""
-        return await self._answer(self._verbs().match, pb.MatchRequest, request)
+        verbs = self._verbs()
+        if self._store.shares:
+            # The answer may wait for the shared store: on a thread that no local call waits for, if there is one.
+            found: bytes | None = await self._outside.run(partial(_answered, verbs.match, pb.MatchRequest, request))
+            if found is not None:
+                return found
+            verbs = Verbs(self._store, self._epoch, local=True)
+        return await self._answer(verbs.match, pb.MatchRequest, request)
 
     @answering
     async def touch(self, request: bytes, _: Context) -> bytes:

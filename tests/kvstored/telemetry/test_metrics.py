@@ -44,7 +44,7 @@ def busy(daemon):
     rng = np.random.default_rng(0)
     for i in range(8):
         client.put(b"f%d" % i, {"x": rng.standard_normal(MIB // 8, dtype=np.float32)})
-    client.put(b"exact", {"x": rng.integers(0, 9, 1000, dtype=np.uint8)}, fidelity="exact")
+    client.put(b"kept-whole", {"x": rng.integers(0, 9, 1000, dtype=np.uint8)}, fidelity="exact")
     for i in (0, 7, 0):
         assert client.get(b"f%d" % i) is not None
     client.get(b"absent")
@@ -203,8 +203,8 @@ def test_a_page_of_another_site_cannot_read_it_through_its_own_name(busy, port):
 
 def test_no_key_is_on_the_port(busy, port):
     text = "".join(http_get(port, path)[1] for path in ("/metrics", "/status.json"))
-    assert "exact" not in text
-    assert b"exact".hex() not in text
+    assert "kept-whole" not in text
+    assert b"kept-whole".hex() not in text
 
 
 def test_idle_connections_do_not_keep_others_out_for_long(busy, port):

@@ -36,6 +36,7 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_HOT: _ClassVar[Tier]
     TIER_WARM: _ClassVar[Tier]
     TIER_COLD: _ClassVar[Tier]
+    TIER_SHARED: _ClassVar[Tier]
 
 class Fidelity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -71,6 +72,7 @@ TIER_UNSPECIFIED: Tier
 TIER_HOT: Tier
 TIER_WARM: Tier
 TIER_COLD: Tier
+TIER_SHARED: Tier
 FIDELITY_AUTO: Fidelity
 FIDELITY_EXACT: Fidelity
 PRIORITY_NORMAL: Priority
@@ -464,20 +466,22 @@ class ExplainReply(_message.Message):
     def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("key", "state", "tier", "gone_s", "hits", "entry")
+    __slots__ = ("key", "state", "tier", "gone_s", "hits", "entry", "shared")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     GONE_S_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     ENTRY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     state: str
     tier: str
     gone_s: float
     hits: int
     entry: EntryInfo
-    def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
+    shared: str
+    def __init__(self, key: _Optional[bytes] = ..., state: _Optional[str] = ..., tier: _Optional[str] = ..., gone_s: _Optional[float] = ..., hits: _Optional[int] = ..., entry: _Optional[_Union[EntryInfo, _Mapping]] = ..., shared: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
