@@ -174,6 +174,15 @@ class SizedTranscoder:
         self._r.counters.encodes += 1
         return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
 
+    def below(self, key: Key) -> Entry:
+        """A block in NF4 that another host has encoded."""
+        return cast("Entry", SizedEntry(key, self._nf4, lossy=True))
+
+    @property
+    def below_nbytes(self) -> int:
+        """Bytes of a block in NF4, without what a store counts for holding it."""
+        return self._nf4.nbytes
+
     def exact(self, entry: Entry) -> Entry:
         """The entry itself."""
         return entry
@@ -294,9 +303,10 @@ class Report:
 class Simulation:
     """A store without tensors. `request` feeds it; `report` may be asked for at any time."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, clock: ManualClock | None = None) -> None:
+        """clock: one that the hosts of a fleet have in common; the trace begins at its present time."""
         self._setup = setup
-        self._clock = ManualClock()
+        self._clock = clock or ManualClock()
         self._start_s = self._clock.now()
         config = setup.config
         self._r = r = residency_of(config, self._clock)
@@ -305,7 +315,7 @@ class Simulation:
             order = Order(chains=r.chains, owner_of=r.owner_of, tier="cold")
             r.cold = SizedCold(setup.disk_nbytes, order, admission, r.dropped_from_cold)
         self._transcoder = SizedTranscoder(setup, r)
-        mover = Mover(r, self._transcoder)
+        self._mover = mover = Mover(r, self._transcoder)
         self._write_path = WritePath(r, mover, config, torch.device("cpu"))
         self._maintainer = Maintainer(r, mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
@@ -318,11 +328,14 @@ class Simulation:
 
     def request(self, request: Request) -> int:
         """One prompt: the longest resident prefix is used, the rest is put. Returns the blocks hit."""
+        return self._request(request, [self._key(block) for block in request.blocks])
+
+    def _request(self, request: Request, keys: Sequence[Key]) -> int:
         self._at_s = max(self._at_s, request.at_s)
         self._clock.advance(max(0.0, self._start_s + self._at_s - self._clock.now()))
         self._now = self._clock.now()
         self._maintainer.run_once()
-        keys = [self._key(block) for block in request.blocks]
+        self._bring(keys)
         plan = self._read_path.plan(keys, leading=True)
         for tier, meta in zip(plan.tiers, plan.metas, strict=True):
             if tier == "cold" and meta is not None:  # never read, so counted here
@@ -336,6 +349,9 @@ class Simulation:
         self._blocks += len(keys)
         self._hits += found
         return found
+
+    def _bring(self, keys: Sequence[Key]) -> None:
+        """Hold what others have of a chain: nothing, for a store by itself."""
 
     def _key(self, block: int) -> Key:
         key = self._keys.get(block)
