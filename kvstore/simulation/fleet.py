@@ -20,7 +20,7 @@ from kvstore.errors import ConfigError
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.tombstones import Tombstone, Tombstones
-from kvstore.simulation.simulator import RECORD_NBYTES, Report, Setup, Simulation
+from kvstore.simulation.simulator import NF4_VALUE_NBYTES, RECORD_NBYTES, Report, Setup, Simulation
 from kvstore.simulation.trace import Request, block_key
 from kvstore.tiers.admission import Admission
 
@@ -161,11 +161,6 @@ class Host(Simulation):
             self._r.tombstones = _Evictions(self._evicted)
         elif store is not None:
             self._write_path.offer = self._offered
-
-    @property
-    def object_nbytes(self) -> int:
-        """Bytes of a block in the shared store."""
-        return self._transcoder.below_nbytes + RECORD_NBYTES
 
     def serve(self, request: Request, keys: Sequence[Key]) -> int:
         """As `request`, of keys that all hosts have in common."""
@@ -325,7 +320,7 @@ class FleetSimulation:
         """The result so far."""
         c = self._counts
         total = _sum([*self._gone, *(host.report() for host in self._hosts)])
-        nbytes, requests = self._hosts[0].object_nbytes, max(1, total.requests)
+        nbytes, requests = object_nbytes(self._fleet.setup), max(1, total.requests)
         return FleetReport(
             hosts=self._fleet.hosts, total=total, shared_hits=c.hits, shared_lookups=c.lookups,
             shared_lookup_keys=c.lookup_keys, shared_futile=c.futile, shared_published=c.published,
@@ -357,3 +352,8 @@ def simulate_fleet(requests: Iterable[Request], fleet: Fleet) -> FleetReport:
     for request in requests:
         simulation.request(request)
     return simulation.report()
+
+
+def object_nbytes(setup: Setup) -> int:
+    """Bytes of one block in the shared store."""
+    return int(setup.layout.token_values * setup.block_tokens * NF4_VALUE_NBYTES) + RECORD_NBYTES

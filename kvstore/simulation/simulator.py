@@ -153,16 +153,21 @@ class SizedEntry:
         untrack(self)
 
 
+def _nf4(values: int) -> SizedTensors:
+    """A block of so many numbers in NF4."""
+    nbytes = int(values * NF4_VALUE_NBYTES)
+    beside = PACKED_OVERHEAD_NBYTES if nbytes <= PACK_MAX_NBYTES else 6 * TENSOR_OVERHEAD_NBYTES
+    return SizedTensors(nbytes + beside, "nf4")
+
+
 class SizedTranscoder:
     """A `Transcoder` for blocks of one size."""
 
     def __init__(self, setup: Setup, residency: Residency) -> None:
         self._r = residency
         values = setup.layout.token_values * setup.block_tokens
-        nf4 = int(values * NF4_VALUE_NBYTES)
-        beside = PACKED_OVERHEAD_NBYTES if nf4 <= PACK_MAX_NBYTES else 6 * TENSOR_OVERHEAD_NBYTES
         self._raw = SizedTensors(setup.value_nbytes + 2 * TENSOR_OVERHEAD_NBYTES, "raw")
-        self._nf4 = SizedTensors(nf4 + beside, "nf4")
+        self._nf4 = _nf4(values)
 
     def raw(self, key: Key) -> Entry:
         """A block as put."""
@@ -177,11 +182,6 @@ class SizedTranscoder:
     def below(self, key: Key) -> Entry:
         """A block in NF4 that another host has encoded."""
         return cast("Entry", SizedEntry(key, self._nf4, lossy=True))
-
-    @property
-    def below_nbytes(self) -> int:
-        """Bytes of a block in NF4, without what a store counts for holding it."""
-        return self._nf4.nbytes
 
     def exact(self, entry: Entry) -> Entry:
         """The entry itself."""
@@ -264,6 +264,12 @@ class SizedCold:
 
     def specs_of(self, key: Key) -> None:
         """None: there are no tensors."""
+
+
+def block_nbytes(setup: Setup) -> int:
+    """Bytes that a tier counts for one block in NF4."""
+    values = setup.layout.token_values * setup.block_tokens
+    return SizedEntry(Key(b""), _nf4(values), lossy=True).nbytes
 
 
 @dataclass(frozen=True, slots=True)
