@@ -26,6 +26,7 @@ FULL: dict[str, tuple[int, dict[str, Any], float, float]] = {
     "alone": (16, {}, 8.9, 9.9), "shared": (16, {"shared_blocks": None}, 36.3, 100),
     "20%": (16, {"shared_blocks": UNIQUE_BLOCKS // 5}, 34.2, 100),
     "evict-fed": (16, {"shared_blocks": None, "publish": "evict"}, 0, 12),
+    "reused": (16, {"shared_blocks": None, "publish": "reused"}, 12, 14),
     "prefix alone": (16, {"routing": "prefix"}, 33, 35),
 }  # fmt: skip
 """Hosts, how, and the percentage of hits due, from and to."""

@@ -80,7 +80,7 @@ def test_check_is_silent_about_a_store_that_is_fit_and_names_what_is_wrong_with_
 def test_flush_asks_first_and_then_no_host_finds_what_was_there(daemon, server, settings):
     keys = put(daemon, server)
     refused = ask(daemon, "flush", answer="n\n")
-    assert (refused.exit_code, server.trips["heads"]) == (1, server.trips["heads"])
+    assert refused.exit_code == 1
     with daemon_inside(outside={"shared": settings, "engine": MemoryEngine(server)}) as other:
         assert len(other.client().match(keys).held) == 3
     assert ask(daemon, "flush", answer="y\n").exit_code == 0
