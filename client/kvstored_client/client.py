@@ -257,6 +257,20 @@ class Client(Doors):
                 reply = self._understood(pb.VerifyReply.FromString, message)
                 yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
 
+    def check_shared(self) -> list[str]:
+        """What is wrong with the store that the daemon shares with other hosts, a sentence each; empty: nothing.
+
+        Raises ConfigError where it shares none, and if the daemon cannot answer.
+        """
+        return list(self._operate("CheckShared", pb.CheckSharedRequest(), pb.CheckSharedReply).complaints)
+
+    def flush_shared(self, namespace: str | None = None) -> None:
+        """Put what the shared store has of a namespace, or everything, out of reach: all hosts miss it within 2 s.
+
+        Raises ConfigError where nothing is shared, and if the daemon or the shared store does not answer.
+        """
+        self._operate("FlushShared", pb.FlushSharedRequest(namespace=namespace), pb.FlushSharedReply)
+
     def report(self, *, prefill_saved_s: float) -> None:
         """Tell the daemon's metrics how much prefill time was saved since the last report, in seconds."""
         request = pb.ReportRequest(prefill_saved_s=check_saved(prefill_saved_s))

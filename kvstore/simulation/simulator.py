@@ -153,16 +153,21 @@ class SizedEntry:
         untrack(self)
 
 
+def _nf4(values: int) -> SizedTensors:
+    """A block of so many numbers in NF4."""
+    nbytes = int(values * NF4_VALUE_NBYTES)
+    beside = PACKED_OVERHEAD_NBYTES if nbytes <= PACK_MAX_NBYTES else 6 * TENSOR_OVERHEAD_NBYTES
+    return SizedTensors(nbytes + beside, "nf4")
+
+
 class SizedTranscoder:
     """A `Transcoder` for blocks of one size."""
 
     def __init__(self, setup: Setup, residency: Residency) -> None:
         self._r = residency
         values = setup.layout.token_values * setup.block_tokens
-        nf4 = int(values * NF4_VALUE_NBYTES)
-        beside = PACKED_OVERHEAD_NBYTES if nf4 <= PACK_MAX_NBYTES else 6 * TENSOR_OVERHEAD_NBYTES
         self._raw = SizedTensors(setup.value_nbytes + 2 * TENSOR_OVERHEAD_NBYTES, "raw")
-        self._nf4 = SizedTensors(nf4 + beside, "nf4")
+        self._nf4 = _nf4(values)
 
     def raw(self, key: Key) -> Entry:
         """A block as put."""
@@ -173,6 +178,10 @@ class SizedTranscoder:
         del prefix_start, namespace
         self._r.counters.encodes += 1
         return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
+
+    def below(self, key: Key) -> Entry:
+        """A block in NF4 that another host has encoded."""
+        return cast("Entry", SizedEntry(key, self._nf4, lossy=True))
 
     def exact(self, entry: Entry) -> Entry:
         """The entry itself."""
@@ -265,6 +274,12 @@ class SizedCold:
         """None: there are no tensors."""
 
 
+def block_nbytes(setup: Setup) -> int:
+    """Bytes that a tier counts for one block in NF4."""
+    values = setup.layout.token_values * setup.block_tokens
+    return SizedEntry(Key(b""), _nf4(values), lossy=True).nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """A simulation's result. by_tier, by_encoding: hits. seconds: of the trace. hot_fraction: of RAM, at the end."""
@@ -302,9 +317,10 @@ class Report:
 class Simulation:
     """A store without tensors. `request` feeds it; `report` may be asked for at any time."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, clock: ManualClock | None = None) -> None:
+        """clock: one that the hosts of a fleet have in common; the trace begins at its present time."""
         self._setup = setup
-        self._clock = ManualClock()
+        self._clock = clock or ManualClock()
         self._start_s = self._clock.now()
         config = setup.config
         self._r = r = residency_of(config, self._clock)
@@ -313,7 +329,7 @@ class Simulation:
             order = Order(chains=r.chains, owner_of=r.owner_of, tier="cold")
             r.cold = SizedCold(setup.disk_nbytes, order, admission, r.dropped_from_cold)
         self._transcoder = SizedTranscoder(setup, r)
-        mover = Mover(r, self._transcoder)
+        self._mover = mover = Mover(r, self._transcoder)
         self._write_path = WritePath(r, mover, config, torch.device("cpu"))
         self._maintainer = Maintainer(r, mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
@@ -326,11 +342,14 @@ class Simulation:
 
     def request(self, request: Request) -> int:
         """One prompt: the longest resident prefix is used, the rest is put. Returns the blocks hit."""
+        return self._request(request, [self._key(block) for block in request.blocks])
+
+    def _request(self, request: Request, keys: Sequence[Key]) -> int:
         self._at_s = max(self._at_s, request.at_s)
         self._clock.advance(max(0.0, self._start_s + self._at_s - self._clock.now()))
         self._now = self._clock.now()
         self._maintainer.run_once()
-        keys = [self._key(block) for block in request.blocks]
+        self._bring(keys)
         plan = self._read_path.plan(keys, leading=True)
         for tier, meta in zip(plan.tiers, plan.metas, strict=True):
             if tier == "cold" and meta is not None:  # never read, so counted here
@@ -344,6 +363,9 @@ class Simulation:
         self._blocks += len(keys)
         self._hits += found
         return found
+
+    def _bring(self, keys: Sequence[Key]) -> None:
+        """Hold what others have of a chain: nothing, for a store by itself."""
 
     def _key(self, block: int) -> Key:
         key = self._keys.get(block)

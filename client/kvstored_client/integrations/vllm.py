@@ -121,6 +121,8 @@ class _Work(KVConnectorMetadata):
     prefill: int = 0
     loads: list[tuple[bytes, int]] = field(default_factory=list)
     saves: list[tuple[bytes, int]] = field(default_factory=list)
+    told: dict[bytes, Any] = field(default_factory=dict)
+    """By hash of a block to save, what routers are told of it (`vllm_events.Block`)."""
 
 
 @dataclass
@@ -166,6 +168,12 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._said: set[str] = set()
         self._time = PrefillTime()
         self._loaded_at = 0.0
+        self._announced: Any = None
+        self._reported: Any = None
+        if self._on and _wants_events(vllm_config):  # imported here alone: it needs vLLM's own clients of ZeroMQ
+            from kvstored_client.integrations.vllm_events import Announced, Reported
+
+            self._announced, self._reported = Announced(self._ranks), Reported()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -189,6 +197,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception:
             logger.exception("a lookup failed")
             return 0, False
+        if self._announced is not None and held < len(hashes):
+            self._announced.missing(_bare(request)[held : len(hashes)])
         first = num_computed_tokens // self._block_size
         self._tracked[request.request_id] = _Tracked(request, salt, saved=held, first_load=first)
         return max(0, held - first) * self._block_size, False
@@ -219,7 +229,34 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         for i, name in enumerate(old.req_ids):
             self._note(name, old.new_block_ids[i], fresh=name in old.resumed_req_ids)
             work.saves += self._filled(name, old.num_computed_tokens[i] + scheduled.get(name, 0))
+        if self._announced is not None and work.saves:
+            work.told = self._facts({found for found, _ in work.saves})
         return work
+
+    def _facts(self, saved: set[bytes]) -> dict[bytes, Any]:
+        """What routers are told of blocks, by the hash that they are saved under."""
+        from kvstored_client.integrations.vllm_events import Block
+
+        size, told = self._block_size, dict[bytes, Any]()
+        for tracked in self._tracked.values():
+            bare = _bare(tracked.request)
+            tokens = getattr(tracked.request, "all_token_ids", ())
+            lora = getattr(getattr(tracked.request, "lora_request", None), "lora_name", None)
+            for i, found in enumerate(_hashes(tracked.request, tracked.salt)[: len(tracked.blocks)]):
+                if found in saved:
+                    block = Block(bare[i - 1] if i else None, tuple(tokens[i * size : (i + 1) * size]), lora)
+                    told[found] = bare[i], block
+        return told
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the workers have put since the last step."""
+        events = getattr(connector_output, "kv_cache_events", None)
+        if self._announced is not None and events is not None:
+            self._announced.reported(events.get_all_events())
+
+    def take_events(self) -> Any:
+        """`BlockStored` and `BlockRemoved` since the last call, for routers; see `vllm_events`."""
+        return () if self._announced is None else self._announced.take()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks may be freed at once: what is being put was copied."""
@@ -237,6 +274,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool:
         """Make all blocks kept so far misses for this engine: its weights may have changed, and it does not say how."""
         self._root = hashlib.sha256(self._root + secrets.token_bytes(32)).digest()
+        if self._announced is not None:
+            self._announced.reset()
         return True
 
     def _say_once(self, text: str) -> None:
@@ -339,10 +378,17 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
                 work.prefill = 0
             nbytes = sum(part.numel() * part.element_size() for part in tensors.values())
             entry = [(self._key(found, self._rank), tensors)]
-            self._guard.later(lambda entry=entry: self._put(entry), nbytes)  # type: ignore[misc]  # bound now
+            told = work.told.get(found)
+            self._guard.later(lambda entry=entry, told=told: self._put(entry, told), nbytes)  # type: ignore[misc]  # bound now
 
-    def _put(self, entry: list[tuple[bytes, dict[str, torch.Tensor]]]) -> None:
-        self._guard.cache.put_many(entry, fidelity=self._fidelity)
+    def _put(self, entry: list[tuple[bytes, dict[str, torch.Tensor]]], told: Any) -> None:
+        stored = self._guard.cache.put_many(entry, fidelity=self._fidelity)
+        if stored and told is not None and self._reported is not None:
+            self._reported.stored(*told)
+
+    def get_kv_connector_kv_cache_events(self) -> Any:
+        """What this worker has put since the last step; None: nothing."""
+        return None if self._reported is None else self._reported.take()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be filled since the last call."""
@@ -360,6 +406,15 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 def _hashes(request: Any, salt: bytes) -> list[bytes]:
     found = [bytes(each) for each in request.block_hashes]
     return [hashlib.sha256(salt + each).digest() for each in found] if salt else found
+
+
+def _bare(request: Any) -> list[bytes]:
+    """The hashes as the engine publishes them: routers know no salt of ours."""
+    return [bytes(each) for each in request.block_hashes]
+
+
+def _wants_events(vllm_config: Any) -> bool:
+    return bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False))
 
 
 def _ranks(parallel: Any) -> tuple[int, int]:

@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import vllm
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, RequestOffloadingContext
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+)
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvstore.lookup import ELSEWHERE, Lookup
@@ -78,6 +85,9 @@ class KvstoredTier(SecondaryTierManager):
         self._asked: list[bytes] = []
         self._finished: list[JobResult] = []
         self._running: set[Future[None]] = set()
+        events = getattr(offloading_spec, "kv_events_config", None)
+        self._events: list[OffloadingEvent] | None = [] if getattr(events, "enable_kv_cache_events", False) else None
+        self._told: OrderedDict[OffloadKey, None] = OrderedDict()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """HIT or MISS where that is known, RETRY until then."""
@@ -156,6 +166,7 @@ class KvstoredTier(SecondaryTierManager):
             with self._lock:
                 for key in keys:
                     self._learn(key, held=True)
+                self._tell(list(job.keys), removed=False)
         return JobResult(job.job_id, success=done, transfer_bytes=stored * self._block_size_bytes)
 
     def _load(self, job: TransferJob) -> JobResult:
@@ -171,10 +182,33 @@ class KvstoredTier(SecondaryTierManager):
             else:
                 with self._lock:
                     self._learn(self._key(key), held=False)
+                    self._tell([key], removed=True)
         return JobResult(
             job.job_id, success=len(good) == len(keys), successful_keys=good,
             transfer_bytes=len(good) * self._block_size_bytes,
         )  # fmt: skip
+
+    def _tell(self, keys: list[OffloadKey], *, removed: bool) -> None:
+        """Note for routers what was stored, and what of it is gone. Under the lock."""
+        if self._events is None:
+            return
+        changed = [key for key in keys if (key in self._told) is removed]
+        for key in changed:
+            if removed:
+                del self._told[key]
+            else:
+                self._told[key] = None
+        if changed:
+            self._events.append(OffloadingEvent(keys=changed, medium=Medium.STORAGE, removed=removed))
+        if len(self._told) > _KNOWN_MAX:
+            oldest, _ = self._told.popitem(last=False)
+            self._events.append(OffloadingEvent(keys=[oldest], medium=Medium.STORAGE, removed=True))
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """What was stored, and what was found gone, since the last call; nothing unless the engine publishes events."""
+        with self._lock:
+            found, self._events = self._events or [], None if self._events is None else []
+        return found
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Results since the last call."""

@@ -11,9 +11,8 @@ from kvstored.cli.remote import print_json, remote
 from kvstored.cli.text import table
 
 if TYPE_CHECKING:
-    from kvstore.config import Setting
+    from kvstore.config import Setting, SharedConfig
     from kvstored_client import Client
-    from kvstore.config import SharedConfig
 
 _FILE = click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 

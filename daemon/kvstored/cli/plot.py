@@ -1,6 +1,6 @@
-"""A line chart as SVG text: x on a logarithmic axis, y a share from 0. No plotting library for six lines."""
+"""A line chart as SVG text: x on a logarithmic axis, y from 0. No plotting library for six lines."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import log
@@ -13,14 +13,27 @@ COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line. points: (x > 0, share from 0 to 1), in order of x."""
+    """One line. points: (x > 0, y >= 0), in order of x."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
-def chart(lines: Iterable[Line], x_label: str, y_label: str) -> str:
-    """The chart as an SVG document."""
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def stacked(charts: Sequence[str]) -> str:
+    """Charts one below the other, as one SVG document."""
+    inner = "".join(
+        f'<svg y="{HEIGHT * i}" ' + one.removeprefix('<svg xmlns="http://www.w3.org/2000/svg" ')
+        for i, one in enumerate(charts)
+    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT * len(charts)}">\n{inner}</svg>\n'
+
+
+def chart(lines: Iterable[Line], x_label: str, y_label: str, y_text: Callable[[float], str] = _percent) -> str:
+    """The chart as an SVG document. y_text: what stands beside the y axis."""
     drawn = list(lines)
     xs = sorted({x for line in drawn for x, _ in line.points})
     top = max((y for line in drawn for _, y in line.points), default=0) or 1.0
@@ -35,7 +48,9 @@ def chart(lines: Iterable[Line], x_label: str, y_label: str) -> str:
     for step in range(6):
         left, y = at(xs[0], top * step / 5)
         parts.append(f'<path d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{top * step / 5:.0%}</text>')
+        parts.append(
+            f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(y_text(top * step / 5))}</text>'
+        )
     for value in xs:
         x, y = at(value, 0)
         parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{value:.4g}</text>')

@@ -117,6 +117,7 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
         f"per second: {rate['gets']:,.1f} gets, {rate['puts']:,.1f} puts, {size(rate['hit_nbytes'])} out, "
         f"{size(rate['put_nbytes'])} in, {rate['evictions']:,.1f} evicted, {rate['expirations']:,.1f} expired"
     )
+    lines += _shared(v)
     missed = "lookup_misses_"
     causes = [(name.removeprefix(missed), n) for name, n in sorted(v.items()) if name.startswith(missed) and n]
     if causes:
@@ -141,6 +142,28 @@ def _lookups(values: Mapping[str, float], rate: Mapping[str, float]) -> list[str
                 f"{asked:,.1f} looked up a second, {total:,.0f} since start"
             )
     return lines
+
+
+def shared_line(values: Mapping[str, float]) -> str:
+    """What the shared store did, in a line; empty where there is none."""
+    if "shared_lookups" not in values:
+        return ""
+    v = {name.removeprefix("shared_"): value for name, value in values.items() if name.startswith("shared_")}
+    state = f"{v.get('nodes_up', 0):,.0f} of {v.get('nodes', 0):,.0f} nodes up"
+    return (
+        f"shared store: {v.get('hits', 0):,.0f} chunks, {size(v.get('hit_nbytes', 0))} from it, "
+        f"{v.get('published', 0):,.0f} published, {size(v.get('queue_nbytes', 0))} waiting; {state}"
+        + ("; BREAKER OPEN" if v.get("breaker", 0) >= _OPEN else "")
+    )
+
+
+_OPEN = 2
+"""`shared_breaker` of a store that is left alone."""
+
+
+def _shared(values: Mapping[str, float]) -> list[str]:
+    line = shared_line(values)
+    return [line] if line else []
 
 
 KINDS = {"namespace": "HOTTEST NAMESPACES", "tenant": "TENANTS"}

@@ -18,7 +18,7 @@ from kvstore.hit import Explanation
 from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
 from kvstore.simulation.trace import Request, read_trace, replay
 from kvstored.cli.exits import BadUsage
-from kvstored.cli.filters import SIZE
+from kvstored.cli.fleet import Amount, AmountType, Asked, fleet_options, simulate_fleets
 from kvstored.cli.keytext import KEY, key_text, show_key
 from kvstored.cli.plot import Line, chart
 from kvstored.cli.prompt import read_identity, read_token_ids
@@ -190,33 +190,51 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
 
 @click.command(name="simulate")
 @click.argument("trace", type=_FILE)
-@click.option("--ram", required=True, type=SIZE, help='Memory for hot and warm together, such as "64GiB".')
-@click.option("--disk", default="0", type=SIZE, help="The cold tier. 0: none.")
+@click.option(
+    "--ram",
+    required=True,
+    type=AmountType(),
+    help='Memory for hot and warm together: "64GiB"; NF4 blocks: "1000blocks", or "1%" of the trace\'s.',
+)
+@click.option("--disk", default="0", type=AmountType(), help="The cold tier. 0: none.")
 @click.option("--hot", default="0.1", help='Share of RAM for tensors as put, the rest NF4; "auto": learned.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--policy", default="lru", help=f"{', '.join(POLICIES)}, one that a package offers, or module:Class.")
 @click.option("--admission", default="all", type=click.Choice(ADMISSIONS), help="The rule for writing to disk.")
 @click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG of hit ratio against RAM.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: int | None, **how: Any) -> None:  # noqa: FBT001
-    """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors."""
-    from kvstore.simulation.simulator import Setup, layout_of, optimum
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write an SVG of hit ratio against RAM; of a fleet, against its hosts.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; of several fleets, one a line.")
+@fleet_options
+def simulate_command(
+    trace: Path,
+    plot: Path | None,
+    as_json: bool,  # noqa: FBT001 - a flag
+    requests: int | None,
+    fleet: Asked | None,
+    **how: Any,
+) -> None:
+    """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors.
+
+    With --hosts: what a fleet of such hosts would do, each by itself or, with --shared, over a store that they share.
+    """
+    from kvstore.simulation.simulator import optimum
 
     if ":" in how["policy"]:
         from kvstore.policies import register_policy
 
         register_policy(how["policy"], imported(how["policy"], "policy"))
-    split, share = ("auto", 0.1) if how["hot"] == "auto" else ("fixed", _share(how["hot"]))
-    store = StoreConfig(policy=how["policy"], split=split, cold=ColdConfig(admission=how["admission"]))
-    setup = Setup(
-        how["ram"], how["disk"], share, layout_of(how["layout"]),
-        how["dtype"], store=store,
-    )  # fmt: skip
     if plot is not None and not plot.parent.is_dir():  # before minutes of work
         raise BadUsage(f"{plot}: there is no directory {plot.parent}")
     asked = _read(trace, requests)
+    setup = _setup(asked, **how)
+    if fleet is not None:
+        simulate_fleets(fleet, asked, setup, plot, as_json=as_json)
+        return
     report = _run(asked, setup, "simulating", quiet=as_json)
     best = optimum(asked, setup.ram_nbytes // setup.value_nbytes) / max(1, report.blocks)
     if plot is not None:
@@ -226,6 +244,20 @@ def simulate_command(trace: Path, plot: Path | None, as_json: bool, requests: in
                     "nbytes_written_a_day": report.nbytes_written_a_day, "optimum_as_put": best})  # fmt: skip
         return
     _print(report, best)
+
+
+def _setup(
+    asked: Sequence[Request], *, ram: Amount, disk: Amount, hot: str, layout: str, dtype: str, policy: str,
+    admission: str,
+) -> "Setup":  # fmt: skip
+    from kvstore.simulation.simulator import Setup, block_nbytes, layout_of
+
+    split, share = ("auto", 0.1) if hot == "auto" else ("fixed", _share(hot))
+    store = StoreConfig(policy=policy, split=split, cold=ColdConfig(admission=admission))
+    setup = Setup(1, 0, share, layout_of(layout), dtype, store=store)
+    unique = len({block for request in asked for block in request.blocks}) if "%" in ram.text + disk.text else 0
+    block = block_nbytes(setup)
+    return replace(setup, ram_nbytes=ram.nbytes(block, unique), disk_nbytes=disk.nbytes(block, unique))
 
 
 def _share(text: str) -> float:

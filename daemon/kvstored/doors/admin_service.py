@@ -137,6 +137,19 @@ class AdminService(Service):
             raise InvalidEntry(str(error)) from None
         return changes_message(changed.applied).SerializeToString()
 
+    @answering
+    async def check_shared(self, request: bytes, _: Context) -> bytes:
+        """What is wrong with the shared store."""
+        read_request(pb.CheckSharedRequest, request)
+        return pb.CheckSharedReply(complaints=await self._run(self._store.check_shared)).SerializeToString()
+
+    @answering
+    async def flush_shared(self, request: bytes, _: Context) -> bytes:
+        """Put what the shared store has out of reach."""
+        asked = read_request(pb.FlushSharedRequest, request)
+        await self._run(self._store.flush_shared, asked.namespace if asked.HasField("namespace") else None)
+        return pb.FlushSharedReply().SerializeToString()
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto."""
         unary = grpc.unary_unary_rpc_method_handler
@@ -151,6 +164,8 @@ class AdminService(Service):
                 "Demote": unary(self.demote),
                 "Promote": unary(self.promote),
                 "Drain": unary(self.drain),
+                "CheckShared": unary(self.check_shared),
+                "FlushShared": unary(self.flush_shared),
                 "Verify": grpc.unary_stream_rpc_method_handler(self.verify),
                 "Settings": unary(self.settings),
                 "Configure": unary(self.configure),

@@ -110,6 +110,37 @@ _STORE = (
     Family("kvstored_namespace_hits_total", "counter", "Gets of them answered.", "namespace", "namespace_hits_{}"),
 )  # fmt: skip
 
+_SHARED = (
+    Family("kvstored_shared_lookups_total", "counter", "Questions to the shared store for the rest of a prefix.",
+           value="shared_lookups"),
+    Family("kvstored_shared_futile_total", "counter", "Of these, brought nothing.", value="shared_futile"),
+    Family("kvstored_shared_hits_total", "counter", "Chunks that came from the shared store.", value="shared_hits"),
+    Family("kvstored_shared_hit_bytes_total", "counter", "Bytes of their objects.", value="shared_hit_nbytes"),
+    Family("kvstored_shared_lookup_seconds_total", "counter", "Time spent on these questions.",
+           value="shared_lookup_s"),
+    Family("kvstored_shared_fetch_seconds_total", "counter", "Time spent on fetching.", value="shared_fetch_s"),
+    Family("kvstored_shared_published_total", "counter", "Chunks published.", value="shared_published"),
+    Family("kvstored_shared_publish_bytes_total", "counter", "Bytes of their objects.", value="shared_publish_nbytes"),
+    Family("kvstored_shared_dropped_total", "counter", "Chunks not published, by reason.",
+           "reason", "shared_dropped_{}"),
+    Family("kvstored_shared_duplicate_uploads_total", "counter", "Chunks not sent: another host was first.",
+           value="shared_duplicate_uploads"),
+    Family("kvstored_shared_corrupt_total", "counter", "Objects that were not believed: misses.",
+           value="shared_corrupt"),
+    Family("kvstored_shared_errors_total", "counter", "Calls that the shared store did not answer, by kind.",
+           "kind", "shared_errors_{}"),
+    Family("kvstored_shared_barred", "gauge", "Keys deleted here that the shared store has not acknowledged.",
+           value="shared_barred"),
+    Family("kvstored_shared_breaker", "gauge", "0: the shared store is asked; 1: it is tried; 2: it is left alone.",
+           value="shared_breaker"),
+    Family("kvstored_shared_queue_bytes", "gauge", "Bytes that wait to be published.", value="shared_queue_nbytes"),
+    Family("kvstored_shared_nodes", "gauge", "Servers of the shared store.", value="shared_nodes"),
+    Family("kvstored_shared_nodes_up", "gauge", "Of these, answer.", value="shared_nodes_up"),
+    Family("kvstored_shared_lag_seconds", "gauge", "From the put of the last chunk published to its publication.",
+           value="shared_lag_s"),
+)  # fmt: skip
+"""Only where [store.shared] is set."""
+
 _ERRORS = Family("kvstored_relative_error", "histogram",
                  "Receipts of tensors encoded: |x - decoded| / |content| of the worst head.", "encoding")  # fmt: skip
 
@@ -158,7 +189,7 @@ _MEASURED = (
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
 )  # fmt: skip
 
-FAMILIES = (*_TIER, *_STORE, _ERRORS, *_DAEMON, *_MEASURED)
+FAMILIES = (*_TIER, *_STORE, *_SHARED, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "token_hit_ratio", "evictions", "prefill_saved_s", "calls_refused"})
 """Sums over labels, quotients, and what `Meter` exports: no metric is made of them here."""
@@ -285,7 +316,8 @@ class StoreCollector(Collector):
             yield _family(family, {name: getattr(tier, family.value) for name, tier in stats.tiers.items()})
         yield _relative_errors(stats)
         left = {n: value for n, value in stats.values.items() if n not in DERIVED and not n.startswith(ERRORS)}
-        for family in (*_STORE, *_DAEMON):
+        shared = _SHARED if any(name.startswith("shared_") for name in left) else ()
+        for family in (*_STORE, *shared, *_DAEMON):
             yield _family(family, _take(left, family.value))
         other = next(family for family in _MEASURED if family.name == "kvstored_other")
         yield _family(other, left)

@@ -280,3 +280,77 @@ def test_each_field_of_the_offloading_configuration_is_in_the_identity_unless_th
     assert count >= 25
     assert tier._identity(spec, {"address": "a"}) == tier._identity(spec, {"address": "b"})
     assert tier._identity(spec, {"namespace": "a"}) != tier._identity(spec, {"namespace": "b"})
+
+
+class Events:
+    """vLLM's event classes where its clients of ZeroMQ are not installed: what the connector makes of them."""
+
+    @staticmethod
+    def install(monkeypatch: pytest.MonkeyPatch) -> None:
+        import importlib.machinery
+        import sys
+
+        if "zmq" not in sys.modules:
+            try:
+                import zmq
+            except ImportError:
+                zmq = types.ModuleType("zmq")
+                zmq.__spec__ = importlib.machinery.ModuleSpec("zmq", None)
+                zmq.Socket = zmq.Context = object  # type: ignore[attr-defined]
+                monkeypatch.setitem(sys.modules, "zmq", zmq)
+
+
+def telling(store: Store, monkeypatch: pytest.MonkeyPatch, ranks: int = 1) -> tuple[Any, Any]:
+    """Both halves of an engine that publishes events."""
+    Events.install(monkeypatch)
+    events = pytest.importorskip("kvstored_client.integrations.vllm_events")
+    scheduler, worker = halves(store)
+    for each in (scheduler, worker):
+        each._announced, each._reported = events.Announced(ranks), events.Reported()
+    return scheduler, worker
+
+
+def test_routers_are_told_of_blocks_once_they_are_stored_and_when_they_are_found_gone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, worker = telling(store, monkeypatch)
+    asked = request([b"a", b"b", b"c"], 28)
+    asked.all_token_ids = list(range(28))
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+    step(scheduler, worker, asked, [5, 6, 7, 8], 0, 28)
+    assert list(scheduler.take_events()) == []
+    scheduler.update_connector_output(some(kv_cache_events=worker.get_kv_connector_kv_cache_events()))
+    found = list(scheduler.take_events())
+    assert [(e.block_hashes, e.parent_block_hash, e.token_ids, e.block_size, e.medium) for e in found] == [
+        ([b"a"], None, list(range(8)), 8, "STORAGE"), ([b"b"], b"a", list(range(8, 16)), 8, "STORAGE"),
+        ([b"c"], b"b", list(range(16, 24)), 8, "STORAGE"),
+    ]  # fmt: skip
+    assert worker.get_kv_connector_kv_cache_events() is None
+    store.delete(worker._key(b"b", 0))
+    again = request([b"a", b"b", b"c"], 28, "again")
+    assert scheduler.get_num_new_matched_tokens(again, 0) == (8, False)
+    assert [(type(e).__name__, e.block_hashes, e.medium) for e in scheduler.take_events()] == [
+        ("BlockRemoved", [b"b", b"c"], "STORAGE")
+    ]
+    scheduler.reset_cache()
+    assert [e.block_hashes for e in scheduler.take_events()] == [[b"a"]]
+
+
+def test_a_block_is_announced_when_every_rank_has_stored_its_shard(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    telling(store, monkeypatch)
+    from kvstored_client.integrations import vllm_events
+
+    announced, block = vllm_events.Announced(2), vllm_events.Block(None, (1, 2), None)
+    for rank in (0, 1):
+        reported = vllm_events.Reported()
+        reported.stored(b"a", block)
+        announced.reported(reported.take().get_all_events())
+        assert len(announced.take()) == rank
+
+
+def test_an_engine_without_routers_keeps_nothing_for_them(store: Store) -> None:
+    scheduler, worker = halves(store)
+    assert tuple(scheduler.take_events()) == ()
+    assert worker.get_kv_connector_kv_cache_events() is None

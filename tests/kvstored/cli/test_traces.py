@@ -141,3 +141,44 @@ def test_explain_says_what_is_wrong_with_what_it_was_given(tmp_path: Path) -> No
         done = CliRunner().invoke(cli, ["explain", *map(str, words)])
         assert done.exit_code != 0
         assert message in done.output
+
+
+FLEET = ["simulate", str(TRACE), "--ram", "1000blocks", "--hot", "0", "--requests", "120"]
+
+
+def test_simulate_of_fleets_prints_a_json_line_each_and_draws_hits_and_bytes_against_hosts(tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    asked = [*FLEET, "--hosts", "4,1", "--shared", "all", "--publish-delay", "0", "--plot", str(plot), "--json"]
+    done = CliRunner().invoke(cli, asked)
+    assert done.exit_code == 0, done.output
+    one, four = map(json.loads, done.output.splitlines())
+    assert (one["hosts"], four["hosts"]) == (1, 4)
+    assert 0 < four["hit_ratio"] <= one["hit_ratio"] + 1e-9
+    assert four["shared_bytes_per_request"] > one["shared_bytes_per_request"] == 0
+    assert {"requests", "by_tier", "puts", "writes_per_put"} <= set(four)
+    drawn = plot.read_text()
+    assert drawn.count("<svg ") == 3
+    assert "random, alone" in drawn
+    assert "bytes a request" in drawn
+
+
+def test_a_size_may_be_said_in_blocks_or_as_a_share_of_the_trace() -> None:
+    by_share = CliRunner().invoke(cli, [*FLEET, "--hosts", "4", "--shared", "20%", "--churn", "60", "--json"])
+    assert by_share.exit_code == 0, by_share.output
+    found = json.loads(by_share.output)
+    assert 0 < found["shared_blocks"] == found["shared_peak_blocks"]
+    assert found["replaced"] > 0
+    once = CliRunner().invoke(cli, [*FLEET, "--hosts", "4", "--churn"])
+    assert once.exit_code == 0, once.output
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--shared", "5%"], ["--hosts", "0"], ["--hosts", "x"], ["--hosts", "4", "--cells", "3"], ["--cells", "2"],
+    ["--hosts", "4", "--shared", "-3%"], ["--hosts", "4", "--shared", "1"], ["--hosts", "4", "--churn", "0"],
+    ["--hosts", "4", "--publish", "evict"], ["--hosts", "4", "--routing", "best"], ["--hosts", "5000"],
+    ["--hosts", "4", "--shared", "all", "--publish-delay", "-1"], ["--hosts", "4", "--churn", "nan"],
+])  # fmt: skip
+def test_a_fleet_that_cannot_be_is_a_sentence_and_exit_code_2(wrong: list[str]) -> None:
+    done = CliRunner().invoke(cli, [*FLEET, *wrong])
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output

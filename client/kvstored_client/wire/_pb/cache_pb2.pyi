@@ -560,6 +560,26 @@ class SettingChange(_message.Message):
     now: str
     def __init__(self, name: _Optional[str] = ..., before: _Optional[str] = ..., now: _Optional[str] = ...) -> None: ...
 
+class CheckSharedRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckSharedReply(_message.Message):
+    __slots__ = ("complaints",)
+    COMPLAINTS_FIELD_NUMBER: _ClassVar[int]
+    complaints: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, complaints: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FlushSharedRequest(_message.Message):
+    __slots__ = ("namespace",)
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    def __init__(self, namespace: _Optional[str] = ...) -> None: ...
+
+class FlushSharedReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class LeaseCall(_message.Message):
     __slots__ = ("release", "get", "put", "match", "touch", "delete", "pin", "ingest_nbytes", "number")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
