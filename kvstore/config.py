@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kvstore import extensions
 from kvstore.errors import ConfigError
@@ -270,15 +270,6 @@ class StoreConfig:
 
 LIVE = frozenset({"hot.capacity_nbytes", "warm.capacity_nbytes", "cold.capacity_nbytes", "ttl_s"})
 """Settings of a store that may change while it is open."""
-
-
-class Setting(NamedTuple):
-    """One setting in force. origin: where its value is from. live: it can change without a restart."""
-
-    name: str
-    value: Any
-    origin: str
-    live: bool
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

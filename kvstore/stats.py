@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from math import inf
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 MissCause = Literal["absent", "expired", "evicted", "deleted", "orphaned", "corrupt", "lost"]
 """absent: never put, or gone so long ago that nobody remembers. expired. evicted: for capacity or a quota. deleted: by
@@ -150,6 +150,15 @@ class Stats:
     def as_dict(self) -> dict[str, object]:
         """Plain dictionaries, for JSON."""
         return {"values": dict(self.values), "tiers": {name: asdict(tier) for name, tier in self.tiers.items()}}
+
+
+class Setting(NamedTuple):
+    """One setting in force. origin: where its value is from. live: it can change without a restart."""
+
+    name: str
+    value: Any
+    origin: str
+    live: bool
 
 
 def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, float]:

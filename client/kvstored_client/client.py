@@ -19,13 +19,12 @@ from typing import Any, Self, Unpack
 import numpy as np
 
 from kvstore import arrays
-from kvstore.config import Setting
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
-from kvstore.stats import Stats
+from kvstore.stats import Setting, Stats
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
 from kvstored_client.doors import SOFT, Doors, OnError

@@ -12,8 +12,9 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from kvstore import config
-from kvstore.config import Setting, convert, differing, leaves
+from kvstore.config import convert, differing, leaves
 from kvstore.errors import ConfigError
+from kvstore.stats import Setting
 from kvstored.settings import Settings
 
 logger = logging.getLogger(__name__)

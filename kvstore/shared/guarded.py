@@ -64,7 +64,7 @@ class Guarded:
     """An `Engine` around another.
 
     state: of the breakers that the other keeps for its servers; None: it keeps none. punctual: it waits for nothing
-    but its own poll, so its calls need no thread of another's: a quarter of the time of a small get. Its `health`,
+    but its own poll, so its calls need no thread of another's. Its `health`,
     which goes through a library, gets one.
     """
 

@@ -265,7 +265,7 @@ class Link:
                 return False
 
     def _wait_for_more(self) -> None:
-        """Have poll wait for a good part of a body, not for each packet: a third of the time of a get otherwise.
+        """Have poll wait for a good part of a body, not for each packet.
 
         Not with TLS, which may have taken a part of what is missing already.
         """

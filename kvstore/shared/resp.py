@@ -31,7 +31,7 @@ _new_bytearray.restype = ctypes.py_object
 
 
 def room(nbytes: int) -> bytearray:
-    """A bytearray that is not cleared: `bytearray(n)` writes all of it once more, a fifth of the time of a get."""
+    """A bytearray that is not cleared: `bytearray(n)` writes all of it once more."""
     made: bytearray = _new_bytearray(None, nbytes)
     return made
 

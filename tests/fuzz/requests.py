@@ -43,9 +43,11 @@ METHODS: dict[str, type] = {
     "Cache/Report": pb.ReportRequest, "Admin/Stats": pb.StatsRequest, "Admin/List": pb.ListRequest,
     "Admin/Inspect": pb.InspectRequest, "Admin/Explain": pb.ExplainRequest, "Admin/Evict": pb.EvictRequest,
     "Admin/Demote": pb.DemoteRequest, "Admin/Promote": pb.PromoteRequest, "Admin/Drain": pb.DrainRequest,
+    "Admin/Settings": pb.SettingsRequest, "Admin/Configure": pb.ConfigureRequest,
+    "Admin/CheckShared": pb.CheckSharedRequest, "Admin/FlushShared": pb.FlushSharedRequest,
     "Cache/Unknown": pb.GetRequest,
 }  # fmt: skip
-LOOKS = ("Admin/Stats", "Admin/List", "Admin/Inspect", "Admin/Explain")
+LOOKS = ("Admin/Stats", "Admin/List", "Admin/Inspect", "Admin/Explain", "Admin/Settings")
 """What an operator may call here: the others would rightly evict what the control client checks."""
 POOL = [b"key %d" % i for i in range(64)]
 CONTROL = {b"control %d" % i: np.random.default_rng(i).integers(0, 256, 20_000, np.uint8) for i in range(8)}

@@ -85,7 +85,7 @@ PREPARED = (
         "-self._used[lane]",
         "same",
     ),
-    ("kvstore/tiers/pinned.py", "if total > self._limit_nbytes:", "if False:", "pins take the whole tier"),
+    ("kvstore/tiers/pinned.py", "if total > self.limit_nbytes:", "if False:", "pins take the whole tier"),
     ("kvstore/tiers/pinned.py", "if own > share:", "if False:", "one tenant takes all that may be pinned"),
     ("kvstore/metadata/slices.py", "STEPS = 64", "STEPS = 1 << 30", "a root's children are deleted in one hold"),
     ("kvstore/tiers/admission.py", "if self.exhausted:", "if False:", "the write budget is ignored"),

@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from math import inf
 from typing import Any
 
-from kvstore.config import Setting
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
 from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Held, Priority, TensorInfo
 from kvstore.lookup import Lookup, check_lookup
-from kvstore.stats import Stats, TierStats
+from kvstore.stats import Setting, Stats, TierStats
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 TIER_NAMES = {pb.TIER_HOT: "hot", pb.TIER_WARM: "warm", pb.TIER_COLD: "cold"}

@@ -11,7 +11,8 @@ from kvstored.cli.remote import print_json, remote
 from kvstored.cli.text import table
 
 if TYPE_CHECKING:
-    from kvstore.config import Setting, SharedConfig
+    from kvstore.config import SharedConfig
+    from kvstore.stats import Setting
     from kvstored_client import Client
 
 _FILE = click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
@@ -90,7 +91,8 @@ def show(client: "Client", as_json: bool, *, file: Path | None, changed: bool, r
 
 
 def _of_file(file: Path | None) -> "list[Setting]":
-    from kvstore.config import Setting, leaves
+    from kvstore.config import leaves
+    from kvstore.stats import Setting
     from kvstored.live import LIVE
     from kvstored.settings import Source
 

@@ -222,6 +222,7 @@ class S3Server:
                 [
                     str(Path(sysconfig.get_path("scripts")) / "weed"), "server", f"-dir={self.directory}",
                     "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.port={self.port}", f"-s3.config={access}",
+                    "-s3.port.iceberg=0", "-s3.port.lance=0",  # fixed ports otherwise: two servers would meet
                     f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
                     "-master.volumePreallocate=false", "-volume.max=10",
                 ],
