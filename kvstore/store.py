@@ -22,7 +22,7 @@ import torch
 
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs.choice import CodecChoice
-from kvstore.config import LIVE, ColdConfig, StoreConfig, check_live, from_mapping, read_toml
+from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
@@ -35,11 +35,11 @@ from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.residency import departures, pins
 from kvstore.residency.answers import Answers
+from kvstore.residency.budget_verbs import BudgetVerbs
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
 from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
-from kvstore.residency.resizing import set_budgets, set_hot_capacity
 from kvstore.residency.shared_verbs import SharedVerbs
 from kvstore.residency.sharing import opened as sharing_of
 from kvstore.residency.state import open_cold, residency_of
@@ -51,7 +51,7 @@ from kvstore.stats import Stats
 log = logging.getLogger(__name__)
 
 
-class Store(SharedVerbs):
+class Store(SharedVerbs, BudgetVerbs):
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
     def __init__(
@@ -430,37 +430,6 @@ class Store(SharedVerbs):
         """
         self._check_open()
         return iter([Verified(0, 0, 0, 0)]) if self._r.cold is None else self._r.cold.verify()
-
-    @property
-    def hot_budget_nbytes(self) -> int:
-        """The hot tier's budget as configured or, with `split = "auto"`, as learned; pressure may hold it below."""
-        balance = self._r.balance
-        return self.config.hot.capacity_nbytes if balance is None else balance.hot_nbytes
-
-    @property
-    def hot_capacity_nbytes(self) -> int:
-        """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
-        return self._r.hot.capacity_nbytes
-
-    @without_torch_modes
-    def set_hot_capacity(self, nbytes: int) -> int:
-        """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
-        return set_hot_capacity(self._r, self._mover, nbytes)
-
-    @without_torch_modes
-    def reconfigure(self, config: StoreConfig) -> list[str]:
-        """Take other settings while open: the tiers' budgets and the default TTL. Returns the names of what changed.
-
-        Budgets are in force when it returns: what no longer fits sank to the tier below, or left the last one. The TTL
-        is that of later puts. Not for two threads at once. Raises ConfigError, and changes nothing, if a setting
-        differs that is not in `kvstore.config.LIVE`.
-        """
-        self._check_open()
-        changed = check_live(self.config, config, LIVE)
-        self.config = self._write_path.config = config
-        if any(name != "ttl_s" for name in changed):
-            set_budgets(self._r, self._mover, config)
-        return changed
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""

@@ -1,0 +1,51 @@
+"""The verbs of a `Store` that change its budgets while it is open. Any thread."""
+
+from kvstore.config import LIVE, StoreConfig, check_live
+from kvstore.entries.torch_modes import without_torch_modes
+from kvstore.residency.mover import Mover
+from kvstore.residency.resizing import set_budgets, set_hot_capacity
+from kvstore.residency.state import Residency
+from kvstore.residency.write_path import WritePath
+
+
+class BudgetVerbs:
+    """Part of a store."""
+
+    config: StoreConfig
+    _r: Residency
+    _mover: Mover
+    _write_path: WritePath
+
+    def _check_open(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def hot_budget_nbytes(self) -> int:
+        """The hot tier's budget as configured or, with `split = "auto"`, as learned; pressure may hold it below."""
+        balance = self._r.balance
+        return self.config.hot.capacity_nbytes if balance is None else balance.hot_nbytes
+
+    @property
+    def hot_capacity_nbytes(self) -> int:
+        """The hot tier's budget now: as configured, unless `set_hot_capacity` changed it."""
+        return self._r.hot.capacity_nbytes
+
+    @without_torch_modes
+    def set_hot_capacity(self, nbytes: int) -> int:
+        """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
+        return set_hot_capacity(self._r, self._mover, nbytes)
+
+    @without_torch_modes
+    def reconfigure(self, config: StoreConfig) -> list[str]:
+        """Take other settings while open: the tiers' budgets and the default TTL. Returns the names of what changed.
+
+        Budgets are in force when it returns: what no longer fits sank to the tier below, or left the last one. The TTL
+        is that of later puts. Not for two threads at once. Raises ConfigError, and changes nothing, if a setting
+        differs that is not in `kvstore.config.LIVE`.
+        """
+        self._check_open()
+        changed = check_live(self.config, config, LIVE)
+        self.config = self._write_path.config = config
+        if any(name != "ttl_s" for name in changed):
+            set_budgets(self._r, self._mover, config)
+        return changed
