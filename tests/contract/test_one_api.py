@@ -11,8 +11,8 @@ VERBS = [
     "put", "put_many", "get", "get_many", "match", "locate", "touch", "delete", "evict", "pin", "unpin",
     "demote", "promote", "inspect", "entries", "stats", "namespace", "close",
 ]  # fmt: skip
-EMBEDDED_ONLY = {"own"}
-"""Handing tensors over without a copy has no meaning over a wire."""
+EMBEDDED_ONLY = {"local", "own"}
+"""own: tensors are handed over without a copy. local: the daemon's own, where no thread may wait for other hosts."""
 
 
 @pytest.mark.parametrize("verb", VERBS)
