@@ -53,6 +53,9 @@ def message(made: Message, rng: random.Random, pool: list[bytes], depth: int = 0
         for _ in range(rng.choice((1, 1, 2, 3, 8))):
             if field.cpp_type != FieldDescriptor.CPPTYPE_MESSAGE:
                 held.append(_value(field, rng, pool))
+            elif field.message_type.GetOptions().map_entry:
+                of_key, of_value = field.message_type.fields
+                held[_value(of_key, rng, pool)] = _value(of_value, rng, pool)
             elif depth < 4:
                 message(held.add(), rng, pool, depth + 1)
     return made
