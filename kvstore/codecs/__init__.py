@@ -58,9 +58,10 @@ def _registry() -> dict[str, Stored]:
     from kvstore.codecs.layers import Layers
     from kvstore.codecs.nf4 import NF4
     from kvstore.codecs.nf4_kv import NF4KV
+    from kvstore.codecs.nf4_kv2 import NF4KV2
     from kvstore.codecs.raw import Raw
 
-    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), Int8(), Layers())}
+    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), NF4KV2(), Int8(), Layers())}
 
 
 _CODECS: dict[str, Stored] = {}
