@@ -197,19 +197,19 @@ int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* 
 }
 
 int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, float* still,
-                float* turned, float* gains) {
+                float* turned, float* gains, int rotary, int interleaved, double* content) {
     const Ops* ops = ops_for(isa);
     if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !grouped(rows)) return KVK_BAD_ARGUMENT;
+    if (content && !valid_rotary(rows, rotary)) return KVK_BAD_ARGUMENT;
     if (turns && (!valid_turns(rows, turns) || !turns->tangents)) return KVK_BAD_ARGUMENT;
-    split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
-        ops->kv_still(dtype, x, *rows, begin, end, still);
-    });
-    if (!turns) return KVK_OK;
+    const kvk_turns told = {nullptr, nullptr, rotary, interleaved != 0};
     std::atomic<bool> good{true};
-    split(threads, rows->outer, [&](int64_t begin, int64_t end) {
-        if (!ops->kv_sums(dtype, x, *rows, *turns, begin, end, still, turned, gains)) good = false;
+    split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
+        if (!ops->kv_sums(dtype, x, *rows, turns, told, begin, end, still, turned, content)) good = false;
     });
-    return good ? KVK_OK : KVK_NO_MEMORY;
+    if (!good) return KVK_NO_MEMORY;
+    if (turns) ops->kv_gains(*rows, *turns, still, turned, gains);
+    return KVK_OK;
 }
 
 int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still, const float* turned,

@@ -25,6 +25,21 @@ struct Walk {
         const int64_t last = rows.groups - 1, group = token / kvk::kGroup;
         return (slab * rows.groups + (group < last ? group : last)) * width + column;
     }
+    // As advance, over any number of values.
+    void skip(int64_t n) {
+        column += n;
+        if (column < width) return;
+        if (column == width) {
+            column = 0;
+            ++token;
+        } else {
+            token += column / width;
+            column %= width;
+        }
+        if (token < rows.tokens) return;
+        slab += token / rows.tokens;
+        token %= rows.tokens;
+    }
     int run(int most) const { return static_cast<int>(width - column < most ? width - column : most); }
     void advance(int n) {
         column += n;
@@ -265,18 +280,18 @@ struct Kv {
                              const kvk_rows& rows, int64_t start, int64_t stop, bool stream, void* out) {
         const int64_t width = rows.inner * rows.d;
         alignas(64) float turned[kTurned];
+        Walk walk(rows, start);
         for (int64_t at = start, n; at < stop; at += n) {
-            Walk walk(rows, at);
             int64_t left = rows.tokens - walk.token;
-            const float *row = nullptr, *mean = nullptr;
+            float *row = nullptr, *mean = nullptr;  // written to only where they turn
             if (turner) {
-                left = 1;  // its means are one token's
-                row = turner->row(walk.slab, walk.token);
+                left = 1;  // these are one token's means, and become the next one's
+                row = turner->row_from(walk.slab, walk.token, walk.column);
                 mean = row + walk.column;
             } else if (rows.groups) {
                 const int64_t group = walk.token / kvk::kGroup;
                 if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
-                mean = means + walk.mean();
+                mean = const_cast<float*>(means) + walk.mean();
                 row = mean - walk.column;
             }
             n = left * width - walk.column;
@@ -292,13 +307,17 @@ struct Kv {
                     mean = turned + walk.column;
                 }
                 const auto decode = rows.size == 64 ? runs_of<64>(dtype, pairs) : runs_of<128>(dtype, pairs);
-                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr, past, to);
+                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr,
+                       turner ? turner->offsets() : nullptr, past, to);
             }
+            if (turner) turner->gone_on(n);
+            walk.skip(n);
         }
     }
     static constexpr int64_t kTurned = 4096;
 
-    using Runs = void (*)(const uint8_t*, const float*, int, int64_t, const float*, const float*, const float*, bool, char*);
+    using Runs = void (*)(const uint8_t*, const float*, int, int64_t, float*, float*, const float*, const int64_t*, bool,
+                          char*);
     template <int kSize>
     static Runs runs_of(int dtype, bool pairs) {
         if (dtype == KVK_F32) return Isa::template decode_runs<kSize, KVK_F32, false>;

@@ -80,9 +80,9 @@ KVK_API int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kv
                 int sampled, const int32_t* lags, float* sums);
 // Sums over each group of tokens. still: outer*groups*inner*d. With turns also: turned, the same sums in the frame that
 // turns by the tangents, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
-// beyond still ones.
+// beyond still ones. content: null, or what kvk_kv_content gives for rotary and interleaved.
 KVK_API int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
-                float* still, float* turned, float* gains);
+                float* still, float* turned, float* gains, int rotary, int interleaved, double* content);
 // Means of those sums, turned ones where a bit of turns->turning is set. codes: outer*groups*inner*d; scales:
 // outer*groups*inner*ceil(d/8), a mean is code * 2^(scale - 127), or 0 where scale is 0.
 KVK_API int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still,

@@ -28,10 +28,10 @@ struct Ops {
     // Slabs [begin, end). False where there is no memory.
     bool (*kv_lags)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
                     const int32_t* lag, int64_t begin, int64_t end, float* sums);
-    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t begin, int64_t end,
-                    const float* still, float* turned, float* gains);
-    // Groups of tokens [begin, end) of outer * groups.
-    void (*kv_still)(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, float* total);
+    // Groups of tokens [begin, end) of outer * groups; turns may be null. told: rotary and interleaved of content.
+    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns* turns, const kvk_turns& told,
+                    int64_t begin, int64_t end, float* still, float* turned, double* content);
+    void (*kv_gains)(const kvk_rows& rows, const kvk_turns& turns, const float* still, const float* turned, float* gains);
     void (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,
                           int64_t begin, int64_t end, int8_t* codes, uint8_t* scales);
     // Tiles of 256 blocks [begin, end); turns may be null. A status.

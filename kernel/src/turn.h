@@ -36,7 +36,8 @@ class Turner {
   public:
     // by_pairs: rows in the order of Isa::by_pairs. The means are (outer, groups, inner, d).
     Turner(const kvk_rows& rows, const kvk_turns& turns, const float* means, bool by_pairs)
-        : rows_(rows), turns_(turns), means_(means), pairs_(by_pairs), width_(rows.inner * rows.d), room_(5 * width_) {}
+        : rows_(rows), turns_(turns), means_(means), pairs_(by_pairs), width_(rows.inner * rows.d),
+          offsets_{width_, 2 * width_}, room_(5 * width_) {}
     explicit operator bool() const { return static_cast<bool>(room_); }
 
     // The row of means of a token. Tokens of a group are asked for in order, or the group begins again.
@@ -44,9 +45,29 @@ class Turner {
         const int64_t last = rows_.groups - 1, found = token / kvk::kGroup, group = found < last ? found : last;
         const int64_t at = token - group * kvk::kGroup;
         if (slab != slab_) turn_to(slab);
-        if (slab != slab_ || group != group_ || at < at_) begin(slab, group);
-        for (; at_ < at; ++at_) advance();
+        if (slab != slab_ || group != group_ || at < at_ || ahead_) begin(slab, group);
+        for (; at_ < at; ++at_) advance(first_, end_);
         return mean();
+    }
+
+    // The same for who moves the means on himself, by `offsets` to their steps and chords, and says so by `gone_on`. Those
+    // in front of `column` may have been moved already.
+    float* row_from(int64_t slab, int64_t token, int64_t column) {
+        const int64_t last = rows_.groups - 1, found = token / kvk::kGroup, group = found < last ? found : last;
+        if (slab != slab_ || group != group_ || token - group * kvk::kGroup != at_ || ahead_ != column) {
+            ahead_ = 0;
+            row(slab, token);
+            advance(0, column);
+            ahead_ = column;
+        }
+        return mean();
+    }
+    const int64_t* offsets() const { return offsets_; }
+    void gone_on(int64_t n) {
+        ahead_ += n;
+        if (ahead_ < width_) return;
+        ahead_ = 0;
+        ++at_;
     }
 
   private:
@@ -91,7 +112,8 @@ class Turner {
     void begin(int64_t slab, int64_t group) {
         slab_ = slab;
         group_ = group;
-        at_ = 0;
+        at_ = ahead_ = 0;
+        for (int64_t i = 0; i < width_; ++i) step()[i] = 0.0f;
         const float* from = means_ + (slab * rows_.groups + group) * width_;
         float* const m = pairs_ ? other() : mean();
         for (int64_t i = 0; i < width_; ++i) m[i] = from[i];
@@ -121,10 +143,10 @@ class Turner {
         return k * 0.5f;
     }
 
-    void advance() {
-        float *m = mean(), *by = step();
-        const float* k = chord();
-        for (int64_t i = first_; i < end_; ++i) {
+    void advance(int64_t from, int64_t to) {
+        float *__restrict__ m = mean(), *__restrict__ by = step();
+        const float* __restrict__ k = chord();
+        for (int64_t i = from; i < to; ++i) {
             m[i] += by[i];
             by[i] -= k[i] * m[i];
         }
@@ -134,7 +156,7 @@ class Turner {
     const kvk_turns& turns_;
     const float* means_;
     bool pairs_;
-    int64_t width_, slab_ = -1, group_ = -1, at_ = 0, first_ = 0, end_ = 0;
+    int64_t width_, offsets_[2], slab_ = -1, group_ = -1, at_ = 0, ahead_ = 0, first_ = 0, end_ = 0;
     Floats room_;
 };
 

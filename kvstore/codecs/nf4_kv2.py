@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from kvstore.codecs import receipt
@@ -47,6 +48,9 @@ _DECODED = 0.003
 """Of a block's energy: an error below is that of values that were decoded from four bits before. Fresh ones have 0.0075."""
 _BLOCKS_LOOKED_AT = 256
 _ROUNDS = 4
+
+_LEVEL_SQUARES = table("pair", torch.device("cpu")).square().sum(dim=1).numpy()
+"""Of the two levels that a byte of codes stands for."""
 
 Coded = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Codes, scales, tops, and the squared error of each block."""
@@ -166,7 +170,8 @@ def _encode_plane(
     # Where the sums of coding are to tell the error, each block must lie in one head.
     telling = rows.dtype == torch.float32 and plane.role != "plain" and plane.d % plane.block == 0
     rotary = receipt.rotary_of(coded, kv_kernel(rows)) if plane.role == "key" and (telling or plane.groups) else STILL
-    means = means_of(coded, where, rotary, kernel) if plane.groups else None
+    means = means_of(coded, where, rotary, kernel, content=telling) if plane.groups else None
+    energies = None if means is None else means.energies
     blocks = _coded(kernel, coded, where, means)
     if means is not None and _decoded_before(blocks, plane.block):
         means, blocks = _again(kernel, coded, where, rotary, (means, blocks))
@@ -177,7 +182,6 @@ def _encode_plane(
         _add_means(means, prefix, parts, attrs)
     if not telling or plane.lead < len(plane.kept):
         return None
-    energies = reference_content.energies(coded, rotary) if kernel is reference_turn else None
     if energies is None:
         energies = kernel.kv_content(coded, where, rotary)
     missed = _missed(rows, plane, parts.get(f"{prefix}kept"), error)
@@ -224,13 +228,15 @@ def _missed(rows: torch.Tensor, plane: Plane2, kept: torch.Tensor | None, error:
 
 def _decoded_before(blocks: Coded, block: int) -> bool:
     """Whether the blocks fit their values far better than four bits fit fresh ones: those were decoded from four bits."""
-    codes, scales, tops, error = (part.cpu() for part in blocks)
-    at = torch.linspace(0, error.numel() - 1, min(error.numel(), _BLOCKS_LOOKED_AT)).long()
-    scale = reference_kv.decode_scales(scales, tops)[at]
-    pairs = table("pair", torch.device("cpu"))[codes.view(-1, block // 2)[at].int()]
-    energy = scale.square() * pairs.square().sum(dim=(1, 2))
-    some = energy > 0
-    return bool(some.any()) and float((error[at][some] / energy[some]).median()) < _DECODED
+    codes, scales, tops, error = (part.cpu().numpy() for part in blocks)
+    at = np.linspace(0, error.size - 1, min(error.size, _BLOCKS_LOOKED_AT)).astype(np.int64)
+    group = reference_kv.SCALE_GROUP
+    some = torch.from_numpy(scales[at]), torch.from_numpy(tops[at // group])
+    scale = reference_kv.scales_under(*some).numpy()
+    byte = codes.reshape(-1, block // 2)[at]
+    energy = np.square(scale) * _LEVEL_SQUARES[byte].sum(axis=1)
+    ratios = error[at][energy > 0] / energy[energy > 0]
+    return ratios.size > 0 and float(np.median(ratios)) < _DECODED
 
 
 def _again(
@@ -250,7 +256,7 @@ def _again(
     blocks = first[1]
     for _ in range(_ROUNDS):
         kernel.kv_decode(blocks[:3], None, still, levels)
-        means = means_of(coded.to(torch.float32) - levels, left, rotary, kernel, first[0])
+        means = means_of(coded.to(torch.float32) - levels, left, rotary, kernel, like=first[0])
         blocks = _coded(kernel, coded, where, means)
         error = float(blocks[3].sum(dtype=torch.float64))
         if error >= best:

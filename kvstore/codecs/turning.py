@@ -9,6 +9,7 @@ Qwen2.5-0.5B), need no configuration, and hold for YaRN, partial rotary and unkn
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from kvstore.kernels.reference_turn import bytes_of
 
 THETAS = (1e4, 1e6, 5e5, 1e5, 5e4, 1.3e5, 1.5e5, 2e5, 2.5e5, 1.5e6, 2e6, 4e6, 5e6, 8e6, 1e7, 7.5e7)
 """Bases of RoPE that models have; the first that fits is taken."""
-SAMPLED = 2
+SAMPLED = 1
 """Groups that angles are sought in; means are then chosen on all of them."""
 TURNING_MIN = 16
 """Tokens: with fewer, a table of angles costs more than it saves."""
@@ -39,19 +40,25 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Means:
-    """The means of a plane of keys: coded, as floats, and which of them turn. known: by the angles of a common RoPE."""
+    """The means of a plane of keys: coded, as floats, and which of them turn. known: by the angles of a common RoPE.
+
+    energies: `kv_content` of what they are the means of, where it was asked for.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
     floats: torch.Tensor
     turns: Turns | None
     known: bool
+    energies: torch.Tensor | None
 
 
-def means_of(x: torch.Tensor, rows: Rows, rotary: Rotary, kernel: KvKernel, like: Means | None = None) -> Means:
-    """The means of rows of x, each pair of channels in the frame that leaves less of it.
+def means_of(
+    x: torch.Tensor, rows: Rows, rotary: Rotary, kernel: KvKernel, *, content: bool = False, like: Means | None = None
+) -> Means:
+    """The means of rows of x, each head's in the frame that leaves less of it.
 
-    like: means of nearly the same values, whose angles are taken if they are known.
+    content: whether the energies are wanted. like: means of nearly the same values, whose angles are taken if known.
     """
     tangents, power, known = None, None, False
     if rows.tokens >= TURNING_MIN and rotary.channels and 16 <= _TABLE_BITS * rows.outer * rows.tokens * rows.inner:
@@ -64,7 +71,7 @@ def means_of(x: torch.Tensor, rows: Rows, rotary: Rotary, kernel: KvKernel, like
         else:
             found, known = _tangents(seen, power, lags, rows)
             tangents = None if found is None else torch.from_numpy(found).to(x.device)
-    still, sums, gains = kernel.kv_sums(x, rows, rotary, tangents)
+    still, sums, gains, energies = kernel.kv_sums(x, rows, rotary, tangents, content=content)
     turns = None
     if tangents is not None:
         heads = _turning(gains.sum(dim=2).cpu().numpy(), power, rows, _tokens(rows, sampled))
@@ -72,7 +79,7 @@ def means_of(x: torch.Tensor, rows: Rows, rotary: Rotary, kernel: KvKernel, like
             mask = torch.from_numpy(heads).to(x.device)[..., None].expand(gains.shape)
             turns = Turns(rotary, tangents, bytes_of(mask))
     codes, scales = kernel.kv_code_means(rows, turns, still, sums)
-    return Means(codes, scales, kernel.kv_expand_eights(rows, codes, scales), turns, known)
+    return Means(codes, scales, kernel.kv_expand_eights(rows, codes, scales), turns, known, energies)
 
 
 def _turning(gains: np.ndarray, power: np.ndarray, rows: Rows, sampled: int) -> np.ndarray:
@@ -116,20 +123,32 @@ def _tangents(seen: np.ndarray, power: np.ndarray, lags: tuple[int, ...], rows: 
         return None, False
     pooled = (sums / power[..., None]).sum(axis=1)  # (outer, pairs, lags)
     weight = np.where(heads.any(axis=1), np.abs(pooled[..., -1]) * (n / (n - lags[-1])), 0.0)
-    own, common = _angles(pooled, lags), _angles(pooled.sum(axis=0, keepdims=True), lags)
-    known = np.stack(_known(seen.shape[2]))
-    misfits = np.stack([_misfit(own, table, weight, n) for table in (*known, common[0])], axis=1)  # (outer, tables)
-    order = np.array([misfits[:, :-1].sum(axis=0).argmin(), *range(len(THETAS) + 1)])
-    fits = misfits[:, order] <= _MISFIT * np.maximum(heads.any(axis=2).sum(axis=1), 1)[:, None]
-    chosen = order[fits.argmax(axis=1)]
-    fit = fits.any(axis=1)
-    angles = np.where(fit[:, None], np.concatenate((known, common))[chosen], own)
-    turns = heads.any(axis=(1, 2))
+    turns, own = heads.any(axis=(1, 2)), _angles(pooled, lags)
+    least = _MISFIT * np.maximum(heads.any(axis=2).sum(axis=1), 1)
+    table = _common(own, weight, n)
+    fit = _misfits(own, table, weight, n) <= least
+    if (fit | ~turns).all():
+        return _halved(np.where(turns[:, None], table, 0.0)), True
+    tables = np.concatenate((_known(seen.shape[2]), _angles(pooled.sum(axis=0, keepdims=True), lags)))
+    misfits = np.stack([_misfits(own, some, weight, n) for some in tables], axis=1)
+    fits = misfits <= least[:, None]
+    chosen = fits.argmax(axis=1)
+    angles = np.where(fit[:, None], table, np.where(fits.any(axis=1)[:, None], tables[chosen], own))
     angles[~turns] = 0.0
     if np.unique(angles, axis=0).shape[0] * 16 > _TABLES_BITS * rows.outer * rows.tokens * rows.inner:
-        fit = fits[:, 0]
-        angles = np.where((turns & fit)[:, None], known[order[0]], 0.0)
-    return np.tan(angles / 2).clip(-1e6, 1e6).astype(np.float32), bool((fit & (chosen < len(THETAS)) | ~turns).all())
+        angles = np.where((turns & fit)[:, None], table, 0.0)
+        return _halved(angles), True
+    return _halved(angles), bool((fit | (fits.any(axis=1) & (chosen < len(THETAS))) | ~turns).all())
+
+
+def _halved(angles: np.ndarray) -> np.ndarray:
+    return np.tan(angles / 2).clip(-1e6, 1e6).astype(np.float32)
+
+
+def _common(own: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
+    """The known table that leaves least of all slabs together. Returns (pairs,)."""
+    known = _known(own.shape[1])
+    return known[int(np.argmin([_misfits(own, table, weight, n).sum() for table in known]))]  # type: ignore[no-any-return]
 
 
 def _angles(sums: np.ndarray, lags: tuple[int, ...]) -> np.ndarray:
@@ -140,14 +159,15 @@ def _angles(sums: np.ndarray, lags: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def _known(pairs: int) -> list[np.ndarray]:
-    """Angles a token of each pair under each known base."""
-    return [theta ** (-np.arange(pairs) / pairs) for theta in THETAS]
+@lru_cache(maxsize=16)
+def _known(pairs: int) -> np.ndarray:
+    """Angles a token of each pair under each known base: (bases, pairs), never to be written."""
+    return np.stack([theta ** (-np.arange(pairs) / pairs) for theta in THETAS])
 
 
-def _misfit(own: np.ndarray, table: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
-    """The energy a table leaves over n tokens where `own` angles leave none, as a part of a head's. Returns (outer,)."""
-    off = np.abs(np.angle(np.exp(1j * (own - table))))
+def _misfits(own: np.ndarray, table: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
+    """The energy a table leaves over n tokens where `own` angles leave none, in energies of a head. Returns (outer,)."""
+    off = own - table
+    off -= np.rint(off * (0.5 / np.pi)) * (2 * np.pi)
     left: np.ndarray = (weight * np.minimum(1.0, (off * n) ** 2 / 12)).sum(axis=1)
     return left
-

@@ -53,8 +53,8 @@ class KvKernel(Protocol):
         """`reference_turn.kv_lags`."""
 
     def kv_sums(
-        self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`reference_turn.kv_sums`."""
 
     def kv_code_means(

@@ -106,7 +106,7 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
     turns = ctypes.POINTER(_Turns)
     library.kvk_kv_lags.argtypes = (i, i, i, p, rows, turns, i, p, p)
-    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p)
+    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, i, i, p)
     library.kvk_kv_code_means.argtypes = (i, rows, turns, p, p, p, p)
     library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, turns, p, p, p, p)
@@ -210,18 +210,20 @@ class CpuKernel:
         return sums
 
     def kv_sums(
-        self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`reference_turn.kv_sums`."""
         still = torch.empty(rows.outer, rows.groups, rows.inner, rows.d, dtype=torch.float32, device="cpu")
-        gains = torch.zeros(rows.outer, rows.inner, rotary.channels // 2, dtype=torch.float32, device="cpu")
+        gains = torch.empty(rows.outer, rows.inner, rotary.channels // 2, dtype=torch.float32, device="cpu")
         turned, turns = still, None
         if tangents is not None:
             turned = torch.zeros_like(still)
             turns = _Turns(tangents.data_ptr(), None, *rotary)
-        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr())
+        shape = (rows.outer, rows.groups, rows.inner, 2)
+        energies = torch.empty(shape, dtype=torch.float64, device="cpu") if content else None
+        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr(), *rotary, _place(energies))
         _checked(self.library.kvk_kv_sums(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, turns, *where))
-        return still, turned, gains
+        return still, turned, gains, None if energies is None else energies.sum(dim=1)
 
     def kv_code_means(
         self, rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor

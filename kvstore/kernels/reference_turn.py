@@ -9,11 +9,10 @@ The functions have the signatures of a kernel (`kernels.KvKernel`). Pure, any th
 
 import torch
 
-from kvstore.errors import CodecError
 from kvstore.kernels.cpu import Rotary, Rows, Turns
+from kvstore.kernels.reference_content import energies
 from kvstore.kernels.reference_kv import (
     GROUP,
-    REFUSED,
     RotatedBlocks,
     decode_rotated,
     encode_rotated,
@@ -79,12 +78,12 @@ def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tup
 
 
 def kv_sums(
-    x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Sums over each group as it stands and in the turning frame, and the energy that turning means take beyond still ones.
 
     tangents: float32 (outer, pairs), or None. Returns float32 (outer, groups, inner, d) twice (the first one twice without
-    tangents), and (outer, inner, pairs).
+    tangents), (outer, inner, pairs), which without tangents is not to be read, and where asked for `kv_content`.
     """
     values = seen(x, rows).to(torch.float32)
     still = torch.zeros(rows.outer, rows.groups, rows.inner, rows.d, dtype=torch.float32, device=x.device)
@@ -92,25 +91,34 @@ def kv_sums(
         for t in range(start, stop):
             still[:, g] += values[:, t]
     gains = torch.zeros(rows.outer, rows.inner, rotary.channels // 2, dtype=torch.float32, device=x.device)
+    found = energies(values, rotary) if content else None
     if tangents is None:
-        return still, still, gains
+        return still, still, gains, found
     turned = torch.zeros_like(still)
+    for g, (start, stop) in enumerate(groups_of(rows)):
+        own = paired(still[:, g], rotary)
+        both = _turned_back(paired(values[:, start:stop], rotary), tangents)
+        for to, total in zip(paired(turned[:, g], rotary), both, strict=True):
+            to.copy_(total)
+        more = both[0] * both[0] + both[1] * both[1] - (own[0] * own[0] + own[1] * own[1])
+        gains += more / torch.full_like(more, stop - start)
+    return still, turned, gains, found
+
+
+def _turned_back(
+    pairs: tuple[torch.Tensor, torch.Tensor], tangents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of one group over its tokens, each turned back to the first. pairs: (outer, n, inner, pairs) twice."""
+    re, im = pairs
     sine, chord = (part[:, None] for part in angles(tangents))
     cosine = torch.ones_like(chord) - chord * 0.5
-    re, im = paired(values, rotary)
-    for g, (start, stop) in enumerate(groups_of(rows)):
-        c, s = torch.ones_like(cosine), torch.zeros_like(sine)
-        a, b = torch.zeros_like(gains), torch.zeros_like(gains)
-        for t in range(start, stop):
-            a += re[:, t] * c + im[:, t] * s
-            b += im[:, t] * c - re[:, t] * s
-            c, s = c * cosine - s * sine, c * sine + s * cosine
-        to, own = paired(turned[:, g], rotary), paired(still[:, g], rotary)
-        to[0].copy_(a)
-        to[1].copy_(b)
-        more = a * a + b * b - (own[0] * own[0] + own[1] * own[1])
-        gains += more / torch.full_like(more, stop - start)
-    return still, turned, gains
+    c, s = torch.ones_like(cosine), torch.zeros_like(sine)
+    a, b = torch.zeros_like(re[:, 0]), torch.zeros_like(re[:, 0])
+    for t in range(re.shape[1]):
+        a += re[:, t] * c + im[:, t] * s
+        b += im[:, t] * c - re[:, t] * s
+        c, s = c * cosine - s * sine, c * sine + s * cosine
+    return a, b
 
 
 def bits_of(turning: torch.Tensor, pairs: int) -> torch.Tensor:
@@ -217,7 +225,6 @@ def kv_decode(
     seen(out, rows).copy_(values if means is None else values + unrolled(rows, means, turns))
 
 
-def refused(found: object) -> None:
-    """Raise CodecError for None: values that are not finite."""
-    if found is None:
-        raise CodecError(REFUSED)
+def kv_content(x: torch.Tensor, rows: Rows, rotary: Rotary) -> torch.Tensor:
+    """`reference_content.energies` of rows of x."""
+    return energies(seen(x, rows), rotary)
