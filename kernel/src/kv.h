@@ -163,6 +163,32 @@ struct Kv {
         return true;
     }
 
+    // Codes of a piece's blocks, step by step for all of them: no block waits for its own sums and divisions.
+    static bool encode_piece(const float* v, int n, int block, uint8_t* codes, Sums* sums) {
+        constexpr int kMost = kPiece / 32;
+        alignas(64) float most[kMost], by[kMost];
+        const int blocks = (n + block - 1) / block;
+        bool usual = true;
+        for (int b = 0; b < blocks; ++b) {
+            const uint32_t bits = Isa::absmax_bits(v + b * block, block);
+            most[b] = from_bits(bits);
+            usual &= bits < 0x7f800000u && most[b] >= 1e-15f;
+        }
+        if (!usual) {
+            for (int b = 0; b < blocks; ++b)
+                if (!encode_block(v + b * block, block, codes + b * block / 2, sums + b)) return false;
+            return true;
+        }
+        for (int b = 0; b < blocks; ++b) by[b] = 127.0f / most[b];
+        for (int b = 0; b < blocks; ++b) most[b] *= from_bits(kvk::kClipBits[Isa::best_clip(v + b * block, block, by[b])]);
+        for (int b = 0; b < blocks; ++b) by[b] = 1.0f / most[b];
+        if (block == 32)
+            for (int b = 0; b < blocks; ++b) sums[b] = Isa::template code_block<32>(v + 32 * b, by[b], codes + 16 * b);
+        else
+            for (int b = 0; b < blocks; ++b) sums[b] = Isa::template code_block<64>(v + 64 * b, by[b], codes + 32 * b);
+        return true;
+    }
+
     // Scales of a tile as bytes under its top, and each block's squared error. False where one is not finite.
     static bool code_scales(const Sums* sums, int n, uint8_t* scales, int16_t* top_out, float* error) {
         int32_t rounded[kvk::kScaleGroup];
@@ -202,8 +228,8 @@ struct Kv {
                 gather(dtype, x, means, turned.get(), n, &walk, piece);
                 Isa::rotate(piece, n, rows.size);
                 for (int i = n; i % rows.block; ++i) piece[i] = 0.0f;
-                for (int i = 0; i < n; i += rows.block, ++done)
-                    if (!encode_block(piece + i, rows.block, codes + (at + i) / 2, sums + done)) return KVK_NOT_FINITE;
+                if (!encode_piece(piece, n, rows.block, codes + at / 2, sums + done)) return KVK_NOT_FINITE;
+                done += (n + rows.block - 1) / rows.block;
             }
             const int64_t first = t * kvk::kScaleGroup;
             if (!code_scales(sums, done, scales + first, tops + t, error + first)) return KVK_NOT_FINITE;
