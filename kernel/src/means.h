@@ -230,14 +230,15 @@ struct Turn {
     }
     static bool takes(const uint8_t* mask, int pair) { return mask[pair / 8] >> (pair % 8) & 1; }
 
-    // The exponent whose 127 steps hold n means, and their codes.
+    // The exponent whose 127 steps hold n means, and their codes. A quarter of a step over is 127 as well: so the largest
+    // code is found again where only rounding made the mean larger.
     static uint8_t code_eight(const float* mean, int n, int8_t* codes) {
         uint32_t most = 0;
         for (int i = 0; i < n; ++i) {
             const uint32_t bits = to_bits(mean[i]) & 0x7fffffffu;
             most = bits > most ? bits : most;
         }
-        const uint32_t step = to_bits(from_bits(most) / 127.0f);
+        const uint32_t step = to_bits(from_bits(most) / 127.25f);
         uint32_t exponent = (step >> 23) + ((step & 0x7fffffu) != 0);
         if (step < 0x00800000u) exponent = 0;
         if (exponent > kvk::kMeanTop) exponent = kvk::kMeanTop;

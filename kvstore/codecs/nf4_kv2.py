@@ -41,8 +41,9 @@ from kvstore.kernels.tables import table
 
 MEANS_MIN = 13
 """Tokens that share a mean, at least: 9 bits a channel are 0.7 bits a value then."""
-KEPT_MIN = 28
-"""Tokens of a chunk that keeps one in 16 bits, at least; with means that is 0.74 bits a value."""
+KEPT_MIN, KEPT_ALL = 32, 33
+"""Tokens of a chunk that keeps one in 16 bits, at least (with means that is 0.65 bits a value), and of one that keeps all
+that stand apart."""
 _TANGENT_MAX = 1e6
 _DECODED = 0.003
 """Of a block's energy: an error below is that of values that were decoded from four bits before. Fresh ones have 0.0075."""
@@ -149,7 +150,7 @@ def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
     if tokens < KEPT_MIN:
         return ()
     kept = standing_apart(rows, part, hints)
-    return kept if tokens >= reference_kv.GROUP else kept[: max(1, tokens // 16 - 1)]
+    return kept if tokens >= KEPT_ALL else kept[:1]
 
 
 def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":

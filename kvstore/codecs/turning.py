@@ -33,8 +33,8 @@ _SEEN = 3.5
 """Times the noise of sum z[t] conj z[t-lag]: what shows that a pair turns."""
 _MISFIT = 0.02
 """Of a head's energy: what a table of angles may leave."""
-_TABLES_BITS, _TABLE_BITS = 0.0625, 0.18
-"""Bits a value that several tables of angles, and a single one, may cost."""
+_TABLES_BITS, _TABLE_BITS, _SHORT_BITS = 0.0625, 0.18, 0.05
+"""Bits a value that several tables of angles may cost, a single one, and one in a chunk of less than a group."""
 _TINY = 1e-30
 
 
@@ -61,7 +61,7 @@ def means_of(
     content: whether the energies are wanted. like: means of nearly the same values, whose angles are taken if known.
     """
     tangents, power, known = None, None, False
-    if rows.tokens >= TURNING_MIN and rotary.channels and 16 <= _TABLE_BITS * rows.outer * rows.tokens * rows.inner:
+    if _may_turn(rows, rotary):
         sampled, n = min(SAMPLED, rows.groups), min(rows.tokens, GROUP)
         lags = (1, max(2, n // 8), n // 2)
         seen = kernel.kv_lags(x, rows, rotary, sampled, lags).cpu().numpy().astype(np.float64)
@@ -80,6 +80,12 @@ def means_of(
             turns = Turns(rotary, tangents, bytes_of(mask))
     codes, scales = kernel.kv_code_means(rows, turns, still, sums)
     return Means(codes, scales, kernel.kv_expand_eights(rows, codes, scales), turns, known, energies)
+
+
+def _may_turn(rows: Rows, rotary: Rotary) -> bool:
+    """Whether there is room for a table of angles."""
+    bits = _TABLE_BITS if rows.tokens >= GROUP else _SHORT_BITS
+    return rows.tokens >= TURNING_MIN and rotary.channels > 0 and 16 <= bits * rows.outer * rows.tokens * rows.inner
 
 
 def _turning(gains: np.ndarray, power: np.ndarray, rows: Rows, sampled: int) -> np.ndarray:

@@ -21,6 +21,9 @@ from kvstore.kernels.reference_kv import (
 
 EIGHT = 8
 """Channels that share the exponent of their means: one bias of hundreds costs its neighbours alone their precision."""
+LARGEST = 127.25
+"""Steps that the largest mean of eight has at most. A quarter over 127 is 127 as well: so it is found again where only
+rounding made the mean larger."""
 MEAN_TOP = 246
 """The largest exponent: 127 * 2**(246 - 127) is finite."""
 LAG_SUMS = 8
@@ -151,7 +154,7 @@ def kv_code_means(
     mean = total * (1.0 / counts).to(total.device)[None, :, None, None]
     eights = torch.nn.functional.pad(mean, (0, -rows.d % EIGHT)).unflatten(-1, (-1, EIGHT))
     most = eights.abs().amax(dim=-1)
-    step = (most / torch.full_like(most, 127.0)).view(torch.int32)
+    step = (most / torch.full_like(most, LARGEST)).view(torch.int32)
     exponent = (step >> 23) + ((step & 0x7FFFFF) != 0).to(torch.int32)
     exponent = torch.where(step < 0x00800000, torch.zeros_like(exponent), exponent).clamp_(max=MEAN_TOP)
     inverse = torch.where(exponent > 0, (254 - exponent) << 23, torch.zeros_like(exponent)).view(torch.float32)
