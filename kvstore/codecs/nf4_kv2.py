@@ -105,6 +105,7 @@ class NF4KV2:
         if role == "packed":
             for suffix in JOINED:
                 parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
+        parts["scale"] = torch.cat((parts["scale"], parts.pop("scale_top").view(torch.uint8)))
         encoded = EncodedTensor(spec, self.name, parts, attrs)
         known = [error for error in errors if error is not None]
         if len(known) == len(errors):
@@ -141,7 +142,6 @@ class NF4KV2:
                 checked_kept(tensor, plane, prefix)
             if plane.groups:
                 _checked_means(tensor, plane, prefix)
-                _checked_turns(tensor, plane, prefix)
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
@@ -208,14 +208,14 @@ def _without_outliers(coded: torch.Tensor, plane: Plane2) -> torch.Tensor:
 
 
 def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]) -> None:
-    parts[f"{prefix}mean"], parts[f"{prefix}mean_scale"] = means.codes, means.scales
-    if means.turns is None:
-        return
-    rotary, tangents, turning = means.turns
-    tables, of = torch.unique(tangents, dim=0, return_inverse=True)
-    parts[f"{prefix}tangent"], parts[f"{prefix}turning"] = tables, turning
-    parts[f"{prefix}tangent_of"] = of.to(torch.int32)
-    attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
+    """All that is said of means in one part: each part of a tensor costs as much as 864 bytes."""
+    made = [means.codes, means.scales]
+    if means.turns is not None:
+        rotary, tangents, turning = means.turns
+        tables, of = torch.unique(tangents, dim=0, return_inverse=True)
+        made += [turning, of.to(torch.int32), tables]
+        attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
+    parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
 
 
 def _missed(rows: torch.Tensor, plane: Plane2, kept: torch.Tensor | None, error: torch.Tensor) -> torch.Tensor:
@@ -273,8 +273,8 @@ def _decode_plane(encoded: EncodedTensor, plane: Plane2, prefix: str, out: torch
     kernel, where = _arithmetic(out), plane.rows(plane.tokens)
     means, turns = None, None
     if plane.groups:
-        means = kernel.kv_expand_eights(where, *_checked_means(encoded, plane, prefix))
-        turns = _checked_turns(encoded, plane, prefix)
+        codes, scales, turns = _checked_means(encoded, plane, prefix)
+        means = kernel.kv_expand_eights(where, codes, scales)
     kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, plane.lead :], turns)
     if kept is not None and plane.lead == len(plane.kept):  # a slice: an index costs 40 us
         out[:, : plane.lead].copy_(kept)
@@ -297,50 +297,66 @@ def _planes(
     encoded: EncodedTensor, like: torch.Tensor, role: str, token_axis: int
 ) -> list[tuple[Plane2, str, torch.Tensor, EncodedTensor]]:
     """Plane, prefix, rows, and the tensor whose parts are theirs; CodecError unless there are these parts and no others."""
-    planes = planes_of(like, role, token_axis)
+    halves = planes_of(like, role, token_axis)
+    planes = [
+        Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1])) for prefix, part, rows in halves
+    ]
+    encoded = _with_tops(encoded, planes)
     if role == "packed":
-        encoded = split_packed(encoded, [rows for _prefix, _part, rows in planes], Plane2)
+        encoded = split_packed(encoded, [rows for _prefix, _part, rows in halves], Plane2)
     found = []
     names: list[str] = []
-    for prefix, part, rows in planes:
-        plane = Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
+    for plane, (prefix, _part, rows) in zip(planes, halves, strict=True):
         names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
         names += [f"{prefix}kept"] * bool(plane.kept)
-        names += [f"{prefix}mean", f"{prefix}mean_scale"] * bool(plane.groups)
-        if plane.groups and f"{prefix}rotary" in encoded.attrs:
-            names += [f"{prefix}tangent", f"{prefix}tangent_of", f"{prefix}turning"]
+        names += [f"{prefix}mean"] * bool(plane.groups)
         found.append((plane, prefix, rows, encoded))
     require_names(encoded, names)
     return found
 
 
-def _checked_means(encoded: EncodedTensor, plane: Plane2, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means."""
+def _with_tops(encoded: EncodedTensor, planes: list[Plane2]) -> EncodedTensor:
+    """The tensor with the tops, which lie behind the scales, as a part of their own."""
+    scales = sum(plane.blocks for plane in planes)
+    tops = 2 * sum(-(-plane.blocks // reference_kv.SCALE_GROUP) for plane in planes)
+    if "scale_top" in encoded.parts:
+        raise CodecError("nf4-kv2 has its tops behind its scales")
+    both = require_part(encoded, "scale", torch.uint8, scales + tops)
+    parts = {**encoded.parts, "scale": both[:scales], "scale_top": both[scales:].clone().view(torch.int16)}
+    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
+
+
+def _checked_means(
+    encoded: EncodedTensor, plane: Plane2, prefix: str
+) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+    """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means, and which turn."""
     shape = (plane.outer, plane.groups, plane.inner)
     eights = -(-plane.d // reference_turn.EIGHT)
-    codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d)
-    scales = require_part(encoded, f"{prefix}mean_scale", torch.uint8, prod(shape) * eights)
+    n, more = prod(shape) * plane.d, prod(shape) * eights
+    rotary = _rotary(encoded.attrs, prefix, plane.d)
+    pairs = 0 if rotary is None else rotary.channels // 2
+    turning, of = plane.outer * plane.inner * -(-pairs // 8), 4 * plane.outer if pairs else 0
+    found = encoded.parts.get(f"{prefix}mean")
+    held = 0 if found is None else found.numel() - (n + more + turning + of)
+    tables = max(1, held // (4 * pairs)) if pairs else 0
+    whole = require_part(encoded, f"{prefix}mean", torch.uint8, n + more + turning + of + 4 * tables * pairs)
+    codes, scales, bits, at, table = torch.split(whole, [n, more, turning, of, 4 * tables * pairs])
     if int(scales.max()) > reference_turn.MEAN_TOP:
         raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {int(scales.max())}")
-    return codes.view(*shape, plane.d), scales.view(*shape, eights)
+    turns = None
+    if rotary is not None:
+        tangents = _checked_angles(at.clone().view(torch.int32), table.clone().view(torch.float32).view(tables, pairs))
+        turns = Turns(rotary, tangents, bits.clone().view(plane.outer, plane.inner, -1))
+    return codes.view(torch.int8).view(*shape, plane.d), scales.view(*shape, eights), turns
 
 
-def _checked_turns(encoded: EncodedTensor, plane: Plane2, prefix: str) -> Turns | None:
-    """Which means turn and how fast; None where none does."""
-    rotary = _rotary(encoded.attrs, prefix, plane.d)
-    if rotary is None:
-        return None
-    pairs = rotary.channels // 2
-    part = encoded.parts.get(f"{prefix}tangent")
-    count = 0 if part is None else part.numel() // pairs
-    tables = require_part(encoded, f"{prefix}tangent", torch.float32, count * pairs).view(-1, pairs)
-    of = require_part(encoded, f"{prefix}tangent_of", torch.int32, plane.outer)
-    turning = require_part(encoded, f"{prefix}turning", torch.uint8, plane.outer * plane.inner * -(-pairs // 8))
-    if count < 1 or not bool(((of >= 0) & (of < count)).all()):
-        raise CodecError(f"nf4-kv2: a slab names none of {count} tables of angles")
+def _checked_angles(of: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """The tangents of each slab (outer, pairs), from the index of its table."""
+    if not bool(((of >= 0) & (of < tables.shape[0])).all()):
+        raise CodecError(f"nf4-kv2: a slab names none of {tables.shape[0]} tables of angles")
     if not bool((tables.abs() <= _TANGENT_MAX).all()):
         raise CodecError(f"nf4-kv2: tangents of half angles lie within {_TANGENT_MAX:g}")
-    return Turns(rotary, tables[of.long()].contiguous(), turning.view(plane.outer, plane.inner, -1))
+    return tables[of.long()].contiguous()
 
 
 def _rotary(attrs: Mapping[str, object], prefix: str, d: int) -> Rotary | None:

@@ -297,11 +297,11 @@ def damaged(encoded: EncodedTensor) -> Iterator[tuple[str, EncodedTensor]]:
     for key in [key for key in keys if key in encoded.attrs]:
         for value in (None, "x", -1, 3.5, "0,0", "9,1", "-1", "100000", [], 10**30, 0, 7, 66, 10**6):
             yield f"{key}={value}", replace(encoded, attrs={**encoded.attrs, key: value})
-    nan = float("nan")
-    for suffix, value in (("tangent", nan), ("tangent", 1e9), ("tangent_of", -1), ("tangent_of", 3), ("mean_scale", 255)):
-        if suffix in encoded.parts:
-            full = torch.full_like(encoded.parts[suffix], value)
-            yield f"{suffix}={value}", replace(encoded, parts={**encoded.parts, suffix: full})
+    if "mean" in encoded.parts:
+        for at, byte in ((slice(512, 576), 255), (slice(-32 * 4, None), 0x7F), (slice(-32 * 4 - 8, -32 * 4), 0x80)):
+            mean = encoded.parts["mean"].clone()
+            mean[at] = byte
+            yield f"{byte} in {at}", replace(encoded, parts={**encoded.parts, "mean": mean})
     yield "one part more", replace(encoded, parts={**encoded.parts, "v.mean": torch.zeros(4)})
     yield "larger", replace(encoded, spec=TensorSpec("float32", (200, *encoded.spec.shape[1:])))
     yield "smaller", replace(encoded, spec=TensorSpec("float32", (1, *encoded.spec.shape[1:])))
@@ -312,7 +312,7 @@ def test_malformed_parts_and_attributes_raise(path: str) -> None:
     packed = torch.cat((x, torch.randn(x.shape)), dim=-1)
     for name, some in (("k", x), ("v", x), ("kv", packed)):
         encoded = NF4KV2().encode(name, some)
-        assert ("tangent" in encoded.parts) == (name != "v")
+        assert ("rotary" in encoded.attrs) == (name != "v")
         for what, broken in damaged(encoded):
             for reads in (NF4KV2().decode, NF4KV2().check):
                 with pytest.raises(CodecError):
@@ -333,7 +333,7 @@ def test_any_bytes_in_the_right_places_stay_inside_their_buffers(path: str, seed
             kept = part.contiguous().view(torch.uint8).view(-1)
             hit = torch.rand(noise.shape, generator=g) < 10.0 ** -float(torch.rand((), generator=g) * 3)
             fuzzed = torch.where(hit, noise, kept).view(part.dtype).view(part.shape)
-            parts[suffix] = fuzzed if suffix not in {"tangent_of", "scale_top", "kept"} else part
+            parts[suffix] = fuzzed if suffix not in {"scale_top", "kept"} else part
         try:
             assert NF4KV2().decode(replace(encoded, parts=parts)).shape == x.shape
         except CodecError:
