@@ -65,7 +65,7 @@ class Model:
         """K and V of ids (1, tokens), float32 (layers, tokens, heads, dim)."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache()  # every layer whole: where a window slides, the mask says so
         self._model(ids, past_key_values=cache, logits_to_keep=1)
         keys = torch.stack([layer.keys[0] for layer in cache.layers]).transpose(1, 2)
         values = torch.stack([layer.values[0] for layer in cache.layers]).transpose(1, 2)
@@ -75,7 +75,7 @@ class Model:
         """Log probabilities (tokens, vocabulary) of a continuation after a prefix."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache()  # every layer whole: where a window slides, the mask says so
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k.transpose(0, 1)[None].contiguous(), v.transpose(0, 1)[None].contiguous(), layer)
         return torch.log_softmax(self._model(ids, past_key_values=cache).logits[0], dim=-1)

@@ -232,7 +232,20 @@ def test_arguments_that_make_no_sense_are_refused():
         cpu.Rows(1, 1, 1, 64, 64, 64, 64, 2),
     ]
     for row in rows:
-        assert library.kvk_kv_encode(0, 1, 0, 0, ctypes.byref(row), 0, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_encode(0, 1, 0, 0, row, 0, None, 0, 0, 0, 0) == 2
+    good = cpu.Rows(1, 70, 2, 64, 70 * 128, 64, 32, 1)
+    x, sums = torch.zeros(70 * 128), torch.zeros(70 * 128)
+    for rotary in (0, 1, 63, 66, -2):
+        turns = cpu._Turns(sums.data_ptr(), sums.data_ptr(), rotary, 0)
+        at = (x.data_ptr(), good, turns)
+        assert library.kvk_kv_lags(0, 1, 0, *at, 1, (ctypes.c_int32 * 3)(1, 2, 3), sums.data_ptr()) == 2
+        assert library.kvk_kv_sums(0, 1, 0, *at, 0, 0, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_encode(0, 1, 0, x.data_ptr(), good, 0, turns, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_decode(0, 1, 0, 0, 0, 0, 0, turns, good, 0) == 2
+        assert library.kvk_kv_code_means(1, good, turns, 0, 0, 0, 0) == 2
+    many = cpu.Rows(1, 300, 2, 64, 300 * 128, 64, 32, 1)
+    assert library.kvk_kv_sums(0, 1, 0, 0, many, None, 0, 0, 0, 0, 0, 0) == 2, "a last group of 300 tokens"
+    assert library.kvk_kv_lags(0, 1, 0, 0, good, cpu._Turns(None, None, 64, 0), 2, (ctypes.c_int32 * 3)(1, 2, 3), 0) == 2
     assert library.kvk_nf4_encode(99, 1, 0, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 9, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 0, 0, -1, 0, 0, 0) == 2
@@ -245,8 +258,8 @@ def test_a_kernel_with_wrong_bytes_is_not_used(caplog):
     assert best(KERNELS) is KERNELS[-1]
 
     class Wrong(cpu.CpuKernel):
-        def kv_decode(self, coded, means, rows, out):
-            super().kv_decode(coded, means, rows, out)
+        def kv_decode(self, coded, means, rows, out, turns=None):
+            super().kv_decode(coded, means, rows, out, turns)
             out.view(-1)[4711] = out.view(-1)[4711] * 1.0001 + 1
 
     wrong = Wrong(KERNELS[-1].library, KERNELS[-1].isa)
