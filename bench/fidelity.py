@@ -267,9 +267,8 @@ def line(row: dict[str, Any]) -> str:
     value = "-" if row["value"] is None else f"{row['value']:.6g}"
     ratios = "".join(f"  {who} x{ratio:g}" for who, ratio in row["ratios"].items())
     p = row["params"]
-    return (
-        f"{p['model']:13} {p['text']:16} {row['name']:17} {p['bits']:6.3f} bits  {p['metric']:18} {value:>12} {row['unit']:4}{ratios}"
-    )
+    head = f"{p['model']:13} {p['text']:16} {row['name']:17} {p['bits']:6.3f} bits  {p['metric']:18}"
+    return f"{head} {value:>12} {row['unit']:4}{ratios}"
 
 
 def main() -> None:
@@ -277,7 +276,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--text", type=Path, nargs="+", default=list(DEFAULT_TEXTS), help="plain text files")
-    parser.add_argument("--model", nargs="+", default=[models.SMOLLM2], help=f"{', '.join(models.NAMES)}, a file or DIR")
+    parser.add_argument(
+        "--model", nargs="+", default=[models.SMOLLM2], help=f"{', '.join(models.NAMES)}, a file or DIR"
+    )
     parser.add_argument("--continuation", type=int, default=CONTINUATION, help="tokens that are judged, %(default)s")
     parser.add_argument("--codec", nargs="+", default=[], choices=CODECS, help="these alone")
     parser.add_argument("--plot", type=Path, help="write KL against bits as an SVG")

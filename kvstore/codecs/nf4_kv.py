@@ -295,6 +295,7 @@ def checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> referen
 
 
 def checked_kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Tensor:
+    """The kept tokens (outer, kept, inner, d), finite."""
     part = encoded.parts.get(f"{prefix}kept")
     shape = (plane.outer, len(plane.kept), plane.inner, plane.d)
     dtype = torch.bfloat16 if part is not None and part.dtype == torch.bfloat16 else torch.float16
@@ -336,13 +337,15 @@ def kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
 
 
 def stored_role(attrs: Mapping[str, object]) -> str:
+    """The role among attributes; CodecError for none."""
     role = attrs.get("role")
-    if role not in ("key", "value", "packed", "plain"):  # noqa: PLR6201 - a stranger's need not have a hash
+    if role not in ("key", "value", "packed", "plain"):
         raise CodecError(f"nf4-kv knows no role {role!r}")
     return str(role)
 
 
 def stored_token_axis(attrs: Mapping[str, object]) -> int:
+    """The token axis among attributes; CodecError for none."""
     axis = attrs.get("token_axis")
     if isinstance(axis, bool) or not isinstance(axis, int) or axis >= -1:
         raise CodecError(f"nf4-kv needs a token_axis below -1, not {axis!r}")

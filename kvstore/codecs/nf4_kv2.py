@@ -42,11 +42,11 @@ from kvstore.kernels.tables import table
 MEANS_MIN = 13
 """Tokens that share a mean, at least: 9 bits a channel are 0.7 bits a value then."""
 KEPT_MIN, KEPT_ALL = 32, 33
-"""Tokens of a chunk that keeps one in 16 bits, at least (with means that is 0.65 bits a value), and of one that keeps all
+"""Tokens of a chunk that keeps one in 16 bits, at least (0.65 bits a value with means), and of one that keeps all
 that stand apart."""
 _TANGENT_MAX = 1e6
 _DECODED = 0.003
-"""Of a block's energy: an error below is that of values that were decoded from four bits before. Fresh ones have 0.0075."""
+"""Of a block's energy: an error below is that of values that were decoded from four bits before; fresh: 0.0075."""
 _BLOCKS_LOOKED_AT = 256
 _ROUNDS = 4
 
@@ -228,7 +228,7 @@ def _missed(rows: torch.Tensor, plane: Plane2, kept: torch.Tensor | None, error:
 
 
 def _decoded_before(blocks: Coded, block: int) -> bool:
-    """Whether the blocks fit their values far better than four bits fit fresh ones: those were decoded from four bits."""
+    """Whether blocks fit their values far better than four bits fit fresh ones: those were decoded before."""
     codes, scales, tops, error = (part.cpu().numpy() for part in blocks)
     at = np.linspace(0, error.size - 1, min(error.size, _BLOCKS_LOOKED_AT)).astype(np.int64)
     group = reference_kv.SCALE_GROUP
@@ -296,10 +296,11 @@ def _checked_spec(encoded: EncodedTensor) -> tuple[str, int]:
 def _planes(
     encoded: EncodedTensor, like: torch.Tensor, role: str, token_axis: int
 ) -> list[tuple[Plane2, str, torch.Tensor, EncodedTensor]]:
-    """Plane, prefix, rows, and the tensor whose parts are theirs; CodecError unless there are these parts and no others."""
+    """Plane, prefix, rows, and the tensor that has their parts; CodecError unless it has these and no others."""
     halves = planes_of(like, role, token_axis)
     planes = [
-        Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1])) for prefix, part, rows in halves
+        Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
+        for prefix, part, rows in halves
     ]
     encoded = _with_tops(encoded, planes)
     if role == "packed":

@@ -85,14 +85,14 @@ def means_of(
 def _may_turn(rows: Rows, rotary: Rotary) -> bool:
     """Whether there is room for a table of angles."""
     bits = _TABLE_BITS if rows.tokens >= GROUP else _SHORT_BITS
-    return rows.tokens >= TURNING_MIN and rotary.channels > 0 and 16 <= bits * rows.outer * rows.tokens * rows.inner
+    return rows.tokens >= TURNING_MIN and rotary.channels > 0 and bits * rows.outer * rows.tokens * rows.inner >= 16
 
 
 def _turning(gains: np.ndarray, power: np.ndarray, rows: Rows, sampled: int) -> np.ndarray:
     """Which heads turn: those where turning means take more energy than noise ever does. Returns bool (outer, inner).
 
-    All pairs of a head together: their sum is seldom near the limit, and falls on the same side when what was decoded is
-    encoded again. sampled: the tokens that `power` is of.
+    All pairs of a head together: their sum is seldom near the limit, and falls on the same side when what was
+    decoded is encoded again. sampled: the tokens that `power` is of.
     """
     limit = power * (_GAIN * np.sqrt(4 * rows.groups * rows.d) / (sampled * rows.d))
     turns: np.ndarray = gains > limit
@@ -172,7 +172,7 @@ def _known(pairs: int) -> np.ndarray:
 
 
 def _misfits(own: np.ndarray, table: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
-    """The energy a table leaves over n tokens where `own` angles leave none, in energies of a head. Returns (outer,)."""
+    """What a table leaves over n tokens where `own` angles leave none, in energies of a head. Returns (outer,)."""
     off = own - table
     off -= np.rint(off * (0.5 / np.pi)) * (2 * np.pi)
     left: np.ndarray = (weight * np.minimum(1.0, (off * n) ** 2 / 12)).sum(axis=1)

@@ -47,9 +47,7 @@ class KvKernel(Protocol):
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
 
-    def kv_lags(
-        self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]
-    ) -> torch.Tensor:
+    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
         """`reference_turn.kv_lags`."""
 
     def kv_sums(

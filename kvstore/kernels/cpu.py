@@ -200,9 +200,7 @@ class CpuKernel:
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
 
-    def kv_lags(
-        self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]
-    ) -> torch.Tensor:
+    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
         """`reference_turn.kv_lags`."""
         sums = torch.empty(rows.outer, rows.inner, rotary.channels // 2, 8, dtype=torch.float32, device="cpu")
         how = (_Turns(None, None, *rotary), sampled, (ctypes.c_int32 * 3)(*lags), sums.data_ptr())

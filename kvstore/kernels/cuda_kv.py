@@ -226,7 +226,9 @@ def kv_encode(
     tables = (table("thresholds", x.device), table("code", x.device), *reference_kv.search_tables(x.device))
     mean = sums if means is None else means  # never read where there are none
     with torch.cuda.device(x.get_device()):
-        _encode[(triton.cdiv(n, TILE),)](x, mean, codes, sums, *tables, *_place(rows, groups), n, blocks, **_sizes(rows, group))
+        _encode[(triton.cdiv(n, TILE),)](
+            x, mean, codes, sums, *tables, *_place(rows, groups), n, blocks, **_sizes(rows, group)
+        )
     coded = reference_kv.under_tops(codes, sums)
     return coded.codes, coded.scales, coded.tops, coded.error
 
@@ -244,7 +246,9 @@ def kv_decode(
     levels = table("code", out.device)
     mean = levels if means is None else means  # never read where there are none
     with torch.cuda.device(out.get_device()):
-        _decode[(triton.cdiv(n, TILE),)](*coded, mean, levels, out, *_place(rows, groups), n, blocks, **_sizes(rows, group))
+        _decode[(triton.cdiv(n, TILE),)](
+            *coded, mean, levels, out, *_place(rows, groups), n, blocks, **_sizes(rows, group)
+        )
 
 
 def _lengths(rows: Rows) -> tuple[int, int]:

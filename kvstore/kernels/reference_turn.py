@@ -56,7 +56,7 @@ def angles(tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
-    """Of each pair over the first `sampled` groups: energy without a still mean, energy, and sums over z[t] conj z[t-lag].
+    """Of each pair over the first `sampled` groups: energy without a still mean, energy, sums of z[t] conj z[t-lag].
 
     Returns float32 (outer, inner, pairs, 8): the sums as real and imaginary parts, lag by lag.
     """
@@ -83,9 +83,9 @@ def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tup
 def kv_sums(
     x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sums over each group as it stands and in the turning frame, and the energy that turning means take beyond still ones.
+    """Sums over each group as it stands and turned back, and the energy that turning means take beyond still ones.
 
-    tangents: float32 (outer, pairs), or None. Returns float32 (outer, groups, inner, d) twice (the first one twice without
+    tangents: float32 (outer, pairs), or None. Returns float32 (outer, groups, inner, d) twice (the first again without
     tangents), (outer, inner, pairs), which without tangents is not to be read, and where asked for `kv_content`.
     """
     values = seen(x, rows).to(torch.float32)
@@ -108,9 +108,7 @@ def kv_sums(
     return still, turned, gains, found
 
 
-def _turned_back(
-    pairs: tuple[torch.Tensor, torch.Tensor], tangents: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _turned_back(pairs: tuple[torch.Tensor, torch.Tensor], tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of one group over its tokens, each turned back to the first. pairs: (outer, n, inner, pairs) twice."""
     re, im = pairs
     sine, chord = (part[:, None] for part in angles(tangents))

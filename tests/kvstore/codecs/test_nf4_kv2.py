@@ -40,7 +40,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INSIDE = Hints(prefix_start=False)
 
 
-def turned(x: torch.Tensor, theta: float, *, first: int = 0, near: bool = False, channels: int | None = None) -> torch.Tensor:
+def turned(
+    x: torch.Tensor, theta: float, *, first: int = 0, near: bool = False, channels: int | None = None
+) -> torch.Tensor:
     """Keys (layers, tokens, heads, dim) after RoPE. near: pairs are neighbours. channels: only the first ones turn."""
     d = channels or x.shape[-1]
     at = torch.arange(first, first + x.shape[1], dtype=torch.float64)[:, None]
@@ -140,7 +142,8 @@ def test_angles_are_found_where_only_some_channels_turn_and_under_any_base(chann
     bias = torch.zeros(64)
     bias[channels // 8] = 150
     x = turned(content + bias, theta, channels=channels)
-    assert error(NF4KV2(), x, content) <= 0.1 < 0.3 < error(NF4KV(), x, content)
+    assert error(NF4KV2(), x, content) <= 0.1
+    assert error(NF4KV(), x, content) > 0.3
 
 
 def zoo() -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,7 +156,10 @@ def zoo() -> Iterator[tuple[str, torch.Tensor]]:
     yield "turning means", turned(noise + still, 1e4)
     yield "both", turned(noise + still, 1e4) + other
     yield "half turning, half still", torch.cat((turned(noise + still, 5e5)[..., :32], (noise + other)[..., 32:]), -1)
-    yield "another base in each layer", torch.cat([turned(noise[i : i + 1] + still, t) for i, t in enumerate((1e4, 3e4, 1e6))])
+    yield (
+        "another base in each layer",
+        torch.cat([turned(noise[i : i + 1] + still, t) for i, t in enumerate((1e4, 3e4, 1e6))]),
+    )
     yield "one head turns", torch.cat((turned(noise[:, :, :1] + still, 1e4), noise[:, :, 1:] + other), dim=2)
     yield "another size in each layer", turned(noise + still, 1e4) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None, None]
     yield "an outlying channel", noise * torch.where(torch.arange(64) == 5, 30.0, 1.0)
@@ -202,7 +208,9 @@ def test_short_chunks_take_at_most_five_bits_a_value(tokens: int, start: bool | 
 
 def test_a_chunk_of_256_tokens_takes_at_most_4_32_bits_a_value() -> None:
     x = turned(torch.randn(30, 256, 3, 64) + 5 * torch.randn(64), 1e6)
-    entry = encode_entry(raw_entry(Key(b"chunk"), {"k": x, "v": torch.randn(x.shape)}), NF4KV2(), {"k": INSIDE, "v": INSIDE})
+    entry = encode_entry(
+        raw_entry(Key(b"chunk"), {"k": x, "v": torch.randn(x.shape)}), NF4KV2(), {"k": INSIDE, "v": INSIDE}
+    )
     assert entry.encoding == "nf4-kv2"
     assert entry.nbytes * 8 / (2 * x.numel()) <= 4.32
 
@@ -210,8 +218,10 @@ def test_a_chunk_of_256_tokens_takes_at_most_4_32_bits_a_value() -> None:
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("theta", [None, 1e6, 31234.0], ids=["still", "known base", "unknown base"])
-def test_what_was_decoded_is_encoded_again_without_drifting(theta: float | None, dtype: torch.dtype, start: bool) -> None:
-    """Thirty times. Keys drifted from 0.043 to 0.15: an average of decoded tokens is not the mean they were coded with."""
+def test_what_was_decoded_is_encoded_again_without_drifting(
+    theta: float | None, dtype: torch.dtype, start: bool
+) -> None:
+    """Thirty times. Keys drifted from 0.043 to 0.15: an average of decoded tokens is not the mean they had."""
     g = torch.Generator().manual_seed(9)
     content = torch.randn(2, 256, 2, 64, generator=g)
     bias = 3 * torch.randn(64, generator=g)
@@ -291,7 +301,11 @@ def damaged(encoded: EncodedTensor) -> Iterator[tuple[str, EncodedTensor]]:
         others = {k: v for k, v in encoded.parts.items() if k != suffix}
         yield f"{suffix} missing", replace(encoded, parts=others)
         flat = part.reshape(-1)
-        for what, new in (("short", flat[:-1]), ("long", torch.cat((flat, flat[:1]))), ("of another type", part.double())):
+        for what, new in (
+            ("short", flat[:-1]),
+            ("long", torch.cat((flat, flat[:1]))),
+            ("of another type", part.double()),
+        ):
             yield f"{suffix} {what}", replace(encoded, parts={**others, suffix: new})
     keys = ("role", "token_axis", "kept", "rotary", "interleaved")
     for key in [key for key in keys if key in encoded.attrs]:
@@ -348,7 +362,9 @@ def test_a_record_holds_it() -> None:
     for name, tensor in entry.tensors.items():
         assert parts_of(again.tensors[name]) == parts_of(tensor)
         assert dict(again.tensors[name].attrs) == dict(tensor.attrs)
-    assert {n: raw_bits(x) for n, x in decode_entry(again).items()} == {n: raw_bits(x) for n, x in decode_entry(entry).items()}
+    assert {n: raw_bits(x) for n, x in decode_entry(again).items()} == {
+        n: raw_bits(x) for n, x in decode_entry(entry).items()
+    }
 
 
 def test_golden_vectors_are_written_and_read_the_same_for_ever(path: str) -> None:

@@ -245,7 +245,9 @@ def test_arguments_that_make_no_sense_are_refused():
         assert library.kvk_kv_code_means(1, good, turns, 0, 0, 0, 0) == 2
     many = cpu.Rows(1, 300, 2, 64, 300 * 128, 64, 32, 1)
     assert library.kvk_kv_sums(0, 1, 0, 0, many, None, 0, 0, 0, 0, 0, 0) == 2, "a last group of 300 tokens"
-    assert library.kvk_kv_lags(0, 1, 0, 0, good, cpu._Turns(None, None, 64, 0), 2, (ctypes.c_int32 * 3)(1, 2, 3), 0) == 2
+    assert (
+        library.kvk_kv_lags(0, 1, 0, 0, good, cpu._Turns(None, None, 64, 0), 2, (ctypes.c_int32 * 3)(1, 2, 3), 0) == 2
+    )
     assert library.kvk_nf4_encode(99, 1, 0, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 9, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 0, 0, -1, 0, 0, 0) == 2
