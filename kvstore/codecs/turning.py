@@ -60,7 +60,7 @@ def means_of(
 
     content: whether the energies are wanted. like: means of nearly the same values, whose angles are taken if known.
     """
-    tangents, power, known = None, None, False
+    tangents, known, sampled, power = None, False, 1, np.empty(0)
     if _may_turn(rows, rotary):
         sampled, n = min(SAMPLED, rows.groups), min(rows.tokens, GROUP)
         lags = (1, max(2, n // 8), n // 2)
@@ -107,8 +107,8 @@ def _tokens(rows: Rows, sampled: int) -> int:
 def _left(seen: np.ndarray, lags: tuple[int, ...], n: int) -> np.ndarray:
     """The energy of each head (outer, inner) in the sampled groups without its means, still or turning."""
     last = np.hypot(seen[..., -2], seen[..., -1]) * (n / (n - lags[-1]))
-    left: np.ndarray = np.minimum(seen[..., 0], np.abs(seen[..., 1] - last)).sum(axis=2)
-    return np.maximum(left, _TINY)
+    left: np.ndarray = np.maximum(np.minimum(seen[..., 0], np.abs(seen[..., 1] - last)).sum(axis=2), _TINY)
+    return left
 
 
 def _tangents(seen: np.ndarray, power: np.ndarray, lags: tuple[int, ...], rows: Rows) -> tuple[np.ndarray | None, bool]:

@@ -132,7 +132,7 @@ def bytes_of(mask: torch.Tensor) -> torch.Tensor:
     """The bytes that `bits_of` reads."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     at = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return (padded.unflatten(-1, (-1, 8)) << at).sum(dim=-1).to(torch.uint8)
+    return (padded.view(*mask.shape[:-1], -1, 8) << at).sum(dim=-1).to(torch.uint8)
 
 
 def kv_code_means(
@@ -150,7 +150,7 @@ def kv_code_means(
             to.copy_(torch.where(mask, other, to))
     counts = torch.tensor([stop - start for start, stop in groups_of(rows)], dtype=torch.float32, device="cpu")
     mean = total * (1.0 / counts).to(total.device)[None, :, None, None]
-    eights = torch.nn.functional.pad(mean, (0, -rows.d % EIGHT)).unflatten(-1, (-1, EIGHT))
+    eights = torch.nn.functional.pad(mean, (0, -rows.d % EIGHT)).view(*total.shape[:3], -1, EIGHT)
     most = eights.abs().amax(dim=-1)
     step = (most / torch.full_like(most, LARGEST)).view(torch.int32)
     exponent = (step >> 23) + ((step & 0x7FFFFF) != 0).to(torch.int32)
