@@ -269,3 +269,53 @@ def test_a_kernel_with_wrong_bytes_is_not_used(caplog):
     assert f"instructions={cpu.ISAS[wrong.isa]}" in caplog.text
     assert best(KERNELS[:1]) is KERNELS[0]
     assert best([]) is None
+
+
+OUTPUTS = {"kv_lags": 1, "kv_sums": 4, "kv_code_means": 2, "kv_expand_eights": 1, "kv_encode": 4, "kv_decode": 1}
+
+
+def with_a_wrong_byte(operation, at, applies):
+    """The best kernel, one bit of one output wrong where applies(rows, type, turning)."""
+    right = getattr(cpu.CpuKernel, operation)
+
+    def wrong(self, *args, **more):
+        made = right(self, *args, **more)
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        rows = next(x for x in args if isinstance(x, cpu.Rows))
+        turning = any(isinstance(x, cpu.Turns) for x in args) or (operation == "kv_sums" and len(tensors) == 2)
+        x = args[3] if operation == "kv_decode" else tensors[0]
+        if applies(rows, x.dtype, turning):
+            given = x if made is None else made if isinstance(made, torch.Tensor) else made[at]
+            given.view(torch.uint8).view(-1)[-2 if given.element_size() > 1 else -1] ^= 1
+        return made
+
+    return type("Wrong", (cpu.CpuKernel,), {operation: wrong})(KERNELS[-1].library, KERNELS[-1].isa)
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="one instruction set here: there is none to compare")
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("operation", "at"), [(name, at) for name, n in OUTPUTS.items() for at in range(n)])
+def test_a_kernel_with_one_wrong_bit_in_an_operation_of_turning_means_is_not_used(operation, at, d):
+    turns = operation in {"kv_code_means", "kv_encode", "kv_decode"} or (operation == "kv_sums" and at)
+    due = DTYPES[(at + d // 16) % 3] if operation not in {"kv_code_means", "kv_expand_eights"} else None
+
+    def applies(rows, dtype, turning):
+        return rows.d == d and due in {None, dtype} and rows.groups > 0 and (turning or not turns)
+
+    assert best([*KERNELS[:-1], with_a_wrong_byte(operation, at, applies)]) is KERNELS[-2]
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="one instruction set here: there is none to compare")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_a_kernel_with_one_wrong_bit_in_values_or_under_still_means_is_not_used(d, dtype):
+    for operation in ("kv_encode", "kv_decode"):
+        for block in (32, 64):
+            wrong = with_a_wrong_byte(
+                operation,
+                0,
+                lambda rows, type_, turning, block=block: (
+                    (rows.d, rows.block, type_) == (d, block, dtype) and not turning
+                ),
+            )
+            assert best([*KERNELS[:-1], wrong]) is KERNELS[-2]
