@@ -1,7 +1,7 @@
 """A trial of a kernel on this machine, once, before use: it must write the portable code's bytes.
 
 Each instruction set has its own code, and no test machine has them all; a compiler or an emulator may err as well.
-Wrong codes would be stored as good ones, so a kernel that fails is not used. It takes some 20 ms.
+Wrong codes would be stored as good ones, so a kernel that fails is not used. It takes some 40 ms.
 """
 
 import torch

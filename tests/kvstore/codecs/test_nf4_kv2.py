@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,27 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 SHAPES = [(2, 110, 2, 64), (1, 100, 1, 128), (1, 70, 1, 80), (2, 60, 1, 36), (1, 17, 3, 64), (2, 9, 1, 32), (3, 50, 33)]
 
 
+def some_heads_turn(shape: tuple[int, ...]) -> torch.Tensor:
+    """Keys of which some heads of some layers turn and others do not; a token in the middle stands apart."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=g) + 4 * torch.randn(shape[-1], generator=g)
+    if len(shape) == 4 and shape[-1] % 2 == 0:
+        x[0] = turned(x[:1], 1e4)[0]
+        x[:, shape[1] // 2] += 30
+    return x
+
+
+@cache
+def by_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, name: str, start: bool
+) -> tuple[EncodedTensor, dict[str, Any], bytes]:
+    """Encoded, its parts, and the decoded bytes. Once for all kernels: it is ten times as slow as they are."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "kv_kernel", PATHS["reference"])
+        due = NF4KV2().encode(name, some_heads_turn(shape).to(dtype), Hints(prefix_start=start))
+        return due, parts_of(due), raw_bits(NF4KV2().decode(due))
+
+
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,25 +121,15 @@ SHAPES = [(2, 110, 2, 64), (1, 100, 1, 128), (1, 70, 1, 80), (2, 60, 1, 36), (1,
 def test_every_kernel_writes_and_reads_the_reference_s_bytes(
     fast: str, dtype: torch.dtype, shape: tuple[int, ...], start: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where some heads of some layers turn and others do not, and where a token in the middle stands apart."""
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(shape, generator=g) + 4 * torch.randn(shape[-1], generator=g)
-    if len(shape) == 4 and shape[-1] % 2 == 0:
-        x[0] = turned(x[:1], 1e4)[0]
-        x[:, shape[1] // 2] += 30
-    for name in ("k", "v", "kv"):
-        some = x.to(dtype)
-        if name == "kv" and shape[-1] % 4:
-            continue
-        monkeypatch.setattr(module, "kv_kernel", PATHS[fast])
-        mine = NF4KV2().encode(name, some, Hints(prefix_start=start))
-        decoded = NF4KV2().decode(mine)
-        monkeypatch.setattr(module, "kv_kernel", PATHS["reference"])
-        due = NF4KV2().encode(name, some, Hints(prefix_start=start))
-        assert parts_of(mine) == parts_of(due)
+    x = some_heads_turn(shape).to(dtype)
+    monkeypatch.setattr(module, "kv_kernel", PATHS[fast])
+    for name in ("k", "v", "kv") if shape[-1] % 4 == 0 else ("k", "v"):
+        due, parts, decoded = by_the_reference(shape, dtype, name, start)
+        mine = NF4KV2().encode(name, x, Hints(prefix_start=start))
+        assert parts_of(mine) == parts
         assert {**mine.attrs, "relative_error": 0} == {**due.attrs, "relative_error": 0}
         assert mine.relative_error == pytest.approx(due.relative_error, rel=1e-3)
-        assert raw_bits(decoded) == raw_bits(NF4KV2().decode(due))
+        assert raw_bits(NF4KV2().decode(mine)) == decoded
         NF4KV2().check(mine)
 
 
@@ -223,17 +235,20 @@ def test_what_was_decoded_is_encoded_again_without_drifting(
 ) -> None:
     """Thirty times. Keys drifted from 0.043 to 0.15: an average of decoded tokens is not the mean they had."""
     g = torch.Generator().manual_seed(9)
-    content = torch.randn(2, 256, 2, 64, generator=g)
+    content = torch.randn(2, 128, 2, 64, generator=g)
     bias = 3 * torch.randn(64, generator=g)
     bias[[5, 61]] = 20
     x = (content + bias if theta is None else turned(content + bias, theta)).to(dtype)
-    found, kept, last = [], x, b""
+    kept, first, last = x, 0.0, b""
     for _ in range(30):
         encoded = NF4KV2().encode("k", kept, Hints(prefix_start=start))
         kept = NF4KV2().decode(encoded)
-        found.append(float((x.double() - kept.double()).norm() / content.double().norm()))
+        lost = float((x.double() - kept.double()).norm() / content.double().norm())
+        first = first or lost
         same, last = raw_bits(kept) == last, raw_bits(kept)
-    assert found[29] <= 1.03 * found[0]
+        if same:  # and so would be all that follow
+            break
+    assert lost <= 1.03 * first
     assert encoded.relative_error <= (2e-2 if dtype == torch.bfloat16 else 3e-3), "of the last of them alone"
     if theta != 31234.0 and dtype == torch.float32:
         assert same
