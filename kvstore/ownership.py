@@ -70,6 +70,15 @@ def check_private(path: str | Path, what: str, *, secret: bool) -> None:
             raise ConfigError(f"{what}: {who} can {may} {path}: chmod {remedy} {path}")
 
 
+def read_private(path: str | Path, what: str) -> str:
+    """The ASCII text of a file with a secret. what: the setting, for the message. Raises ConfigError."""
+    try:
+        check_private(path, what, secret=True)
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what}: cannot read {path}: {getattr(error, 'strerror', error)}") from None
+
+
 def everybody_reads(path: str | Path) -> bool:
     """Whether any user of this host may read a file. Raises OSError."""
     return bool(os.stat(path).st_mode & stat.S_IROTH)  # noqa: PTH116 - a Path or text

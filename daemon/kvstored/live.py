@@ -87,7 +87,7 @@ class LiveSettings:
 
     def _take(self, wanted: Settings, origins: Mapping[str, str]) -> Changed:
         before, now = dict(leaves(self._settings)), dict(leaves(wanted))
-        changed = {name: (before[name], now[name]) for name in differing(self._settings, wanted)}
+        changed = {name: (before[name], value) for name, value in now.items() if value != before[name]}
         if changed:
             self._apply(wanted)
         self._settings = wanted

@@ -409,9 +409,7 @@ class RecordLog:
     # The writer's questions.
 
     def _seal_of(self, meta: Meta) -> SealKey | None:
-        owner = meta.owner
-        model = owner.namespace.rpartition("@")[0]
-        return self._seals.sealing((owner.name, owner.namespace, model, owner.tenant))
+        return self._seals.of_owner(meta.owner.tenant, meta.owner.namespace)
 
     def _unwritable(self, key: Key, reason: str) -> None:
         """An entry that can never be written: the writer found out."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kvstore.errors import ConfigError, RecordCorrupt, UnknownSeal
-from kvstore.ownership import check_private
+from kvstore.ownership import read_private
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,13 @@ class Seals:
         found = (self._sealing[name] for name in (*names, EVERYTHING) if name and name in self._sealing)
         return next(found, None)
 
+    def of_owner(self, tenant: str, namespace: str) -> Key | None:
+        """The key for an entry of this owner ("": none); None: it stays in clear."""
+        if not self._sealing:
+            return None
+        both = "/".join(part for part in (tenant, namespace) if part)
+        return self.sealing((both, namespace, namespace.rpartition("@")[0], tenant))
+
     def open(self, sealed: Bytes, bound: bytes) -> Bytes:
         """The opened data, sealed under any of these keys. Raises UnknownSeal, or RecordCorrupt if it does not open."""
         if sealed.size < HEAD_NBYTES + TAG_NBYTES:
@@ -125,11 +132,7 @@ NO_SEALS = Seals({})
 
 def read_keys(path: str | Path, setting: str = "store.cold.key_files") -> list[Key]:
     """The keys of a file, 64 hexadecimal digits a line: the first one seals, all of them open. Raises ConfigError."""
-    try:
-        check_private(path, setting, secret=True)
-        lines = Path(path).read_text(encoding="ascii").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{setting}: cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    lines = read_private(path, setting).split()
     if not lines or not all(map(_KEY.fullmatch, lines)):
         raise ConfigError(
             f"{setting}: {path} must hold 64 hexadecimal digits a line, the newest key first; "

@@ -19,7 +19,7 @@ from kvstore.hit import Held
 from kvstore.keys import CHUNK_TOKENS, Key
 from kvstore.lookup import Lookup
 from kvstore.metadata.meta import Meta
-from kvstore.metadata.slices import pause, slices
+from kvstore.metadata.slices import STEPS, pause, slices
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
 from kvstore.residency.write_path import WritePath
@@ -92,7 +92,7 @@ class Sharing:
 
     def ends_here(self, keys: Sequence[Key]) -> bool:
         """Whether a chain ends on this host, so that `bring` would ask for the rest. A look at the index alone."""
-        return self._first_missing(keys) < len(keys)
+        return self._r.first_missing(keys) < len(keys)
 
     def more(self, keys: Sequence[Key], held: int, lookup: Lookup) -> list[Held]:
         """What other hosts have behind the first `held` keys of a chain, for a match. At most one round trip."""
@@ -180,9 +180,9 @@ class Sharing:
         at = key
         while len(found) < at_most:
             with self._r.lock:
-                part = list(islice(self._r.chains.ancestors(at), min(64, at_most - len(found))))
+                part = list(islice(self._r.chains.ancestors(at), min(STEPS, at_most - len(found))))
             found += part
-            if len(part) < 64:
+            if len(part) < STEPS:
                 break
             at = part[-1]
             pause()
@@ -238,17 +238,8 @@ class Sharing:
     def _deleted(self, key: Key) -> None:
         self.source.bars.add((key,))
 
-    # Where a chain ends.
-
-    def _first_missing(self, keys: Sequence[Key]) -> int:
-        index, now = self._r.index, self._r.clock.now()
-        for i, meta in enumerate(map(index.get, keys)):
-            if meta is None or now >= (meta.pinned_until if meta.pinned else meta.expires_at):
-                return i
-        return len(keys)
-
     def _missing(self, keys: Sequence[Key], lookup: Lookup | None) -> Run | None:
-        at = self._first_missing(keys)
+        at = self._r.first_missing(keys)
         if at == len(keys):
             return None
         return Run(keys[at:], keys[at - 1] if at else None, 0 if lookup is None else lookup.key_tokens)

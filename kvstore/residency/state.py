@@ -156,6 +156,14 @@ class Residency:
             return None
         return meta
 
+    def first_missing(self, keys: Sequence[Key]) -> int:
+        """How many of the leading keys are held and have not expired. Any thread, without the lock; forgets nothing."""
+        index, now = self.index, self.clock.now()
+        for i, meta in enumerate(map(index.get, keys)):
+            if meta is None or now >= meta.deadline:
+                return i
+        return len(keys)
+
     def lookup(self, key: Key) -> tuple[TierName, Entry | None] | None:
         """The uppermost place of a live key, and the entry there: None for cold, which is read outside the lock."""
         entry = self.hot.get(key)

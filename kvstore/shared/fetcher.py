@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -60,11 +60,6 @@ class Run:
         return Run(self.keys[taken:], self.keys[taken - 1] if taken else self.parent, self.key_tokens)
 
 
-@dataclass(slots=True, eq=False)
-class _Flight:
-    done: threading.Event = field(default_factory=threading.Event)
-
-
 class Fetcher:
     """Asks for chunks and installs them."""
 
@@ -75,7 +70,7 @@ class Fetcher:
         self._wake = wake
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        self._flights: dict[Key, _Flight] = {}
+        self._flights: dict[Key, threading.Event] = {}
         self._heads: OrderedDict[Key, tuple[Head, float]] = OrderedDict()
         self._absent: OrderedDict[Key, float] = OrderedDict()
         self._promised: OrderedDict[Key, tuple[Run, int, float]] = OrderedDict()
@@ -134,11 +129,6 @@ class Fetcher:
                             self._fetched(run, BACKGROUND_S, background=True)
             self._delete_damaged()
 
-    @property
-    def waiting(self) -> bool:
-        """Whether there is work for `run_once`."""
-        return bool(self._later or self._damaged)
-
     def _worth_asking(self, run: Run) -> Run:
         """The part of a run that may be asked for: up to a key that was deleted here."""
         bars = self._out.bars
@@ -152,14 +142,14 @@ class Fetcher:
     @contextmanager
     def _alone(self, run: Run, wait_s: float) -> Iterator[bool]:
         """One call at a time for a key. False: another one was under way, and has been waited for."""
-        mine, own = _Flight(), list[Key]()
+        mine, own = threading.Event(), list[Key]()
         with self._lock:
             other = self._flights.get(run.keys[0])
             if other is None:
                 own = [key for key in run.keys if self._flights.setdefault(key, mine) is mine]
         if other is not None:
             if wait_s > 0:
-                other.done.wait(wait_s)
+                other.wait(wait_s)
             yield False
             return
         try:
@@ -168,7 +158,7 @@ class Fetcher:
             with self._lock:
                 for key in own:
                     del self._flights[key]
-            mine.done.set()
+            mine.set()
 
     def _looked(self, run: Run, timeout_s: float) -> list[Head]:
         """The leading heads, from memory as far as it goes."""
@@ -226,22 +216,21 @@ class Fetcher:
                 self._heads.pop(alias, None)
             _trim(self._absent)
 
-    def _fetched(self, run: Run, timeout_s: float, *, background: bool) -> int:
-        """Look, and fetch what is worth it. Returns how many chunks are held now."""
+    def _fetched(self, run: Run, timeout_s: float, *, background: bool) -> None:
+        """Look, and fetch what is worth it."""
         out = self._out
         deadline = out.clock.now() + timeout_s
         with out.bars.flight():
             heads = self._looked(run, timeout_s)
             if not heads:
-                return 0
+                return
             if not self._long_enough(len(heads), run) or self._slower_than_computing(heads, run):
                 out.numbers.count(futile=1)
-                return 0
+                return
             until = min(deadline, out.clock.now() + (BACKGROUND_S if background else out.config.fetch_s))
             taken, late = self._take(run, heads, until)
             if late and not background and taken < len(heads):
                 self._finish_later(Run(run.keys[: len(heads)], run.parent, run.key_tokens).after(taken))
-            return taken
 
     def _take(self, run: Run, heads: Sequence[Head], until: float) -> tuple[int, bool]:
         """Fetch and install, a window at a time. Returns how many are held, and whether time ran out."""

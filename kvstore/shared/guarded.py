@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from kvstore.clock import Clock
 from kvstore.shared import AsksAndClaims, Buffer, Engine, Health, SharedUnavailable
 from kvstore.shared.breaker import CLOSED, Breaker
+from kvstore.shared.names import PREFIX
 
 THREADS = 16
 """Calls at once. A fetch is one call; its values come from all servers in parallel anyway."""
@@ -25,7 +26,7 @@ IN_FLIGHT_MAX_NBYTES = 512 << 20
 """Of values on their way, both directions."""
 GRACE_S = 0.012
 """What an engine has left, after its own deadline, to return what had arrived."""
-PROBE_NAME = "kvstored:1:probe"
+PROBE_NAME = f"{PREFIX}probe"
 PROBE_S = 30.0
 """A probe waits as long as the longest pause: a store that hung answers it the moment it goes on."""
 
@@ -64,8 +65,7 @@ class Guarded:
     """An `Engine` around another.
 
     state: of the breakers that the other keeps for its servers; None: it keeps none. punctual: it waits for nothing
-    but its own poll, so its calls need no thread of another's. Its `health`,
-    which goes through a library, gets one.
+    but its own poll, so its calls need no thread of another's. Its `health`, which goes through a library, gets one.
     """
 
     def __init__(

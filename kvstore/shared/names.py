@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kvstore.errors import ConfigError
 from kvstore.keys import NAMESPACE_MAX_NBYTES, Key
-from kvstore.ownership import check_private
+from kvstore.ownership import read_private
 
 VERSION = 1
 PREFIX = f"kvstored:{VERSION}:"
@@ -28,13 +28,7 @@ _SECRET = re.compile(r"[0-9a-fA-F]{64}")
 
 def read_secret(path: str | Path) -> bytes:
     """The secret of all hosts: 64 hexadecimal digits in a file. Raises ConfigError."""
-    try:
-        check_private(path, "store.shared.secret_file", secret=True)
-        text = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"store.shared.secret_file: cannot read {path}: {getattr(error, 'strerror', error)}"
-        ) from None
+    text = read_private(path, "store.shared.secret_file").strip()
     if not _SECRET.fullmatch(text):
         raise ConfigError(
             f"store.shared.secret_file: {path} must hold 64 hexadecimal digits, the same on all hosts; "

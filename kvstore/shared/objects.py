@@ -151,13 +151,6 @@ def _aligned(data: memoryview, *, copied: bool) -> "np.ndarray[tuple[int], np.dt
     return own
 
 
-def seal_of(seals: Seals, tenant: str, namespace: str) -> SealKey | None:
-    """The key that seals an entry of this owner, the most specific name first, as on disk."""
-    model = namespace.rpartition("@")[0]
-    both = "/".join(part for part in (tenant, namespace) if part)
-    return seals.sealing((both, namespace, model, tenant))
-
-
 def nbytes_of(buffers: Sequence[Buffer]) -> int:
     """Bytes of an object in buffers."""
     return sum(memoryview(part).nbytes for part in buffers)

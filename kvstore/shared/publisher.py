@@ -20,7 +20,7 @@ from kvstore.errors import KvstoreError
 from kvstore.keys import Key
 from kvstore.shared import Buffer, SharedUnavailable
 from kvstore.shared.names import name_of
-from kvstore.shared.objects import TTL_MAX_S, Facts, made, nbytes_of, seal_of
+from kvstore.shared.objects import TTL_MAX_S, Facts, made, nbytes_of
 from kvstore.shared.outside import CLAIM_S, Outside
 
 ASK_S = 1.0
@@ -291,7 +291,7 @@ class Publisher:
         entry = self._held.form(chunk.key)
         if entry is None:
             return None
-        seal = seal_of(out.seals, chunk.tenant, chunk.namespace)
+        seal = out.seals.of_owner(chunk.tenant, chunk.namespace)
         if seal is None and not out.config.clear:
             return None  # no key file covers its owner: it may not lie there in clear
         epoch = out.epochs.of(out.names.tag(chunk.namespace))

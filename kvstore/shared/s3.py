@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def connect(url: S3Url, credentials: Mapping[str, str]) -> ObjectStore:
-    """A bucket. credentials: as `credentials.read_s3` gives them; none: as the SDKs find them."""
+    """A bucket. credentials: as `credentials.read` gives them; none: as the SDKs find them."""
     options: dict[str, Any] = dict(credentials) | {
         name: value for name, value in (("endpoint", url.endpoint), ("region", url.region)) if value
     }
@@ -127,7 +127,7 @@ class S3:
     def health(self, timeout_s: float) -> Health:
         """See `Engine`. S3 does not say how much it holds."""
         begun = self._monotonic()
-        self.heads(["kvstored:1:health"], timeout_s)
+        self.heads([f"{PREFIX}health"], timeout_s)
         round_trip_s = self._monotonic() - begun
         return Health(1, 1, round_trip_s, complaints=self._complaints(max(0.1, timeout_s - round_trip_s)))
 

@@ -4,7 +4,6 @@ Three threads, since each may wait for a server: a publication that takes ten se
 host unseen for longer than two. A store opened with `background=False` has none; `run_once` is one turn of each.
 """
 
-import importlib
 import logging
 import threading
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from kvstore.config import SharedConfig
 from kvstore.entries.sealing import Seals
 from kvstore.errors import KvstoreError
 from kvstore.keys import Key
-from kvstore.shared import Engine, Health, SharedUnavailable
+from kvstore.shared import HEAD_NBYTES, Engine, Health, SharedUnavailable
 from kvstore.shared.bars import Bars
 from kvstore.shared.epochs import REFRESH_S, Epochs
 from kvstore.shared.fetcher import Fetcher, Install
@@ -34,8 +33,9 @@ HEALTH_S = 5.0
 
 def opened_engine(config: SharedConfig, clock: Clock) -> Engine:
     """The engine of an url. Its clients are imported here and nowhere else. Raises ConfigError."""
-    engine: Engine = importlib.import_module("kvstore.shared.open").open_engine(config, clock)
-    return engine
+    from kvstore.shared.open import open_engine
+
+    return open_engine(config, clock)
 
 
 class Source:
@@ -115,7 +115,7 @@ class Source:
         name, data = name_of(out.names.alias(b"kvstored probe", out.epochs.all)), b"kvstored probe".ljust(4096, b".")
         steps: list[tuple[str, Callable[[], bool]]] = [
             ("put", lambda: out.engine.put([(name, [data])], 60.0, HEALTH_S, replace=True) == [True]),
-            ("heads", lambda: out.engine.heads([name], HEALTH_S) == [data[:96]]),
+            ("heads", lambda: out.engine.heads([name], HEALTH_S) == [data[:HEAD_NBYTES]]),
             ("get", lambda: out.engine.get([name], [len(data)], HEALTH_S) == [bytearray(data)]),
             ("delete", lambda: out.engine.delete([name], HEALTH_S) == [True]),
         ]

@@ -172,12 +172,11 @@ class Host(Simulation):
     def _bring(self, keys: Sequence[Key]) -> None:
         if self._store is None:
             return
-        index, now = self._r.index, self._now
-        held = next((i for i, key in enumerate(keys) if key not in index or index[key].expired(now)), len(keys))
+        held = self._r.first_missing(keys)
         if held == len(keys):
             return
         rest = keys[held:]
-        there = self._store.leading(rest, now)
+        there = self._store.leading(rest, self._now)
         self._counts.lookups += 1
         self._counts.lookup_keys += len(rest)
         self._counts.futile += not there

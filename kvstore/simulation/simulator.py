@@ -177,10 +177,10 @@ class SizedTranscoder:
         """The size in NF4."""
         del prefix_start, namespace
         self._r.counters.encodes += 1
-        return cast("Entry", SizedEntry(entry.key, self._nf4, lossy=True))
+        return self.below(entry.key)
 
     def below(self, key: Key) -> Entry:
-        """A block in NF4 that another host has encoded."""
+        """A block in NF4."""
         return cast("Entry", SizedEntry(key, self._nf4, lossy=True))
 
     def exact(self, entry: Entry) -> Entry:

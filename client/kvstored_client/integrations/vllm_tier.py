@@ -206,8 +206,10 @@ class KvstoredTier(SecondaryTierManager):
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """What was stored, and what was found gone, since the last call; nothing unless the engine publishes events."""
+        if self._events is None:
+            return []
         with self._lock:
-            found, self._events = self._events or [], None if self._events is None else []
+            found, self._events = self._events, []
         return found
 
     def get_finished_jobs(self) -> Iterable[JobResult]:

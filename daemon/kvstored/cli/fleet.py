@@ -17,8 +17,8 @@ from kvstored.cli.remote import print_json
 from kvstored.cli.text import size, table
 
 if TYPE_CHECKING:
-    from kvstore.simulation.fleet import Fleet, FleetReport
-    from kvstore.simulation.simulator import Setup
+    from kvstore.simulation.fleet import Fleet, FleetReport, FleetSimulation
+    from kvstore.simulation.simulator import Report, Setup, Simulation
 
 _ROUTINGS = ("random", "prefix", "conversation")
 _PUBLISH = ("put", "evict", "reused")
@@ -127,22 +127,24 @@ class Asked:
         """One fleet. Raises ConfigError."""
         from kvstore.simulation.fleet import Fleet, object_nbytes
 
-        blocks: int | None = 0
-        if self.shared is not None:
-            asked = None if self.shared.text == "all" else self.shared.blocks(unique)
-            if self.shared.text == "all":
-                blocks = None
-            else:
-                blocks = int(parse_nbytes(self.shared.text) / object_nbytes(setup) if asked is None else asked)
-                if not blocks:
-                    raise ConfigError(
-                        f"--shared {self.shared.text} is less than a block of {object_nbytes(setup)} bytes"
-                    )
+        blocks = self._shared_blocks(object_nbytes(setup), unique)
         churn_s = requests[-1].at_s - requests[0].at_s if self.churn == "once" else float(self.churn or 0)
         return Fleet(
             setup, hosts, self.routing, self.cells, blocks, self.publish, self.publish_delay,  # type: ignore[arg-type]  # click has checked the words
             churn_s=churn_s, seed=self.seed,
         )  # fmt: skip
+
+    def _shared_blocks(self, block_nbytes: int, unique: int) -> int | None:
+        """Blocks that the shared store holds; None: all; 0: there is none."""
+        if self.shared is None:
+            return 0
+        if self.shared.text == "all":
+            return None
+        asked = self.shared.blocks(unique)
+        blocks = int(parse_nbytes(self.shared.text) / block_nbytes if asked is None else asked)
+        if not blocks:
+            raise ConfigError(f"--shared {self.shared.text} is less than a block of {block_nbytes} bytes")
+        return blocks
 
 
 def fleet_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -189,7 +191,7 @@ def simulate_fleets(
     asked: Asked, requests: Sequence[Request], setup: "Setup", plot: Path | None, *, as_json: bool
 ) -> None:
     """Run each fleet, print its result, and draw the plot."""
-    unique = len({block for request in requests for block in request.blocks})
+    unique = different_blocks(requests)
     fleets = [asked.fleet(setup, hosts, requests, unique) for hosts in asked.hosts]  # all checked before any runs
     reports = []
     for fleet in fleets:
@@ -208,19 +210,35 @@ def _run(requests: Sequence[Request], fleet: "Fleet", label: str, *, quiet: bool
     from kvstore.simulation.fleet import FleetSimulation
 
     simulation = FleetSimulation(fleet)
-    with click.progressbar(requests, label=label, hidden=quiet) as bar:
-        for request in bar:
-            simulation.request(request)
+    feed(simulation, requests, label, quiet=quiet)
     return simulation.report()
 
 
+def feed(simulation: "Simulation | FleetSimulation", requests: Sequence[Request], label: str, *, quiet: bool) -> None:
+    """Give a simulation its requests, with a progress bar."""
+    with click.progressbar(requests, label=label, hidden=quiet) as bar:
+        for request in bar:
+            simulation.request(request)
+
+
+def result(report: "Report") -> dict[str, Any]:
+    """What one store did, for JSON."""
+    return {
+        **asdict(report), "hit_ratio": report.hit_ratio, "writes_per_put": report.writes_per_put,
+        "nbytes_written_a_day": report.nbytes_written_a_day,
+    }  # fmt: skip
+
+
+def different_blocks(requests: Sequence[Request]) -> int:
+    """How many blocks a trace has, each counted once."""
+    return len({block for request in requests for block in request.blocks})
+
+
 def _row(fleet: "Fleet", report: "FleetReport") -> dict[str, Any]:
-    total = asdict(report.total)
     rest = {name: value for name, value in asdict(report).items() if name != "total"}
     return {
-        **total, "hit_ratio": report.hit_ratio, "writes_per_put": report.total.writes_per_put,
-        "nbytes_written_a_day": report.total.nbytes_written_a_day, **rest, "routing": fleet.routing,
-        "cells": fleet.cells, "shared_blocks": fleet.shared_blocks, "publish": fleet.publish,
+        **result(report.total), **rest, "routing": fleet.routing, "cells": fleet.cells,
+        "shared_blocks": fleet.shared_blocks, "publish": fleet.publish,
         "publish_delay_s": fleet.publish_delay_s, "churn_s": fleet.churn_s, "seed": fleet.seed,
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ import click
 
 from kvstore.errors import TierUnavailable
 from kvstore.printable import printable
+from kvstore.shared.breaker import OPEN
 from kvstore.stats import Stats
 from kvstored.cli.remote import print_json, remote
 from kvstored.cli.text import duration, size, table
@@ -117,7 +118,8 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
         f"per second: {rate['gets']:,.1f} gets, {rate['puts']:,.1f} puts, {size(rate['hit_nbytes'])} out, "
         f"{size(rate['put_nbytes'])} in, {rate['evictions']:,.1f} evicted, {rate['expirations']:,.1f} expired"
     )
-    lines += _shared(v)
+    shared = shared_line(v)
+    lines += [shared] if shared else []
     missed = "lookup_misses_"
     causes = [(name.removeprefix(missed), n) for name, n in sorted(v.items()) if name.startswith(missed) and n]
     if causes:
@@ -153,17 +155,8 @@ def shared_line(values: Mapping[str, float]) -> str:
     return (
         f"shared store: {v.get('hits', 0):,.0f} chunks, {size(v.get('hit_nbytes', 0))} from it, "
         f"{v.get('published', 0):,.0f} published, {size(v.get('queue_nbytes', 0))} waiting; {state}"
-        + ("; BREAKER OPEN" if v.get("breaker", 0) >= _OPEN else "")
+        + ("; BREAKER OPEN" if v.get("breaker", 0) >= OPEN else "")
     )
-
-
-_OPEN = 2
-"""`shared_breaker` of a store that is left alone."""
-
-
-def _shared(values: Mapping[str, float]) -> list[str]:
-    line = shared_line(values)
-    return [line] if line else []
 
 
 KINDS = {"namespace": "HOTTEST NAMESPACES", "tenant": "TENANTS"}

@@ -18,7 +18,16 @@ from kvstore.hit import Explanation
 from kvstore.keys import CHUNK_TOKENS, CHUNK_TOKENS_MAX, chunk_keys
 from kvstore.simulation.trace import Request, read_trace, replay
 from kvstored.cli.exits import BadUsage
-from kvstored.cli.fleet import Amount, AmountType, Asked, fleet_options, simulate_fleets
+from kvstored.cli.fleet import (
+    Amount,
+    AmountType,
+    Asked,
+    different_blocks,
+    feed,
+    fleet_options,
+    result,
+    simulate_fleets,
+)
 from kvstored.cli.keytext import KEY, key_text, show_key
 from kvstored.cli.plot import Line, chart
 from kvstored.cli.prompt import read_identity, read_token_ids
@@ -240,8 +249,7 @@ def simulate_command(
     if plot is not None:
         plot.write_text(chart(_lines(asked, setup, quiet=as_json), "RAM, GiB", "block hits"), encoding="utf-8")
     if as_json:
-        print_json({**asdict(report), "hit_ratio": report.hit_ratio, "writes_per_put": report.writes_per_put,
-                    "nbytes_written_a_day": report.nbytes_written_a_day, "optimum_as_put": best})  # fmt: skip
+        print_json({**result(report), "optimum_as_put": best})
         return
     _print(report, best)
 
@@ -255,7 +263,7 @@ def _setup(
     split, share = ("auto", 0.1) if hot == "auto" else ("fixed", _share(hot))
     store = StoreConfig(policy=policy, split=split, cold=ColdConfig(admission=admission))
     setup = Setup(1, 0, share, layout_of(layout), dtype, store=store)
-    unique = len({block for request in asked for block in request.blocks}) if "%" in ram.text + disk.text else 0
+    unique = different_blocks(asked) if "%" in ram.text + disk.text else 0
     block = block_nbytes(setup)
     return replace(setup, ram_nbytes=ram.nbytes(block, unique), disk_nbytes=disk.nbytes(block, unique))
 
@@ -271,9 +279,7 @@ def _run(asked: Sequence[Request], setup: "Setup", label: str, *, quiet: bool) -
     from kvstore.simulation.simulator import Simulation
 
     simulation = Simulation(setup)
-    with click.progressbar(asked, label=label, hidden=quiet) as bar:
-        for request in bar:
-            simulation.request(request)
+    feed(simulation, asked, label, quiet=quiet)
     return simulation.report()
 
 

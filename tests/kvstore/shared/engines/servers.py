@@ -18,6 +18,7 @@ import redis
 
 from kvstore.shared import s3
 from kvstore.shared.addresses import S3Url
+from tests.conftest import wait_until
 
 NODE_TIMEOUT_MS = 1000
 """Of a test Cluster: it replaces a primary in about two seconds."""
@@ -138,10 +139,8 @@ class Servers:
 
     def wait_until_whole(self) -> None:
         """Every running server knows who has each slot, and each replica has its primary."""
-        deadline = time.monotonic() + _START_S
-        while not all(self._is_whole(port) for port in self.ports if self.processes[port].poll() is None):
-            assert time.monotonic() < deadline, "the Cluster did not become whole"
-            time.sleep(0.05)
+        running = lambda: (port for port in self.ports if self.processes[port].poll() is None)  # noqa: E731
+        wait_until(lambda: all(map(self._is_whole, running())), "the Cluster did not become whole", _START_S)
 
     def _is_whole(self, port: int) -> bool:
         with suppress(redis.RedisError, OSError):
@@ -176,9 +175,8 @@ class Servers:
                     time.sleep(0.05)
         self.wait_until_whole()
         # Every server has to know of every replica, or a client that asks it sees none.
-        while any(self._replicas_known(port) < len(replicas) for port in self.ports):
-            assert time.monotonic() < deadline, "the Cluster did not form"
-            time.sleep(0.05)
+        known = lambda: all(self._replicas_known(port) >= len(replicas) for port in self.ports)  # noqa: E731
+        wait_until(known, "the Cluster did not form", _START_S)
 
     def _replicas_known(self, port: int) -> int:
         return sum(len(shard) - 3 for shard in self.client(port).execute_command("CLUSTER", "SLOTS"))
