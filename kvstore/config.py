@@ -27,7 +27,7 @@ SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
 """Which entries may be written to disk (`tiers.admission`)."""
 SHARED_SCHEMES = ("valkey", "valkeys", "redis", "rediss", "s3")
-CODECS = ("auto", "nf4-kv", "nf4", "int8", "raw")
+CODECS = ("auto", "nf4-kv2", "nf4-kv", "nf4", "int8", "raw")
 MAX_RELATIVE_ERROR = 0.25
 """The default bound of "auto", as a fraction of the content of keys and values (docs/codecs.md). SmolLM2, Gemma 3 and
 all but the first layer of Qwen2.5-0.5B stay below 0.2 in nf4-kv; that layer is at 0.74 and spoils the answers."""
@@ -74,7 +74,7 @@ class LayerCodec:
 class CodecPolicy:
     """How entries that need not stay exact are encoded when they leave hot.
 
-    codec: "auto" is nf4-kv for keys and values and nf4 for the rest. max_relative_error: with "auto", layers whose
+    codec: "auto" is nf4-kv2 for keys and values and nf4 for the rest. max_relative_error: with "auto", layers whose
     receipt is over this become int8 or stay exact; a fraction of the content (docs/codecs.md); 0: no bound.
     layers: other codecs by layer, "3" or "0-3", for keys and values of (layers, tokens, heads, dim) tensors and for
     names such as "layers.3.k".

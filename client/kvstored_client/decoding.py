@@ -33,12 +33,12 @@ from kvstored_client.wire.messages import read_specs
 
 Decode = Literal["auto", "client", "daemon"]
 DECODES: tuple[Decode, ...] = ("auto", "client", "daemon")
-ENCODINGS = ("nf4", "nf4-kv", "int8")
+ENCODINGS = ("nf4", "nf4-kv2", "nf4-kv", "int8")
 SHM_FROM_NBYTES = 8 << 20
 """Decoded bytes from which decoding here beats decoding by a daemon on the same host (bench/RESULTS.md, get.nf4); from
 another host an eighth of the bytes is worth it at any size."""
 PARTS_MAX = 16
-"""Parts of one tensor; nf4-kv has at most 10."""
+"""Parts of one tensor; nf4-kv2 has at most 10."""
 PACKED_MAX_RATIO = 256
 """Bytes decoded for a byte encoded: nf4 has 8, and no codec of KV has a hundred."""
 SHAPE_MAX_NBYTES = 4 << 10

@@ -60,6 +60,15 @@ int64_t groups_of(const kvk_rows& rows) {
 
 bool valid_rotary(const kvk_rows* rows, int rotary) { return rotary >= 0 && rotary % 2 == 0 && rotary <= rows->d; }
 
+bool valid_turns(const kvk_rows* rows, const kvk_turns* turns) {
+    return turns && turns->rotary >= 2 && valid_rotary(rows, turns->rotary);
+}
+// Whether each group but the last has 64 tokens, and the last one 1 to 95.
+bool grouped(const kvk_rows* rows) { return rows->groups >= 1 && rows->tokens < (rows->groups - 1) * kvk::kGroup + 2 * kvk::kGroup; }
+bool may_turn(const kvk_rows* rows, const kvk_turns* turns) {
+    return !turns || (grouped(rows) && valid_turns(rows, turns) && turns->tangents && turns->turning);
+}
+
 bool streams(const void* out, int dtype, int64_t n) {
     return n * (dtype == KVK_F32 ? 4 : 2) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
@@ -173,28 +182,81 @@ int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* 
     return KVK_OK;
 }
 
-int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,
-                  uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
+int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, int sampled,
+                const int32_t* lags, float* sums) {
     const Ops* ops = ops_for(isa);
-    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
-    std::atomic<bool> finite{true};
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !grouped(rows) || !valid_turns(rows, turns)) return KVK_BAD_ARGUMENT;
+    if (sampled < 1 || sampled > rows->groups) return KVK_BAD_ARGUMENT;
+    for (int i = 0; i < 3; ++i)
+        if (lags[i] < 1) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> good{true};
+    split(threads, rows->outer, [&](int64_t begin, int64_t end) {
+        if (!ops->kv_lags(dtype, x, *rows, *turns, rows->groups, sampled, lags, begin, end, sums)) good = false;
+    });
+    return good ? KVK_OK : KVK_NO_MEMORY;
+}
+
+int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, float* still,
+                float* turned, float* gains, int rotary, int interleaved, double* content) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !grouped(rows)) return KVK_BAD_ARGUMENT;
+    if (content && !valid_rotary(rows, rotary)) return KVK_BAD_ARGUMENT;
+    if (turns && (!valid_turns(rows, turns) || !turns->tangents)) return KVK_BAD_ARGUMENT;
+    const kvk_turns told = {nullptr, nullptr, rotary, interleaved != 0};
+    std::atomic<bool> good{true};
+    split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
+        if (!ops->kv_sums(dtype, x, *rows, turns, told, begin, end, still, turned, content)) good = false;
+    });
+    if (!good) return KVK_NO_MEMORY;
+    if (turns) ops->kv_gains(*rows, *turns, still, turned, gains);
+    return KVK_OK;
+}
+
+int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still, const float* turned,
+                      int8_t* codes, uint8_t* scales) {
+    if (!valid_rows(rows) || !grouped(rows) || (turns && (!valid_turns(rows, turns) || !turns->turning || !turned)))
+        return KVK_BAD_ARGUMENT;
+    split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
+        kvk::kPortable.kv_code_means(*rows, turns, still, turned, begin, end, codes, scales);
+    });
+    return KVK_OK;
+}
+
+int kvk_kv_expand_eights(const kvk_rows* rows, const int8_t* codes, const uint8_t* scales, float* means) {
+    if (!valid_rows(rows) || rows->groups < 1) return KVK_BAD_ARGUMENT;
+    const int64_t n = rows->outer * rows->groups * rows->inner, eights = (rows->d + 7) / 8;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < rows->d; ++c)
+            means[i * rows->d + c] = static_cast<float>(codes[i * rows->d + c]) *
+                                     from_bits(static_cast<uint32_t>(scales[i * eights + c / 8]) << 23);
+    return KVK_OK;
+}
+
+int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,
+                  const kvk_turns* turns, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !may_turn(rows, turns)) return KVK_BAD_ARGUMENT;
+    std::atomic<int> worst{KVK_OK};
     const int64_t tiles = (kvk::blocks_of(*rows) + kvk::kScaleGroup - 1) / kvk::kScaleGroup;
     split(threads, tiles, [&](int64_t begin, int64_t end) {
-        if (!ops->kv_encode(dtype, x, *rows, means, begin, end, codes, scales, tops, error)) finite = false;
+        const int status = ops->kv_encode(dtype, x, *rows, means, turns, begin, end, codes, scales, tops, error);
+        if (status != KVK_OK) worst = status;
     });
-    return finite ? KVK_OK : KVK_NOT_FINITE;
+    return worst;
 }
 
 int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
-                  const float* means, const kvk_rows* rows, void* out) {
+                  const float* means, const kvk_turns* turns, const kvk_rows* rows, void* out) {
     const Ops* ops = ops_for(isa);
-    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !may_turn(rows, turns)) return KVK_BAD_ARGUMENT;
+    std::atomic<int> worst{KVK_OK};
     const int64_t tiles = (kvk::blocks_of(*rows) + kvk::kScaleGroup - 1) / kvk::kScaleGroup;
     const bool stream = streams(out, dtype, kvk::values_of(*rows));
     split(threads, tiles, [&](int64_t begin, int64_t end) {
-        ops->kv_decode(dtype, codes, scales, tops, means, *rows, begin, end, stream, out);
+        const int status = ops->kv_decode(dtype, codes, scales, tops, means, turns, *rows, begin, end, stream, out);
+        if (status != KVK_OK) worst = status;
     });
-    return KVK_OK;
+    return worst;
 }
 
 }  // extern "C"

@@ -2,6 +2,7 @@
 // The arithmetic and its order are kvstore/kernels/reference_kv.py's.
 #pragma once
 #include "ops.h"
+#include "turn.h"
 #include "vec_any.h"
 
 namespace {
@@ -23,6 +24,21 @@ struct Walk {
     int64_t mean() const {
         const int64_t last = rows.groups - 1, group = token / kvk::kGroup;
         return (slab * rows.groups + (group < last ? group : last)) * width + column;
+    }
+    // As advance, over any number of values.
+    void skip(int64_t n) {
+        column += n;
+        if (column < width) return;
+        if (column == width) {
+            column = 0;
+            ++token;
+        } else {
+            token += column / width;
+            column %= width;
+        }
+        if (token < rows.tokens) return;
+        slab += token / rows.tokens;
+        token %= rows.tokens;
     }
     int run(int most) const { return static_cast<int>(width - column < most ? width - column : most); }
     void advance(int n) {
@@ -147,6 +163,32 @@ struct Kv {
         return true;
     }
 
+    // Codes of a piece's blocks, step by step for all of them: no block waits for its own sums and divisions.
+    static bool encode_piece(const float* v, int n, int block, uint8_t* codes, Sums* sums) {
+        constexpr int kMost = kPiece / 32;
+        alignas(64) float most[kMost], by[kMost];
+        const int blocks = (n + block - 1) / block;
+        bool usual = true;
+        for (int b = 0; b < blocks; ++b) {
+            const uint32_t bits = Isa::absmax_bits(v + b * block, block);
+            most[b] = from_bits(bits);
+            usual &= bits < 0x7f800000u && most[b] >= 1e-15f;
+        }
+        if (!usual) {
+            for (int b = 0; b < blocks; ++b)
+                if (!encode_block(v + b * block, block, codes + b * block / 2, sums + b)) return false;
+            return true;
+        }
+        for (int b = 0; b < blocks; ++b) by[b] = 127.0f / most[b];
+        for (int b = 0; b < blocks; ++b) most[b] *= from_bits(kvk::kClipBits[Isa::best_clip(v + b * block, block, by[b])]);
+        for (int b = 0; b < blocks; ++b) by[b] = 1.0f / most[b];
+        if (block == 32)
+            for (int b = 0; b < blocks; ++b) sums[b] = Isa::template code_block<32>(v + 32 * b, by[b], codes + 16 * b);
+        else
+            for (int b = 0; b < blocks; ++b) sums[b] = Isa::template code_block<64>(v + 64 * b, by[b], codes + 32 * b);
+        return true;
+    }
+
     // Scales of a tile as bytes under its top, and each block's squared error. False where one is not finite.
     static bool code_scales(const Sums* sums, int n, uint8_t* scales, int16_t* top_out, float* error) {
         int32_t rounded[kvk::kScaleGroup];
@@ -170,36 +212,44 @@ struct Kv {
         return true;
     }
 
-    static bool encode(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
-                       uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
+    static int encode(int dtype, const void* x, const kvk_rows& rows, const float* means, const kvk_turns* turns,
+                      int64_t begin, int64_t end, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
         const int64_t total = kvk::values_of(rows), tile = int64_t{kvk::kScaleGroup} * rows.block;
         alignas(64) float piece[kPiece];
         Sums sums[kvk::kScaleGroup];
+        const Turned<Isa> turned(rows, turns, means, false);
+        if (!turned.ready()) return KVK_NO_MEMORY;
         for (int64_t t = begin; t < end; ++t) {
             const int64_t stop = (t + 1) * tile < total ? (t + 1) * tile : total;
             int done = 0;
             Walk walk(rows, t * tile);
             for (int64_t at = t * tile; at < stop; at += kPiece) {
                 const int n = static_cast<int>(stop - at < kPiece ? stop - at : kPiece);
-                gather(dtype, x, means, n, &walk, piece);
+                gather(dtype, x, means, turned.get(), n, &walk, piece);
                 Isa::rotate(piece, n, rows.size);
                 for (int i = n; i % rows.block; ++i) piece[i] = 0.0f;
-                for (int i = 0; i < n; i += rows.block, ++done)
-                    if (!encode_block(piece + i, rows.block, codes + (at + i) / 2, sums + done)) return false;
+                if (!encode_piece(piece, n, rows.block, codes + at / 2, sums + done)) return KVK_NOT_FINITE;
+                done += (n + rows.block - 1) / rows.block;
             }
             const int64_t first = t * kvk::kScaleGroup;
-            if (!code_scales(sums, done, scales + first, tops + t, error + first)) return false;
+            if (!code_scales(sums, done, scales + first, tops + t, error + first)) return KVK_NOT_FINITE;
         }
-        return true;
+        return KVK_OK;
+    }
+
+    // The means of the values where a walk is, up to the end of their row.
+    static const float* mean_at(const float* means, Turner<Isa>* turner, const Walk& walk) {
+        if (turner) return turner->row(walk.slab, walk.token) + walk.column;
+        return means + (walk.rows.groups ? walk.mean() : 0);
     }
 
     // The next n values, as floats, their means taken off.
-    static void gather(int dtype, const void* x, const float* means, int n, Walk* walk, float* piece) {
+    static void gather(int dtype, const void* x, const float* means, Turner<Isa>* turner, int n, Walk* walk, float* piece) {
         for (int i = 0, run; i < n; i += run, walk->advance(run)) {
             run = walk->run(n - i);
             const int itemsize = dtype == KVK_F32 ? 4 : 2;
             page_ahead(static_cast<const char*>(x) + walk->value() * itemsize, run * itemsize);
-            const float* mean = means + (walk->rows.groups ? walk->mean() : 0);
+            const float* mean = mean_at(means, turner, *walk);
             int done = 0;
             if (dtype == KVK_F32 && walk->rows.groups) {
                 done = run & ~7;
@@ -213,28 +263,32 @@ struct Kv {
         }
     }
 
-    static void decode(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
-                       const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out) {
+    static int decode(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
+                      const kvk_turns* turns, const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out) {
         const int64_t total = kvk::values_of(rows), tile = int64_t{kvk::kScaleGroup} * rows.block;
         const float shrink = 1.0f / static_cast<float>(rows.size);
         float scale[kvk::kScaleGroup];
+        const bool fused = Isa::kFused && rows.size >= 64;
+        const Turned<Isa> turned(rows, turns, means, fused && dtype == KVK_BF16);
+        if (!turned.ready()) return KVK_NO_MEMORY;
         for (int64_t t = begin; t < end; ++t) {
             const int64_t start = t * tile, stop = start + tile < total ? start + tile : total;
             const int blocks = static_cast<int>((stop - start + rows.block - 1) / rows.block);
             const uint8_t* scale_codes = scales + t * kvk::kScaleGroup;
             Isa::scales(scale_codes, blocks & ~7, tops[t], shrink, scale);
             for (int i = blocks & ~7; i < blocks; ++i) scale[i] = kvk::scale_of(scale_codes[i], tops[t]) * shrink;
-            if (Isa::kFused && rows.size >= 64)
-                decode_fused(dtype, codes, scale, means, rows, start, stop, stream, out);
+            if (fused)
+                decode_fused(dtype, codes, scale, means, turned.get(), rows, start, stop, stream, out);
             else
-                decode_tile(dtype, codes, scale, means, rows, start, stop, stream, out);
+                decode_tile(dtype, codes, scale, means, turned.get(), rows, start, stop, stream, out);
         }
         if (stream) Isa::fence();
+        return KVK_OK;
     }
 
     // Values [start, stop) of one tile, any rotation: levels, rotation and means each over a piece in L1.
-    static void decode_tile(int dtype, const uint8_t* codes, const float* scale, const float* means, const kvk_rows& rows,
-                            int64_t start, int64_t stop, bool stream, void* out) {
+    static void decode_tile(int dtype, const uint8_t* codes, const float* scale, const float* means, Turner<Isa>* turner,
+                            const kvk_rows& rows, int64_t start, int64_t stop, bool stream, void* out) {
         alignas(64) float piece[kPiece];
         Walk walk(rows, start);
         for (int64_t at = start; at < stop; at += kPiece) {
@@ -243,23 +297,27 @@ struct Kv {
                 for (int j = 0; j < rows.block; j += 32)
                     Isa::levels32(codes + (at + i + j) / 2, scale[(at - start + i) / rows.block], piece + i + j);
             Isa::rotate(piece, n, rows.size);
-            scatter(dtype, piece, means, n, stream, &walk, out);
+            scatter(dtype, piece, means, turner, n, stream, &walk, out);
         }
     }
 
     // The same where runs are 64 or 128 long, as many at a time as lie one behind the other under the same means.
-    static void decode_fused(int dtype, const uint8_t* codes, const float* scale, const float* means, const kvk_rows& rows,
-                             int64_t start, int64_t stop, bool stream, void* out) {
+    static void decode_fused(int dtype, const uint8_t* codes, const float* scale, const float* means, Turner<Isa>* turner,
+                             const kvk_rows& rows, int64_t start, int64_t stop, bool stream, void* out) {
         const int64_t width = rows.inner * rows.d;
         alignas(64) float turned[kTurned];
+        Walk walk(rows, start);
         for (int64_t at = start, n; at < stop; at += n) {
-            Walk walk(rows, at);
             int64_t left = rows.tokens - walk.token;
-            const float *row = nullptr, *mean = nullptr;
-            if (rows.groups) {
+            float *row = nullptr, *mean = nullptr;  // written to only where they turn
+            if (turner) {
+                left = 1;  // these are one token's means, and become the next one's
+                row = turner->row_from(walk.slab, walk.token, walk.column);
+                mean = row + walk.column;
+            } else if (rows.groups) {
                 const int64_t group = walk.token / kvk::kGroup;
                 if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
-                mean = means + walk.mean();
+                mean = const_cast<float*>(means) + walk.mean();
                 row = mean - walk.column;
             }
             n = left * width - walk.column;
@@ -268,20 +326,24 @@ struct Kv {
             char* to = static_cast<char*>(out) + walk.value() * (dtype == KVK_F32 ? 4 : 2);
             const bool past = stream && reinterpret_cast<uintptr_t>(to) % 32 == 0;
             if constexpr (Isa::kFused) {
-                const bool pairs = dtype == KVK_BF16 && (!row || width <= kTurned);
-                if (pairs && row) {
+                const bool pairs = dtype == KVK_BF16 && (turner || !row || width <= kTurned);
+                if (pairs && row && !turner) {
                     Isa::by_pairs(row, width, turned);
                     row = turned;
                     mean = turned + walk.column;
                 }
                 const auto decode = rows.size == 64 ? runs_of<64>(dtype, pairs) : runs_of<128>(dtype, pairs);
-                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr, past, to);
+                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr,
+                       turner ? turner->offsets() : nullptr, past, to);
             }
+            if (turner) turner->gone_on(n);
+            walk.skip(n);
         }
     }
     static constexpr int64_t kTurned = 4096;
 
-    using Runs = void (*)(const uint8_t*, const float*, int, int64_t, const float*, const float*, const float*, bool, char*);
+    using Runs = void (*)(const uint8_t*, const float*, int, int64_t, float*, float*, const float*, const int64_t*, bool,
+                          char*);
     template <int kSize>
     static Runs runs_of(int dtype, bool pairs) {
         if (dtype == KVK_F32) return Isa::template decode_runs<kSize, KVK_F32, false>;
@@ -290,12 +352,13 @@ struct Kv {
     }
 
     // Writes the next n values, their means put back.
-    static void scatter(int dtype, float* piece, const float* means, int n, bool stream, Walk* walk, void* out) {
+    static void scatter(int dtype, float* piece, const float* means, Turner<Isa>* turner, int n, bool stream, Walk* walk,
+                        void* out) {
         for (int i = 0, run; i < n; i += run, walk->advance(run)) {
             run = walk->run(n - i);
             int done = 0;
             if (walk->rows.groups) {
-                const float* mean = means + walk->mean();
+                const float* mean = mean_at(means, turner, *walk);
                 if (dtype == KVK_F32) {
                     float* single = static_cast<float*>(out) + walk->value();
                     done = run & ~7;

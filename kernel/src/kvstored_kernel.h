@@ -11,14 +11,14 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 5
+#define KVK_ABI 6
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
 enum { KVK_F32 = 0, KVK_F16 = 1, KVK_BF16 = 2 };
 // Instruction sets, in order of preference. Do not renumber.
 enum { KVK_PORTABLE = 0, KVK_AVX2 = 1, KVK_AVX512 = 2 };
-enum { KVK_OK = 0, KVK_NOT_FINITE = 1, KVK_BAD_ARGUMENT = 2 };
+enum { KVK_OK = 0, KVK_NOT_FINITE = 1, KVK_BAD_ARGUMENT = 2, KVK_NO_MEMORY = 3 };
 
 KVK_API int kvk_abi(void);
 // The best instruction set of this machine.
@@ -64,11 +64,38 @@ KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const
 KVK_API int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,
                     double* squares);
 
+// Means that turn with the position (nf4-kv2). rotary: channels that turn in pairs, even, 2 to d; interleaved: whether
+// pairs are neighbours or half of `rotary` apart. tangents: outer*rotary/2, tan(w/2) of the angle w that a pair turns by
+// from one token to the next. turning: outer*inner*ceil(rotary/16) bytes, a bit for each pair of each head, low bits first.
+typedef struct {
+    const float* tangents;
+    const uint8_t* turning;
+    int32_t rotary, interleaved;
+} kvk_turns;
+
+// For each pair of each head, over the first `sampled` groups of tokens: energy without a still mean, energy, and the real
+// and imaginary parts of sum z[t] conj z[t - lag] for three lags. Of turns, rotary and interleaved are read.
+// sums: outer*inner*rotary/2*8. rows->groups: at least 1.
+KVK_API int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
+                int sampled, const int32_t* lags, float* sums);
+// Sums over each group of tokens. still: outer*groups*inner*d. With turns also: turned, the same sums in the frame that
+// turns by the tangents, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
+// beyond still ones. content: null, or what kvk_kv_content gives for rotary and interleaved.
+KVK_API int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
+                float* still, float* turned, float* gains, int rotary, int interleaved, double* content);
+// Means of those sums, turned ones where a bit of turns->turning is set. codes: outer*groups*inner*d; scales:
+// outer*groups*inner*ceil(d/8), a mean is code * 2^(scale - 127), or 0 where scale is 0.
+KVK_API int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still,
+                const float* turned, int8_t* codes, uint8_t* scales);
+// Floats of the means.
+KVK_API int kvk_kv_expand_eights(const kvk_rows* rows, const int8_t* codes, const uint8_t* scales, float* means);
+
 // b = ceil(outer*tokens*inner*d / block) blocks. codes: b*block/2; scales: b; tops: ceil(b/256); error: b.
+// turns: null where means stand still.
 KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const float* means,
-                  uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
+                  const kvk_turns* turns, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
 KVK_API int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
-                  const float* means, const kvk_rows* rows, void* out);
+                  const float* means, const kvk_turns* turns, const kvk_rows* rows, void* out);
 
 #ifdef __cplusplus
 }

@@ -25,11 +25,20 @@ struct Ops {
     // Slabs [begin, end); one number for each head of each.
     void (*kv_distance)(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                         double* squares);
-    // Tiles of 256 blocks [begin, end).
-    bool (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, int64_t begin, int64_t end,
-                      uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
-    void (*kv_decode)(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
-                      const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out);
+    // Slabs [begin, end). False where there is no memory.
+    bool (*kv_lags)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
+                    const int32_t* lag, int64_t begin, int64_t end, float* sums);
+    // Groups of tokens [begin, end) of outer * groups; turns may be null. told: rotary and interleaved of content.
+    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns* turns, const kvk_turns& told,
+                    int64_t begin, int64_t end, float* still, float* turned, double* content);
+    void (*kv_gains)(const kvk_rows& rows, const kvk_turns& turns, const float* still, const float* turned, float* gains);
+    void (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,
+                          int64_t begin, int64_t end, int8_t* codes, uint8_t* scales);
+    // Tiles of 256 blocks [begin, end); turns may be null. A status.
+    int (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, const kvk_turns* turns,
+                     int64_t begin, int64_t end, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
+    int (*kv_decode)(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
+                     const kvk_turns* turns, const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out);
 };
 
 extern const Ops kPortable;
@@ -40,6 +49,7 @@ extern const Ops kAvx512;
 
 constexpr int kScaleGroup = 256;
 constexpr int kGroup = 64;
+constexpr uint32_t kMeanTop = 246;  // 127 * 2^(246 - 127) is finite
 
 // A scale from its byte: steps down from the top of its group, in float bits without their 17 lowest.
 static inline float scale_of(uint8_t code, int32_t top) {

@@ -513,11 +513,24 @@ struct Avx2 {
             _mm256_storeu_ps(out + i + 8, _mm256_shuffle_ps(low, high, 0xdd));
         }
     }
+    // turn: offsets of the step and the chord of each mean, which then goes on to the next token's (turn.h); null: none.
     template <int kDtype, bool kPairs>
-    KVK_INLINE void store_sum64(const __m256* v, const float* mean, bool stream, char* out) {
+    KVK_INLINE void store_sum64(const __m256* v, float* mean, const int64_t* turn, bool stream, char* out) {
         __m256 sum[8];
+        if (turn) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
+            for (int r = 0; r < 8; ++r) {
+                float* const at = mean + 8 * r;
+                const __m256 m = _mm256_loadu_ps(at), step = _mm256_loadu_ps(at + turn[0]);
+                sum[r] = _mm256_add_ps(v[r], m);
+                const __m256 next = _mm256_add_ps(m, step);
+                _mm256_storeu_ps(at, next);
+                _mm256_storeu_ps(at + turn[0], _mm256_sub_ps(step, _mm256_mul_ps(_mm256_loadu_ps(at + turn[1]), next)));
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
+        }
         if constexpr (kPairs)
             store64_pairs(sum, stream, out);
         else
@@ -527,8 +540,8 @@ struct Avx2 {
     // lie one behind the other. scales: one for each block, the rotation's 1/size in it. mean: of the first value, or
     // null; at `end` the row's means begin again at `row`. stream: out is 32-byte aligned.
     template <int kSize, int kDtype, bool kPairs>
-    static void decode_runs(const uint8_t* codes, const float* scales, int block, int64_t n, const float* mean,
-                            const float* row, const float* end, bool stream, char* out) {
+    static void decode_runs(const uint8_t* codes, const float* scales, int block, int64_t n, float* mean, float* row,
+                            const float* end, const int64_t* turn, bool stream, char* out) {
         constexpr int kBytes = kDtype == KVK_F32 ? 4 : 2;
         const int per = 64 / block;
         for (int64_t i = 0; i < n; i += kSize) {
@@ -537,7 +550,7 @@ struct Avx2 {
             levels_by_columns(codes, scales[0], scales[per - 1], v);
             rotate_columns<kPairs>(v);
             if constexpr (kSize == 64) {
-                store_sum64<kDtype, kPairs>(v, mean, stream, out);
+                store_sum64<kDtype, kPairs>(v, mean, turn, stream, out);
             } else {
                 alignas(32) float first[64];
 #pragma GCC unroll 8
@@ -551,8 +564,8 @@ struct Avx2 {
                     sum[r] = _mm256_add_ps(a, v[r]);
                     v[r] = _mm256_sub_ps(a, v[r]);
                 }
-                store_sum64<kDtype, kPairs>(sum, mean, stream, out);
-                store_sum64<kDtype, kPairs>(v, mean ? mean + 64 : nullptr, stream, out + 64 * kBytes);
+                store_sum64<kDtype, kPairs>(sum, mean, turn, stream, out);
+                store_sum64<kDtype, kPairs>(v, mean ? mean + 64 : nullptr, turn, stream, out + 64 * kBytes);
             }
             codes += kSize / 2;
             out += kSize * kBytes;

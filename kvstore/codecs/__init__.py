@@ -58,9 +58,10 @@ def _registry() -> dict[str, Stored]:
     from kvstore.codecs.layers import Layers
     from kvstore.codecs.nf4 import NF4
     from kvstore.codecs.nf4_kv import NF4KV
+    from kvstore.codecs.nf4_kv2 import NF4KV2
     from kvstore.codecs.raw import Raw
 
-    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), Int8(), Layers())}
+    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), NF4KV2(), Int8(), Layers())}
 
 
 _CODECS: dict[str, Stored] = {}
@@ -82,9 +83,9 @@ def codec_named(name: str) -> Stored:
 
 
 def codec_for(choice: str, max_relative_error: float | None = None) -> Codec:
-    """The codec a setting asks for: "auto" (nf4-kv for keys and values, nf4 for the rest), or an encoding's name.
+    """The codec a setting asks for: "auto" (nf4-kv2 for keys and values, nf4 for the rest), or an encoding's name.
 
-    max_relative_error: with "auto", the cheapest of nf4-kv, int8 and raw that keeps this bound on the real tensor.
+    max_relative_error: with "auto", the cheapest of nf4-kv2, int8 and raw that keeps this bound on the real tensor.
     """
     from kvstore.codecs.adaptive import Adaptive
     from kvstore.codecs.by_role import ByRole

@@ -1,4 +1,4 @@
-"""The codec for a tensor's role: nf4-kv for keys and values, nf4 for any other tensor that may be lossy.
+"""The codec for a tensor's role: nf4-kv2 for keys and values, nf4 for any other tensor that may be lossy.
 
 It is a rule, not an encoding: its output has the name of the codec that it chose. Pure, any thread.
 """
@@ -7,22 +7,22 @@ import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of, token_axis_of
 from kvstore.codecs.nf4 import NF4
-from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.codecs.nf4_kv2 import NF4KV2
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
 _TOKENS_MIN = 16
-"""Below it the four tokens that nf4-kv keeps in 16 bits are a quarter of the tensor, and its density is gone."""
+"""Below it keys have hardly a mean (`nf4_kv2.MEANS_MIN`), and nf4 is what other programs read."""
 
 
 class ByRole:
-    """nf4-kv for tensors whose name says key or value ("k", "v", "layers.3.key", ...), else nf4."""
+    """nf4-kv2 for tensors whose name says key or value ("k", "v", "layers.3.key", ...), else nf4."""
 
     name = "auto"
     lossy = True
 
     def __init__(self) -> None:
-        self._kv, self._plain = NF4KV(), NF4()
+        self._kv, self._plain = NF4KV2(), NF4()
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor by the codec for its name and shape. Raises CodecError if that codec does."""

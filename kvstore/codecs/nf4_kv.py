@@ -11,6 +11,7 @@ The format and its figures: docs/codecs.md.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
+from typing import Self
 
 import torch
 
@@ -26,7 +27,7 @@ from kvstore.kernels.cpu import STILL, Rows
 
 _TOP_LIMIT = 0x7F800000 >> 17
 
-_JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
+JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
 """Parts of a packed tensor that hold those of its keys and then those of its values: each part costs its overhead."""
 
 
@@ -42,7 +43,7 @@ class Plane:
     kept: tuple[int, ...]
 
     @classmethod
-    def of(cls, role: Part, rows: torch.Tensor, kept: tuple[int, ...]) -> "Plane":
+    def of(cls, role: Part, rows: torch.Tensor, kept: tuple[int, ...]) -> Self:
         """The plane of rows (outer, tokens, inner, d)."""
         outer, tokens, inner, d = rows.shape
         return cls(role, outer, tokens, inner, d, kept)
@@ -109,7 +110,7 @@ class NF4KV:
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
             errors.append(_encode_plane(rows, plane, prefix, parts))
         if role == "packed":
-            for suffix in _JOINED:
+            for suffix in JOINED:
                 parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
         encoded = EncodedTensor(spec, self.name, parts, attrs)
         known = [error for error in errors if error is not None]
@@ -122,7 +123,7 @@ class NF4KV:
 
         Raises CodecError when parts, attributes and spec do not belong together.
         """
-        role, token_axis = _role(encoded.attrs), _token_axis(encoded.attrs)
+        role, token_axis = stored_role(encoded.attrs), stored_token_axis(encoded.attrs)
         if encoded.spec.dtype not in LOSSY_ALLOWED or prod(encoded.spec.shape) == 0:
             raise CodecError(f"nf4-kv decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {encoded.spec}")
         main = encoded.parts.get("")
@@ -135,7 +136,7 @@ class NF4KV:
             raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {encoded.spec.shape}")
         planes = planes_of(out, role, token_axis)
         if role == "packed":
-            encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
+            encoded = split_packed(encoded, [rows for _prefix, _part, rows in planes])
         _checked_names(encoded, planes)
         for prefix, part, rows in planes:
             _decode_plane(encoded, part, prefix, rows)
@@ -147,7 +148,7 @@ class NF4KV:
 
     def check(self, encoded: EncodedTensor) -> None:
         """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
-        role, token_axis = _role(encoded.attrs), _token_axis(encoded.attrs)
+        role, token_axis = stored_role(encoded.attrs), stored_token_axis(encoded.attrs)
         spec = encoded.spec
         if spec.dtype not in LOSSY_ALLOWED or prod(spec.shape) == 0:
             raise CodecError(f"nf4-kv decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
@@ -155,20 +156,20 @@ class NF4KV:
             raise CodecError(f"nf4-kv packs keys and values in an even last dimension, not {spec.shape}")
         planes = planes_of(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta"), role, token_axis)
         if role == "packed":
-            encoded = _split(encoded, [rows for _prefix, _part, rows in planes])
+            encoded = split_packed(encoded, [rows for _prefix, _part, rows in planes])
         _checked_names(encoded, planes)
         for prefix, part, rows in planes:
-            plane = Plane.of(part, rows, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
-            _checked_blocks(encoded, plane, prefix)
+            plane = Plane.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
+            checked_blocks(encoded, plane, prefix)
             if plane.kept:
-                _checked_kept(encoded, plane, prefix)
+                checked_kept(encoded, plane, prefix)
             _checked_means(encoded, plane, prefix)
 
 
 def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
-        parts[f"{prefix}kept"] = _halves(rows[:, list(plane.kept)])
+        parts[f"{prefix}kept"] = in_halves(rows[:, list(plane.kept)])
     kernel = kv_kernel(rows)
     if plane.leading and kernel is not None:
         coded, stride = rows[:, len(plane.kept) :], plane.tokens
@@ -225,7 +226,7 @@ def _encode_reference(
     return reference_kv.encode_rotated(rotated.reshape(-1), plane.block)
 
 
-def _halves(kept: torch.Tensor) -> torch.Tensor:
+def in_halves(kept: torch.Tensor) -> torch.Tensor:
     """Kept rows in 16 bits: as they are, or float32 as float16, or as bfloat16 out of float16's range."""
     largest = float(kept.abs().max())
     if not isfinite(largest):
@@ -238,11 +239,11 @@ def _halves(kept: torch.Tensor) -> torch.Tensor:
 
 def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Tensor) -> None:
     """Fill rows (outer, tokens, inner, d), contiguous, from one plane's parts."""
-    plane = Plane.of(part, out, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), out.shape[1]))
-    blocks = _checked_blocks(encoded, plane, prefix)
+    plane = Plane.of(part, out, kept_indexes(encoded.attrs.get(f"{prefix}kept"), out.shape[1]))
+    blocks = checked_blocks(encoded, plane, prefix)
     direct = plane.leading
     if plane.kept:
-        kept = _checked_kept(encoded, plane, prefix)
+        kept = checked_kept(encoded, plane, prefix)
         if direct:  # a slice: an index costs 40 us
             out[:, : len(plane.kept)].copy_(kept)
         else:
@@ -263,14 +264,14 @@ def _decode_plane(encoded: EncodedTensor, part: Part, prefix: str, out: torch.Te
         out[:, plane.others(out.device)] = coded
 
 
-def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
-    """A packed tensor's joined parts as those of its keys ("") and its values ("v.")."""
+def split_packed(encoded: EncodedTensor, rows: list[torch.Tensor], form: type[Plane] = Plane) -> EncodedTensor:
+    """A packed tensor's joined parts as those of its keys ("") and its values ("v."). form: what has their lengths."""
     planes = [
-        Plane.of(part, x, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
+        form.of(part, x, kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
         for (part, prefix), x in zip(HALVES, rows, strict=True)
     ]
     parts = dict(encoded.parts)
-    for suffix, dtype in _JOINED.items():
+    for suffix, dtype in JOINED.items():
         lengths = [
             {"": p.blocks * p.block // 2, "scale": p.blocks, "scale_top": -(-p.blocks // reference_kv.SCALE_GROUP)}[
                 suffix
@@ -282,7 +283,7 @@ def _split(encoded: EncodedTensor, rows: list[torch.Tensor]) -> EncodedTensor:
     return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
 
 
-def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> reference_kv.RotatedBlocks:
+def checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> reference_kv.RotatedBlocks:
     """Codes, scales and tops of exactly the lengths the plane has, with tops that are finite scales."""
     b = plane.blocks
     codes = require_part(encoded, prefix, torch.uint8, b * plane.block // 2)
@@ -293,7 +294,8 @@ def _checked_blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> refere
     return reference_kv.RotatedBlocks(codes, scales, tops, scales)
 
 
-def _checked_kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Tensor:
+def checked_kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Tensor:
+    """The kept tokens (outer, kept, inner, d), finite."""
     part = encoded.parts.get(f"{prefix}kept")
     shape = (plane.outer, len(plane.kept), plane.inner, plane.d)
     dtype = torch.bfloat16 if part is not None and part.dtype == torch.bfloat16 else torch.float16
@@ -314,14 +316,14 @@ def _checked_names(encoded: EncodedTensor, rows: Sequence[tuple[str, Part, torch
     """CodecError unless the parts are those of these planes (prefix, part, rows) and no others."""
     names: list[str] = []
     for prefix, part, x in rows:
-        plane = Plane.of(part, x, _kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
+        plane = Plane.of(part, x, kept_indexes(encoded.attrs.get(f"{prefix}kept"), x.shape[1]))
         names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
         names += [f"{prefix}kept"] * bool(plane.kept)
         names += [f"{prefix}mean", f"{prefix}mean_scale"] * bool(plane.groups)
     require_names(encoded, names)
 
 
-def _kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
+def kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
     """Token indexes from their attribute: ascending, distinct, and at least one token left to code."""
     if not isinstance(text, str):
         raise CodecError(f"nf4-kv names its kept tokens in a string, not {text!r}")
@@ -334,14 +336,16 @@ def _kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
     return kept
 
 
-def _role(attrs: Mapping[str, object]) -> str:
+def stored_role(attrs: Mapping[str, object]) -> str:
+    """The role among attributes; CodecError for none."""
     role = attrs.get("role")
-    if role not in {"key", "value", "packed", "plain"}:
+    if role not in ("key", "value", "packed", "plain"):
         raise CodecError(f"nf4-kv knows no role {role!r}")
     return str(role)
 
 
-def _token_axis(attrs: Mapping[str, object]) -> int:
+def stored_token_axis(attrs: Mapping[str, object]) -> int:
+    """The token axis among attributes; CodecError for none."""
     axis = attrs.get("token_axis")
     if isinstance(axis, bool) or not isinstance(axis, int) or axis >= -1:
         raise CodecError(f"nf4-kv needs a token_axis below -1, not {axis!r}")

@@ -167,7 +167,7 @@ class Entry:
 
     @property
     def encoding(self) -> str:
-        """The first encoding that is not raw ("nf4-kv"), or "raw": tensors of one entry may have different ones."""
+        """The first encoding that is not raw ("nf4-kv2"), or "raw": tensors of one entry may have different ones."""
         return next((name for name in self.encodings if name != "raw"), "raw")
 
     def is_encoded_in(self, names: Collection[str]) -> bool:

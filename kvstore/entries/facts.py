@@ -20,7 +20,7 @@ from kvstore.errors import InvalidEntry, RecordCorrupt
 from kvstore.printable import printable
 
 PARTS_MAX = 64
-"""Parts of one encoded tensor: nf4 has 3, nf4-kv up to 7, and `layers` those of 8 runs."""
+"""Parts of one encoded tensor: nf4 has 3, nf4-kv2 up to 8 of keys, and `layers` those of 8 runs."""
 
 
 _ATTRS_DEPTH_MAX = 6

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import ISAS, STILL, CpuKernel, Rotary, Rows, kernels
+from kvstore.kernels.cpu import ISAS, STILL, CpuKernel, Rotary, Rows, Turns, kernels
 from kvstore.kernels.trial import agree
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,24 @@ class KvKernel(Protocol):
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
 
+    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
+        """`reference_turn.kv_lags`."""
+
+    def kv_sums(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`reference_turn.kv_sums`."""
+
+    def kv_code_means(
+        self, rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_code_means`."""
+
+    def kv_expand_eights(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """`reference_turn.kv_expand_eights`."""
+
     def kv_encode(
-        self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
+        self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None, turns: Turns | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Codes, scales, tops and errors as `reference_kv.encode_rotated` gives; None or CodecError where not
         finite.
@@ -60,6 +76,7 @@ class KvKernel(Protocol):
         means: torch.Tensor | None,
         rows: Rows,
         out: torch.Tensor,
+        turns: Turns | None = None,
     ) -> None:
         """Rows of out from codes, scales and tops, whose lengths the caller has checked."""
 

@@ -19,7 +19,7 @@ from kvstore.kernels.tables import table
 
 log = logging.getLogger(__name__)
 
-ABI = 5
+ABI = 6
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another takes about 30 us, as long as 1 MiB."""
 
@@ -52,6 +52,28 @@ class Rotary(NamedTuple):
 STILL = Rotary(0, interleaved=False)
 
 
+class Turns(NamedTuple):
+    """Means that turn. tangents: float32 (outer, pairs), tan(w/2) of the angle w that a pair turns by a token.
+
+    turning: uint8 (outer, inner, ceil(pairs/8)), a bit for each pair of each head, low bits first.
+    """
+
+    rotary: Rotary
+    tangents: torch.Tensor
+    turning: torch.Tensor
+
+
+class _Turns(ctypes.Structure):
+    """`kvk_turns` of kernel/src/kvstored_kernel.h."""
+
+    _fields_ = (
+        ("tangents", ctypes.c_void_p),
+        ("turning", ctypes.c_void_p),
+        ("rotary", ctypes.c_int32),
+        ("interleaved", ctypes.c_int32),
+    )
+
+
 def installed() -> tuple[ctypes.CDLL | None, int]:
     """The library that is installed, whatever its ABI, and that number; 0 for one that does not tell it."""
     try:
@@ -82,8 +104,13 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
     library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, i, p)
     library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
-    library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, p, p, p, p)
-    library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, rows, p)
+    turns = ctypes.POINTER(_Turns)
+    library.kvk_kv_lags.argtypes = (i, i, i, p, rows, turns, i, p, p)
+    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, i, i, p)
+    library.kvk_kv_code_means.argtypes = (i, rows, turns, p, p, p, p)
+    library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
+    library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, turns, p, p, p, p)
+    library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, turns, rows, p)
     return library
 
 
@@ -173,8 +200,48 @@ class CpuKernel:
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
 
+    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
+        """`reference_turn.kv_lags`."""
+        sums = torch.empty(rows.outer, rows.inner, rotary.channels // 2, 8, dtype=torch.float32, device="cpu")
+        how = (_Turns(None, None, *rotary), sampled, (ctypes.c_int32 * 3)(*lags), sums.data_ptr())
+        _checked(self.library.kvk_kv_lags(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *how))
+        return sums
+
+    def kv_sums(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`reference_turn.kv_sums`."""
+        still = torch.empty(rows.outer, rows.groups, rows.inner, rows.d, dtype=torch.float32, device="cpu")
+        gains = torch.empty(rows.outer, rows.inner, rotary.channels // 2, dtype=torch.float32, device="cpu")
+        turned, turns = still, None
+        if tangents is not None:
+            turned = torch.zeros_like(still)
+            turns = _Turns(tangents.data_ptr(), None, *rotary)
+        shape = (rows.outer, rows.groups, rows.inner, 2)
+        energies = torch.empty(shape, dtype=torch.float64, device="cpu") if content else None
+        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr(), *rotary, _place(energies))
+        _checked(self.library.kvk_kv_sums(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, turns, *where))
+        return still, turned, gains, None if energies is None else energies.sum(dim=1)
+
+    def kv_code_means(
+        self, rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_code_means`."""
+        codes = torch.empty(still.shape, dtype=torch.int8, device="cpu")
+        scales = torch.empty(*still.shape[:3], -(-rows.d // 8), dtype=torch.uint8, device="cpu")
+        where = (still.data_ptr(), turned.data_ptr(), codes.data_ptr(), scales.data_ptr())
+        _checked(self.library.kvk_kv_code_means(_threads(still), rows, _turning(turns), *where))
+        return codes, scales
+
+    def kv_expand_eights(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """`reference_turn.kv_expand_eights`."""
+        means = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+        where = (codes.data_ptr(), scales.data_ptr(), means.data_ptr())
+        _checked(self.library.kvk_kv_expand_eights(rows, *where))
+        return means
+
     def kv_encode(
-        self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None
+        self, x: torch.Tensor, rows: Rows, means: torch.Tensor | None, turns: Turns | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Codes, scales, tops and errors as `reference_kv.encode_rotated` gives; None where not finite."""
         blocks = -(-rows.outer * rows.tokens * rows.inner * rows.d // rows.block)
@@ -184,7 +251,8 @@ class CpuKernel:
         error = torch.empty(blocks, dtype=torch.float32, device="cpu")
         out = (codes.data_ptr(), scales.data_ptr(), tops.data_ptr(), error.data_ptr())
         mean = 0 if means is None else means.data_ptr()
-        status = self.library.kvk_kv_encode(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, mean, *out)
+        how = (self.isa, _threads(x), DTYPES[x.dtype])
+        status = self.library.kvk_kv_encode(*how, x.data_ptr(), rows, mean, _turning(turns), *out)
         return None if _checked(status) == NOT_FINITE else (codes, scales, tops, error)
 
     def kv_decode(
@@ -193,12 +261,13 @@ class CpuKernel:
         means: torch.Tensor | None,
         rows: Rows,
         out: torch.Tensor,
+        turns: Turns | None = None,
     ) -> None:
         """Rows of out from codes, scales and tops, whose lengths the caller has checked."""
         parts = tuple(part.data_ptr() for part in coded)
         mean = 0 if means is None else means.data_ptr()
-        threads = _threads(out)
-        _checked(self.library.kvk_kv_decode(self.isa, threads, DTYPES[out.dtype], *parts, mean, rows, out.data_ptr()))
+        how = (self.isa, _threads(out), DTYPES[out.dtype])
+        _checked(self.library.kvk_kv_decode(*how, *parts, mean, _turning(turns), rows, out.data_ptr()))
 
 
 class _Calling(threading.local):
@@ -218,6 +287,12 @@ def _threads(x: torch.Tensor) -> int:
     if _calling.single or x.numel() * x.element_size() < THREADED_NBYTES:
         return 1
     return torch.get_num_threads()
+
+
+def _turning(turns: Turns | None) -> _Turns | None:
+    if turns is None:
+        return None
+    return _Turns(turns.tangents.data_ptr(), turns.turning.data_ptr(), *turns.rotary)
 
 
 def _place(x: torch.Tensor | None) -> int:

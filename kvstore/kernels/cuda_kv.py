@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvstore.kernels import reference_kv
-from kvstore.kernels.cpu import STILL, Rotary, Rows
+from kvstore.kernels import reference_kv, reference_turn
+from kvstore.kernels.cpu import STILL, Rotary, Rows, Turns
 from kvstore.kernels.cuda import EXACT, _codes, _rounded
 from kvstore.kernels.reference_content import distances, energies
 from kvstore.kernels.tables import table
@@ -78,9 +78,9 @@ def _means(x, codes, scales, means, tokens, inner, d, stride, groups, D: tl.cons
 
 
 @triton.jit
-def _mean_of(means, slab, within, width, groups, inside):
-    """The mean of each value's channel in its group of tokens."""
-    group = tl.minimum(within // width // _GROUP, groups - 1)
+def _mean_of(means, slab, within, width, groups, inside, GROUP: tl.constexpr):
+    """The mean of each value's channel in its group of GROUP tokens."""
+    group = tl.minimum(within // width // GROUP, groups - 1)
     return tl.load(means + (slab * groups + group) * width + within % width, mask=inside, other=0.0)
 
 
@@ -106,7 +106,7 @@ def _best_clips(rows, absmax, search, clips):
 @triton.jit
 def _encode(
     x, means, codes, sums, thresholds, levels, search, clips, slab_values, width, stride, groups, n, blocks,
-    TILE: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+    TILE: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile a program. ROTATION, BLOCK: powers of two. sums: energy, cross and size of each block, or inf."""
     ROWS: tl.constexpr = TILE >> BLOCK
@@ -116,7 +116,7 @@ def _encode(
     within = flat - slab * slab_values
     v = tl.load(x + slab * stride + within, mask=flat < n, other=0.0).to(tl.float32)
     if CENTRED:
-        v = v - _mean_of(means, slab, within, width, groups, flat < n)
+        v = v - _mean_of(means, slab, within, width, groups, flat < n, GROUP)
     rows = tl.reshape(_rotated(v, TILE, ROTATION), [ROWS, 1 << BLOCK])
     most = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     absmax, refused = most.to(tl.float32, bitcast=True), most >= _NOT_FINITE
@@ -140,7 +140,7 @@ def _encode(
 @triton.jit
 def _decode(
     codes, scales, tops, means, levels, out, slab_values, width, stride, groups, n, blocks,
-    TILE: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+    TILE: tl.constexpr, ROTATION: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile a program: scales from their bytes (`reference_kv.decode_scales`), levels, rotation, means."""
     ROWS: tl.constexpr = TILE >> BLOCK
@@ -159,7 +159,7 @@ def _decode(
     slab = flat // slab_values
     within = flat - slab * slab_values
     if CENTRED:
-        v = v + _mean_of(means, slab, within, width, groups, flat < n)
+        v = v + _mean_of(means, slab, within, width, groups, flat < n, GROUP)
     tl.store(out + slab * stride + within, _rounded(v, out), mask=flat < n)
 
 
@@ -203,30 +203,52 @@ def _seen(x: torch.Tensor, rows: Rows) -> torch.Tensor:
     return x.as_strided((rows.outer, rows.tokens, rows.inner, rows.d), (rows.stride, width, rows.d, 1))
 
 
+kv_lags, kv_sums = reference_turn.kv_lags, reference_turn.kv_sums
+kv_code_means, kv_expand_eights = reference_turn.kv_code_means, reference_turn.kv_expand_eights
+"""By torch on the device, operation by operation, so the reference's bytes; means that turn are unrolled by it, too."""
+
+
+def _unrolled(rows: Rows, means: torch.Tensor | None, turns: Turns | None) -> tuple[torch.Tensor | None, int, int]:
+    """Means, how many a slab has, and how many tokens share one: turning ones are each token's own."""
+    if means is None or turns is None:
+        return means, rows.groups, reference_kv.GROUP
+    return reference_turn.unrolled(rows, means, turns), rows.tokens, 1
+
+
 def kv_encode(
-    x: torch.Tensor, rows: Rows, means: torch.Tensor | None
+    x: torch.Tensor, rows: Rows, means: torch.Tensor | None, turns: Turns | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Codes, scales, tops and errors as `reference_kv.encode_rotated` gives; CodecError where not finite."""
+    means, groups, group = _unrolled(rows, means, turns)
     n, blocks = _lengths(rows)
     codes = torch.empty(blocks * rows.block // 2, dtype=torch.uint8, device=x.device)
     sums = torch.empty(3, blocks, dtype=torch.float32, device=x.device)
     tables = (table("thresholds", x.device), table("code", x.device), *reference_kv.search_tables(x.device))
     mean = sums if means is None else means  # never read where there are none
     with torch.cuda.device(x.get_device()):
-        _encode[(triton.cdiv(n, TILE),)](x, mean, codes, sums, *tables, *_place(rows), n, blocks, **_sizes(rows))
+        _encode[(triton.cdiv(n, TILE),)](
+            x, mean, codes, sums, *tables, *_place(rows, groups), n, blocks, **_sizes(rows, group)
+        )
     coded = reference_kv.under_tops(codes, sums)
     return coded.codes, coded.scales, coded.tops, coded.error
 
 
 def kv_decode(
-    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor], means: torch.Tensor | None, rows: Rows, out: torch.Tensor
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    means: torch.Tensor | None,
+    rows: Rows,
+    out: torch.Tensor,
+    turns: Turns | None = None,
 ) -> None:
     """Rows of out from codes, scales and tops, whose lengths the caller has checked."""
+    means, groups, group = _unrolled(rows, means, turns)
     n, blocks = _lengths(rows)
     levels = table("code", out.device)
     mean = levels if means is None else means  # never read where there are none
     with torch.cuda.device(out.get_device()):
-        _decode[(triton.cdiv(n, TILE),)](*coded, mean, levels, out, *_place(rows), n, blocks, **_sizes(rows))
+        _decode[(triton.cdiv(n, TILE),)](
+            *coded, mean, levels, out, *_place(rows, groups), n, blocks, **_sizes(rows, group)
+        )
 
 
 def _lengths(rows: Rows) -> tuple[int, int]:
@@ -234,16 +256,17 @@ def _lengths(rows: Rows) -> tuple[int, int]:
     return n, -(-n // rows.block)
 
 
-def _place(rows: Rows) -> tuple[int, int, int, int]:
+def _place(rows: Rows, groups: int) -> tuple[int, int, int, int]:
     width = rows.inner * rows.d
-    return rows.tokens * width, width, rows.stride, rows.groups
+    return rows.tokens * width, width, rows.stride, groups
 
 
-def _sizes(rows: Rows) -> dict[str, object]:
+def _sizes(rows: Rows, group: int) -> dict[str, object]:
     return {
         "TILE": TILE,
         "ROTATION": rows.size.bit_length() - 1,
         "CENTRED": rows.groups > 0,
+        "GROUP": group,
         "BLOCK": rows.block.bit_length() - 1,
         **EXACT,
     }

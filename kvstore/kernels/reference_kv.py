@@ -161,10 +161,14 @@ def code_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decode_scales(codes: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
     """Scales from their bytes. Returns float32 (b,); what would lie below 0 is 0."""
-    top = tops.to(torch.int32).repeat_interleave(SCALE_GROUP)[: codes.numel()]
+    return scales_under(codes, tops.repeat_interleave(SCALE_GROUP)[: codes.numel()])
+
+
+def scales_under(codes: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
+    """Scales from their bytes, each under a top of its own."""
     code = codes.to(torch.int32)
     steps = torch.where(code >= 256 - FINE, 255 - code, FINE + ((63 - code) << 2))
-    bits = (top - steps).clamp_(min=0) << _SCALE_SHIFT
+    bits = (tops.to(torch.int32) - steps).clamp_(min=0) << _SCALE_SHIFT
     return torch.where(code == 0, torch.zeros_like(bits), bits).view(torch.float32)
 
 

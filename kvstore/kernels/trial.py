@@ -1,20 +1,30 @@
 """A trial of a kernel on this machine, once, before use: it must write the portable code's bytes.
 
 Each instruction set has its own code, and no test machine has them all; a compiler or an emulator may err as well.
-Wrong codes would be stored as good ones, so a kernel that fails is not used. It takes some 4 ms.
+Wrong codes would be stored as good ones, so a kernel that fails is not used. It takes some 40 ms.
 """
 
 import torch
 
-from kvstore.kernels.cpu import DTYPES, CpuKernel, Rotary, Rows
+from kvstore.kernels.cpu import DTYPES, CpuKernel, Rotary, Rows, Turns
 
 TOKENS, HEADS, HEAD_DIM = 70, 2, 64
 """Two groups of means, the second one short."""
+TURNED = (
+    (70, 2, 64, 64, Rotary(64, interleaved=False)),
+    (10, 2, 64, 64, Rotary(32, interleaved=True)),
+    (8, 2, 80, 16, Rotary(20, interleaved=False)),
+    (7, 2, 96, 32, Rotary(96, interleaved=True)),
+    (10, 1, 128, 128, Rotary(128, interleaved=False)),
+    (5, 1, 256, 128, Rotary(256, interleaved=True)),
+)
+"""Tokens, heads, head_dim, its rotation's size, and which channels turn: all or some, half apart or neighbours."""
+LAGS = (1, 2, 4)
 
 
 def agree(kernel: CpuKernel, portable: CpuKernel) -> bool:
-    """Whether both give the same bytes for a sample: both codecs, both ways, each input type."""
-    return all(_bytes(kernel, x) == _bytes(portable, x) for x in _samples())
+    """Whether both give the same bytes for a sample: each codec, both ways, each input type, keys and values."""
+    return all(_bytes(kernel, x) == _bytes(portable, x) and _same_turned(kernel, portable, x) for x in _samples())
 
 
 def _samples() -> list[torch.Tensor]:
@@ -42,10 +52,69 @@ def _bytes(kernel: CpuKernel, x: torch.Tensor) -> list[bytes] | None:
         if groups:
             codes, scales, means, content = kernel.kv_means(x, rows, Rotary(HEAD_DIM, interleaved=False))
             made += [codes, scales, means, *([] if content is None else [content])]
-        rotated = kernel.kv_encode(x, rows, means)
-        if rotated is None:
+        both = _there_and_back(kernel, x, rows, means, None)
+        if both is None:
             return None
-        values = torch.empty_like(x)
-        kernel.kv_decode(rotated[:3], means, rows, values)
-        made += [*rotated, values]
-    return [part.view(torch.uint8).numpy().tobytes() for part in made]
+        made += both
+    return [_raw(part) for part in made]
+
+
+def _same_turned(kernel: CpuKernel, portable: CpuKernel, x: torch.Tensor) -> bool:
+    return all(_turned_bytes(kernel, x, *how) == _turned_bytes(portable, x, *how) for how in TURNED)
+
+
+def _turned_bytes(
+    kernel: CpuKernel, x: torch.Tensor, tokens: int, inner: int, d: int, size: int, rotary: Rotary
+) -> list[bytes] | None:
+    """What nf4-kv2 does with rows of d: values, and keys under still and under turning means."""
+    x = x[: tokens * inner * d]
+    values = Rows(1, tokens, inner, d, x.numel(), size, 64, 0)
+    made = _there_and_back(kernel, x, values, None, None)
+    if made is None:
+        return None
+    keys = Rows(1, tokens, inner, d, x.numel(), size, 32, 2 if tokens > 64 else 1)
+    made.append(kernel.kv_lags(x, keys, rotary, 1, LAGS))
+    for turns in (None, _some_turn(rotary, inner)):
+        keyed = _keyed(kernel, x, keys, rotary, turns)
+        if keyed is None:
+            return None
+        made += keyed
+    return [_raw(part) for part in made]
+
+
+def _keyed(
+    kernel: CpuKernel, x: torch.Tensor, rows: Rows, rotary: Rotary, turns: Turns | None
+) -> list[torch.Tensor] | None:
+    tangents = None if turns is None else turns.tangents
+    still, turned, gains, content = kernel.kv_sums(x, rows, rotary, tangents, content=True)
+    codes, scales = kernel.kv_code_means(rows, turns, still, turned)
+    means = kernel.kv_expand_eights(rows, codes, scales)
+    both = _there_and_back(kernel, x, rows, means, turns)
+    if both is None:
+        return None
+    sums = [still] if turns is None else [still, turned, gains]  # gains are written with tangents alone
+    return [*sums, *([] if content is None else [content]), codes, scales, means, *both]
+
+
+def _some_turn(rotary: Rotary, inner: int) -> Turns:
+    """Fast and slow pairs, turning either way; of each head other ones turn, and some do not."""
+    pairs = rotary.channels // 2
+    at = torch.arange(pairs, dtype=torch.float32, device="cpu")
+    tangents = torch.exp2(-at * (10 / pairs)) * (1 - 2 * (at % 3 == 1).to(torch.float32))
+    masks = [[(0xB6, 0xFF, 0x7D)[(head + byte) % 3] for byte in range(-(-pairs // 8))] for head in range(inner)]
+    return Turns(rotary, tangents[None], torch.tensor([masks], dtype=torch.uint8, device="cpu"))
+
+
+def _there_and_back(
+    kernel: CpuKernel, x: torch.Tensor, rows: Rows, means: torch.Tensor | None, turns: Turns | None
+) -> list[torch.Tensor] | None:
+    coded = kernel.kv_encode(x, rows, means, turns)
+    if coded is None:
+        return None
+    values = torch.zeros_like(x)
+    kernel.kv_decode(coded[:3], means, rows, values, turns)
+    return [*coded, values]
+
+
+def _raw(part: torch.Tensor) -> bytes:
+    return part.view(torch.uint8).numpy().tobytes()

@@ -74,7 +74,7 @@ def done(store, verb, key, out):
         with store.lease(key) as hit:
             return hit.tensors
     if verb == "held":
-        found = next(store.read(store.plan([key], accept={"nf4-kv", "nf4"})))
+        found = next(store.read(store.plan([key], accept={"nf4-kv2", "nf4-kv", "nf4"})))
         if isinstance(found, Hit):
             return found.tensors
         check_entry(found.entry)

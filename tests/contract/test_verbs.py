@@ -220,7 +220,7 @@ def test_a_demoted_auto_entry_is_nf4_and_says_so(harness: Harness) -> None:
     assert harness.cache.demote(b"key") == 1
     hit = harness.cache.get(b"key")
     assert hit is not None
-    assert (hit.tier, hit.encoding, hit.lossy) == ("warm", "nf4-kv", True)
+    assert (hit.tier, hit.encoding, hit.lossy) == ("warm", "nf4-kv2", True)
     assert torch.equal(hit.tensors["position"], torch.arange(64))
     error = (hit.tensors["k"] - x).pow(2).mean().sqrt() / x.pow(2).mean().sqrt()
     assert 0.01 < error < 0.12
@@ -258,7 +258,7 @@ def test_every_hit_carries_the_error_measured_at_encoding(harness: Harness) -> N
     explained = harness.cache.explain(b"key")[0]
     assert explained.entry is not None and explained.entry.receipt == first.receipt
     counted = errors_of(harness.cache.stats().values)
-    assert {name: errors.count for name, errors in counted.items()} == {"nf4-kv": 2, "nf4": 1, "raw": 1}
+    assert {name: errors.count for name, errors in counted.items()} == {"nf4-kv2": 2, "nf4": 1, "raw": 1}
     assert counted["nf4"].total == pytest.approx(first.receipt["w"])
 
 

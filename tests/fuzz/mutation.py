@@ -38,7 +38,7 @@ _WHOLE = {
     FieldDescriptor.CPPTYPE_UINT64: 64,
 }
 _NUMBERS = (0.0, 1.0, -1.0, 0.5, 60.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"))
-_TEXTS = ("", "x", "k", "model@1", "nf4-kv", "layers", "..", "a" * 300, "\u202e", "\x00")
+_TEXTS = ("", "x", "k", "model@1", "nf4-kv", "nf4-kv2", "layers", "..", "a" * 300, "\u202e", "\x00")
 
 
 def message(made: Message, rng: random.Random, pool: list[bytes], depth: int = 0) -> Message:

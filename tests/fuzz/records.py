@@ -67,7 +67,7 @@ def seeds() -> list[bytes]:
     """Records of each encoding and compression."""
     x = torch.linspace(-1, 1, 2 * 66 * 2 * 32).reshape(2, 66, 2, 32).to(torch.float16)
     entries = [
-        Entry(KEY, {"x": codec_named(name).encode("k", x)}, lossy=True) for name in ("nf4-kv", "nf4", "int8")
+        Entry(KEY, {"x": codec_named(name).encode("k", x)}, lossy=True) for name in ("nf4-kv2", "nf4-kv", "nf4", "int8")
     ]  # fmt: skip
     raw = EncodedTensor(targets.TensorSpec("float32", (4, 12)), "raw", {"": torch.arange(48.0).reshape(4, 12)})
     entries.append(Entry(KEY, {"k": raw}, lossy=False))

@@ -11,6 +11,7 @@ from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.nf4 import NF4, relative_error
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.codecs.nf4_kv2 import NF4KV2
 from kvstore.codecs.receipt import rotary_of
 from kvstore.config import MAX_RELATIVE_ERROR, WarmConfig
 from kvstore.dtypes import TensorSpec
@@ -39,6 +40,7 @@ def biased(bias, d=128, tokens=256, layers=1, *, near=False, dtype=torch.float32
 def path(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(module, "kv_kernel", lambda _x: None)
+        monkeypatch.setattr("kvstore.codecs.nf4_kv2.kv_kernel", lambda _x: None)
         monkeypatch.setattr("kvstore.codecs.receipt.kv_kernel", lambda _x: None)
     elif cpu_kernel(torch.empty(1)) is None:
         pytest.skip("the compiled kernel is not installed (make kernel)")
@@ -51,7 +53,7 @@ def path(request, monkeypatch):
 def test_the_receipt_of_biased_keys_is_the_error_of_their_content(path, bias, d, near):
     """|K| is bias there: a fraction of |K| says 0.014 where 0.96 of what the keys say is lost."""
     keys, said = biased(bias, d, near=near)
-    for codec in (NF4KV(), Int8()):
+    for codec in (NF4KV(), NF4KV2(), Int8()):
         encoded = encode_measured(codec, "k", keys, Hints(prefix_start=False))
         true = (codec.decode(encoded) - keys).square().sum(dim=(0, 1, 3)) / said.square().sum(dim=(0, 1, 3))
         assert encoded.relative_error == pytest.approx(float(true.max().sqrt()), rel=0.15)
@@ -59,13 +61,15 @@ def test_the_receipt_of_biased_keys_is_the_error_of_their_content(path, bias, d,
 
 @pytest.mark.parametrize("bias", [10, 50, 150, 400])
 def test_a_bound_sends_biased_layers_to_a_better_encoding_and_no_others(bias):
+    """With codecs whose means stand still: nf4-kv2 keeps the bound in every layer."""
     keys = torch.cat((biased(0)[0], biased(bias)[0], biased(0)[0], biased(0)[0]))
-    encoded = encode_measured(Adaptive(0.1), "k", keys)
+    assert encode_measured(Adaptive(0.1), "k", keys).encoding == "nf4-kv2"
+    encoded = encode_measured(Adaptive(0.1, (NF4KV(), Int8())), "k", keys)
     assert encoded.relative_error <= 0.1
     kinds = {start: kind for start, _stop, kind, _attrs in encoded.attrs["runs"]}
     assert kinds == {0: "nf4-kv", 1: "int8" if bias == 10 else "raw", 2: "nf4-kv"}
     values = encode_measured(Adaptive(0.1), "v", keys)
-    assert values.encoding == "nf4-kv" or values.relative_error <= 0.1
+    assert values.encoding == "nf4-kv2" or values.relative_error <= 0.1
 
 
 def test_by_default_a_store_does_not_ruin_biased_keys():
@@ -73,11 +77,11 @@ def test_by_default_a_store_does_not_ruin_biased_keys():
     entry = encode_entry(raw_entry(Key(b"k"), {"k": keys}), CodecChoice(WarmConfig()).codec_of(""))
     error = (decode_entry(entry)["k"] - keys).norm() / said.norm()
     assert error <= MAX_RELATIVE_ERROR
-    unbound = encode_entry(
-        raw_entry(Key(b"k"), {"k": keys}), CodecChoice(WarmConfig(max_relative_error=0)).codec_of("")
-    )
-    assert unbound.encoding == "nf4-kv"
-    assert unbound.receipt["k"] > 0.7
+    for codec, lost in (("auto", 0.0), ("nf4-kv", 0.7)):
+        policy = CodecChoice(WarmConfig(codec=codec, max_relative_error=0))
+        unbound = encode_entry(raw_entry(Key(b"k"), {"k": keys}), policy.codec_of(""))
+        assert unbound.encoding == {"auto": "nf4-kv2"}.get(codec, codec)
+        assert lost < unbound.receipt["k"] < lost + 0.5
 
 
 def test_the_worst_head_counts_and_not_the_whole_tensor():
@@ -196,6 +200,6 @@ def test_runs_of_layers_are_merged_upwards_until_they_are_few():
 
 def test_every_codec_named_is_measured():
     x = torch.randn(2, LOSSY_MIN_NUMEL, 2, 64)
-    for name in ("nf4", "nf4-kv", "int8"):
+    for name in ("nf4", "nf4-kv", "nf4-kv2", "int8"):
         encoded = encode_measured(codec_named(name), "k", x)
         assert 0 < encoded.relative_error < 0.2

@@ -521,10 +521,10 @@ def test_keys_and_values_are_nf4_kv_and_other_tensors_nf4() -> None:
         store.put(b"kv", {"k": chunk(0), "v": chunk(1)})
         store.put(b"state", {"ssm": chunk(2)})
         assert store.demote(b"kv", b"state") == 2
-        assert [store.get(key).encoding for key in (b"kv", b"state")] == ["nf4-kv", "nf4"]  # type: ignore[union-attr]
+        assert [store.get(key).encoding for key in (b"kv", b"state")] == ["nf4-kv2", "nf4"]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("bound", "encoding"), [(0.2, "nf4-kv"), (0.02, "int8"), (0.0001, "raw")])
+@pytest.mark.parametrize(("bound", "encoding"), [(0.2, "nf4-kv2"), (0.02, "int8"), (0.0001, "raw")])
 def test_a_bound_on_the_error_picks_the_cheapest_encoding_that_keeps_it(
     tmp_path: Path, bound: float, encoding: str
 ) -> None:
@@ -538,7 +538,7 @@ def test_a_bound_on_the_error_picks_the_cheapest_encoding_that_keeps_it(
         assert (hit.tensors["k"] - chunk(0)).norm() <= bound * chunk(0).norm()
 
 
-@pytest.mark.parametrize("codec", ["nf4", "nf4-kv", "int8"])
+@pytest.mark.parametrize("codec", ["nf4", "nf4-kv", "nf4-kv2", "int8"])
 def test_a_codec_can_be_chosen(codec: str) -> None:
     config = StoreConfig(warm=WarmConfig(codec=codec))
     with Store.open(config, clock=ManualClock(), background=False) as store:

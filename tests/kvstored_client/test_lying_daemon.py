@@ -83,7 +83,7 @@ def false_index(rng, item):
 
 def false_packing(rng, item):
     item.header.packed.add(
-        encoding=rng.choice(("raw", "nf4", "nf4-kv", "int8", "?")),
+        encoding=rng.choice(("raw", "nf4", "nf4-kv2", "nf4-kv", "int8", "?")),
         attrs=rng.choice(("", "[]", "{", "[" * 4000, '{"shape": 1e999}')),
         parts=[pb.TensorSpec(name=rng.choice(("", "a")), dtype=6, shape=[rng.choice(HUGE) % 10_000])],
     )
@@ -280,7 +280,7 @@ def frames_of(rng):
             header.tier = 77
         else:
             header.packed.add(
-                encoding=rng.choice(("raw", "nf4", "nf4-kv", "int8")),
+                encoding=rng.choice(("raw", "nf4", "nf4-kv2", "nf4-kv", "int8")),
                 parts=[pb.TensorSpec(name=rng.choice(("", "scale")), dtype=6, shape=[X.nbytes])],
                 attrs=rng.choice(("", "{}", "[", '{"role": "packed", "token_axis": 99}', '{"role": 1}')),
             )

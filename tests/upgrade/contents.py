@@ -69,7 +69,7 @@ ENTRIES: dict[str, Written] = {
     "compressible": Written(compressible, options={"fidelity": "exact"}),
     "blocks of its own": Written(lambda: {"x": _bytes(6, 66_000)}, options={"fidelity": "exact"}),
     "nf4": Written(lambda: {"w": _normal(7, 64, 64)}, lossy=True),
-    "nf4-kv": Written(lambda: kv(8), lossy=True),
+    "nf4-kv": Written(lambda: kv(8), lossy=True, codec="nf4-kv"),
     "int8": Written(lambda: kv(10), lossy=True, codec="int8"),
     "layers": Written(lambda: kv(12), lossy=True, since=2, codec="layers"),
     "does not slide": Written(lambda: {"x": _bytes(14, 9)}, options={"sliding": False}),

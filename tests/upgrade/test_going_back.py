@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from kvstore.config import ColdConfig, StoreConfig
+from kvstore.store import Store
 from kvstored.access.tokens import digest, make_token
 
 from .conftest import HERE, environment_of, release_daemon
-from .contents import SEAL_KEY
+from .contents import SEAL_KEY, kv
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +52,37 @@ def test_the_last_release_reads_what_this_version_wrote_and_this_one_what_that_l
     }
     assert not {"deleted", "deleted with its parent", "expired"} & set(theirs)
     assert not {*deleted, "deleted", "deleted with its parent", "expired"} & set(ours)
+
+
+GET = """
+import sys
+from kvstore.config import ColdConfig, StoreConfig
+from kvstore.store import Store
+with Store.open(StoreConfig(cold=ColdConfig(path=sys.argv[1])), framework="numpy", background=False) as store:
+    print(store.__class__.__module__, *(store.get(key.encode()) is not None for key in sys.argv[2:]))
+"""
+
+
+def test_what_auto_encodes_is_a_miss_to_the_last_release_and_never_another_value(release, tmp_path):
+    """nf4-kv2 came after it. It deletes what it is asked for and cannot decode; the rest is there on the way back."""
+    config = StoreConfig(cold=ColdConfig(path=str(tmp_path / "cold")))
+    with Store.open(config, framework="numpy", background=False) as store:
+        for key in (b"asked for", b"not asked for"):
+            store.put(key, kv(24))
+            assert store.demote(key) == 1
+        store.put(b"exact", kv(24), fidelity="exact")
+        store.drain()
+        assert store.inspect(b"asked for").encoding == "nf4-kv2"
+        decoded = store.get(b"asked for").tensors["k"].tobytes()
+    done = subprocess.run(
+        [sys.executable, "-c", GET, str(tmp_path / "cold"), "asked for", "exact"],
+        env=environment_of(release), cwd="/", capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["kvstore.store", "False", "True"], done.stderr
+    with Store.open(config, framework="numpy", background=False) as store:
+        assert store.get(b"asked for") is None
+        assert store.get(b"not asked for").tensors["k"].tobytes() == decoded
+        assert store.get(b"exact").tensors["k"].tobytes() == kv(24)["k"].tobytes()
 
 
 OWN = {"red": make_token(), "blue": make_token(), "operator": make_token()}

@@ -36,8 +36,8 @@ def config(number: int, path: str, codec: str, seal_key: str) -> StoreConfig:
         from kvstore.config import LayerCodec
 
         warm = WarmConfig(layers={"0": LayerCodec(codec="int8"), "1": LayerCodec(codec="nf4-kv")})
-    elif codec == "int8":
-        warm = WarmConfig(codec="int8")
+    elif codec in ("int8", "nf4-kv"):
+        warm = WarmConfig(codec=codec)
     if number > 1:
         cold = replace(cold, key_files={"*": seal_key} if codec == "sealed" else {"nobody": seal_key})
     return StoreConfig(warm=warm, cold=cold, ttl_s=TTL_S, ttl_max_s=TTL_MAX_S)

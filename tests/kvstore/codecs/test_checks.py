@@ -12,7 +12,7 @@ from kvstore.codecs import check_entry, codec_named, decode_entry
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import _runs
-from kvstore.codecs.nf4_kv import _kept_indexes, _role, _token_axis
+from kvstore.codecs.nf4_kv import kept_indexes, stored_role, stored_token_axis
 from kvstore.codecs.planes import planes_of, standing_apart
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, InvalidEntry
@@ -25,7 +25,7 @@ from kvstore.keys import Key
     [("", ()), ("0", (0,)), ("0,1,2", (0, 1, 2)), ("1,9", (1, 9)), ("0,1,2,3,4,5,6,7,8", (*range(9),))],
 )
 def test_kept_tokens_are_read(text: str, kept: tuple[int, ...]) -> None:
-    assert _kept_indexes(text, 10) == kept
+    assert kept_indexes(text, 10) == kept
 
 
 @pytest.mark.parametrize(
@@ -33,16 +33,16 @@ def test_kept_tokens_are_read(text: str, kept: tuple[int, ...]) -> None:
 )
 def test_kept_tokens_are_ascending_of_the_tensor_and_not_all(text: object) -> None:
     with pytest.raises(CodecError, match="kept tokens"):
-        _kept_indexes(text, 10)
+        kept_indexes(text, 10)
 
 
 @pytest.mark.parametrize("axis", [-1, 0, 3, True, "-3", -3.0, None])
 def test_tokens_lie_before_the_last_axis(axis: object) -> None:
     with pytest.raises(CodecError, match="token_axis"):
-        _token_axis({"token_axis": axis})
-    assert _token_axis({"token_axis": -2}) == -2
+        stored_token_axis({"token_axis": axis})
+    assert stored_token_axis({"token_axis": -2}) == -2
     with pytest.raises(CodecError, match="role"):
-        _role({"role": "keys"})
+        stored_role({"role": "keys"})
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_named_layers_are_encoded_as_named_and_the_others_as_the_store_s(tmp_pat
 def test_a_namespace_has_a_policy_of_its_own_by_its_name_or_its_model(tmp_path):
     policies = {"exacting": CodecPolicy(max_relative_error=0.02), "mixed@00": CodecPolicy("int8")}
     with opened(WarmConfig(16 * MIB, namespaces=policies), tmp_path) as store:
-        due = {"": "nf4-kv", "exacting@ab": "int8", "exacting": "int8", "mixed@00": "int8", "mixed@01": "nf4-kv"}
+        due = {"": "nf4-kv2", "exacting@ab": "int8", "exacting": "int8", "mixed@00": "int8", "mixed@01": "nf4-kv2"}
         for name, encoding in due.items():
             key = name.encode() or b"none"
             store.put(key, {"k": K}, namespace=name)
@@ -76,13 +76,13 @@ def test_layers_that_are_all_alike_are_one_encoding():
     codec = CodecChoice(WarmConfig(layers={"0-9": LayerCodec("int8")})).codec_of("")
     assert codec.encode("k", K).encoding == "int8"
     other = CodecChoice(WarmConfig(layers={"7": LayerCodec("int8")})).codec_of("")
-    assert other.encode("k", K).encoding == "nf4-kv"
+    assert other.encode("k", K).encoding == "nf4-kv2"
 
 
 def test_a_layer_in_the_name_counts_where_each_layer_has_a_key():
     codec = CodecChoice(WarmConfig(layers={"3": LayerCodec("int8")})).codec_of("")
     assert codec.encode("layers.3.k", K[0]).encoding == "int8"
-    assert codec.encode("layers.4.k", K[0]).encoding == "nf4-kv"
+    assert codec.encode("layers.4.k", K[0]).encoding == "nf4-kv2"
 
 
 def test_a_bound_for_some_layers_is_kept_by_them():
@@ -164,7 +164,7 @@ def test_parts_that_are_missing_or_of_another_run_raise():
 def test_a_codec_that_is_named_finds_the_tokens_of_a_layer_as_auto_does(layout, name):
     """Heads before rows, as a pressed cache is put: named, nf4-kv took three heads for tokens and kept one whole."""
     x = torch.randn(layout, generator=torch.Generator().manual_seed(1))
-    named, auto = (CodecChoice(WarmConfig(codec=codec)).codec_of("").encode(name, x) for codec in ("nf4-kv", "auto"))
+    named, auto = (CodecChoice(WarmConfig(codec=codec)).codec_of("").encode(name, x) for codec in ("nf4-kv2", "auto"))
     assert (named.encoding, named.attrs) == (auto.encoding, auto.attrs)
     assert all(torch.equal(part, auto.parts[suffix]) for suffix, part in named.parts.items())
     assert 8 * sum(part.nbytes for part in named.parts.values()) < 4.7 * x.numel()

@@ -269,7 +269,7 @@ def test_the_search_tables_have_at_most_two_thresholds_a_bucket():
         assert counts.max() <= 2
 
 
-@pytest.mark.parametrize(("bound", "chosen"), [(0.2, "nf4-kv"), (0.02, "int8"), (0.0, "raw")])
+@pytest.mark.parametrize(("bound", "chosen"), [(0.2, "nf4-kv2"), (0.02, "int8"), (0.0, "raw")])
 def test_adaptive_picks_the_cheapest_encoding_that_keeps_its_bound(bound, chosen):
     x = torch.randn(2, 128, 3, 64, generator=torch.Generator().manual_seed(5))
     encoded = Adaptive(bound).encode("k", x)
@@ -281,7 +281,7 @@ def test_adaptive_picks_the_cheapest_encoding_that_keeps_its_bound(bound, chosen
 def test_adaptive_chooses_for_each_tensor_of_an_entry():
     smooth, rough = torch.ones(2, 128, 2, 64), torch.randn(2, 128, 2, 64)
     entry = encode_entry(raw_entry(Key(b"k"), {"k": smooth, "v": rough}), Adaptive(0.05))
-    assert [t.encoding for t in entry.tensors.values()] == ["nf4-kv", "int8"]
+    assert [t.encoding for t in entry.tensors.values()] == ["nf4-kv2", "int8"]
 
 
 def test_an_entry_that_only_raw_keeps_within_the_bound_is_not_lossy():

@@ -39,7 +39,7 @@ def entries(draw: st.DrawFn) -> Entry:
         dtype = draw(st.sampled_from(dtypes))
         tensors[name] = x.mul(50).to(torch.uint8).view(dtype) if dtype.itemsize == 1 else x.to(dtype)
     raw = raw_entry(Key(draw(st.binary(min_size=1, max_size=256))), tensors, lossy=draw(st.booleans()))
-    codec = draw(st.sampled_from(["raw", "nf4", "nf4-kv", "int8", "auto"]))
+    codec = draw(st.sampled_from(["raw", "nf4", "nf4-kv2", "nf4-kv", "int8", "auto"]))
     encoded = raw if codec == "raw" else encode_entry(raw, codec_for(codec))
     return packed(encoded) if draw(st.booleans()) else encoded
 
@@ -84,7 +84,7 @@ def waiting(cold: Cold, held: Holder, entry: Entry) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("nbytes", [1, 100, 4000, 64 << 10, 300_000])
-@pytest.mark.parametrize("codec", ["raw", "nf4", "nf4-kv", "int8"])
+@pytest.mark.parametrize("codec", ["raw", "nf4", "nf4-kv2", "nf4-kv", "int8"])
 def test_a_waiting_record_costs_what_it_costs_on_the_disk(tmp_path: Path, nbytes: int, codec: str) -> None:
     holder = Holder(tmp_path)
     x = torch.randint(0, 256, (nbytes // 128 * 128 or nbytes,), dtype=torch.uint8)

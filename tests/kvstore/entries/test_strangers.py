@@ -41,7 +41,19 @@ from kvstore.tiers.offline import export, import_files
 
 KEY = Key(b"a stranger's")
 META = Meta(created_at=1000.0, expires_at=4e9, ttl_s=3600.0, value_nbytes=0)
-FORMS = ("raw", "nf4", "nf4-kv", "nf4-kv packed", "int8", "layers", "zstd", "sealed")
+FORMS = (
+    "raw",
+    "nf4",
+    "nf4-kv",
+    "nf4-kv packed",
+    "nf4-kv2",
+    "nf4-kv2 turning",
+    "nf4-kv2 packed",
+    "int8",
+    "layers",
+    "zstd",
+    "sealed",
+)
 NUMBERS = (0, 1, -1, 2, 63, 64, 2**31, 2**32 - 1, 2**62, 2**63, 10**400, 0.5, -0.0, nan, inf, 1e308, True, None)
 ODD = (*NUMBERS, "", "0", "-1", "0,1", "raw", "nf4", "\x1b[2J", "\u202e", "a\0b", "\ud800", [], [1], {}, {"a": 1}, [[]])
 
@@ -68,6 +80,9 @@ def entry_of(form: str) -> Entry:
     if encoding == "layers":
         runs = [(0, 1, codec_named("int8")), (1, 3, codec_named("nf4-kv")), (3, 4, codec_named("raw"))]
         return Entry(KEY, {"k": encode_runs("k", x, Hints(), runs)}, lossy=True)
+    if form.endswith("turning"):
+        at = torch.arange(72.0)[:, None]
+        x[..., 0], x[..., 16] = 30 * at.cos(), 30 * at.sin()
     raw = EncodedTensor(TensorSpec("float16", tuple(x.shape)), "raw", {"": x})
     whole = Entry(KEY, {name: raw, "z": EncodedTensor(TensorSpec("int64", (3,)), "raw", {"": torch.arange(3)})})
     return encode_entry(whole, codec_named(encoding))
@@ -236,7 +251,7 @@ def by_get(store: Store) -> object:
 
 
 def by_held(store: Store) -> object:
-    return next(store.read(store.plan([KEY], accept={"nf4", "nf4-kv", "int8", "layers"})))
+    return next(store.read(store.plan([KEY], accept={"nf4", "nf4-kv2", "nf4-kv", "int8", "layers"})))
 
 
 def by_promote(store: Store) -> object:
@@ -275,8 +290,12 @@ def test_a_hostile_record_is_met_once_and_counted(tmp_path: Path) -> None:
         ("nf4-kv", {"role": [], "token_axis": -3}),
         ("nf4-kv", {"role": {}, "token_axis": -3, "kept": ""}),
         ("nf4-kv", {"role": "key", "token_axis": -(10**30), "kept": "9" * 5000}),
+        ("nf4-kv2", {"role": [], "token_axis": -3}),
+        ("nf4-kv2", {"role": "key", "token_axis": -3, "kept": "", "rotary": 10**30, "interleaved": True}),
+        ("nf4-kv2", {"role": "key", "token_axis": -3, "kept": "", "rotary": {}, "interleaved": []}),
         ("raw", {}),
         ("layers", {"runs": [[0, 1, "nf4-kv", {"role": []}]]}),
+        ("layers", {"runs": [[0, 1, "nf4-kv2", {"role": []}]]}),
         ("int8", {"relative_error": 10**400}),
     ],
     ids=str,

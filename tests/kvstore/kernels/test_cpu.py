@@ -232,7 +232,22 @@ def test_arguments_that_make_no_sense_are_refused():
         cpu.Rows(1, 1, 1, 64, 64, 64, 64, 2),
     ]
     for row in rows:
-        assert library.kvk_kv_encode(0, 1, 0, 0, ctypes.byref(row), 0, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_encode(0, 1, 0, 0, row, 0, None, 0, 0, 0, 0) == 2
+    good = cpu.Rows(1, 70, 2, 64, 70 * 128, 64, 32, 1)
+    x, sums = torch.zeros(70 * 128), torch.zeros(70 * 128)
+    for rotary in (0, 1, 63, 66, -2):
+        turns = cpu._Turns(sums.data_ptr(), sums.data_ptr(), rotary, 0)
+        at = (x.data_ptr(), good, turns)
+        assert library.kvk_kv_lags(0, 1, 0, *at, 1, (ctypes.c_int32 * 3)(1, 2, 3), sums.data_ptr()) == 2
+        assert library.kvk_kv_sums(0, 1, 0, *at, 0, 0, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_encode(0, 1, 0, x.data_ptr(), good, 0, turns, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_decode(0, 1, 0, 0, 0, 0, 0, turns, good, 0) == 2
+        assert library.kvk_kv_code_means(1, good, turns, 0, 0, 0, 0) == 2
+    many = cpu.Rows(1, 300, 2, 64, 300 * 128, 64, 32, 1)
+    assert library.kvk_kv_sums(0, 1, 0, 0, many, None, 0, 0, 0, 0, 0, 0) == 2, "a last group of 300 tokens"
+    assert (
+        library.kvk_kv_lags(0, 1, 0, 0, good, cpu._Turns(None, None, 64, 0), 2, (ctypes.c_int32 * 3)(1, 2, 3), 0) == 2
+    )
     assert library.kvk_nf4_encode(99, 1, 0, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 9, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 0, 0, -1, 0, 0, 0) == 2
@@ -245,8 +260,8 @@ def test_a_kernel_with_wrong_bytes_is_not_used(caplog):
     assert best(KERNELS) is KERNELS[-1]
 
     class Wrong(cpu.CpuKernel):
-        def kv_decode(self, coded, means, rows, out):
-            super().kv_decode(coded, means, rows, out)
+        def kv_decode(self, coded, means, rows, out, turns=None):
+            super().kv_decode(coded, means, rows, out, turns)
             out.view(-1)[4711] = out.view(-1)[4711] * 1.0001 + 1
 
     wrong = Wrong(KERNELS[-1].library, KERNELS[-1].isa)
@@ -254,3 +269,53 @@ def test_a_kernel_with_wrong_bytes_is_not_used(caplog):
     assert f"instructions={cpu.ISAS[wrong.isa]}" in caplog.text
     assert best(KERNELS[:1]) is KERNELS[0]
     assert best([]) is None
+
+
+OUTPUTS = {"kv_lags": 1, "kv_sums": 4, "kv_code_means": 2, "kv_expand_eights": 1, "kv_encode": 4, "kv_decode": 1}
+
+
+def with_a_wrong_byte(operation, at, applies):
+    """The best kernel, one bit of one output wrong where applies(rows, type, turning)."""
+    right = getattr(cpu.CpuKernel, operation)
+
+    def wrong(self, *args, **more):
+        made = right(self, *args, **more)
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        rows = next(x for x in args if isinstance(x, cpu.Rows))
+        turning = any(isinstance(x, cpu.Turns) for x in args) or (operation == "kv_sums" and len(tensors) == 2)
+        x = args[3] if operation == "kv_decode" else tensors[0]
+        if applies(rows, x.dtype, turning):
+            given = x if made is None else made if isinstance(made, torch.Tensor) else made[at]
+            given.view(torch.uint8).view(-1)[-2 if given.element_size() > 1 else -1] ^= 1
+        return made
+
+    return type("Wrong", (cpu.CpuKernel,), {operation: wrong})(KERNELS[-1].library, KERNELS[-1].isa)
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="one instruction set here: there is none to compare")
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("operation", "at"), [(name, at) for name, n in OUTPUTS.items() for at in range(n)])
+def test_a_kernel_with_one_wrong_bit_in_an_operation_of_turning_means_is_not_used(operation, at, d):
+    turns = operation in {"kv_code_means", "kv_encode", "kv_decode"} or (operation == "kv_sums" and at)
+    due = DTYPES[(at + d // 16) % 3] if operation not in {"kv_code_means", "kv_expand_eights"} else None
+
+    def applies(rows, dtype, turning):
+        return rows.d == d and due in {None, dtype} and rows.groups > 0 and (turning or not turns)
+
+    assert best([*KERNELS[:-1], with_a_wrong_byte(operation, at, applies)]) is KERNELS[-2]
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="one instruction set here: there is none to compare")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_a_kernel_with_one_wrong_bit_in_values_or_under_still_means_is_not_used(d, dtype):
+    for operation in ("kv_encode", "kv_decode"):
+        for block in (32, 64):
+            wrong = with_a_wrong_byte(
+                operation,
+                0,
+                lambda rows, type_, turning, block=block: (
+                    (rows.d, rows.block, type_) == (d, block, dtype) and not turning
+                ),
+            )
+            assert best([*KERNELS[:-1], wrong]) is KERNELS[-2]

@@ -50,7 +50,8 @@ POINTERS = {"codes": "u8", "scales": "u8", "tops": "i16", "means": "fp32", "sums
             "levels": "fp32", "search": "i16", "clips": "fp32", "absmax": "fp32"}
 CASES = [(cuda._encode, {"B": 16}), (cuda._decode, {"B": 16}), (cuda_kv._means, {"D": 64})]
 for rotation, block, centred in ((6, 5, True), (7, 6, False), (0, 6, False)):
-    sizes = {"TILE": cuda_kv.TILE, "ROTATION": rotation, "BLOCK": block, "CENTRED": centred}
+    sizes = {"TILE": cuda_kv.TILE, "ROTATION": rotation, "BLOCK": block, "CENTRED": centred,
+             "GROUP": 64 if rotation == 6 else 1}
     CASES += [(cuda_kv._encode, sizes), (cuda_kv._decode, sizes)]
 for kernel, sizes in CASES:
     for dtype in ("fp32", "fp16", "bf16"):
@@ -89,10 +90,18 @@ def test_nf4_writes_and_reads_the_reference_s_bytes() -> None:
 
 def test_nf4_kv_passes_the_codec_s_own_tests() -> None:
     """Golden vectors, bytes against the reference at every shape, type and role, receipts, refusals, random bytes."""
+    codec_s_own_tests_pass("test_nf4_kv.py", "triton and not comes_back_close")
+
+
+def test_nf4_kv2_passes_the_codec_s_own_tests() -> None:
+    codec_s_own_tests_pass("test_nf4_kv2.py", "triton")
+
+
+def codec_s_own_tests_pass(file: str, chosen: str) -> None:
     found = in_a_process(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
         # numpy, which interprets, warns where a product overflows; the values are refused, as the tests want.
-        "-W", "ignore::RuntimeWarning", "tests/kvstore/codecs/test_nf4_kv.py", "-k", "triton and not comes_back_close",
+        "-W", "ignore::RuntimeWarning", f"tests/kvstore/codecs/{file}", "-k", chosen,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
     assert " passed" in found.stdout

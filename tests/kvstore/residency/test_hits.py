@@ -148,3 +148,24 @@ def test_an_encoding_that_the_caller_accepts_is_given_out_as_it_is_held(tmp_path
             kinds[bool(accept), from_nbytes] = [type(at).__name__ for at in store.read(plan)]
         assert kinds[True, 0] == ["Hit", "Found", "Found", "NoneType"]
         assert kinds[True, NBYTES + 1] == kinds[False, 0] == ["Hit", "Hit", "Hit", "NoneType"]
+
+
+def test_who_accepts_only_encodings_that_it_knows_gets_the_others_decoded(tmp_path: Path) -> None:
+    """A client of before nf4-kv2 names three encodings, and is never sent a fourth."""
+    keys = [b"warm", b"cold"]
+    with open_store(tmp_path) as store:
+        x = torch.randn(2, 128, 2, 64)
+        for key in keys:
+            store.put(key, {"k": x, "v": x})
+        store.demote(*keys)
+        store.demote(b"cold")
+        assert [store.inspect(key).encoding for key in keys] == ["nf4-kv2"] * 2  # type: ignore[union-attr]
+        older, today = frozenset({"nf4", "nf4-kv", "int8"}), frozenset({"nf4", "nf4-kv2", "nf4-kv", "int8"})
+        found = list(store.read(store.plan(keys, accept=older)))
+        assert [type(at).__name__ for at in found] == ["Hit", "Hit"]
+        assert [type(at).__name__ for at in store.read(store.plan(keys, accept=today))] == ["Found", "Found"]
+        for key, hit in zip(keys, found, strict=True):
+            due = store.get(key)
+            assert due is not None
+            assert torch.equal(hit.tensors["k"], due.tensors["k"])  # type: ignore[union-attr]
+            assert hit.tensors["k"].dtype == x.dtype  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from kvstore.store import Store
 MIB = 1 << 20
 ROWS = 1024
 NBYTES = ROWS * 64 * 4
-ACCEPT = frozenset({"nf4-kv"})
+ACCEPT = frozenset({"nf4-kv2"})
 
 
 def open_store(path: Path | None = None) -> Store:
@@ -66,7 +66,7 @@ def test_what_a_plan_found_is_read_whatever_became_of_its_keys_meanwhile(store: 
     assert absent is None
     assert torch.equal(hot.tensors["k"], chunk(2)["k"])
     assert isinstance(warm, Found)
-    assert warm.entry.encoding == "nf4-kv"
+    assert warm.entry.encoding == "nf4-kv2"
 
 
 def test_what_left_the_disk_between_look_and_read_is_a_miss_and_counted_as_one(store: Store) -> None:

@@ -7,6 +7,7 @@ is an internal error, and none is sent to a client that has to refuse it: the cl
 import json
 import os
 import random
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf, nan
@@ -101,7 +102,7 @@ def test_a_strangers_record_is_a_value_or_a_miss_that_is_counted_once(daemon_fac
     missed = set()
     clients = {way: client_by(daemon, *way) for way in WAYS}
     for n, key in enumerate(found):
-        client = clients[WAYS[n // 7 % len(WAYS)]]
+        client = clients[WAYS[n // (len(FORMS) - 1) % len(WAYS)]]
         before = counted(client)
         held = client.locate([key]) != [None]
         if not met(client, key):
@@ -139,6 +140,17 @@ def set_part(suffix: str, value: float) -> Callable[[EncodedTensor], EncodedTens
         part = held.parts[suffix].clone()
         part.view(-1)[-1] = value
         return replace(held, parts={**held.parts, suffix: part})
+
+    return change
+
+
+def in_means(at: slice, written: bytes) -> Callable[[EncodedTensor], EncodedTensor]:
+    """Other bytes in the means of nf4-kv2: codes, exponents, which pairs turn, and angles as the last ones."""
+
+    def change(held: EncodedTensor) -> EncodedTensor:
+        part = held.parts["mean"].clone()
+        part[at] = torch.tensor(list(written), dtype=torch.uint8)
+        return replace(held, parts={**held.parts, "mean": part})
 
     return change
 
@@ -217,6 +229,15 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "nf4-kv kept value that is no number": lambda: form("nf4-kv", k=set_part("kept", nan)),
     "nf4-kv one part more": lambda: form("nf4-kv", k=more_parts("v.mean")),
     "nf4-kv packed, kept value without end": lambda: form("nf4-kv packed", kv=set_part("v.kept", inf)),
+    "nf4-kv2 exponent of a mean without end": lambda: form("nf4-kv2", k=in_means(slice(-1, None), b"\xff")),
+    "nf4-kv2 angle that is no number": lambda: form(
+        "nf4-kv2 turning", k=in_means(slice(-4, None), struct.pack("<f", nan))
+    ),
+    "nf4-kv2 endless angle": lambda: form("nf4-kv2 turning", k=in_means(slice(-4, None), struct.pack("<f", inf))),
+    "nf4-kv2 kept value that is no number": lambda: form("nf4-kv2", k=set_part("kept", nan)),
+    "nf4-kv2 one part more": lambda: form("nf4-kv2", k=more_parts("scale_top")),
+    "nf4-kv2 more channels that turn than there are": lambda: form("nf4-kv2 turning", k=more_attrs(rotary=34)),
+    "nf4-kv2 packed, kept value without end": lambda: form("nf4-kv2 packed", kv=set_part("v.kept", inf)),
     "int8 scale that is no number": lambda: form("int8", k=set_part("scale", nan)),
     "int8 scale beyond its type": lambda: form("int8", k=set_part("scale", 1e30)),
     "layers with a part of no run": lambda: layered(more_parts("7.scale")),

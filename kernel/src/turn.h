@@ -1,0 +1,183 @@
+// Means of keys that turn with the position, as RoPE makes them: found, coded, and put back token by token (nf4-kv2).
+// The arithmetic and its order are kvstore/kernels/reference_turn.py's; every operation is elementwise over channels, so
+// that all instruction sets give the same bits.
+#pragma once
+#include <new>
+
+#include "convert.h"
+#include "ops.h"
+
+namespace {
+
+// Floats that may not be had: a kernel throws nothing.
+class Floats {
+  public:
+    explicit Floats(int64_t n) : at_(new (std::nothrow) float[static_cast<size_t>(n > 0 ? n : 1)]) {}
+    ~Floats() { delete[] at_; }
+    Floats(const Floats&) = delete;
+    Floats& operator=(const Floats&) = delete;
+    float* get() const { return at_; }
+    explicit operator bool() const { return at_ != nullptr; }
+
+  private:
+    float* at_;
+};
+
+// sin w and 2 - 2 cos w of the angle w whose half has the tangent h.
+inline void angle_of(float h, float* sine, float* chord) {
+    const float inverse = 1.0f / (1.0f + h * h);
+    *sine = (h + h) * inverse;
+    *chord = h * h * 4.0f * inverse;
+}
+
+// The mean of one token after the other, a row of all heads at a time: m += step; step -= chord * m.
+template <class Isa>
+class Turner {
+  public:
+    // by_pairs: rows in the order of Isa::by_pairs. The means are (outer, groups, inner, d).
+    Turner(const kvk_rows& rows, const kvk_turns& turns, const float* means, bool by_pairs)
+        : rows_(rows), turns_(turns), means_(means), pairs_(by_pairs), width_(rows.inner * rows.d),
+          offsets_{width_, 2 * width_}, room_(5 * width_) {}
+    explicit operator bool() const { return static_cast<bool>(room_); }
+
+    // The row of means of a token. Tokens of a group are asked for in order, or the group begins again.
+    const float* row(int64_t slab, int64_t token) {
+        const int64_t last = rows_.groups - 1, found = token / kvk::kGroup, group = found < last ? found : last;
+        const int64_t at = token - group * kvk::kGroup;
+        if (slab != slab_) turn_to(slab);
+        if (slab != slab_ || group != group_ || at < at_ || ahead_) begin(slab, group);
+        for (; at_ < at; ++at_) advance(first_, end_);
+        return mean();
+    }
+
+    // The same for who moves the means on himself, by `offsets` to their steps and chords, and says so by `gone_on`. Those
+    // in front of `column` may have been moved already.
+    float* row_from(int64_t slab, int64_t token, int64_t column) {
+        const int64_t last = rows_.groups - 1, found = token / kvk::kGroup, group = found < last ? found : last;
+        if (slab != slab_ || group != group_ || token - group * kvk::kGroup != at_ || ahead_ != column) {
+            ahead_ = 0;
+            row(slab, token);
+            advance(0, column);
+            ahead_ = column;
+        }
+        return mean();
+    }
+    const int64_t* offsets() const { return offsets_; }
+    void gone_on(int64_t n) {
+        ahead_ += n;
+        if (ahead_ < width_) return;
+        ahead_ = 0;
+        ++at_;
+    }
+
+  private:
+    float* mean() const { return room_.get(); }
+    float* step() const { return room_.get() + width_; }
+    float* chord() const { return room_.get() + 2 * width_; }
+    float* sine() const { return room_.get() + 3 * width_; }
+    float* other() const { return room_.get() + 4 * width_; }
+
+    // chord and sine of every channel of a slab, the sine negative for the first channel of a pair.
+    void turn_to(int64_t slab) {
+        const int half = turns_.rotary / 2, bytes = (half + 7) / 8;
+        first_ = width_;
+        end_ = 0;
+        for (int64_t i = 0; i < width_; ++i) chord()[i] = sine()[i] = 0.0f;
+        for (int64_t head = 0; head < rows_.inner; ++head) {
+            const uint8_t* mask = turns_.turning + (slab * rows_.inner + head) * bytes;
+            for (int p = 0; p < half; ++p) {
+                if (!(mask[p / 8] >> (p % 8) & 1)) continue;
+                float s, k;
+                angle_of(turns_.tangents[slab * half + p], &s, &k);
+                const int64_t re = head * rows_.d + (turns_.interleaved ? 2 * p : p);
+                const int64_t im = re + (turns_.interleaved ? 1 : half);
+                chord()[re] = chord()[im] = k;
+                sine()[re] = -s;
+                sine()[im] = s;
+                first_ = re < first_ ? re : first_;
+                end_ = im + 1 > end_ ? im + 1 : end_;
+            }
+        }
+        first_ = first_ / 16 * 16;  // whole sixteens: by_pairs moves values within one
+        end_ = (end_ + 15) / 16 * 16 < width_ ? (end_ + 15) / 16 * 16 : width_;
+        if (pairs_) {
+            for (int64_t i = 0; i < width_; ++i) other()[i] = chord()[i];
+            in_order(other(), width_, chord());
+        }
+    }
+    static void in_order(const float* x, int64_t n, float* out) {
+        if constexpr (Isa::kFused) Isa::by_pairs(x, n, out);
+    }
+
+    void begin(int64_t slab, int64_t group) {
+        slab_ = slab;
+        group_ = group;
+        at_ = ahead_ = 0;
+        for (int64_t i = 0; i < width_; ++i) step()[i] = 0.0f;
+        const float* from = means_ + (slab * rows_.groups + group) * width_;
+        float* const m = pairs_ ? other() : mean();
+        for (int64_t i = 0; i < width_; ++i) m[i] = from[i];
+        if (pairs_) in_order(m, width_, mean());
+        first_step(from);
+    }
+
+    // step = turn(mean) - mean, from the means in their own order.
+    void first_step(const float* m) {
+        float* const to = pairs_ ? other() : step();
+        const int half = turns_.rotary / 2, apart = turns_.interleaved ? 1 : half;
+        for (int64_t i = first_; i < end_; ++i) to[i] = 0.0f;
+        for (int64_t head = 0; head < rows_.inner; ++head)
+            for (int p = 0; p < half; ++p) {
+                const int64_t re = head * rows_.d + (turns_.interleaved ? 2 * p : p), im = re + apart;
+                const float s = sine()[im];
+                if (s == 0.0f) continue;
+                const float k = half_chord(turns_.tangents[slab_ * half + p]);
+                to[re] = -(m[re] * k) - m[im] * s;
+                to[im] = m[re] * s - m[im] * k;
+            }
+        if (pairs_ && end_ > first_) in_order(other() + first_, end_ - first_, step() + first_);
+    }
+    static float half_chord(float h) {
+        float s, k;
+        angle_of(h, &s, &k);
+        return k * 0.5f;
+    }
+
+    void advance(int64_t from, int64_t to) {
+        float *__restrict__ m = mean(), *__restrict__ by = step();
+        const float* __restrict__ k = chord();
+        for (int64_t i = from; i < to; ++i) {
+            m[i] += by[i];
+            by[i] -= k[i] * m[i];
+        }
+    }
+
+    const kvk_rows& rows_;
+    const kvk_turns& turns_;
+    const float* means_;
+    bool pairs_;
+    int64_t width_, offsets_[2], slab_ = -1, group_ = -1, at_ = 0, ahead_ = 0, first_ = 0, end_ = 0;
+    Floats room_;
+};
+
+// A Turner where means turn, and nothing where they stand still.
+template <class Isa>
+class Turned {
+  public:
+    Turned(const kvk_rows& rows, const kvk_turns* turns, const float* means, bool by_pairs) : ready_(true), turner_(nullptr) {
+        if (!turns) return;
+        turner_ = new (std::nothrow) Turner<Isa>(rows, *turns, means, by_pairs);
+        ready_ = turner_ && *turner_;
+    }
+    ~Turned() { delete turner_; }
+    Turned(const Turned&) = delete;
+    Turned& operator=(const Turned&) = delete;
+    bool ready() const { return ready_; }
+    Turner<Isa>* get() const { return turner_; }
+
+  private:
+    bool ready_;
+    Turner<Isa>* turner_;
+};
+
+}  // namespace

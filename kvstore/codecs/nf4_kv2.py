@@ -1,0 +1,371 @@
+"""nf4-kv2: nf4-kv whose means of keys turn as RoPE turns them. At most 4.4 bits a value on 256-token chunks.
+
+A model with a bias in its key projection has most of |K| in a part that all keys share. On RoPE pairs that turn within
+64 tokens no still mean takes it away, and the Hadamard transform spreads it over the content; a mean in the turning
+frame does (`turning`). Short chunks have no means and no 16-bit tokens where those cost more than they save, and what
+was decoded is encoded into the same bytes again (`_again`).
+Invariant: the bytes are those of `reference_turn`, whichever kernel wrote them. Pure, any thread.
+The format and its figures: docs/codecs.md. Shares its blocks and its checks with `nf4_kv`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from kvstore.codecs import receipt
+from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
+from kvstore.codecs.nf4 import prepared_out, require_names, require_part
+from kvstore.codecs.nf4_kv import (
+    JOINED,
+    Plane,
+    checked_blocks,
+    checked_kept,
+    in_halves,
+    kept_indexes,
+    split_packed,
+    stored_role,
+    stored_token_axis,
+)
+from kvstore.codecs.planes import Part, planes_of, standing_apart
+from kvstore.codecs.turning import Means, means_of
+from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
+from kvstore.entries.entry import EncodedTensor
+from kvstore.errors import CodecError
+from kvstore.kernels import KvKernel, kv_kernel, reference_content, reference_kv, reference_turn
+from kvstore.kernels.cpu import STILL, Rotary, Rows, Turns
+from kvstore.kernels.tables import table
+
+MEANS_MIN = 13
+"""Tokens that share a mean, at least: 9 bits a channel are 0.7 bits a value then."""
+KEPT_MIN, KEPT_ALL = 32, 33
+"""Tokens of a chunk that keeps one in 16 bits, at least (0.65 bits a value with means), and of one that keeps all
+that stand apart."""
+_TANGENT_MAX = 1e6
+_DECODED = 0.003
+"""Of a block's energy: an error below is that of values that were decoded from four bits before; fresh: 0.0075."""
+_BLOCKS_LOOKED_AT = 256
+_ROUNDS = 4
+
+_LEVEL_SQUARES = table("pair", torch.device("cpu")).square().sum(dim=1).numpy()
+"""Of the two levels that a byte of codes stands for."""
+
+Coded = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Codes, scales, tops, and the squared error of each block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plane2(Plane):
+    """Kept tokens that lead are not coded; one elsewhere is, so that positions stay."""
+
+    @property
+    def lead(self) -> int:
+        """How many of the first tokens are kept."""
+        return next((at for at, token in enumerate(self.kept) if at != token), len(self.kept))
+
+    @property
+    def coded(self) -> int:
+        """Tokens that are coded."""
+        return self.tokens - self.lead
+
+    @property
+    def groups(self) -> int:
+        """Means an outer slab has."""
+        return reference_kv.group_count(self.coded) if self.role == "key" and self.coded >= MEANS_MIN else 0
+
+
+class NF4KV2:
+    """NF4 of rotated rows, keys without their mean in the turning frame: the default codec of K/V entries."""
+
+    name = "nf4-kv2"
+    lossy = True
+
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Encode one tensor of finite values.
+
+        x: float32, float16 or bfloat16, any shape with at least one value. Parts: docs/codecs.md. The
+        attribute relative_error is the receipt (`receipt`). Raises CodecError for another dtype, for values that are
+        not finite or whose squares are not, and for those that would not come back finite.
+        """
+        x = x.detach()
+        spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
+            raise CodecError(f"nf4-kv2 holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
+        role, token_axis = receipt.role_in(name, x, hints), token_axis_of(x.shape, hints)
+        attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
+        parts: dict[str, torch.Tensor] = {}
+        errors: list[float | None] = []
+        for prefix, part, rows in planes_of(x, role, token_axis):
+            plane = Plane2.of(part, rows, kept_of(rows, part, hints))
+            attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
+            errors.append(_encode_plane(rows, plane, prefix, parts, attrs))
+        if role == "packed":
+            for suffix in JOINED:
+                parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
+        parts["scale"] = torch.cat((parts["scale"], parts.pop("scale_top").view(torch.uint8)))
+        encoded = EncodedTensor(spec, self.name, parts, attrs)
+        known = [error for error in errors if error is not None]
+        if len(known) == len(errors):
+            return receipt.with_receipt(encoded, max(known))
+        return receipt.sealed(self, name, x, encoded, hints)
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+
+        Raises CodecError when parts, attributes and spec do not belong together.
+        """
+        role, token_axis = _checked_spec(encoded)
+        main = encoded.parts.get("")
+        if main is None:
+            raise CodecError("nf4-kv2 without codes")
+        if 2 * sum(part.numel() for part in encoded.parts.values()) < prod(encoded.spec.shape):
+            raise CodecError(f"nf4-kv2 has too few codes for {encoded.spec}")  # before memory is made for them
+        out = prepared_out(encoded.spec, main.device, out)
+        for plane, prefix, rows, tensor in _planes(encoded, out, role, token_axis):
+            _decode_plane(tensor, plane, prefix, rows)
+            if role == "packed":
+                half = out.shape[-1] // 2
+                target = out[..., :half] if plane.role == "key" else out[..., half:]
+                target.copy_(rows.view(target.shape))
+        return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
+        role, token_axis = _checked_spec(encoded)
+        like = torch.empty(encoded.spec.shape, dtype=getattr(torch, encoded.spec.dtype), device="meta")
+        for plane, prefix, _rows, tensor in _planes(encoded, like, role, token_axis):
+            checked_blocks(tensor, plane, prefix)
+            if plane.kept:
+                checked_kept(tensor, plane, prefix)
+            if plane.groups:
+                _checked_means(tensor, plane, prefix)
+
+
+def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
+    """The tokens to keep in 16 bits: as nf4-kv has them, fewer in a short chunk."""
+    tokens = rows.shape[1]
+    if tokens < KEPT_MIN:
+        return ()
+    kept = standing_apart(rows, part, hints)
+    return kept if tokens >= KEPT_ALL else kept[:1]
+
+
+def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":
+    return kv_kernel(rows) or reference_turn
+
+
+def _encode_plane(
+    rows: torch.Tensor, plane: Plane2, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]
+) -> float | None:
+    """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
+    if plane.kept:
+        parts[f"{prefix}kept"] = in_halves(rows[:, list(plane.kept)])
+    kernel = _arithmetic(rows)
+    coded, stride = rows[:, plane.lead :], plane.tokens
+    if plane.lead < len(plane.kept):
+        coded, stride = _without_outliers(coded, plane), plane.coded
+    where = plane.rows(stride)
+    # Where the sums of coding are to tell the error, each block must lie in one head.
+    telling = rows.dtype == torch.float32 and plane.role != "plain" and plane.d % plane.block == 0
+    rotary = receipt.rotary_of(coded, kv_kernel(rows)) if plane.role == "key" and (telling or plane.groups) else STILL
+    means = means_of(coded, where, rotary, kernel, content=telling) if plane.groups else None
+    energies = None if means is None else means.energies
+    blocks = _coded(kernel, coded, where, means)
+    if means is not None and _decoded_before(blocks, plane.block):
+        means, blocks = _again(kernel, coded, where, rotary, (means, blocks))
+    codes, scales, tops, error = blocks
+    parts[prefix] = codes
+    parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = scales, tops
+    if means is not None:
+        _add_means(means, prefix, parts, attrs)
+    if not telling or plane.lead < len(plane.kept):
+        return None
+    if energies is None:
+        energies = kernel.kv_content(coded, where, rotary)
+    missed = _missed(rows, plane, parts.get(f"{prefix}kept"), error)
+    return receipt.from_sums(missed, energies, plane.coded * plane.d)
+
+
+def _coded(kernel: "KvKernel | ModuleType", coded: torch.Tensor, where: Rows, means: Means | None) -> Coded:
+    floats, turns = (None, None) if means is None else (means.floats, means.turns)
+    found: Coded | None = kernel.kv_encode(coded, where, floats, turns)
+    if found is None:
+        raise CodecError(reference_kv.REFUSED)
+    return found
+
+
+def _without_outliers(coded: torch.Tensor, plane: Plane2) -> torch.Tensor:
+    """The coded tokens, each kept one replaced by its neighbour: it is decoded from its 16 bits, and moves no mean."""
+    out = [token - plane.lead for token in plane.kept[plane.lead :]]
+    source = list(range(plane.coded))
+    for token in out:
+        near = [t for t in (*range(token - 1, -1, -1), *range(token + 1, plane.coded)) if t not in out]
+        source[token] = near[0]
+    return coded[:, source]
+
+
+def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]) -> None:
+    """All that is said of means in one part: each part of a tensor costs as much as 864 bytes."""
+    made = [means.codes, means.scales]
+    if means.turns is not None:
+        rotary, tangents, turning = means.turns
+        tables, of = torch.unique(tangents, dim=0, return_inverse=True)
+        made += [turning, of.to(torch.int32), tables]
+        attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
+    parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
+
+
+def _missed(rows: torch.Tensor, plane: Plane2, kept: torch.Tensor | None, error: torch.Tensor) -> torch.Tensor:
+    """The squared error of each head (outer, inner): of its blocks, and of its kept tokens."""
+    by_row = error.view(plane.outer, plane.coded, plane.inner, plane.d // plane.block)
+    missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / reference_kv.rotation_size(plane.d)
+    if kept is not None:
+        missed = missed + reference_content.distances(rows[:, list(plane.kept)], kept)
+    return missed
+
+
+def _decoded_before(blocks: Coded, block: int) -> bool:
+    """Whether blocks fit their values far better than four bits fit fresh ones: those were decoded before."""
+    codes, scales, tops, error = (part.cpu().numpy() for part in blocks)
+    at = np.linspace(0, error.size - 1, min(error.size, _BLOCKS_LOOKED_AT)).astype(np.int64)
+    group = reference_kv.SCALE_GROUP
+    some = torch.from_numpy(scales[at]), torch.from_numpy(tops[at // group])
+    scale = reference_kv.scales_under(*some).numpy()
+    byte = codes.reshape(-1, block // 2)[at]
+    energy = np.square(scale) * _LEVEL_SQUARES[byte].sum(axis=1)
+    ratios = error[at][energy > 0] / energy[energy > 0]
+    return ratios.size > 0 and float(np.median(ratios)) < _DECODED
+
+
+def _again(
+    kernel: "KvKernel | ModuleType", coded: torch.Tensor, where: Rows, rotary: Rotary, first: tuple[Means, Coded]
+) -> tuple[Means, Coded]:
+    """Means and blocks of values that were decoded before: those that they were decoded from, so that nothing drifts.
+
+    Decoded values are means plus levels. Without the levels only the means are left, and what they were coded as can be
+    read off them, which no average over the tokens allows: levels have an average of their own.
+    """
+    best, found = float(first[1][3].sum(dtype=torch.float64)), first
+    still = Rows(where.outer, where.tokens, where.inner, where.d, where.tokens * where.inner * where.d, where.size)
+    still.block = where.block
+    levels = torch.empty(where.outer, where.tokens, where.inner, where.d, dtype=torch.float32, device=coded.device)
+    left = Rows(*(getattr(still, name) for name in ("outer", "tokens", "inner", "d", "stride", "size", "block")))
+    left.groups = where.groups
+    blocks = first[1]
+    for _ in range(_ROUNDS):
+        kernel.kv_decode(blocks[:3], None, still, levels)
+        means = means_of(coded.to(torch.float32) - levels, left, rotary, kernel, like=first[0])
+        blocks = _coded(kernel, coded, where, means)
+        error = float(blocks[3].sum(dtype=torch.float64))
+        if error >= best:
+            break
+        best, found = error, (means, blocks)
+    return found
+
+
+def _decode_plane(encoded: EncodedTensor, plane: Plane2, prefix: str, out: torch.Tensor) -> None:
+    """Fill rows (outer, tokens, inner, d), contiguous, from one plane's parts."""
+    blocks = checked_blocks(encoded, plane, prefix)
+    kept = checked_kept(encoded, plane, prefix) if plane.kept else None
+    kernel, where = _arithmetic(out), plane.rows(plane.tokens)
+    means, turns = None, None
+    if plane.groups:
+        codes, scales, turns = _checked_means(encoded, plane, prefix)
+        means = kernel.kv_expand_eights(where, codes, scales)
+    kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, plane.lead :], turns)
+    if kept is not None and plane.lead == len(plane.kept):  # a slice: an index costs 40 us
+        out[:, : plane.lead].copy_(kept)
+    elif kept is not None:
+        out[:, list(plane.kept)] = kept.to(out.dtype)
+
+
+def _checked_spec(encoded: EncodedTensor) -> tuple[str, int]:
+    """Role and token axis; CodecError for a spec that no tensor of this codec has."""
+    role, token_axis = stored_role(encoded.attrs), stored_token_axis(encoded.attrs)
+    spec = encoded.spec
+    if spec.dtype not in LOSSY_ALLOWED or prod(spec.shape) == 0:
+        raise CodecError(f"nf4-kv2 decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
+    if role == "packed" and (not spec.shape or spec.shape[-1] % 2):
+        raise CodecError(f"nf4-kv2 packs keys and values in an even last dimension, not {spec.shape}")
+    return role, token_axis
+
+
+def _planes(
+    encoded: EncodedTensor, like: torch.Tensor, role: str, token_axis: int
+) -> list[tuple[Plane2, str, torch.Tensor, EncodedTensor]]:
+    """Plane, prefix, rows, and the tensor that has their parts; CodecError unless it has these and no others."""
+    halves = planes_of(like, role, token_axis)
+    planes = [
+        Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
+        for prefix, part, rows in halves
+    ]
+    encoded = _with_tops(encoded, planes)
+    if role == "packed":
+        encoded = split_packed(encoded, [rows for _prefix, _part, rows in halves], Plane2)
+    found = []
+    names: list[str] = []
+    for plane, (prefix, _part, rows) in zip(planes, halves, strict=True):
+        names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
+        names += [f"{prefix}kept"] * bool(plane.kept)
+        names += [f"{prefix}mean"] * bool(plane.groups)
+        found.append((plane, prefix, rows, encoded))
+    require_names(encoded, names)
+    return found
+
+
+def _with_tops(encoded: EncodedTensor, planes: list[Plane2]) -> EncodedTensor:
+    """The tensor with the tops, which lie behind the scales, as a part of their own."""
+    scales = sum(plane.blocks for plane in planes)
+    tops = 2 * sum(-(-plane.blocks // reference_kv.SCALE_GROUP) for plane in planes)
+    if "scale_top" in encoded.parts:
+        raise CodecError("nf4-kv2 has its tops behind its scales")
+    both = require_part(encoded, "scale", torch.uint8, scales + tops)
+    parts = {**encoded.parts, "scale": both[:scales], "scale_top": both[scales:].clone().view(torch.int16)}
+    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
+
+
+def _checked_means(
+    encoded: EncodedTensor, plane: Plane2, prefix: str
+) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+    """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means, and which turn."""
+    shape = (plane.outer, plane.groups, plane.inner)
+    eights = -(-plane.d // reference_turn.EIGHT)
+    n, more = prod(shape) * plane.d, prod(shape) * eights
+    rotary = _rotary(encoded.attrs, prefix, plane.d)
+    pairs = 0 if rotary is None else rotary.channels // 2
+    turning, of = plane.outer * plane.inner * -(-pairs // 8), 4 * plane.outer if pairs else 0
+    found = encoded.parts.get(f"{prefix}mean")
+    held = 0 if found is None else found.numel() - (n + more + turning + of)
+    tables = max(1, held // (4 * pairs)) if pairs else 0
+    whole = require_part(encoded, f"{prefix}mean", torch.uint8, n + more + turning + of + 4 * tables * pairs)
+    codes, scales, bits, at, table = torch.split(whole, [n, more, turning, of, 4 * tables * pairs])
+    if int(scales.max()) > reference_turn.MEAN_TOP:
+        raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {int(scales.max())}")
+    turns = None
+    if rotary is not None:
+        tangents = _checked_angles(at.clone().view(torch.int32), table.clone().view(torch.float32).view(tables, pairs))
+        turns = Turns(rotary, tangents, bits.clone().view(plane.outer, plane.inner, -1))
+    return codes.view(torch.int8).view(*shape, plane.d), scales.view(*shape, eights), turns
+
+
+def _checked_angles(of: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """The tangents of each slab (outer, pairs), from the index of its table."""
+    if not bool(((of >= 0) & (of < tables.shape[0])).all()):
+        raise CodecError(f"nf4-kv2: a slab names none of {tables.shape[0]} tables of angles")
+    if not bool((tables.abs() <= _TANGENT_MAX).all()):
+        raise CodecError(f"nf4-kv2: tangents of half angles lie within {_TANGENT_MAX:g}")
+    return tables[of.long()].contiguous()
+
+
+def _rotary(attrs: Mapping[str, object], prefix: str, d: int) -> Rotary | None:
+    channels, interleaved = attrs.get(f"{prefix}rotary"), attrs.get(f"{prefix}interleaved")
+    if channels is None and interleaved is None:
+        return None
+    if isinstance(channels, bool) or not isinstance(channels, int) or not 2 <= channels <= d or channels % 2:
+        raise CodecError(f"nf4-kv2 turns an even number of channels, 2 to {d}, not {channels!r:.40}")
+    if not isinstance(interleaved, bool):
+        raise CodecError(f"nf4-kv2: interleaved is true or false, not {interleaved!r:.40}")
+    return Rotary(channels, interleaved)
