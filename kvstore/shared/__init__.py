@@ -78,8 +78,9 @@ class Engine(Protocol):
 class AsksAndClaims(Protocol):
     """What an engine may have in addition: presence and claim in one round trip, so that publishing takes two."""
 
-    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool]:
+    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool | None]:
         """As `heads` and `claim` of each name, asked together. Where there is an object, its first HEAD_NBYTES.
 
-        Else whether the name is now this caller's to upload, within claim_s.
+        Else whether the name is now this caller's to upload, within claim_s. None: its server does not answer, or takes
+        nothing now.
         """

@@ -17,7 +17,7 @@ from kvstore.shared import SharedUnavailable
 from kvstore.shared.addresses import Address
 from kvstore.shared.link import Denied, Link, Op
 from kvstore.shared.nodes import Node, Nodes, Shard, slot_of
-from kvstore.shared.resp import PENDING, Broken, Closed, Refusal, command
+from kvstore.shared.resp import PENDING, Broken, Closed, Pending, Refusal, Reply, command
 
 HOPS_MAX = 4
 """Redirections of one command: a topology that changes meanwhile needs two."""
@@ -25,6 +25,7 @@ STALLED_AFTER = 0.5
 """Share of a call's time after which a replica is asked instead of a primary that has said nothing."""
 _ELSEWHERE = ("LOADING", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "READONLY")
 """Refusals that say: not this server, not now."""
+_REDIRECTIONS = ("MOVED", "ASK")
 
 
 @dataclass(eq=False, slots=True)
@@ -241,10 +242,15 @@ class Call:
         del self._running[fd]
 
 
+def is_unanswered(reply: Reply | Pending) -> bool:
+    """Whether no server has answered for good: none was reached, or it is not the one, or not now."""
+    return reply is PENDING or (isinstance(reply, Refusal) and reply.code in (*_ELSEWHERE, *_REDIRECTIONS))
+
+
 def _redirection(refusal: Refusal, answering: Address) -> Address | None:
     """The server that MOVED or ASK names. Without a host it is the one that answered."""
     words = refusal.text.split()
-    if refusal.code not in ("MOVED", "ASK") or len(words) != 3:
+    if refusal.code not in _REDIRECTIONS or len(words) != 3:
         return None
     host, _, port = words[2].rpartition(":")
     if not port.isdigit() or not 1 <= int(port) <= 65535:

@@ -119,7 +119,7 @@ class Guarded:
         """See `Engine`."""
         return self._call(lambda: self.engine.claim(names, ttl_s, timeout_s), timeout_s) if names else []
 
-    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool]:
+    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool | None]:
         """See `AsksAndClaims`. Of an engine without a claim of its own every absent name is this caller's."""
         engine = self.engine
         if isinstance(engine, AsksAndClaims):

@@ -71,6 +71,7 @@ class Node:
     def __init__(self, address: Address, login: Login, clock: Clock) -> None:
         self.address = address
         self.breaker = Breaker(clock)
+        self.closed = False
         self._login = login
         self._idle: dict[bool, deque[Link]] = {False: deque(), True: deque()}
         self._place: Place | None = None
@@ -101,8 +102,15 @@ class Node:
         idle = self._idle[link.replica]
         if link.idle and len(idle) < IDLE_MAX:
             idle.append(link)
+            if self.closed:  # by another thread, during the exchange
+                self.drop_idle()
         else:
             link.close()
+
+    def close(self) -> None:
+        """Keep no link any more."""
+        self.closed = True
+        self.drop_idle()
 
     def drop_idle(self, *, forget_place: bool = False) -> None:
         """Close what is idle: the server failed. forget_place: and have its address found again."""
@@ -125,6 +133,7 @@ class Nodes:
         self._clock = clock
         self._lock = threading.Lock()
         self._nodes: dict[Address, Node] = {}
+        self._closed = False
         self.topology: Topology | None = None
 
     def node(self, address: Address) -> Node:
@@ -133,6 +142,8 @@ class Nodes:
         if found is None:
             with self._lock:
                 found = self._nodes.setdefault(address, Node(address, self.login, self._clock))
+                if self._closed:
+                    found.close()
         return found
 
     def adopt(self, topology: Topology) -> None:
@@ -142,7 +153,7 @@ class Nodes:
         with self._lock:
             gone = [self._nodes.pop(address) for address in list(self._nodes) if address not in kept]
         for node in gone:
-            node.drop_idle()
+            node.close()
 
     def known(self) -> list[Node]:
         """All of the topology, or the seeds before there is one."""
@@ -155,6 +166,9 @@ class Nodes:
         return next(state for state in (CLOSED, HALF_OPEN, OPEN) if state in states or state == OPEN)
 
     def close(self) -> None:
-        """Close what is idle."""
-        for node in list(self._nodes.values()):
-            node.drop_idle()
+        """Close what is idle, and what is given back from now on."""
+        with self._lock:
+            self._closed = True
+            nodes = list(self._nodes.values())
+        for node in nodes:
+            node.close()

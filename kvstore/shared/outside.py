@@ -31,12 +31,13 @@ INCOMPLETE_MAX = 4096
 class Looked(NamedTuple):
     """What a lookup found under a name. head: of an object that may be read. there: there is something.
 
-    claimed: there is nothing, and this host is the one to upload it.
+    claimed: there is nothing, and this host is the one to upload it. answered: else its server was not reached.
     """
 
     head: Head | None
     there: bool
     claimed: bool = False
+    answered: bool = True
 
 
 @dataclass
@@ -83,7 +84,9 @@ class Outside:
         if isinstance(self.engine, AsksAndClaims):
             both = self.engine.heads_or_claims(names, CLAIM_S, timeout_s)
             return [
-                Looked(None, there=False, claimed=found) if isinstance(found, bool) else self._looked(alias, found)
+                self._looked(alias, found)
+                if isinstance(found, bytes)
+                else Looked(None, there=False, claimed=bool(found), answered=found is not None)
                 for alias, found in zip(aliases, both, strict=True)
             ]
         looked = self.heads(aliases, timeout_s)

@@ -207,20 +207,19 @@ class Publisher:
         aliases = [self._out.alias(chunk.key) for chunk in chunks]
         looked = self._out.heads_or_claims(aliases, ASK_S)
         sent: list[tuple[Candidate, Key, bool]] = []
-        later: list[Key] = []
-        waiting: set[Key] = set()
+        waits: dict[Key, bool] = {}  # for a server (True), or for the host that claimed it
         for chunk, alias, found in zip(chunks, aliases, looked, strict=True):
             if self._out.worth_keeping(alias, found):
                 self._is_there(chunk, alias)
                 self._out.numbers.count(duplicate_uploads=1)
-            elif (found.there or found.claimed) and chunk.parent not in waiting:
+            elif (found.there or found.claimed) and chunk.parent not in waits:
                 sent.append((chunk, alias, found.there))
             else:
-                self._out.numbers.count(duplicate_uploads=not (found.there or found.claimed))
-                waiting.add(chunk.key)
-                later.append(chunk.key)
-        later += self._send(sent, since)
+                self._out.numbers.count(duplicate_uploads=found.answered and not (found.there or found.claimed))
+                waits[chunk.key] = not found.answered or waits.get(chunk.parent, False)
+        later = [key for key, for_server in waits.items() if not for_server] + self._send(sent, since)
         self._try_again(later, since)
+        self._try_again([key for key, for_server in waits.items() if for_server], since, counts=False)
 
     def _chosen(self, keys: Sequence[Key]) -> list[Candidate]:
         """What is published of the keys offered, with what they continue: parents before children."""
@@ -333,8 +332,11 @@ class Publisher:
         known = None if alias in self._out.incomplete else self._published.get(alias)
         return known is not None and known >= self._out.epochs.of(self._out.names.tag(chunk.namespace))
 
-    def _try_again(self, keys: Sequence[Key], since: dict[Key, _Offer]) -> None:
-        """Another host has claimed them, or they were not stored: look again, not for ever."""
+    def _try_again(self, keys: Sequence[Key], since: dict[Key, _Offer], *, counts: bool = True) -> None:
+        """Look again in a while. counts: not for ever: another host has claimed them, or they were not stored.
+
+        What a server that does not answer keeps waiting, waits as long as it has room in the queue.
+        """
         now = self._out.clock.now()
         by_offer: dict[int, tuple[_Offer, list[Key]]] = {}
         for key in keys:
@@ -342,8 +344,9 @@ class Publisher:
             if offer is not None:
                 by_offer.setdefault(id(offer), (offer, []))[1].append(key)
         for offer, left in by_offer.values():
-            if offer.tries + 1 >= TRIES_MAX:
+            tries = offer.tries + counts
+            if tries >= TRIES_MAX:
                 self._out.numbers.drop("refused", len(left))
                 continue
             nbytes = offer.nbytes * len(left) // len(offer.keys)
-            self._append(_Offer(left, nbytes, offer.at, now + CLAIM_S, offer.tries + 1))
+            self._append(_Offer(left, nbytes, offer.at, now + CLAIM_S, tries))

@@ -15,7 +15,7 @@ from kvstore.errors import KvstoreError
 from kvstore.shared import HEAD_NBYTES, Buffer, Health, SharedUnavailable, server_health
 from kvstore.shared.addresses import Address
 from kvstore.shared.discovery import TlsFiles, Unfit, asking, learn
-from kvstore.shared.exchange import Call
+from kvstore.shared.exchange import Call, is_unanswered
 from kvstore.shared.keeper import Keeper
 from kvstore.shared.link import Denied, Login, Op
 from kvstore.shared.long_values import (  # fmt: skip
@@ -29,13 +29,14 @@ from kvstore.shared.long_values import (  # fmt: skip
     set_op,
     unlink_rounds,
 )
+from kvstore.shared.names import PREFIX
 from kvstore.shared.nodes import Nodes, Topology
 from kvstore.shared.resp import Refusal, command, room
 
 PIECE_NBYTES = 4 << 20
 LEARN_TIMEOUT_S = 0.5
 """Of each step of learning the topology from one server."""
-CLAIM_SUFFIX = ":w"
+CLAIM_PREFIX = f"{PREFIX}w:"
 
 
 class Valkey:
@@ -126,16 +127,13 @@ class Valkey:
             _run(self._call(timeout_s), ops)
         return [op.reply == b"OK" for op in ops]
 
-    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool]:
+    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool | None]:
         """See `AsksAndClaims`. What is there is claimed too, for nothing: asking first would be another round trip."""
         heads = [head_op(name) for name in _encoded(names)]
         claims = [_claim_op(name, claim_s) for name in names]
         if heads:
             _run(self._call(timeout_s), [op for pair in zip(heads, claims, strict=True) for op in pair])
-        return [
-            head.reply if isinstance(head.reply, bytes) and head.reply else claim.reply == b"OK"
-            for head, claim in zip(heads, claims, strict=True)
-        ]
+        return [_found_or_claimed(head, claim) for head, claim in zip(heads, claims, strict=True)]
 
     def delete(self, names: Sequence[str], timeout_s: float) -> list[bool]:
         """See `Engine`. The other pieces of long values are removed as far as they are found."""
@@ -197,7 +195,9 @@ class Valkey:
 
 
 def _claim_op(name: str, ttl_s: float) -> Op:
-    return set_op(f"{name}{CLAIM_SUFFIX}".encode("ascii"), [b"1"], ("NX", "PX", max(1, math.ceil(1000 * ttl_s))))
+    """In the braces the object's name: the same slot, so who answers for one answers for the other."""
+    claim = f"{CLAIM_PREFIX}{{{name}}}"
+    return set_op(claim.encode("ascii"), [b"1"], ("NX", "PX", max(1, math.ceil(1000 * ttl_s))))
 
 
 def _encoded(names: Sequence[str]) -> list[bytes]:
@@ -210,6 +210,14 @@ def _run(call: Call, ops: Sequence[Op]) -> None:
     refusals = [op.reply for op in ops if isinstance(op.reply, Refusal)]
     if ops and len(refusals) == len(ops):
         raise SharedUnavailable("refused", f"the shared store refuses: {refusals[0].text[:200]}")
+
+
+def _found_or_claimed(head: Op, claim: Op) -> bytes | bool | None:
+    if isinstance(head.reply, bytes) and head.reply:
+        return head.reply
+    if is_unanswered(head.reply) or is_unanswered(claim.reply):
+        return None
+    return claim.reply == b"OK"
 
 
 def _body(op: Op) -> bytearray | None:

@@ -14,7 +14,7 @@ class MemoryServer:
     """What hosts share. trips: calls by verb; gets, puts: by name; down: nothing answers.
 
     at: called at the named point of a call, `VERB` before it is answered and `VERB:done` after, with the names.
-    lost: names that get nothing, though their heads are there. slow_after: bodies of a get that arrive in time; the
+    silent: names of a part that does not answer. lost: names that get nothing, though their heads are there. slow_after: bodies of a get that arrive in time; the
     others do not, and the caller's clock has moved by its timeout. bodies_per_s: how fast the clock moves for bodies.
     """
 
@@ -27,6 +27,7 @@ class MemoryServer:
     deleted: list[str] = field(default_factory=list)
     down: bool = False
     at: dict[str, Callable[[Sequence[str]], None]] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     slow_after: int | None = None
     bodies_per_s: float = 0.0
@@ -76,14 +77,16 @@ class MemoryEngine:
         self._done("heads", names)
         return [None if data is None else data[:HEAD_NBYTES] for data in found]
 
-    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool]:
+    def heads_or_claims(self, names: Sequence[str], claim_s: float, timeout_s: float) -> list[bytes | bool | None]:
         self._trip("heads_or_claims", names, timeout_s)
         with self.server.lock:
-            found = [self._data(name) for name in names]
-            claims = iter(
-                self._claimed([name for name, data in zip(names, found, strict=True) if data is None], claim_s)
-            )
-            answers = [next(claims) if data is None else data[:HEAD_NBYTES] for data in found]
+            answers: list[bytes | bool | None] = []
+            for name in names:
+                data = self._data(name)
+                if name in self.server.silent:
+                    answers.append(None)
+                else:
+                    answers.append(self._claimed([name], claim_s)[0] if data is None else data[:HEAD_NBYTES])
         self._done("heads_or_claims", names)
         return answers
 

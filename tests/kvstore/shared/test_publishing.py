@@ -81,6 +81,26 @@ def test_a_chunk_whose_claimant_died_is_published_by_the_next_turn_of_another(ho
     assert len(hosts.server.names()) == 4
 
 
+def test_chunks_of_servers_that_do_not_answer_wait_for_them_with_what_continues_them(hosts):
+    a = hosts.open()
+    tokens, k, v = prefix(4)
+    names = alias_names(a, hosts.namespace(a).keys(tokens))
+    hosts.server.silent = {names[1]}
+    hosts.namespace(a).put_prefix(tokens, k, v)
+    for _ in range(20):  # an election of a real cluster takes its node timeout and more
+        a.maintain()
+        hosts.clock.advance(3)
+    assert hosts.server.names() == names[:1]
+    values = a.stats().values
+    assert not [name for name in values if name.startswith("shared_dropped_")]
+    assert values["shared_duplicate_uploads"] == 0
+    assert values["shared_queue_nbytes"] > 0
+    hosts.server.silent = set()
+    a.maintain()
+    assert hosts.server.names() == names
+    assert a.stats().values["shared_queue_nbytes"] == 0
+
+
 def test_only_whole_chunks_of_chains_that_may_leave_are_published(hosts):
     a = hosts.open()
     ns = hosts.namespace(a)

@@ -151,6 +151,25 @@ def test_a_primary_that_ends_under_load_costs_misses_and_nothing_else(own_cluste
     assert load.reads > load.misses
 
 
+def test_names_of_servers_that_do_not_answer_are_told_from_names_that_another_claimed(own_cluster):
+    own_cluster.wait_until_whole()
+    engine = valkey_of(own_cluster)
+    try:
+        wait_until_all_slots_take_writes(engine, "silent")
+        names = [f"claimed:{n}" for n in range(30)]
+        victims = engine.nodes.topology.shard(slot_of(names[0].encode()))
+        silent = [engine.nodes.topology.shard(slot_of(name.encode())) == victims for name in names]
+        assert 0 < sum(silent) < 30
+        own_cluster.pause(victims.primary.port, *(replica.port for replica in victims.replicas))
+        expected = [None if is_silent else True for is_silent in silent]
+        assert engine.heads_or_claims(names, 60, 5.0) == expected
+        again = engine.heads_or_claims(names, 60, 5.0)  # and once they are barred
+        assert again == [None if is_silent else False for is_silent in silent]
+    finally:
+        own_cluster.resume()
+        engine.close()
+
+
 def test_when_all_servers_hang_calls_end_and_then_are_refused_at_once_until_they_go_on(own_cluster):
     own_cluster.wait_until_whole()
     inner = valkey_of(own_cluster)

@@ -11,6 +11,7 @@ from kvstore.clock import SystemClock
 from kvstore.shared import SharedUnavailable
 from kvstore.shared.addresses import Address
 from kvstore.shared.link import Login
+from kvstore.shared.nodes import Nodes
 from kvstore.shared.valkey import Valkey
 
 from .scripted import Scripted, bulk, one_shard
@@ -312,3 +313,23 @@ def test_not_more_than_four_mebibytes_are_asked_for_at_once(servers, engine_of):
     assert [len(value) for value in got] == [mib] * 12
     assert waiting[0] >= 8
     assert most[0] <= 4 * mib
+
+
+@pytest.mark.parametrize("ends", ["close", "adopt"])
+def test_a_connection_given_back_after_the_end_is_closed(servers, ends):
+    """An exchange, or the keeper's probe, that was on its way while another thread closed the engine."""
+    server, other = servers(lambda words, connection: bulk(None)), servers(lambda words, connection: bulk(None))
+    nodes = Nodes([other.address], Login(), SystemClock())
+    nodes.adopt(one_shard(server.address))
+    node = nodes.node(server.address)
+    link = node.take(replica=False)
+    link.begin([])
+    while not link.idle:
+        link.step()
+    if ends == "close":
+        nodes.close()
+        assert nodes.node(Address("127.0.0.1", 1)).closed
+    else:
+        nodes.adopt(one_shard(other.address))
+    node.give(link)
+    assert link.fileno() == -1
