@@ -216,7 +216,7 @@ class Publisher:
                 sent.append((chunk, alias, found.there))
             else:
                 self._out.numbers.count(duplicate_uploads=found.answered and not (found.there or found.claimed))
-                waits[chunk.key] = not found.answered or waits.get(chunk.parent, False)
+                waits[chunk.key] = not found.answered or (chunk.parent is not None and waits.get(chunk.parent, False))
         later = [key for key, for_server in waits.items() if not for_server] + self._send(sent, since)
         self._try_again(later, since)
         self._try_again([key for key, for_server in waits.items() if for_server], since, counts=False)

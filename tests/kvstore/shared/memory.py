@@ -14,8 +14,9 @@ class MemoryServer:
     """What hosts share. trips: calls by verb; gets, puts: by name; down: nothing answers.
 
     at: called at the named point of a call, `VERB` before it is answered and `VERB:done` after, with the names.
-    silent: names of a part that does not answer. lost: names that get nothing, though their heads are there. slow_after: bodies of a get that arrive in time; the
-    others do not, and the caller's clock has moved by its timeout. bodies_per_s: how fast the clock moves for bodies.
+    silent: names of a part that does not answer. lost: names that get nothing, though their heads are there.
+    slow_after: bodies of a get that arrive in time; the others do not, and the caller's clock has moved by its timeout.
+    bodies_per_s: how fast the clock moves for bodies.
     """
 
     clock: Clock
