@@ -57,9 +57,9 @@ def value_of(client: Client, name: str) -> float:
 
 def published(client: Client, revision: str) -> None:
     """Put the prefix, and wait until the shared store has its four chunks."""
-    before = value_of(client, "shared_published")
-    assert prefixes(client, revision).put_prefix(TOKENS, K, V) == 4
-    wait_until(lambda: value_of(client, "shared_published") == before + 4)
+    space = prefixes(client, revision)
+    assert space.put_prefix(TOKENS, K, V) == 4
+    wait_until(lambda: [of.shared[:4] for of in client.explain(*space.keys(TOKENS))] == ["yes,"] * 4)
 
 
 def command(daemon: DaemonProcess, *words: str) -> "subprocess.CompletedProcess[str]":
