@@ -1,8 +1,9 @@
-"""vLLM itself with KvstoredConnector: six engine processes must give the same tokens.
+"""vLLM itself with KvstoredConnector: eight engine processes must give the same tokens.
 
-base: no connector. store: the first with it. load: a new process finds the blocks. lose: blocks are gone between lookup
-and load. stopped: the daemon is there and answers nothing. down: it is dead; both with the default deadlines. Prints a
-table, with --json a line each. Exit code 1: tokens differ, or nothing was loaded. Run by `make engines`.
+base: no connector. store: the first with it. load: a new process finds the chunks, and loads them before the forward;
+beside: while other steps run. lose, lose beside: they are gone between lookup and load. stopped: the daemon is there and
+answers nothing. down: it is dead; both with the default deadlines. Prints a table, with --json a line each. Exit code 1:
+tokens differ, or nothing was loaded. Run by `make engines`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CASES = ("base", "store", "load", "lose", "stopped", "down")
+CASES = ("base", "store", "load", "beside", "lose", "lose beside", "stopped", "down")
 
 PATIENT = {"lookup_timeout_s": 1.0, "fetch_timeout_s": 10.0}
 """Engines and daemon share two cores here: what is due must not be missed by a deadline."""
@@ -28,12 +29,15 @@ def connector(case: str, address: str) -> dict[str, Any] | None:
     if case == "base":
         return None
     module, name = "kvstored_client.integrations.vllm", "KvstoredConnector"
-    if case == "lose":
+    if case.startswith("lose"):
         module, name = "tools.engines.vllm_lossy", "LossyConnector"
     return {
         "kv_connector": name, "kv_connector_module_path": module, "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"address": address, **({} if case in ("stopped", "down") else PATIENT)},
+        "kv_connector_extra_config": {
+            "address": address, "sync_load_budget_bytes": 0 if "beside" in case else 1 << 40,
+            **({} if case in ("stopped", "down") else PATIENT),
+        },
     }  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def main() -> int:
             daemon.kill()
             daemon.wait()
     same = all(result["tokens"] == found["base"]["tokens"] for result in found.values())
-    loaded = found["load"]["cached"] > 0
+    loaded = min(found["load"]["cached"], found["beside"]["cached"]) > 0
     print(f"same tokens: {same}; loaded from the store: {found['load']['cached']} of {len(ids)}", file=sys.stderr)
     if options.record is not None:
         options.record.write_text(json.dumps(record(found, same=same, tokens=len(ids))) + "\n")
@@ -117,7 +121,7 @@ def show(case: str, result: dict[str, Any], *, as_json: bool) -> None:
         params = {"case": case, "cached": result["cached"], "recovered": result["recovered"]}
         print(json.dumps({"name": "vllm.ttft", "params": params, "value": result["ttft_s"], "unit": "s", "ratios": {}}))
     else:
-        told = f"{case:6} first token {result['ttft_s']:6.2f} s, cached {result['cached']:5}"
+        told = f"{case:11} first token {result['ttft_s']:6.2f} s, cached {result['cached']:5}"
         print(f"{told}, recovered {result['recovered']}, tokens {result['tokens']}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""kvstored as a KV connector of vLLM 0.32: blocks are kept as they are filled and loaded before a prefill.
+"""kvstored as a KV connector of vLLM 0.32: chunks of blocks are kept as prompts fill them and loaded before a prefill.
 
     --kv-transfer-config '{"kv_connector": "KvstoredConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "kvstored_client.integrations.vllm",
@@ -8,21 +8,25 @@
 Set the policy: vLLM's default ("fail") ends a request whose block was there at the lookup and is gone at the load.
 Keys come from `request.block_hashes`, which cover salt, images, LoRA's name and path and embeddings, never from token
 ids; the bytes of a LoRA adapter's files are added here, and a request whose adapter cannot be read runs without the
-store. The rest of a key is a digest of the whole configuration (`_HARMLESS` says what is left out) and the rank. It is
-made in the scheduler, and the workers are told: what a worker changes in its own copy cannot part the two. All ranks'
-shards of a block must be held for it to count. A block is one entry of all layers as they lie in the paged buffer, K
-and V packed or not, and moved as bytes of their dtype.
+store. The rest of a key is a digest of the whole configuration (`vllm_identity`) and the shard. It is made in the
+scheduler, and the workers are told: what a worker changes in its own copy cannot part the two.
+
+A chunk is `chunk_tokens` of a prompt (256), in one entry (`vllm_blocks`) under the hash of its last block. It continues
+the chunk before it: no chunk is kept without the ones before. All shards of a chunk must be held for it to count.
+Loads of more than `sync_load_budget_bytes` run on a thread beside the engine's steps; smaller ones before the forward.
 Only full attention in one cache group; other models run without the store. Never raises into the engine.
 """
 
 import hashlib
 import logging
 import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -31,108 +35,37 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore.hit import Fidelity
+from kvstore.keys import NAMESPACE_MAX_NBYTES
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
+from kvstored_client.integrations.vllm_blocks import PagedBuffers
+from kvstored_client.integrations.vllm_identity import identity, not_understood, shards_of, tokens_per_block
+from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
 
 logger = logging.getLogger(__name__)
 
-_UNDERSTOOD = ("FullAttentionSpec", "MLAAttentionSpec")
+CHUNK_TOKENS = 256
+SYNC_LOAD_NBYTES = 16 << 20
+"""Copied in some milliseconds, for which the other requests of the batch wait."""
+_BROKEN_MAX = 10_000
+"""Requests remembered whose chain is broken; they are forgotten when they end."""
 _SAID_MAX = 1000
 """Reasons that are logged, once each."""
-_APART_DIM = 5
-"""(blocks, 2, tokens, heads, head_dim)."""
-_PLACE = "where a process or its peers are, not what they compute"
-_SIZE = "how much memory or how many requests, not what is in a block"
-_OUTPUT = "what is done with the logits: the blocks are there before"
-_HARMLESS = {
-    "ParallelConfig.rank": "in each key, beside the digest",
-    "ParallelConfig.data_parallel_rank": "replicas compute the same blocks",
-    "ParallelConfig.data_parallel_rank_local": "replicas compute the same blocks",
-    "ParallelConfig.data_parallel_index": "replicas compute the same blocks",
-    "ParallelConfig.data_parallel_master_ip": _PLACE,
-    "ParallelConfig.data_parallel_master_port": _PLACE,
-    "ParallelConfig.data_parallel_rpc_port": _PLACE,
-    "ParallelConfig._data_parallel_master_port_list": _PLACE,
-    "ParallelConfig._coord_store_port": _PLACE,
-    "ParallelConfig._api_process_count": _PLACE,
-    "ParallelConfig._api_process_rank": _PLACE,
-    "ParallelConfig.master_addr": _PLACE,
-    "ParallelConfig.master_port": _PLACE,
-    "ParallelConfig.node_rank": _PLACE,
-    "ParallelConfig.numa_bind_nodes": _PLACE,
-    "ParallelConfig.numa_bind_cpus": _PLACE,
-    "ParallelConfig.assigned_physical_gpu_ids": _PLACE,
-    "ParallelConfig.placement_group": _PLACE,
-    "ParallelConfig.ray_runtime_env": _PLACE,
-    "CacheConfig.gpu_memory_utilization": _SIZE,
-    "CacheConfig.num_gpu_blocks": _SIZE,
-    "CacheConfig.num_gpu_blocks_override": _SIZE,
-    "CacheConfig.num_cpu_blocks": _SIZE,
-    "CacheConfig.kv_cache_size_tokens": _SIZE,
-    "CacheConfig.kv_cache_max_concurrency": _SIZE,
-    "CacheConfig.kv_cache_memory_bytes": _SIZE,
-    "CacheConfig.kv_offloading_size": _SIZE,
-    "KVCacheConfig.num_blocks": _SIZE,
-    "KVCacheConfig.kv_cache_tensors": _SIZE,
-    "KVCacheConfig.hisparse_host_num_blocks": _SIZE,
-    "ModelConfig.hf_token": "a password",
-    "ModelConfig.served_model_name": "what clients call the model",
-    "ModelConfig.allowed_local_media_path": _PLACE,
-    "ModelConfig.max_logprobs": _OUTPUT,
-    "ModelConfig.logprobs_mode": _OUTPUT,
-    "*._name_or_path": "where a configuration was read from: the model's name is in, and all of the configuration",
-    "DeviceConfig.device": "which card; its type is in",
-    "LoadConfig.download_dir": _PLACE,
-    "LoadConfig.use_tqdm_on_load": "a progress bar",
-    "KVTransferConfig.engine_id": "random, and new at each start",
-    "KVTransferConfig.kv_port": _PLACE,
-    "KVTransferConfig.kv_role": "who computes blocks and who reads them share them",
-    "KVTransferConfig.kv_load_failure_policy": "what happens without a block",
-    "kv_connector_extra_config.address": _PLACE,
-    "kv_connector_extra_config.lookup_timeout_s": "how long a call is waited for",
-    "kv_connector_extra_config.fetch_timeout_s": "how long a call is waited for",
-    "VllmConfig.instance_id": "random, and new at each start",
-    "VllmConfig.scheduler_config": _SIZE,
-    "VllmConfig.compilation_config": "how kernels are made; filled with live layers and graphs while the engine starts",
-    "VllmConfig.observability_config": "what is reported",
-    "VllmConfig.profiler_config": "what is reported",
-    "VllmConfig.logging_config": "what is reported",
-    "VllmConfig.kv_events_config": "what is reported",
-    "VllmConfig.structured_outputs_config": _OUTPUT,
-    "VllmConfig.reasoning_config": _OUTPUT,
-    "VllmConfig.watermark_config": _OUTPUT,
-    "VllmConfig.shutdown_timeout": "how an engine ends",
-}
-"""All that is not in the identity. A field that is not here is in it, those of other versions of vLLM included."""
-_BLOCKS_PER_FETCH = 8
-"""Blocks of one call: a block of 128 tokens has 5 MB or more, and a fetch has a deadline."""
-
-
-@dataclass
-class _Work(KVConnectorMetadata):
-    """What a step's worker loads and keeps: block hashes and where the blocks are. root: the scheduler's identity.
-
-    prefill: tokens of the step where it is one whole prefill and nothing else, so that its time can be told; else 0.
-    """
-
-    root: bytes = b""
-    prefill: int = 0
-    loads: list[tuple[bytes, int]] = field(default_factory=list)
-    saves: list[tuple[bytes, int]] = field(default_factory=list)
-    told: dict[bytes, Any] = field(default_factory=dict)
-    """By hash of a block to save, what routers are told of it (`vllm_events.Block`)."""
 
 
 @dataclass
 class _Tracked:
-    """A request in the scheduler: its blocks so far, and how many leading ones need no saving."""
+    """A request in the scheduler: its blocks so far, and how many leading chunks need no saving."""
 
     request: Any
     salt: bytes
+    wishes: Wishes
     saved: int = 0
     first_load: int = 0
+    alone: bool = False
     blocks: list[int] = field(default_factory=list)
 
 
@@ -147,24 +80,37 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             lookup_timeout_s=float(extra.get("lookup_timeout_s", LOOKUP_TIMEOUT_S)),
             fetch_timeout_s=float(extra.get("fetch_timeout_s", FETCH_TIMEOUT_S)),
         )
-        # "auto" lets blocks become NF4 below hot; the default gives back every bit.
+        # "auto" lets blocks become 4 bits below hot; the default gives back every bit.
         self._fidelity: Fidelity = "auto" if extra.get("fidelity") == "auto" else "exact"
-        self._ranks, self._rank = _ranks(vllm_config.parallel_config)
+        self._prompt_only = bool(extra.get("offload_prompt_only", True))
+        self._sync_nbytes = int(extra.get("sync_load_budget_bytes", SYNC_LOAD_NBYTES))
+        self._allow_pin = bool(extra.get("allow_pin", False))
         self._root = b""
-        why_not = _not_understood(kv_cache_config)
+        why_not = not_understood(kv_cache_config)
+        self._block_size = 1
         try:
-            self._root = _identity(vllm_config, kv_cache_config)
-            self._block_size = 1 if why_not else _tokens_per_block(vllm_config, kv_cache_config)
+            self._root = identity(vllm_config, kv_cache_config)
+            if not why_not:
+                self._block_size = tokens_per_block(vllm_config, kv_cache_config)
+            self._chunk_blocks = max(1, int(extra.get("chunk_tokens", CHUNK_TOKENS)) // self._block_size)
         except (configured.NoStableForm, ValueError) as error:
             why_not = why_not or str(error)
         self._on = not why_not
         if why_not:
             logger.warning("running without the store: %s", why_not)
-        self._head_dim = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.head_size) if self._on else 0
+        group = kv_cache_config.kv_cache_groups[0] if self._on else None
+        spec = getattr(group, "kv_cache_spec", None)
+        self._shards = shards_of(vllm_config.parallel_config, spec)
+        self._head_dim = int(spec.head_size) if spec is not None else 0
+        # Of all layers, in this process; the scheduler's are told of the whole model's.
+        self._block_nbytes = int(getattr(spec, "page_size_bytes", 0)) * len(getattr(group, "layer_names", None) or ())
+        self._namespace = _namespace(vllm_config)
         self._tracked: dict[str, _Tracked] = {}
-        self._loads: list[tuple[bytes, int]] = []
-        self._layers: dict[str, torch.Tensor] = {}
-        self._failed: set[int] = set()
+        self._loads: list[Load] = []
+        self._ended: list[str] = []
+        self._buffers = PagedBuffers({}, 0)
+        self._loading = Loading(self._load)
+        self._broken: OrderedDict[str, None] = OrderedDict()
         self._said: set[str] = set()
         self._time = PrefillTime()
         self._loaded_at = 0.0
@@ -173,7 +119,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         if self._on and _wants_events(vllm_config):  # imported here alone: it needs vLLM's own clients of ZeroMQ
             from kvstored_client.integrations.vllm_events import Announced, Reported
 
-            self._announced, self._reported = Announced(self._ranks), Reported()
+            self._announced, self._reported = Announced(self._shards.count), Reported()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -183,12 +129,16 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     # In the scheduler.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond those computed; never the last token, which must be run."""
+        """Tokens that can be loaded beyond those computed, and whether they are beside the steps.
+
+        Never the last token, which must be run.
+        """
         if not self._on:
             return 0, False
         try:
             salt = adapters.salt_of(request)
-            hashes = _hashes(request, salt)[: (request.num_tokens - 1) // self._block_size]
+            per = self._chunk_blocks
+            hashes = [_salted(request, salt, at) for at in range(per - 1, len(request.block_hashes), per)]
             # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
             held = self._held(hashes, counted=request.request_id not in self._tracked)
         except adapters.Unknown as error:
@@ -198,25 +148,36 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             logger.exception("a lookup failed")
             return 0, False
         if self._announced is not None and held < len(hashes):
-            self._announced.missing(_bare(request)[held : len(hashes)])
+            self._announced.missing([bytes(each) for each in request.block_hashes[held * per : len(hashes) * per]])
+        wishes = wishes_of(request, allow_pin=self._allow_pin)
+        if wishes.complaint:
+            self._say_once(f"a request's wish for its blocks is left out: {wishes.complaint}")
         first = num_computed_tokens // self._block_size
-        self._tracked[request.request_id] = _Tracked(request, salt, saved=held, first_load=first)
-        return max(0, held - first) * self._block_size, False
+        last = min(held * per, (request.num_tokens - 1) // self._block_size)
+        alone = (last - first) * self._block_nbytes > self._sync_nbytes
+        tracked = _Tracked(request, salt, wishes, saved=held, first_load=first, alone=alone)
+        self._tracked[request.request_id] = tracked
+        return max(0, last - first) * self._block_size, alone and last > first
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Remember which blocks the loaded tokens go to."""
         tracked = self._tracked.get(request.request_id)
         if not self._on or tracked is None or num_external_tokens <= 0:
             return
-        ids = blocks.get_block_ids()[0]
-        last = tracked.first_load + num_external_tokens // self._block_size
-        hashes = _hashes(request, tracked.salt)
-        self._loads += [(hashes[i], ids[i]) for i in range(tracked.first_load, last)]
+        ids, per = blocks.get_block_ids()[0], self._chunk_blocks
+        at, last = tracked.first_load, tracked.first_load + num_external_tokens // self._block_size
+        load = Load(request.request_id, [], tracked.alone)
+        while at < last:
+            end = min(last, (at // per + 1) * per)
+            name = _salted(request, tracked.salt, (at // per + 1) * per - 1)
+            load.chunks.append((name, at % per, list(ids[at:end])))
+            at = end
+        self._loads.append(load)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        """This step's loads, and the blocks that it fills."""
-        work = _Work(root=self._root, loads=self._loads)
-        self._loads = []
+        """This step's loads, and the chunks that it fills."""
+        work = Work(root=self._root, loads=self._loads, ended=self._ended)
+        self._loads, self._ended = [], []
         if not self._on:
             return work
         scheduled = scheduler_output.num_scheduled_tokens
@@ -229,24 +190,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         for i, name in enumerate(old.req_ids):
             self._note(name, old.new_block_ids[i], fresh=name in old.resumed_req_ids)
             work.saves += self._filled(name, old.num_computed_tokens[i] + scheduled.get(name, 0))
-        if self._announced is not None and work.saves:
-            work.told = self._facts({found for found, _ in work.saves})
         return work
-
-    def _facts(self, saved: set[bytes]) -> dict[bytes, Any]:
-        """What routers are told of blocks, by the hash that they are saved under."""
-        from kvstored_client.integrations.vllm_events import Block
-
-        size, told = self._block_size, dict[bytes, Any]()
-        for tracked in self._tracked.values():
-            bare = _bare(tracked.request)
-            tokens = getattr(tracked.request, "all_token_ids", ())
-            lora = getattr(getattr(tracked.request, "lora_request", None), "lora_name", None)
-            for i, found in enumerate(_hashes(tracked.request, tracked.salt)[: len(tracked.blocks)]):
-                if found in saved:
-                    block = Block(bare[i - 1] if i else None, tuple(tokens[i * size : (i + 1) * size]), lora)
-                    told[found] = bare[i], block
-        return told
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the workers have put since the last step."""
@@ -261,7 +205,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks may be freed at once: what is being put was copied."""
         del block_ids
-        self._tracked.pop(request.request_id, None)
+        if self._tracked.pop(request.request_id, None) is not None:
+            self._ended.append(request.request_id)
         return False, None
 
     def request_finished_all_groups(
@@ -283,108 +228,143 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._said.add(text)
             logger.warning(text)
 
-    def _held(self, hashes: list[bytes], *, counted: bool) -> int:
-        """Leading blocks of which every rank's shard is held. The first rank's question is counted for all."""
+    def _held(self, hashes: Sequence[bytes], *, counted: bool) -> int:
+        """Leading chunks of which every shard is held. One question for all shards."""
         if not hashes:
             return 0
-        whole = Lookup(len(hashes), len(hashes) * self._block_size, self._block_size) if counted else ELSEWHERE
-        return min(
-            int(self._guard.match([self._key(h, rank) for h in hashes], lookup=ELSEWHERE if rank else whole))
-            for rank in range(self._ranks)
-        )
+        shards, tokens = self._shards.count, self._chunk_blocks * self._block_size
+        keys = [self._key(each, shard) for each in hashes for shard in range(shards)]
+        lookup = Lookup(len(keys), len(hashes) * tokens, tokens // shards) if counted else ELSEWHERE
+        return int(self._guard.match(keys, lookup=lookup)) // shards
 
     def _note(self, name: str, block_ids: Any, *, fresh: bool) -> None:
         tracked = self._tracked.get(name)
         if tracked is None or block_ids is None:
             return
-        # A request that comes back after a preemption has a fresh list of blocks.
-        tracked.blocks = [*([] if fresh else tracked.blocks), *block_ids[0]]
+        if fresh:  # also of a request that comes back after a preemption
+            tracked.blocks.clear()
+        tracked.blocks += block_ids[0]
 
-    def _filled(self, name: str, tokens: int) -> list[tuple[bytes, int]]:
-        """Blocks that are full after this step and were not saved before."""
+    def _filled(self, name: str, tokens: int) -> list[Save]:
+        """Chunks that are full after this step and were not saved before: none, or one chain of them."""
         tracked = self._tracked.get(name)
-        if tracked is None:
+        if tracked is None or not tracked.wishes.store:
             return []
-        hashes = _hashes(tracked.request, tracked.salt)
-        full = min(tokens // self._block_size, len(hashes), len(tracked.blocks))
-        found = [(hashes[i], tracked.blocks[i]) for i in range(tracked.saved, full)]
-        tracked.saved = max(tracked.saved, full)
-        return found
+        request, per = tracked.request, self._chunk_blocks
+        if self._prompt_only:
+            tokens = min(tokens, getattr(request, "num_prompt_tokens", request.num_tokens))
+        full = min(tokens // self._block_size, len(request.block_hashes), len(tracked.blocks)) // per
+        if full <= tracked.saved:
+            return []
+        before = _salted(request, tracked.salt, tracked.saved * per - 1) if tracked.saved else None
+        chunks = [
+            (_salted(request, tracked.salt, at * per + per - 1), tracked.blocks[at * per : at * per + per])
+            for at in range(tracked.saved, full)
+        ]
+        save = Save(name, before, chunks, tracked.wishes.options)
+        if self._announced is not None:
+            save.told = [_facts(request, at * per, per, self._block_size) for at in range(tracked.saved, full)]
+        tracked.saved = full
+        return [save]
 
     # In a worker.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The paged buffers: block is their first dimension."""
-        self._layers = dict(sorted(kv_caches.items()))
+        self._buffers = PagedBuffers(kv_caches, self._head_dim)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Fill this step's blocks; those that are gone are reported as load errors."""
+        """Fill this step's blocks, or begin to; those that are gone are reported as load errors."""
         del forward_context, kwargs
-        work = self._get_connector_metadata()
-        loads = work.loads if isinstance(work, _Work) else []
-        self._told(work)
-        began, filled = self._time.clock(), 0
-        for start in range(0, len(loads), _BLOCKS_PER_FETCH):
-            part = loads[start : start + _BLOCKS_PER_FETCH]
-            hits = self._guard.get_many([self._key(found, self._rank) for found, _ in part], lookup=ELSEWHERE)
-            for (_, block), hit in zip(part, hits, strict=True):
-                if hit is None or not self._filled_block(block, hit.tensors):
-                    self._failed.add(block)
-                else:
-                    filled += 1
-        self._loaded_at = self._time.clock()
-        tokens = filled * self._block_size
-        if tokens and not self._rank:  # the ranks compute side by side
-            self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._loaded_at - began))
-
-    def _told(self, work: Any) -> None:
-        self._root = getattr(work, "root", b"") or self._root
-
-    def _filled_block(self, block: int, tensors: Any) -> bool:
-        targets = self._parts(block)
-        if {n: (t.shape, t.dtype) for n, t in targets.items()} != {n: (t.shape, t.dtype) for n, t in tensors.items()}:
-            return False
-        for name, target in targets.items():
-            target.copy_(tensors[name])
-        return True
-
-    def _parts(self, block: int) -> dict[str, torch.Tensor]:
-        """One block's view of each layer, under names that say what is K and what is V: codecs below hot go by them."""
-        parts = {}
-        for i, layer in enumerate(self._layers.values()):
-            if layer.shape[-1] == 2 * self._head_dim:
-                parts[f"kv.{i}"] = layer[block]  # side by side in the last dimension
-            elif layer.dim() == _APART_DIM and layer.shape[1] == 2:  # K and V
-                parts[f"k.{i}"], parts[f"v.{i}"] = layer[block]
+        work = self._work()
+        for request_id in work.ended:
+            self._broken.pop(request_id, None)
+        for load in work.loads:
+            if load.alone:
+                self._loading.begin(load)
             else:
-                parts[str(i)] = layer[block]  # MLA: one latent for both
-        return parts
+                self._loading.run(load)
+        self._loaded_at = self._time.clock()
+
+    def _work(self) -> Work:
+        work = self._get_connector_metadata()
+        found = work if isinstance(work, Work) else Work()
+        self._root = found.root or self._root
+        return found
+
+    def _load(self, load: Load) -> list[int]:
+        """The blocks that could not be filled."""
+        began, failed = self._time.clock(), set(load.blocks())
+        for some in pieces(load.chunks, self._chunk_nbytes()):
+            hits = self._guard.get_many([self._key(found, self._shards.mine) for found, _, _ in some], lookup=ELSEWHERE)
+            for (_, first, blocks), hit in zip(some, hits, strict=True):
+                if hit is not None and self._buffers.fill(blocks, hit.tensors, self._chunk_blocks, first):
+                    failed.difference_update(blocks)
+        tokens = (len(load.blocks()) - len(failed)) * self._block_size
+        if tokens and not self._shards.mine and self._shards.writes:  # the ranks compute side by side
+            self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._time.clock() - began))
+        return sorted(failed)
+
+    def _chunk_nbytes(self) -> int:
+        return max(1, self._buffers.block_nbytes() * self._chunk_blocks)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are done before the forward starts."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Blocks are saved whole, after the forward."""
+        """Chunks are saved whole, after the forward."""
 
     def wait_for_save(self) -> None:
-        """Copy the blocks that this step filled; they are put on another thread."""
-        work = self._get_connector_metadata()
-        saves = work.saves if isinstance(work, _Work) else []
-        self._told(work)
-        for found, block in saves:
-            tensors = {name: part.detach().to("cpu", copy=True) for name, part in self._parts(block).items()}
-            if work.prefill:  # the copy has waited for the device, so the forward pass has ended
-                self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
-                work.prefill = 0
-            nbytes = sum(part.numel() * part.element_size() for part in tensors.values())
-            entry = [(self._key(found, self._rank), tensors)]
-            told = work.told.get(found)
-            self._guard.later(lambda entry=entry, told=told: self._put(entry, told), nbytes)  # type: ignore[misc]  # bound now
+        """Copy the chunks that this step filled; they are put on another thread."""
+        work = self._work()
+        if not self._shards.writes:
+            return
+        for save in work.saves:
+            before = None if save.before is None else self._key(save.before, self._shards.mine)
+            told = save.told or [[] for _ in save.chunks]
+            for some in pieces(list(zip(save.chunks, told, strict=True)), self._chunk_nbytes()):
+                if save.request_id in self._broken:
+                    break  # what continues a chunk that was not kept could never be found
+                entries = [
+                    (self._key(found, self._shards.mine), self._buffers.gather(blocks)) for (found, blocks), _ in some
+                ]
+                if work.prefill:  # the copy has waited for the device, so the forward pass has ended
+                    self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
+                    work.prefill = 0
+                self._put_later(save, entries, before, [fact for _, facts in some for fact in facts])
+                before = entries[-1][0]
 
-    def _put(self, entry: list[tuple[bytes, dict[str, torch.Tensor]]], told: Any) -> None:
-        stored = self._guard.cache.put_many(entry, fidelity=self._fidelity)
-        if stored and told is not None and self._reported is not None:
-            self._reported.stored(*told)
+    def _put_later(self, save: Save, entries: list[Any], before: bytes | None, told: list[Any]) -> None:
+        def put() -> None:
+            if save.request_id in self._broken:
+                return
+            stored = 0
+            try:
+                stored = self._guard.cache.put_many(
+                    entries, chain=True, parent=before, fidelity=self._fidelity, namespace=self._namespace,
+                    **save.options,
+                )  # fmt: skip
+            finally:
+                if stored < len(entries):
+                    self._break(save.request_id)
+            if stored == len(entries) and self._reported is not None:
+                for fact in told:
+                    self._reported.stored(*fact)
+
+        if not self._guard.later(put, self._chunk_nbytes() * len(entries)):
+            self._break(save.request_id)
+
+    def _break(self, request_id: str) -> None:
+        """A chunk of it was not kept, so none that follows is."""
+        self._broken[request_id] = None
+        if len(self._broken) > _BROKEN_MAX:
+            with suppress(KeyError):  # two threads
+                self._broken.popitem(last=False)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose loads beside the steps have ended."""
+        del finished_req_ids
+        return None, self._loading.take_done() or None
 
     def get_kv_connector_kv_cache_events(self) -> Any:
         """What this worker has put since the last step; None: nothing."""
@@ -392,66 +372,43 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be filled since the last call."""
-        failed, self._failed = self._failed, set()
-        return failed
+        return self._loading.take_failed()
 
     def shutdown(self) -> None:
         """Finish what is waiting."""
+        self._loading.close()
         self._guard.flush()
 
-    def _key(self, block_hash: bytes, rank: int) -> bytes:
-        return hashlib.sha256(self._root + rank.to_bytes(4, "little") + block_hash).digest()
+    def _key(self, found: bytes, shard: int) -> bytes:
+        return hashlib.sha256(self._root + shard.to_bytes(4, "little") + found).digest()
 
 
-def _hashes(request: Any, salt: bytes) -> list[bytes]:
-    found = [bytes(each) for each in request.block_hashes]
-    return [hashlib.sha256(salt + each).digest() for each in found] if salt else found
+def _salted(request: Any, salt: bytes, at: int) -> bytes:
+    """The hash of a request's block, and with it of all before: with what the engine's hashes do not cover."""
+    found = bytes(request.block_hashes[at])
+    return hashlib.sha256(salt + found).digest() if salt else found
 
 
-def _bare(request: Any) -> list[bytes]:
-    """The hashes as the engine publishes them: routers know no salt of ours."""
-    return [bytes(each) for each in request.block_hashes]
+def _facts(request: Any, first: int, count: int, size: int) -> list[tuple[bytes, Any]]:
+    """What routers are told of blocks, under the hashes that the engine publishes: they know no salt of ours."""
+    from kvstored_client.integrations.vllm_events import Block
+
+    bare = [bytes(each) for each in request.block_hashes[max(0, first - 1) : first + count]]
+    before: list[bytes | None] = [None, *bare] if not first else [*bare]
+    tokens = getattr(request, "all_token_ids", ())
+    lora = getattr(getattr(request, "lora_request", None), "lora_name", None)
+    return [
+        (found, Block(parent, tuple(tokens[(first + i) * size : (first + i + 1) * size]), lora))
+        for i, (parent, found) in enumerate(zip(before, bare[-count:], strict=False))
+    ]
+
+
+def _namespace(vllm_config: Any) -> str:
+    """What an operator reads beside the entries: the model's name, its end if it is too long."""
+    name = str(getattr(getattr(vllm_config, "model_config", None), "model", ""))
+    name = name.encode()[-NAMESPACE_MAX_NBYTES:].decode(errors="ignore")
+    return name if name.isprintable() else ""
 
 
 def _wants_events(vllm_config: Any) -> bool:
     return bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False))
-
-
-def _ranks(parallel: Any) -> tuple[int, int]:
-    """How many shards a block has, and whose this process's is. Ranks of decode context are among the tensor ranks."""
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
-    ranks = 1
-    for name in sizes:
-        ranks *= int(getattr(parallel, name, 1))
-    return ranks, int(getattr(parallel, "rank", 0)) % ranks
-
-
-def _not_understood(kv_cache_config: Any) -> str:
-    """Why this model's cache cannot be kept; "" where it can."""
-    groups = getattr(kv_cache_config, "kv_cache_groups", None) or []
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    understood = len(kinds) == 1 and kinds[0] in _UNDERSTOOD
-    return (
-        "" if understood else f"this model's cache is not one group of full attention: {', '.join(kinds) or 'unknown'}"
-    )
-
-
-def _tokens_per_block(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Tokens of one block over all ranks: what one of the request's hashes covers. Raises ValueError if they differ."""
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    shared_by = int(getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1))
-    tokens = int(spec.block_size) * (shared_by if getattr(spec, "dcp_sharded", True) else 1)
-    hashed = getattr(kv_cache_config, "hash_block_size", None)
-    if hashed not in (None, tokens):
-        raise ValueError(f"a block has {tokens} tokens and a hash covers {hashed}")
-    return tokens
-
-
-def _identity(vllm_config: Any, kv_cache_config: Any) -> bytes:
-    """Digest of whatever makes blocks interchangeable. Raises NoStableForm.
-
-    The settings of the connector are in it: `namespace`, the operator's word for the weights, and `fidelity`, so that
-    who demands exact bytes is not given what another let become lossy.
-    """
-    whole = {"version": vllm.__version__, "vllm": vllm_config, "kv_cache": kv_cache_config}
-    return configured.digest("vllm", whole, _HARMLESS)

@@ -351,13 +351,16 @@ def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16) 
         model_config=model,
         cache_config=some(block_size=8, cache_dtype="auto", prefix_caching_hash_algo="sha256"),
         parallel_config=some(tensor_parallel_size=1, pipeline_parallel_size=1, rank=0),
-        kv_transfer_config=some(kv_connector_extra_config={"address": NOWHERE, **settings}, is_kv_producer=True),
+        kv_transfer_config=some(
+            kv_connector_extra_config={"address": NOWHERE, "chunk_tokens": 8, **settings}, is_kv_producer=True
+        ),
     )
     spec = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=64, dtype=torch.float32)
-    groups: Any = some(kv_cache_groups=[some(kv_cache_spec=spec)])
+    groups: Any = some(kv_cache_groups=[some(kv_cache_spec=spec, layer_names=["layer"])])
     connector = KvstoredConnector(config, KVConnectorRole.WORKER if worker else KVConnectorRole.SCHEDULER, groups)
     if worker:
-        connector.register_kv_caches({"layer": torch.zeros(blocks, 1, 8, 128)})
+        connector.layer = torch.zeros(blocks, 1, 8, 128)
+        connector.register_kv_caches({"layer": connector.layer})
     return connector
 
 
@@ -367,13 +370,17 @@ class VLLMConnector(Written):
     def __init__(self, settings: dict[str, Any]) -> None:
         self.connector = vllm_connector(settings, worker=True)
         self.guard = self.connector._guard
-        (self.memory,) = self.connector._layers.values()
+        self.memory = self.connector.layer
 
     def _run(self, work: str, names: list[str]) -> None:
-        from kvstored_client.integrations.vllm import _Work
+        from kvstored_client.integrations.vllm_work import Load, Save, Work
 
-        pairs = [(name.encode(), i) for i, name in enumerate(names)]
-        self.connector.bind_connector_metadata(_Work(**{work: pairs}))
+        chunks = [(name.encode(), [i]) for i, name in enumerate(names)]
+        if work == "saves":  # requests of one chunk each: no page continues another
+            found = Work(saves=[Save(f"r{i}", None, [chunk]) for i, chunk in enumerate(chunks)])
+        else:
+            found = Work(loads=[Load("r", [(name, 0, blocks) for name, blocks in chunks])])
+        self.connector.bind_connector_metadata(found)
         self.connector.start_load_kv(None)
         self.connector.wait_for_save()
         self.connector.clear_connector_metadata()

@@ -1,5 +1,6 @@
 """vLLM's connector between its scheduler and its worker: what is looked up, loaded, kept, and under which keys."""
 
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def step(scheduler: Any, worker: Any, asked: Any, blocks: list[int], computed: i
 def prefilled(store: Store, hashes: list[bytes], **settings: Any) -> torch.Tensor:
     """A request of three blocks and a half, computed and kept. Returns the paged buffer."""
     scheduler, worker = halves(store, **settings)
-    (memory,) = worker._layers.values()
+    memory = worker.layer
     memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(0)))
     asked = request(hashes, 28)
     assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
@@ -63,7 +64,7 @@ def test_full_blocks_are_kept_and_loaded_to_other_places_by_another_engine(store
     assert scheduler.get_num_new_matched_tokens(asked, BLOCK) == (16, False)
     scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3, 4],)), 16)
     step(scheduler, worker, asked, [1, 2, 3, 4], 24, 4)
-    (loaded,) = worker._layers.values()
+    loaded = worker.layer
     assert not worker.get_block_ids_with_load_errors()
     assert torch.equal(loaded[2:4], memory[6:8])
     assert not loaded[1].any()  # vLLM had that one itself
@@ -95,7 +96,7 @@ def test_a_block_gone_between_lookup_and_load_is_reported(store: Store) -> None:
     scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3, 4],)), 24)
     store.evict(worker._key(b"b", 0))
     step(scheduler, worker, asked, [1, 2, 3, 4], 24, 4)
-    assert worker.get_block_ids_with_load_errors() == {2}
+    assert worker.get_block_ids_with_load_errors() == {2, 3}  # what continues it went with it
     assert not worker.get_block_ids_with_load_errors()
 
 
@@ -105,15 +106,289 @@ def test_lossy_blocks_are_coded_as_keys_and_values_side_by_side(store: Store) ->
     memory = prefilled(store, hashes, fidelity="auto")
     keys = [entry.key for entry in store.entries()]
     assert store.demote(*keys) == 3
-    assert all(list(store.inspect(key).tensors) == ["kv.0"] for key in keys)
+    assert all(list(store.inspect(key).tensors) == ["kv"] for key in keys)
     scheduler, worker = halves(store, fidelity="auto")
     asked = request(hashes, 28)
     assert scheduler.get_num_new_matched_tokens(asked, 0) == (24, False)
     scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3, 4],)), 24)
     step(scheduler, worker, asked, [1, 2, 3, 4], 24, 4)
-    (loaded,) = worker._layers.values()
+    loaded = worker.layer
     cosine = torch.nn.functional.cosine_similarity(loaded[1:4].flatten(), memory[5:8].flatten(), dim=0)
     assert 0.99 < float(cosine) < 1
+
+
+def chunked(store: Store, **settings: Any) -> tuple[Any, Any]:
+    """As halves, with two blocks in a chunk."""
+    return halves(store, **{"chunk_tokens": 2 * BLOCK, **settings})
+
+
+def filled(worker: Any) -> torch.Tensor:
+    """The worker's paged buffer, with noise in it."""
+    worker.layer.copy_(torch.randn(worker.layer.shape, generator=torch.Generator().manual_seed(1)))
+    return worker.layer
+
+
+def test_a_chunk_of_several_blocks_is_one_entry_that_continues_the_one_before(store: Store) -> None:
+    hashes = [b"a", b"b", b"c", b"d", b"e"]
+    scheduler, worker = chunked(store)
+    memory = filled(worker)
+    asked = request(hashes, 44)
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+    step(scheduler, worker, asked, [1, 2, 3, 4, 5, 6], 0, 44)
+    first, second = worker._key(b"b", 0), worker._key(b"d", 0)
+    assert {entry.key for entry in store.entries()} == {first, second}
+    assert store.inspect(first).namespace == "m"
+    found = store.get(second).tensors["kv"]
+    assert torch.equal(found, memory[3:5][None])
+    assert store.delete(first) == 1
+    assert store.get(second) is None, "a chunk does not outlive the one that it continues"
+
+
+def test_of_a_chunk_that_is_held_partly_only_the_rest_is_loaded(store: Store) -> None:
+    """By the engine's own cache at its start, and at its end where the last token must be run."""
+    hashes = [b"a", b"b", b"c", b"d"]
+    scheduler, worker = chunked(store)
+    memory = filled(worker)
+    asked = request(hashes, 32)
+    scheduler.get_num_new_matched_tokens(asked, 0)
+    step(scheduler, worker, asked, [1, 2, 3, 4], 0, 32)
+    scheduler, worker = chunked(store)
+    asked = request(hashes, 32)
+    assert scheduler.get_num_new_matched_tokens(asked, BLOCK) == (2 * BLOCK, False)
+    scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([9, 10, 11, 12],)), 2 * BLOCK)
+    step(scheduler, worker, asked, [9, 10, 11, 12], 3 * BLOCK, BLOCK)
+    assert not worker.get_block_ids_with_load_errors()
+    assert torch.equal(worker.layer[10:12], memory[2:4])
+    assert not worker.layer[9].any()
+    assert not worker.layer[12].any()
+
+
+def test_no_chunk_is_kept_after_one_that_was_dropped(store: Store) -> None:
+    """With holes, 40 of 76 blocks that were kept could be found."""
+    hashes = [bytes([i]) for i in range(8)]
+    scheduler, worker = chunked(store)
+    filled(worker)
+    asked, taken = request(hashes, 64), iter([True, False, True])
+    later = worker._guard.later
+    worker._guard.later = lambda work, nbytes: next(taken) and later(work, nbytes)
+    scheduler.get_num_new_matched_tokens(asked, 0)
+    step(scheduler, worker, asked, list(range(8)), 0, 16)
+    for done in (16, 32, 48):
+        cached(scheduler, worker, asked, done, 16)
+    assert [entry.key for entry in store.entries()] == [worker._key(hashes[1], 0)]
+    scheduler.request_finished(asked, [])
+    again = request(hashes, 64)
+    scheduler.get_num_new_matched_tokens(again, 0)
+    step(scheduler, worker, again, list(range(8)), 0, 64)
+    assert len(list(store.entries())) == 4, "the next request goes on where the chain was broken"
+
+
+def cached(scheduler: Any, worker: Any, asked: Any, computed: int, scheduled: int) -> None:
+    """A further step of a request that runs."""
+    old = some(req_ids=[asked.request_id], new_block_ids=[None], num_computed_tokens=[computed], resumed_req_ids=set())
+    output = some(scheduled_new_reqs=[], scheduled_cached_reqs=old, num_scheduled_tokens={asked.request_id: scheduled})
+    worker.bind_connector_metadata(scheduler.build_connector_meta(output))
+    worker.start_load_kv(None)
+    worker.wait_for_save()
+    worker.clear_connector_metadata()
+    assert worker._guard.flush(20)
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"offload_prompt_only": False}, 2)])
+def test_blocks_that_are_generated_are_kept_where_that_is_asked_for(
+    store: Store, settings: dict[str, Any], count: int
+) -> None:
+    scheduler, worker = chunked(store, **settings)
+    filled(worker)
+    asked = request([b"a", b"b"], 20)
+    asked.num_prompt_tokens = 20
+    scheduler.get_num_new_matched_tokens(asked, 0)
+    step(scheduler, worker, asked, [1, 2, 3, 4], 0, 20)
+    asked.block_hashes, asked.num_tokens = [b"a", b"b", b"c", b"d"], 32
+    cached(scheduler, worker, asked, 20, 12)
+    assert len(list(store.entries())) == count
+
+
+def test_a_step_reads_only_the_hashes_of_what_it_fills() -> None:
+    class Counted(list[bytes]):
+        reads = 0
+
+        def __getitem__(self, at: Any) -> Any:
+            self.reads += 1
+            return super().__getitem__(at)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("all hashes are read")
+
+    with Store.open() as store:
+        scheduler, _ = chunked(store)
+        asked = request(Counted(bytes([i % 251]) for i in range(2000)), 16_000)
+        tracked = scheduler._tracked[asked.request_id] = tracked_of(asked)
+        tracked.blocks = list(range(2000))
+        for done in range(1, 8):
+            (save,) = scheduler._filled(asked.request_id, done * 16)
+            assert len(save.chunks) == 1
+            assert scheduler._filled(asked.request_id, done * 16 + 5) == []
+        assert asked.block_hashes.reads == 13
+
+
+def tracked_of(asked: Any) -> Any:
+    from kvstored_client.integrations.vllm import _Tracked
+    from kvstored_client.integrations.vllm_wishes import Wishes
+
+    return _Tracked(asked, b"", Wishes())
+
+
+def test_all_shards_are_asked_for_at_once(store: Store) -> None:
+    from kvstored_client.integrations.vllm_identity import Shards
+
+    hashes = [b"a", b"b", b"c"]
+    scheduler, worker = halves(store)
+    scheduler._shards = Shards(2, 0, writes=True)
+    for found, shards in ((b"a", (0, 1)), (b"b", (0, 1)), (b"c", (0,))):
+        for shard in shards:
+            store.put(worker._key(found, shard), {"kv": torch.zeros(1)})
+    asked: list[int] = []
+    match = scheduler._guard.match
+    scheduler._guard.match = lambda keys, **how: asked.append(len(keys)) or match(keys, **how)
+    assert scheduler.get_num_new_matched_tokens(request(hashes, 28), 0) == (16, False)
+    assert asked == [6]
+    values = store.stats().values
+    assert (values["lookup_keys"], values["lookup_tokens"], values["lookup_hit_tokens"]) == (6, 24, 20)
+
+
+def test_a_request_says_how_long_its_blocks_are_kept_or_that_they_are_not(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler, worker = halves(store, allow_pin=True)
+    filled(worker)
+    for i, wish in enumerate(({"ttl_s": 50.0}, {"no_store": True}, {"priority": "highest"}, {"x": 1}, {"pin": True})):
+        asked = request([b"%d" % i], 12, name=str(i))
+        asked.kv_transfer_params = {"kvstored": wish}
+        scheduler.get_num_new_matched_tokens(asked, 0)
+        step(scheduler, worker, asked, [1, 2], 0, 12)
+    found = [store.inspect(worker._key(b"%d" % i, 0)) for i in range(5)]
+    assert found[0].ttl_left_s <= 50
+    assert found[1] is None
+    assert [each.ttl_left_s > 50 and not each.pinned for each in found[2:4]] == [True, True]
+    assert found[4].pinned
+    assert "priority must be one of low, normal" in caplog.text
+    assert "no wish is called 'x'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given", [None, 5, "ttl_s", {"ttl_s": True}, {"ttl_s": "1"}, {"ttl_s": float("nan")}, {1: 2}, {"pin": True}, [{}]]
+)
+def test_wishes_that_cannot_be_are_told_and_left_out(given: Any) -> None:
+    from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+
+    found = wishes_of(some(kv_transfer_params={"kvstored": given}), allow_pin=False)
+    assert found == Wishes(complaint=found.complaint)
+    assert found.complaint
+
+
+def test_wishes_come_from_an_orchestrator_s_hints_as_well() -> None:
+    from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+
+    actions = [some(action_type="other", payload={"a": 1}), some(action_type="kvstored", payload={"ttl_s": 5})]
+    asked = some(kv_transfer_params={"kvstored": {"no_store": True}}, kv_hints=some(actions=actions))
+    assert wishes_of(asked, allow_pin=False) == Wishes(store=False, options={"ttl_s": 5})
+    for nothing in (some(), some(kv_transfer_params=None), some(kv_transfer_params={"other": 1}, kv_hints=None)):
+        assert wishes_of(nothing, allow_pin=False) == Wishes()
+
+
+def test_a_large_load_runs_beside_the_steps_and_the_request_waits_for_it(store: Store) -> None:
+    hashes = [b"a", b"b", b"c"]
+    memory = prefilled(store, hashes)
+    scheduler, worker = halves(store, sync_load_budget_bytes=2 * 4096 - 1)
+    asked = request(hashes, 28)
+    assert scheduler.get_num_new_matched_tokens(asked, 2 * BLOCK) == (BLOCK, False)
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (24, True)
+    scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3],)), 24)
+    gate, get_many = threading.Event(), worker._guard.get_many
+
+    def held_up(keys: Any, **how: Any) -> Any:
+        assert gate.wait(20)
+        return get_many(keys, **how)
+
+    worker._guard.get_many = held_up
+    store.evict(worker._key(b"b", 0))
+    nothing(scheduler, worker)
+    assert worker.get_finished(set()) == (None, None)
+    assert not worker.get_block_ids_with_load_errors()
+    gate.set()
+    worker._loading.close()
+    assert worker.get_finished(set()) == (None, {"r"})
+    assert worker.get_block_ids_with_load_errors() == {2, 3}
+    assert torch.equal(worker.layer[1], memory[5])
+    assert worker.get_finished(set()) == (None, None)
+
+
+def nothing(scheduler: Any, worker: Any) -> None:
+    """A step that runs no request: loads begin in it."""
+    old = some(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+    output = some(scheduled_new_reqs=[], scheduled_cached_reqs=old, num_scheduled_tokens={})
+    worker.bind_connector_metadata(scheduler.build_connector_meta(output))
+    worker.start_load_kv(None)
+    worker.clear_connector_metadata()
+
+
+def test_a_load_that_raises_is_a_miss_and_the_request_goes_on(store: Store) -> None:
+    hashes = [b"a", b"b", b"c"]
+    prefilled(store, hashes)
+    for budget, alone in ((1 << 20, False), (0, True)):
+        scheduler, worker = halves(store, sync_load_budget_bytes=budget)
+        asked = request(hashes, 28)
+        assert scheduler.get_num_new_matched_tokens(asked, 0) == (24, alone)
+        scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3],)), 24)
+        worker._buffers.fill = None  # as a device would that has an error
+        nothing(scheduler, worker)
+        worker._loading.close()
+        assert worker.get_block_ids_with_load_errors() == {1, 2, 3}
+        assert worker.get_finished(set()) == (None, {"r"} if alone else None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "names"),
+    [
+        ((6, 2, 4, 3, 16), torch.bfloat16, {"k": (2, 8, 3, 16), "v": (2, 8, 3, 16)}),
+        ((6, 3, 4, 32), torch.float32, {"kv": (2, 2, 3, 4, 32)}),
+        ((6, 4, 40), torch.float16, {"latent": (2, 8, 40)}),
+        ((6, 4, 40), torch.float8_e4m3fn, {"latent": (2, 8, 40)}),
+    ],
+    ids=["apart", "packed", "mla", "float8"],
+)
+def test_blocks_of_each_layout_come_back_bit_for_bit_at_other_places(shape: Any, dtype: Any, names: Any) -> None:
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_blocks import PagedBuffers
+
+    layers = {f"l{i}": torch.randint(0, 100, shape, dtype=torch.uint8).to(dtype) for i in (1, 0)}
+    theirs = {name: torch.zeros_like(layer) for name, layer in layers.items()}
+    chunk = PagedBuffers(layers, 16).gather([4, 1])
+    assert {name: tuple(x.shape) for name, x in chunk.items()} == names
+    other = PagedBuffers(theirs, 16)
+    assert other.block_nbytes() == sum(layer[0].numel() * layer.element_size() for layer in layers.values())
+    assert other.fill([0], chunk, 2, 1)
+    assert other.fill([5, 3], chunk, 2)
+    for name, layer in layers.items():
+        for mine, place in ((4, 5), (1, 3), (1, 0)):
+            assert torch.equal(theirs[name][place].view(torch.uint8), layer[mine].view(torch.uint8))
+        assert not theirs[name][[1, 2, 4]].view(torch.uint8).any()
+    assert not other.fill([0, 1, 2], chunk, 3)
+    assert not other.fill([0, 1], {name: x.to(torch.float64) for name, x in chunk.items()}, 2)
+    assert not other.fill([0, 1], {}, 2)
+
+
+def test_layers_of_several_shapes_are_tensors_of_their_own() -> None:
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_blocks import PagedBuffers
+
+    layers = {"a": torch.randn(3, 2, 4, 1, 16), "b": torch.randn(3, 2, 4, 3, 16), "c": torch.randn(3, 2, 4, 1, 16)}
+    chunk = PagedBuffers(layers, 16).gather([2])
+    assert {name: tuple(x.shape) for name, x in chunk.items()} == {
+        "k.0": (2, 4, 1, 16), "v.0": (2, 4, 1, 16), "k.1": (1, 4, 3, 16), "v.1": (1, 4, 3, 16)
+    }  # fmt: skip
+    assert torch.equal(chunk["v.1"][0], layers["b"][2, 1])
 
 
 def test_no_request_is_computed_anew_for_a_put(store: Store) -> None:
@@ -137,22 +412,22 @@ def test_each_field_of_vllm_s_configuration_is_in_the_identity_unless_the_list_n
     vllm_connector({}, worker=False)
     from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
 
-    from kvstored_client.integrations import vllm as mine
+    from kvstored_client.integrations import vllm_identity as mine
 
     config = real_config()
     config.kv_transfer_config = flips.of_defaults(KVTransferConfig, kv_connector_extra_config={"namespace": "w"})
-    count = flips.check(config, mine._HARMLESS, lambda: mine._identity(config, None))
+    count = flips.check(config, mine.HARMLESS, lambda: mine.identity(config, None))
     assert count > 300
     kinds = {each.__name__: each for each in (CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig)}
-    assert not flips.on_the_list_and_gone(mine._HARMLESS, kinds)
-    assert all(mine._HARMLESS.values())
+    assert not flips.on_the_list_and_gone(mine.HARMLESS, kinds)
+    assert all(mine.HARMLESS.values())
 
 
 def test_settings_of_the_connector_are_in_the_identity_but_not_where_the_daemon_is() -> None:
-    from kvstored_client.integrations import vllm as mine
+    from kvstored_client.integrations import vllm_identity as mine
 
     def identity(**extra: Any) -> bytes:
-        return mine._identity(some(kv_transfer_config=some(kv_connector_extra_config=extra)), None)
+        return mine.identity(some(kv_transfer_config=some(kv_connector_extra_config=extra)), None)
 
     assert identity(address="a", lookup_timeout_s=1) == identity(address="b", fetch_timeout_s=2)
     assert len({identity(), identity(namespace="w"), identity(fidelity="auto"), identity(invented=1)}) == 4
@@ -166,23 +441,42 @@ def test_who_demands_exact_blocks_is_not_given_what_another_let_become_lossy(sto
 
 def test_ranks_of_prefill_context_have_blocks_of_their_own() -> None:
     """With tp=1 and pcp=2 both wrote rank 0."""
-    from kvstored_client.integrations.vllm import _ranks
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_identity import Shards, shards_of
 
-    def ranks(**sizes: int) -> tuple[int, int]:
-        return _ranks(some(**{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **sizes}))
+    def shards(**sizes: int) -> Shards:
+        return shards_of(some(**{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **sizes}), None)
 
-    assert ranks(prefill_context_parallel_size=2, rank=1) == (2, 1)
-    assert ranks(tensor_parallel_size=2, prefill_context_parallel_size=2, rank=3) == (4, 3)
-    assert ranks(tensor_parallel_size=2, rank=5) == (2, 1)  # a second replica
+    assert shards(prefill_context_parallel_size=2, rank=1) == Shards(2, 1, writes=True)
+    assert shards(tensor_parallel_size=2, prefill_context_parallel_size=2, rank=3) == Shards(4, 3, writes=True)
+    assert shards(tensor_parallel_size=2, rank=5) == Shards(2, 1, writes=True)  # a second replica
+
+
+def test_what_all_tensor_ranks_have_of_mla_is_kept_once() -> None:
+    vllm_connector({}, worker=False)
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    from kvstored_client.integrations.vllm_identity import Shards, shards_of
+
+    spec = MLAAttentionSpec(block_size=8, num_kv_heads=1, head_size=64, dtype=torch.float32)
+
+    def shards(**sizes: int) -> Shards:
+        return shards_of(some(**{"tensor_parallel_size": 4, "pipeline_parallel_size": 2, **sizes}), spec)
+
+    assert [shards(rank=rank) for rank in (0, 3, 4, 6)] == [
+        Shards(2, 0, writes=True), Shards(2, 0, writes=False), Shards(2, 1, writes=True), Shards(2, 1, writes=False),
+    ]  # fmt: skip
+    assert shards(rank=3, decode_context_parallel_size=2) == Shards(8, 3, writes=True)  # each has tokens of its own
 
 
 def test_a_block_of_decode_context_ranks_holds_the_tokens_of_all_and_other_hashes_turn_the_store_off() -> None:
-    from kvstored_client.integrations.vllm import _tokens_per_block
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_identity import tokens_per_block
 
     def tokens(dcp: int, hashed: int | None = None, *, sharded: bool = True) -> int:
         spec = some(block_size=8, dcp_sharded=sharded)
         cache = some(kv_cache_groups=[some(kv_cache_spec=spec)], hash_block_size=hashed)
-        return _tokens_per_block(some(parallel_config=some(decode_context_parallel_size=dcp)), cache)
+        return tokens_per_block(some(parallel_config=some(decode_context_parallel_size=dcp)), cache)
 
     assert [tokens(1), tokens(2), tokens(2, 16), tokens(2, sharded=False)] == [8, 16, 16, 8]
     with pytest.raises(ValueError, match="a block has 8 tokens and a hash covers 4"):
@@ -239,10 +533,10 @@ def test_another_adapter_under_the_same_name_and_path_is_another_prefix(store: S
 def test_a_prompt_of_over_4096_blocks_hits_and_opens_no_breaker(store: Store) -> None:
     hashes = [b"%d" % i for i in range(5_000)]
     scheduler, worker = halves(store)
-    entries = [(worker._key(found, 0), {"kv.0": torch.zeros(1)}) for found in hashes]
+    entries = [(worker._key(found, 0), {"kv": torch.zeros(1)}) for found in hashes]
     assert worker._guard.put_many(entries) == 5_000
     for _ in range(4):
-        assert scheduler.get_num_new_matched_tokens(request(hashes, 40_001), 0) == (40_000, False)
+        assert scheduler.get_num_new_matched_tokens(request(hashes, 40_001), 0) == (40_000, True)
     assert scheduler._guard.failures == 0
 
 
