@@ -1,9 +1,9 @@
 """vLLM itself with KvstoredConnector: eight engine processes must give the same tokens.
 
 base: no connector. store: the first with it. load: a new process finds the chunks, and loads them before the forward;
-beside: while other steps run. lose, lose beside: they are gone between lookup and load. stopped: the daemon is there and
-answers nothing. down: it is dead; both with the default deadlines. Prints a table, with --json a line each. Exit code 1:
-tokens differ, or nothing was loaded. Run by `make engines`.
+beside: while other steps run. lose, lose beside: they are gone between lookup and load. stopped: the daemon is there
+and answers nothing. down: it is dead; both with the default deadlines. Prints a table, with --json a line each. Exit
+code 1: tokens differ, or nothing was loaded. Run by `make engines`.
 """
 
 import argparse
