@@ -325,33 +325,36 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             for some in pieces(list(zip(save.chunks, told, strict=True)), self._chunk_nbytes()):
                 if save.request_id in self._broken:
                     break  # what continues a chunk that was not kept could never be found
-                entries = [
+                copied = [
                     (self._key(found, self._shards.mine), self._buffers.gather(blocks)) for (found, blocks), _ in some
                 ]
                 if work.prefill:  # the copy has waited for the device, so the forward pass has ended
                     self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
                     work.prefill = 0
-                self._put_later(save, entries, before, [fact for _, facts in some for fact in facts])
-                before = entries[-1][0]
+                self._put_later(save, copied, before, [fact for _, facts in some for fact in facts])
+                before = copied[-1][0]
 
-    def _put_later(self, save: Save, entries: list[Any], before: bytes | None, told: list[Any]) -> None:
+    def _put_later(
+        self, save: Save, copied: list[tuple[bytes, list[torch.Tensor]]], before: bytes | None, told: list[Any]
+    ) -> None:
         def put() -> None:
             if save.request_id in self._broken:
                 return
             stored = 0
             try:
+                entries = [(key, self._buffers.entry(gathered)) for key, gathered in copied]
                 stored = self._guard.cache.put_many(
                     entries, chain=True, parent=before, fidelity=self._fidelity, namespace=self._namespace,
                     **save.options,
                 )  # fmt: skip
             finally:
-                if stored < len(entries):
+                if stored < len(copied):
                     self._break(save.request_id)
-            if stored == len(entries) and self._reported is not None:
+            if stored == len(copied) and self._reported is not None:
                 for fact in told:
                     self._reported.stored(*fact)
 
-        if not self._guard.later(put, self._chunk_nbytes() * len(entries)):
+        if not self._guard.later(put, self._chunk_nbytes() * len(copied)):
             self._break(save.request_id)
 
     def _break(self, request_id: str) -> None:

@@ -9,33 +9,81 @@ What an entry holds, for a chunk of B blocks of T tokens, L layers:
 A few tensors, and not one a layer, since each tensor costs a call as much as some KiB of its bytes. Layers of several
 shapes or types have a set of tensors each, numbered: `k.0`, `k.1`. The names say what is K and what is V: codecs below
 the hot tier go by them. Moved as they are, bit for bit; floats of 8 bits travel as bytes.
+
+Buffers in CPU memory are copied by numpy, which takes a quarter of torch's time for a call.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 _APART_DIM = 5
 """(blocks, 2, tokens, heads, head_dim)."""
+_RUNS_MAX = 4
+"""Runs of places that are copied by slices; more are copied by their numbers, at four times the price of a slice."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One tensor of an entry. layers: views of the paged buffers, the block first.
+class _Kind:
+    """Layers of one shape and type."""
 
-    joined: blocks and tokens are one dimension of the entry's tensor.
-    """
+    def __init__(self, layers: Sequence[torch.Tensor], head_dim: int, number: str) -> None:
+        self.layers = [layer.view(torch.uint8) if layer.element_size() == 1 else layer for layer in layers]
+        first = self.layers[0]
+        self.dtype, self.device = first.dtype, first.device
+        if first.shape[-1] == 2 * head_dim:  # side by side in the last dimension
+            self.names, self.joined = [f"kv{number}"], False
+        elif first.dim() == _APART_DIM and first.shape[1] == 2:  # K and V
+            self.names, self.joined = [f"k{number}", f"v{number}"], True
+        else:
+            self.names, self.joined = [f"latent{number}"], True
+        self.block_shape = tuple(first.shape[1:] if len(self.names) == 1 else first.shape[2:])
+        self.arrays: list[Any] = []
+        if first.device.type == "cpu" and all(layer.is_contiguous() for layer in layers):
+            self.arrays = [_array(layer) for layer in self.layers]
+        self._targets = [self._each(self.arrays, i) for i in range(len(self.names))]
+        self._layers = [self._each(self.layers, i) for i in range(len(self.names))]
 
-    name: str
-    layers: tuple[torch.Tensor, ...]
-    joined: bool
+    def _each(self, layers: Sequence[Any], i: int) -> Sequence[Any]:
+        """Views of each layer, of what its i-th tensor holds."""
+        return layers if len(self.names) == 1 else [layer[:, i] for layer in layers]
+
+    def gather(self, blocks: Sequence[int]) -> torch.Tensor:
+        """(layers, blocks, ...), in CPU memory. Waits for the device."""
+        shape = (len(self.layers), len(blocks), *self.layers[0].shape[1:])
+        whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self.arrays:
+            at = np.array(blocks)
+            for out, array in zip(_array(whole), self.arrays, strict=True):
+                array.take(at, 0, out, "clip")  # "raise", the default, copies once more
+            return whole
+        index = torch.tensor(blocks, device=self.device)
+        for one, layer in zip(whole, self.layers, strict=True):
+            torch.index_select(layer, 0, index, out=one)
+        return whole.cpu()
+
+    def parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What was gathered, as an entry has it."""
+        split = [whole] if len(self.names) == 1 else [whole[:, :, i] for i in range(len(self.names))]
+        return {name: part.flatten(1, 2) if self.joined else part for name, part in zip(self.names, split, strict=True)}
 
     def spec(self, blocks: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type of a chunk's tensor."""
-        each = self.layers[0]
-        inner = (blocks * each.shape[1], *each.shape[2:]) if self.joined else (blocks, *each.shape[1:])
-        return (len(self.layers), *inner), each.dtype
+        """Shape and type of each of its tensors in a chunk of so many blocks."""
+        inner = (blocks * self.block_shape[0], *self.block_shape[1:]) if self.joined else (blocks, *self.block_shape)
+        return (len(self.layers), *inner), self.dtype
+
+    def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int) -> None:
+        """See `PagedBuffers.fill`; the tensors are such a chunk's."""
+        for i, name in enumerate(self.names):
+            chosen = tensors[name].view(len(self.layers), of, *self.block_shape)[:, first : first + len(blocks)]
+            if self.arrays:
+                _scatter(self._targets[i], blocks, chosen)
+                continue
+            index = torch.tensor(blocks, device=self.device)
+            for layer, x in zip(self._layers[i], chosen.to(self.device), strict=True):
+                layer.index_copy_(0, index, x)
 
 
 class PagedBuffers:
@@ -44,59 +92,64 @@ class PagedBuffers:
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], head_dim: int) -> None:
         kinds: dict[tuple[object, ...], list[torch.Tensor]] = {}
         for _, layer in sorted(kv_caches.items()):
-            kinds.setdefault((layer.shape[1:], layer.dtype), []).append(_bytes_of_float8(layer))
-        self._parts: list[_Part] = []
-        for at, layers in enumerate(kinds.values()):
-            number = f".{at}" if len(kinds) > 1 else ""
-            self._parts += [_Part(name + number, part, joined) for name, part, joined in _split(layers, head_dim)]
+            kinds.setdefault((layer.shape[1:], layer.dtype), []).append(layer)
+        self._kinds = [
+            _Kind(layers, head_dim, f".{at}" if len(kinds) > 1 else "") for at, layers in enumerate(kinds.values())
+        ]
 
     def block_nbytes(self) -> int:
         """Bytes of one block over all layers."""
-        return sum(layer[0].numel() * layer.element_size() for part in self._parts for layer in part.layers)
+        return sum(x[0].numel() * x.element_size() for kind in self._kinds for x in kind.layers)
 
-    def gather(self, blocks: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A chunk's tensors in CPU memory, copied: the blocks may be used anew at once. Waits for the device."""
-        found = {}
-        for part in self._parts:
-            first = part.layers[0]
-            at = torch.tensor(blocks, device=first.device)
-            whole = torch.empty(
-                (len(part.layers), len(blocks), *first.shape[1:]), dtype=first.dtype, device=first.device
-            )
-            for out, layer in zip(whole, part.layers, strict=True):
-                torch.index_select(layer, 0, at, out=out)
-            found[part.name] = (whole.flatten(1, 2) if part.joined else whole).cpu()
-        return found
+    def gather(self, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """A chunk, copied to CPU memory: the blocks may be used anew at once. Waits for the device."""
+        return [kind.gather(blocks) for kind in self._kinds]
+
+    def entry(self, gathered: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of an entry, of what was gathered. May copy: not for the thread that the batch waits for."""
+        return {
+            name: part
+            for kind, whole in zip(self._kinds, gathered, strict=True)
+            for name, part in kind.parts(whole).items()
+        }
 
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int = 0) -> bool:
         """Write blocks of a chunk, from its `first` one on, to these places. of: how many blocks the chunk has.
 
         False: the tensors are not such a chunk's, and nothing was written.
         """
-        wanted = {part.name: part.spec(of) for part in self._parts}
+        wanted = {name: kind.spec(of) for kind in self._kinds for name in kind.names}
         if {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()} != wanted:
             return False
-        for part in self._parts:
-            each = part.layers[0]
-            whole = tensors[part.name]
-            if part.joined:
-                whole = whole.view(len(part.layers), of, each.shape[1], *whole.shape[2:])
-            chosen = whole[:, first : first + len(blocks)].to(each.device)
-            at = torch.tensor(blocks, device=each.device)
-            for layer, x in zip(part.layers, chosen, strict=True):
-                layer.index_copy_(0, at, x)
+        for kind in self._kinds:
+            kind.fill(blocks, tensors, of, first)
         return True
 
 
-def _split(layers: Sequence[torch.Tensor], head_dim: int) -> list[tuple[str, tuple[torch.Tensor, ...], bool]]:
-    """Layers of one shape as parts: name, views, joined."""
-    first = layers[0]
-    if first.shape[-1] == 2 * head_dim:
-        return [("kv", tuple(layers), False)]  # side by side in the last dimension
-    if first.dim() == _APART_DIM and first.shape[1] == 2:  # K and V
-        return [(name, tuple(layer[:, i] for layer in layers), True) for i, name in enumerate("kv")]
-    return [("latent", tuple(layers), True)]
+def _array(tensor: torch.Tensor) -> Any:
+    """A numpy view of its bytes, as integers: numpy knows no bfloat16."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
 
 
-def _bytes_of_float8(layer: torch.Tensor) -> torch.Tensor:
-    return layer.view(torch.uint8) if layer.element_size() == 1 else layer
+def _scatter(targets: Sequence[Any], blocks: Sequence[int], chosen: torch.Tensor) -> None:
+    """Write (layers, blocks, ...) to places of each layer's array."""
+    sources = _array(chosen)
+    runs = list(_runs(blocks))
+    if len(runs) > _RUNS_MAX:
+        at = np.array(blocks)
+        for target, x in zip(targets, sources, strict=True):
+            target[at] = x
+        return
+    for start, end in runs:
+        place = blocks[start]
+        for target, x in zip(targets, sources, strict=True):
+            target[place : place + end - start] = x[start:end]
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of positions whose places follow each other: as an allocator gives them that has much free."""
+    start = 0
+    for at in range(1, len(blocks) + 1):
+        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
+            yield start, at
+            start = at

@@ -364,7 +364,8 @@ def test_blocks_of_each_layout_come_back_bit_for_bit_at_other_places(shape: Any,
 
     layers = {f"l{i}": torch.randint(0, 100, shape, dtype=torch.uint8).to(dtype) for i in (1, 0)}
     theirs = {name: torch.zeros_like(layer) for name, layer in layers.items()}
-    chunk = PagedBuffers(layers, 16).gather([4, 1])
+    mine_all = PagedBuffers(layers, 16)
+    chunk = mine_all.entry(mine_all.gather([4, 1]))
     assert {name: tuple(x.shape) for name, x in chunk.items()} == names
     other = PagedBuffers(theirs, 16)
     assert other.block_nbytes() == sum(layer[0].numel() * layer.element_size() for layer in layers.values())
@@ -379,12 +380,34 @@ def test_blocks_of_each_layout_come_back_bit_for_bit_at_other_places(shape: Any,
     assert not other.fill([0, 1], {}, 2)
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("places", [[9, 3, 7, 1, 5, 11], [2, 3, 4, 8, 9, 10]], ids=["scattered", "in runs"])
+def test_blocks_come_to_their_places_however_these_lie(places: list[int], contiguous: bool) -> None:
+    """By numbers and by slices; and buffers whose dimensions lie in another order, as with HND."""
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_blocks import PagedBuffers
+
+    def buffer() -> torch.Tensor:
+        if contiguous:
+            return torch.zeros(12, 2, 4, 3, 16)
+        return torch.zeros(12, 2, 3, 4, 16).transpose(2, 3)
+
+    layers, theirs = {"a": buffer()}, {"a": buffer()}
+    layers["a"].copy_(torch.randn(12, 2, 4, 3, 16))
+    buffers, other = PagedBuffers(layers, 16), PagedBuffers(theirs, 16)
+    assert other.fill(places, buffers.entry(buffers.gather(list(range(6)))), 6)
+    assert torch.equal(theirs["a"][places], layers["a"][:6])
+    rest = [at for at in range(12) if at not in places]
+    assert not theirs["a"][rest].any()
+
+
 def test_layers_of_several_shapes_are_tensors_of_their_own() -> None:
     vllm_connector({}, worker=False)
     from kvstored_client.integrations.vllm_blocks import PagedBuffers
 
     layers = {"a": torch.randn(3, 2, 4, 1, 16), "b": torch.randn(3, 2, 4, 3, 16), "c": torch.randn(3, 2, 4, 1, 16)}
-    chunk = PagedBuffers(layers, 16).gather([2])
+    buffers = PagedBuffers(layers, 16)
+    chunk = buffers.entry(buffers.gather([2]))
     assert {name: tuple(x.shape) for name, x in chunk.items()} == {
         "k.0": (2, 4, 1, 16), "v.0": (2, 4, 1, 16), "k.1": (1, 4, 3, 16), "v.1": (1, 4, 3, 16)
     }  # fmt: skip
