@@ -90,6 +90,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value, len(data) if shift < 70 else at
 
 
-def request_keys(data: bytes) -> list[Any]:
-    """The keys of any request that names some, for a line in a log: every kind has them in field 1."""
-    return list(read_request(pb.EvictRequest, data).keys)
+def keys_named(data: bytes) -> tuple[int, bytes]:
+    """How many keys a request names, and the first (b"": none), for a line in a log: every kind has them in field 1."""
+    keys = read_request(pb.EvictRequest, data).keys
+    return len(keys), keys[0] if keys else b""

@@ -23,7 +23,7 @@ from kvstored.access.tenant_view import CALLER
 from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
 from kvstored.telemetry.spans import Metadata, Spans
-from kvstored_client.wire.requests import request_keys
+from kvstored_client.wire.requests import keys_named
 
 audit = logging.getLogger("kvstored.audit")
 
@@ -286,7 +286,7 @@ def _name(code: Any) -> str:
 
 def _about(method: str, identity: Identity | None, request: bytes) -> dict[str, str | int]:
     """The attributes of a call's span: the caller and the number of keys, never the keys."""
-    said: dict[str, str | int] = {"keys": len(_keys(method, request))} if request else {}
+    said: dict[str, str | int] = {"keys": _keys(method, request)[0]} if request else {}
     if identity is not None:
         said["caller"] = identity.name
         if identity.tenant is not None:
@@ -294,19 +294,20 @@ def _about(method: str, identity: Identity | None, request: bytes) -> dict[str, 
     return said
 
 
-def _keys(method: str, request: bytes) -> list[bytes]:
+def _keys(method: str, request: bytes) -> tuple[int, bytes]:
+    """How many keys, and the first."""
     if method in _KEYLESS:
-        return []
+        return 0, b""
     try:
-        return request_keys(request)
+        return keys_named(request)
     except (DecodeError, InvalidEntry):
-        return []
+        return 0, b""
 
 
 def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str, more: str = "") -> None:
-    keys = _keys(method, request)
+    count, first = _keys(method, request)
     audit.info(
         "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s%s",
-        method, identity.name if identity else "nobody", peer, len(keys),
-        keys[0].hex()[:64] if keys else "-", code, more,
+        method, identity.name if identity else "nobody", peer, count,
+        first.hex()[:64] or "-", code, more,
     )  # fmt: skip
