@@ -7,7 +7,7 @@ them. Pure.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
