@@ -22,7 +22,7 @@ from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import STEPS, pause, slices
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
-from kvstore.residency.write_path import WritePath
+from kvstore.residency.write_path import WritePath, tokens_of
 from kvstore.shared import Engine, SharedUnavailable
 from kvstore.shared.fetcher import Run
 from kvstore.shared.objects import Arrived, Head
@@ -33,7 +33,6 @@ from kvstore.tiers.balance import DENSITY
 
 ROUNDS_MAX = 3
 """How often a call waits for another one that is asking for the same, before it goes on with what there is."""
-TOKEN_AXIS = 1
 WHOLE_MAX = 4096
 """Namespaces whose size of a whole chunk is known."""
 
@@ -225,7 +224,7 @@ class Sharing:
         if not self._config.tokens_min:
             return ""
         place = self._r.lookup(key)
-        tokens = CHUNK_TOKENS if place is None or place[1] is None else _tokens_of(place[1])
+        tokens = CHUNK_TOKENS if place is None or place[1] is None else tokens_of(place[1])
         due = -(-self._config.tokens_min // tokens) - 1
         return "" if sum(1 for _ in islice(self._r.chains.ancestors(key), due)) >= due else "short"
 
@@ -251,12 +250,6 @@ _REASONS = {
     "fixed_deadline": "its deadline does not slide", "partial": "it is a partial chunk",
     "short": "its prefix has fewer tokens than store.shared.tokens_min",
 }  # fmt: skip
-
-
-def _tokens_of(entry: Entry) -> int:
-    """Tokens of a chunk, by the shape that keys and values have; a whole chunk where it is another one."""
-    found = (spec.shape[TOKEN_AXIS] for spec in entry.specs.values() if len(spec.shape) == 4)
-    return max(1, next(found, CHUNK_TOKENS))
 
 
 def _shown(nbytes: int, left_s: float) -> str:
