@@ -16,6 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore.metadata.block_events import CLEARED, BlockEvents, KeyRemoved, KeyStored
 from kvstore.store import Store
 from kvstored.cli import cli
+from kvstored.cli.top import screen
 from kvstored.settings import ServerSettings
 from kvstored.telemetry.router_events import END, RouterEvents, open_events, told
 from tests.conftest import free_port, wait_until
@@ -127,6 +128,9 @@ def test_a_router_is_told_of_a_put_an_eviction_and_a_delete_of_a_daemon(subscrib
         assert router.numbers == list(range(router.numbers[0], router.numbers[-1] + 1)), "no gap"
         values = client.stats().values
         assert values["block_events_published"] > 300 > values["block_events_dropped"] == 0
+        assert f"events for routers: {values['block_events_published']:,.0f} published, 0 dropped" in screen(
+            None, client.stats(), 1.0
+        )
         replayed = replay(f"ipc://{daemon.directory}/r.sock", 0)
         assert [n for n, _ in replayed] == list(range(len(replayed)))
         assert type(replayed[0][1].events[0]).__name__ == "AllBlocksCleared"
