@@ -25,6 +25,7 @@ from redis.cluster import ClusterNode, RedisCluster
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.shared_hosts import fleet, local
+from bench.shared_loop import loop
 from bench.shared_rows import Row, medians
 from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
@@ -147,7 +148,13 @@ def lookups(rounds: int) -> Iterator[Row]:
             servers.close()
 
 
-PARTS: dict[str, Callable[[int], Iterator[Row]]] = {"get": gets, "lookup": lookups, "local": local, "fleet": fleet}
+PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
+    "get": gets,
+    "lookup": lookups,
+    "loop": loop,
+    "local": local,
+    "fleet": fleet,
+}
 
 
 def main() -> None:
