@@ -9,8 +9,9 @@ passes what the daemon needs to publish, 0.3 s at most: in the trace it is 0.3 s
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,6 @@ RELATIVE_ERROR_MAX = 0.2
 COLD_NBYTES = 1 << 20
 LOCAL_SHAPE = 4, 256, 3, 64
 """Two tensors of it: 1.5 MiB, a chunk."""
-PUTS_KEPT = 64
 
 
 @contextmanager
@@ -153,23 +153,24 @@ class Limit:
                 self._clients.remove(client)
 
 
-def fleet(
-    _rounds: int = 0, *, requests: int = REQUESTS, blocks: int = BLOCKS, hosts: int = HOSTS,
-    cases: tuple[str, ...] = tuple(DUE),
-) -> Iterator[Row]:  # fmt: skip
+def fleet(_rounds: int = 0) -> Iterator[Row]:
     """`fleet.hits`: alone, over a store of everything, and over one with room for 20,000 blocks."""
-    trace, room = read_trace(TRACE, requests), room_for(blocks)
-    for shared in cases:
-        options = ("--maxmemory", "600mb", "--repl-backlog-size", "1mb")
-        servers = Servers(6, cluster=True, options=options)
-        with tempfile.TemporaryDirectory(prefix="kvb-") as top:
-            try:
-                table = "" if shared == "alone" else sharing(servers, Path(top)) + "lookup_s = 5\nfetch_s = 20\n"
-                limit = Limit(servers, int(shared)) if shared.isdigit() else None
-                with daemons([room + table] * hosts) as found:
-                    yield _replayed(shared, [Host(one, shares=bool(table)) for one in found], trace, servers, limit)
-            finally:
-                servers.close()
+    trace, room = read_trace(TRACE, REQUESTS), room_for(BLOCKS)
+    for shared in DUE:
+        yield replay(trace, room, shared)
+
+
+def replay(trace: list[Request], room: str, shared: str, hosts: int = HOSTS) -> Row:
+    """A row. room: the settings of each store. shared: "alone", "all", or how many objects the store has room for."""
+    servers = Servers(6, cluster=True, options=("--maxmemory", "600mb", "--repl-backlog-size", "1mb"))
+    with tempfile.TemporaryDirectory(prefix="kvb-") as top:
+        try:
+            table = "" if shared == "alone" else sharing(servers, Path(top)) + "lookup_s = 5\nfetch_s = 20\n"
+            limit = Limit(servers, int(shared)) if shared.isdigit() else None
+            with daemons([room + table] * hosts) as found:
+                return _replayed(shared, [Host(one, shares=bool(table)) for one in found], trace, servers, limit)
+        finally:
+            servers.close()
 
 
 def _replayed(shared: str, hosts: list[Host], trace: list[Request], servers: Servers, limit: Limit | None) -> Row:
@@ -182,50 +183,59 @@ def _replayed(shared: str, hosts: list[Host], trace: list[Request], servers: Ser
             limit.turn()
     values = [host.client.stats().values for host in hosts]
     params = {
-        "hosts": len(hosts), "shared": shared, "requests": len(trace), "wrong": wrong,
+        "hosts": len(hosts), "shared": shared, "requests": len(trace), "hits": hits, "wrong": wrong,
         "held_most": max([host.most for host in hosts] + [int(of["entries"]) for of in values]),
         "objects": sum(servers.client(port).dbsize() for port in servers.ports[:3]),
         "from_shared": int(sum(of.get("shared_hits", 0) for of in values)),
         "seconds": round(time.monotonic() - begun),
     }  # fmt: skip
-    return Row("fleet.hits", params, 100 * hits / asked, {"due": 100 * hits / asked / DUE[shared]}, "%")
+    percent = 100 * hits / max(1, asked)
+    return Row("fleet.hits", params, percent, {"due": percent / DUE.get(shared, 100.0)}, "%")
 
 
 def local(rounds: int) -> Iterator[Row]:
-    """`local.get`, `local.put` of a chunk over the unix socket: sharing on over off, the store up and stopped."""
+    """`local.get`, `local.put` of a chunk over the unix socket: sharing on over off, the store up and stopped.
+
+    Calls 50 ms apart, in which the chunk before is published, and one right after the other: then the publisher works
+    for the last chunk, some 5 ms of CPU, while the next call is measured, of whichever daemon it is.
+    """
     servers = Servers(6, cluster=True)
     with tempfile.TemporaryDirectory(prefix="kvb-") as top:
         try:
             with daemons(["", sharing(servers, Path(top))]) as found:
+                made = Local(found)
                 for store in ("up", "stopped"):
                     if store == "stopped":
                         servers.pause()
-                    for name, ms in _local(rounds, found).items():
-                        ratio = {"off": ms["on"] / ms["off"]}
-                        yield Row(f"local.{name}", {"store": store}, ms["on"], ratio)
+                    for apart_s in (0.05, 0.0):
+                        for name, ms in made.measured(rounds, apart_s).items():
+                            params = {"store": store, "apart_ms": int(1000 * apart_s)}
+                            yield Row(f"local.{name}", params, ms["on"], {"off": ms["on"] / ms["off"]})
         finally:
             servers.resume()
             servers.close()
 
 
-def _local(rounds: int, found: list[DaemonProcess]) -> dict[str, dict[str, float]]:
-    k, v = np.random.default_rng(1).standard_normal((2, *LOCAL_SHAPE)).astype(np.float32)
-    clients = {name: daemon.client(framework="numpy") for name, daemon in zip(("off", "on"), found, strict=True)}
-    made = dict.fromkeys(clients, 0)
+class Local:
+    """Two daemons, sharing off and on, and a chunk."""
 
-    def put(name: str) -> Callable[[], object]:
-        def call() -> None:
-            # The same keys again after a while: the tiers never fill up, so nothing sinks while it is measured.
-            key = block_key(made[name] % PUTS_KEPT, b"local")
-            made[name] += 1
-            assert clients[name].put_many([(key, {"k": k, "v": v})], chain=True) == 1
+    def __init__(self, found: list[DaemonProcess]) -> None:
+        self._clients = {of: one.client(framework="numpy") for of, one in zip(("off", "on"), found, strict=True)}
+        k, v = np.random.default_rng(1).standard_normal((2, *LOCAL_SHAPE)).astype(np.float32)
+        self._value = {"k": k, "v": v}
+        self._put = dict.fromkeys(self._clients, 0)
 
-        return call
+    def measured(self, rounds: int, apart_s: float) -> dict[str, dict[str, float]]:
+        """p50 in ms, by verb and daemon."""
+        puts = {of: partial(self._put_one, of) for of in self._clients}
+        gets = {of: partial(self._get_one, of) for of in self._clients}
+        return {"put": medians(rounds, apart_s=apart_s, **puts), "get": medians(rounds, apart_s=apart_s, **gets)}
 
-    def get(name: str) -> Callable[[], object]:
-        return lambda: clients[name].get_many([block_key(0, b"local")], leading=True)[0].tensors
+    def _put_one(self, of: str) -> None:
+        key = block_key(self._put[of], b"local")  # a new one: what is known to be there is not published again
+        self._put[of] += 1
+        assert self._clients[of].put_many([(key, self._value)], chain=True) == 1
 
-    return {
-        "put": medians(rounds, **{name: put(name) for name in clients}),
-        "get": medians(rounds, **{name: get(name) for name in clients}),
-    }
+    def _get_one(self, of: str) -> None:
+        (hit,) = self._clients[of].get_many([block_key(self._put[of] - 1, b"local")], leading=True)
+        assert hit is not None

@@ -23,11 +23,12 @@ class Row:
         return f"{self.name:14} {params:12} {self.value:8.3f} {self.unit}   {ratios}"
 
 
-def medians(rounds: int, **subjects: Callable[[], object]) -> dict[str, float]:
-    """p50 in ms of each, one round of all after the other; the first rounds are not counted."""
+def medians(rounds: int, *, apart_s: float = 0.0, **subjects: Callable[[], object]) -> dict[str, float]:
+    """p50 in ms of each, one round of all after the other; the first rounds are not counted. apart_s: between calls."""
     took: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(rounds + 3):
         for name, subject in subjects.items():
+            time.sleep(apart_s)
             begun = time.perf_counter()
             subject()
             if turn >= 3:
