@@ -51,6 +51,11 @@ class Sharing:
         self._ttl_max_s = config.ttl_max_s
         self._whole_nbytes: dict[tuple[str, str], int] = {}
         self.admission = Admission(config.shared.admission, config.shared.write_nbytes_per_day, r.clock)
+        self._tenants = {
+            tenant: Admission(config.shared.admission, quota.shared_nbytes_per_day, r.clock)
+            for tenant, quota in config.quotas.items()
+            if quota.shared_nbytes_per_day is not None
+        }
         path = config.cold.path
         self.source = Source(
             config.shared, engine=engine or opened_engine(config.shared, r.clock), clock=r.clock,
@@ -169,7 +174,8 @@ class Sharing:
             if why:
                 return why
             owner = meta.owner
-            deserves = self.admission.deserves(key, meta)
+            rules = (self.admission, self._tenants.get(owner.tenant, self.admission))
+            deserves = all(rule.deserves(key, meta) for rule in rules)
             nbytes = self._nbytes(meta.value_nbytes, exact=meta.exact)
             return Candidate(key, meta.parent, owner.tenant, owner.namespace, meta.ttl_s, meta.exact, nbytes, deserves)
 
@@ -189,7 +195,13 @@ class Sharing:
 
     def form(self, key: Key) -> Entry | None:
         """See `publisher.Held`."""
-        return self._mover.copy_below(key)
+        entry = self._mover.copy_below(key)
+        if entry is not None and self._tenants:
+            with self._r.lock:
+                rule = self._tenants.get(self._r.owner_of(key).tenant)
+                if rule is not None:
+                    rule.wrote(entry.nbytes)
+        return entry
 
     def wrote(self, nbytes: int) -> None:
         """See `publisher.Held`."""

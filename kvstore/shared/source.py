@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 TURN_S = 0.25
 """Between two turns while something waits; a put wakes the publisher."""
 GATHER_S = 0.02
-"""From the wake to the turn: encoding and sending would compete with the answer to the put for the interpreter's lock (a
-put of 1.5 MiB took 1.3 to 1.8 times as long), and what is put meanwhile goes with it."""
+"""From the wake to the turn: encoding and sending would compete with the answer to the put for the interpreter's lock
+(a put of 1.5 MiB took 1.3 to 1.8 times as long), and what is put meanwhile goes with it."""
 HEALTH_S = 5.0
 
 
