@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -25,6 +26,8 @@ ROUNDS = int(os.environ.get("KVSTORED_TORTURE", "1"))
 LOOKUP_S, FETCH_S = 0.1, 1.0
 LATE_S = 0.020
 """Beyond its deadline."""
+REFUSED_S = 0.001
+BACK_S = 2.0
 RECOVERY_S = 40.0
 
 
@@ -166,21 +169,38 @@ def test_when_all_servers_hang_calls_end_and_then_are_refused_at_once_until_they
     inner = valkey_of(own_cluster)
     engine = Guarded(inner, SystemClock(), state=inner.nodes.breaker, punctual=True)
     names = [f"hung:{n}" for n in range(30)]
+    stalls = Stalls()
+
+    def refused(timeout_s):
+        """The reason, and how long it took that this process could run."""
+        waited_s, begun = waited_for_a_core_s(), time.monotonic()
+        with pytest.raises(SharedUnavailable) as caught:
+            engine.heads(names, timeout_s)
+        ended = time.monotonic()
+        stalled_s = waited_for_a_core_s() - waited_s + stalls.within(begun, ended)
+        return caught.value.reason, ended - begun - stalled_s
+
     try:
         wait_until_all_slots_take_writes(engine, "hung")
         assert None not in engine.heads(names, 10.0)
         own_cluster.pause()
-        with pytest.raises(SharedUnavailable) as caught:
-            engine.heads(names, LOOKUP_S)
-        assert caught.value.reason == "timeout"
+        reason, took_s = refused(LOOKUP_S)
+        assert (reason, took_s <= LOOKUP_S + LATE_S) == ("timeout", True), took_s
         # Each would take its minute if it were sent: none is.
-        for _ in range(20):
-            with pytest.raises(SharedUnavailable) as caught:
-                engine.heads(names, 60.0)
-            assert caught.value.reason == "barred"
+        found = [refused(60.0) for _ in range(20)]
+        assert {reason for reason, _ in found} == {"barred"}
+        assert sorted(took_s for _, took_s in found)[len(found) // 2] <= REFUSED_S
+        begun = time.monotonic()
         own_cluster.resume()
+        while True:
+            with suppress(SharedUnavailable):
+                if None not in engine.heads(names, LOOKUP_S):
+                    break
+            time.sleep(0.01)
+        assert time.monotonic() - begun - stalls.within(begun, time.monotonic()) <= BACK_S
         wait_until_all_slots_take_writes(engine, "hung")
         assert None not in engine.heads(names, 10.0)
     finally:
         own_cluster.resume()
         engine.close()
+        stalls.close()
