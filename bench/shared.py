@@ -11,13 +11,10 @@ import argparse
 import ctypes
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import redis
@@ -27,6 +24,9 @@ from redis.cluster import ClusterNode, RedisCluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.shared_hosts import fleet, local
+from bench.shared_loop import loop
+from bench.shared_rows import Row, medians
 from kvstore.clock import SystemClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.dtypes import TensorSpec
@@ -49,34 +49,6 @@ CHUNKS = (1, 16)
 LOOKED_UP = 100
 TIMEOUT_S = 20.0
 META = Meta(1e9, 4e9, 3e9, 0)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the result. value in ms."""
-
-    name: str
-    params: dict[str, object]
-    value: float
-    ratios: dict[str, float]
-
-    def text(self) -> str:
-        """For people."""
-        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.ratios.items())
-        params = ", ".join(f"{name}={value}" for name, value in self.params.items())
-        return f"{self.name:14} {params:12} {self.value:8.3f} ms   {ratios}"
-
-
-def medians(rounds: int, **subjects: Callable[[], object]) -> dict[str, float]:
-    """p50 in ms of each, one round of all after the other; the first rounds are not counted."""
-    took: dict[str, list[float]] = {name: [] for name in subjects}
-    for turn in range(rounds + 3):
-        for name, subject in subjects.items():
-            begun = time.perf_counter()
-            subject()
-            if turn >= 3:
-                took[name].append(1000 * (time.perf_counter() - begun))
-    return {name: statistics.median(times) for name, times in took.items()}
 
 
 @contextmanager
@@ -176,8 +148,13 @@ def lookups(rounds: int) -> Iterator[Row]:
             servers.close()
 
 
-# local.get and local.put (sharing on against off, the store up and stopped) and fleet.hits follow here.
-PARTS: dict[str, Callable[[int], Iterator[Row]]] = {"get": gets, "lookup": lookups}
+PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
+    "get": gets,
+    "lookup": lookups,
+    "loop": loop,
+    "local": local,
+    "fleet": fleet,
+}
 
 
 def main() -> None:
@@ -195,7 +172,13 @@ def main() -> None:
     for part, measure in PARTS.items():
         if args.part in (None, part):
             for row in measure(args.rounds):
-                line = {"name": row.name, "params": row.params, "value": row.value, "unit": "ms", "ratios": row.ratios}
+                line = {
+                    "name": row.name,
+                    "params": row.params,
+                    "value": row.value,
+                    "unit": row.unit,
+                    "ratios": row.ratios,
+                }
                 print(json.dumps(line) if args.json else row.text(), flush=True)
 
 

@@ -202,11 +202,15 @@ class SharedConfig:
 
 @dataclass(frozen=True)
 class QuotaConfig:
-    """The bytes of each tier that one tenant or namespace may hold. None: no limit, only fair eviction."""
+    """The bytes of each tier that one tenant or namespace may hold. None: no limit, only fair eviction.
+
+    shared_nbytes_per_day: of a tenant alone: as `shared.write_nbytes_per_day`, of this tenant's chunks.
+    """
 
     hot_nbytes: int | None = None
     warm_nbytes: int | None = None
     cold_nbytes: int | None = None
+    shared_nbytes_per_day: int | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,7 @@ class StoreConfig:
                 for limit, nbytes in vars(quota).items():
                     if nbytes is not None:
                         check_range(f"{table}.{name}.{limit}", nbytes, 0, 1 << 50)
+            self._check_shared_quotas(table, quotas)
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         _check_known("policy", self.policy, POLICIES, extensions.POLICIES)
         check_choice("split", self.split, SPLITS)
@@ -266,6 +271,17 @@ class StoreConfig:
             check_codecs(f"warm.namespaces.{name}", policy)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
+
+    def _check_shared_quotas(self, table: str, quotas: Mapping[str, QuotaConfig]) -> None:
+        for name, quota in quotas.items():
+            if quota.shared_nbytes_per_day is None:
+                continue
+            setting = f"{table}.{name}.shared_nbytes_per_day"
+            if table != "quotas":
+                raise ConfigError(f"{setting} is a limit of tenants: set quotas.TENANT.shared_nbytes_per_day")
+            if not self.shared.url:
+                raise ConfigError(f"{setting} is set and store.shared.url is not")
+            check_range(setting, quota.shared_nbytes_per_day, 1, 1 << 60)
 
 
 LIVE = frozenset({"hot.capacity_nbytes", "warm.capacity_nbytes", "cold.capacity_nbytes", "ttl_s"})

@@ -49,6 +49,7 @@ from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.live import LiveSettings
 from kvstored.sampler import Sampler
 from kvstored.settings import ServerSettings, Settings, Source
+from kvstored.telemetry.router_events import open_events
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored_client.wire.address import lease_path, socket_path
 
@@ -283,6 +284,8 @@ class Daemon:
             self._shared.gauges,
             lambda: {"calls_waiting": self._threads.waiting},
         )
+        self._events = open_events(store, settings)
+        self.watch.sources += () if self._events is None else (self._events.gauges,)
         room = self._arena.empty
         self._outside = SharedReads()
         cache = CacheService(
@@ -311,6 +314,8 @@ class Daemon:
             logger.info("listening address=%s", shown)
         await asyncio.gather(*(server.start() for server in self._servers))
         self.watch.start()
+        if self._events is not None:
+            self._events.start()
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
@@ -375,6 +380,8 @@ class Daemon:
         self._threads.shutdown(wait=True)
         await asyncio.get_running_loop().run_in_executor(None, self._outside.close)
         await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
+        if self._events is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._events.close)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:

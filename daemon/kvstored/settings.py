@@ -20,6 +20,9 @@ LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "text", "json")
 
 ENVIRONMENT_PREFIX = "KVSTORED_"
+IPC, TCP = "ipc://", "tcp://"
+IPC_PATH_MAX = 107
+"""Bytes of a unix socket's path."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class ServerSettings:
     `access.tokens`. token_on_unix: the unix socket asks for a token too. insecure_tcp: allow TCP without TLS or token.
     metrics_address: HOST:PORT on the loopback for /metrics and the status page; empty: none. insecure_metrics: allow
     one beyond the loopback. traces_endpoint: the URL for OpenTelemetry traces of calls (OTLP over HTTP); empty: none.
+    events_endpoint: ipc://PATH or tcp://HOST:PORT on the loopback, where routers subscribe to the keys that come and
+    leave (ZMQ, in vLLM's format); empty: none. events_replay_endpoint: where they ask for events again. events_topic:
+    of all events. insecure_events: allow endpoints beyond the loopback.
     log_format: "text", "json", or "auto": JSON under systemd. log_level. pressure_percent: the share of time tasks may
     stall for memory before the hot tier shrinks; 0: never. in_flight_nbytes: decoded bytes of all entries being
     received, read or sent. silence_s: seconds that a stream may make no progress. calls_max: calls at once. threads:
@@ -50,6 +56,10 @@ class ServerSettings:
     metrics_address: str = ""
     insecure_metrics: bool = False
     traces_endpoint: str = ""
+    events_endpoint: str = ""
+    events_replay_endpoint: str = ""
+    events_topic: str = ""
+    insecure_events: bool = False
     log_format: str = "auto"
     log_level: str = "info"
     pressure_percent: float = 10.0
@@ -77,12 +87,21 @@ class ServerSettings:
                 "server.traces_endpoint must be a URL such as http://127.0.0.1:4318/v1/traces, "
                 f"got {self.traces_endpoint!r:.80}"
             )
+        self._check_events()
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("server.tls_certificate and server.tls_key belong together: set both or neither")
         if self.token_on_unix and not self.tokens:
             raise ConfigError("server.token_on_unix needs server.tokens, a file of tokens")
         for target, tls in self.listeners:
             self._check_reach(target, tls=tls)
+
+    def _check_events(self) -> None:
+        for name in ("events_replay_endpoint", "events_topic"):
+            if getattr(self, name) and not self.events_endpoint:
+                raise ConfigError(f"server.{name} is set and server.events_endpoint is not")
+        for name in ("events_endpoint", "events_replay_endpoint"):
+            if getattr(self, name):
+                check_events_endpoint(f"server.{name}", getattr(self, name), anywhere=self.insecure_events)
 
     @property
     def listeners(self) -> tuple[tuple[str, bool], ...]:
@@ -242,6 +261,27 @@ def check_metrics_address(text: str, *, anywhere: bool = False) -> tuple[str, in
             "everybody who reaches it may read the numbers, tenants' and namespaces' names among them"
         )
     return host, int(port)
+
+
+def check_events_endpoint(name: str, text: str, *, anywhere: bool = False) -> None:
+    """Raise ConfigError unless it is ipc://PATH, or tcp://HOST:PORT on the loopback or, with `anywhere`, elsewhere."""
+    if text.startswith(IPC + "/") and len(text.encode()) <= len(IPC) + IPC_PATH_MAX:
+        return
+    host, colon, port = text.removeprefix(TCP).rpartition(":")
+    if not text.startswith(TCP) or not colon or not host or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ConfigError(
+            f"{name} must be {IPC}/PATH, of at most {IPC_PATH_MAX} bytes, or {TCP}HOST:PORT such as "
+            f"{TCP}127.0.0.1:5557, got {text!r:.160}"
+        )
+    try:
+        local = ip_address("127.0.0.1" if host == "localhost" else host.strip("[]")).is_loopback
+    except ValueError:
+        local = False
+    if not local and not anywhere:
+        raise ConfigError(
+            f"{name} must be {IPC}/PATH or on the loopback, got {text!r:.80}: whoever reaches it learns all keys, and "
+            "when they come and leave; set server.insecure_events = true if the network is trusted"
+        )
 
 
 def default_data_dir(environ: Mapping[str, str] = os.environ) -> Path:

@@ -22,7 +22,7 @@ from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import STEPS, pause, slices
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
-from kvstore.residency.write_path import WritePath
+from kvstore.residency.write_path import WritePath, tokens_of
 from kvstore.shared import Engine, SharedUnavailable
 from kvstore.shared.fetcher import Run
 from kvstore.shared.objects import Arrived, Head
@@ -33,7 +33,6 @@ from kvstore.tiers.balance import DENSITY
 
 ROUNDS_MAX = 3
 """How often a call waits for another one that is asking for the same, before it goes on with what there is."""
-TOKEN_AXIS = 1
 WHOLE_MAX = 4096
 """Namespaces whose size of a whole chunk is known."""
 
@@ -52,6 +51,11 @@ class Sharing:
         self._ttl_max_s = config.ttl_max_s
         self._whole_nbytes: dict[tuple[str, str], int] = {}
         self.admission = Admission(config.shared.admission, config.shared.write_nbytes_per_day, r.clock)
+        self._tenants = {
+            tenant: Admission(config.shared.admission, quota.shared_nbytes_per_day, r.clock)
+            for tenant, quota in config.quotas.items()
+            if quota.shared_nbytes_per_day is not None
+        }
         path = config.cold.path
         self.source = Source(
             config.shared, engine=engine or opened_engine(config.shared, r.clock), clock=r.clock,
@@ -170,7 +174,8 @@ class Sharing:
             if why:
                 return why
             owner = meta.owner
-            deserves = self.admission.deserves(key, meta)
+            rules = (self.admission, self._tenants.get(owner.tenant, self.admission))
+            deserves = all(rule.deserves(key, meta) for rule in rules)
             nbytes = self._nbytes(meta.value_nbytes, exact=meta.exact)
             return Candidate(key, meta.parent, owner.tenant, owner.namespace, meta.ttl_s, meta.exact, nbytes, deserves)
 
@@ -190,7 +195,13 @@ class Sharing:
 
     def form(self, key: Key) -> Entry | None:
         """See `publisher.Held`."""
-        return self._mover.copy_below(key)
+        entry = self._mover.copy_below(key)
+        if entry is not None and self._tenants:
+            with self._r.lock:
+                rule = self._tenants.get(self._r.owner_of(key).tenant)
+                if rule is not None:
+                    rule.wrote(entry.nbytes)
+        return entry
 
     def wrote(self, nbytes: int) -> None:
         """See `publisher.Held`."""
@@ -225,7 +236,7 @@ class Sharing:
         if not self._config.tokens_min:
             return ""
         place = self._r.lookup(key)
-        tokens = CHUNK_TOKENS if place is None or place[1] is None else _tokens_of(place[1])
+        tokens = CHUNK_TOKENS if place is None or place[1] is None else tokens_of(place[1])
         due = -(-self._config.tokens_min // tokens) - 1
         return "" if sum(1 for _ in islice(self._r.chains.ancestors(key), due)) >= due else "short"
 
@@ -251,12 +262,6 @@ _REASONS = {
     "fixed_deadline": "its deadline does not slide", "partial": "it is a partial chunk",
     "short": "its prefix has fewer tokens than store.shared.tokens_min",
 }  # fmt: skip
-
-
-def _tokens_of(entry: Entry) -> int:
-    """Tokens of a chunk, by the shape that keys and values have; a whole chunk where it is another one."""
-    found = (spec.shape[TOKEN_AXIS] for spec in entry.specs.values() if len(spec.shape) == 4)
-    return max(1, next(found, CHUNK_TOKENS))
 
 
 def _shown(nbytes: int, left_s: float) -> str:

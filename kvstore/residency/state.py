@@ -28,6 +28,7 @@ from kvstore.clock import Clock
 from kvstore.config import ColdConfig, StoreConfig
 from kvstore.entries.entry import Entry
 from kvstore.keys import Key
+from kvstore.metadata.block_events import BlockEvents
 from kvstore.metadata.chains import Chains
 from kvstore.metadata.deadlines import Deadlines
 from kvstore.metadata.inflight import InFlight
@@ -107,6 +108,8 @@ class Residency:
         self.balance: Balance | None = None
         self.deleted: Callable[[Key], None] | None = None
         """Told, under the lock, of each key that a caller deletes, and of each that goes with it."""
+        self.events: BlockEvents | None = None
+        """For routers, of each key that comes and that leaves; None: nobody publishes them."""
         names: tuple[TierName, ...] = ("hot", "warm", "cold")
         self.counters = Counters(tiers={name: TierCounters() for name in names})
         self.lookups = Lookups(self.counters.lookups)
@@ -335,6 +338,8 @@ class Residency:
         meta.owner.entries -= 1
         self.leaving.pop(key, None)
         del self.index[key]
+        if self.events is not None:
+            self.events.removed(key)
 
     def _tombstone(self, key: Key, meta: Meta, departure: Departure) -> Tombstone:
         tiers = self.tiers_of(key)

@@ -18,7 +18,7 @@ from kvstore.config import StoreConfig
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
-from kvstore.keys import KEYS_PER_CALL_MAX, Key
+from kvstore.keys import CHUNK_TOKENS, KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.options import PutOptions
@@ -26,6 +26,8 @@ from kvstore.residency import pins
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import made_entry
+
+TOKEN_AXIS = 1
 
 
 class WritePath:
@@ -202,7 +204,18 @@ class WritePath:
                         r.forget(key, "orphaned")
                     r.chains.root(key)
                 gone += [key for key in part if r.is_gone(key)]
+                if r.events is not None:
+                    self._announce(part)
         return gone
+
+    def _announce(self, keys: Sequence[Key]) -> None:
+        """Tell routers of those that are held, what is continued before what continues it. Under the lock."""
+        r = self._r
+        assert r.events is not None
+        for key in keys:
+            place = None if r.is_gone(key) else r.lookup(key)
+            if place is not None:
+                r.events.stored(key, r.index[key].parent, CHUNK_TOKENS if place[1] is None else tokens_of(place[1]))
 
     def _copied(self, key: Key, tensors: Mapping[str, Any], options: PutOptions, *, own: bool) -> tuple[Entry, Meta]:
         """An entry of a caller's tensors, copied unless they are handed over. Nothing is copied of what is refused."""
@@ -244,6 +257,12 @@ class WritePath:
         if own and dense.is_contiguous() and dense.device == self._device:
             return dense
         return dense.to(self._device, copy=True, memory_format=torch.contiguous_format)
+
+
+def tokens_of(entry: Entry) -> int:
+    """Tokens of a chunk, by the shape that keys and values have; a whole chunk where it is another one."""
+    found = (spec.shape[TOKEN_AXIS] for spec in entry.specs.values() if len(spec.shape) == 4)
+    return max(1, next(found, CHUNK_TOKENS))
 
 
 def check_ttl(ttl_s: float, config: StoreConfig) -> float:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent, KVConnectorKVEvents, KVEventAggregator
 
+from kvstored_client.integrations.dropped import PENDING_MAX, Dropped
+
 MEDIUM = "STORAGE"
 """vLLM's word for what lies behind a connector, whatever tier it is in."""
 ANNOUNCED_MAX = 262_144
 """Blocks announced and not yet found missing, 64 MiB of hashes; the oldest are removed for routers, too."""
-PENDING_MAX = 65_536
 
 
 class Stored(KVConnectorKVEvents):
@@ -71,12 +72,15 @@ class Reported:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stored: list[tuple[bytes, Block]] = []
+        self.dropped = Dropped()
 
     def stored(self, block_hash: bytes, block: Block) -> None:
         """A block was put."""
         with self._lock:
             if len(self._stored) < PENDING_MAX:
                 self._stored.append((block_hash, block))
+            else:
+                self.dropped.add()
 
     def take(self) -> Stored | None:
         """The events since the last call; None: there are none."""
@@ -100,6 +104,7 @@ class Announced:
         self._pending: OrderedDict[bytes, tuple[KVCacheEvent, int]] = OrderedDict()
         self._announced: OrderedDict[bytes, None] = OrderedDict()
         self._events: list[KVCacheEvent] = []
+        self.dropped = Dropped()
 
     def reported(self, events: Iterable[KVCacheEvent]) -> None:
         """Workers have put these."""
@@ -110,6 +115,9 @@ class Announced:
                 self._pending[block_hash] = event, count + 1
                 if len(self._pending) > PENDING_MAX:
                     self._pending.popitem(last=False)
+                    self.dropped.add()
+            elif block_hash not in self._announced and len(self._events) >= PENDING_MAX:
+                self.dropped.add()  # not announced, so no removal of it is due: those are never dropped
             elif block_hash not in self._announced:
                 self._announced[block_hash] = None
                 self._events.append(event)

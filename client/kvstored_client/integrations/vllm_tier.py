@@ -36,6 +36,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
+from kvstored_client.integrations.dropped import PENDING_MAX, Dropped
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class KvstoredTier(SecondaryTierManager):
         events = getattr(offloading_spec, "kv_events_config", None)
         self._events: list[OffloadingEvent] | None = [] if getattr(events, "enable_kv_cache_events", False) else None
         self._told: OrderedDict[OffloadKey, None] = OrderedDict()
+        self.dropped = Dropped()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """HIT or MISS where that is known, RETRY until then."""
@@ -96,6 +98,8 @@ class KvstoredTier(SecondaryTierManager):
         with self._lock:
             found = self._known.get(own)
             if found is not None and time.monotonic() - found[1] < _KNOWN_S:
+                if not found[0]:
+                    self._tell([key], removed=True)
                 return LookupResult.HIT if found[0] else LookupResult.MISS
             if own not in self._asked:
                 self._asked.append(own)
@@ -193,6 +197,9 @@ class KvstoredTier(SecondaryTierManager):
         if self._events is None:
             return
         changed = [key for key in keys if (key in self._told) is removed]
+        if not removed and len(self._events) >= PENDING_MAX:
+            self.dropped.add(len(changed))
+            return  # not told, so no removal of them is due: those are never dropped
         for key in changed:
             if removed:
                 del self._told[key]
@@ -200,9 +207,9 @@ class KvstoredTier(SecondaryTierManager):
                 self._told[key] = None
         if changed:
             self._events.append(OffloadingEvent(keys=changed, medium=Medium.STORAGE, removed=removed))
-        if len(self._told) > _KNOWN_MAX:
-            oldest, _ = self._told.popitem(last=False)
-            self._events.append(OffloadingEvent(keys=[oldest], medium=Medium.STORAGE, removed=True))
+        oldest = [self._told.popitem(last=False)[0] for _ in range(len(self._told) - _KNOWN_MAX)]
+        if oldest:
+            self._events.append(OffloadingEvent(keys=oldest, medium=Medium.STORAGE, removed=True))
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """What was stored, and what was found gone, since the last call; nothing unless the engine publishes events."""

@@ -31,6 +31,7 @@ def check(file: Path | None) -> None:
         from kvstore.ownership import check_private, everybody_reads
         from kvstored.access.tokens import read_tokens
         from kvstored.settings import load_settings
+        from kvstored.telemetry.router_events import check_libraries
         from kvstored.telemetry.spans import open_spans
 
         settings = load_settings(file)
@@ -48,6 +49,7 @@ def check(file: Path | None) -> None:
             check_private(path, "store.cold.key_files", secret=True)
         _check_shared(settings.store.shared)
         open_spans(server.traces_endpoint, "").close()
+        check_libraries(server)
     for note in notes:
         click.echo(note)
     click.echo(f"{file or 'defaults and environment'}: good" + (f", {entries} callers" if entries else ""))

@@ -120,6 +120,9 @@ def screen(before: Stats | None, now: Stats, span_s: float) -> list[str]:
     )
     shared = shared_line(v)
     lines += [shared] if shared else []
+    if "block_events_published" in v:
+        sent, lost = v["block_events_published"], v["block_events_dropped"]
+        lines.append(f"events for routers: {sent:,.0f} published, {lost:,.0f} dropped")
     missed = "lookup_misses_"
     causes = [(name.removeprefix(missed), n) for name, n in sorted(v.items()) if name.startswith(missed) and n]
     if causes:
@@ -152,9 +155,13 @@ def shared_line(values: Mapping[str, float]) -> str:
         return ""
     v = {name.removeprefix("shared_"): value for name, value in values.items() if name.startswith("shared_")}
     state = f"{v.get('nodes_up', 0):,.0f} of {v.get('nodes', 0):,.0f} nodes up"
+    reasons = sorted((name.removeprefix("dropped_"), n) for name, n in v.items() if name.startswith("dropped_") and n)
+    dropped = ", ".join(f"{n:,.0f} {printable(reason)}" for reason, n in reasons)
     return (
         f"shared store: {v.get('hits', 0):,.0f} chunks, {size(v.get('hit_nbytes', 0))} from it, "
-        f"{v.get('published', 0):,.0f} published, {size(v.get('queue_nbytes', 0))} waiting; {state}"
+        f"{v.get('published', 0):,.0f} published, {size(v.get('queue_nbytes', 0))} waiting, "
+        f"{duration(v.get('lag_s', 0))} from put to publication; {state}"
+        + (f"; not published: {dropped}" if dropped else "")
         + ("; BREAKER OPEN" if v.get("breaker", 0) >= OPEN else "")
     )
 

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from kvstore.shared.breaker import OPEN
+
 PENDING_NBYTES = 60e6
 """The cold writer's queue holds 64 MiB."""
 LOOKED_UP_MIN = 200
 """Fewer keys say nothing of a ratio."""
 CROWDED = 300
 """Refusals in five minutes: one a second."""
+NOT_BELIEVED = 10
+"""Objects in an hour: a failover may bring one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Alarm:
 
 def alarms(now: Mapping[str, float], lately: Mapping[str, float], hour: Mapping[str, float]) -> list[Alarm]:
     """All that holds, the worst first. now: values; lately, hour: what was counted in five minutes, and in an hour."""
-    found = [*_disk(now, hour), *_load(now, lately), *_cache(lately, hour)]
+    found = [*_disk(now, hour), *_load(now, lately), *_shared(now, lately, hour), *_cache(lately, hour)]
     return sorted(found, key=lambda alarm: alarm.severity)
 
 
@@ -75,6 +79,26 @@ def _load(now: Mapping[str, float], lately: Mapping[str, float]) -> list[Alarm]:
         text = f"The background thread has not turned for {now['heartbeat_age_s']:.0f} s."
         found.append(Alarm("KvstoredStalled", "warning", text, "Usually a disk that does not answer: dmesg."))
     return found
+
+
+def _shared(now: Mapping[str, float], lately: Mapping[str, float], hour: Mapping[str, float]) -> list[Alarm]:
+    """Of the store that hosts share, and of routers."""
+    nodes, up = now.get("shared_nodes", 0), now.get("shared_nodes_up", 0)
+    rules: tuple[tuple[bool, str, str, str], ...] = (
+        (now.get("shared_breaker", 0) == OPEN or up < nodes, "KvstoredSharedDown",
+         f"Of the shared store {up:,.0f} of {nodes:,.0f} servers answer; this host goes on alone, no slower.",
+         "kvstored remote check, then the servers of store.shared.url. Publications wait, the oldest are dropped."),
+        (lately["shared_dropped_full"] > 0, "KvstoredSharedBehind",
+         f"{lately['shared_dropped_full']:,.0f} chunks were put faster than they could be published.",
+         'A faster network, store.shared.admission = "reused", or a larger store.shared.buffer_nbytes.'),
+        (hour["shared_corrupt"] > NOT_BELIEVED, "KvstoredSharedDamaged",
+         f"{hour['shared_corrupt']:,.0f} objects of the shared store were not believed in the last hour: misses.",
+         "Another fleet with other store.shared.key_files, or somebody forges: kvstored remote check, its ACL."),
+        (lately["block_events_dropped"] > 0, "KvstoredEventsDropped",
+         f"{lately['block_events_dropped']:,.0f} events for routers were dropped: they forget what they were told.",
+         "The daemon has no CPU to publish them: fewer small entries, or no server.events_endpoint."),
+    )  # fmt: skip
+    return [Alarm(name, "warning", text, do) for holds, name, text, do in rules if holds]
 
 
 def _cache(lately: Mapping[str, float], hour: Mapping[str, float]) -> list[Alarm]:

@@ -15,6 +15,7 @@ COUNTED = (
     "lookup_hit_tokens", "prefill_saved_s", "evictions", "expirations", *(f"lookup_misses_{c}" for c in MISS_CAUSES),
     "cold_bytes_written", "cold_write_errors", "cold_read_errors", "cold_corrupt_total", "in_flight_refused",
     "pressure_shrinks", "maintainer_errors", "lease_accept_failures", "calls_refused",
+    "shared_hits", "shared_published", "shared_corrupt", "shared_dropped_full", "block_events_dropped",
 )  # fmt: skip
 """Counters whose change is kept."""
 _GAUGES = ("cold_pending_nbytes", "in_flight_nbytes")

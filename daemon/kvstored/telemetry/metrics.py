@@ -141,6 +141,13 @@ _SHARED = (
 )  # fmt: skip
 """Only where [store.shared] is set."""
 
+_EVENTS = (
+    Family("kvstored_block_events_total", "counter", "Events published for routers.", value="block_events_published"),
+    Family("kvstored_block_events_dropped_total", "counter", "Events dropped, because too many waited.",
+           value="block_events_dropped"),
+)  # fmt: skip
+"""Only where server.events_endpoint is set."""
+
 _ERRORS = Family("kvstored_relative_error", "histogram",
                  "Receipts of tensors encoded: |x - decoded| / |content| of the worst head.", "encoding")  # fmt: skip
 
@@ -189,7 +196,7 @@ _MEASURED = (
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
 )  # fmt: skip
 
-FAMILIES = (*_TIER, *_STORE, *_SHARED, _ERRORS, *_DAEMON, *_MEASURED)
+FAMILIES = (*_TIER, *_STORE, *_SHARED, *_EVENTS, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "token_hit_ratio", "evictions", "prefill_saved_s", "calls_refused"})
 """Sums over labels, quotients, and what `Meter` exports: no metric is made of them here."""
@@ -317,7 +324,8 @@ class StoreCollector(Collector):
         yield _relative_errors(stats)
         left = {n: value for n, value in stats.values.items() if n not in DERIVED and not n.startswith(ERRORS)}
         shared = _SHARED if any(name.startswith("shared_") for name in left) else ()
-        for family in (*_STORE, *shared, *_DAEMON):
+        events = _EVENTS if "block_events_published" in left else ()
+        for family in (*_STORE, *shared, *events, *_DAEMON):
             yield _family(family, _take(left, family.value))
         other = next(family for family in _MEASURED if family.name == "kvstored_other")
         yield _family(other, left)

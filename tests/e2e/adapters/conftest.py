@@ -253,7 +253,7 @@ class LMCacheL2:
 class VLLMTier:
     """The secondary tier, found by vLLM's own factory, over a plain memoryview."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], *, events: bool = False) -> None:
         stubs.install("triton")
         from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
@@ -269,7 +269,8 @@ class VLLMTier:
             "type": "KvstoredTier", "module_path": "kvstored_client.integrations.vllm_tier", "address": NOWHERE,
             **settings,
         }  # fmt: skip
-        self.tier = SecondaryTierFactory.create_secondary_tier(tier, view, namespace(config=config))
+        spec = namespace(config=config, kv_events_config=namespace(enable_kv_cache_events=events))
+        self.tier = SecondaryTierFactory.create_secondary_tier(tier, view, spec)
         self.guard = self.tier._guard
         self.jobs = 0
 

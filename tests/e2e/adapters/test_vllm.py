@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore.metadata.block_events import CLEARED, KeyRemoved, KeyStored
 from kvstore.store import Store
 from tests.e2e.adapters import flips
-from tests.e2e.adapters.conftest import vllm_connector
+from tests.e2e.adapters.conftest import PAGE, VLLMTier, vllm_connector
 
 PATIENT = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0}
 some = types.SimpleNamespace
@@ -620,8 +621,8 @@ class Events:
 def telling(store: Store, monkeypatch: pytest.MonkeyPatch, ranks: int = 1) -> tuple[Any, Any]:
     """Both halves of an engine that publishes events."""
     Events.install(monkeypatch)
-    events = pytest.importorskip("kvstored_client.integrations.vllm_events")
     scheduler, worker = halves(store)
+    events = pytest.importorskip("kvstored_client.integrations.vllm_events")
     for each in (scheduler, worker):
         each._announced, each._reported = events.Announced(ranks), events.Reported()
     return scheduler, worker
@@ -671,3 +672,87 @@ def test_an_engine_without_routers_keeps_nothing_for_them(store: Store) -> None:
     scheduler, worker = halves(store)
     assert tuple(scheduler.take_events()) == ()
     assert worker.get_kv_connector_kv_cache_events() is None
+
+
+def told(tier: Any) -> list[tuple[list[bytes], str, bool]]:
+    return [(list(e.keys), e.medium.name, e.removed) for e in tier.take_events()]
+
+
+def test_the_tier_tells_what_it_stored_and_what_a_lookup_or_a_load_finds_gone(store: Store) -> None:
+    handle = VLLMTier({}, events=True)
+    handle.guard.cache = store
+    pages = {name: torch.full((PAGE,), i, dtype=torch.uint8) for i, name in enumerate("abc")}
+    assert handle.keep(pages)
+    assert told(handle.tier) == [([b"a", b"b", b"c"], "STORAGE", False)]
+    assert handle.keep(pages)
+    assert told(handle.tier) == [], "told once"
+    store.delete(handle.tier._key(b"a"))
+    assert handle.restore(["a"]) == [None]
+    assert told(handle.tier) == [([b"a"], "STORAGE", True)]
+    store.delete(handle.tier._key(b"b"))
+    handle.tier._known.clear()  # what was known has aged
+    assert handle.held(["b", "c", "never"]) == [False, True, False]
+    assert told(handle.tier) == [([b"b"], "STORAGE", True)]
+    handle.close()
+
+
+def test_a_tier_of_an_engine_without_routers_keeps_nothing_for_them(store: Store) -> None:
+    handle = VLLMTier({})
+    handle.guard.cache = store
+    assert handle.keep({"a": torch.zeros(PAGE, dtype=torch.uint8)})
+    assert told(handle.tier) == []
+    handle.close()
+
+
+def test_what_routers_are_not_told_of_is_counted_and_no_removal_is_dropped(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    telling(store, monkeypatch)
+    from kvstored_client.integrations import vllm_events, vllm_tier
+
+    for module in (vllm_events, vllm_tier):
+        monkeypatch.setattr(module, "PENDING_MAX", 2)
+    block = vllm_events.Block(None, (1, 2), None)
+    reported, announced = vllm_events.Reported(), vllm_events.Announced(1)
+    for name in (b"a", b"b", b"c"):
+        reported.stored(name, block)
+    assert reported.dropped.count == 1
+    events = reported.take().get_all_events()
+    announced.reported(events)
+    announced.reported([vllm_events._stored(name, block) for name in (b"d", b"e")])
+    announced.missing([b"a", b"d"])
+    assert [(type(e).__name__, e.block_hashes) for e in announced.take()] == [
+        ("BlockStored", [b"a"]), ("BlockStored", [b"b"]), ("BlockRemoved", [b"a"]),
+    ]  # fmt: skip
+    assert announced.dropped.count == 2
+    handle = VLLMTier({}, events=True)
+    handle.guard.cache = store
+    for name in "abcd":
+        assert handle.keep({name: torch.zeros(PAGE, dtype=torch.uint8)})
+    for name in "ad":
+        store.delete(handle.tier._key(name.encode()))
+        handle.restore([name])
+    assert told(handle.tier) == [
+        ([b"a"], "STORAGE", False), ([b"b"], "STORAGE", False), ([b"a"], "STORAGE", True),
+    ]  # fmt: skip
+    assert handle.tier.dropped.count == 2
+    handle.close()
+
+
+def test_what_the_daemon_publishes_is_read_by_vllms_own_classes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    msgpack = pytest.importorskip("msgspec.msgpack")
+    telling(store, monkeypatch)
+    from vllm.distributed import kv_events
+
+    from kvstored.telemetry.router_events import told as written
+
+    events = [CLEARED, KeyStored(b"a", None, 256), KeyStored(b"b", b"a", 7), KeyRemoved(b"b"), KeyRemoved(b"a")]
+    ours = msgpack.encode([1.5, written(events), 0])
+    stored = {"token_ids": [], "lora_id": None, "medium": kv_events.MEDIUM_STORAGE, "lora_name": None}
+    assert ours == msgpack.encode(kv_events.KVEventBatch(1.5, [
+        kv_events.AllBlocksCleared(),
+        kv_events.BlockStored(block_hashes=[b"a"], parent_block_hash=None, block_size=256, **stored),
+        kv_events.BlockStored(block_hashes=[b"b"], parent_block_hash=b"a", block_size=7, **stored),
+        kv_events.BlockRemoved(block_hashes=[b"b", b"a"], medium=kv_events.MEDIUM_STORAGE),
+    ], 0))  # fmt: skip
+    assert msgpack.decode(ours, type=kv_events.KVEventBatch).data_parallel_rank == 0

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kvstore.config import QuotaConfig, StoreConfig
+from kvstore.errors import ConfigError
 from kvstore.keys import Key
 from kvstore.shared import SharedUnavailable
 from kvstore.shared.names import name_of
@@ -199,6 +201,40 @@ def test_after_the_days_bytes_only_what_was_hit_is_published(hosts):
     hosts.clock.advance(86_400)
     a.maintain()
     assert len(hosts.server.names()) == 6
+
+
+def test_after_a_tenants_bytes_of_the_day_only_what_was_hit_of_it_is_published(hosts):
+    a = hosts.open(
+        tenants={"a": [b"a" * 16], "b": [b"b" * 16]},
+        store={"ttl_s": 2 * 86_400.0, "quotas": {"a": QuotaConfig(shared_nbytes_per_day=1000)}},
+    )
+
+    def published(tenant: str, number: int) -> int:
+        before = len(hosts.server.names())
+        key = tenant.encode() * 16 + b"%016d" % number
+        assert a.put_many([(key, {"kv": prefix(2)[1]})], chain=True) == 1
+        a.maintain()
+        return len(hosts.server.names()) - before
+
+    assert [published("a", n) for n in range(3)] == [1, 0, 0], "the bucket may be overdrawn by one batch"
+    assert [published("b", n) for n in range(3)] == [1, 1, 1]
+    assert a.get_many([b"a" * 16 + b"%016d" % 1])[0] is not None
+    a.maintain()
+    assert len(hosts.server.names()) == 5, "it was hit"
+    hosts.clock.advance(5 * 86_400)  # what was overdrawn is made up
+    assert published("a", 9) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"quotas": {"a": QuotaConfig(shared_nbytes_per_day=1)}}, "quotas.a.shared_nbytes_per_day is set and"),
+        ({"namespaces": {"m": QuotaConfig(shared_nbytes_per_day=1)}}, "is a limit of tenants"),
+    ],
+)
+def test_a_tenants_bytes_a_day_need_a_shared_store_and_a_tenant(how, said):
+    with pytest.raises(ConfigError, match=said):
+        StoreConfig(**how)
 
 
 def test_what_no_key_file_covers_is_not_published_in_clear(hosts):

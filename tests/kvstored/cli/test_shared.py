@@ -115,4 +115,6 @@ def test_every_number_of_a_shared_store_has_a_metric_and_top_a_line(daemon, serv
     assert {family.name.removesuffix("_total") for family in _SHARED} <= set(found)
     assert [(s.labels, s.value) for s in found["kvstored_shared_dropped"].samples] == [({"reason": "full"}, 2.0)]
     assert "1 of 1 nodes up" in shared_line(daemon.store.stats().values | {"shared_nodes": 1, "shared_nodes_up": 1})
+    assert "not published: 2 full" in shared_line(daemon.store.stats().values)
+    assert "not published" not in shared_line({"shared_lookups": 0.0})
     assert "BREAKER OPEN" in shared_line({"shared_lookups": 0.0, "shared_breaker": 2.0})

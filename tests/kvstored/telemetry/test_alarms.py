@@ -22,6 +22,10 @@ WRONG = {
     "KvstoredDutiesFailing": ({}, {"maintainer_errors": 1.0}, {}),
     "KvstoredLeaseSocketFailing": ({}, {"lease_accept_failures": 1.0}, {}),
     "KvstoredStalled": ({"heartbeat_age_s": 61.0}, {}, {}),
+    "KvstoredSharedDown": ({"shared_breaker": 2.0, "shared_nodes": 6.0, "shared_nodes_up": 6.0}, {}, {}),
+    "KvstoredSharedBehind": ({}, {"shared_dropped_full": 1.0}, {}),
+    "KvstoredSharedDamaged": ({}, {}, {"shared_corrupt": 11.0}),
+    "KvstoredEventsDropped": ({}, {"block_events_dropped": 1.0}, {}),
     "KvstoredHitRatioFell": (
         {},
         {**LOOKED_UP, "lookup_hit_tokens": 25_600.0},
@@ -47,6 +51,11 @@ def test_a_healthy_daemon_has_no_alarms_and_a_dead_disk_comes_first():
     assert alarms({"cold_healthy": 1, "heartbeat_age_s": 1.0}, QUIET, QUIET) == []
     found = alarms({"cold_healthy": 0, "cold_quarantined": 1}, QUIET | {"pressure_shrinks": 1.0}, QUIET)
     assert [alarm.severity for alarm in found] == ["critical", "warning", "warning"]
+
+
+def test_a_server_of_the_shared_store_that_is_down_is_named_with_the_others():
+    (found,) = alarms({"shared_breaker": 0.0, "shared_nodes": 6.0, "shared_nodes_up": 5.0}, QUIET, QUIET)
+    assert (found.name, "5 of 6 servers" in found.text) == ("KvstoredSharedDown", True)
 
 
 def stats(looked_up, found, used_nbytes=0):

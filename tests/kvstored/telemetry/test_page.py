@@ -98,6 +98,11 @@ def status_of_a_bad_hour():
             "in_flight_nbytes": 0, "uptime_s": 90_000, "cold_healthy": 0, "cold_write_errors": 9,
             "cold_pending_nbytes": 63 * mib, "cold_disk_nbytes": 61 * gib, "prefill_saved_s": 7384.0,
             "lookup_tokens": 9_000_000, "lookup_hit_tokens": 3_789_000, "lookup_misses_evicted": 901,
+            "shared_lookups": 90, "shared_futile": 60, "shared_hits": 1234, "shared_hit_nbytes": 3 * gib,
+            "shared_published": 77, "shared_publish_nbytes": gib, "shared_breaker": 2, "shared_nodes": 6,
+            "shared_nodes_up": 4, "shared_queue_nbytes": 255 * mib, "shared_lag_s": 7.5, "shared_dropped_full": 41,
+            "shared_dropped_exact": 0, "shared_corrupt": 3, "shared_barred": 2, "shared_errors_timeout": 8,
+            "block_events_published": 500, "block_events_dropped": 6,
             "lease_connections": 8, "leases": 3, "tenant_nbytes_team-a": 5 << 20, "tenant_nbytes_b": 9 << 20,
             "tenant_hits_b": 77, "namespace_nbytes_b/llama": 1 << 20, "namespace_hits_b/llama": 3,
             "namespace_entries_b/llama": 21, "namespace_nbytes_<i>": 2 << 20, "namespace_hits_<i>": 4,
@@ -159,6 +164,20 @@ def test_an_operator_sees_what_is_wrong_what_to_do_and_what_the_cache_saved(bad_
     assert "<td>Cache/Get</td><td>4.00 ms</td><td>250 ms</td><td>12 ms</td><td>4,321</td>" in dom
     assert "/var/lib/kvstored" in dom
     assert "<td>store.hot.capacity_nbytes</td><td>4294967296</td>" in dom
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser for the status page: apt-get install chromium")
+def test_an_operator_sees_how_the_shared_store_does(bad_hour, busy_port):
+    dom = browse("--dump-dom", bad_hour)
+    shown = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", re.search(r'<dl id="shared".*?</dl>', dom)[0]))
+    assert shown == {
+        "the shared store is": "left alone: it does not answer", "servers that answer": "4 of 6",
+        "chunks from it": "1,234, 3.0 GiB", "asked, in vain": "90, 60", "published": "77, 1.0 GiB",
+        "wait to be published": "255.0 MiB, 7.5 s from put to there", "not published": "41 full", "not believed": "3",
+        "calls that failed": "8 timeout", "deletions not acknowledged": "2", "events for routers, dropped": "500, 6",
+    }  # fmt: skip
+    assert "<dt>shared with other hosts</dt><dd>nothing</dd>" in browse("--dump-dom", f"http://127.0.0.1:{busy_port}/")
 
 
 def corner_of(png: bytes) -> tuple[int, int, tuple[int, ...]]:

@@ -195,6 +195,33 @@ function disk(values) {
   ]);
 }
 
+const BREAKER = ["asked", "tried again", "left alone: it does not answer"];
+
+function byReason(values, prefix) {
+  const found = Object.entries(values).filter(([name, n]) => name.startsWith(prefix) && n > 0);
+  return found.map(([name, n]) => `${count(n)} ${name.slice(prefix.length)}`).join(", ") || "none";
+}
+
+function shared(values) {
+  const events = values.block_events_published === undefined ? [] : [
+    ["events for routers, dropped", `${count(values.block_events_published)}, ${count(values.block_events_dropped)}`],
+  ];
+  if (values.shared_lookups === undefined) return pairs("shared", [["shared with other hosts", "nothing"], ...events]);
+  pairs("shared", [
+    ["the shared store is", BREAKER[values.shared_breaker] || "?"],
+    ["servers that answer", `${count(values.shared_nodes_up)} of ${count(values.shared_nodes)}`],
+    ["chunks from it", `${count(values.shared_hits)}, ${size(values.shared_hit_nbytes)}`],
+    ["asked, in vain", `${count(values.shared_lookups)}, ${count(values.shared_futile)}`],
+    ["published", `${count(values.shared_published)}, ${size(values.shared_publish_nbytes)}`],
+    ["wait to be published", `${size(values.shared_queue_nbytes)}, ${duration(values.shared_lag_s)} from put to there`],
+    ["not published", byReason(values, "shared_dropped_")],
+    ["not believed", count(values.shared_corrupt)],
+    ["calls that failed", byReason(values, "shared_errors_")],
+    ["deletions not acknowledged", count(values.shared_barred)],
+    ...events,
+  ]);
+}
+
 function clients(values) {
   pairs("clients", [
     ["connected through shared memory", count(values.lease_connections || 0)],
@@ -250,6 +277,7 @@ async function refresh() {
     graphs(now.values, now.history, now.tiers);
     disk(now.values);
     clients(now.values);
+    shared(now.values);
     accounts("tenant", now.values, "nbytes");
     accounts("namespace", now.values, "hits");
     fill(byId("calls"), now.calls.slice(0, 8).map((c) =>
