@@ -111,6 +111,19 @@ class Explanation:
     shared: str = ""
 
 
+class Copied(NamedTuple):
+    """The progress of a snapshot. done: of `total` keys, those that were dealt with. copied: entries in it so far.
+
+    nbytes: of their records. lost: entries that were damaged or could not be read, so they are not in it.
+    """
+
+    done: int
+    total: int
+    copied: int
+    nbytes: int
+    lost: int
+
+
 class Verified(NamedTuple):
     """The progress of a check of the records on disk. corrupt: records found damaged so far, and dropped."""
 

@@ -26,7 +26,7 @@ from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
 from kvstore.lookup import Lookup, check_saved
 from kvstore.metadata.slices import slices
@@ -36,6 +36,7 @@ from kvstore.prefix import Namespace
 from kvstore.residency import departures, pins
 from kvstore.residency.answers import Answers
 from kvstore.residency.budget_verbs import BudgetVerbs
+from kvstore.residency.disk_verbs import DiskVerbs
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
@@ -51,7 +52,7 @@ from kvstore.stats import Stats
 log = logging.getLogger(__name__)
 
 
-class Store(SharedVerbs, BudgetVerbs):
+class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
     def __init__(
@@ -417,19 +418,6 @@ class Store(SharedVerbs, BudgetVerbs):
         self._maintainer.run_once()
         if self._sharing is not None:
             self._sharing.source.run_once()
-
-    @without_torch_modes
-    def drain(self) -> int:
-        """Write to cold whatever is only in memory. Returns entries written."""
-        return self._mover.drain()
-
-    def verify(self) -> Iterator[Verified]:
-        """Read and check every record on disk while serving; how far it is after each. Damaged ones are dropped.
-
-        Does not count as use. Nothing to check, without a disk: one report of 0 records.
-        """
-        self._check_open()
-        return iter([Verified(0, 0, 0, 0)]) if self._r.cold is None else self._r.cold.verify()
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""

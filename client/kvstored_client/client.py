@@ -19,7 +19,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 
 from kvstore import arrays
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
+from kvstore.hit import Copied, EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
@@ -255,6 +255,19 @@ class Client(Doors):
             for message in messages:
                 reply = self._understood(pb.VerifyReply.FromString, message)
                 yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
+
+    def snapshot(self, path: str) -> Iterator[Copied]:
+        """Have all entries copied to a directory of the daemon's host, while it serves; how far it is, in steps.
+
+        path: absolute, as the daemon sees it; not there yet, or empty. It is written by the daemon's user, with mode
+        0700, and whole when the last step was taken; if the iterator is closed before, nothing is left. A daemon takes
+        it as its `server.data_dir`. Raises ConfigError for a path that cannot be used or has no room, and if the daemon
+        cannot answer.
+        """
+        with closing(self._transport.stream_in(ADMIN + "Snapshot", pb.SnapshotRequest(directory=path))) as messages:
+            for message in messages:
+                reply = self._understood(pb.SnapshotReply.FromString, message)
+                yield Copied(reply.done, reply.total, reply.copied, reply.nbytes, reply.lost)
 
     def check_shared(self) -> list[str]:
         """What is wrong with the store that the daemon shares with other hosts, a sentence each; empty: nothing.

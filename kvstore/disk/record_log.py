@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Protocol
 
-from kvstore.disk import Disk
+from kvstore.disk import Bytes, Disk
 from kvstore.disk.opening import Directory
 from kvstore.disk.pending import Delete, Pending, Put
-from kvstore.disk.reading import read_entry, read_specs
+from kvstore.disk.reading import read_entry, read_record, read_specs
 from kvstore.disk.recovery import Recovered, recover
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Segments
@@ -218,6 +218,31 @@ class RecordLog:
         except (RecordCorrupt, TierUnavailable, OSError) as error:
             self._distrust(key, found, error)
             return None
+
+    def row_of(self, key: Key) -> Row | None:
+        """The row that is valid now; None for a key that is not held, or waits to be written."""
+        with self.changed:
+            there = self._pending.find(key) is None and self._holder.holds(key)
+            return self._rows.get(key) if there else None
+
+    def raw(self, key: Key) -> tuple[Row, Bytes] | None:
+        """A key's row and its record, whose checksums match; None: not here, or damaged and dropped, or unreadable.
+
+        Of a key that is being put anew the record that is still on the disk.
+        """
+        while True:
+            with self.changed:
+                gone = isinstance(self._pending.find(key), Delete) or not self._holder.holds(key)
+                row = None if gone else self._rows.get(key)
+            if row is None:
+                return None
+            try:
+                return row, read_record(self._segments, key, row)
+            except (RecordCorrupt, OSError):
+                now = self.row_of(key)
+                if now is None or now.place == row.place:
+                    self.get(key)  # damaged: it is dropped and counted there; or it left meanwhile
+                    return None
 
     def _find(self, key: Key) -> Entry | Row | None:
         with self.changed:
