@@ -22,7 +22,7 @@ import torch
 
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs.choice import CodecChoice
-from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
+from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml, with_budgets
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
@@ -47,7 +47,7 @@ from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.shared import Engine
-from kvstore.stats import Stats
+from kvstore.stats import Fill, Stats, fills_html, fills_text, ratio_text
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +89,14 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
                 self._sharing.source.start()
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - keyword-only, each one optional
         cls,
         source: str | Path | StoreConfig | None = None,
         *,
+        hot: int | str | None = None,
+        warm: int | str | None = None,
+        cold: int | str | None = None,
+        ttl_s: float | None = None,
         clock: Clock | None = None,
         framework: str = "auto",
         background: bool = True,
@@ -103,7 +107,9 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """Open a store.
 
         source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
-        their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
+        their defaults; or None for a store in memory only. hot, warm, cold: the tiers' budgets in bytes, or as text
+        ("8GiB"), instead of the source's; ttl_s: seconds that an entry lives after its last use. framework: what `get`
+        returns, "torch", "numpy" or "auto".
         background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
         hot are made (see `arena`), by default ordinary memory. tenants: those known from the start, as for
         `register_tenant`, which costs more once the store holds something. engine: the shared store, instead of what
@@ -118,6 +124,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
             config = from_mapping(StoreConfig, read_toml(source))
         else:
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
+        config = with_budgets(config, hot=hot, warm=warm, cold=cold, ttl_s=ttl_s)
         return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
                    tenants=tenants, engine=engine)  # fmt: skip
 
@@ -441,6 +448,28 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
                 self._r.hot.close()
                 self._r.warm.close()
                 self._r.index.clear()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "Store(closed)"
+        at = f" at {self.config.cold.path}" if self._r.cold is not None else ""
+        parts = [f"{len(self._r.index):,} entries", *fills_text(self._fills()), ratio_text(self._lookups())]
+        return f"Store({'; '.join(parts)}{at})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a bar for each tier, and the hit ratio."""
+        if self._closed:
+            return "<p>Store(closed)</p>"
+        return fills_html(self._fills(), f"{len(self._r.index):,} entries, {ratio_text(self._lookups())}")
+
+    def _fills(self) -> list[Fill]:
+        # No lock and no disk: a debugger shows this, too.
+        tiers = (self._r.hot, self._r.warm, self._r.cold)
+        return [(tier.name, tier.used_nbytes, tier.capacity_nbytes) for tier in tiers if tier is not None]
+
+    def _lookups(self) -> dict[str, float]:
+        counted = self._r.counters.lookups
+        return {f"lookup_{name}": getattr(counted, name) for name in ("keys", "hit_keys", "tokens", "hit_tokens")}
 
     def __enter__(self) -> Self:
         return self

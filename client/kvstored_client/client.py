@@ -6,7 +6,8 @@
 
 On the data path a daemon that is down, draining or busy means a miss (False, 0): the caller prefills as if there were
 no cache. `on_error="raise"` raises instead. The caller's own mistakes always raise, and so do the operator's verbs
-(entries, inspect, evict, ping, stats, ...), for which nothing can stand in. Thread-safe; a forked child connects anew.
+(entries, inspect, evict, ping, stats, ...), for which nothing can stand in. After `close` every verb raises
+TierUnavailable. Thread-safe; a forked child connects anew.
 """
 
 import sys
@@ -219,6 +220,7 @@ class Client(Doors):
 
         So filling it is the only copy on this side. Dropped without a put it is freed.
         """
+        self._check_open()
         spec = TensorInfo(dtype, tuple(shape))
         framework = arrays.resolve_framework(self._framework)
         arrays.check_specs({"x": spec})
@@ -358,10 +360,22 @@ class Client(Doors):
         return Namespace(self, identity_of(identity), chunk_tokens)
 
     def close(self) -> None:
-        """End the connection. Closing twice is harmless. Tensors of `empty` stay readable."""
+        """End the connection. Closing twice is harmless. Tensors of `empty` stay readable.
+
+        Later calls raise TierUnavailable; those that are under way in other threads end as if the daemon had stopped.
+        """
         if self._pool is not None:
             self._pool.close()
         self._transport.close()
+
+    def __repr__(self) -> str:
+        at = self._transport
+        state = "closed" if at.closed else "not asked for a while after failures" if at.breaker.is_open else "open"
+        memory = "shared memory" if self._pool is not None else "no shared memory"
+        return (
+            f"Client({self.address!r}, {state}, timeout_s={at.timeout_s:g}, on_error={self._on_error!r}, {memory}, "
+            f"failures={self.failures})"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -84,7 +84,6 @@ def test_chunks_already_held_are_not_sent_again(harness: Harness) -> None:
         {"revision": "r2"},
         {"dtype": "bfloat16"},
         {"model": "n"},
-        {"layout": "hltd"},
         {"rope": {"theta": 1e6}},
         {"tp_rank": 1, "tp_size": 2},
         {"pp_rank": 0, "pp_size": 2},

@@ -14,10 +14,9 @@ from pathlib import Path
 import click
 
 from kvstore.ownership import user_name
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstored.cli.exits import REFUSED, BadUsage, errors_as_exit_codes
 from kvstored.cli.remote import print_json
-from kvstored.cli.text import size
 from kvstored.host.become import become_owner_of
 
 _DIRECTORY = click.option(

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import Copied, EntryInfo, Verified
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstored.cli.exits import REFUSED, BadUsage, NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY
 from kvstored.cli.progress import waiting
-from kvstored.cli.remote import print_json, remote, report_count
-from kvstored.cli.text import size
+from kvstored.cli.remote import namespaces, print_json, remote, report_count
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -106,7 +105,12 @@ def over_fitting(client: "Client", verb: _Verb, filters: Filters, *, as_json: bo
 
 
 @click.command()
-@click.option("--namespace", default="", help="Only entries put under this name, its versions NAME@... included.")
+@click.option(
+    "--namespace",
+    default="",
+    shell_complete=namespaces,
+    help="Only entries put under this name, its versions NAME@... included.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @remote
 def flush(client: "Client", as_json: bool, namespace: str, yes: bool) -> None:  # noqa: FBT001 - `remote` calls it

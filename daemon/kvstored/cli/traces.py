@@ -65,8 +65,10 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
     if as_json:
         for of, (_, tokens) in zip(found, chunks, strict=True):
             entry = None if of.entry is None else info_dict(of.entry)
-            print_json({"key": key_text(of.key), "tokens": tokens, "state": of.state, "tier": of.tier,
-                        "gone_s": of.gone_s, "hits": of.hits, "entry": entry, "shared": of.shared})  # fmt: skip
+            count, first = (None, None) if tokens is None else (len(tokens), tokens.start)
+            print_json({"key": key_text(of.key), "tokens": count, "first_token": first, "state": of.state,
+                        "tier": of.tier, "gone_s": of.gone_s, "hits": of.hits, "entry": entry,
+                        "shared": of.shared})  # fmt: skip
         return
     rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
     head: tuple[str, ...] = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "PINNED BY", "HITS")
@@ -81,22 +83,22 @@ _EXPLAINED = 1000
 
 def _chunks(
     keys: tuple[bytes, ...], tokens: Path | None, identity: str | None, chunk_tokens: int
-) -> list[tuple[bytes, str]]:
-    """Keys to explain, each with its range of tokens, or "-" for a key given by name."""
+) -> list[tuple[bytes, range | None]]:
+    """Keys to explain, each with its range of tokens; None for a key given by name."""
     if (tokens is None) == (not keys) or (tokens is None) != (identity is None):
         raise BadUsage("give KEYS, or --tokens FILE together with --identity")
     if tokens is None or identity is None:
-        return [(key, "-") for key in keys]
+        return [(key, None) for key in keys]
     try:  # before the daemon is called: the mistake is in the file
         ids = read_token_ids(tokens)
         of = chunk_keys(read_identity(identity).digest(), ids, chunk_tokens)
     except InvalidEntry as error:
         raise BadUsage(str(error)) from None
     starts = range(0, len(ids), chunk_tokens)
-    return [(key, f"{at}-{min(at + chunk_tokens, len(ids))}") for key, at in zip(of, starts, strict=True)]
+    return [(key, range(at, min(at + chunk_tokens, len(ids)))) for key, at in zip(of, starts, strict=True)]
 
 
-def _explained(of: Explanation, tokens: str) -> tuple[str, ...]:
+def _explained(of: Explanation, tokens: range | None) -> tuple[str, ...]:
     info = of.entry
     key = show_key(of.key)
     left = "-" if info is None or info.ttl_left_s is None else duration(info.ttl_left_s)
@@ -106,8 +108,9 @@ def _explained(of: Explanation, tokens: str) -> tuple[str, ...]:
         who = "/".join(part for part in (info.tenant, info.namespace) if part) or "yes"
     encoding = "-" if info is None else info.encoding
     error = "-" if info is None else f"{max(info.receipt.values(), default=0.0):.3g}"
+    shown = "-" if tokens is None else f"{tokens.start}-{tokens.stop}"
     return (
-        tokens, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
+        shown, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
         error, age, left, who, str(of.hits),
     )  # fmt: skip
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import EntryInfo
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstore.stats import ERRORS, errors_of
 from kvstored.cli.exits import NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY, key_text, short_key, show_key
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, size, table
+from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, table
 from kvstored.cli.top import SCHEMA, repeat
 
 if TYPE_CHECKING:

@@ -112,7 +112,7 @@ def test_explain_finds_every_chunk_of_a_token_file(monkeypatch: pytest.MonkeyPat
                 done = CliRunner().invoke(cli, words)
                 assert done.exit_code == 0, done.output
                 rows = [json.loads(line) for line in done.output.splitlines()]
-                assert [row["tokens"] for row in rows] == ["0-16", "16-32", "32-40"]
+                assert [(row["first_token"], row["tokens"]) for row in rows] == [(0, 16), (16, 16), (32, 8)]
                 assert [row["state"] for row in rows] == ["held", "held", "never put"]
                 assert rows[0]["entry"]["pinned"]
                 assert not rows[1]["entry"]["pinned"]
