@@ -1,9 +1,12 @@
 # Operating: what CI runs in short forms, at length. Included by the Makefile.
 
-.PHONY: cli-docs wheels load fuzz fuzz-requests fuzz-records audit sbom
+.PHONY: docs cli-docs wheels load fuzz fuzz-requests fuzz-records audit sbom
 
 sbom: install  ## What is installed in .venv, as CycloneDX JSON on standard output
 	@$(BIN)/python tools/sbom.py
+
+docs: cli-docs  ## Write docs/api.md from the docstrings, and what cli-docs writes
+	@$(BIN)/python tools/api_docs.py > docs/api.md
 
 cli-docs: install  ## Write docs/cli.md and docs/kvstored.1 from the commands
 	@PYTHONPATH=.:daemon:client $(BIN)/python -m kvstored.cli.manual > docs/cli.md

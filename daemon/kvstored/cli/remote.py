@@ -56,7 +56,7 @@ def namespaces(context: click.Context, _: click.Parameter, incomplete: str) -> l
     except Exception:  # noqa: BLE001 - whatever it is, there is nowhere to say it: the shell shows a line being typed
         return []
     names = {name.removeprefix(_NAMESPACE) for name in values if name.startswith(_NAMESPACE)}
-    # A tenant's are TENANT/NAMESPACE there, and the option takes what is behind the tenant. A model's name may have "/".
+    # A tenant's are TENANT/NAMESPACE there, and the option takes the latter. A model's name may have "/", too.
     tenants = {name.removeprefix(_TENANT) for name in values if name.startswith(_TENANT)}
     own = {name.partition("/")[2] if name.partition("/")[0] in tenants else name for name in names}
     return sorted(name for name in own if name.startswith(incomplete))
