@@ -97,6 +97,21 @@ def test_another_identity_never_hits(harness: Harness, change: dict[str, Any]) -
     assert n == 0
 
 
+@pytest.mark.timeout(120)
+def test_a_prefix_of_several_chunks_is_pinned_as_it_is_put(harness: Harness) -> None:
+    """It never returned: the deepest chunk waited for the one before it, which is put after it."""
+    ns, (k, v) = namespace(harness), kv(48)
+    tokens = list(range(48))
+    assert ns.put_prefix(tokens[:16], k[:, :16], v[:, :16]) == 1
+    assert ns.put_prefix(tokens, k, v, pin=True) == 2
+    infos = [harness.cache.inspect(key) for key in ns.keys(tokens)]
+    assert [info is not None and info.pinned for info in infos] == [True, True, True]
+    other = list(range(100, 148))
+    assert ns.put_prefix(other, k, v, pin=True) == 3
+    assert all(info is not None and info.pinned for info in map(harness.cache.inspect, ns.keys(other)))
+    assert ns.unpin_prefix(other) == 3
+
+
 def test_an_exact_namespace_is_exact_below_hot(harness: Harness) -> None:
     ns, (k, v) = namespace(harness, fidelity="exact"), kv(32)
     tokens = list(range(32))
