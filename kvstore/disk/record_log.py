@@ -97,6 +97,7 @@ class RecordLog:
         # Sizes are the pending operations' to count: they alone know what is estimated and what is on disk.
         self._pending = Pending(count)
         self._seq = 0
+        self._start = 0, 0
         self._told: set[int | None] = set()
         self._rows = Rows(directory.index, capacity_nbytes // 4)
         segment_nbytes = min(max(capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
@@ -116,6 +117,7 @@ class RecordLog:
             raise
         self._directory.finish_check()
         self._seq = found.last_seq
+        self._start = len(found.keys), len(found.gone) - found.damaged
         self._writer.dirty.update(found.clamped)
         self.counters.corrupt_total += found.damaged
         if found.gone:
@@ -192,6 +194,9 @@ class RecordLog:
             "cold_pending_nbytes": float(self.pending_nbytes),
             "cold_disk_nbytes": float(self.disk_nbytes()),
             "cold_quarantined": float(self.quarantined is not None),
+            "cold_clean_start": float(self._directory.clean),
+            "cold_start_entries": float(self._start[0]),
+            "cold_start_expired": float(self._start[1]),
         }
 
     # Reading.

@@ -208,6 +208,7 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
     type=AmountType(),
     help='Memory for hot and warm together: "64GiB"; NF4 blocks: "1000blocks", or "1%" of the trace\'s.',
 )
+@click.option("--more", type=AmountType(), help="Also with so much more RAM: what it would bring.")
 @click.option("--disk", default="0", type=AmountType(), help="The cold tier. 0: none.")
 @click.option("--hot", default="0.1", help='Share of RAM for tensors as put, the rest NF4; "auto": learned.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
@@ -228,6 +229,7 @@ def simulate_command(
     as_json: bool,  # noqa: FBT001 - a flag
     requests: int | None,
     fleet: Asked | None,
+    more: Amount | None,
     **how: Any,
 ) -> None:
     """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors.
@@ -245,16 +247,30 @@ def simulate_command(
     asked = _read(trace, requests)
     setup = _setup(asked, **how)
     if fleet is not None:
+        if more is not None:
+            raise BadUsage("--more is about one host: leave out --hosts")
         simulate_fleets(fleet, asked, setup, plot, as_json=as_json)
         return
     report = _run(asked, setup, "simulating", quiet=as_json)
     best = optimum(asked, setup.ram_nbytes // setup.value_nbytes) / max(1, report.blocks)
     if plot is not None:
         plot.write_text(chart(_lines(asked, setup, quiet=as_json), "RAM, GiB", "block hits"), encoding="utf-8")
+    larger = None if more is None else _run(asked, _enlarged(asked, setup, more), "with more", quiet=as_json)
     if as_json:
-        print_json({**result(report), "optimum_as_put": best})
+        told = {} if larger is None else {"more": result(larger)}
+        print_json({**result(report), "optimum_as_put": best, **told})
         return
     _print(report, best)
+    if larger is not None and more is not None:
+        points = 100 * (larger.hit_ratio - report.hit_ratio)
+        click.echo(f"{more.text} more RAM: {larger.hit_ratio:.2%} hit, {points:+.2f} points")
+
+
+def _enlarged(asked: Sequence[Request], setup: "Setup", more: Amount) -> "Setup":
+    from kvstore.simulation.simulator import block_nbytes
+
+    unique = different_blocks(asked) if "%" in more.text else 0
+    return replace(setup, ram_nbytes=setup.ram_nbytes + more.nbytes(block_nbytes(setup), unique))
 
 
 def _setup(
