@@ -39,3 +39,7 @@ audit: .venv-fuzz/.installed  ## Known vulnerabilities of the pinned versions
 # --strict: a package that could not be looked up is no clean one. AUDIT_ARGS: --vulnerability-service osv, ...
 	.venv-fuzz/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --progress-spinner off \
 	  $(AUDIT_ARGS) || { echo "kvstored: a finding above, or a database that was not reached: then nothing is known"; exit 1; }
+
+.PHONY: new-user
+new-user: install  ## Play a new user with the built wheels: install, quick start, TLS, metrics, service (NEW_USER_ARGS)
+	@$(BIN)/python tools/new_user.py $(NEW_USER_ARGS)

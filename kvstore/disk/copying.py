@@ -223,7 +223,8 @@ class _Copy:
             if gone:
                 self._segments.free(self._rows.write({}, [self._keys[at] for at in gone]))
                 self._put_at[gone] = np.nan
-            self._missing |= len(there) > np.count_nonzero(~np.isnan(self._put_at[some.start : some.stop]))
+            copied = int(np.count_nonzero(~np.isnan(self._put_at[some.start : some.stop])))
+            self._missing = self._missing or len(there) > copied
             yield self._progress(len(self._keys))
 
     def _positions(self) -> Iterator[range]:

@@ -11,6 +11,7 @@ from kvstore.keys import Key
 from kvstore.metadata.slices import slices
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
+from kvstore.tiers.cold import Cold
 
 
 class DiskVerbs:
@@ -45,17 +46,16 @@ class DiskVerbs:
         file system without room, or a store without a disk.
         """
         self._check_open()
-        if self._r.cold is None:
+        if not isinstance(self._r.cold, Cold):
             raise ConfigError("this store has no disk to copy: cold.path is not set")
         check_target(Path(path))
-        return self._snapshot(Path(path))
+        return self._snapshot(self._r.cold, Path(path))
 
-    def _snapshot(self, path: Path) -> Iterator[Copied]:
-        assert self._r.cold is not None
+    def _snapshot(self, cold: Cold, path: Path) -> Iterator[Copied]:
         yield Copied(0, 0, 0, 0, 0)
         self.drain()
-        self._r.cold.flush_meta()
-        yield from copy(self._r.cold, _Above(self._r, self.drain), path)
+        cold.flush_meta()
+        yield from copy(cold, _Above(self._r, self.drain), path)
 
 
 class _Above:

@@ -164,7 +164,7 @@ def import_(data_dir: Path, files: tuple[Path, ...], ttl_s: float, as_json: bool
 
         where = data_dir / "cold" if not (data_dir / "STATE").exists() else data_dir
         become_owner_of(where if where.is_dir() else data_dir)
-        stores = {file: found for file in files if file.is_dir() and (found := cold_of(file)) is not None}
+        stores = {file: cold for file in files if file.is_dir() and (cold := cold_of(file)) is not None}
         found = files_of([file for file in files if file not in stores])
         with _bar("importing") as progress:
             refused = import_files(where, found, SystemClock(), ttl_s=ttl_s, progress=progress) if found else []

@@ -314,6 +314,25 @@ def test_completion_scripts_are_what_their_shells_parse(shell):
         subprocess.run([shell, "-n"], input=done.output, text=True, check=True)
 
 
+def test_ls_sums_by_namespace_or_tenant_the_largest_first(client, run):
+    for key, size, namespace in ((b"a", 1000, "small"), (b"b", 100_000, "big"), (b"c", 100_000, "big")):
+        client.put(key, {"x": np.zeros(size, np.uint8)}, namespace=namespace, fidelity="exact")
+    client.get(b"b")
+    rows = [json.loads(line) for line in run("ls", "--by", "namespace", "--json").splitlines()]
+    held = {row["namespace"]: row for row in rows}
+    assert {**held["big"], "tier_nbytes": 0} == {
+        "namespace": "big", "entries": 2, "value_nbytes": 200_000, "hits": 1, "tier_nbytes": 0,
+    }  # fmt: skip
+    assert 200_000 <= held["big"]["tier_nbytes"]["hot"] < 210_000
+    assert [row["namespace"] for row in rows if row["namespace"]] == ["big", "small"]
+    shown = run("ls", "--by", "namespace", "--namespace", "big")
+    assert re.search(r"^big +2 +19\d\.\d KiB +100\.0% +1 +hot 19\d\.\d KiB$", shown, re.MULTILINE)
+    client.demote(b"b")
+    below = [json.loads(line) for line in run("ls", "--by", "tenant", "--tier", "hot", "--json").splitlines()]
+    assert [row["tenant"] for row in below] == [""]
+    assert set(below[0]["tier_nbytes"]) == {"hot"}
+
+
 def completed(words, *, address, shell="bash"):
     """What a shell shows after the words, the last one begun."""
     typed = " ".join(["kvstored", *words])
