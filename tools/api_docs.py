@@ -1,6 +1,7 @@
 """Write docs/api.md from the docstrings: `python tools/api_docs.py > docs/api.md`. Reads the sources, imports none."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ class Place:
         raise LookupError(f"{self.file} has no {self.name}: mend tools/api_docs.py")
 
 
+def _text(node: ast.expr | ast.AnnAssign) -> str:
+    """An expression as the formatter writes it, which looks into Markdown, too: with double quotes."""
+    return re.sub(r"'([^'\"\\]*)'", r'"\1"', ast.unparse(node))
+
+
 def doc(node: ast.ClassDef | Function) -> str:
     """A docstring as Markdown: prose is prose, and what is indented stays a block."""
     text = ast.get_docstring(node, clean=True) or ""
@@ -91,7 +97,7 @@ def doc(node: ast.ClassDef | Function) -> str:
 
 def signature(node: Function, name: str) -> str:
     """NAME(arguments) -> result, with a line for each argument where one line is too long."""
-    result = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    result = f" -> {_text(node.returns)}" if node.returns is not None else ""
     short = f"{name}({_arguments(node)}){result}"
     if len(short) <= 110:
         return short
@@ -118,8 +124,8 @@ def _arguments(node: Function, apart: str = " ") -> str:
 
 
 def _one(arg: ast.arg, default: ast.expr | None) -> str:
-    kind = f": {ast.unparse(arg.annotation)}" if arg.annotation is not None else ""
-    value = "" if default is None else f" = {ast.unparse(default)}"
+    kind = f": {_text(arg.annotation)}" if arg.annotation is not None else ""
+    value = "" if default is None else f" = {_text(default)}"
     return f"{arg.arg}{kind}{value}"
 
 
@@ -139,7 +145,7 @@ def members(place: Place) -> Iterator[Function]:
 def fields(node: ast.ClassDef) -> list[str]:
     """The fields of a dataclass or named tuple, each a line of Python."""
     return [
-        ast.unparse(inner)
+        _text(inner)
         for inner in node.body
         if isinstance(inner, ast.AnnAssign)
         and isinstance(inner.target, ast.Name)
@@ -167,7 +173,7 @@ def described(place: Place) -> Iterator[str]:
         names = {d.id for d in inner.decorator_list if isinstance(d, ast.Name)}
         yield f"#### {place.name}.{inner.name}"
         if "property" in names:
-            kind = ast.unparse(inner.returns) if inner.returns is not None else "object"
+            kind = _text(inner.returns) if inner.returns is not None else "object"
             yield f"```python\n{inner.name}: {kind}\n```"
         else:
             yield f"```python\n{signature(inner, inner.name)}\n```"

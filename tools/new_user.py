@@ -181,7 +181,7 @@ def _linked(user: User) -> str:
     for found in there.iterdir():
         if "kvstored" not in found.name and found.suffix != ".pth" and not (packages / found.name).exists():
             (packages / found.name).symlink_to(found)
-    return "linked from the running Python: its index does not answer here"
+    return "linked from the running Python" + (", its index does not answer" if user.torch == "auto" else "")
 
 
 def doctor(user: User) -> str:
