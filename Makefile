@@ -48,6 +48,7 @@ test: packages install  ## All tests
 
 packages:  ## The Debian packages that the tests call, where root may install them
 	@tools/packages.sh
+	@tools/prometheus.sh --fetch >/dev/null || true
 
 engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of its own) and llama.cpp (compiled, 10 minutes)
 	@tools/model.sh $(BIN)/python

@@ -1,9 +1,12 @@
 # Operating: what CI runs in short forms, at length. Included by the Makefile.
 
-.PHONY: cli-docs wheels load fuzz fuzz-requests fuzz-records audit sbom
+.PHONY: docs cli-docs wheels load fuzz fuzz-requests fuzz-records audit sbom
 
 sbom: install  ## What is installed in .venv, as CycloneDX JSON on standard output
 	@$(BIN)/python tools/sbom.py
+
+docs: cli-docs  ## Write docs/api.md from the docstrings, and what cli-docs writes
+	@$(BIN)/python tools/api_docs.py > docs/api.md
 
 cli-docs: install  ## Write docs/cli.md and docs/kvstored.1 from the commands
 	@PYTHONPATH=.:daemon:client $(BIN)/python -m kvstored.cli.manual > docs/cli.md
@@ -36,3 +39,7 @@ audit: .venv-fuzz/.installed  ## Known vulnerabilities of the pinned versions
 # --strict: a package that could not be looked up is no clean one. AUDIT_ARGS: --vulnerability-service osv, ...
 	.venv-fuzz/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --progress-spinner off \
 	  $(AUDIT_ARGS) || { echo "kvstored: a finding above, or a database that was not reached: then nothing is known"; exit 1; }
+
+.PHONY: new-user
+new-user: install  ## Play a new user with the built wheels: install, quick start, TLS, metrics, service (NEW_USER_ARGS)
+	@$(BIN)/python tools/new_user.py $(NEW_USER_ARGS)

@@ -19,7 +19,8 @@ from examples.worker import Job
 from experiments import ExperimentFailed
 from experiments.daemon import daemon, environment
 from experiments.smollm import MODEL_NAME, convert, gguf_file
-from kvstored.cli.text import size, table
+from kvstore.printable import size
+from kvstored.cli.text import table
 
 ROOT = Path(__file__).parent.parent
 WORKER_TIMEOUT_S = 600.0

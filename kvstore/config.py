@@ -9,7 +9,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -282,6 +282,30 @@ class StoreConfig:
             if not self.shared.url:
                 raise ConfigError(f"{setting} is set and store.shared.url is not")
             check_range(setting, quota.shared_nbytes_per_day, 1, 1 << 60)
+
+
+def with_budgets(
+    config: StoreConfig, *, hot: int | str | None, warm: int | str | None, cold: int | str | None, ttl_s: float | None
+) -> StoreConfig:
+    """A configuration with other budgets, as bytes or as text ("8GiB"), and another TTL; None: as it was.
+
+    Raises ConfigError, also for a cold tier without a directory.
+    """
+    if cold is not None and config.cold.path is None:
+        raise ConfigError(f"cold={cold!r} needs a directory to write to: Store.open(PATH, cold=...)")
+    tiers = {
+        name: replace(tier, capacity_nbytes=_budget(name, size))
+        for name, tier, size in (("hot", config.hot, hot), ("warm", config.warm, warm), ("cold", config.cold, cold))
+        if size is not None
+    }
+    return replace(config, **tiers, **({} if ttl_s is None else {"ttl_s": ttl_s}))  # type: ignore[arg-type]  # by name
+
+
+def _budget(name: str, size: int | str) -> int:
+    try:
+        return parse_nbytes(size)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 LIVE = frozenset({"hot.capacity_nbytes", "warm.capacity_nbytes", "cold.capacity_nbytes", "ttl_s"})

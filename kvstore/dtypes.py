@@ -7,6 +7,7 @@ record as U8 bytes, with its real type in the record's metadata.
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,13 @@ class DType:
     wire: int
     safetensors: str | None
 
+
+DTypeName = Literal[
+    "float32", "float16", "bfloat16", "float64", "bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64",
+    "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "complex64",
+    "complex128",
+]  # fmt: skip
+"""The names of all of them, for type checkers."""
 
 _ALL = (
     DType("float32", 4, 1, "F32"),

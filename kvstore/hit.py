@@ -3,11 +3,14 @@
 Imports no torch: a light client imports this.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 from kvstore.dtypes import TensorSpec
+from kvstore.errors import KvstoreError
+from kvstore.printable import short_key
 
 Fidelity = Literal["auto", "exact"]
 FIDELITIES: tuple[Fidelity, ...] = ("auto", "exact")
@@ -18,7 +21,7 @@ TensorInfo = TensorSpec
 """What an `EntryInfo` says of each tensor, by its name for callers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Hit:
     """A value that was found.
 
@@ -40,6 +43,21 @@ class Hit:
     def relative_error(self) -> float:
         """The largest error in the receipt: 0.0 if every tensor is as it was put."""
         return max(self.receipt.values(), default=0.0)
+
+    def __repr__(self) -> str:
+        tensors = ", ".join(f"{name!r}: {_shown(x)}" for name, x in self.tensors.items())
+        return (
+            f"Hit(key={short_key(self.key)}, tensors={{{tensors}}}, tier={self.tier!r}, encoding={self.encoding!r}, "
+            f"lossy={self.lossy}, age_s={self.age_s:.3g}, relative_error={self.relative_error:.3g})"
+        )
+
+
+def _shown(x: Any) -> str:
+    """A tensor's type and shape, not its values."""
+    try:
+        return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    except (AttributeError, KvstoreError):  # no tensor, or one whose lease has ended
+        return type(x).__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,12 @@ class Match(int):
         match = super().__new__(cls, len(held))
         match.held = held
         return match
+
+    def __repr__(self) -> str:
+        tiers = Counter(held.tier for held in self.held)
+        return f"Match({', '.join([int.__repr__(self), *(f'{tier}: {count}' for tier, count in tiers.items())])})"
+
+    __str__ = int.__repr__  # in a sentence it is the number
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +133,19 @@ class Explanation:
     hits: int = 0
     entry: EntryInfo | None = None
     shared: str = ""
+
+
+class Copied(NamedTuple):
+    """The progress of a snapshot. done: of `total` keys, those that were dealt with. copied: entries in it so far.
+
+    nbytes: of their records. lost: entries that were damaged or could not be read, so they are not in it.
+    """
+
+    done: int
+    total: int
+    copied: int
+    nbytes: int
+    lost: int
 
 
 class Verified(NamedTuple):

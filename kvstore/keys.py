@@ -11,10 +11,11 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NewType, Required, Self, TypedDict
+from typing import Any, Literal, NewType, Required, Self, TypedDict, get_args
 
+from kvstore.dtypes import BY_NAME, DTypeName
 from kvstore.errors import InvalidEntry
-from kvstore.hit import FIDELITIES
+from kvstore.hit import FIDELITIES, Fidelity
 
 Key = NewType("Key", bytes)
 """What a key is below the verbs: bytes that `check_key` has seen."""
@@ -27,6 +28,11 @@ NAMESPACE_MAX_NBYTES = 96
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_MAX = 512
 """Above 512 tokens a chunk loses 3 to 13 points of hit ratio on chat traffic (Mooncake trace)."""
+Layout = Literal["lthd"]
+"""How a namespace's k and v are arranged: (layers, tokens, kv_heads, head_dim), K and V apart."""
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+_DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+"""Other words for dtypes: each would be another key, and a miss for ever."""
 IDENTITY_VERSION = 1
 """Raised when what a chunk holds changes meaning: old chunks are then never found again."""
 
@@ -116,8 +122,9 @@ def check_namespace(name: str) -> str:
 class Identity:
     """Everything that must be equal for cached keys and values to be interchangeable.
 
-    model, revision: which weights. dtype, layers, kv_heads, head_dim: the tensors. layout: how they are
-    arranged ("lthd": (layers, tokens, kv_heads, head_dim), K and V apart), in the caller's words.
+    model, revision: which weights. dtype, layers, kv_heads, head_dim: the tensors. layout: how they are arranged. Of
+    `namespace` it is one of LAYOUTS ("lthd": (layers, tokens, kv_heads, head_dim), K and V apart); an adapter that
+    keeps something else under an identity has a word of its own.
     rope: the RoPE configuration, if it differs from the revision's own. tp/pp rank and size: which shard.
     fidelity: "auto" or "exact"; it is part of the identity, so that a reader who demands exact bytes can never
     be served what another caller let become lossy.
@@ -142,6 +149,10 @@ class Identity:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise InvalidEntry(f"identity: {name} must be a non-empty string, got {value!r}")
+        if self.dtype not in BY_NAME:
+            meant = _DTYPE_WORDS.get(self.dtype.lower(), self.dtype.removeprefix("torch."))
+            hint = f"; did you mean {meant!r}?" if meant in BY_NAME else ""
+            raise InvalidEntry(f"identity: dtype must be one of {', '.join(BY_NAME)}, got {self.dtype!r:.60}{hint}")
         for name in ("layers", "kv_heads", "head_dim", "tp_size", "pp_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -168,25 +179,31 @@ class IdentityFields(TypedDict, total=False):
 
     model: Required[str]
     revision: Required[str]
-    dtype: Required[str]
+    dtype: Required[DTypeName]
     layers: Required[int]
     kv_heads: Required[int]
     head_dim: Required[int]
-    layout: Required[str]
+    layout: Required[Layout]
     rope: Mapping[str, object] | str | None
     tp_rank: int
     tp_size: int
     pp_rank: int
     pp_size: int
-    fidelity: str
+    fidelity: Fidelity
 
 
 def identity_of(fields: "Mapping[str, Any] | IdentityFields") -> Identity:
-    """An Identity from keyword arguments. Raises InvalidEntry for a missing or unknown field, naming it."""
+    """A namespace's Identity from keyword arguments. Raises InvalidEntry, naming the field that is wrong or missing."""
     try:
-        return Identity(**fields)
+        found = Identity(**fields)
     except TypeError as error:
         raise InvalidEntry(f"namespace: {str(error).removeprefix('Identity.__init__() ')}") from None
+    if found.layout not in LAYOUTS:
+        raise InvalidEntry(
+            f'namespace: layout must be "lthd", (layers, tokens, kv_heads, head_dim), got {found.layout!r:.60}: '
+            "arrange k and v so"
+        )
+    return found
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:

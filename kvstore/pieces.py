@@ -36,6 +36,9 @@ class Pieces:
     def __init__(self, cache: Any) -> None:
         self._cache = cache
 
+    def __repr__(self) -> str:
+        return repr(self._cache)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 

@@ -161,6 +161,11 @@ class Namespace:
         self.name = namespace_name(identity.model, self.digest)
         chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now, not at the first put
 
+    def __repr__(self) -> str:
+        own = self.identity
+        shape = f"{own.dtype} ({own.layers} layers, tokens, {own.kv_heads} kv_heads, {own.head_dim})"
+        return f"Namespace({self.name!r}, {shape}, {self.chunk_tokens} tokens a chunk, in {self._cache!r})"
+
     def keys(self, token_ids: Sequence[int]) -> list[bytes]:
         """The chain of keys of these tokens, root first; the last one may be of a partial chunk."""
         return chunk_keys(self.digest, token_ids, self.chunk_tokens)

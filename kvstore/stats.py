@@ -5,11 +5,14 @@ Counters only grow; gauges are read for the snapshot. All of them under the stor
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from itertools import accumulate, pairwise
 from math import inf
 from typing import Any, Literal, NamedTuple
+
+from kvstore.printable import printable, size
 
 MissCause = Literal["absent", "expired", "evicted", "deleted", "orphaned", "corrupt", "lost"]
 """absent: never put, or gone so long ago that nobody remembers. expired. evicted: for capacity or a quota. deleted: by
@@ -140,7 +143,7 @@ class TierStats:
     promotions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Stats:
     """A snapshot. values: by name, counters since start and gauges; tiers: by name, uppermost first."""
 
@@ -150,6 +153,50 @@ class Stats:
     def as_dict(self) -> dict[str, object]:
         """Plain dictionaries, for JSON."""
         return {"values": dict(self.values), "tiers": {name: asdict(tier) for name, tier in self.tiers.items()}}
+
+    def __repr__(self) -> str:
+        entries = f"{self.values.get('entries', 0):,.0f} entries"
+        return f"Stats({'; '.join([entries, *fills_text(self._fills()), ratio_text(self.values)])})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a bar for each tier, and the hit ratio."""
+        return fills_html(self._fills(), f"{self.values.get('entries', 0):,.0f} entries, {ratio_text(self.values)}")
+
+    def _fills(self) -> list[tuple[str, float, float]]:
+        return [(name, tier.used_nbytes, tier.capacity_nbytes) for name, tier in self.tiers.items()]
+
+
+Fill = tuple[str, float, float]
+"""A tier's name, bytes used, and its budget in bytes."""
+
+
+def fills_text(fills: Iterable[Fill]) -> list[str]:
+    """For each tier how full it is."""
+    return [f"{printable(name)} {size(used)} of {size(capacity)}" for name, used, capacity in fills]
+
+
+def ratio_text(values: Mapping[str, float]) -> str:
+    """The hit ratio in words: of tokens where callers say how many they look up, else of keys."""
+    for kind in ("tokens", "keys"):
+        asked = values.get(f"lookup_{kind}", 0)
+        if asked:
+            return f"hit ratio {values.get(f'lookup_hit_{kind}', 0) / asked:.1%} of {kind}"
+    return "no lookup yet"
+
+
+def fills_html(fills: Iterable[Fill], caption: str) -> str:
+    """A bar for each tier and a line below, as HTML for a notebook. Nothing is loaded, all text is escaped."""
+    rows = []
+    for name, used, capacity in fills:
+        share = used / capacity if capacity > 0 else 0.0
+        width = f"{100 * share:.1f}" if 0 <= share <= 1 else "100"
+        rows.append(
+            f"<tr><th style='text-align:left'>{escape(printable(name))}</th>"
+            "<td><div style='width:16em;border:1px solid #888'>"
+            f"<div style='width:{width}%;height:0.9em;background:#3a7bd5'></div></div></td>"
+            f"<td>{escape(size(used))} of {escape(size(capacity))}</td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table><p>{escape(caption)}</p>"
 
 
 class Setting(NamedTuple):

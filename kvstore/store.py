@@ -22,11 +22,11 @@ import torch
 
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs.choice import CodecChoice
-from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml
+from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml, with_budgets
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, Verified
+from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
 from kvstore.lookup import Lookup, check_saved
 from kvstore.metadata.block_events import BlockEvents
@@ -37,6 +37,7 @@ from kvstore.prefix import Namespace
 from kvstore.residency import departures, pins
 from kvstore.residency.answers import Answers
 from kvstore.residency.budget_verbs import BudgetVerbs
+from kvstore.residency.disk_verbs import DiskVerbs
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
@@ -47,12 +48,12 @@ from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.transcode import Room, TensorTranscoder
 from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.shared import Engine
-from kvstore.stats import Stats
+from kvstore.stats import Fill, Stats, fills_html, fills_text, ratio_text
 
 log = logging.getLogger(__name__)
 
 
-class Store(SharedVerbs, BudgetVerbs):
+class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     """A tiered store of tensors. Open one with `Store.open`; close it, or use it as a context manager."""
 
     def __init__(
@@ -89,10 +90,14 @@ class Store(SharedVerbs, BudgetVerbs):
                 self._sharing.source.start()
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - keyword-only, each one optional
         cls,
         source: str | Path | StoreConfig | None = None,
         *,
+        hot: int | str | None = None,
+        warm: int | str | None = None,
+        cold: int | str | None = None,
+        ttl_s: float | None = None,
         clock: Clock | None = None,
         framework: str = "auto",
         background: bool = True,
@@ -103,7 +108,9 @@ class Store(SharedVerbs, BudgetVerbs):
         """Open a store.
 
         source: a StoreConfig; a `.toml` file with its settings; a directory for the cold tier, the other settings at
-        their defaults; or None for a store in memory only. framework: what `get` returns, "torch", "numpy" or "auto".
+        their defaults; or None for a store in memory only. hot, warm, cold: the tiers' budgets in bytes, or as text
+        ("8GiB"), instead of the source's; ttl_s: seconds that an entry lives after its last use. framework: what `get`
+        returns, "torch", "numpy" or "auto".
         background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
         hot are made (see `arena`), by default ordinary memory. tenants: those known from the start, as for
         `register_tenant`, which costs more once the store holds something. engine: the shared store, instead of what
@@ -118,6 +125,7 @@ class Store(SharedVerbs, BudgetVerbs):
             config = from_mapping(StoreConfig, read_toml(source))
         else:
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
+        config = with_budgets(config, hot=hot, warm=warm, cold=cold, ttl_s=ttl_s)
         return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
                    tenants=tenants, engine=engine)  # fmt: skip
 
@@ -425,19 +433,6 @@ class Store(SharedVerbs, BudgetVerbs):
         if self._sharing is not None:
             self._sharing.source.run_once()
 
-    @without_torch_modes
-    def drain(self) -> int:
-        """Write to cold whatever is only in memory. Returns entries written."""
-        return self._mover.drain()
-
-    def verify(self) -> Iterator[Verified]:
-        """Read and check every record on disk while serving; how far it is after each. Damaged ones are dropped.
-
-        Does not count as use. Nothing to check, without a disk: one report of 0 records.
-        """
-        self._check_open()
-        return iter([Verified(0, 0, 0, 0)]) if self._r.cold is None else self._r.cold.verify()
-
     def heartbeat_age_s(self) -> float:
         """Seconds since the background thread last ended a turn: large when it hangs, on a disk for example."""
         return self._r.clock.now() - self._maintainer.turned_at
@@ -460,6 +455,28 @@ class Store(SharedVerbs, BudgetVerbs):
                 self._r.hot.close()
                 self._r.warm.close()
                 self._r.index.clear()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "Store(closed)"
+        at = f" at {self.config.cold.path}" if self._r.cold is not None else ""
+        parts = [f"{len(self._r.index):,} entries", *fills_text(self._fills()), ratio_text(self._lookups())]
+        return f"Store({'; '.join(parts)}{at})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a bar for each tier, and the hit ratio."""
+        if self._closed:
+            return "<p>Store(closed)</p>"
+        return fills_html(self._fills(), f"{len(self._r.index):,} entries, {ratio_text(self._lookups())}")
+
+    def _fills(self) -> list[Fill]:
+        # No lock and no disk: a debugger shows this, too.
+        tiers = (self._r.hot, self._r.warm, self._r.cold)
+        return [(tier.name, tier.used_nbytes, tier.capacity_nbytes) for tier in tiers if tier is not None]
+
+    def _lookups(self) -> dict[str, float]:
+        counted = self._r.counters.lookups
+        return {f"lookup_{name}": getattr(counted, name) for name in ("keys", "hit_keys", "tokens", "hit_tokens")}
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,8 @@
 
 On the data path a daemon that is down, draining or busy means a miss (False, 0): the caller prefills as if there were
 no cache. `on_error="raise"` raises instead. The caller's own mistakes always raise, and so do the operator's verbs
-(entries, inspect, evict, ping, stats, ...), for which nothing can stand in. Thread-safe; a forked child connects anew.
+(entries, inspect, evict, ping, stats, ...), for which nothing can stand in. After `close` every verb raises
+TierUnavailable. Thread-safe; a forked child connects anew.
 """
 
 import sys
@@ -19,7 +20,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 
 from kvstore import arrays
-from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
+from kvstore.hit import Copied, EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
@@ -219,6 +220,7 @@ class Client(Doors):
 
         So filling it is the only copy on this side. Dropped without a put it is freed.
         """
+        self._check_open()
         spec = TensorInfo(dtype, tuple(shape))
         framework = arrays.resolve_framework(self._framework)
         arrays.check_specs({"x": spec})
@@ -255,6 +257,19 @@ class Client(Doors):
             for message in messages:
                 reply = self._understood(pb.VerifyReply.FromString, message)
                 yield Verified(reply.checked, reply.total, reply.nbytes, reply.corrupt)
+
+    def snapshot(self, path: str) -> Iterator[Copied]:
+        """Have all entries copied to a directory of the daemon's host, while it serves; how far it is, in steps.
+
+        path: absolute, as the daemon sees it; not there yet, or empty. It is written by the daemon's user, with mode
+        0700, and whole when the last step was taken; if the iterator is closed before, nothing is left. A daemon takes
+        it as its `server.data_dir`. Raises ConfigError for a path that cannot be used or has no room, and if the daemon
+        cannot answer.
+        """
+        with closing(self._transport.stream_in(ADMIN + "Snapshot", pb.SnapshotRequest(directory=path))) as messages:
+            for message in messages:
+                reply = self._understood(pb.SnapshotReply.FromString, message)
+                yield Copied(reply.done, reply.total, reply.copied, reply.nbytes, reply.lost)
 
     def check_shared(self) -> list[str]:
         """What is wrong with the store that the daemon shares with other hosts, a sentence each; empty: nothing.
@@ -345,10 +360,22 @@ class Client(Doors):
         return Namespace(self, identity_of(identity), chunk_tokens)
 
     def close(self) -> None:
-        """End the connection. Closing twice is harmless. Tensors of `empty` stay readable."""
+        """End the connection. Closing twice is harmless. Tensors of `empty` stay readable.
+
+        Later calls raise TierUnavailable; those that are under way in other threads end as if the daemon had stopped.
+        """
         if self._pool is not None:
             self._pool.close()
         self._transport.close()
+
+    def __repr__(self) -> str:
+        at = self._transport
+        state = "closed" if at.closed else "not asked for a while after failures" if at.breaker.is_open else "open"
+        memory = "shared memory" if self._pool is not None else "no shared memory"
+        return (
+            f"Client({self.address!r}, {state}, timeout_s={at.timeout_s:g}, on_error={self._on_error!r}, {memory}, "
+            f"failures={self.failures})"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -111,8 +111,13 @@ class Doors:
         self._transport.saw_epoch(reply.boot_epoch)
         return reply
 
+    def _check_open(self) -> None:
+        if self._transport.closed:
+            raise TierUnavailable("this client is closed: make another one, or close it later")
+
     def _operate(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
         """A verb of the operator's."""
+        self._check_open()
         try:
             return self._transport.unary(ADMIN + verb, request, reply)
         except SOFT:
@@ -120,7 +125,12 @@ class Doors:
             raise
 
     def _data(self, call: Callable[P, T], otherwise: T, *args: P.args, **kwargs: P.kwargs) -> T:
-        """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised."""
+        """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised.
+
+        Raises TierUnavailable of a closed client, whatever the caller wants: that is no daemon in trouble, and misses
+        for ever would hide it.
+        """
+        self._check_open()
         try:
             return call(*args, **kwargs)
         except SOFT as error:

@@ -53,6 +53,11 @@ class LiveSettings:
         self._origins = dict(origins)
         self._changing = threading.Lock()
 
+    @property
+    def data_dir(self) -> str:
+        """Where the daemon's data lies; no change without a restart."""
+        return self._settings.server.data_dir
+
     def rows(self) -> list[Setting]:
         """Every setting, in the order of the file's reference."""
         return [

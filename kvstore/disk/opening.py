@@ -62,12 +62,13 @@ UNFINISHED = "unfinished"
 class Directory:
     """A cold directory held by this process. quarantined: why opening emptied it, None if it did not.
 
-    checking: the check of each byte of the index, while it goes on.
+    clean: it was closed in order, or is new. checking: the check of each byte of the index, while it goes on.
     """
 
     path: Path
     lock_fd: int
     quarantined: str | None = None
+    clean: bool = True
     checking: "Check | None" = None
 
     @property
@@ -185,6 +186,7 @@ def _check(directory: Directory, verify_timeout_s: float, *, meanwhile: bool) ->
         _empty(directory)
         return
     clean = state is not None and state.get("clean") is True and index_is_whole(directory.index / "data.mdb")
+    directory.clean = clean
     meanwhile = meanwhile and state is not None and state.get("loading") is False
     problem = verify(directory.index, verify_timeout_s, "quick" if clean else "read" if meanwhile else "whole")
     if problem == UNFINISHED:

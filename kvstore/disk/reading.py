@@ -46,6 +46,24 @@ def _entry(segments: Segments, key: Key, row: Row, seals: Seals) -> Entry:
     return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest(), seals)
 
 
+def read_record(segments: Segments, key: Key, row: Row) -> Bytes:
+    """The bytes of the record that a row names: what its checksums say, neither opened nor decoded.
+
+    Raises RecordCorrupt or OSError.
+    """
+    record = np.empty(row.place.nbytes, np.uint8)
+    digest = xxhash.xxh3_64()
+    for at in range(0, record.size, PIECE_NBYTES):
+        _fill(segments, row, [record[at : at + PIECE_NBYTES]], at)
+        digest.update(record[max(at, row.head_nbytes) : at + PIECE_NBYTES].data)
+    with Blaming(RecordCorrupt, "record"):  # the boundary, as above
+        head = parse_head(record[: row.head_nbytes].tobytes(), key)
+        _check_sizes(head, row)
+        if head.data_xxh3 != digest.intdigest():
+            raise RecordCorrupt("checksum of the data does not match")
+    return record
+
+
 def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None:
     try:
         nbytes = segments.read(row.place, buffers, skip)

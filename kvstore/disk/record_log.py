@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Protocol
 
-from kvstore.disk import Disk
+from kvstore.disk import Bytes, Disk
 from kvstore.disk.opening import Directory
 from kvstore.disk.pending import Delete, Pending, Put
-from kvstore.disk.reading import read_entry, read_specs
+from kvstore.disk.reading import read_entry, read_record, read_specs
 from kvstore.disk.recovery import Recovered, recover
 from kvstore.disk.rows import Row, Rows
 from kvstore.disk.segments import Segments
@@ -97,6 +97,7 @@ class RecordLog:
         # Sizes are the pending operations' to count: they alone know what is estimated and what is on disk.
         self._pending = Pending(count)
         self._seq = 0
+        self._start = 0, 0
         self._told: set[int | None] = set()
         self._rows = Rows(directory.index, capacity_nbytes // 4)
         segment_nbytes = min(max(capacity_nbytes // SEGMENTS_PER_TIER, SEGMENT_MIN_NBYTES), SEGMENT_MAX_NBYTES)
@@ -116,6 +117,7 @@ class RecordLog:
             raise
         self._directory.finish_check()
         self._seq = found.last_seq
+        self._start = len(found.keys), len(found.gone) - found.damaged
         self._writer.dirty.update(found.clamped)
         self.counters.corrupt_total += found.damaged
         if found.gone:
@@ -192,6 +194,9 @@ class RecordLog:
             "cold_pending_nbytes": float(self.pending_nbytes),
             "cold_disk_nbytes": float(self.disk_nbytes()),
             "cold_quarantined": float(self.quarantined is not None),
+            "cold_clean_start": float(self._directory.clean),
+            "cold_start_entries": float(self._start[0]),
+            "cold_start_expired": float(self._start[1]),
         }
 
     # Reading.
@@ -218,6 +223,31 @@ class RecordLog:
         except (RecordCorrupt, TierUnavailable, OSError) as error:
             self._distrust(key, found, error)
             return None
+
+    def row_of(self, key: Key) -> Row | None:
+        """The row that is valid now; None for a key that is not held, or waits to be written."""
+        with self.changed:
+            there = self._pending.find(key) is None and self._holder.holds(key)
+            return self._rows.get(key) if there else None
+
+    def raw(self, key: Key) -> tuple[Row, Bytes] | None:
+        """A key's row and its record, whose checksums match; None: not here, or damaged and dropped, or unreadable.
+
+        Of a key that is being put anew the record that is still on the disk.
+        """
+        while True:
+            with self.changed:
+                gone = isinstance(self._pending.find(key), Delete) or not self._holder.holds(key)
+                row = None if gone else self._rows.get(key)
+            if row is None:
+                return None
+            try:
+                return row, read_record(self._segments, key, row)
+            except (RecordCorrupt, OSError):
+                now = self.row_of(key)
+                if now is None or now.place == row.place:
+                    self.get(key)  # damaged: it is dropped and counted there; or it left meanwhile
+                    return None
 
     def _find(self, key: Key) -> Entry | Row | None:
         with self.changed:

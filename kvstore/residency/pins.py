@@ -83,6 +83,12 @@ class _Pinning:
         while r.lock.steps > 0:
             r.lock.steps -= 1
             meta = r.index.get(path[-1])
+            if meta is None and len(path) > 1:
+                # A chain is put deepest first: the chunk before is not here yet, and is pinned when it comes.
+                path.pop()
+                if path[-1] in r.leaving:  # or it has left, and what continues it is about to
+                    path.clear()
+                return True
             if meta is None:
                 return False
             if path[-1] in r.leaving or not r.in_a_tier(path[-1]):
@@ -101,7 +107,8 @@ class _Pinning:
         r = self._r
         for _ in range(min(SLICE, len(path))):
             meta = r.index.get(path[-1])
-            if meta is None or (meta.parent is not None and not self._holds(r.index[meta.parent])):
+            before = None if meta is None or meta.parent is None else r.index.get(meta.parent)
+            if meta is None or (before is not None and not self._holds(before)):
                 return False
             self._pin_one(path.pop())
         return True

@@ -22,11 +22,12 @@ import numpy as np
 
 from kvstore.clock import Clock
 from kvstore.config import ColdConfig
-from kvstore.disk import Disk, SystemDisk
+from kvstore.disk import Bytes, Disk, SystemDisk
 from kvstore.disk.occupancy import place_nbytes, places_nbytes
 from kvstore.disk.opening import Directory, IndexDamaged, start_empty, take
 from kvstore.disk.record_log import WAIT_S, RecordLog
 from kvstore.disk.recovery import Recovered, no_garbage_collection
+from kvstore.disk.rows import Row
 from kvstore.disk.scrub import SCRUB_NBYTES, Scrubber, verify
 from kvstore.disk.writer import ROW_NBYTES, Counters
 from kvstore.entries.entry import Described, Entry
@@ -192,6 +193,19 @@ class Cold:
     def verify(self) -> Iterator[Verified]:
         """Check every record while serving."""
         return verify(self)
+
+    @property
+    def unreadable_total(self) -> int:
+        """Records found damaged, or not readable, since the tier was opened."""
+        return self._records.counters.corrupt_total + self._records.counters.read_errors
+
+    def row_of(self, key: Key) -> Row | None:
+        """The row that is valid now; None for a key that is not held, or waits to be written."""
+        return self._records.row_of(key)
+
+    def raw(self, key: Key) -> tuple[Row, Bytes] | None:
+        """A key's row and its record as it is on the disk; None: it left, or cannot be read."""
+        return self._records.raw(key)
 
     def gauges(self) -> dict[str, float]:
         """Numbers by name for the store's stats."""

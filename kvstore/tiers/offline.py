@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
@@ -200,6 +200,34 @@ def import_files(
             progress(done, len(files))
         cold.flush()
     return refused
+
+
+def cold_of(path: Path) -> Path | None:
+    """The cold directory that a data directory or snapshot has, or is; None: it is neither."""
+    return next((found for found in (path / "cold", path) if (found / "STATE").is_file()), None)
+
+
+def import_snapshot(
+    path: Path, source: Path, clock: Clock, *, ttl_s: float, progress: Progress = lambda *_: None
+) -> Exported:
+    """Put the entries of another cold directory into a directory, to live for `ttl_s` seconds. Chains stay chains.
+
+    Each is as it was there. Encrypted ones are lost: only a daemon has their key files. Nobody may use either directory
+    meanwhile.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    written = 0
+    with opened(source, clock) as (held, known), opened(path, clock) as (cold, metas):
+        for done, key in enumerate(held.keys(), start=1):
+            entry, meta = held.get(key), known.get(key)
+            if entry is not None and meta is not None:
+                metas[key] = replace(meta, expires_at=clock.now() + ttl_s, ttl_s=ttl_s)
+                cold.displace(entry)
+                cold.put(entry)
+                written += 1
+            progress(done, len(known))
+        cold.flush()
+        return Exported(written, len(known) - written)
 
 
 def _imported(file: Path) -> Entry:

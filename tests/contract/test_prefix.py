@@ -84,7 +84,6 @@ def test_chunks_already_held_are_not_sent_again(harness: Harness) -> None:
         {"revision": "r2"},
         {"dtype": "bfloat16"},
         {"model": "n"},
-        {"layout": "hltd"},
         {"rope": {"theta": 1e6}},
         {"tp_rank": 1, "tp_size": 2},
         {"pp_rank": 0, "pp_size": 2},
@@ -96,6 +95,21 @@ def test_another_identity_never_hits(harness: Harness, change: dict[str, Any]) -
     namespace(harness).put_prefix(list(range(16)), k, v)
     n, _, _ = namespace(harness, **change).get_prefix(list(range(16)))
     assert n == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_prefix_of_several_chunks_is_pinned_as_it_is_put(harness: Harness) -> None:
+    """It never returned: the deepest chunk waited for the one before it, which is put after it."""
+    ns, (k, v) = namespace(harness), kv(48)
+    tokens = list(range(48))
+    assert ns.put_prefix(tokens[:16], k[:, :16], v[:, :16]) == 1
+    assert ns.put_prefix(tokens, k, v, pin=True) == 2
+    infos = [harness.cache.inspect(key) for key in ns.keys(tokens)]
+    assert [info is not None and info.pinned for info in infos] == [True, True, True]
+    other = list(range(100, 148))
+    assert ns.put_prefix(other, k, v, pin=True) == 3
+    assert all(info is not None and info.pinned for info in map(harness.cache.inspect, ns.keys(other)))
+    assert ns.unpin_prefix(other) == 3
 
 
 def test_an_exact_namespace_is_exact_below_hot(harness: Harness) -> None:

@@ -84,27 +84,6 @@ def test_the_recipe_for_asyncio_runs(daemon):
     assert ran(code, daemon.address) == "8 hits\n"
 
 
-def test_each_of_the_ten_questions_is_answered_by_its_command(daemon, tmp_path, monkeypatch):
-    ran(blocks("tutorial.md", "python")[0], daemon.address)
-    monkeypatch.chdir(tmp_path)
-    Path("prompt.json").write_text(json.dumps(list(range(1000))))
-    Path("identity.json").write_text(json.dumps(IDENTITY | {"layout": "lthd"}))
-    trace = str(ROOT / "tests/data/mooncake_conversation.jsonl.xz")
-    key = json.loads(invoked(["ls", "--json"], daemon.address)[1].splitlines()[0])["key"]
-    rows = re.findall(
-        r"^\| ([^|]+\?) \| `kvstored ([^`]+)` \| (.+) \|$", (DOCS / "questions.md").read_text(), re.MULTILINE
-    )
-    assert len(rows) == 10
-    for question, command, _ in rows:
-        words = [{"KEY": key, "TRACE": trace}.get(word, word) for word in shlex.split(command)]
-        code, output = invoked(words, daemon.address)
-        # doctor looks at this machine, which may have too little memory for the defaults.
-        assert code == 0 or (words == ["doctor"] and code == 4), f"{question}: {output}"
-        assert output.strip(), question
-    code, output = invoked(shlex.split(rows[8][1]), daemon.address)
-    assert "hot" in output
-
-
 def shell(text: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-euc", f'kvstored() {{ {PROGRAM} "$@"; }}\n{text}'], cwd=cwd, env=environment(**extra),
@@ -136,8 +115,11 @@ def test_the_five_commands_for_tls_give_a_daemon_that_a_worker_reaches(daemon_fa
 def test_a_copied_directory_is_served_and_an_export_is_imported_by_the_commands_of_the_page(daemon_factory, tmp_path):
     first = daemon_factory()
     first.client().put(b"kept", {"x": np.ones(3, np.float32)}, fidelity="exact")
-    backup, export = blocks("deployment.md", "sh")[2:4]
+    snapshot, backup, export = blocks("deployment.md", "sh")[2:5]
     data = str(first.directory / "data")
+    done = shell(snapshot.replace("/var/lib/kvstored", data), tmp_path, KVSTORED_ADDRESS=first.address)
+    assert done.returncode == 0, done.stderr
+    assert "1 entries" in invoked(["fsck", "--data-dir", f"{data}/snapshot"], "")[1]
     assert "cp -a /var/lib/kvstored /backup/kvstored" in backup
     assert invoked(["drain"], first.address)[0] == 0
     assert first.stop() == 0

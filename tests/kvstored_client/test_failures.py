@@ -146,12 +146,22 @@ def test_what_the_daemon_finds_too_large_raises_and_what_it_has_no_room_for_now_
     assert client.put(b"after", X)
 
 
-def test_a_closed_client_raises_or_misses_but_never_hangs(shared_daemon):
-    client = shared_daemon.client(on_error="miss")
+@pytest.mark.parametrize("on_error", ["miss", "raise"])
+def test_every_verb_of_a_closed_client_says_that_it_is_closed(shared_daemon, on_error):
+    """It answered misses: a worker that closed its client too early had a cache that never hit, and no error."""
+    client = shared_daemon.client(on_error=on_error)
     client.close()
     client.close()
-    assert client.get(b"k") is None
-    assert client.put(b"k", X) is False
+    for call in (
+        lambda: client.get(b"k"), lambda: client.get_many([b"k"]), lambda: client.put(b"k", X),
+        lambda: client.put_many([(b"k", X)]), lambda: client.match([b"k"]), lambda: client.locate([b"k"]),
+        lambda: client.touch([b"k"]), lambda: client.delete(b"k"), lambda: client.pin(b"k"), lambda: client.unpin(b"k"),
+        lambda: client.empty((1,)), lambda: client.lease(b"k").__enter__(), client.stats, client.ping, client.drain,
+        lambda: client.inspect(b"k"), lambda: list(client.entries()), lambda: list(client.verify()),
+        lambda: client.report(prefill_saved_s=1.0), client.settings,
+    ):  # fmt: skip
+        with pytest.raises(TierUnavailable, match="this client is closed"):
+            call()
 
 
 def test_a_forked_child_has_a_connection_of_its_own(shared_daemon):

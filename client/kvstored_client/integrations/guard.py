@@ -78,6 +78,10 @@ class Guard:
         self._callers.run(_Call(lambda: self.cache.locate([b"kvstored"])))
         _alive.add(self)
 
+    def __repr__(self) -> str:
+        told = f"failures={self.failures}, refused={self.refused}, dropped={self.dropped}"
+        return f"Guard({self._cache!r}, {told})"
+
     @property
     def cache(self) -> Any:
         """The cache behind the guard, with calls of any number of keys."""

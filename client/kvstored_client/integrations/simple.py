@@ -69,6 +69,10 @@ class _KVCache:
         self._missed_at: OrderedDict[bytes, float] = OrderedDict()
         self._saved_s = 0.0
 
+    def __repr__(self) -> str:
+        told = f"{len(self._held):,} put, {self._hits:,} hits, {self._misses:,} misses"
+        return f"{type(self).__name__}({told}, in {self._guard.cache!r})"
+
     def _config(self, capacity_nbytes: int) -> StoreConfig:
         raise NotImplementedError
 

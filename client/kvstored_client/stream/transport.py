@@ -172,6 +172,11 @@ class Transport:
             self.on_fork()
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def boot_epoch(self) -> int:
         """The daemon's last one seen."""
         return self._lives[0]

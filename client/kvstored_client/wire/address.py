@@ -51,6 +51,11 @@ def parse_address(text: str) -> str:
         if len(os.fsencode(path)) > 101:
             raise ValueError(f"a socket path has at most 101 bytes, got {len(os.fsencode(path))}: {path}")
         return f"unix:{path}"
+    if "://" in address:
+        raise ValueError(
+            f"not an address: {text!r}; the daemon speaks gRPC, not {address.partition('://')[0]}: "
+            "write unix:PATH, tcp:HOST:PORT or tls:HOST:PORT"
+        )
     host, colon, port = address.removeprefix("tls:").removeprefix("tcp:").rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
         raise ValueError(f"not an address: {text!r}; write unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")

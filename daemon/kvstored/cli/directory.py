@@ -14,10 +14,9 @@ from pathlib import Path
 import click
 
 from kvstore.ownership import user_name
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstored.cli.exits import REFUSED, BadUsage, errors_as_exit_codes
 from kvstored.cli.remote import print_json
-from kvstored.cli.text import size
 from kvstored.host.become import become_owner_of
 
 _DIRECTORY = click.option(
@@ -154,24 +153,30 @@ def _target(target: Path, cold: Path) -> int:
               help="Seconds that the entries live after their last use.")  # fmt: skip
 @_JSON
 def import_(data_dir: Path, files: tuple[Path, ...], ttl_s: float, as_json: bool) -> None:  # noqa: FBT001 - a flag
-    """Put exported FILES, or all in a directory that `export` wrote. Exit code 4: a line says which were refused.
+    """Put exported FILES, or all that `export` or `snapshot` wrote to a directory. Exit code 4: some were refused.
 
     The others are put. A file is refused if kvstored did not export it, if it is damaged, if it does not decode, or if
     it is a link. Root runs this as the directory's owner, who has to be able to read them.
     """
     with errors_as_exit_codes(""):
         from kvstore.clock import SystemClock
-        from kvstore.tiers.offline import files_of, import_files
+        from kvstore.tiers.offline import cold_of, files_of, import_files, import_snapshot
 
         where = data_dir / "cold" if not (data_dir / "STATE").exists() else data_dir
         become_owner_of(where if where.is_dir() else data_dir)
-        found = files_of(list(files))
+        stores = {file: cold for file in files if file.is_dir() and (cold := cold_of(file)) is not None}
+        found = files_of([file for file in files if file not in stores])
         with _bar("importing") as progress:
-            refused = import_files(where, found, SystemClock(), ttl_s=ttl_s, progress=progress)
+            refused = import_files(where, found, SystemClock(), ttl_s=ttl_s, progress=progress) if found else []
+            entries = len(found) - len(refused)
+            for file, source in stores.items():
+                told = import_snapshot(where, source, SystemClock(), ttl_s=ttl_s, progress=progress)
+                entries += told.entries
+                refused += [f"{printable(file)}: {told.lost} entries could not be read"] if told.lost else []
     if as_json:
-        print_json({"entries": len(found) - len(refused), "refused": refused})
+        print_json({"entries": entries, "refused": refused})
     else:
-        click.echo("\n".join([*refused, f"{len(found) - len(refused)} entries"]))
+        click.echo("\n".join([*refused, f"{entries} entries"]))
     if refused:
         sys.exit(REFUSED)
 

@@ -17,8 +17,8 @@ import click
 
 from kvstore.errors import ConfigError, KvstoreError
 from kvstore.ownership import check_private, everybody_reads
+from kvstore.printable import size
 from kvstored.cli.exits import REFUSED, UNREACHABLE, errors_as_exit_codes
-from kvstored.cli.text import size
 
 if TYPE_CHECKING:
     from kvstored.settings import Settings

@@ -9,13 +9,13 @@ import click
 from kvstore.arrays import describe
 from kvstore.errors import InvalidEntry
 from kvstore.hit import Fidelity
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstored.cli.exits import BadUsage, NotHeld, Refused
 from kvstored.cli.keytext import KEY, key_text, show_key
 from kvstored.cli.progress import waiting
 from kvstored.cli.remote import print_json, remote, report_count
 from kvstored.cli.tensorfile import read_tensors, write_tensors
-from kvstored.cli.text import accuracy, duration, receipt_dict, size
+from kvstored.cli.text import accuracy, duration, receipt_dict
 
 if TYPE_CHECKING:
     from kvstored_client import Client

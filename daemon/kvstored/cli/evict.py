@@ -1,21 +1,21 @@
-"""`kvstored evict`, `demote`, `promote`, `flush`, `drain` and `verify`: make room, write to disk, check it, by hand."""
+"""`kvstored evict`, `demote`, `promote`, `flush`, `drain`, `verify`, `snapshot`: make room, check and copy the disk."""
 
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvstore.hit import EntryInfo, Verified
-from kvstore.printable import printable
+from kvstore.hit import Copied, EntryInfo, Verified
+from kvstore.printable import printable, size
 from kvstored.cli.exits import REFUSED, BadUsage, NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY
 from kvstored.cli.progress import waiting
-from kvstored.cli.remote import print_json, remote, report_count
-from kvstored.cli.text import size
+from kvstored.cli.remote import namespaces, print_json, remote, report_count
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -105,7 +105,12 @@ def over_fitting(client: "Client", verb: _Verb, filters: Filters, *, as_json: bo
 
 
 @click.command()
-@click.option("--namespace", default="", help="Only entries put under this name, its versions NAME@... included.")
+@click.option(
+    "--namespace",
+    default="",
+    shell_complete=namespaces,
+    help="Only entries put under this name, its versions NAME@... included.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @remote
 def flush(client: "Client", as_json: bool, namespace: str, yes: bool) -> None:  # noqa: FBT001 - `remote` calls it
@@ -163,4 +168,33 @@ def verify(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` 
         sys.exit(REFUSED)
 
 
-COMMANDS = (*map(_command, _VERBS), flush, drain, verify)
+@click.command()
+@click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
+@remote
+def snapshot(client: "Client", as_json: bool, target: Path) -> None:  # noqa: FBT001 - `remote` calls it
+    """Copy all entries to DIR while the daemon serves: a backup. Exit code 4: some could not be read, and are left out.
+
+    DIR is made by the daemon, on its host and as its user, with mode 0700; one that is there must be empty. To restore
+    it, start a daemon with DIR, or a copy of it, as its server.data_dir, or put its entries into another directory:
+    kvstored import. Interrupted, it leaves nothing.
+    """
+    where, found = target.absolute(), Copied(0, 0, 0, 0, 0)
+    with click.progressbar(length=1, label="copying", file=sys.stderr) as bar:
+        for found in client.snapshot(str(where)):
+            bar.length = max(found.total, 1)
+            bar.update(found.done - bar.pos)
+        bar.update(max(found.total, 1) - bar.pos)
+    if as_json:
+        print_json({"verb": "snapshot", "directory": str(where), "entries": found.copied, "nbytes": found.nbytes,
+                    "lost": found.lost})  # fmt: skip
+    else:
+        lost = f", {found.lost} could not be read" if found.lost else ""
+        click.echo(f"{printable(where)}: {found.copied} entries, {size(found.nbytes)}{lost}")
+    if client.address.startswith("unix:") and where.parent.is_dir() and not where.exists():
+        click.echo(f"kvstored: {printable(where)} is not there for this shell: the service has a /tmp of its own, so "
+                   "name a directory elsewhere, such as /var/lib/kvstored/snapshot", err=True)  # fmt: skip
+    if found.lost:
+        sys.exit(REFUSED)
+
+
+COMMANDS = (*map(_command, _VERBS), flush, drain, verify, snapshot)

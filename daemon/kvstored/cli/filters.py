@@ -11,6 +11,7 @@ from kvstore.config import parse_nbytes
 from kvstore.errors import ConfigError
 from kvstore.hit import EntryInfo
 from kvstored.cli.keytext import KEY
+from kvstored.cli.remote import namespaces
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -74,7 +75,12 @@ def filtered(function: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("--tier", type=click.Choice(["hot", "warm", "cold"]), help="Only entries that this tier holds.")
     @click.option("--prefix", type=KEY, default=b"", help="Only keys with this beginning.")
-    @click.option("--namespace", default="", help="Only entries put under this name, its versions NAME@... included.")
+    @click.option(
+        "--namespace",
+        default="",
+        shell_complete=namespaces,
+        help="Only entries put under this name, its versions NAME@... included.",
+    )
     @click.option("--tenant", default="", help="Only entries of this tenant.")
     @click.option("--encoding", help="Only entries held in this encoding: raw, nf4, ...")
     @click.option("--older-than-s", type=click.FloatRange(min=0), help="Only entries that were put longer ago.")

@@ -11,10 +11,11 @@ import click
 
 from kvstore.config import parse_nbytes
 from kvstore.errors import ConfigError
+from kvstore.printable import size
 from kvstore.simulation.trace import Request
 from kvstored.cli.plot import Line, chart, stacked
 from kvstored.cli.remote import print_json
-from kvstored.cli.text import size, table
+from kvstored.cli.text import table
 
 if TYPE_CHECKING:
     from kvstore.simulation.fleet import Fleet, FleetReport, FleetSimulation

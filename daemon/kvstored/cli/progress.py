@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import click
 
-from kvstored.cli.text import duration, size
+from kvstore.printable import size
+from kvstored.cli.text import duration
 
 _SHOW_AFTER_S = 0.5
 """Seconds before the line is shown: shorter work needs none."""

@@ -40,6 +40,31 @@ def _client(address: str, timeout_s: float) -> "Client":
         raise BadUsage(str(error)) from None
 
 
+COMPLETION_S = 0.5
+"""How long a shell waits for names after the key is pressed: then it has none."""
+
+
+def namespaces(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """For a shell's completion: the running daemon's namespaces that begin so. Silent where it does not answer."""
+    from kvstored_client import Client
+    from kvstored_client.wire.address import default_address
+
+    try:
+        given = {name: context.params.get(name) for name in CREDENTIALS}
+        with shown(given), Client(context.params.get("address") or default_address(), timeout_s=COMPLETION_S) as client:
+            values = client.stats().values
+    except Exception:  # noqa: BLE001 - whatever it is, there is nowhere to say it: the shell shows a line being typed
+        return []
+    names = {name.removeprefix(_NAMESPACE) for name in values if name.startswith(_NAMESPACE)}
+    # A tenant's are TENANT/NAMESPACE there, and the option takes the latter. A model's name may have "/", too.
+    tenants = {name.removeprefix(_TENANT) for name in values if name.startswith(_TENANT)}
+    own = {name.partition("/")[2] if name.partition("/")[0] in tenants else name for name in names}
+    return sorted(name for name in own if name.startswith(incomplete))
+
+
+_NAMESPACE, _TENANT = "namespace_nbytes_", "tenant_nbytes_"
+
+
 def print_json(value: object) -> None:
     """Print one line of JSON, in ASCII. NaN and infinity, which JSON cannot express, are null."""
     click.echo(json.dumps(_known(value), separators=(", ", ": "), allow_nan=False))

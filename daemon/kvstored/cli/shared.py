@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstored.cli.exits import NOT_HELD, NotHeld
 from kvstored.cli.progress import waiting
-from kvstored.cli.remote import print_json, remote
-from kvstored.cli.text import duration, size, table
+from kvstored.cli.remote import namespaces, print_json, remote
+from kvstored.cli.text import duration, table
 
 if TYPE_CHECKING:
     from kvstored_client import Client
@@ -90,7 +90,7 @@ def check(client: "Client", as_json: bool) -> None:  # noqa: FBT001 - `remote` c
 
 
 @remote_store.command()
-@click.option("--namespace", help="Only what was put under this name.")
+@click.option("--namespace", shell_complete=namespaces, help="Only what was put under this name.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @remote
 def flush(client: "Client", as_json: bool, namespace: str | None, yes: bool) -> None:  # noqa: FBT001

@@ -1,21 +1,11 @@
-"""Text for people: aligned tables, sizes, durations. Pure."""
+"""Text for people: aligned tables, durations. Pure."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 
-_SIZE_STEP = 1024
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
-
-
-def size(nbytes: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < _SIZE_STEP:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= _SIZE_STEP
-    return f"{nbytes:.1f} TiB"
 
 
 def duration(seconds: float) -> str:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.errors import TierUnavailable
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstore.shared.breaker import OPEN
 from kvstore.stats import Stats
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.text import duration, size, table
+from kvstored.cli.text import duration, table
 
 if TYPE_CHECKING:
     from kvstored_client import Client

@@ -65,8 +65,10 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
     if as_json:
         for of, (_, tokens) in zip(found, chunks, strict=True):
             entry = None if of.entry is None else info_dict(of.entry)
-            print_json({"key": key_text(of.key), "tokens": tokens, "state": of.state, "tier": of.tier,
-                        "gone_s": of.gone_s, "hits": of.hits, "entry": entry, "shared": of.shared})  # fmt: skip
+            count, first = (None, None) if tokens is None else (len(tokens), tokens.start)
+            print_json({"key": key_text(of.key), "tokens": count, "first_token": first, "state": of.state,
+                        "tier": of.tier, "gone_s": of.gone_s, "hits": of.hits, "entry": entry,
+                        "shared": of.shared})  # fmt: skip
         return
     rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
     head: tuple[str, ...] = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "PINNED BY", "HITS")
@@ -81,22 +83,22 @@ _EXPLAINED = 1000
 
 def _chunks(
     keys: tuple[bytes, ...], tokens: Path | None, identity: str | None, chunk_tokens: int
-) -> list[tuple[bytes, str]]:
-    """Keys to explain, each with its range of tokens, or "-" for a key given by name."""
+) -> list[tuple[bytes, range | None]]:
+    """Keys to explain, each with its range of tokens; None for a key given by name."""
     if (tokens is None) == (not keys) or (tokens is None) != (identity is None):
         raise BadUsage("give KEYS, or --tokens FILE together with --identity")
     if tokens is None or identity is None:
-        return [(key, "-") for key in keys]
+        return [(key, None) for key in keys]
     try:  # before the daemon is called: the mistake is in the file
         ids = read_token_ids(tokens)
         of = chunk_keys(read_identity(identity).digest(), ids, chunk_tokens)
     except InvalidEntry as error:
         raise BadUsage(str(error)) from None
     starts = range(0, len(ids), chunk_tokens)
-    return [(key, f"{at}-{min(at + chunk_tokens, len(ids))}") for key, at in zip(of, starts, strict=True)]
+    return [(key, range(at, min(at + chunk_tokens, len(ids)))) for key, at in zip(of, starts, strict=True)]
 
 
-def _explained(of: Explanation, tokens: str) -> tuple[str, ...]:
+def _explained(of: Explanation, tokens: range | None) -> tuple[str, ...]:
     info = of.entry
     key = show_key(of.key)
     left = "-" if info is None or info.ttl_left_s is None else duration(info.ttl_left_s)
@@ -106,8 +108,9 @@ def _explained(of: Explanation, tokens: str) -> tuple[str, ...]:
         who = "/".join(part for part in (info.tenant, info.namespace) if part) or "yes"
     encoding = "-" if info is None else info.encoding
     error = "-" if info is None else f"{max(info.receipt.values(), default=0.0):.3g}"
+    shown = "-" if tokens is None else f"{tokens.start}-{tokens.stop}"
     return (
-        tokens, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
+        shown, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
         error, age, left, who, str(of.hits),
     )  # fmt: skip
 
@@ -205,6 +208,7 @@ def _embedded(where: str, speed: float) -> Iterator[tuple[Any, Callable[[float],
     type=AmountType(),
     help='Memory for hot and warm together: "64GiB"; NF4 blocks: "1000blocks", or "1%" of the trace\'s.',
 )
+@click.option("--more", type=AmountType(), help="Also with so much more RAM: what it would bring.")
 @click.option("--disk", default="0", type=AmountType(), help="The cold tier. 0: none.")
 @click.option("--hot", default="0.1", help='Share of RAM for tensors as put, the rest NF4; "auto": learned.')
 @click.option("--layout", default="llama3-8b", help="A model by name, or LAYERSxKV_HEADSxHEAD_DIM.")
@@ -225,6 +229,7 @@ def simulate_command(
     as_json: bool,  # noqa: FBT001 - a flag
     requests: int | None,
     fleet: Asked | None,
+    more: Amount | None,
     **how: Any,
 ) -> None:
     """What a store of this size would do with TRACE: the daemon's own policies and tiers, without tensors.
@@ -242,16 +247,30 @@ def simulate_command(
     asked = _read(trace, requests)
     setup = _setup(asked, **how)
     if fleet is not None:
+        if more is not None:
+            raise BadUsage("--more is about one host: leave out --hosts")
         simulate_fleets(fleet, asked, setup, plot, as_json=as_json)
         return
     report = _run(asked, setup, "simulating", quiet=as_json)
     best = optimum(asked, setup.ram_nbytes // setup.value_nbytes) / max(1, report.blocks)
     if plot is not None:
         plot.write_text(chart(_lines(asked, setup, quiet=as_json), "RAM, GiB", "block hits"), encoding="utf-8")
+    larger = None if more is None else _run(asked, _enlarged(asked, setup, more), "with more", quiet=as_json)
     if as_json:
-        print_json({**result(report), "optimum_as_put": best})
+        told = {} if larger is None else {"more": result(larger)}
+        print_json({**result(report), "optimum_as_put": best, **told})
         return
     _print(report, best)
+    if larger is not None and more is not None:
+        points = 100 * (larger.hit_ratio - report.hit_ratio)
+        click.echo(f"{more.text} more RAM: {larger.hit_ratio:.2%} hit, {points:+.2f} points")
+
+
+def _enlarged(asked: Sequence[Request], setup: "Setup", more: Amount) -> "Setup":
+    from kvstore.simulation.simulator import block_nbytes
+
+    unique = different_blocks(asked) if "%" in more.text else 0
+    return replace(setup, ram_nbytes=setup.ram_nbytes + more.nbytes(block_nbytes(setup), unique))
 
 
 def _setup(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from kvstore.hit import EntryInfo
-from kvstore.printable import printable
+from kvstore.printable import printable, size
 from kvstore.stats import ERRORS, errors_of
 from kvstored.cli.exits import NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY, key_text, short_key, show_key
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, size, table
+from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, table
 from kvstored.cli.top import SCHEMA, repeat
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def _print_stats(client: "Client", *, as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="The number of entries at most.")
 @click.option("--sort", type=click.Choice(list(_ORDERS)),
               help="Most hits, oldest, largest decoded or soonest to expire first.")  # fmt: skip
+@click.option("--by", type=click.Choice(["namespace", "tenant"]),
+              help="Sums by this instead of entries, the one that holds most first.")  # fmt: skip
 @click.option("--full", is_flag=True, help="Keys in full, not the first 12 digits of those in hexadecimal.")
 @filtered
 @remote
@@ -83,9 +85,13 @@ def ls(
     limit: int | None,
     sort: str | None,
     full: bool,  # noqa: FBT001
+    by: str | None,
     filters: Filters,
 ) -> None:
     """Entries, in order of key. An entry must match all filters. The last line has the totals of those shown."""
+    if by is not None:
+        _summed(filters, filters.entries(client, limit), by, as_json=as_json)
+        return
     entries = _sorted(filters.entries(client), sort, limit) if sort else filters.entries(client, limit)
     if as_json:
         for info in entries:
@@ -98,6 +104,27 @@ def ls(
         click.echo("\n".join(lines if first else lines[1:]))
         first = False
     click.echo(totals.line())
+
+
+def _summed(filters: Filters, entries: Iterator[EntryInfo], by: str, *, as_json: bool) -> None:
+    """What each namespace or tenant holds: with --tier in that tier alone."""
+    sums: dict[str, Totals] = {}
+    for info in entries:
+        sums.setdefault(getattr(info, by), Totals()).add(info, filters.tier)
+    rows = sorted(sums.items(), key=lambda row: -row[1].tier_nbytes.total())
+    if as_json:
+        for name, found in rows:
+            print_json({by: name, "entries": found.entries, "value_nbytes": found.value_nbytes, "hits": found.hits,
+                        "tier_nbytes": dict(found.tier_nbytes)})  # fmt: skip
+        return
+    held = sum(found.tier_nbytes.total() for _, found in rows)
+    cells = [
+        (printable(name) or "-", f"{found.entries:,}", size(found.tier_nbytes.total()),
+         f"{found.tier_nbytes.total() / max(1, held):.1%}", f"{found.hits:,}",
+         " ".join(f"{tier} {size(nbytes)}" for tier, nbytes in found.tier_nbytes.items()))
+        for name, found in rows
+    ]  # fmt: skip
+    click.echo("\n".join(table((by.upper(), "ENTRIES", "HELD", "SHARE", "HITS", "IN"), cells, left=1)))
 
 
 def _sorted(entries: Iterator[EntryInfo], sort: str, limit: int | None) -> list[EntryInfo]:
@@ -113,13 +140,20 @@ class Totals:
     entries: int = 0
     value_nbytes: int = 0
     tier_nbytes: Counter[str] = field(default_factory=Counter)
+    hits: int = 0
+
+    def add(self, info: EntryInfo, only: str | None = None) -> None:
+        """Count an entry; its bytes in all tiers that hold it, or in one."""
+        self.entries += 1
+        self.value_nbytes += info.value_nbytes
+        self.hits += info.hits
+        held = dict(zip(info.tiers, info.tier_nbytes, strict=True))
+        self.tier_nbytes.update(held if only is None else {only: held.get(only, 0)})
 
     def of(self, entries: Iterable[EntryInfo]) -> Iterator[EntryInfo]:
         """The entries, counted."""
         for info in entries:
-            self.entries += 1
-            self.value_nbytes += info.value_nbytes
-            self.tier_nbytes.update(dict(zip(info.tiers, info.tier_nbytes, strict=True)))
+            self.add(info)
             yield info
 
     def line(self) -> str:

@@ -1,18 +1,20 @@
 """The service Admin: what an operator asks of a running daemon. On the event loop; what may block, on threads."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import islice
-from time import monotonic
+from pathlib import Path
 
 import grpc
 
 from kvstore.errors import ConfigError, InvalidEntry
-from kvstore.hit import Verified
+from kvstore.hit import Copied
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
 from kvstored.access.tenant_view import TenantViews
+from kvstored.calls.snapshot import Snapshot, last_within
 from kvstored.doors.service import Context, Service, answering
 from kvstored.live import LiveSettings
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -31,6 +33,8 @@ LIST_GROUP = 256
 
 VERIFY_REPORT_S = 0.2
 """Between two reports of a check: a bar that moves, and far less than a client's patience."""
+SIGN_OF_LIFE_S = 1.0
+"""A step of a snapshot that takes longer is reported as it was: what is only in memory may take minutes to write."""
 
 
 class AdminService(Service):
@@ -118,8 +122,26 @@ class AdminService(Service):
         """Check every record on disk."""
         read_request(pb.VerifyRequest, request)
         steps = self._store.verify()
-        while (found := await self._run(_last_within, steps, VERIFY_REPORT_S)) is not None:
+        while (found := await self._run(last_within, steps, VERIFY_REPORT_S)) is not None:
             await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())
+
+    @answering
+    async def snapshot(self, request: bytes, context: Context) -> None:
+        """Copy what is held into a directory."""
+        asked = read_request(pb.SnapshotRequest, request)
+        steps = Snapshot(self._store.snapshot, Path(self._settings.data_dir), asked.directory)
+        told = Copied(0, 0, 0, 0, 0)
+        try:
+            while True:
+                step = asyncio.ensure_future(self._run(steps.step, VERIFY_REPORT_S))
+                while not (await asyncio.wait({step}, timeout=SIGN_OF_LIFE_S))[0]:
+                    await context.write(pb.SnapshotReply(**told._asdict()).SerializeToString())
+                if (found := step.result()) is None:
+                    return
+                told = found
+                await context.write(pb.SnapshotReply(**told._asdict()).SerializeToString())
+        finally:
+            await asyncio.shield(self._run(steps.end))
 
     @answering
     async def settings(self, request: bytes, _: Context) -> bytes:
@@ -166,19 +188,9 @@ class AdminService(Service):
                 "Drain": unary(self.drain),
                 "CheckShared": unary(self.check_shared),
                 "FlushShared": unary(self.flush_shared),
+                "Snapshot": grpc.unary_stream_rpc_method_handler(self.snapshot),
                 "Verify": grpc.unary_stream_rpc_method_handler(self.verify),
                 "Settings": unary(self.settings),
                 "Configure": unary(self.configure),
             },
         )
-
-
-def _last_within(steps: Iterator[Verified], seconds: float) -> Verified | None:
-    """Go on for so long; where that led. None: there was no step left."""
-    until = monotonic() + seconds
-    last: Verified | None = None
-    for step in steps:
-        last = step
-        if monotonic() >= until:
-            break
-    return last

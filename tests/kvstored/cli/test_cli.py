@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
+from kvstore.printable import size
 from kvstored.cli import cli
 from kvstored.cli.keytext import key_text, parse_key, show_key
 from kvstored.cli.tensorfile import read_tensors, write_tensors
-from kvstored.cli.text import duration, size, table
+from kvstored.cli.text import duration, table
 from kvstored_client import Client
 from tests.conftest import DaemonProcess, environment
 

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
+import time
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -17,8 +20,9 @@ from kvstore.stats import Stats, TierStats
 from kvstored.access.tokens import digest, read_tokens
 from kvstored.cli import cli
 from kvstored.cli.manual import man_page, manual
+from kvstored.cli.remote import namespaces
 from kvstored.cli.top import accounts, rates, screen
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.kvstored.conftest import running_daemon
 
 
@@ -308,6 +312,58 @@ def test_completion_scripts_are_what_their_shells_parse(shell):
     assert "_KVSTORED_COMPLETE" in done.output
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=done.output, text=True, check=True)
+
+
+def test_ls_sums_by_namespace_or_tenant_the_largest_first(client, run):
+    for key, size, namespace in ((b"a", 1000, "small"), (b"b", 100_000, "big"), (b"c", 100_000, "big")):
+        client.put(key, {"x": np.zeros(size, np.uint8)}, namespace=namespace, fidelity="exact")
+    client.get(b"b")
+    rows = [json.loads(line) for line in run("ls", "--by", "namespace", "--json").splitlines()]
+    held = {row["namespace"]: row for row in rows}
+    assert {**held["big"], "tier_nbytes": 0} == {
+        "namespace": "big", "entries": 2, "value_nbytes": 200_000, "hits": 1, "tier_nbytes": 0,
+    }  # fmt: skip
+    assert 200_000 <= held["big"]["tier_nbytes"]["hot"] < 210_000
+    assert [row["namespace"] for row in rows if row["namespace"]] == ["big", "small"]
+    shown = run("ls", "--by", "namespace", "--namespace", "big")
+    assert re.search(r"^big +2 +19\d\.\d KiB +100\.0% +1 +hot 19\d\.\d KiB$", shown, re.MULTILINE)
+    client.demote(b"b")
+    below = [json.loads(line) for line in run("ls", "--by", "tenant", "--tier", "hot", "--json").splitlines()]
+    assert [row["tenant"] for row in below] == [""]
+    assert set(below[0]["tier_nbytes"]) == {"hot"}
+
+
+def completed(words, *, address, shell="bash"):
+    """What a shell shows after the words, the last one begun."""
+    typed = " ".join(["kvstored", *words])
+    how = {"_KVSTORED_COMPLETE": f"{shell}_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(words))}
+    done = subprocess.run(
+        [sys.executable, "-c", "from kvstored.cli import cli; cli(prog_name='kvstored')"],
+        env=environment(KVSTORED_ADDRESS=address, **how), check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_a_shell_completes_the_namespaces_of_the_running_daemon(client, daemon):
+    x = {"x": np.zeros(10, np.uint8)}
+    for namespace in ("org/llama@0a", "qwen@01"):
+        client.put(namespace.encode(), x, namespace=namespace)
+        client.get(namespace.encode())
+    assert {"org/llama@0a", "qwen@01"} <= set(completed(["ls", "--namespace", ""], address=daemon.address))
+    assert completed(["flush", "--namespace", "qw"], address=daemon.address) == ["qwen@01"]
+
+
+def test_completion_is_silent_and_quick_where_no_daemon_answers(tmp_path):
+    started = time.monotonic()
+    context = click.Context(cli, info_name="kvstored")
+    with socket.socket(socket.AF_UNIX) as silent:  # it accepts, and never answers
+        silent.bind(str(tmp_path / "k.sock"))
+        silent.listen()
+        for address in (f"unix:{tmp_path}/k.sock", f"unix:{tmp_path}/absent.sock", "http://nonsense"):
+            context.params = {"address": address}
+            assert namespaces(context, click.Option(["--namespace"]), "") == []
+    assert time.monotonic() - started < 20  # 0.5 s each, on a machine with nothing else to do
 
 
 def test_verify_reads_every_record_while_the_daemon_serves_and_drops_what_is_damaged():

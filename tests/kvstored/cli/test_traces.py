@@ -112,7 +112,7 @@ def test_explain_finds_every_chunk_of_a_token_file(monkeypatch: pytest.MonkeyPat
                 done = CliRunner().invoke(cli, words)
                 assert done.exit_code == 0, done.output
                 rows = [json.loads(line) for line in done.output.splitlines()]
-                assert [row["tokens"] for row in rows] == ["0-16", "16-32", "32-40"]
+                assert [(row["first_token"], row["tokens"]) for row in rows] == [(0, 16), (16, 16), (32, 8)]
                 assert [row["state"] for row in rows] == ["held", "held", "never put"]
                 assert rows[0]["entry"]["pinned"]
                 assert not rows[1]["entry"]["pinned"]
@@ -182,3 +182,19 @@ def test_a_fleet_that_cannot_be_is_a_sentence_and_exit_code_2(wrong: list[str]) 
     done = CliRunner().invoke(cli, [*FLEET, *wrong])
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.output
+
+
+def test_simulate_says_what_more_memory_would_bring(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    # Ten prompts of one block each, twice: 4 blocks of room forget all of them, 12 remember.
+    asked = [{"timestamp": i, "hash_ids": [i % 10]} for i in range(20)]
+    trace.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    words = ["simulate", str(trace), "--ram", "4blocks", "--hot", "0", "--more", "8blocks"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "8blocks more RAM: 50.00% hit, +50.00 points" in done.stdout
+    told = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
+    assert (told["hits"], told["more"]["hits"]) == (0, 10)
+    done = CliRunner().invoke(cli, [*words, "--hosts", "2"])
+    assert done.exit_code == 2
+    assert "--more is about one host" in done.output

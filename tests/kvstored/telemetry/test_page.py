@@ -18,6 +18,8 @@ from kvstored.telemetry.metrics_port import MetricsPort
 from tests.conftest import ROOT, free_port
 from tests.kvstored.conftest import running_daemon
 
+from .browser import browser
+
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
@@ -209,6 +211,19 @@ def test_the_page_is_drawn_for_a_desktop_and_a_phone_by_day_and_by_night(bad_hou
     width, _, corner = corner_of(picture.read_bytes())
     assert width == int(size.partition(",")[0])
     assert (max(corner) < 60) == form.endswith("dark")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser for the status page: apt-get install chromium")
+def test_the_page_does_not_scroll_sideways_on_a_phone_of_360_pixels(bad_hour, busy_port):
+    beyond = "e => e.getBoundingClientRect().right > innerWidth + 0.5"
+    wide = f"[...document.querySelectorAll('body *')].filter({beyond}).map(e => e.tagName + '#' + e.id).join(' ')"
+    with browser(BROWSER) as phone:
+        for url in (bad_hour, f"http://127.0.0.1:{busy_port}/"):
+            for width in (360, 320):  # the narrowest phone in use, and what WCAG asks for
+                phone.show(url, width, "document.querySelectorAll('#numbers dd').length > 0")
+                assert phone.value("innerWidth") == width, phone.value(wide)
+                assert phone.value("document.documentElement.scrollWidth") <= width, phone.value(wide)
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_makes_no_markup_of_what_it_reads():

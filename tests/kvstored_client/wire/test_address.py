@@ -45,3 +45,10 @@ def test_addresses_become_targets(text, target):
 def test_what_is_no_address_is_refused_with_a_sentence(text):
     with pytest.raises(ValueError, match=r"address|socket"):
         parse_address(text)
+
+
+@pytest.mark.parametrize("text", ["http://localhost:9000", "https://cache-host:7411/", "grpc://host:1"])
+def test_an_address_of_the_web_is_refused_and_told_what_to_write(text):
+    """It was taken for a host, and every get was a miss with a DNS error in the log."""
+    with pytest.raises(ValueError, match=r"speaks gRPC, not (http|https|grpc): write unix:PATH, tcp:HOST:PORT"):
+        parse_address(text)

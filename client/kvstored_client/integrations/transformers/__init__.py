@@ -114,6 +114,9 @@ class PrefixCache:
         self._time = PrefillTime()
         self._profiles: Profiles | None = self._new_profiles(revision)
 
+    def __repr__(self) -> str:
+        return f"PrefixCache({type(self.model).__name__}, {self.usage!r}, in {self.guard!r})"
+
     def _new_profiles(self, revision: str | None) -> Profiles:
         try:
             return Profiles(self.model, self.guard, self._terms, revision)

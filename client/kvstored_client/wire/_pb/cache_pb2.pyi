@@ -509,6 +509,26 @@ class VerifyReply(_message.Message):
     corrupt: int
     def __init__(self, checked: _Optional[int] = ..., total: _Optional[int] = ..., nbytes: _Optional[int] = ..., corrupt: _Optional[int] = ...) -> None: ...
 
+class SnapshotRequest(_message.Message):
+    __slots__ = ("directory",)
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    def __init__(self, directory: _Optional[str] = ...) -> None: ...
+
+class SnapshotReply(_message.Message):
+    __slots__ = ("done", "total", "copied", "nbytes", "lost")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    copied: int
+    nbytes: int
+    lost: int
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., copied: _Optional[int] = ..., nbytes: _Optional[int] = ..., lost: _Optional[int] = ...) -> None: ...
+
 class SettingsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
