@@ -26,8 +26,12 @@ class Leases:
         self._leading = leading
         self._lookup = lookup
 
+    def begin(self) -> AbstractContextManager[Sequence[Hit | None]]:
+        """Ask for it. The block that is leased is to be entered and left; of an asyncio client, one to await."""
+        return self._begin(self._keys, leading=self._leading, lookup=self._lookup)
+
     def __enter__(self) -> Sequence[Hit | None]:
-        self._block = self._begin(self._keys, leading=self._leading, lookup=self._lookup)
+        self._block = self.begin()
         return self._block.__enter__()
 
     def __exit__(
@@ -44,6 +48,11 @@ class OneLease(Leases):
         return hits[0] if hits else None
 
 
-def leading_hits(hits: list[Hit | None], *, leading: bool) -> list[Hit | None]:
+def first_of(hits: list[Hit | None]) -> Hit | None:
+    """The hit of a get of one key."""
+    return hits[0]
+
+
+def leading_hits(hits: list[Hit | None]) -> list[Hit | None]:
     """Of a chain, the hits before the first miss."""
-    return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))] if leading else hits
+    return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))]

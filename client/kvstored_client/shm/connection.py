@@ -55,6 +55,8 @@ _ASK_AGAIN_MAX = 64
 """Packets that may bring segments before one answers: 4,096 segments are 512 GiB of hot."""
 _ANCILLARY = (socket.CMSG_SPACE(4 * _FDS_MAX),)
 _AT_ONCE = (socket.MSG_DONTWAIT,)
+GREETING = pb.LeaseCall(match=pb.MatchRequest())
+"""What a connection asks first: its answer has the daemon's boot epoch."""
 _CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
 
@@ -193,19 +195,31 @@ class Connection:
 
         It is settled once who opened it has entered it where he will find it again.
         """
+        sock, place = self._prepare(path, timeout_s)
+        sock.connect(str(path))
+        self._connected(place)
+        return self._greeted(self.call(GREETING, timeout_s))
+
+    def _prepare(self, path: Path, timeout_s: float) -> tuple[socket.socket, Place]:
+        """A socket to connect, and whom it may meet there."""
         self._releases.start()
         sock = self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
         # For sending, which waits only where the daemon leaves packets lying: releases, while it is stopped.
         spec = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
-        place = Place(path)
-        sock.connect(str(path))
+        return sock, Place(path)
+
+    def _connected(self, place: Place) -> None:
+        sock = self._sock
+        assert sock is not None
         place.check(sock)  # before anything is sent or mapped
         self._receive_into = sock.recvmsg_into
         self._poll.register(sock, select.POLLIN)
         self.closed = False
-        reply = self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)
+
+    def _greeted(self, reply: pb.LeaseReply) -> int:
+        """The boot epoch in the first answer."""
         self._numbered = reply.number != 0
         return reply.match.boot_epoch
 
@@ -229,16 +243,9 @@ class Connection:
 
     def _exchange(self, data: bytes, timeout_s: float) -> pb.LeaseReply:
         """One packet there, one back. Raises _MoreSegments, and as `exchange`."""
-        sock = self._sock
-        if sock is None or self.closed:
-            raise UseStream("the connection ended")
-        self.settled = False
-        number = self._number = self._number + 1
-        head = _NUMBER.pack(_NUMBER_TAG, number)
-        if self._given_back or self._ended:
-            head += fixed64s(_RELEASE, self._take_releases())
+        packet, number = self._packet(data)
         try:
-            sock.send(head + data)
+            self._sock.send(packet)  # type: ignore[union-attr]  # `_packet` raises without one
             self._receive(timeout_s)
         except OSError as error:
             self.abandon()
@@ -248,6 +255,17 @@ class Connection:
                 raise Silent(f"no answer within {timeout_s} s") from None
             raise UseStream(str(error)) from None
         return self._read(number)
+
+    def _packet(self, data: bytes) -> tuple[bytes, int]:
+        """The packet of a call, and its number. From now on an answer is due. Raises UseStream after the end."""
+        if self._sock is None or self.closed:
+            raise UseStream("the connection ended")
+        self.settled = False
+        number = self._number = self._number + 1
+        head = _NUMBER.pack(_NUMBER_TAG, number)
+        if self._given_back or self._ended:
+            head += fixed64s(_RELEASE, self._take_releases())
+        return head + data, number
 
     def _receive(self, timeout_s: float) -> None:
         """Put the next packet into `_packets`."""
@@ -261,6 +279,9 @@ class Connection:
                     self.abandon()
                     raise Silent(f"no answer within {timeout_s} s")
                 break
+        self._take_packet()
+
+    def _take_packet(self) -> None:
         self._packets.extend(map(self._receive_into, self._buffers, _ANCILLARY, _AT_ONCE))
 
     def _read(self, number: int) -> pb.LeaseReply:
@@ -331,7 +352,7 @@ class Connection:
         """Bytes in an ingest segment: (window, segment, start). Raises UseStream, and as `call`."""
         found = self._room_there(nbytes)
         if found is None and self.uncopied is not None and self._ingest_nbytes >= INGEST_TWICE_NBYTES:
-            self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)  # with its answer the last put is copied
+            self.call(GREETING, timeout_s)  # with its answer the last put is copied
             found = self._room_there(nbytes)
         if found is not None:
             return found
