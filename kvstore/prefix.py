@@ -98,10 +98,12 @@ class _Joined:
     def __init__(self) -> None:
         self._parts: list[Mapping[str, Any]] = []
 
-    def take(self, whole: Iterable[tuple[Hit, int]]) -> int:
+    async def take(self, cache: Any, whole: Iterable[tuple[Hit, int]]) -> int:
         """The next chunks. Returns how many they were."""
         before = len(self._parts)
-        self._parts += [hit.tensors for hit, _ in whole]
+        for hit, _ in whole:
+            self._parts.append(hit.tensors)
+            await cache.breathe()
         return len(self._parts) - before
 
     async def result(self, cache: Any) -> tuple[int, Any, Any]:
@@ -126,7 +128,7 @@ class _Filled:
         self._k, self._v, self._tokens = k, v, 0
         self._pairs: list[tuple[Any, Any]] = []
 
-    def take(self, whole: Iterable[tuple[Hit, int]]) -> int:
+    async def take(self, cache: Any, whole: Iterable[tuple[Hit, int]]) -> int:
         """The next chunks. Returns how many they were."""
         taken = 0
         for hit, tokens in whole:
@@ -135,6 +137,7 @@ class _Filled:
                 self._pairs.append((at, hit.tensors[name]))
             self._tokens += tokens
             taken += 1
+            await cache.breathe()
         return taken
 
     async def result(self, cache: Any) -> tuple[int, Any, Any]:
@@ -234,12 +237,14 @@ class Prefixes:
             whole = self._lookup(token_ids, keys)
             with ExitStack() as leases:
                 hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole) if full else ()
-                held = taken.take(self._whole(hits))
+                held = await taken.take(self._cache, self._whole(hits))
                 del hits
                 tail = await self._tail(token_ids, keys, held)
                 if tail is not None:
                     at = self._tail_lookup(tail, whole, asked=not full)
-                    taken.take(self._whole(await self._cache.lease_into(leases, [tail.key], leading=True, lookup=at)))
+                    last = await self._cache.lease_into(leases, [tail.key], leading=True, lookup=at)
+                    await taken.take(self._cache, self._whole(last))
+                    del last
                 elif keys and not full:  # a prompt of less than a chunk: nobody has counted it yet
                     await self._cache.get_many(keys, leading=True, lookup=whole)
                 try:

@@ -60,6 +60,9 @@ class Ready:
         """Copy (target, source) pairs."""
         self._fill(pairs)
 
+    async def breathe(self) -> None:
+        """Between two chunks: an event loop has its turn here."""
+
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         """A call that takes a while and asks nobody."""
         return call(*args)

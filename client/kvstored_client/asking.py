@@ -142,13 +142,18 @@ class Asking(Doors):
     def _leased(
         self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        framework, accept = self._resolved()
+        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup)
         try:
-            return self._through_shared_memory(calls.lease, keys, _how_to_get(leading, (), 0, lookup), framework)
+            return self._through_shared_memory(calls.lease, keys, how, framework)
         except UseStream:
             receiver = Receiver(keys, framework)
-            receiver.read_from(self._transport, _how_to_get(leading, accept, 0, lookup).request(keys))
+            receiver.read_from(self._transport, stream.request(keys))
             return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
+
+    def _how_to_lease(self, *, leading: bool, lookup: Lookup | None) -> tuple[GetOptions, GetOptions, str]:
+        """The options over shared memory and over the stream, and the framework."""
+        framework, accept = self._resolved()
+        return _how_to_get(leading, (), 0, lookup), _how_to_get(leading, accept, 0, lookup), framework
 
     def _touch(self, keys: Sequence[bytes], ttl_s: float | None = None) -> int:
         request = pb.TouchRequest(keys=keys, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)

@@ -5,6 +5,7 @@ Trouble on the daemon's side becomes a miss here, once, unless the caller wants 
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
@@ -31,14 +32,20 @@ class Doors:
 
     def __init__(self, address: str | None, timeout_s: float, on_error: OnError, *, shared_memory: bool) -> None:
         self._on_error = on_error
-        self._transport = Transport(address or default_address(), timeout_s, log_change)
+        self._transport = self._transport_to(address or default_address(), timeout_s)
         path = socket_path(self._transport.target)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
-        self._pool = ConnectionPool(lease_path(path), timeout_s) if shared_memory and path is not None else None
+        self._pool = self._pool_at(lease_path(path), timeout_s) if shared_memory and path is not None else None
         if self._pool is not None:
             self._transport.on_fork = self._pool.start_afresh
         self.failures = 0
         self._epoch = 0  # the last one seen over shared memory
+
+    def _transport_to(self, address: str, timeout_s: float) -> Transport:
+        return Transport(address, timeout_s, log_change)
+
+    def _pool_at(self, path: Path, timeout_s: float) -> ConnectionPool:
+        return ConnectionPool(path, timeout_s)
 
     @property
     def address(self) -> str:

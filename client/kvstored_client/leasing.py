@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 from kvstore.hit import Hit
 from kvstore.lookup import Lookup
@@ -30,9 +31,13 @@ class Leases:
         """Ask for it. The block that is leased is to be entered and left; of an asyncio client, one to await."""
         return self._begin(self._keys, leading=self._leading, lookup=self._lookup)
 
-    def __enter__(self) -> Sequence[Hit | None]:
-        self._block = self.begin()
-        return self._block.__enter__()
+    def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Any:
+        """What the block of `begin` holds; it ends with this lease."""
+        self._block = block
+        return block.__enter__()
+
+    def __enter__(self) -> Any:
+        return self.enter(self.begin())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -43,8 +48,9 @@ class Leases:
 class OneLease(Leases):
     """The same of one key."""
 
-    def __enter__(self) -> Hit | None:  # type: ignore[override]  # one hit for many
-        hits = super().__enter__()
+    def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Hit | None:
+        """The hit of the block."""
+        hits = super().enter(block)
         return hits[0] if hits else None
 
 

@@ -21,7 +21,7 @@ from kvstored_client.buffers import Out, Target, Window
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import Copier, MappedSegment
+from kvstored_client.shm.mapping import Copying, MappedSegment
 from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
@@ -196,26 +196,30 @@ def get(
     connection = pool.take(hand)
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = connection.exchange(_get_call(part, how), pool.timeout_s)
+        reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
         try:
-            _check_count(reply, len(part))
-            for at, serialized in enumerate(reply.leased):
-                item = serialized if reply.complete else _taken_apart(serialized)
-                index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
-                target = out[index] if out is not None else None
-                block = _block(connection.segments, item)
-                tensors = _copied(pool.copier, block, framework, target)
-                if tensors is None:
-                    stale += 1
+            for at, item, block in found_in(reply, len(part), connection.segments):
+                index = start + at
+                target = target_for(block, framework, out[index] if out is not None else None)
+                if filled(pool.copier, block, target):
+                    hits[index] = block.hit(reply, item, keys[index], target.tensors)
                 else:
-                    hits[index] = block.hit(reply, item, keys[index], tensors)
+                    stale += 1
         finally:
             connection.give_back(reply.lease)
         if how.leading and len(reply.leased) < len(part):
             break
         how = how.continued()
     return hits, stale, epoch
+
+
+def found_in(reply: pb.LeaseReply, keys: int, segments: Segments) -> Iterator[tuple[int, "pb.Leased | bytes", "Block"]]:
+    """(position, what is said of it, block) of each entry in the answer to so many keys. Raises UseStream."""
+    _check_count(reply, keys)
+    for at, serialized in enumerate(reply.leased):
+        item = serialized if reply.complete else _taken_apart(serialized)
+        yield _index(at if isinstance(item, bytes) else item.header.index, keys), item, _block(segments, item)
 
 
 def _check_count(reply: pb.LeaseReply, keys: int) -> None:
@@ -230,29 +234,34 @@ def _index(serialized: int, keys: int) -> int:
     return serialized
 
 
-def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
+def get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
+    """The call of a get."""
     return submessage(pb.LeaseCall.GET_FIELD_NUMBER, get_request(keys, how.rest))
 
 
-def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The tensors of a block, copied or decoded; None if the block was used again meanwhile."""
+def target_for(block: "Block", framework: str, out: Mapping[str, Any] | None) -> Target:
+    """Where a block's tensors go. Raises OutMismatch."""
     try:
-        target = Target(block.specs, framework, out)
+        return Target(block.specs, framework, out)
     except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
         raise damage(error, "a block") from None
+
+
+def filled(copier: Copying, block: "Block", target: Target) -> bool:
+    """Copy or decode a block; False if it was used again meanwhile."""
     if block.packed is not None:
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
             block.packed.decode(parts, target.bytes)
         except CodecError:
-            return None
+            return False
     else:
         for name, (_, at, nbytes) in block.tensors.items():
             copier.copy(target.bytes[name], block.data[at : at + nbytes])
     if target.aside:
         target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
-    return None if block.is_gone() else target.tensors
+    return not block.is_gone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +355,7 @@ def lease(
 ) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
     connection = pool.take(hand)
-    reply = connection.exchange(_get_call(keys, how), pool.timeout_s)
+    reply = connection.exchange(get_call(keys, how), pool.timeout_s)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
@@ -354,50 +363,87 @@ def lease(
 
 def put(pool: ConnectionPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
-    stored = epoch = commits = start = 0
+    stored = epoch = commits = 0
+    for entries in commits_of(batch):
+        reply = _commit(pool, hand, entries)
+        stored, epoch, commits = stored + reply.stored, reply.boot_epoch, commits + 1
+    return stored, epoch, commits
+
+
+def commits_of(batch: Sequence[Outgoing]) -> Iterator[Sequence[Outgoing]]:
+    """The entries of each commit."""
+    start = 0
     while start < len(batch):
         stop, nbytes = start + 1, batch[start].nbytes
         while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
             nbytes += batch[stop].nbytes
             stop += 1
-        reply = _commit(pool, hand, batch[start:stop])
-        stored, epoch, commits, start = stored + reply.stored, reply.boot_epoch, commits + 1, stop
-    return stored, epoch, commits
+        yield batch[start:stop]
+        start = stop
 
 
 def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
-    timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
-    # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
-    wanted = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
-    connection = pool.take(hand, None if wanted is None else wanted[0])
+    commit = Commit(pool, entries)
+    connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
-    there = _lying(connection, entries) if pool.lent else {}
-    rooms = [0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in entries]
-    window, segment, start = connection.room(sum(rooms), timeout_s)
-    data, serialized, copies, at = window.array, [], [], 0
-    for entry, room_nbytes in zip(entries, rooms, strict=True):
-        item = pb.IngestedEntry()
-        for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
-            place = there.get(id(x))
-            if place is None:
-                place = segment, start + at + offset
-                copies.append((x, at + offset, nbytes))
-            item.places.add(segment=place[0], start=place[1])
-        _copy_in(pool.copier, data, copies)
-        copies.clear()
-        at += room_nbytes
-        serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
-    # What the caller made with `empty` it may write to as soon as the put returns; the windows here nobody writes to.
-    if not there:
-        serialized.append(_COPY_LATER)
-    reply = connection.exchange(submessage(_PUT, b"".join(serialized)), timeout_s)
+    window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
+    for copies in commit.copies(segment, start):
+        copy_in(pool.copier, window.array, copies)
+    reply = connection.exchange(commit.message(), commit.timeout_s)
     connection.uncopied = window
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put
 
 
-def _copy_in(copier: Copier, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
+class Commit:
+    """One commit of a put: what lies in shared memory already, what has to be copied there, and what is sent.
+
+    wanted: the connection to make it on, if one. timeout_s: for each of its calls.
+    """
+
+    def __init__(self, pool: ConnectionPool, entries: Sequence[Outgoing]) -> None:
+        self._entries = entries
+        self._lent = pool.lent
+        self.timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
+        # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
+        found = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
+        self.wanted = None if found is None else found[0]
+        self._there: dict[int, tuple[int, int]] = {}
+        self._rooms: list[int] = []
+        self._serialized: list[bytes] = []
+
+    def lay(self, connection: Connection) -> int:
+        """Bytes of room that it needs on a connection."""
+        there = self._there = _lying(connection, self._entries) if self._lent else {}
+        self._rooms = [
+            0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in self._entries
+        ]
+        return sum(self._rooms)
+
+    def copies(self, segment: int, start: int) -> Iterator[list[tuple[Any, int, int]]]:
+        """(tensor, start in the room, bytes) to copy for each entry, given its room's place."""
+        at = 0
+        for entry, room_nbytes in zip(self._entries, self._rooms, strict=True):
+            item, copies = pb.IngestedEntry(), []
+            for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
+                place = self._there.get(id(x))
+                if place is None:
+                    place = segment, start + at + offset
+                    copies.append((x, at + offset, nbytes))
+                item.places.add(segment=place[0], start=place[1])
+            yield copies
+            at += room_nbytes
+            self._serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
+
+    def message(self) -> bytes:
+        """The call, once all is copied."""
+        # What the caller made with `empty` it may write to once the put returns; the windows here nobody writes to.
+        later = [] if self._there else [_COPY_LATER]
+        return submessage(_PUT, b"".join((*self._serialized, *later)))
+
+
+def copy_in(copier: Copying, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
     """Copy tensors to their (start, nbytes). Dense bytes only now, entry by entry: a strided tensor is copied twice."""
     sources = [arrays.as_bytes(x) for x, _, _ in copies]
     for source, (_, start, nbytes) in zip(sources, copies, strict=True):
