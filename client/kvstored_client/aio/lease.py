@@ -52,7 +52,13 @@ class LoopConnection(Connection):
     """
 
     due = 0
+    _hung_up = False
     sending: Window | None = None
+
+    def hang_up(self) -> None:
+        """As of any connection; one that is being made is made no more."""
+        self._hung_up = True
+        super().hang_up()
 
     async def connect(self, path: Path, timeout_s: float) -> int:
         """As `open`."""
@@ -64,6 +70,8 @@ class LoopConnection(Connection):
                 sock.connect(str(path))
                 break
             except BlockingIOError:
+                if self._hung_up:
+                    raise UseStream("this client is closed") from None
                 if asyncio.get_running_loop().time() >= until:
                     raise Silent(f"took no connection within {timeout_s} s") from None
                 await asyncio.sleep(CONNECT_AGAIN_S)
@@ -148,6 +156,7 @@ class LoopPool(ConnectionPool):
     worker: Worker
     """For what would hold the loop."""
     _waiting: deque[asyncio.Future[None]]
+    _opening: set[LoopConnection]
     _draining: set[asyncio.Task[None]]
 
     def __init__(self, path: Path, timeout_s: float) -> None:
@@ -161,7 +170,7 @@ class LoopPool(ConnectionPool):
             inherited.append(self._draining)  # tasks of a loop that this process does not run
         self.worker = Worker()
         self._waiting = deque()
-        self._opening = 0
+        self._opening = set()
         self._draining = set()
 
     async def get(self, hand: list[Connection], wanted: Connection | None = None) -> LoopConnection:
@@ -170,7 +179,7 @@ class LoopPool(ConnectionPool):
         until = loop.time() + self.timeout_s
         while not ((wanted is not None and self._take_wanted(hand, wanted)) or self._take_idle(hand)):
             wanted = None
-            if len(self.connections()) + self._opening < CONNECTIONS_MAX:
+            if len({*self.connections(), *self._opening}) < CONNECTIONS_MAX:
                 await self._open(hand)
                 break
             await self._turn(until - loop.time())
@@ -205,7 +214,7 @@ class LoopPool(ConnectionPool):
     async def _open(self, hand: list[Connection]) -> None:
         self._check_connecting()
         connection = LoopConnection(self._releases)
-        self._opening += 1
+        self._opening.add(connection)
         try:
             epoch = await connection.connect(self._path, self.timeout_s / 2)
         except (Silent, OSError, UseStream, KvstoreError) as error:
@@ -214,7 +223,7 @@ class LoopPool(ConnectionPool):
             connection.abandon()
             raise
         finally:
-            self._opening -= 1
+            self._opening.discard(connection)
             self._tell()
         if self._closed:
             connection.abandon()
@@ -255,6 +264,8 @@ class LoopPool(ConnectionPool):
         """End all connections. The loop's own are told by its next look at them."""
         super().close()
         self.worker.close()
+        for connection in self._opening:
+            connection.hang_up()
         for turn in self._waiting:
             if not turn.done():
                 turn.set_result(None)
