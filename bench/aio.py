@@ -2,8 +2,8 @@
 
 A task takes every turn of the loop and notes the longest time between two of its turns, for each call. Beside it, what
 is no fault of the client's: the same with nothing else on the loop, which is the machine's own noise, and the same with
-the blocking client in a thread for each get. `value` is the median over the calls of the longest stall of each; `max` is
-the longest of all, which one interrupt of the machine decides.
+the blocking client in a thread for each get. `value` is the median over the calls of the longest stall of each; `max`
+is the longest of all, which one interrupt of the machine decides.
 """
 
 import argparse
