@@ -68,7 +68,7 @@ class Ready:
         return call(*args)
 
 
-def fill(pairs: list[tuple[Any, Any]]) -> None:
+def fill(pairs: Iterable[tuple[Any, Any]]) -> None:
     """Copy each source to its target, of the same shape and type."""
     for target, source in pairs:
         arrays.copy_into(target, source)

@@ -16,8 +16,10 @@ from kvstore import arrays
 from kvstore.hit import Held, Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
+from kvstore.ready import fill
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
+from kvstored_client.device import Batch, Driver
 from kvstored_client.doors import SOFT, Doors, OnError
 from kvstored_client.leasing import NOTHING_LEASED, leading_hits
 from kvstored_client.puts import Outgoing
@@ -44,6 +46,7 @@ class Asking(Doors):
         decode: Decode,
         *,
         shared_memory: bool,
+        driver: Driver | None = None,
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be over 0, got {timeout_s!r}")
@@ -55,7 +58,7 @@ class Asking(Doors):
         self._decode = decode
         self._framework = framework
         self._resolved_for: tuple[bool | None, tuple[str, tuple[str, ...]]] = (None, ("", ()))
-        super().__init__(address, timeout_s, on_error, shared_memory=shared_memory)
+        super().__init__(address, timeout_s, on_error, shared_memory=shared_memory, driver=driver)
 
     def _sent(self, batch: list[Outgoing], read: Callable[[int], T]) -> T:
         return read(self._data(self._send, 0, batch) if batch else 0)
@@ -154,6 +157,16 @@ class Asking(Doors):
         """The options over shared memory and over the stream, and the framework."""
         framework, accept = self._resolved()
         return _how_to_get(leading, (), 0, lookup), _how_to_get(leading, accept, 0, lookup), framework
+
+    def fill(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once."""
+        fill(self.transfers.fill(pairs, self._fill_batch(pairs), self._segment_at))
+
+    def _fill_batch(self, pairs: list[tuple[Any, Any]]) -> Batch | None:
+        return self.transfers.batch_for({"": target} for target, _ in pairs)
+
+    def _segment_at(self, address: int) -> Any:
+        return None if self._pool is None else self._pool.segments.at(address)
 
     def _touch(self, keys: Sequence[bytes], ttl_s: float | None = None) -> int:
         request = pb.TouchRequest(keys=keys, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)

@@ -23,6 +23,7 @@ from kvstore.prefix import Namespace
 from kvstore.stats import Setting, Stats
 from kvstored_client.asking import Asking
 from kvstored_client.decoding import Decode
+from kvstored_client.device import Driver
 from kvstored_client.doors import OnError
 from kvstored_client.leasing import Leases, OneLease, first_of, leading_hits
 from kvstored_client.puts import Outgoing, put_options
@@ -53,6 +54,7 @@ class Client(Asking):
     shared_memory: pass tensors through memory shared with the daemon where both are on one host.
     decode: who decodes what the daemon holds encoded: "client", so that an eighth of the bytes travels (with torch), or
     "daemon"; "auto": the client where torch is imported and the compiled kernel is installed. The bits are the same.
+    driver: who copies to and from tensors on a GPU, by default CUDA (see `kvstored_client.device`).
     failures: calls that ended in trouble and were answered as a miss, or raised.
     """
 
@@ -65,8 +67,9 @@ class Client(Asking):
         on_error: OnError = "miss",
         shared_memory: bool = True,
         decode: Decode = "auto",
+        driver: Driver | None = None,
     ) -> None:
-        super().__init__(address, timeout_s, framework, on_error, decode, shared_memory=shared_memory)
+        super().__init__(address, timeout_s, framework, on_error, decode, shared_memory=shared_memory, driver=driver)
 
     def put(  # noqa: PLR0913 - keyword-only, each one optional
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
+from kvstored_client.device import Driver, Transfers
 from kvstored_client.interrupts import damage
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
@@ -30,14 +31,20 @@ P = ParamSpec("P")
 class Doors:
     """The way to a daemon. failures: calls that ended in trouble and were answered as a miss, or raised."""
 
-    def __init__(self, address: str | None, timeout_s: float, on_error: OnError, *, shared_memory: bool) -> None:
+    def __init__(
+        self, address: str | None, timeout_s: float, on_error: OnError, *, shared_memory: bool, driver: Driver | None
+    ) -> None:
         self._on_error = on_error
         self._transport = self._transport_to(address or default_address(), timeout_s)
         path = socket_path(self._transport.target)
+        self.transfers = Transfers(driver)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
         self._pool = self._pool_at(lease_path(path), timeout_s) if shared_memory and path is not None else None
         if self._pool is not None:
+            self._pool.transfers = self.transfers
             self._transport.on_fork = self._pool.start_afresh
+        else:
+            self._transport.on_fork = self.transfers.forget
         self.failures = 0
         self._epoch = 0  # the last one seen over shared memory
 

@@ -59,6 +59,7 @@ class LoopAsking(Client):
 
     def _forget_worker(self) -> None:
         self._far_worker = None
+        self.transfers.forget()
 
     async def end(self) -> None:
         """End the connections, and all calls."""
@@ -202,6 +203,7 @@ class LoopAsking(Client):
             await self._receive(receiver, stream.request(keys))
             return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
 
-    async def fill(self, pairs: list[tuple[Any, Any]]) -> None:
+    async def fill(self, pairs: list[tuple[Any, Any]]) -> None:  # type: ignore[override]
         """Copy (target, source) pairs beside the loop."""
-        await self.worker.run(fill, pairs)
+        batch = self._fill_batch(pairs)
+        await self.worker.run(lambda: fill(self.transfers.fill(pairs, batch, self._segment_at)))

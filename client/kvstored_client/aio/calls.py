@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from kvstore import arrays
@@ -10,18 +11,20 @@ from kvstore.hit import Hit, TensorInfo
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.worker import INLINE_NBYTES, Slices
 from kvstored_client.buffers import Out, Target
+from kvstored_client.device import Batch
 from kvstored_client.puts import Outgoing
+from kvstored_client.shm.blocks import Block, found_in
 from kvstored_client.shm.calls import (
     KEYS_PER_PACKET,
-    Block,
     Commit,
     Lease,
     LeasedHits,
     commits_of,
     copy_in,
     filled,
-    found_in,
     get_call,
+    loaded,
+    store_in,
     target_for,
 )
 from kvstored_client.shm.pool import Connection
@@ -59,14 +62,15 @@ async def get(
         epoch = reply.boot_epoch
         try:
             found = []
+            batch = None if out is None else pool.transfers.batch_for(out)
             began = time.perf_counter()
             for at, item, block in found_in(reply, len(part), connection.segments):
-                target = target_for(block, framework, out[start + at] if out is not None else None)
+                target = target_for(block, framework, out[start + at] if out is not None else None, batch)
                 found.append((start + at, item, block, target))
                 if time.perf_counter() - began > BREATH_S:
                     await asyncio.sleep(0)
                     began = time.perf_counter()
-            sound = await _fill(pool, [(block, target) for _, _, block, target in found])
+            sound = await _fill(pool, found, batch)
             for (index, item, block, target), is_sound in zip(found, sound, strict=True):
                 if is_sound:
                     hits[index] = block.hit(reply, item, keys[index], target.tensors)
@@ -80,13 +84,17 @@ async def get(
     return hits, stale, epoch
 
 
-async def _fill(pool: LoopPool, work: list[tuple[Block, Target]]) -> list[bool]:
+async def _fill(pool: LoopPool, found: list[tuple[int, Any, Block, Target]], batch: Batch | None) -> list[bool]:
     """Fill all targets; for each whether its block was there to the end."""
 
     def fill(slices: Slices) -> list[bool]:
-        return [filled(slices, block, target) for block, target in work]
+        sound = [filled(slices, block, target) for _, _, block, target in found]
+        if batch is None:
+            return sound
+        return [one and other for one, other in zip(sound, loaded(pool, batch, found), strict=True)]
 
-    small = sum(block.nbytes for block, _ in work) <= INLINE_NBYTES and not any(block.packed for block, _ in work)
+    small = batch is None and sum(block.nbytes for _, _, block, _ in found) <= INLINE_NBYTES
+    small = small and not any(block.packed for _, _, block, _ in found)
     return fill(Slices()) if small else await pool.worker.sliced(fill)
 
 
@@ -116,7 +124,11 @@ async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outg
     window, segment, start = await connection.find(commit.lay(connection), commit.timeout_s)
     connection.settled = True  # no answer is due, and the room is this window's
     copies = list(commit.copies(segment, start))
-    if sum(nbytes for entry in copies for _, _, nbytes in entry) <= INLINE_NBYTES:
+    batch = pool.transfers.batch_for([entry.tensors for entry in entries])
+    if batch is not None:
+        store = partial(store_in, pool, connection, batch, window.array, copies)
+        await pool.worker.sliced(store)
+    elif sum(nbytes for entry in copies for _, _, nbytes in entry) <= INLINE_NBYTES:
         _copy_all(Slices(), window.array, copies)
     else:
         await pool.worker.sliced(lambda slices: _copy_all(slices, window.array, copies))

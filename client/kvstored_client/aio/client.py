@@ -21,6 +21,7 @@ from kvstored_client import client as blocking
 from kvstored_client.aio.asking import LoopAsking
 from kvstored_client.aio.calls import BREATH_S
 from kvstored_client.decoding import Decode
+from kvstored_client.device import Driver
 from kvstored_client.doors import OnError
 from kvstored_client.leasing import Leases
 
@@ -95,10 +96,11 @@ class Client:
         on_error: OnError = "miss",
         shared_memory: bool = True,
         decode: Decode = "auto",
+        driver: Driver | None = None,
     ) -> None:
         self.asking = LoopAsking(
             address, timeout_s=timeout_s, framework=framework, on_error=on_error, shared_memory=shared_memory,
-            decode=decode,
+            decode=decode, driver=driver,
         )  # fmt: skip
 
     put = _awaited(blocking.Client.put)

@@ -8,28 +8,23 @@ interrupted, and is abandoned.
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
-from google.protobuf.message import DecodeError
-
 from kvstore import arrays
-from kvstore.errors import CodecError, InvalidEntry, KvstoreError, LeaseKept, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
-from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
-from kvstored_client.decoding import Packed, shape_of
+from kvstored_client.device import Batch, DriverError
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import Copying, MappedSegment
+from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart
+from kvstored_client.shm.mapping import Copying
 from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
-from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
+from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
 
 KEYS_PER_PACKET = 512
-BLOCKS_MAX = 4096
-"""Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
 _PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
 _HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
 _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
@@ -124,12 +119,12 @@ class LeasedHits(Sequence[Hit | None]):
         self._reply = reply
         self._keys = keys
         self._made: dict[int, Hit] = {}
-        _check_count(reply, len(keys))
+        check_count(reply, len(keys))
         self._items: Sequence[pb.Leased | bytes | None] = reply.leased
         if not reply.complete:
             items: list[pb.Leased | None] = [None] * len(keys)
-            for item in map(_taken_apart, reply.leased):
-                items[_index(item.header.index, len(keys))] = item
+            for item in map(taken_apart, reply.leased):
+                items[index_of(item.header.index, len(keys))] = item
             self._items = items[: items.index(None)] if leading and None in items else items
 
     def __len__(self) -> int:
@@ -154,7 +149,7 @@ class LeasedHits(Sequence[Hit | None]):
             if self._lease is None:
                 raise LeaseKept("this lease has ended: its hits are only there inside the block")
             try:
-                block = _block(self._segments, item)
+                block = block_of(self._segments, item)
             except UseStream as error:
                 raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
             hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, block))
@@ -198,14 +193,22 @@ def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
+        batch = None if out is None else pool.transfers.batch_for(out)
+        late = []
         try:
             for at, item, block in found_in(reply, len(part), connection.segments):
                 index = start + at
-                target = target_for(block, framework, out[index] if out is not None else None)
-                if filled(pool.copier, block, target):
-                    hits[index] = block.hit(reply, item, keys[index], target.tensors)
-                else:
+                target = target_for(block, framework, out[index] if out is not None else None, batch)
+                if not filled(pool.copier, block, target):
                     stale += 1
+                elif target.direct:
+                    late.append((index, item, block, target))
+                else:
+                    hits[index] = block.hit(reply, item, keys[index], target.tensors)
+            if batch is not None:
+                for ok, (index, item, block, target) in zip(loaded(pool, batch, late), late, strict=True):
+                    stale += not ok
+                    hits[index] = block.hit(reply, item, keys[index], target.tensors) if ok else None
         finally:
             connection.give_back(reply.lease)
         if how.leading and len(reply.leased) < len(part):
@@ -214,41 +217,21 @@ def get(
     return hits, stale, epoch
 
 
-def found_in(reply: pb.LeaseReply, keys: int, segments: Segments) -> Iterator[tuple[int, "pb.Leased | bytes", "Block"]]:
-    """(position, what is said of it, block) of each entry in the answer to so many keys. Raises UseStream."""
-    _check_count(reply, keys)
-    for at, serialized in enumerate(reply.leased):
-        item = serialized if reply.complete else _taken_apart(serialized)
-        yield _index(at if isinstance(item, bytes) else item.header.index, keys), item, _block(segments, item)
-
-
-def _check_count(reply: pb.LeaseReply, keys: int) -> None:
-    found = len(reply.leased)
-    if found > keys or (reply.complete and found != keys):
-        raise UseStream(f"{found} answers to {keys} keys")
-
-
-def _index(serialized: int, keys: int) -> int:
-    if serialized >= keys:
-        raise UseStream(f"an answer to key {serialized} of {keys}")
-    return serialized
-
-
 def get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
     """The call of a get."""
     return submessage(pb.LeaseCall.GET_FIELD_NUMBER, get_request(keys, how.rest))
 
 
-def target_for(block: "Block", framework: str, out: Mapping[str, Any] | None) -> Target:
-    """Where a block's tensors go. Raises OutMismatch."""
+def target_for(block: "Block", framework: str, out: Mapping[str, Any] | None, batch: Batch | None = None) -> Target:
+    """Where a block's tensors go. batch: takes those on a GPU, if nothing has to be decoded. Raises OutMismatch."""
     try:
-        return Target(block.specs, framework, out)
+        return Target(block.specs, framework, out, batch if block.packed is None else None)
     except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
         raise damage(error, "a block") from None
 
 
 def filled(copier: Copying, block: "Block", target: Target) -> bool:
-    """Copy or decode a block; False if it was used again meanwhile."""
+    """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile."""
     if block.packed is not None:
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
@@ -257,97 +240,29 @@ def filled(copier: Copying, block: "Block", target: Target) -> bool:
             return False
     else:
         for name, (_, at, nbytes) in block.tensors.items():
-            copier.copy(target.bytes[name], block.data[at : at + nbytes])
+            if name in target.bytes:
+                copier.copy(target.bytes[name], block.data[at : at + nbytes])
     if target.aside:
         target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
     return not block.is_gone()
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """An entry's bytes in a segment, and what its header says of it each time.
-
-    data: all of it. specs: of the tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of
-    packed's parts. put_at: seconds of the daemon's clock, where its reply said that.
-    """
-
-    mapping: MappedSegment
-    start: int
-    nbytes: int
-    generation: int
-    data: Bytes
-    specs: Mapping[str, TensorInfo]
-    tensors: Mapping[str, tuple[TensorInfo, int, int]]
-    packed: Packed | None
-    encoding: str
-    lossy: bool
-    receipt: dict[str, float]
-    put_at: float
-
-    def is_gone(self) -> bool:
-        """Whether the daemon has used the block again, or is about to."""
-        return self.mapping.words[self.start >> 3] != self.generation
-
-    def hit(self, reply: pb.LeaseReply, item: pb.Leased | bytes, key: bytes, tensors: Mapping[str, Any]) -> Hit:
-        """The entry as a hit of this reply."""
-        if isinstance(item, bytes):  # of a complete reply: all of it out of hot
-            tier, age_s = "hot", reply.now - self.put_at
-        else:
-            tier, age_s = TIER_NAMES.get(item.header.tier, "unknown"), item.header.age_s
-        return Hit(key, tensors, tier, self.encoding, self.lossy, age_s, self.receipt.copy())
-
-
-def _taken_apart(serialized: bytes) -> pb.Leased:
+def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "Block", Target]]) -> list[bool]:
+    """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards."""
+    for _, _, block, target in late:
+        pool.transfers.uses(block.mapping)
+        for name, x in target.direct.items():
+            batch.load(x, block.mapping.address + block.start + block.tensors[name][1])
     try:
-        return pb.Leased.FromString(serialized)
-    except DecodeError as error:
-        raise UseStream(str(error)) from None
-
-
-def _block(segments: Segments, item: pb.Leased | bytes) -> Block:
-    # A generation is one block in the daemon's life: the same entry a second time need not have its specs read again,
-    # and of a complete reply, which says the same of it each time, not even that.
-    known = segments.blocks
-    key = item if isinstance(item, bytes) else (item.segment, item.start, item.generation)
-    block = known.get(key)
-    if block is None:
-        if len(known) >= BLOCKS_MAX:
-            known.clear()
-        try:
-            block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
-        except Exception as error:
-            damaged = damage(error, "a block")
-            if damaged is error and not isinstance(error, KvstoreError):
-                raise  # UseStream, or an interrupt
-            raise UseStream(str(damaged)) from None
-    return block
-
-
-def _new_block(segments: Segments, item: pb.Leased) -> Block:
-    head = item.header
-    shape = shape_of(head)
-    packed = Packed(head, shape) if head.packed else None
-    nbytes = shape.block_nbytes
-    mapping = segments.get(item.segment)
-    if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
-        raise UseStream(f"a block from {item.start} to {item.start + nbytes} in a segment of {mapping.nbytes}")
-    # Decoding goes through torch, which warns of an array that it may not write to.
-    window = mapping.window(item.start, nbytes, None, writable=packed is not None)
-    return Block(
-        mapping,
-        item.start,
-        nbytes,
-        item.generation,
-        window.array,
-        shape.specs,
-        shape.lying,
-        packed,
-        head.encoding,
-        head.lossy,
-        read_receipt(head),
-        head.put_at,
-    )
+        batch.run()
+    except DriverError:
+        for _, _, block, target in late:
+            for name, x in target.direct.items():
+                spec, at, nbytes = block.tensors[name]
+                x.copy_(arrays.from_bytes(spec, block.data[at : at + nbytes].copy(), "torch"))
+    # After the copies: see `filled`.
+    return [not block.is_gone() for _, _, block, _ in late]
 
 
 def lease(
@@ -387,8 +302,12 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
     connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
     window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
-    for copies in commit.copies(segment, start):
-        copy_in(pool.copier, window.array, copies)
+    batch = pool.transfers.batch_for([entry.tensors for entry in entries])
+    if batch is None:
+        for copies in commit.copies(segment, start):
+            copy_in(pool.copier, window.array, copies)
+    else:
+        store_in(pool, connection, batch, window.array, list(commit.copies(segment, start)))
     reply = connection.exchange(commit.message(), commit.timeout_s)
     connection.uncopied = window
     connection.give_back(reply.lease)
@@ -450,6 +369,31 @@ def copy_in(copier: Copying, data: Bytes, copies: Sequence[tuple[Any, int, int]]
         if source.size != nbytes:
             raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
         copier.copy(data[start : start + nbytes], source)
+
+
+def store_in(
+    pool: ConnectionPool,
+    connection: Connection,
+    batch: Batch,
+    data: Bytes,
+    entries: Sequence[list[tuple[Any, int, int]]],
+    copier: Copying | None = None,
+) -> None:
+    """`copy_in` of several entries with tensors on a GPU: those in one batch. Nothing is copied afterwards."""
+    for segment in connection.ingest:
+        if segment.mapping.address <= data.ctypes.data < segment.mapping.address + segment.mapping.nbytes:
+            pool.transfers.uses(segment.mapping)
+    direct = []
+    for copies in entries:
+        for x, start, nbytes in copies:
+            if x.nbytes != nbytes or not batch.store(x, data.ctypes.data + start):
+                copy_in(copier or pool.copier, data, [(x, start, nbytes)])
+            else:
+                direct.append((x, start, nbytes))
+    try:
+        batch.run()
+    except DriverError:
+        copy_in(copier or pool.copier, data, direct)
 
 
 def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:

@@ -471,6 +471,13 @@ class Segments:
                     if block.mapping is kept:
                         self.blocks.pop(key, None)
 
+    def at(self, address: int) -> MappedSegment | None:
+        """The mapping in which an address lies."""
+        for mapping in list(self._mappings.values()):
+            if mapping.address <= address < mapping.address + mapping.nbytes:
+                return mapping
+        return None
+
     def get(self, number: int) -> MappedSegment:
         """The mapping of a segment. Raises UseStream for one that was never handed over."""
         mapping = self._mappings.get(number)

@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from kvstore.errors import KvstoreError
+from kvstored_client.device import Transfers
 from kvstored_client.interrupts import is_foreign, last_of, moved
 from kvstored_client.shm.connection import Connection, Releases, Segments, Silent, UseStream
 from kvstored_client.shm.mapping import Copier
@@ -36,6 +37,7 @@ class ConnectionPool:
         self._path = path
         self.timeout_s = timeout_s
         self._made: list[weakref.ref[Connection]] = []
+        self.transfers = Transfers(None)
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -51,6 +53,7 @@ class ConnectionPool:
         self._silent_retry_s = RETRY_S
         self._closed = False
         self.copier = Copier()
+        self.transfers.forget()
         self.lent = False
         """Whether `empty` ever handed out a tensor in an ingest segment."""
 
