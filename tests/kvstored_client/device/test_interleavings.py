@@ -172,7 +172,7 @@ def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte_or_an_early_release():
         Interleavings.daemon = daemon
         case = Interleavings.TestCase
         case.settings = settings(
-            max_examples=40, stateful_step_count=20, deadline=None, database=None,
+            max_examples=25, stateful_step_count=20, deadline=None, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         case().runTest()
