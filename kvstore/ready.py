@@ -34,7 +34,8 @@ def now(verb: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Callable[C
 
     @wraps(verb)
     def blocking(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
-        return run_now(getattr(self.awaited, name)(*args, **kwargs))
+        work: Coroutine[Any, Any, T] = getattr(self.awaited, name)(*args, **kwargs)
+        return run_now(work)
 
     return cast("Callable[Concatenate[Any, P], T]", blocking)
 
