@@ -100,6 +100,9 @@ class Asking(Doors):
         return self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
+        before = self.transfers.before(entry.tensors for entry in batch)
+        if before is not None:
+            before()  # gRPC reads the tensors in a thread of its own
         return self._stored(len(batch), self._transport.put(batch))
 
     def _stored(self, asked: int, answer: bytes) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from kvstore import arrays
 from kvstore.errors import OutMismatch
 from kvstore.hit import TensorInfo
-from kvstored_client.device import Batch, Runs
+from kvstored_client.device import Batch, Runs, settle_stream
 from kvstored_client.wire.frames import Bytes
 
 Tensors = Mapping[str, Any]
@@ -53,7 +53,10 @@ class Target:
     def finish(self) -> None:
         """All bytes are filled: those tensors that could not be filled directly get them now."""
         for name, fresh in self.aside.items():
-            self.tensors[name].copy_(fresh)
+            given = self.tensors[name]
+            given.copy_(fresh)
+            if given.is_cuda:
+                settle_stream(given.device)  # this may be another thread than the caller's, with another stream
 
 
 def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:

@@ -4,7 +4,7 @@ So a verb of `Client` that is called with this as its `self` answers with an awa
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -143,6 +143,7 @@ class LoopAsking(Client):
         try:
             stored, epoch, commits = await self._shared(calls.put, batch)
         except UseStream:
+            await self._wait_for_caller(entry.tensors for entry in batch)
             return self._stored(len(batch), await self._transport.send_batch(batch, self.worker))
         if commits > 1:
             await cast("Awaitable[int]", self._touch([entry.key for entry in batch]))
@@ -163,14 +164,23 @@ class LoopAsking(Client):
         self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out, lookup: Lookup | None
     ) -> None:
         how, framework = self._how_to_read(keys, leading=leading, lookup=lookup)
+        if out is not None and self.transfers.batch_for(out) is None:
+            await self._wait_for_caller(out)
         try:
             hits[:], stale, epoch = await self._shared(calls.get, keys, how, framework, out)
         except UseStream:
+            await self._wait_for_caller(out)
             await self._receive(Receiver(keys, framework, out, hits), how.request(keys))
             return
         if epoch != self._epoch:
             self._saw_epoch(epoch)
         self.failures += stale
+
+    async def _wait_for_caller(self, entries: Iterable[Mapping[str, Any] | None] | None) -> None:
+        """The worker's copies by torch come after what the caller's streams are to do with tensors on a GPU."""
+        before = None if entries is None else self.transfers.before(entries)
+        if before is not None:
+            await self.worker.run(before)
 
     async def _receive(self, receiver: Receiver, request: pb.GetRequest) -> None:
         with receiver.reading(self._transport):
@@ -206,4 +216,6 @@ class LoopAsking(Client):
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:  # type: ignore[override]
         """Copy (target, source) pairs beside the loop."""
         batch = self._fill_batch(pairs)
+        if batch is None:
+            await self._wait_for_caller([{"": target} for target, _ in pairs])
         await self.worker.run(lambda: fill(self.transfers.fill(pairs, batch, self._segment_at)))

@@ -128,6 +128,13 @@ async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outg
     if batch is not None:
         store = partial(store_in, pool, connection, batch, window.array, copies)
         await pool.worker.sliced(store)
+    elif (before := pool.transfers.before(entry.tensors for entry in entries)) is not None:
+
+        def store_after(slices: Slices) -> None:
+            before()
+            _copy_all(slices, window.array, copies)
+
+        await pool.worker.sliced(store_after)
     elif sum(nbytes for entry in copies for _, _, nbytes in entry) <= INLINE_NBYTES:
         _copy_all(Slices(), window.array, copies)
     else:

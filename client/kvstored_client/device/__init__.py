@@ -12,6 +12,7 @@ the calls, bounded, and may fail. Thread-safe. Imports neither torch nor CUDA.
 """
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -174,6 +175,11 @@ class Batch:
             finally:
                 self._events.append(driver.record(stream))  # of what was begun, too
 
+    def wait_for_caller(self) -> None:
+        """Return once the streams of who made this have done what they were to do then."""
+        for event in self._after.values():
+            self._driver.synchronize(event)
+
     def finish(self) -> None:
         """Return once nothing is copied any more. Again is harmless: one that was interrupted is to be called again."""
         while self._events:
@@ -230,19 +236,33 @@ class Transfers:
 
     def batch_for(self, entries: Iterable[Mapping[str, Any] | None]) -> Batch | None:
         """A request's copies to or from these tensors; None: none of them is on a GPU that a driver serves."""
-        devices = {
-            x.device.index or 0
-            for tensors in entries
-            if isinstance(tensors, Mapping)
-            for x in tensors.values()
-            if getattr(x, "is_cuda", False)
-        }
+        devices = _devices(entries)
         driver = self.driver if devices else None
         if driver is None:
             return None
         if self._streams is None:
             self._streams = Streams(driver)
         return Batch(driver, self._streams, devices)
+
+    def before(self, entries: Iterable[Mapping[str, Any] | None]) -> Callable[[], None] | None:
+        """What waits for all that this thread's streams are to do with tensors on a GPU; None: none of them is on one.
+
+        For whoever has another thread read them: that one has streams of its own, which wait for nobody.
+        """
+        entries = list(entries)
+        batch = self.batch_for(entries)
+        if batch is not None:
+            return batch.wait_for_caller
+        devices, torch = _devices(entries), sys.modules.get("torch")
+        if not devices or torch is None or not torch.cuda.is_available():
+            return None
+        events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
 
     def fill(
         self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None, segment_at: Callable[[int], Any]
@@ -303,10 +323,28 @@ class Transfers:
         weakref.finalize(mapping, _unregister, driver, address, nbytes, self._left_nbytes).atexit = False
 
 
+def _devices(entries: Iterable[Mapping[str, Any] | None]) -> set[int]:
+    """The GPUs that hold some of these tensors."""
+    return {
+        x.device.index or 0
+        for tensors in entries
+        if isinstance(tensors, Mapping)
+        for x in tensors.values()
+        if getattr(x, "is_cuda", False)
+    }
+
+
 def _unregister(driver: Driver, address: int, nbytes: int, left_nbytes: list[int]) -> None:
     with suppress(DriverError):
         driver.unregister(address)
     left_nbytes[0] += nbytes
+
+
+def settle_stream(device: Any) -> None:
+    """Return once this thread's stream of a GPU has done what it was to do. Without one: at once."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.current_stream(device).synchronize()
 
 
 def open_driver() -> Driver | None:

@@ -131,6 +131,24 @@ def test_a_put_waits_for_what_computes_its_tensor(client, driver):
     assert client.get(b"computed").tensors["x"].eq(7).all()
 
 
+def test_a_put_over_the_stream_waits_for_what_computes_its_tensor(daemon, driver):
+    """The stream's thread read the tensor on a stream of its own, in no order with the kernel."""
+    x = on_gpu(torch.zeros(64))
+    with daemon.client(framework="torch", driver=driver, shared_memory=False) as client:
+        driver.compute(0, lambda: x.numbers.fill_(7))
+        assert client.put(b"computed", {"x": x})
+        assert client.get(b"computed").tensors["x"].eq(7).all()
+
+    async def run():
+        address = f"unix:{daemon.socket_path}"
+        async with aio.Client(address, on_error="raise", driver=driver, shared_memory=False) as cache:
+            driver.compute(0, lambda: x.numbers.fill_(8))
+            assert await cache.put(b"computed", {"x": x})
+            assert (await cache.get(b"computed")).tensors["x"].eq(8).all()
+
+    asyncio.run(run())
+
+
 def test_a_get_waits_for_what_still_uses_the_memory_of_its_tensor(client, driver):
     """torch hands memory on to the next tensor of a stream while kernels that use it are still to run."""
     client.put(b"gpu", {"x": torch.full((64,), 5.0)})
