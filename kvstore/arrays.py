@@ -236,6 +236,11 @@ def copy_into(target: Any, source: Any) -> None:
         np.copyto(target, source)
 
 
+def same_kind(x: Any, y: Any) -> bool:
+    """Whether two arrays have one shape and one type, each of either framework."""
+    return describe("", x) == describe("", y)
+
+
 def joined(parts: list[Any], axis: int) -> Any:
     """A copy of the arrays, one behind the other along an axis."""
     whole = join(parts, axis)

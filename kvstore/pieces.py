@@ -14,6 +14,7 @@ from typing import Any
 from kvstore.hit import Held, Hit, Match
 from kvstore.keys import KEYS_PER_CALL_MAX
 from kvstore.lookup import Lookup, said
+from kvstore.ready import Ready, now
 
 
 def in_pieces(cache: Any) -> "Pieces":
@@ -28,8 +29,8 @@ def cut(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + KEYS_PER_CALL_MAX] for start in range(0, len(items), KEYS_PER_CALL_MAX)]
 
 
-class Pieces:
-    """A cache whose verbs take any number of keys. All other attributes are the cache's."""
+class AwaitedPieces:
+    """A cache whose verbs take any number of keys, to be awaited. All other attributes are the cache's."""
 
     cuts_calls = True
 
@@ -42,49 +43,128 @@ class Pieces:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
-    def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], **how: Any) -> int:
+    async def put_many(self, entries: Sequence[tuple[bytes, Mapping[str, Any]]], /, **how: Any) -> int:
         """Put entries, root first. A chain stops after a piece that was not stored in full."""
         pieces = cut(entries)
         if len(pieces) == 1:
-            return int(self._cache.put_many(entries, **how))
+            return int(await self._cache.put_many(entries, **how))
         stored = 0
         for piece in pieces:
-            got = int(self._cache.put_many(piece, **how))
+            got = int(await self._cache.put_many(piece, **how))
             stored += got
             if how.get("chain"):
                 if got < len(piece):
                     break
                 how["parent"] = piece[-1][0]
-        self._touch_before_the_last(pieces)
+        await self._touch_before_the_last(pieces)
         return stored
 
-    def _touch_before_the_last(self, pieces: list[Sequence[Any]]) -> None:
+    async def _touch_before_the_last(self, pieces: list[Sequence[Any]]) -> None:
         # Otherwise the last piece would be the most recently used, and would outlive its root.
         for piece in reversed(pieces[:-1]):
-            self._cache.touch([key for key, _ in piece])
+            await self._cache.touch([key for key, _ in piece])
 
-    def get_many(
+    async def get_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> list[Hit | None]:
         """Values in the order of keys; leading: up to the first miss."""
         pieces = cut(keys)
         if len(pieces) == 1:
-            return list(self._cache.get_many(keys, leading=leading, **said(lookup)))
+            return list(await self._cache.get_many(keys, leading=leading, **said(lookup)))
         counts = _Counts(lookup, len(keys))
         if not leading:
             # Deepest first, as in one call.
-            parts = [list(self._cache.get_many(piece, lookup=counts.next())) for piece in reversed(pieces)]
+            parts = [list(await self._cache.get_many(piece, lookup=counts.next())) for piece in reversed(pieces)]
             return list(joined(*reversed(parts)))
         found: list[Hit | None] = []
         for i, piece in enumerate(pieces):
-            got = list(self._cache.get_many(piece, leading=True, lookup=counts.next()))
+            got = list(await self._cache.get_many(piece, leading=True, lookup=counts.next()))
             found += got
             if len(got) < len(piece) or None in got:
                 pieces = pieces[: i + 1]
                 break
         for piece in reversed(pieces[:-1]):
-            self._cache.touch(piece)
+            await self._cache.touch(piece)
         return found
+
+    async def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
+        """Leading keys held."""
+        pieces = cut(keys)
+        if len(pieces) == 1:
+            return await self._cache.match(keys, **said(lookup))  # type: ignore[no-any-return]
+        held: tuple[Held, ...] = ()
+        counts = _Counts(lookup, len(keys))
+        for piece in pieces:
+            got = await self._cache.match(piece, lookup=counts.next())
+            held += tuple(got.held)
+            if int(got) < len(piece):
+                break
+        return Match(held)
+
+    async def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
+        """Where each key is held."""
+        found: list[Held | None] = []
+        for piece in cut(keys):
+            found += await self._cache.locate(piece, **said(lookup))
+            lookup = None if lookup is None else lookup.continued()
+        return found
+
+    async def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
+        """Count as use, deepest first."""
+        return sum([int(await self._cache.touch(piece, ttl_s=ttl_s)) for piece in reversed(cut(keys))])
+
+    async def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
+        """Forget keys, in the order given."""
+        return sum([int(await self._cache.delete(*piece, keep_shared=keep_shared)) for piece in cut(keys)])
+
+    async def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
+        """Keep keys. A chain is pinned as a whole or not at all; of other keys the deepest pieces stay pinned."""
+        # A pin holds all chunks before it, so pinning the deepest piece first pins the whole chain, or fails.
+        return sum([int(await self._cache.pin(*piece, ttl_s=ttl_s)) for piece in reversed(cut(keys))])
+
+    async def unpin(self, *keys: bytes) -> int:
+        """Unpin keys, the deepest first."""
+        return sum([int(await self._cache.unpin(*piece)) for piece in reversed(cut(keys))])
+
+    async def lease_into(
+        self, leases: ExitStack, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+    ) -> Iterable[Hit | None]:
+        """The hits of `lease_many`, leased until `leases` are closed."""
+        pieces = cut(keys)
+        if len(pieces) == 1:
+            return await self._cache.lease_into(leases, keys, leading=leading, **said(lookup))  # type: ignore[no-any-return]
+        counts, found = _Counts(lookup, len(keys)), list[Sequence[Hit | None]]()
+        for piece in pieces:
+            hits = await self._cache.lease_into(leases, piece, leading=leading, lookup=counts.next())
+            found.append(hits)
+            if leading and len(hits) < len(piece):
+                break
+        if leading:
+            for piece in reversed(pieces[: len(found) - 1]):
+                await self._cache.touch(piece)
+        return joined(*found)
+
+
+class Pieces:
+    """The same for callers that block. All other attributes are the cache's."""
+
+    cuts_calls = True
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.awaited = AwaitedPieces(Ready(cache))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    put_many = now(AwaitedPieces.put_many)
+    get_many = now(AwaitedPieces.get_many)
+    match = now(AwaitedPieces.match)
+    locate = now(AwaitedPieces.locate)
+    touch = now(AwaitedPieces.touch)
+    delete = now(AwaitedPieces.delete)
+    pin = now(AwaitedPieces.pin)
+    unpin = now(AwaitedPieces.unpin)
 
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
@@ -122,45 +202,6 @@ class Pieces:
                 left -= 1
             if leading and left:
                 return
-
-    def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
-        """Leading keys held."""
-        pieces = cut(keys)
-        if len(pieces) == 1:
-            return self._cache.match(keys, **said(lookup))  # type: ignore[no-any-return]
-        held: tuple[Held, ...] = ()
-        counts = _Counts(lookup, len(keys))
-        for piece in pieces:
-            got = self._cache.match(piece, lookup=counts.next())
-            held += tuple(got.held)
-            if int(got) < len(piece):
-                break
-        return Match(held)
-
-    def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
-        """Where each key is held."""
-        found: list[Held | None] = []
-        for piece in cut(keys):
-            found += self._cache.locate(piece, **said(lookup))
-            lookup = None if lookup is None else lookup.continued()
-        return found
-
-    def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
-        """Count as use, deepest first."""
-        return sum(int(self._cache.touch(piece, ttl_s=ttl_s)) for piece in reversed(cut(keys)))
-
-    def delete(self, *keys: bytes, keep_shared: bool = False) -> int:
-        """Forget keys, in the order given."""
-        return sum(int(self._cache.delete(*piece, keep_shared=keep_shared)) for piece in cut(keys))
-
-    def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
-        """Keep keys. A chain is pinned as a whole or not at all; of other keys the deepest pieces stay pinned."""
-        # A pin holds all chunks before it, so pinning the deepest piece first pins the whole chain, or fails.
-        return sum(int(self._cache.pin(*piece, ttl_s=ttl_s)) for piece in reversed(cut(keys)))
-
-    def unpin(self, *keys: bytes) -> int:
-        """Unpin keys, the deepest first."""
-        return sum(int(self._cache.unpin(*piece)) for piece in reversed(cut(keys)))
 
 
 class _Counts:

@@ -6,7 +6,7 @@ Invariant: a chunk is only put when its parents are held or put in the same call
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
 
 from kvstore import arrays
@@ -22,6 +22,7 @@ from kvstore.keys import (
 )
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstore.pieces import in_pieces
+from kvstore.ready import Ready, now
 
 TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
@@ -97,18 +98,23 @@ class _Joined:
     def __init__(self) -> None:
         self._parts: list[Mapping[str, Any]] = []
 
-    def take(self, whole: Iterable[tuple[Hit, int]]) -> int:
+    async def take(self, cache: Any, whole: Iterable[tuple[Hit, int]]) -> int:
         """The next chunks. Returns how many they were."""
         before = len(self._parts)
-        self._parts += [hit.tensors for hit, _ in whole]
+        for hit, _ in whole:
+            self._parts.append(hit.tensors)
+            await cache.breathe()
         return len(self._parts) - before
 
-    def result(self) -> tuple[int, Any, Any]:
-        """(tokens, k, v)."""
+    async def result(self, cache: Any) -> tuple[int, Any, Any]:
+        """(tokens, k, v), copied by the cache while its leases last."""
         if not self._parts:
             return 0, None, None
-        k, v = (arrays.joined([tensors[name] for tensors in self._parts], TOKEN_AXIS) for name in ("k", "v"))
+        k, v = await cache.work(self._joined)
         return int(k.shape[TOKEN_AXIS]), k, v
+
+    def _joined(self) -> list[Any]:
+        return [arrays.joined([tensors[name] for tensors in self._parts], TOKEN_AXIS) for name in ("k", "v")]
 
     def let_go(self) -> None:
         """Forget the chunks."""
@@ -120,27 +126,31 @@ class _Filled:
 
     def __init__(self, k: Any, v: Any) -> None:
         self._k, self._v, self._tokens = k, v, 0
+        self._pairs: list[tuple[Any, Any]] = []
 
-    def take(self, whole: Iterable[tuple[Hit, int]]) -> int:
+    async def take(self, cache: Any, whole: Iterable[tuple[Hit, int]]) -> int:
         """The next chunks. Returns how many they were."""
         taken = 0
         for hit, tokens in whole:
             for name, x in (("k", self._k), ("v", self._v)):
                 at = arrays.cut(x, TOKEN_AXIS, self._tokens, self._tokens + tokens)
-                arrays.copy_into(at, hit.tensors[name])
+                self._pairs.append((at, hit.tensors[name]))
             self._tokens += tokens
             taken += 1
+            await cache.breathe()
         return taken
 
-    def result(self) -> tuple[int, Any, Any]:
-        """(tokens, k, v)."""
+    async def result(self, cache: Any) -> tuple[int, Any, Any]:
+        """(tokens, k, v), copied by the cache while its leases last: all chunks at once."""
         n = self._tokens
-        return (
-            (n, arrays.cut(self._k, TOKEN_AXIS, 0, n), arrays.cut(self._v, TOKEN_AXIS, 0, n)) if n else (0, None, None)
-        )
+        if not n:
+            return 0, None, None
+        await cache.fill(self._pairs)
+        return n, arrays.cut(self._k, TOKEN_AXIS, 0, n), arrays.cut(self._v, TOKEN_AXIS, 0, n)
 
     def let_go(self) -> None:
         """Nothing of the chunks is kept."""
+        self._pairs.clear()
 
 
 class _Tail(NamedTuple):
@@ -150,11 +160,12 @@ class _Tail(NamedTuple):
     tokens: int
 
 
-class Namespace:
-    """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
+class Prefixes:
+    """A `Namespace` over a cache whose verbs are awaited (see `ready`)."""
 
-    def __init__(self, cache: Cache, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        self._cache = in_pieces(cache)  # a prompt may have more chunks than a call has keys
+    def __init__(self, cache: Any, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        """cache: takes any number of keys (`pieces`): a prompt may have more chunks than a call has keys."""
+        self._cache = cache
         self.identity = identity
         self.chunk_tokens = chunk_tokens
         self.digest = identity.digest()
@@ -170,7 +181,7 @@ class Namespace:
         """The chain of keys of these tokens, root first; the last one may be of a partial chunk."""
         return chunk_keys(self.digest, token_ids, self.chunk_tokens)
 
-    def put_prefix(
+    async def put_prefix(
         self,
         token_ids: Sequence[int],
         k: Any,
@@ -193,10 +204,10 @@ class Namespace:
         self._check("v", v, tokens)
         keys = self.keys(token_ids)
         # All of them or none, as a rule: then this one question was all. A count between says not which.
-        held: int = self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
+        held: int = await self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
         if 0 < held < len(keys):
             # Not `match`, which may count what only other hosts have: the rest would continue what is not held here.
-            places = self._cache.locate(keys)
+            places = await self._cache.locate(keys)
             held = places.index(None) if None in places else len(keys)
         entries = []
         for i in range(held, len(keys)):
@@ -204,17 +215,18 @@ class Namespace:
             chunk = {name: arrays.cut(x, TOKEN_AXIS, start, stop) for name, x in (("k", k), ("v", v))}
             entries.append((keys[i], chunk))
         if held and pin:
-            self._cache.pin(*keys[:held])
+            await self._cache.pin(*keys[:held])
         if not entries or no_store:
             return 0
         fidelity: Fidelity = "exact" if self.identity.fidelity == "exact" else "auto"
         parent = keys[held - 1] if held else None
-        return self._cache.put_many(
+        stored: int = await self._cache.put_many(
             entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity, priority=priority, chain=True, parent=parent,
             namespace=self.name,
         )  # fmt: skip
+        return stored
 
-    def get_prefix(self, token_ids: Sequence[int], *, out: tuple[Any, Any] | None = None) -> tuple[int, Any, Any]:
+    async def get_prefix(self, token_ids: Sequence[int], *, out: tuple[Any, Any] | None = None) -> tuple[int, Any, Any]:
         """The longest cached prefix: (n, k, v), with k and v of n tokens; (0, None, None) on a miss.
 
         out: k and v to copy into, (layers, at least len(token_ids), kv_heads, head_dim); what is returned are their
@@ -228,21 +240,26 @@ class Namespace:
         taken = _Joined() if out is None else _Filled(*out)
         try:
             whole = self._lookup(token_ids, keys)
-            with self._cache.lease_many(full, leading=True, lookup=whole) if full else nullcontext(()) as hits:
-                held = taken.take(self._whole(hits))
-                tail = self._tail(token_ids, keys, held)
-                if tail is None:
-                    if keys and not full:  # a prompt of less than a chunk: nobody has counted it yet
-                        self._cache.get_many(keys, leading=True, lookup=whole)
-                    return taken.result()
-                at = self._tail_lookup(tail, whole, asked=not full)
-                with self._cache.lease_many([tail.key], leading=True, lookup=at) as last:
-                    taken.take(self._whole(last))
-                    return taken.result()
+            with ExitStack() as leases:
+                hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole) if full else ()
+                held = await taken.take(self._cache, self._whole(hits))
+                del hits
+                tail = await self._tail(token_ids, keys, held)
+                if tail is not None:
+                    at = self._tail_lookup(tail, whole, asked=not full)
+                    last = await self._cache.lease_into(leases, [tail.key], leading=True, lookup=at)
+                    await taken.take(self._cache, self._whole(last))
+                    del last
+                elif keys and not full:  # a prompt of less than a chunk: nobody has counted it yet
+                    await self._cache.get_many(keys, leading=True, lookup=whole)
+                try:
+                    return await taken.result(self._cache)
+                finally:
+                    taken.let_go()  # no view may outlive the leases
         except RecordCorrupt:  # the lease ended before the copy: what was copied may be another chunk's
             return 0, None, None
         finally:
-            taken.let_go()  # no view may outlive the lease
+            taken.let_go()
 
     def _whole(self, hits: Iterable[Hit | None]) -> Iterator[tuple[Hit, int]]:
         """Hits with their tokens, up to the first that is missing or is not this namespace's."""
@@ -258,32 +275,33 @@ class Namespace:
             room = info.shape[TOKEN_AXIS] if len(info.shape) > TOKEN_AXIS else 0
             self._check(name, x, max(room, tokens))
 
-    def get_prefix_hits(self, token_ids: Sequence[int]) -> tuple[int, list[Hit]]:
+    async def get_prefix_hits(self, token_ids: Sequence[int]) -> tuple[int, list[Hit]]:
         """Like `get_prefix`, as the hits of its chunks, root first: for tier, encoding and age of each."""
-        keys = self._longest(token_ids, counted=True)
-        hits = self._cache.get_many(keys, leading=True, lookup=ELSEWHERE) if keys else []
+        keys = await self._longest(token_ids, counted=True)
+        hits = await self._cache.get_many(keys, leading=True, lookup=ELSEWHERE) if keys else []
         whole = list(self._whole(hits))
         return sum(tokens for _, tokens in whole), [hit for hit, _ in whole]
 
-    def match_prefix(self, token_ids: Sequence[int]) -> Match:
+    async def match_prefix(self, token_ids: Sequence[int]) -> Match:
         """Where the chunks of the longest cached prefix are held. Does not count as use."""
-        keys = self._longest(token_ids, counted=True)
-        return self._cache.match(keys, lookup=ELSEWHERE)
+        keys = await self._longest(token_ids, counted=True)
+        match: Match = await self._cache.match(keys, lookup=ELSEWHERE)
+        return match
 
-    def pin_prefix(self, token_ids: Sequence[int], *, ttl_s: float | None = None) -> int:
+    async def pin_prefix(self, token_ids: Sequence[int], *, ttl_s: float | None = None) -> int:
         """Keep the longest cached prefix from eviction and expiry, for `ttl_s` seconds or until unpinned.
 
         Returns the chunks pinned. Raises OverQuota over the tier's share for pins, with nothing newly pinned.
         """
-        keys = self._longest(token_ids)
-        return self._cache.pin(*keys, ttl_s=ttl_s) if keys else 0
+        keys = await self._longest(token_ids)
+        return await self._cache.pin(*keys, ttl_s=ttl_s) if keys else 0
 
-    def unpin_prefix(self, token_ids: Sequence[int]) -> int:
+    async def unpin_prefix(self, token_ids: Sequence[int]) -> int:
         """Unpin a prefix; chunks of another pinned prefix stay pinned. Returns the chunks unpinned."""
-        keys = self._longest(token_ids)
-        return self._cache.unpin(*keys) if keys else 0
+        keys = await self._longest(token_ids)
+        return await self._cache.unpin(*keys) if keys else 0
 
-    def forget(self, token_ids: Sequence[int]) -> int:
+    async def forget(self, token_ids: Sequence[int]) -> int:
         """Forget this prefix, partial tails of it included. Returns how many chunks were forgotten.
 
         Chunks that another prompt continues stay: forgetting one conversation leaves the system prompt to the others.
@@ -296,11 +314,11 @@ class Namespace:
                 doomed += tail_keys(parent, rest)
         chunks = set(keys)
         tails = [key for key in doomed if key not in chunks]
-        held = [key for key, at in zip(tails, self._cache.locate(tails), strict=True) if at is not None]
-        gone = self._cache.delete(*held, keep_shared=True) if held else 0
-        return gone + self._cache.delete(*reversed(keys), keep_shared=True)
+        held = [key for key, at in zip(tails, await self._cache.locate(tails), strict=True) if at is not None]
+        gone: int = await self._cache.delete(*held, keep_shared=True) if held else 0
+        return gone + int(await self._cache.delete(*reversed(keys), keep_shared=True))
 
-    def _longest(self, token_ids: Sequence[int], *, counted: bool = False) -> list[bytes]:
+    async def _longest(self, token_ids: Sequence[int], *, counted: bool = False) -> list[bytes]:
         """Keys of the longest chain held: whole chunks, then the longest partial one that was put.
 
         counted: as a lookup.
@@ -309,14 +327,14 @@ class Namespace:
         # By tokens a chunk: the last one may have fewer, which its own question below sets right.
         full = len(token_ids) // self.chunk_tokens
         whole = self._lookup(token_ids, keys) if counted else ELSEWHERE
-        held = self._cache.match(keys[:full], lookup=whole) if full else 0
-        tail = self._tail(token_ids, keys, held)
+        held = await self._cache.match(keys[:full], lookup=whole) if full else 0
+        tail = await self._tail(token_ids, keys, held)
         if tail is None:
             if counted and keys and not full:
-                self._cache.match(keys, lookup=whole)
+                await self._cache.match(keys, lookup=whole)
             return keys[:held]
         if counted:
-            self._cache.match([tail.key], lookup=self._tail_lookup(tail, whole, asked=not full))
+            await self._cache.match([tail.key], lookup=self._tail_lookup(tail, whole, asked=not full))
         return [*keys[:held], tail.key]
 
     def _lookup(self, token_ids: Sequence[int], keys: Sequence[bytes]) -> Lookup:
@@ -326,14 +344,14 @@ class Namespace:
         """How the question for a partial chunk counts. asked: it is the first of its lookup."""
         return (whole if asked else whole.continued())._replace(key_tokens=tail.tokens)
 
-    def _tail(self, token_ids: Sequence[int], keys: list[bytes], held: int) -> "_Tail | None":
+    async def _tail(self, token_ids: Sequence[int], keys: list[bytes], held: int) -> "_Tail | None":
         """The longest partial chunk that is held behind the first `held` chunks; None: there is none."""
         rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
         if held == len(keys) or not len(rest):
             return None
         # A longer prompt continues inside the chunk where a shorter one ended: ask for each length it may have.
         tails = tail_keys(keys[held - 1] if held else self.digest, rest)
-        places = self._cache.locate(tails)
+        places = await self._cache.locate(tails)
         return next((_Tail(key, len(tails) - i) for i, key in enumerate(tails) if places[i]), None)
 
     def _tokens_of(self, hit: Hit) -> int | None:
@@ -357,3 +375,26 @@ class Namespace:
                 f"{name}: this namespace holds {own.dtype} (layers, tokens, kv_heads, head_dim) = {due}, "
                 f"got {info.dtype} {info.shape}"
             )
+
+
+class Namespace:
+    """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
+
+    def __init__(self, cache: Cache, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self.awaited = Prefixes(Ready(in_pieces(cache)), identity, chunk_tokens)
+        self.identity = identity
+        self.chunk_tokens = chunk_tokens
+        self.digest = self.awaited.digest
+        self.name = self.awaited.name
+
+    def keys(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The chain of keys of these tokens, root first; the last one may be of a partial chunk."""
+        return self.awaited.keys(token_ids)
+
+    put_prefix = now(Prefixes.put_prefix)
+    get_prefix = now(Prefixes.get_prefix)
+    get_prefix_hits = now(Prefixes.get_prefix_hits)
+    match_prefix = now(Prefixes.match_prefix)
+    pin_prefix = now(Prefixes.pin_prefix)
+    unpin_prefix = now(Prefixes.unpin_prefix)
+    forget = now(Prefixes.forget)

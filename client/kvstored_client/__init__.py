@@ -1,6 +1,7 @@
 """kvstored_client: the cache from inside an inference worker. Light: no torch, no engine, one connection.
 
-`Client`, what it returns (`Hit`), the errors and `__version__`; each is imported when it is first asked for.
+`Client`, what it returns (`Hit`), the same for asyncio (`aio`), the errors and `__version__`; each is imported when it
+is first asked for.
 """
 
 from importlib import import_module
@@ -10,15 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvstore import errors
     from kvstore.hit import Hit
+    from kvstored_client import aio
     from kvstored_client.client import Client
 
     __version__: str
 
-__all__ = ["Client", "Hit", "__version__", "errors"]
+__all__ = ["Client", "Hit", "__version__", "aio", "errors"]
 
 _FROM = {
     "Client": ("kvstored_client.client", "Client"),
     "Hit": ("kvstore.hit", "Hit"),
+    "aio": ("kvstored_client.aio", ""),
     "errors": ("kvstore.errors", ""),
 }
 

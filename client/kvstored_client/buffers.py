@@ -8,6 +8,7 @@ import numpy as np
 from kvstore import arrays
 from kvstore.errors import OutMismatch
 from kvstore.hit import TensorInfo
+from kvstored_client.device import Batch, Runs, settle_stream
 from kvstored_client.wire.frames import Bytes
 
 Tensors = Mapping[str, Any]
@@ -20,8 +21,14 @@ Out = Sequence[Tensors | None] | None
 class Target:
     """Where an entry's tensors go. bytes: what to fill, by name; tensors: what the caller gets after `finish`."""
 
-    def __init__(self, specs: Mapping[str, TensorInfo], framework: str, out: Tensors | None) -> None:
-        """out: the caller's own tensors, or None for fresh ones. Raises OutMismatch."""
+    def __init__(
+        self, specs: Mapping[str, TensorInfo], framework: str, out: Tensors | None, batch: Batch | None = None
+    ) -> None:
+        """out: the caller's own tensors, or None for fresh ones. Raises OutMismatch.
+
+        batch: takes tensors on a GPU, which are then in `direct` and have no bytes here.
+        """
+        self.direct: dict[str, Any] = {}
         self.aside: dict[str, Any] = {}
         self.bytes: dict[str, Bytes] = {}
         self.tensors: dict[str, Any] = {}
@@ -29,6 +36,9 @@ class Target:
             check_out(specs, out)
         for name, spec in specs.items():
             given = None if out is None else out[name]
+            if batch is not None and given is not None and Runs.of(given) is not None:
+                self.direct[name] = self.tensors[name] = given
+                continue
             direct = None if given is None else arrays.bytes_in_place(given)
             if direct is not None:
                 self.bytes[name] = direct
@@ -43,7 +53,10 @@ class Target:
     def finish(self) -> None:
         """All bytes are filled: those tensors that could not be filled directly get them now."""
         for name, fresh in self.aside.items():
-            self.tensors[name].copy_(fresh)
+            given = self.tensors[name]
+            given.copy_(fresh)
+            if given.is_cuda:
+                settle_stream(given.device)  # this may be another thread than the caller's, with another stream
 
 
 def check_out(specs: Mapping[str, TensorInfo], out: Tensors) -> None:

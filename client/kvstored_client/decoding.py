@@ -36,7 +36,7 @@ DECODES: tuple[Decode, ...] = ("auto", "client", "daemon")
 ENCODINGS = ("nf4", "nf4-kv2", "nf4-kv", "int8")
 SHM_FROM_NBYTES = 8 << 20
 """Decoded bytes from which decoding here beats decoding by a daemon on the same host (bench/RESULTS.md, get.nf4); from
-another host an eighth of the bytes is worth it at any size."""
+another host 13% (of float32) or 27% (of 16 bits) of the bytes is worth it at any size."""
 PARTS_MAX = 16
 """Parts of one tensor; nf4-kv2 has at most 10."""
 PACKED_MAX_RATIO = 256
@@ -48,7 +48,7 @@ SHAPE_MAX_NBYTES = 4 << 10
 def accepted(decode: Decode) -> tuple[str, ...]:
     """The encodings to ask for. "auto": those of the codecs where torch is imported and the kernel can be used.
 
-    Without the kernel the daemon's decoding and eight times the bytes are faster: plain torch decodes 0.2 GB/s.
+    Without the kernel the daemon's decoding and four to eight times the bytes are faster: plain torch decodes 0.2 GB/s.
     """
     if decode == "daemon" or (decode == "auto" and not ("torch" in sys.modules and _has_kernel())):
         return ()

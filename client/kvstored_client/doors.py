@@ -5,9 +5,11 @@ Trouble on the daemon's side becomes a miss here, once, unless the caller wants 
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
+from kvstored_client.device import Driver, Transfers
 from kvstored_client.interrupts import damage
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
@@ -21,6 +23,7 @@ OnError = Literal["miss", "raise"]
 SOFT = (TierUnavailable, OverQuota, RecordCorrupt)
 """What a daemon in trouble looks like: a miss on the data path."""
 
+R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -28,16 +31,28 @@ P = ParamSpec("P")
 class Doors:
     """The way to a daemon. failures: calls that ended in trouble and were answered as a miss, or raised."""
 
-    def __init__(self, address: str | None, timeout_s: float, on_error: OnError, *, shared_memory: bool) -> None:
+    def __init__(
+        self, address: str | None, timeout_s: float, on_error: OnError, *, shared_memory: bool, driver: Driver | None
+    ) -> None:
         self._on_error = on_error
-        self._transport = Transport(address or default_address(), timeout_s, log_change)
+        self._transport = self._transport_to(address or default_address(), timeout_s)
         path = socket_path(self._transport.target)
+        self.transfers = Transfers(driver)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
-        self._pool = ConnectionPool(lease_path(path), timeout_s) if shared_memory and path is not None else None
+        self._pool = self._pool_at(lease_path(path), timeout_s) if shared_memory and path is not None else None
         if self._pool is not None:
+            self._pool.transfers = self.transfers
             self._transport.on_fork = self._pool.start_afresh
+        else:
+            self._transport.on_fork = self.transfers.forget
         self.failures = 0
         self._epoch = 0  # the last one seen over shared memory
+
+    def _transport_to(self, address: str, timeout_s: float) -> Transport:
+        return Transport(address, timeout_s, log_change)
+
+    def _pool_at(self, path: Path, timeout_s: float) -> ConnectionPool:
+        return ConnectionPool(path, timeout_s)
 
     @property
     def address(self) -> str:
@@ -54,7 +69,7 @@ class Doors:
         """How often the daemon was found restarted."""
         return self._transport.restarts
 
-    def _ask(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
+    def _ask(self, verb: str, request: Any, reply: ReplyType[R]) -> R:
         """A small verb, over the lease socket where there is one: 0.05 ms a round trip, against 0.4."""
         name = verb.lower()
         try:
@@ -115,14 +130,25 @@ class Doors:
         if self._transport.closed:
             raise TierUnavailable("this client is closed: make another one, or close it later")
 
-    def _operate(self, verb: str, request: Any, reply: ReplyType[T]) -> T:
-        """A verb of the operator's."""
+    def _asked(
+        self, verb: str, request: Any, reply: ReplyType[R], read: Callable[[R], T], otherwise: T, *, small: bool = True
+    ) -> T:
+        """What a verb of the data path read in its answer. small: over the lease socket where there is one."""
+        ask = self._ask if small else self._ask_stream
+        return self._data(lambda: read(ask(verb, request, reply)), otherwise)
+
+    def _ask_stream(self, verb: str, request: Any, reply: ReplyType[R]) -> R:
+        return self._transport.unary(CACHE + verb, request, reply)
+
+    def _operate(self, verb: str, request: Any, reply: ReplyType[R], read: Callable[[R], T]) -> T:
+        """What a verb of the operator's read in its answer."""
         self._check_open()
         try:
-            return self._transport.unary(ADMIN + verb, request, reply)
+            answer = self._transport.unary(ADMIN + verb, request, reply)
         except SOFT:
             self.failures += 1
             raise
+        return read(answer)
 
     def _data(self, call: Callable[P, T], otherwise: T, *args: P.args, **kwargs: P.kwargs) -> T:
         """A call on the data path: trouble on the daemon's side is `otherwise`, unless the caller wants it raised.

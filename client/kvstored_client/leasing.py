@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 from kvstore.hit import Hit
 from kvstore.lookup import Lookup
@@ -26,9 +27,17 @@ class Leases:
         self._leading = leading
         self._lookup = lookup
 
-    def __enter__(self) -> Sequence[Hit | None]:
-        self._block = self._begin(self._keys, leading=self._leading, lookup=self._lookup)
-        return self._block.__enter__()
+    def begin(self) -> AbstractContextManager[Sequence[Hit | None]]:
+        """Ask for it. The block that is leased is to be entered and left; of an asyncio client, one to await."""
+        return self._begin(self._keys, leading=self._leading, lookup=self._lookup)
+
+    def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Any:
+        """What the block of `begin` holds; it ends with this lease."""
+        self._block = block
+        return block.__enter__()
+
+    def __enter__(self) -> Any:
+        return self.enter(self.begin())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -39,11 +48,17 @@ class Leases:
 class OneLease(Leases):
     """The same of one key."""
 
-    def __enter__(self) -> Hit | None:  # type: ignore[override]  # one hit for many
-        hits = super().__enter__()
+    def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Hit | None:
+        """The hit of the block."""
+        hits = super().enter(block)
         return hits[0] if hits else None
 
 
-def leading_hits(hits: list[Hit | None], *, leading: bool) -> list[Hit | None]:
+def first_of(hits: list[Hit | None]) -> Hit | None:
+    """The hit of a get of one key."""
+    return hits[0]
+
+
+def leading_hits(hits: list[Hit | None]) -> list[Hit | None]:
     """Of a chain, the hits before the first miss."""
-    return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))] if leading else hits
+    return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))]

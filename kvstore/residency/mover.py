@@ -20,7 +20,7 @@ from kvstore.printable import printable
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import Transcoder
 from kvstore.tiers import LastTier, TierName
-from kvstore.tiers.balance import DENSITY
+from kvstore.tiers.balance import packed_nbytes
 from kvstore.tiers.memory import MemoryTier
 
 log = logging.getLogger(__name__)
@@ -364,7 +364,7 @@ class Mover:
     def _evicted(self, left: TierName, entry: Entry) -> None:
         r, key = self._r, entry.key
         if r.balance is not None:
-            r.balance.left(key, entry.nbytes if left == "warm" else entry.nbytes // DENSITY)
+            r.balance.left(key, entry.nbytes if left == "warm" else packed_nbytes(entry.tensors))
         r.counters.tiers[left].evictions += 1
         if r.cold is not None:
             r.cold.admission.refused(key)

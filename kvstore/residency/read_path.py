@@ -404,7 +404,7 @@ class ReadPath:
             if meta is None or tier is None:
                 continue
             used.append(key)
-            if self._count_hit(tier, meta, plan.now):
+            if self._count_hit(tier, meta, plan.now, entry):
                 wanted.append(key)
             if entry is not None:
                 c.hits_in[tier, entry.encoding] += 1
@@ -417,11 +417,11 @@ class ReadPath:
             used.reverse()
             self._r.touch(used)
 
-    def _count_hit(self, tier: TierName, meta: Meta, now: float) -> bool:
+    def _count_hit(self, tier: TierName, meta: Meta, now: float, entry: Entry | None) -> bool:
         """Count; True: the key should be promoted."""
         r = self._r
         if r.balance is not None and tier != "cold":
-            r.balance.hit(tier, now - meta.used_at)
+            r.balance.hit(tier, now - meta.used_at, meta.value_nbytes / entry.nbytes if entry is not None else 1.0)
         r.counters.tiers[tier].hits += 1
         r.counters.hit_nbytes += meta.value_nbytes
         recent = meta.last_hit_at and now - meta.last_hit_at <= self._promote_window_s

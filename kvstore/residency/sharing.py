@@ -29,7 +29,7 @@ from kvstore.shared.objects import Arrived, Head
 from kvstore.shared.publisher import Candidate
 from kvstore.shared.source import Source, opened_engine
 from kvstore.tiers.admission import Admission
-from kvstore.tiers.balance import DENSITY
+from kvstore.tiers.balance import DENSITY_MIN, packed_nbytes
 
 ROUNDS_MAX = 3
 """How often a call waits for another one that is asking for the same, before it goes on with what there is."""
@@ -176,7 +176,7 @@ class Sharing:
             owner = meta.owner
             rules = (self.admission, self._tenants.get(owner.tenant, self.admission))
             deserves = all(rule.deserves(key, meta) for rule in rules)
-            nbytes = self._nbytes(meta.value_nbytes, exact=meta.exact)
+            nbytes = meta.value_nbytes if meta.exact else self._packed_nbytes(key, meta)
             return Candidate(key, meta.parent, owner.tenant, owner.namespace, meta.ttl_s, meta.exact, nbytes, deserves)
 
     def ancestors(self, key: Key, at_most: int) -> list[Key]:
@@ -241,10 +241,12 @@ class Sharing:
         return "" if sum(1 for _ in islice(self._r.chains.ancestors(key), due)) >= due else "short"
 
     def _offered(self, keys: Sequence[Key], nbytes: int) -> None:
-        self.source.publisher.offer(keys, self._nbytes(nbytes, exact=False))
+        self.source.publisher.offer(keys, int(nbytes / DENSITY_MIN))
 
-    def _nbytes(self, value_nbytes: int, *, exact: bool) -> int:
-        return value_nbytes if exact else value_nbytes // DENSITY
+    def _packed_nbytes(self, key: Key, meta: Meta) -> int:
+        place = self._r.lookup(key)
+        entry = None if place is None else place[1]
+        return int(meta.value_nbytes / DENSITY_MIN) if entry is None else packed_nbytes(entry.tensors)
 
     def _deleted(self, key: Key) -> None:
         self.source.bars.add((key,))

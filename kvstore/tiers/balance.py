@@ -1,8 +1,9 @@
 """The share of the memory for hot with `split = "auto"`, learned from hits by depth.
 
-Hot and warm share their two budgets, and the border between them moves in steps. A step of warm holds seven times the
-entries of a step of hot, but a hit in hot needs no decoding. The gain or loss of moving the border by some steps is
-counted from hits and misses, by depth:
+Hot and warm share their two budgets, and the border between them moves in steps. A step of warm holds 7.4 times the
+entries of a step of hot where they are float32, 3.7 times where they are bfloat16 or float16, and as many where they
+are of a type that is never encoded; but a hit in hot needs no decoding. The gain or loss of moving the border by some
+steps is counted from hits and misses, by depth:
 
     ghosts   keys that left memory, in order: a get of one is a prefill that a larger warm would have saved
     tails    hits in the deepest steps of a tier, which a smaller tier would have lost
@@ -14,9 +15,12 @@ Not thread-safe: the store's lock covers each call.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Literal
 
+from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
+from kvstore.entries.entry import EncodedTensor
 from kvstore.keys import Key
 from kvstore.tiers.memory import MemoryTier
 
@@ -24,8 +28,10 @@ STEPS = 32
 """Steps into which the memory is cut: the border settles within a few per cent of the best."""
 DECODE_COST = 0.05
 """As a share of a prefill: decoding a chunk runs at memory speed, computing it takes a forward pass of the model."""
-DENSITY = 7
-"""Entries in warm per entry in hot, for the same bytes."""
+VALUE_BITS = 4.35
+"""Of a value in warm, as NF4 with its scales: 4.1 to 4.4."""
+DENSITY_MIN = 3.7
+"""Bytes in hot for a byte in warm where the type of a value is not known: those of 16 bits, which engines hold."""
 EVENTS_MIN = 64
 """Events between two decisions: fewer are noise."""
 MOVE_MAX = 2
@@ -34,6 +40,16 @@ GHOSTS_MAX = 65_536
 """About 10 MB of keys."""
 TRIM_MAX = 64
 """Ghosts dropped at one departure: one large entry may make all of them too old at once."""
+
+
+def packed_nbytes(tensors: Mapping[str, EncodedTensor]) -> int:
+    """Bytes that tensors take in warm, by the type of each."""
+    return sum(
+        int(of.spec.nbytes * VALUE_BITS / (8 * BY_NAME[of.spec.dtype].itemsize))
+        if of.encoding == "raw" and of.spec.dtype in LOSSY_ALLOWED
+        else of.nbytes
+        for of in tensors.values()
+    )
 
 
 class Balance:
@@ -76,8 +92,8 @@ class Balance:
         if left_at is not None:
             self._count(self._avoidable, self._left_nbytes - left_at)
 
-    def hit(self, tier: Literal["hot", "warm"], idle_s: float) -> None:
-        """Note a hit in memory. idle_s: seconds since the last use."""
+    def hit(self, tier: Literal["hot", "warm"], idle_s: float, density: float = 1.0) -> None:
+        """Note a hit in memory. idle_s: seconds since the last use. density: the entry's bytes in hot for one here."""
         oldest_s, own = self._oldest_s[tier], self._tiers[tier]
         depth = int(min(1.0, idle_s / oldest_s) * own.used_nbytes) if oldest_s > 0 else 0
         from_below = max(0, own.capacity_nbytes - depth)
@@ -85,7 +101,7 @@ class Balance:
             self._count(self._hot_tail, from_below)
         else:
             self._count(self._warm_tail, from_below)
-            self._count(self._warm_top, depth * DENSITY)
+            self._count(self._warm_top, int(depth * density))
 
     def _count(self, by_step: list[float], nbytes: int) -> None:
         step = nbytes // self.step_nbytes

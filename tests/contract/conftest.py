@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 from kvstored.server import Daemon
 from kvstored.settings import ServerSettings
-from kvstored_client import Client
+from kvstored_client import Client, aio
 
 MIB = 1 << 20
 
@@ -67,15 +68,83 @@ def serving(store: Store, address: str, data_dir: Path) -> Iterator[None]:
         loop.close()
 
 
-@pytest.fixture(params=["memory", "disk", "client"])
+class Blocking:
+    """An asyncio client, or a namespace of one, whose verbs are called as the blocking ones are."""
+
+    def __init__(self, of: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.of = of
+        self._loop = loop
+
+    def run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self.of, name)
+        return (lambda *args, **how: self._answer(verb(*args, **how))) if callable(verb) else verb
+
+    def _answer(self, answer: Any) -> Any:
+        if hasattr(answer, "__aiter__"):
+            return iter(self.run(_all_of(answer)))
+        if hasattr(answer, "__aenter__"):
+            return self._entered(answer)
+        if asyncio.iscoroutine(answer):
+            return self.run(answer)
+        return answer if isinstance(answer, list) else Blocking(answer, self._loop)
+
+    @contextmanager
+    def _entered(self, lease: Any) -> Iterator[Any]:
+        # Not `async with`: the block runs here, in the test's own thread, as what is leased is looked at there.
+        found = self.run(lease.__aenter__())
+        try:
+            yield found
+        except BaseException as error:
+            del found
+            self.run(lease.__aexit__(type(error), error, error.__traceback__))
+            raise
+        else:
+            del found
+            self.run(lease.__aexit__(None, None, None))
+
+
+async def _all_of(answers: Any) -> list[Any]:
+    return [answer async for answer in answers]
+
+
+@contextmanager
+def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="contract-loop")
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def blocking(address: str) -> Iterator[Blocking]:
+    """An asyncio client of a daemon, for tests of what blocks."""
+    with event_loop() as loop:
+        client = Blocking(aio.Client(address, on_error="raise"), loop)
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+@pytest.fixture(params=["memory", "disk", "client", "aio"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
-    """A store in memory, a store with a disk, and a client of a daemon."""
+    """A store in memory, a store with a disk, a client of a daemon, and an asyncio client of one."""
     clock = ManualClock()
     config = config_for(tmp_path / "cold" if request.param == "disk" else None)
     with Store.open(config, clock=clock, background=False) as store:
-        if request.param != "client":
+        if request.param in ("memory", "disk"):
             yield Harness(store, clock, config.hot.capacity_nbytes, config.entry_max_nbytes)
             return
         address = f"unix:{tmp_path / 'kv.sock'}"
-        with serving(store, address, tmp_path), Client(address, on_error="raise") as client:
+        kind = blocking if request.param == "aio" else partial(Client, on_error="raise")
+        with serving(store, address, tmp_path), kind(address) as client:
             yield Harness(client, clock, config.hot.capacity_nbytes, config.entry_max_nbytes)

@@ -63,7 +63,7 @@ DOORS = (
         "a record that only says it is large is refused for ever",
     ),
     (
-        "client/kvstored_client/shm/calls.py",
+        "client/kvstored_client/shm/blocks.py",
         "return self.mapping.words[self.start >> 3] != self.generation",
         "return False",
         "a block that was used again is a value",

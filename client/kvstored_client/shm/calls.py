@@ -8,28 +8,23 @@ interrupted, and is abandoned.
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self, cast, overload
 
-from google.protobuf.message import DecodeError
-
 from kvstore import arrays
-from kvstore.errors import CodecError, InvalidEntry, KvstoreError, LeaseKept, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
-from kvstore.shm.layout import ALIGN
 from kvstored_client.buffers import Out, Target, Window
-from kvstored_client.decoding import Packed, shape_of
+from kvstored_client.device import Batch, DriverError
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.mapping import Copier, MappedSegment
+from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart
+from kvstored_client.shm.mapping import Copying
 from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
-from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, TIER_NAMES, GetOptions, read_receipt
+from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
 
 KEYS_PER_PACKET = 512
-BLOCKS_MAX = 4096
-"""Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
 _PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
 _HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
 _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
@@ -124,12 +119,12 @@ class LeasedHits(Sequence[Hit | None]):
         self._reply = reply
         self._keys = keys
         self._made: dict[int, Hit] = {}
-        _check_count(reply, len(keys))
+        check_count(reply, len(keys))
         self._items: Sequence[pb.Leased | bytes | None] = reply.leased
         if not reply.complete:
             items: list[pb.Leased | None] = [None] * len(keys)
-            for item in map(_taken_apart, reply.leased):
-                items[_index(item.header.index, len(keys))] = item
+            for item in map(taken_apart, reply.leased):
+                items[index_of(item.header.index, len(keys))] = item
             self._items = items[: items.index(None)] if leading and None in items else items
 
     def __len__(self) -> int:
@@ -154,7 +149,7 @@ class LeasedHits(Sequence[Hit | None]):
             if self._lease is None:
                 raise LeaseKept("this lease has ended: its hits are only there inside the block")
             try:
-                block = _block(self._segments, item)
+                block = block_of(self._segments, item)
             except UseStream as error:
                 raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
             hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, block))
@@ -196,20 +191,24 @@ def get(
     connection = pool.take(hand)
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = connection.exchange(_get_call(part, how), pool.timeout_s)
+        reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
+        batch = None if out is None else pool.transfers.batch_for(out)
+        late = []
         try:
-            _check_count(reply, len(part))
-            for at, serialized in enumerate(reply.leased):
-                item = serialized if reply.complete else _taken_apart(serialized)
-                index = start + _index(at if isinstance(item, bytes) else item.header.index, len(part))
-                target = out[index] if out is not None else None
-                block = _block(connection.segments, item)
-                tensors = _copied(pool.copier, block, framework, target)
-                if tensors is None:
+            for at, item, block in found_in(reply, len(part), connection.segments):
+                index = start + at
+                target = target_for(block, framework, out[index] if out is not None else None, batch)
+                if not filled(pool.copier, block, target):
                     stale += 1
+                elif target.direct:
+                    late.append((index, item, block, target))
                 else:
-                    hits[index] = block.hit(reply, item, keys[index], tensors)
+                    hits[index] = block.hit(reply, item, keys[index], target.tensors)
+            if batch is not None:
+                for ok, (index, item, block, target) in zip(loaded(pool, batch, late), late, strict=True):
+                    stale += not ok
+                    hits[index] = block.hit(reply, item, keys[index], target.tensors) if ok else None
         finally:
             connection.give_back(reply.lease)
         if how.leading and len(reply.leased) < len(part):
@@ -218,127 +217,52 @@ def get(
     return hits, stale, epoch
 
 
-def _check_count(reply: pb.LeaseReply, keys: int) -> None:
-    found = len(reply.leased)
-    if found > keys or (reply.complete and found != keys):
-        raise UseStream(f"{found} answers to {keys} keys")
-
-
-def _index(serialized: int, keys: int) -> int:
-    if serialized >= keys:
-        raise UseStream(f"an answer to key {serialized} of {keys}")
-    return serialized
-
-
-def _get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
+def get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
+    """The call of a get."""
     return submessage(pb.LeaseCall.GET_FIELD_NUMBER, get_request(keys, how.rest))
 
 
-def _copied(copier: Copier, block: "Block", framework: str, out: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The tensors of a block, copied or decoded; None if the block was used again meanwhile."""
+def target_for(block: "Block", framework: str, out: Mapping[str, Any] | None, batch: Batch | None = None) -> Target:
+    """Where a block's tensors go. batch: takes those on a GPU, if nothing has to be decoded. Raises OutMismatch."""
     try:
-        target = Target(block.specs, framework, out)
+        return Target(block.specs, framework, out, batch if block.packed is None else None)
     except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
         raise damage(error, "a block") from None
+
+
+def filled(copier: Copying, block: "Block", target: Target) -> bool:
+    """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile."""
     if block.packed is not None:
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
             block.packed.decode(parts, target.bytes)
         except CodecError:
-            return None
+            return False
     else:
         for name, (_, at, nbytes) in block.tensors.items():
-            copier.copy(target.bytes[name], block.data[at : at + nbytes])
+            if name in target.bytes:
+                copier.copy(target.bytes[name], block.data[at : at + nbytes])
     if target.aside:
         target.finish()
     # After the copy: the daemon overwrites the generation before it uses a block again.
-    return None if block.is_gone() else target.tensors
+    return not block.is_gone()
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """An entry's bytes in a segment, and what its header says of it each time.
-
-    data: all of it. specs: of the tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of
-    packed's parts. put_at: seconds of the daemon's clock, where its reply said that.
-    """
-
-    mapping: MappedSegment
-    start: int
-    nbytes: int
-    generation: int
-    data: Bytes
-    specs: Mapping[str, TensorInfo]
-    tensors: Mapping[str, tuple[TensorInfo, int, int]]
-    packed: Packed | None
-    encoding: str
-    lossy: bool
-    receipt: dict[str, float]
-    put_at: float
-
-    def is_gone(self) -> bool:
-        """Whether the daemon has used the block again, or is about to."""
-        return self.mapping.words[self.start >> 3] != self.generation
-
-    def hit(self, reply: pb.LeaseReply, item: pb.Leased | bytes, key: bytes, tensors: Mapping[str, Any]) -> Hit:
-        """The entry as a hit of this reply."""
-        if isinstance(item, bytes):  # of a complete reply: all of it out of hot
-            tier, age_s = "hot", reply.now - self.put_at
-        else:
-            tier, age_s = TIER_NAMES.get(item.header.tier, "unknown"), item.header.age_s
-        return Hit(key, tensors, tier, self.encoding, self.lossy, age_s, self.receipt.copy())
-
-
-def _taken_apart(serialized: bytes) -> pb.Leased:
+def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "Block", Target]]) -> list[bool]:
+    """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards."""
+    for _, _, block, target in late:
+        pool.transfers.uses(block.mapping)
+        for name, x in target.direct.items():
+            batch.load(x, block.mapping.address + block.start + block.tensors[name][1])
     try:
-        return pb.Leased.FromString(serialized)
-    except DecodeError as error:
-        raise UseStream(str(error)) from None
-
-
-def _block(segments: Segments, item: pb.Leased | bytes) -> Block:
-    # A generation is one block in the daemon's life: the same entry a second time need not have its specs read again,
-    # and of a complete reply, which says the same of it each time, not even that.
-    known = segments.blocks
-    key = item if isinstance(item, bytes) else (item.segment, item.start, item.generation)
-    block = known.get(key)
-    if block is None:
-        if len(known) >= BLOCKS_MAX:
-            known.clear()
-        try:
-            block = known[key] = _new_block(segments, _taken_apart(item) if isinstance(item, bytes) else item)
-        except Exception as error:
-            damaged = damage(error, "a block")
-            if damaged is error and not isinstance(error, KvstoreError):
-                raise  # UseStream, or an interrupt
-            raise UseStream(str(damaged)) from None
-    return block
-
-
-def _new_block(segments: Segments, item: pb.Leased) -> Block:
-    head = item.header
-    shape = shape_of(head)
-    packed = Packed(head, shape) if head.packed else None
-    nbytes = shape.block_nbytes
-    mapping = segments.get(item.segment)
-    if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
-        raise UseStream(f"a block from {item.start} to {item.start + nbytes} in a segment of {mapping.nbytes}")
-    # Decoding goes through torch, which warns of an array that it may not write to.
-    window = mapping.window(item.start, nbytes, None, writable=packed is not None)
-    return Block(
-        mapping,
-        item.start,
-        nbytes,
-        item.generation,
-        window.array,
-        shape.specs,
-        shape.lying,
-        packed,
-        head.encoding,
-        head.lossy,
-        read_receipt(head),
-        head.put_at,
-    )
+        batch.run()
+    except DriverError:
+        for _, _, block, target in late:
+            for name, x in target.direct.items():
+                spec, at, nbytes = block.tensors[name]
+                x.copy_(arrays.from_bytes(spec, block.data[at : at + nbytes].copy(), "torch"))
+    # After the copies: see `filled`.
+    return [not block.is_gone() for _, _, block, _ in late]
 
 
 def lease(
@@ -346,7 +270,7 @@ def lease(
 ) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
     connection = pool.take(hand)
-    reply = connection.exchange(_get_call(keys, how), pool.timeout_s)
+    reply = connection.exchange(get_call(keys, how), pool.timeout_s)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
@@ -354,56 +278,122 @@ def lease(
 
 def put(pool: ConnectionPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
-    stored = epoch = commits = start = 0
+    stored = epoch = commits = 0
+    for entries in commits_of(batch):
+        reply = _commit(pool, hand, entries)
+        stored, epoch, commits = stored + reply.stored, reply.boot_epoch, commits + 1
+    return stored, epoch, commits
+
+
+def commits_of(batch: Sequence[Outgoing]) -> Iterator[Sequence[Outgoing]]:
+    """The entries of each commit."""
+    start = 0
     while start < len(batch):
         stop, nbytes = start + 1, batch[start].nbytes
         while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
             nbytes += batch[stop].nbytes
             stop += 1
-        reply = _commit(pool, hand, batch[start:stop])
-        stored, epoch, commits, start = stored + reply.stored, reply.boot_epoch, commits + 1, stop
-    return stored, epoch, commits
+        yield batch[start:stop]
+        start = stop
 
 
 def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
-    timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
-    # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
-    wanted = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
-    connection = pool.take(hand, None if wanted is None else wanted[0])
+    commit = Commit(pool, entries)
+    connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
-    there = _lying(connection, entries) if pool.lent else {}
-    rooms = [0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in entries]
-    window, segment, start = connection.room(sum(rooms), timeout_s)
-    data, serialized, copies, at = window.array, [], [], 0
-    for entry, room_nbytes in zip(entries, rooms, strict=True):
-        item = pb.IngestedEntry()
-        for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
-            place = there.get(id(x))
-            if place is None:
-                place = segment, start + at + offset
-                copies.append((x, at + offset, nbytes))
-            item.places.add(segment=place[0], start=place[1])
-        _copy_in(pool.copier, data, copies)
-        copies.clear()
-        at += room_nbytes
-        serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
-    # What the caller made with `empty` it may write to as soon as the put returns; the windows here nobody writes to.
-    if not there:
-        serialized.append(_COPY_LATER)
-    reply = connection.exchange(submessage(_PUT, b"".join(serialized)), timeout_s)
+    window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
+    batch = pool.transfers.batch_for([entry.tensors for entry in entries])
+    if batch is None:
+        for copies in commit.copies(segment, start):
+            copy_in(pool.copier, window.array, copies)
+    else:
+        store_in(pool, connection, batch, window.array, list(commit.copies(segment, start)))
+    reply = connection.exchange(commit.message(), commit.timeout_s)
     connection.uncopied = window
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put
 
 
-def _copy_in(copier: Copier, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
+class Commit:
+    """One commit of a put: what lies in shared memory already, what has to be copied there, and what is sent.
+
+    wanted: the connection to make it on, if one. timeout_s: for each of its calls.
+    """
+
+    def __init__(self, pool: ConnectionPool, entries: Sequence[Outgoing]) -> None:
+        self._entries = entries
+        self._lent = pool.lent
+        self.timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
+        # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
+        found = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
+        self.wanted = None if found is None else found[0]
+        self._there: dict[int, tuple[int, int]] = {}
+        self._rooms: list[int] = []
+        self._serialized: list[bytes] = []
+
+    def lay(self, connection: Connection) -> int:
+        """Bytes of room that it needs on a connection."""
+        there = self._there = _lying(connection, self._entries) if self._lent else {}
+        self._rooms = [
+            0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in self._entries
+        ]
+        return sum(self._rooms)
+
+    def copies(self, segment: int, start: int) -> Iterator[list[tuple[Any, int, int]]]:
+        """(tensor, start in the room, bytes) to copy for each entry, given its room's place."""
+        at = 0
+        for entry, room_nbytes in zip(self._entries, self._rooms, strict=True):
+            item, copies = pb.IngestedEntry(), []
+            for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
+                place = self._there.get(id(x))
+                if place is None:
+                    place = segment, start + at + offset
+                    copies.append((x, at + offset, nbytes))
+                item.places.add(segment=place[0], start=place[1])
+            yield copies
+            at += room_nbytes
+            self._serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
+
+    def message(self) -> bytes:
+        """The call, once all is copied."""
+        # What the caller made with `empty` it may write to once the put returns; the windows here nobody writes to.
+        later = [] if self._there else [_COPY_LATER]
+        return submessage(_PUT, b"".join((*self._serialized, *later)))
+
+
+def copy_in(copier: Copying, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
     """Copy tensors to their (start, nbytes). Dense bytes only now, entry by entry: a strided tensor is copied twice."""
     sources = [arrays.as_bytes(x) for x, _, _ in copies]
     for source, (_, start, nbytes) in zip(sources, copies, strict=True):
         if source.size != nbytes:
             raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
         copier.copy(data[start : start + nbytes], source)
+
+
+def store_in(
+    pool: ConnectionPool,
+    connection: Connection,
+    batch: Batch,
+    data: Bytes,
+    entries: Sequence[list[tuple[Any, int, int]]],
+    copier: Copying | None = None,
+) -> None:
+    """`copy_in` of several entries with tensors on a GPU: those in one batch. Nothing is copied afterwards."""
+    for segment in connection.ingest:
+        if segment.mapping.address <= data.ctypes.data < segment.mapping.address + segment.mapping.nbytes:
+            pool.transfers.uses(segment.mapping)
+    direct = []
+    for copies in entries:
+        for x, start, nbytes in copies:
+            if x.nbytes != nbytes or not batch.store(x, data.ctypes.data + start):
+                copy_in(copier or pool.copier, data, [(x, start, nbytes)])
+            else:
+                direct.append((x, start, nbytes))
+    try:
+        batch.run()
+    except DriverError:
+        copy_in(copier or pool.copier, data, direct)
 
 
 def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:

@@ -15,6 +15,7 @@ import struct
 import time
 import weakref
 from collections import deque
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,10 +25,10 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import KvstoreError
-from kvstore.shm.freelist import FreeList
 from kvstore.shm.layout import CLOSED
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
+from kvstored_client.shm.ingest import Ended, IngestSegment, Mark
 from kvstored_client.shm.mapping import MappedSegment
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import fixed64s
@@ -51,10 +52,12 @@ INGEST_TWICE_NBYTES = 128 << 20
 """With so much of it a put waits until the daemon has copied the last one, rather than that more is asked for."""
 _FDS_MAX = 64
 """Descriptors in one packet, as the daemon hands them over; of more the kernel would drop the rest."""
-_ASK_AGAIN_MAX = 64
+ASK_AGAIN_MAX = 64
 """Packets that may bring segments before one answers: 4,096 segments are 512 GiB of hot."""
 _ANCILLARY = (socket.CMSG_SPACE(4 * _FDS_MAX),)
 _AT_ONCE = (socket.MSG_DONTWAIT,)
+GREETING = pb.LeaseCall(match=pb.MatchRequest())
+"""What a connection asks first: its answer has the daemon's boot epoch."""
 _CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
 
@@ -62,57 +65,12 @@ class UseStream(Exception):
     """This call cannot be served through shared memory."""
 
 
-class _MoreSegments(UseStream):
+class MoreSegments(UseStream):
     """The daemon handed over a part of the segments that its answer needs: ask again."""
 
 
 class Silent(Exception):
     """The daemon took the call and did not answer in time."""
-
-
-class _Mark:
-    """Something to hold, so that weak references tell when it is let go of."""
-
-    __slots__ = ("__weakref__",)
-
-
-class _Ended(weakref.ref[Any]):
-    """Put into a queue, by C code, when its object is gone: a finalizer that no interrupt can stop half-way.
-
-    number: of a lease; start: of room.
-    """
-
-    __slots__ = ("number",)
-    number: int
-
-
-class IngestSegment:
-    """An ingest segment: room for puts, given back when the last tensor over it is gone."""
-
-    def __init__(self, number: int, mapping: MappedSegment) -> None:
-        self.number = number
-        self.mapping = mapping
-        self._free = FreeList(mapping.nbytes)
-        # Windows end wherever their last reference dies, also inside `take`.
-        self._dead: deque[_Ended] = deque()
-        self._used: dict[int, _Ended] = {}
-
-    def take(self, nbytes: int) -> tuple[Window, int, int] | None:
-        """(window, segment, start) of so many bytes; None without room.
-
-        Who is interrupted in here must not use this again: it may be half done.
-        """
-        while self._dead:
-            start = self._dead.popleft().number
-            del self._used[start]
-            self._free.give(start)
-        found = self._free.take(nbytes)
-        if found is None:
-            return None
-        mark = _Mark()
-        used = self._used[found] = _Ended(mark, self._dead.append)
-        used.number = found
-        return self.mapping.window(found, nbytes, mark, writable=True), self.number, found
 
 
 class _Turn:
@@ -146,13 +104,13 @@ class Releases:
     def start(self) -> None:
         """Start the thread, unless it runs; one that an exception from another thread has ended is replaced."""
         if self._running() is None:
-            mark = _Mark()
+            mark = Mark()
             self._running = weakref.ref(mark)
             with suppress(RuntimeError):  # at the process's end, or out of threads: the next call takes them along
                 _thread.start_new_thread(_send_releases, (self._queue, weakref.ref(self, self._queue.put), mark))
 
 
-def _send_releases(queue: "SimpleQueue[object]", _end: object, _mark: _Mark) -> None:
+def _send_releases(queue: "SimpleQueue[object]", _end: object, _mark: Mark) -> None:
     """Until something that is no turn comes: `_end`, with the last reference to the Releases."""
     while isinstance(turn := queue.get(), _Turn):
         time.sleep(RELEASE_WITHIN_S)
@@ -173,8 +131,8 @@ class Connection:
         self._releases = releases
         self._turn: Any = _nobody
         self._given_back: deque[int] = deque()
-        self._ended: deque[_Ended] = deque()
-        self._held: dict[int, _Ended] = {}
+        self._ended: deque[Ended] = deque()
+        self._held: dict[int, Ended] = {}
         self.segments = Segments(0)
         self.ingest: list[IngestSegment] = []
         self.uncopied: Window | None = None
@@ -193,19 +151,31 @@ class Connection:
 
         It is settled once who opened it has entered it where he will find it again.
         """
+        sock, place = self._prepare(path, timeout_s)
+        sock.connect(str(path))
+        self._connected(place)
+        return self._greeted(self.call(GREETING, timeout_s))
+
+    def _prepare(self, path: Path, timeout_s: float) -> tuple[socket.socket, Place]:
+        """A socket to connect, and whom it may meet there."""
         self._releases.start()
         sock = self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_MAX_NBYTES)
         # For sending, which waits only where the daemon leaves packets lying: releases, while it is stopped.
         spec = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, spec)
-        place = Place(path)
-        sock.connect(str(path))
+        return sock, Place(path)
+
+    def _connected(self, place: Place) -> None:
+        sock = self._sock
+        assert sock is not None
         place.check(sock)  # before anything is sent or mapped
         self._receive_into = sock.recvmsg_into
         self._poll.register(sock, select.POLLIN)
         self.closed = False
-        reply = self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)
+
+    def _greeted(self, reply: pb.LeaseReply) -> int:
+        """The boot epoch in the first answer."""
         self._numbered = reply.number != 0
         return reply.match.boot_epoch
 
@@ -218,27 +188,18 @@ class Connection:
 
         With an answer the connection is not settled yet: its lease needs an owner, see `give_back` and `hold`.
         """
-        if len(data) > PACKET_MAX_NBYTES - HEAD_NBYTES:
-            raise UseStream(f"a call of {len(data)} bytes")
-        for _ in range(_ASK_AGAIN_MAX):
+        for _ in range(ASK_AGAIN_MAX):
             try:
                 return self._exchange(data, timeout_s)
-            except _MoreSegments:
+            except MoreSegments:
                 continue
-        raise UseStream(f"{_ASK_AGAIN_MAX} packets brought segments and no answer")
+        raise UseStream(f"{ASK_AGAIN_MAX} packets brought segments and no answer")
 
     def _exchange(self, data: bytes, timeout_s: float) -> pb.LeaseReply:
-        """One packet there, one back. Raises _MoreSegments, and as `exchange`."""
-        sock = self._sock
-        if sock is None or self.closed:
-            raise UseStream("the connection ended")
-        self.settled = False
-        number = self._number = self._number + 1
-        head = _NUMBER.pack(_NUMBER_TAG, number)
-        if self._given_back or self._ended:
-            head += fixed64s(_RELEASE, self._take_releases())
+        """One packet there, one back. Raises MoreSegments, and as `exchange`."""
+        packet, number = self._packet(data)
         try:
-            sock.send(head + data)
+            self._sock.send(packet)  # type: ignore[union-attr]  # `_packet` raises without one
             self._receive(timeout_s)
         except OSError as error:
             self.abandon()
@@ -248,6 +209,19 @@ class Connection:
                 raise Silent(f"no answer within {timeout_s} s") from None
             raise UseStream(str(error)) from None
         return self._read(number)
+
+    def _packet(self, data: bytes) -> tuple[bytes, int]:
+        """The packet of a call, and its number. From now on an answer is due. Raises UseStream after the end."""
+        if self._sock is None or self.closed:
+            raise UseStream("the connection ended")
+        if len(data) > PACKET_MAX_NBYTES - HEAD_NBYTES:
+            raise UseStream(f"a call of {len(data)} bytes")
+        self.settled = False
+        number = self._number = self._number + 1
+        head = _NUMBER.pack(_NUMBER_TAG, number)
+        if self._given_back or self._ended:
+            head += fixed64s(_RELEASE, self._take_releases())
+        return head + data, number
 
     def _receive(self, timeout_s: float) -> None:
         """Put the next packet into `_packets`."""
@@ -261,6 +235,9 @@ class Connection:
                     self.abandon()
                     raise Silent(f"no answer within {timeout_s} s")
                 break
+        self._take_packet()
+
+    def _take_packet(self) -> None:
         self._packets.extend(map(self._receive_into, self._buffers, _ANCILLARY, _AT_ONCE))
 
     def _read(self, number: int) -> pb.LeaseReply:
@@ -285,7 +262,7 @@ class Connection:
         if reply.HasField("error"):
             self.settled = True
             if reply.segments and reply.error.kind == "UseStream":
-                raise _MoreSegments(reply.error.message)
+                raise MoreSegments(reply.error.message)
             raise _error_of(reply.error)
         return reply
 
@@ -329,9 +306,24 @@ class Connection:
 
     def room(self, nbytes: int, timeout_s: float) -> tuple[Window, int, int]:
         """Bytes in an ingest segment: (window, segment, start). Raises UseStream, and as `call`."""
+        plan = self.find_room(nbytes)
+        try:
+            asked = next(plan)
+            while True:
+                try:
+                    self.call(asked, timeout_s)
+                except UseStream as error:
+                    asked = plan.throw(error)
+                else:
+                    asked = next(plan)
+        except StopIteration as found:
+            return found.value  # type: ignore[no-any-return]
+
+    def find_room(self, nbytes: int) -> Generator[pb.LeaseCall, None, tuple[Window, int, int]]:
+        """The calls that `room` makes, one after the other; a UseStream that one of them raised is thrown in."""
         found = self._room_there(nbytes)
         if found is None and self.uncopied is not None and self._ingest_nbytes >= INGEST_TWICE_NBYTES:
-            self.call(pb.LeaseCall(match=pb.MatchRequest()), timeout_s)  # with its answer the last put is copied
+            yield GREETING  # with its answer the last put is copied
             found = self._room_there(nbytes)
         if found is not None:
             return found
@@ -339,7 +331,7 @@ class Connection:
             self.settled = True
             raise UseStream(f"{nbytes} bytes beside {self._ingest_nbytes} of {INGEST_MAX_NBYTES} in ingest segments")
         try:
-            self.call(pb.LeaseCall(ingest_nbytes=nbytes), timeout_s)
+            yield pb.LeaseCall(ingest_nbytes=nbytes)
         except UseStream:
             # The daemon lends no more. It has answered, though: what the last put took is free.
             found = None if self.closed else self._room_there(nbytes)
@@ -381,7 +373,7 @@ class Connection:
     def hold(self, owner: object, lease: int) -> None:
         """End the lease of the last answer once `owner` is gone; it is to call `wake`."""
         if lease:
-            held = _Ended(owner, self._ended.append)
+            held = Ended(owner, self._ended.append)
             held.number = lease
             self._held[lease] = held
         self.settled = True
@@ -478,6 +470,13 @@ class Segments:
                 for key, block in list(self.blocks.items()):
                     if block.mapping is kept:
                         self.blocks.pop(key, None)
+
+    def at(self, address: int) -> MappedSegment | None:
+        """The mapping in which an address lies."""
+        for mapping in list(self._mappings.values()):
+            if mapping.address <= address < mapping.address + mapping.nbytes:
+                return mapping
+        return None
 
     def get(self, number: int) -> MappedSegment:
         """The mapping of a segment. Raises UseStream for one that was never handed over."""

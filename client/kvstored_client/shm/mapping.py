@@ -7,6 +7,7 @@ import _thread
 import contextlib
 import mmap
 import os
+from typing import Protocol
 
 import numpy as np
 
@@ -49,6 +50,14 @@ class MappedSegment:
             for start in range(0, self.nbytes, PARALLEL_NBYTES):
                 if madvise(self.address + start, min(PARALLEL_NBYTES, self.nbytes - start), _POPULATE_READ):
                     return  # an older kernel: the reader pays
+
+
+class Copying(Protocol):
+    """What copies bytes."""
+
+    def copy(self, target: Bytes, source: Bytes) -> None:
+        """target[:] = source."""
+        ...
 
 
 class Copier:

@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from kvstore.errors import KvstoreError
+from kvstored_client.device import Transfers
 from kvstored_client.interrupts import is_foreign, last_of, moved
 from kvstored_client.shm.connection import Connection, Releases, Segments, Silent, UseStream
 from kvstored_client.shm.mapping import Copier
@@ -36,6 +37,7 @@ class ConnectionPool:
         self._path = path
         self.timeout_s = timeout_s
         self._made: list[weakref.ref[Connection]] = []
+        self.transfers = Transfers(None)
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -51,6 +53,7 @@ class ConnectionPool:
         self._silent_retry_s = RETRY_S
         self._closed = False
         self.copier = Copier()
+        self.transfers.forget()
         self.lent = False
         """Whether `empty` ever handed out a tensor in an ingest segment."""
 
@@ -117,25 +120,36 @@ class ConnectionPool:
         return True
 
     def _connect(self, hand: list[Connection]) -> Connection:
-        if self._closed or time.monotonic() < self._not_before:
-            raise UseStream("there was no lease socket a moment ago")
+        self._check_connecting()
         hand.append(Connection(self._releases))
         connection = hand[-1]
         try:
             # Segments are numbered anew in each life of the daemon: whose they are must be known before one is mapped.
             # Half the patience: the other half is for the stream.
             epoch = connection.open(self._path, self.timeout_s / 2)
-        except Silent as error:
+        except (Silent, OSError, UseStream, KvstoreError) as error:
+            raise self._not_connected(connection, error) from None
+        return self._connected(connection, epoch)
+
+    def _check_connecting(self) -> None:
+        if self._closed or time.monotonic() < self._not_before:
+            raise UseStream("there was no lease socket a moment ago")
+
+    def _not_connected(self, connection: Connection, error: Exception) -> Exception:
+        """What to raise for a connection that was not made."""
+        if isinstance(error, Silent):
             # Nothing was asked yet, so nothing is under way: the daemon may be well and this socket of its alone stuck.
             self._not_before = time.monotonic() + self._silent_retry_s
             self._silent_retry_s = min(2 * self._silent_retry_s, SILENT_RETRY_MAX_S)
-            raise UseStream(f"a fresh lease connection: {error}") from None
-        except (OSError, UseStream, KvstoreError) as error:
-            connection.abandon()
-            if isinstance(error, OSError) and is_foreign(error):
-                raise
-            self._not_before = time.monotonic() + RETRY_S
-            raise UseStream(str(error)) from None
+            return UseStream(f"a fresh lease connection: {error}")
+        connection.abandon()
+        if isinstance(error, OSError) and is_foreign(error):
+            return error
+        self._not_before = time.monotonic() + RETRY_S
+        return UseStream(str(error))
+
+    def _connected(self, connection: Connection, epoch: int) -> Connection:
+        """Enter a connection that was made."""
         self._silent_retry_s = RETRY_S
         segments = self.segments
         if epoch != segments.epoch:

@@ -37,6 +37,11 @@ class _CallDetails(NamedTuple):
     compression: Any
 
 
+def token_pair(token: str) -> tuple[str, str]:
+    """The metadata that shows a token."""
+    return "authorization", f"Bearer {token}"
+
+
 class _WithToken(
     grpc.UnaryUnaryClientInterceptor,
     grpc.UnaryStreamClientInterceptor,
@@ -46,7 +51,7 @@ class _WithToken(
     """Adds the token to each call. Not call credentials: gRPC refuses those on unix sockets."""
 
     def __init__(self, token: str) -> None:
-        self._pair = ("authorization", f"Bearer {token}")
+        self._pair = token_pair(token)
 
     def _with(self, details: Any) -> _CallDetails:
         return _CallDetails(
@@ -71,19 +76,30 @@ class _WithToken(
         return continuation(self._with(client_call_details), request_iterator)
 
 
-def open_channel(
-    address: str, options: Sequence[tuple[str, Any]], environ: Mapping[str, str] = os.environ
-) -> grpc.Channel:
+Options = Sequence[tuple[str, Any]]
+
+
+def open_channel(address: str, options: Options, environ: Mapping[str, str] = os.environ) -> grpc.Channel:
     """A channel to an address with what the environment says to show. Raises ValueError for what cannot be sent."""
+    token, tls, options = shown_to(address, options, environ)
     target = parse_address(address)
-    token = check_credentials(address, environ)
-    if wants_tls(address):
-        name = environ.get("KVSTORED_TLS_NAME")
-        named = [("grpc.ssl_target_name_override", name)] if name else []
-        channel = grpc.secure_channel(target, _tls(environ), options=[*options, *named])
+    if tls is not None:
+        channel = grpc.secure_channel(target, tls, options=options)
     else:
         channel = grpc.insecure_channel(target, options=options)
     return channel if token is None else grpc.intercept_channel(channel, _WithToken(token))
+
+
+def shown_to(
+    address: str, options: Options, environ: Mapping[str, str] = os.environ
+) -> tuple[str | None, grpc.ChannelCredentials | None, Options]:
+    """(token, TLS credentials, the channel's options) for an address. Raises ValueError for what cannot be sent."""
+    token = check_credentials(address, environ)
+    if not wants_tls(address):
+        return token, None, options
+    name = environ.get("KVSTORED_TLS_NAME")
+    named = [("grpc.ssl_target_name_override", name)] if name else []
+    return token, _tls(environ), [*options, *named]
 
 
 def check_credentials(address: str, environ: Mapping[str, str] = os.environ) -> str | None:

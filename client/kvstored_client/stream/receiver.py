@@ -3,8 +3,8 @@
 One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 import xxhash
 
@@ -35,9 +35,16 @@ class Receiver:
 
     def read_from(self, transport: Transport, request: pb.GetRequest) -> None:
         """Make the call and take its answer. Raises KvstoreError; what was complete by then is in `hits`."""
+        with self.reading(transport), closing(transport.stream_in(CACHE + "Get", request)) as messages:
+            for message in messages:
+                self.take(message)
+
+    @contextmanager
+    def reading(self, transport: Transport) -> Iterator[None]:
+        """While the messages of a call are taken. Raises RecordCorrupt at its end for a damaged stream or entry."""
         try:
-            with closing(transport.stream_in(CACHE + "Get", request)) as messages:
-                self.read(messages)
+            with self.whole():
+                yield
         except BadFrame as error:
             raise RecordCorrupt(f"{transport.address} sent a damaged stream: {error}") from None
         finally:
@@ -45,21 +52,28 @@ class Receiver:
         if self.corrupt:
             raise RecordCorrupt(f"{self.corrupt} entries from {transport.address} failed their checksum")
 
-    def read(self, messages: Iterable[bytes]) -> None:
-        """Take all frames. Raises OutMismatch, and BadFrame for a stream that is not one.
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While all frames of a stream are taken. Raises BadFrame at its end for one that ended inside an entry.
 
-        What was complete by then is in `hits`. Whatever it ends with, nothing writes to `out` any more.
+        Whatever it ends with, nothing writes to `out` any more.
         """
         try:
-            for message in messages:
-                self._read(message)
+            yield
             if self._entry is not None:
                 raise BadFrame("the stream ended inside an entry")
         finally:
             if self._entry is not None:
                 self._entry.call_off()
 
-    def _read(self, message: bytes) -> None:
+    def read(self, messages: Iterable[bytes]) -> None:
+        """Take all frames. Raises OutMismatch, and BadFrame for a stream that is not one."""
+        with self.whole():
+            for message in messages:
+                self.take(message)
+
+    def take(self, message: bytes) -> None:
+        """The next frame. Raises OutMismatch, BadFrame."""
         try:
             self._take(parse_frame(message, pb.GetFrame))
         except (OutMismatch, BadFrame):

@@ -42,7 +42,7 @@ DESCRIPTORS_MIN = 16
 """Free ones that a channel is not opened without. gRPC aborts the process when it starts with fewer than four."""
 ASIDES_MAX = 4
 """Threads kept for the next call."""
-_OPTIONS = (
+OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_NBYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_NBYTES),
     # Without the ping timeout keepalive noticed a stopped peer after 61 s, with it after 3 (its default is 60 s).
@@ -121,8 +121,11 @@ class Line:
         self._place = None if path is None else Place(path)
         if self._place is not None:
             self._place.check_listener()
-        self._channel = open_channel(address, _OPTIONS)
+        self._open(address)
         self._methods: dict[str, Any] = {}
+
+    def _open(self, address: str) -> None:
+        self._channel = open_channel(address, OPTIONS)
 
     def is_current(self) -> bool:
         """Whether gRPC, which connects again by itself, can still reach only whom this line was opened to."""
@@ -157,6 +160,8 @@ class Transport:
         self._start_afresh()
         _alive.add(self)
 
+    new_line: Callable[[str], Line] = Line
+
     def _start_afresh(self) -> None:
         self._watchdog = Watchdog()
         self.breaker = Breaker()
@@ -166,7 +171,7 @@ class Transport:
 
     def after_fork(self) -> None:
         """Let go of the parent's channel without closing it: closing would speak on the parent's connection."""
-        _inherited.append(self._line)
+        inherited.append(self._line)
         self._start_afresh()
         if self.on_fork is not None:
             self.on_fork()
@@ -186,7 +191,8 @@ class Transport:
         """How often it changed."""
         return self._lives[1]
 
-    def _open_line(self) -> Line:
+    def open_line(self) -> Line:
+        """The channel, opened if it is not. Raises TierUnavailable."""
         line = self._line.get("now")
         if line is not None and not line.is_current():
             self._line.pop("now", None)
@@ -196,7 +202,7 @@ class Transport:
             if self._closed:
                 raise TierUnavailable("this client is closed")
             try:
-                opened = Line(self.address)
+                opened = self.new_line(self.address)
             except FileNotFoundError as error:
                 raise self.silent(f"failed to connect: there is no {error.filename}") from None
             except TierUnavailable as error:
@@ -233,13 +239,13 @@ class Transport:
 
     def send(self, path: str, frame: bytes, nbytes: int) -> bytes:
         """A put of a single frame: on the wire the stream of one message, without gRPC's thread for sending."""
-        return self._attempt("unary_unary", path, frame, self._deadline_s(nbytes))
+        return self._attempt("unary_unary", path, frame, self.deadline_s(nbytes))
 
     def stream_out(self, path: str, frames: Iterable[bytes], nbytes: int) -> bytes:
         """A stream of frames there, one message back. Raises KvstoreError."""
         wanted = _Wanted()
         try:
-            return self._attempt("stream_unary", path, _while_wanted(frames, wanted), self._deadline_s(nbytes))
+            return self._attempt("stream_unary", path, _while_wanted(frames, wanted), self.deadline_s(nbytes))
         finally:
             wanted.still = False
 
@@ -256,7 +262,7 @@ class Transport:
 
     def _attempt(self, kind: str, path: str, asked: Any, timeout_s: float) -> bytes:
         self.allow()
-        method = self._open_line().method(kind, path)
+        method = self.open_line().method(kind, path)
         received: list[bytes] = []
         jobs: list[Job] = []
         aside = self._aside()
@@ -264,7 +270,7 @@ class Transport:
             aside.start(jobs, lambda: received.append(bytes(method(asked, timeout=timeout_s))))
             jobs[0].wait()
         except grpc.RpcError as error:
-            raise self._failed(error) from None
+            raise self.failed(error) from None
         except ValueError as error:  # grpc's word for a channel closed by another thread
             if is_foreign(error):
                 raise
@@ -279,7 +285,7 @@ class Transport:
         Whoever does not take all of them closes it.
         """
         self.allow()
-        method = self._open_line().method("unary_stream", path)
+        method = self.open_line().method("unary_stream", path)
         asked = request.SerializeToString()
         received: deque[Any] = deque()
         jobs: list[Job] = []
@@ -303,7 +309,7 @@ class Transport:
         except grpc.RpcError as error:
             ended = True
             late = f"no answer within {self.timeout_s} s" if watch is not None and watch.expired else ""
-            raise self._failed(error, late) from None
+            raise self.failed(error, late) from None
         except (ValueError, RuntimeError) as error:  # a channel closed by another thread; no thread for the watchdog
             if is_foreign(error):
                 raise
@@ -329,7 +335,8 @@ class Transport:
             line.close()
         self._line.clear()
 
-    def _deadline_s(self, nbytes: int) -> float:
+    def deadline_s(self, nbytes: int) -> float:
+        """How long a call that moves so many bytes may take."""
         return self.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
 
     def allow(self) -> None:
@@ -348,7 +355,8 @@ class Transport:
             self._on_change("down", f"{self.address}: {text}")
         return TierUnavailable(f"{self.address}: {text}")
 
-    def _failed(self, rpc: Any, late: str = "") -> KvstoreError:
+    def failed(self, rpc: Any, late: str = "") -> KvstoreError:
+        """What a failed call means."""
         code, text = rpc.code(), late or rpc.details() or ""
         named = dict(rpc.trailing_metadata() or ()).get(ERROR_METADATA)
         if named is not None:
@@ -374,7 +382,7 @@ def _while_wanted(frames: Iterable[bytes], wanted: _Wanted) -> Iterator[bytes]:
 
 
 _alive: "weakref.WeakSet[Transport]" = weakref.WeakSet()
-_inherited: list[object] = []
+inherited: list[object] = []
 """Channels of a parent process, kept from the collector: collecting one would close the parent's connection."""
 
 

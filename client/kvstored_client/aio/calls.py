@@ -1,0 +1,162 @@
+"""Get, lease and put through shared memory: `shm.calls` with an event loop that waits, and copies beside it."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from kvstore import arrays
+from kvstore.hit import Hit, TensorInfo
+from kvstored_client.aio.lease import LoopPool
+from kvstored_client.aio.worker import INLINE_NBYTES, Slices
+from kvstored_client.buffers import Out, Target
+from kvstored_client.device import Batch
+from kvstored_client.puts import Outgoing
+from kvstored_client.shm.blocks import Block, found_in
+from kvstored_client.shm.calls import (
+    KEYS_PER_PACKET,
+    Commit,
+    Lease,
+    LeasedHits,
+    commits_of,
+    copy_in,
+    filled,
+    get_call,
+    loaded,
+    store_in,
+    target_for,
+)
+from kvstored_client.shm.pool import Connection
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import Bytes
+from kvstored_client.wire.messages import GetOptions
+
+BREATH_S = 0.0005
+"""How long entries are looked at before the loop has its turn: an entry costs 0.05 ms when it is met first."""
+
+
+async def ask(pool: LoopPool, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
+    """One small call and its answer."""
+    connection = await pool.get(hand)
+    reply = await connection.ask(call.SerializeToString(), pool.timeout_s)
+    connection.give_back(reply.lease)
+    return reply
+
+
+async def get(
+    pool: LoopPool,
+    hand: list[Connection],
+    keys: Sequence[bytes],
+    how: GetOptions,
+    framework: str,
+    out: Out = None,
+) -> tuple[list[Hit | None], int, int]:
+    """As `shm.calls.get`."""
+    hits: list[Hit | None] = [None] * len(keys)
+    stale = epoch = 0
+    connection = await pool.get(hand)
+    for start in range(0, len(keys), KEYS_PER_PACKET):
+        part = keys[start : start + KEYS_PER_PACKET]
+        reply = await connection.ask(get_call(part, how), pool.timeout_s)
+        epoch = reply.boot_epoch
+        try:
+            found = []
+            batch = None if out is None else pool.transfers.batch_for(out)
+            began = time.perf_counter()
+            for at, item, block in found_in(reply, len(part), connection.segments):
+                target = target_for(block, framework, out[start + at] if out is not None else None, batch)
+                found.append((start + at, item, block, target))
+                if time.perf_counter() - began > BREATH_S:
+                    await asyncio.sleep(0)
+                    began = time.perf_counter()
+            sound = await _fill(pool, found, batch)
+            for (index, item, block, target), is_sound in zip(found, sound, strict=True):
+                if is_sound:
+                    hits[index] = block.hit(reply, item, keys[index], target.tensors)
+                else:
+                    stale += 1
+        finally:
+            connection.give_back(reply.lease)
+        if how.leading and len(reply.leased) < len(part):
+            break
+        how = how.continued()
+    return hits, stale, epoch
+
+
+async def _fill(pool: LoopPool, found: list[tuple[int, Any, Block, Target]], batch: Batch | None) -> list[bool]:
+    """Fill all targets; for each whether its block was there to the end."""
+
+    def fill(slices: Slices) -> list[bool]:
+        sound = [filled(slices, block, target) for _, _, block, target in found]
+        if batch is None:
+            return sound
+        return [one and other for one, other in zip(sound, loaded(pool, batch, found), strict=True)]
+
+    small = batch is None and sum(block.nbytes for _, _, block, _ in found) <= INLINE_NBYTES
+    small = small and not any(block.packed for _, _, block, _ in found)
+    return fill(Slices()) if small else await pool.worker.sliced(fill)
+
+
+async def lease(
+    pool: LoopPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
+) -> LeasedHits:
+    """As `shm.calls.lease`."""
+    connection = await pool.get(hand)
+    reply = await connection.ask(get_call(keys, how), pool.timeout_s)
+    owner = Lease(connection, framework)
+    connection.hold(owner, reply.lease)
+    return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
+
+
+async def put(pool: LoopPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
+    """As `shm.calls.put`."""
+    stored = epoch = commits = 0
+    for entries in commits_of(batch):
+        reply = await _commit(pool, hand, entries)
+        stored, epoch, commits = stored + reply.stored, reply.boot_epoch, commits + 1
+    return stored, epoch, commits
+
+
+async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
+    commit = Commit(pool, entries)
+    connection = await pool.get(hand, commit.wanted)
+    window, segment, start = await connection.find(commit.lay(connection), commit.timeout_s)
+    connection.settled = True  # no answer is due, and the room is this window's
+    copies = list(commit.copies(segment, start))
+    batch = pool.transfers.batch_for([entry.tensors for entry in entries])
+    if batch is not None:
+        store = partial(store_in, pool, connection, batch, window.array, copies)
+        await pool.worker.sliced(store)
+    elif (before := pool.transfers.before(entry.tensors for entry in entries)) is not None:
+
+        def store_after(slices: Slices) -> None:
+            before()
+            _copy_all(slices, window.array, copies)
+
+        await pool.worker.sliced(store_after)
+    elif sum(nbytes for entry in copies for _, _, nbytes in entry) <= INLINE_NBYTES:
+        _copy_all(Slices(), window.array, copies)
+    else:
+        await pool.worker.sliced(lambda slices: _copy_all(slices, window.array, copies))
+    connection.sending = window
+    reply = await connection.ask(commit.message(), commit.timeout_s)
+    connection.give_back(reply.lease)
+    pool.put_back(hand)
+    return reply.put
+
+
+def _copy_all(slices: Slices, data: Bytes, entries: list[list[tuple[Any, int, int]]]) -> None:
+    for copies in entries:
+        copy_in(slices, data, copies)
+        copies.clear()
+
+
+async def empty(pool: LoopPool, hand: list[Connection], spec: TensorInfo, framework: str) -> Any:
+    """As `shm.calls.empty`."""
+    nbytes = arrays.check_specs({"x": spec})
+    connection = await pool.get(hand)
+    pool.lent = True
+    window, _, _ = await connection.find(max(nbytes, 1), pool.timeout_s)
+    connection.settled = True
+    return arrays.from_bytes(spec, window.array[:nbytes], framework)

@@ -1,0 +1,180 @@
+"""What a verb asks the daemon, and how it reads the answer: through shared memory, else over the stream.
+
+A verb of `Client` checks what it was given, ends with one of these and leaves the answer to its `read`. `aio` has the
+same for an event loop, where each of them is a coroutine. Thread-safe.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from kvstore import arrays
+from kvstore.hit import Held, Hit, TensorInfo
+from kvstore.lookup import Lookup
+from kvstore.options import PutOptions
+from kvstore.ready import fill
+from kvstored_client.buffers import Out
+from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
+from kvstored_client.device import Batch, Driver
+from kvstored_client.doors import SOFT, Doors, OnError
+from kvstored_client.leasing import NOTHING_LEASED, leading_hits
+from kvstored_client.puts import Outgoing
+from kvstored_client.shm import calls
+from kvstored_client.shm.pool import UseStream
+from kvstored_client.stream.receiver import Receiver
+from kvstored_client.stream.transport import ADMIN, Request
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.messages import GetOptions, read_held
+
+_how_to_get = lru_cache(maxsize=64)(GetOptions)
+T = TypeVar("T")
+
+
+class Asking(Doors):
+    """The questions behind the verbs. failures: calls that ended in trouble and were answered as a miss, or raised."""
+
+    def __init__(
+        self,
+        address: str | None,
+        timeout_s: float,
+        framework: arrays.Framework,
+        on_error: OnError,
+        decode: Decode,
+        *,
+        shared_memory: bool,
+        driver: Driver | None = None,
+    ) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be over 0, got {timeout_s!r}")
+        if on_error not in ("miss", "raise"):
+            raise ValueError(f"on_error is miss or raise, got {on_error!r}")
+        if decode not in DECODES:
+            raise ValueError(f"decode is one of {', '.join(DECODES)}, got {decode!r}")
+        arrays.resolve_framework(framework)
+        self._decode = decode
+        self._framework = framework
+        self._resolved_for: tuple[bool | None, tuple[str, tuple[str, ...]]] = (None, ("", ()))
+        super().__init__(address, timeout_s, on_error, shared_memory=shared_memory, driver=driver)
+
+    def _sent(self, batch: list[Outgoing], read: Callable[[int], T]) -> T:
+        return read(self._data(self._send, 0, batch) if batch else 0)
+
+    def _received(
+        self, keys: Sequence[bytes], read: Callable[[list[Hit | None]], T], *, leading: bool = False, out: Out = None,
+        lookup: Lookup | None = None,
+    ) -> T:  # fmt: skip
+        """Read the hits by position. out: for each key tensors to fill, or None."""
+        hits: list[Hit | None] = [None] * len(keys)
+        if keys:
+            self._data(self._read, None, hits, keys, leading=leading, out=out, lookup=lookup)
+        return read(hits)
+
+    def _emptied(self, spec: TensorInfo, framework: str) -> Any:
+        try:
+            return self._through_shared_memory(calls.empty, spec, framework)
+        except (UseStream, *SOFT):
+            return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
+
+    def _streamed(self, verb: str, request: Request | None, read: Callable[[bytes], Sequence[T]]) -> Iterator[T]:
+        if request is not None:
+            with closing(self._transport.stream_in(ADMIN + verb, request)) as messages:
+                for message in messages:
+                    yield from read(message)
+
+    def _health(self) -> bool:
+        return self._transport.health()
+
+    def _send(self, batch: list[Outgoing]) -> int:
+        try:
+            stored, epoch, commits = self._through_shared_memory(calls.put, batch)
+        except UseStream:
+            return self._send_stream(batch)
+        if commits > 1:
+            self._touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
+        if epoch != self._epoch:
+            self._saw_epoch(epoch)
+        return self._at_most(len(batch), stored)
+
+    def _send_stream(self, batch: list[Outgoing]) -> int:
+        before = self.transfers.before(entry.tensors for entry in batch)
+        if before is not None:
+            before()  # gRPC reads the tensors in a thread of its own
+        return self._stored(len(batch), self._transport.put(batch))
+
+    def _stored(self, asked: int, answer: bytes) -> int:
+        reply = self._noted(self._understood(pb.PutReply.FromString, answer))
+        return self._at_most(asked, int(reply.stored))
+
+    def _how_to_read(self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None) -> tuple[GetOptions, str]:
+        """The options of a get, and the framework of what it returns."""
+        framework, accept = self._resolved()
+        from_nbytes = SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0
+        if lookup is None and leading and len(keys) > calls.KEYS_PER_PACKET:
+            lookup = Lookup(len(keys))  # what lies behind the first miss is in no packet
+        return _how_to_get(leading, accept, from_nbytes, lookup), framework
+
+    def _read(
+        self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out, lookup: Lookup | None
+    ) -> None:
+        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup)
+        try:
+            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
+        except UseStream:
+            Receiver(keys, framework, out, hits).read_from(self._transport, how.request(keys))
+            return
+        if epoch != self._epoch:
+            self._saw_epoch(epoch)
+        if stale:
+            self.failures += stale
+
+    def _resolved(self) -> tuple[str, tuple[str, ...]]:
+        """The framework of what is returned, and the encodings to ask for: both change when torch is imported."""
+        torch_there = "torch" in sys.modules
+        known, resolved = self._resolved_for
+        if known is not torch_there:
+            resolved = arrays.resolve_framework(self._framework), accepted(self._decode)
+            self._resolved_for = torch_there, resolved
+        return resolved
+
+    def _lease(
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+    ) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading, lookup=lookup)
+
+    def _leased(
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+    ) -> AbstractContextManager[Sequence[Hit | None]]:
+        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup)
+        try:
+            return self._through_shared_memory(calls.lease, keys, how, framework)
+        except UseStream:
+            receiver = Receiver(keys, framework)
+            receiver.read_from(self._transport, stream.request(keys))
+            return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
+
+    def _how_to_lease(self, *, leading: bool, lookup: Lookup | None) -> tuple[GetOptions, GetOptions, str]:
+        """The options over shared memory and over the stream, and the framework."""
+        framework, accept = self._resolved()
+        return _how_to_get(leading, (), 0, lookup), _how_to_get(leading, accept, 0, lookup), framework
+
+    def fill(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once."""
+        fill(self.transfers.fill(pairs, self._fill_batch(pairs), self._segment_at))
+
+    def _fill_batch(self, pairs: list[tuple[Any, Any]]) -> Batch | None:
+        return self.transfers.batch_for({"": target} for target, _ in pairs)
+
+    def _segment_at(self, address: int) -> Any:
+        return None if self._pool is None else self._pool.segments.at(address)
+
+    def _touch(self, keys: Sequence[bytes], ttl_s: float | None = None) -> int:
+        request = pb.TouchRequest(keys=keys, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
+        return self._asked("Touch", request, pb.TouchReply, lambda reply: self._at_most(len(keys), reply.touched), 0)
+
+    def _held(self, request: pb.MatchRequest, reply: pb.MatchReply) -> list[Held | None]:
+        self._at_most(len(request.keys), len(reply.held))
+        return [read_held(held) for held in reply.held]

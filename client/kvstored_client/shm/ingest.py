@@ -1,0 +1,57 @@
+"""Room for puts in memory that the daemon lends to a connection, and what tells that something is let go of.
+
+An interrupt may come between any two instructions (see `interrupts`): what ends is noted by C code in one step.
+"""
+
+import weakref
+from collections import deque
+from typing import Any
+
+from kvstore.shm.freelist import FreeList
+from kvstored_client.buffers import Window
+from kvstored_client.shm.mapping import MappedSegment
+
+
+class Mark:
+    """Something to hold, so that weak references tell when it is let go of."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Ended(weakref.ref[Any]):
+    """Put into a queue, by C code, when its object is gone: a finalizer that no interrupt can stop half-way.
+
+    number: of a lease; start: of room.
+    """
+
+    __slots__ = ("number",)
+    number: int
+
+
+class IngestSegment:
+    """An ingest segment: room for puts, given back when the last tensor over it is gone."""
+
+    def __init__(self, number: int, mapping: MappedSegment) -> None:
+        self.number = number
+        self.mapping = mapping
+        self._free = FreeList(mapping.nbytes)
+        # Windows end wherever their last reference dies, also inside `take`.
+        self._dead: deque[Ended] = deque()
+        self._used: dict[int, Ended] = {}
+
+    def take(self, nbytes: int) -> tuple[Window, int, int] | None:
+        """(window, segment, start) of so many bytes; None without room.
+
+        Who is interrupted in here must not use this again: it may be half done.
+        """
+        while self._dead:
+            start = self._dead.popleft().number
+            del self._used[start]
+            self._free.give(start)
+        found = self._free.take(nbytes)
+        if found is None:
+            return None
+        mark = Mark()
+        used = self._used[found] = Ended(mark, self._dead.append)
+        used.number = found
+        return self.mapping.window(found, nbytes, mark, writable=True), self.number, found
