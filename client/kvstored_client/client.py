@@ -256,10 +256,12 @@ class Client(Asking):
         it as its `server.data_dir`. Raises ConfigError for a path that cannot be used or has no room, and if the daemon
         cannot answer.
         """
-        with closing(self._transport.stream_in(ADMIN + "Snapshot", pb.SnapshotRequest(directory=path))) as messages:
-            for message in messages:
-                reply = self._understood(pb.SnapshotReply.FromString, message)
-                yield Copied(reply.done, reply.total, reply.copied, reply.nbytes, reply.lost)
+
+        def read(message: bytes) -> list[Copied]:
+            reply = self._understood(pb.SnapshotReply.FromString, message)
+            return [Copied(reply.done, reply.total, reply.copied, reply.nbytes, reply.lost)]
+
+        return self._streamed("Snapshot", pb.SnapshotRequest(directory=path), read)
 
     def check_shared(self) -> list[str]:
         """What is wrong with the store that the daemon shares with other hosts, a sentence each; empty: nothing.

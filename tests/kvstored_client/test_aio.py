@@ -343,8 +343,9 @@ def test_a_closed_client_ends_its_calls_and_never_hangs(daemon):
             assert time.monotonic() - ended < 5, "those that were connecting waited for half their deadline"
         finally:
             daemon.signal(signal.SIGCONT)
-        assert await client.get(b"k") is None
-        assert await client.put(b"k", X) is False
+        for call in (client.get(b"k"), client.put(b"k", X), client.ping(), client.stats()):
+            with pytest.raises(TierUnavailable, match="this client is closed"):
+                await call
 
     for door in ("lease", "tcp" if "tcp" in daemon.address else "unix"):
         asyncio.run(run(door))

@@ -4,7 +4,7 @@ So a verb of `Client` that is called with this as its `self` answers with an awa
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from kvstore import arrays
+from kvstore.errors import TierUnavailable
 from kvstore.hit import Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.ready import fill
@@ -69,8 +70,13 @@ class LoopAsking(Client):
             await self._pool.ended()
         await self._transport.end()
 
-    async def _waited(self, call: Awaitable[T], otherwise: T) -> T:
+    async def _waited(self, call: Coroutine[Any, Any, T], otherwise: T) -> T:
         """As `_data`."""
+        try:
+            self._check_open()
+        except TierUnavailable:
+            call.close()
+            raise
         try:
             return await call
         except SOFT as error:
@@ -117,6 +123,7 @@ class LoopAsking(Client):
     async def _operate(  # type: ignore[override]
         self, verb: str, request: Any, reply: ReplyType[R], read: Callable[[R], T]
     ) -> T:
+        self._check_open()
         try:
             answer = await self._transport.ask(ADMIN + verb, request, reply)
         except SOFT:

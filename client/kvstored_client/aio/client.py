@@ -123,6 +123,7 @@ class Client:
     verify = _iterated(blocking.Client.verify)
     check_shared = _awaited(blocking.Client.check_shared)
     flush_shared = _awaited(blocking.Client.flush_shared)
+    snapshot = _iterated(blocking.Client.snapshot)
     report = _awaited(blocking.Client.report)
     inspect = _awaited(blocking.Client.inspect)
     explain = _awaited(blocking.Client.explain)

@@ -10,7 +10,9 @@ A few tensors, and not one a layer, since each tensor costs a call as much as so
 shapes or types have a set of tensors each, numbered: `k.0`, `k.1`. The names say what is K and what is V: codecs below
 the hot tier go by them. Moved as they are, bit for bit; floats of 8 bits travel as bytes.
 
-Buffers in CPU memory are copied by numpy, which takes a quarter of torch's time for a call.
+Blocks that lie in a few runs are written by one call for all layers: a thread beside the engine's steps that made a
+call a layer would wait for the interpreter's lock after each. Buffers in CPU memory are read by numpy, which takes a
+quarter of torch's time for a call.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ import torch
 _APART_DIM = 5
 """(blocks, 2, tokens, heads, head_dim)."""
 _RUNS_MAX = 4
-"""Runs of places that are copied by slices; more are copied by their numbers, at four times the price of a slice."""
+"""Runs of places that are written by slices; more are written by their numbers."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,12 +45,11 @@ class _Kind:
         self.arrays: list[Any] = []
         if first.device.type == "cpu" and all(layer.is_contiguous() for layer in layers):
             self.arrays = [_array(layer) for layer in self.layers]
-        self._targets = [self._each(self.arrays, i) for i in range(len(self.names))]
-        self._layers = [self._each(self.layers, i) for i in range(len(self.names))]
-
-    def _each(self, layers: Sequence[Any], i: int) -> Sequence[Any]:
-        """Views of each layer, of what its i-th tensor holds."""
-        return layers if len(self.names) == 1 else [layer[:, i] for layer in layers]
+        self._targets = [
+            self.layers if len(self.names) == 1 else [layer[:, i] for layer in self.layers]
+            for i in range(len(self.names))
+        ]
+        """Of each tensor of an entry, views of where it lies in each layer."""
 
     def gather(self, blocks: Sequence[int]) -> torch.Tensor:
         """(layers, blocks, ...), in CPU memory. Waits for the device."""
@@ -76,14 +77,23 @@ class _Kind:
 
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int) -> None:
         """See `PagedBuffers.fill`; the tensors are such a chunk's."""
-        for i, name in enumerate(self.names):
-            chosen = tensors[name].view(len(self.layers), of, *self.block_shape)[:, first : first + len(blocks)]
-            if self.arrays:
-                _scatter(self._targets[i], blocks, chosen)
+        runs = list(_runs(blocks))
+        places: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for name, layers in zip(self.names, self._targets, strict=True):
+            whole = tensors[name].view(len(layers), of, *self.block_shape)[:, first : first + len(blocks)]
+            whole = whole.to(self.device)
+            if len(runs) > _RUNS_MAX:
+                index = torch.tensor(blocks, device=self.device)
+                for layer, x in zip(layers, whole, strict=True):
+                    layer.index_copy_(0, index, x)
                 continue
-            index = torch.tensor(blocks, device=self.device)
-            for layer, x in zip(self._layers[i], chosen.to(self.device), strict=True):
-                layer.index_copy_(0, index, x)
+            for start, end in runs:
+                place = blocks[start]
+                places += [layer[place : place + end - start] for layer in layers]
+                values += whole[:, start:end].unbind(0)
+        if places:
+            torch._foreach_copy_(places, values)
 
 
 class PagedBuffers:
@@ -129,21 +139,6 @@ class PagedBuffers:
 def _array(tensor: torch.Tensor) -> Any:
     """A numpy view of its bytes, as integers: numpy knows no bfloat16."""
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
-
-
-def _scatter(targets: Sequence[Any], blocks: Sequence[int], chosen: torch.Tensor) -> None:
-    """Write (layers, blocks, ...) to places of each layer's array."""
-    sources = _array(chosen)
-    runs = list(_runs(blocks))
-    if len(runs) > _RUNS_MAX:
-        at = np.array(blocks)
-        for target, x in zip(targets, sources, strict=True):
-            target[at] = x
-        return
-    for start, end in runs:
-        place = blocks[start]
-        for target, x in zip(targets, sources, strict=True):
-            target[place : place + end - start] = x[start:end]
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:

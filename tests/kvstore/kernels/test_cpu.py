@@ -89,7 +89,7 @@ def test_every_float_near_a_threshold_gets_the_reference_s_code(kernel):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # two minutes alone for all, in the portable form; a busy machine takes many times that
 def test_every_float_in_one_unit_gets_the_reference_s_code(kernel):
-    """The floats of magnitude up to 1, against thresholds by bisection: all 2^31 in `make torture`, else a sixteenth."""
+    """All 2^31 floats of magnitude up to 1, against thresholds by bisection; a sixteenth outside `make torture`."""
     thresholds = table("thresholds", torch.device("cpu"))
     step = 63 << 14
     for start in range(0, 0x3F800001, step if "KVSTORED_TORTURE" in os.environ else 16 * step):
