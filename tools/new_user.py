@@ -220,7 +220,13 @@ def backup(user: User) -> str:
 def service(user: User) -> str:
     """The unit of the installed wheel, and the service under a real systemd with workers of other users."""
     user.run(
-        user.venv, "kvstored", "install-service", "--root", user.home / "root", "--program", user.venv / "bin/kvstored"
+        user.venv,
+        "kvstored",
+        "install-service",
+        "--root",
+        user.home / "root",
+        "--program",
+        "/opt/kvstored/bin/kvstored",
     )
     unit = next((user.home / "root").rglob("kvstored.service"))
     words = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/e2e/test_systemd.py",

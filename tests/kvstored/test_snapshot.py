@@ -217,6 +217,8 @@ def test_the_command_line_says_where_and_how_much_and_refuses_with_exit_code_2(d
     target.mkdir(mode=0o755)
     assert re.search(r"there: [1-9]\d* entries, \d", run(daemon, "snapshot", target))
     assert mode(target) == 0o700 and (target / "tenants.secret").stat().st_size == 32
+    assert re.search(rf"snapshot made directory={target} entries=[1-9]", daemon.log)
+    assert re.search(r"admin verb=Admin/Snapshot who=local peer=unix:\S* keys=0 first=- result=OK", daemon.log)
     assert "not empty" in run(daemon, "snapshot", target, code=2)
     assert "is not there: make it" in run(daemon, "snapshot", daemon.directory / "no" / "parent", code=2)
     assert json.loads(run(daemon, "fsck", "--data-dir", target, "--json", where=()))["corrupt"] == 0

@@ -44,8 +44,8 @@ RIGHT_OF = {
 _REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
 _LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect", "Admin/Settings"})
 """Admin verbs that change nothing: no audit line for each refresh of a screen."""
-_KEYLESS = frozenset({"Admin/CheckShared", "Admin/Configure", "Admin/FlushShared"})
-"""Verbs that change something and name no keys: what they changed has a line of its own (`live`)."""
+_KEYLESS = frozenset({"Admin/CheckShared", "Admin/Configure", "Admin/FlushShared", "Admin/Snapshot"})
+"""Verbs that change something and name no keys: what they changed has a line of its own (`live`, `calls.snapshot`)."""
 AUDITED = frozenset({"Cache/Delete", "Cache/Pin", "Lease/delete", "Lease/pin"})
 """Verbs beside the admin's that change what others see. Not Put: it is the data path, and each put has its counters."""
 REFUSED_LINES = 16

@@ -7,6 +7,7 @@ So DIR is a data directory for a daemon. Interrupted, it leaves neither; killed,
 for its own. Thread rule: any thread, one step at a time; `end` waits for the step that is being taken.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +19,9 @@ from typing import TypeVar
 from kvstore.disk.copying import check_target
 from kvstore.errors import ConfigError
 from kvstore.hit import Copied
+from kvstore.printable import printable
+
+logger = logging.getLogger(__name__)
 
 SECRET, COLD = "tenants.secret", "cold"
 
@@ -64,8 +68,12 @@ class Snapshot:
             self._target.mkdir(mode=0o700, exist_ok=True)
             self._target.chmod(0o700)
             self._take_secret(secret)
-            yield from self._copy(self._target / COLD)
+            told = Copied(0, 0, 0, 0, 0)
+            for told in self._copy(self._target / COLD):
+                yield told
             whole = True
+            where = printable(self._target)
+            logger.info("snapshot made directory=%s entries=%d lost=%d", where, told.copied, told.lost)
         except OSError as error:
             raise ConfigError(f"{error.filename or self._target}: {error.strerror}; the snapshot is not made") from None
         finally:

@@ -137,3 +137,11 @@ def test_a_token_never_passes_into_a_line_not_even_in_a_traceback():
     for formatter in (TextFormatter(), JsonFormatter()):
         assert token not in formatter.format(record)
     assert redact(f"authorization: Bearer {token}") == "authorization: [redacted]"
+
+
+def test_a_package_is_built_where_the_program_is_not_installed_yet(tmp_path):
+    words = ["install-service", "--root", str(tmp_path), "--program", "/opt/not-here/bin/kvstored"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    (unit,) = tmp_path.rglob("kvstored.service")
+    assert "ExecStart=/opt/not-here/bin/kvstored serve" in unit.read_text()
