@@ -32,6 +32,7 @@ TOKENS_MIN, TOKENS_MAX = 8, 1 << 16
 BITS_MAX = 6.0
 """A basis of another model costs more; its own never did (3.6 at the finest step measured)."""
 _RANK = 4
+_FINITE = "kv-learned holds finite values only; keep these raw"
 _LARGEST = 32767
 _FITS = 0.01
 """Of a step, squared: what values that were decoded in this basis miss their symbols by; fresh ones miss by 0.08."""
@@ -84,6 +85,8 @@ class Learned:
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor. Raises CodecError if neither can."""
+        if not bool(torch.isfinite(x).all()):
+            raise CodecError(_FINITE)
         try:
             return encoded_in(self.basis, name, x, hints)
         except CodecError:
@@ -108,7 +111,7 @@ def encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints = NO_HINTS
         raise CodecError("kv-learned needs tokens before heads")
     x = x.cpu()
     if not bool(torch.isfinite(x).all()):
-        raise CodecError("kv-learned holds finite values only; keep these raw")
+        raise CodecError(_FINITE)
     attrs: dict[str, object] = {"basis": basis.digest, "role": role}
     position = _position(basis, x, hints) if role == "key" else 0
     if role == "key":
@@ -142,6 +145,8 @@ def _is_of(shape: tuple[int, ...], basis: Basis) -> bool:
 def _position(basis: Basis, x: torch.Tensor, hints: Hints) -> int:
     if hints.position is not None and 0 <= hints.position < FOUND_BELOW:
         return hints.position
+    if hints.prefix_start:
+        return 0
     about, transform = basis.about, basis.planes["key"]
     shape = (about.layers, about.heads, about.dim)
     return basis.rotation.position_of(x, transform.mean.view(shape), transform.spread.view(shape))
