@@ -2,7 +2,6 @@
 
 import gc
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -36,8 +35,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture
-def basis() -> Iterator[Basis]:
-    yield use(tiny.basis())
+def basis() -> Basis:
+    return use(tiny.basis())
 
 
 def learned(basis: Basis) -> Learned:
@@ -59,8 +58,8 @@ def parts_of(encoded: EncodedTensor) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_and_values_take_half_the_bits_of_nf4_and_lose_less(basis: Basis, dtype: torch.dtype) -> None:
-    for name, x in (("k", tiny.keys(256, 512, seed=9)), ("v", tiny.values(256, seed=9))):
-        x = x.to(dtype)
+    for name, whole in (("k", tiny.keys(256, 512, seed=9)), ("v", tiny.values(256, seed=9))):
+        x = whole.to(dtype)
         found = encode_measured(learned(basis), name, x, Hints(prefix_start=False))
         plain = encode_measured(NF4KV2(), name, x, Hints(prefix_start=False))
         assert found is not None
@@ -95,8 +94,9 @@ def test_how_keys_turn_is_measured_on_the_model(part: int, interleaved: bool) ->
     at = (0, 1, 4, 16, 64, 256, 1024)
     probes = [torch.stack([due.turned(x[:, None], p, back=False)[:, 0] for x in before.unbind(1)], dim=1) for p in at]
     found = measured(at, torch.stack(probes))
-    assert (found.interleaved, found.angles.shape) == (interleaved, due.angles.shape)
-    assert torch.allclose(found.angles, due.angles, atol=1e-6)
+    for first in (3, 5000):
+        turned = (rotation.turned(before, first, back=False) for rotation in (found, due))
+        assert torch.allclose(*turned, atol=1e-3)
     assert len(torch.unique(found.angles, dim=0)) == 1
     still = measured(at, torch.stack([before + p for p in at]))
     assert still.angles.shape == (3, 0)
