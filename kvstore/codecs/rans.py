@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.errors import CodecError
+from kvstore.kernels import coder
 
 BITS = 12
 TOTAL = 1 << BITS
@@ -71,6 +72,15 @@ def lanes_of(symbols: int) -> int:
 def encode(symbols: Array, classes: Array, tables: Tables) -> bytes:
     """Rows of symbols int8 (rows, n) under their classes uint8 (rows,). Raises CodecError for one of frequency 0."""
     rows, width = symbols.shape
+    found = coder.encode(
+        (symbols.view(np.uint8) ^ 128), classes, (tables.counts, tables.starts), lanes_of(rows * width)
+    )
+    return _encoded(symbols, classes, tables) if found is None else found
+
+
+def _encoded(symbols: Array, classes: Array, tables: Tables) -> bytes:
+    """The reference, whose bytes the kernel writes."""
+    rows, width = symbols.shape
     n = rows * width
     lanes = lanes_of(n)
     at = symbols.astype(np.int32) + (SYMBOLS // 2)
@@ -97,6 +107,15 @@ def decode(data: Array, rows: int, width: int, classes: Array, tables: Tables) -
 
     Raises CodecError for a stream that `encode` did not write for so many symbols.
     """
+    lanes = lanes_of(rows * width)
+    how = tables.counts, tables.starts, tables.slots
+    found = coder.decode(data, (rows, width), classes, how, lanes)
+    found = _decoded(data, rows, width, classes, tables) if found is None else found
+    return (found ^ np.uint8(128)).view(np.int8).reshape(rows, width)
+
+
+def _decoded(data: Array, rows: int, width: int, classes: Array, tables: Tables) -> Array:
+    """The reference: symbols + 128, uint8 (rows * width,)."""
     n = rows * width
     lanes = lanes_of(n)
     if data.size < 4 * lanes or data.size % 2:
@@ -124,4 +143,4 @@ def decode(data: Array, rows: int, width: int, classes: Array, tables: Tables) -
             read += wanting.size
     if read != words.size or not bool((state == _LOW).all()):
         raise CodecError(f"rans: the stream of {data.size} bytes is not one of {n} symbols")
-    return (out ^ np.uint8(128)).view(np.int8).reshape(rows, width)
+    return out
