@@ -26,6 +26,8 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
+@pytest.mark.model
+@pytest.mark.slow
 def test_what_smollm2_teaches_takes_fewer_bits_than_nf4_kv_and_does_less_harm(smollm2: Path, tmp_path: Path) -> None:
     """Learned from Python's manual, judged on a licence."""
     from kvstored.cli.calibrating import Model, harm
