@@ -91,7 +91,7 @@ class Transform:
         """Symbols of values: the inverse of exactly what decoding multiplies by. float32 (n, n) for each group."""
         try:
             found = [torch.linalg.inv(m.to(torch.float64)).to(torch.float32) for m in self.inverse]
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             raise CodecError(f"a basis whose matrix has no inverse: {error}") from None
         if not all(bool(torch.isfinite(m).all()) for m in found):
             raise CodecError("a basis whose matrix has no finite inverse")

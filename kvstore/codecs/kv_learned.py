@@ -131,7 +131,7 @@ def coefficients(basis: Basis, role: str, x: torch.Tensor, first: int) -> torch.
     rows = before.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     transform = basis.planes[role]
     rows = rows - transform.mean[:, None]
-    pieces = rows.split(transform.sizes)
+    pieces = torch.split(rows, transform.sizes)
     return torch.cat([m @ piece for m, piece in zip(transform.forward, pieces, strict=True)])
 
 
@@ -252,8 +252,13 @@ def _values(transform: Transform, symbols: torch.Tensor, classes: torch.Tensor, 
     y = _dequantized(transform, symbols, classes)
     if escapes.numel():
         y[symbols == rans.ESCAPE] = escapes.to(torch.float32)
-    pieces = y.split(transform.sizes)
-    rows = torch.cat([m @ piece for m, piece in zip(transform.inverse, pieces, strict=True)])
+    rows, first = torch.empty(y.shape), 0
+    for matrix in transform.inverse:
+        part = slice(first, first + len(matrix))
+        # Coefficients lie by falling variance, so those without symbols are mostly the last: they need no product.
+        live = 1 + int(torch.cat((torch.full((1,), -1), classes[part].nonzero().view(-1)))[-1])
+        torch.matmul(matrix[:, :live], y[part][:live], out=rows[part])
+        first = part.stop
     return rows.add_(transform.mean[:, None])
 
 

@@ -80,7 +80,7 @@ class Statistics:
             if not held_out:
                 rows = self._rows(x, turn=turn).double()
                 self.sums[role] += rows.sum(dim=1)
-                for into, part in zip(self.squares[role], rows.split(self.sizes), strict=True):
+                for into, part in zip(self.squares[role], torch.split(rows, self.sizes), strict=True):
                     into.addmm_(part, part.T)
         self._gradients += piece.k.shape[1] - SKIPPED
         self._first = self._first or (piece.k, piece.v)
@@ -180,7 +180,7 @@ class Learning:
         """Values of coefficients, float64 (n, n) for each group."""
         s, found = self._s, []
         mean = s.sums[role] / s.tokens
-        for at, (squares, part) in enumerate(zip(s.squares[role], mean.split(s.sizes), strict=True)):
+        for at, (squares, part) in enumerate(zip(s.squares[role], torch.split(mean, s.sizes), strict=True)):
             roots, inverses = _roots(self._information(role, at))
             covariance = squares / s.tokens - part[:, None] * part[None]
             seen = roots @ covariance @ roots
@@ -291,4 +291,5 @@ def _roots(information: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = values.clamp(min=0)
     values = values + (FLOOR * values.mean(dim=1, keepdim=True)).clamp(min=1e-18)
     roots, inverses = ((vectors * values[:, None] ** power) @ vectors.mT for power in (0.5, -0.5))
-    return torch.block_diag(*roots), torch.block_diag(*inverses)
+    whole = [torch.block_diag(*of) for of in (roots, inverses)]  # type: ignore[no-untyped-call]
+    return whole[0], whole[1]

@@ -61,7 +61,8 @@ class Tables:
     def lengths(self) -> Array:
         """Bits of each symbol, float32 (classes, 256); infinity for a frequency of 0."""
         with np.errstate(divide="ignore"):
-            return (BITS - np.log2(self.counts)).astype(np.float32)
+            found: Array = (BITS - np.log2(self.counts)).astype(np.float32)
+        return found
 
 
 def lanes_of(symbols: int) -> int:

@@ -31,7 +31,7 @@ class Model:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
         files = [directory] if directory.is_file() else sorted(directory.glob("*.gguf"))
         home, more = (directory, {}) if (directory / "config.json").is_file() else _of_gguf(files)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -119,14 +119,16 @@ def _chosen(
     model: "Model", learning: "Learning", ids: Any, wanted: tuple[float | None, float | None]
 ) -> "tuple[Basis, dict[str, float]]":
     bits, max_kl = wanted
+    if max_kl is None:
+        return _measured(model, learning, learning.for_bits(bits or BITS), ids)
     target = max_kl
+    basis, measured = _measured(model, learning, learning.for_kl(target), ids)
     for _ in range(_ROUNDS):
-        found = learning.for_bits(bits or BITS) if target is None else learning.for_kl(target)
-        basis, measured = _measured(model, learning, found, ids)
-        if max_kl is None or target is None or measured["kl"] <= max_kl:
-            break
+        if measured["kl"] <= max_kl:
+            return basis, measured
         target *= 0.97 * max_kl / measured["kl"]  # KL goes with the square of the step, predicted and measured alike
-    return basis, measured
+        basis, measured = _measured(model, learning, learning.for_kl(target), ids)
+    raise ConfigError(f"no step keeps KL within {max_kl}: measured {measured['kl']:.2e} at {measured['bits']:.2f} bits")
 
 
 def _measured(model: "Model", learning: "Learning", found: "Found", ids: Any) -> "tuple[Basis, dict[str, float]]":
