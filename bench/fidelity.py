@@ -3,6 +3,7 @@
     .venv/bin/python bench/fidelity.py --json                       # five texts: about ten minutes
     .venv/bin/python bench/fidelity.py --model qwen2.5-0.5b gemma3-270m --text FILE FILE
     .venv/bin/python bench/fidelity.py --text FILE FILE --plot bench/fidelity.svg
+    .venv/bin/python bench/fidelity.py --basis smollm2.safetensors  # rows of kv-learned, from `kvstored learn`
 
 A text gives 1,024 tokens of prefix, encoded in chunks of 256, and 512 tokens of continuation, teacher-forced. One
 figure a line: KL divergence of the next-token distribution from the exact one (nats, mean over the 512), change of
@@ -23,9 +24,12 @@ from typing import Any
 import models
 import torch
 
+from kvstore.codecs.basis import read_basis, use
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.int8 import Int8
+from kvstore.codecs.kv_learned import Learned
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.codecs.nf4_kv2 import NF4KV2
 from kvstore.config import MAX_RELATIVE_ERROR, HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
 
@@ -170,6 +174,16 @@ CODECS: dict[str, Callable[[torch.Tensor, torch.Tensor], Coded]] = {
 }
 
 
+def learned_rows(paths: list[Path]) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Coded]]:
+    """A row for each basis (`kvstored learn`): "kv-learned", and the file's name where there are several."""
+    rows: dict[str, Callable[[torch.Tensor, torch.Tensor], Coded]] = {}
+    for path in paths:
+        codec = Learned(use(read_basis(path)), NF4KV2())
+        name = "kv-learned" if len(paths) == 1 else f"kv-learned {path.stem}"
+        rows[name] = lambda k, v, codec=codec: chunked(codec, k, v)  # type: ignore[misc]
+    return rows
+
+
 def snr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     """Signal over error in dB; inf where equal."""
     error = float((x - y).square().sum())
@@ -188,7 +202,7 @@ def figures(model: Model, text: Path, names: list[str], judged: int = CONTINUATI
     nll = -float(exact[:-1].gather(1, targets).mean())
     baseline = math.nan
     for name, codec in CODECS.items():
-        if names and name not in names:
+        if names and name not in names and name.partition(" ")[0] not in names:
             continue
         RECEIPTS.clear()
         ck, cv, bits = codec(k, v)
@@ -280,10 +294,12 @@ def main() -> None:
         "--model", nargs="+", default=[models.SMOLLM2], help=f"{', '.join(models.NAMES)}, a file or DIR"
     )
     parser.add_argument("--continuation", type=int, default=CONTINUATION, help="tokens that are judged, %(default)s")
-    parser.add_argument("--codec", nargs="+", default=[], choices=CODECS, help="these alone")
+    parser.add_argument("--codec", nargs="+", default=[], help=f"these alone: {', '.join(CODECS)}, kv-learned")
+    parser.add_argument("--basis", type=Path, nargs="+", default=[], help="of kv-learned: a row for each, of one model")
     parser.add_argument("--plot", type=Path, help="write KL against bits as an SVG")
     args = parser.parse_args()
     show = json.dumps if args.json else line
+    CODECS.update(learned_rows(args.basis))
     torch.set_grad_enabled(False)
     means: list[dict[str, Any]] = []
     for name in args.model:

@@ -27,7 +27,9 @@ SPLITS = ("fixed", "auto")
 ADMISSIONS = ("all", "reused", "ghost")
 """Which entries may be written to disk (`tiers.admission`)."""
 SHARED_SCHEMES = ("valkey", "valkeys", "redis", "rediss", "s3")
-CODECS = ("auto", "nf4-kv2", "nf4-kv", "nf4", "int8", "raw")
+CODECS = ("auto", "nf4-kv2", "nf4-kv", "nf4", "int8", "raw", "kv-learned")
+LEARNED = "kv-learned"
+"""The codec that needs a basis (`WarmConfig.bases`)."""
 MAX_RELATIVE_ERROR = 0.25
 """The default bound of "auto", as a fraction of the content of keys and values (docs/codecs.md). SmolLM2, Gemma 3 and
 all but the first layer of Qwen2.5-0.5B stay below 0.2 in nf4-kv; that layer is at 0.74 and spoils the answers."""
@@ -90,7 +92,8 @@ class WarmConfig:
     """The warm tier: encoded tensors in memory. 0 bytes: no warm tier.
 
     codec, max_relative_error, layers: the store's `CodecPolicy`. namespaces: the policies of namespaces, by the name
-    that the caller gave, or by the part before its "@".
+    that the caller gave, or by the part before its "@". bases: the file of the basis of each namespace, by the same
+    names or "*", that "kv-learned" encodes with; every one of them decodes.
     """
 
     capacity_nbytes: int = 2 * GIB
@@ -98,6 +101,7 @@ class WarmConfig:
     max_relative_error: float = MAX_RELATIVE_ERROR
     layers: Mapping[str, LayerCodec] = field(default_factory=dict)
     namespaces: Mapping[str, CodecPolicy] = field(default_factory=dict)
+    bases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -266,9 +270,10 @@ class StoreConfig:
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         _check_known("policy", self.policy, POLICIES, extensions.POLICIES)
         check_choice("split", self.split, SPLITS)
-        check_codecs("warm", self.warm)
-        for name, policy in self.warm.namespaces.items():
-            check_codecs(f"warm.namespaces.{name}", policy)
+        for name, policy in (("", self.warm), *self.warm.namespaces.items()):
+            where = f"warm.namespaces.{name}" if name else "warm"
+            check_codecs(where, policy)
+            _check_learned(where, policy, self.warm.bases)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
 
@@ -366,6 +371,19 @@ def check_codecs(name: str, policy: CodecPolicy | WarmConfig) -> None:
     runs = 1 + sum(a != b for a, b in pairwise(order))
     if runs > LAYER_RUNS_MAX:
         raise ConfigError(f"{name}.layers makes {runs} runs of alike layers, at most {LAYER_RUNS_MAX}")
+
+
+def _check_learned(name: str, policy: CodecPolicy | WarmConfig, bases: Mapping[str, str]) -> None:
+    """Raise ConfigError for a policy of kv-learned without any basis, or by layer: its layers are coded together."""
+    by_layer = [text for text, choice in policy.layers.items() if choice.codec == LEARNED]
+    if by_layer:
+        raise ConfigError(f"{name}.layers.{by_layer[0]}.codec cannot be {LEARNED}: it codes layers together")
+    if policy.codec == LEARNED and policy.layers:
+        raise ConfigError(f"{name}.layers and {name}.codec = {LEARNED!r} contradict each other: it codes all layers")
+    if policy.codec == LEARNED and not bases:
+        raise ConfigError(
+            f'{name}.codec is {LEARNED} and warm.bases is empty: kvstored learn makes a basis, bases = {{ "*" = FILE }}'
+        )
 
 
 def check_range(name: str, value: object, low: float, high: float) -> None:

@@ -107,7 +107,7 @@ def imported(reference: str, kind: str) -> object:
 
 
 OWN_POLICIES = ("lru", "arc", "s3fifo")
-OWN_CODECS = ("auto", "nf4-kv2", "nf4-kv", "nf4", "int8", "raw", "layers", "by-layer", "adaptive")
+OWN_CODECS = ("auto", "nf4-kv2", "nf4-kv", "nf4", "int8", "raw", "kv-learned", "layers", "by-layer", "adaptive")
 """Encodings that records name, and words that settings and codecs use for several."""
 POLICIES: Registry[Callable[[], object]] = Registry("policy", "kvstored.policies", OWN_POLICIES)
 CODECS: Registry[object] = Registry("codec", "kvstored.codecs", OWN_CODECS, name_max=32)

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "rans.h"
 
 namespace {
 
@@ -257,6 +258,22 @@ int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const u
         if (status != KVK_OK) worst = status;
     });
     return worst;
+}
+
+int kvk_rans_decode(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                    int64_t tables, const uint16_t* counts, const uint16_t* starts, const uint8_t* slots, int64_t lanes,
+                    uint8_t* out) {
+    if (!kvk::rans_fits(rows, width, lanes, tables, classes) || nbytes < 0) return KVK_BAD_ARGUMENT;
+    const bool whole = kvk::rans_decode(data, nbytes, rows, width, classes, {counts, starts, slots}, lanes, out);
+    return whole ? KVK_OK : KVK_BAD_ARGUMENT;
+}
+
+int kvk_rans_encode(const uint8_t* symbols, int64_t rows, int64_t width, const uint8_t* classes, int64_t tables,
+                    const uint16_t* counts, const uint16_t* starts, int64_t lanes, uint8_t* out, int64_t* written) {
+    if (!kvk::rans_fits(rows, width, lanes, tables, classes)) return KVK_BAD_ARGUMENT;
+    uint8_t* end = out + 2 * rows * width + 4 * lanes;
+    *written = kvk::rans_encode(symbols, rows, width, classes, {counts, starts, nullptr}, lanes, end);
+    return *written < 0 ? KVK_BAD_ARGUMENT : KVK_OK;
 }
 
 }  // extern "C"

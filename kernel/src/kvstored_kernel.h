@@ -97,6 +97,18 @@ KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const 
 KVK_API int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
                   const float* means, const kvk_turns* turns, const kvk_rows* rows, void* out);
 
+// Interleaved rANS (kv-learned). Looked for by name: a kernel of this ABI may lack both. rows * width symbols + 128 as
+// bytes; classes: rows, each below `tables`; counts, starts: tables*256, frequencies that sum to 4,096 and what lies
+// before each; slots: tables*4096, the symbol of each slot; lanes: 1 to 4,096.
+// Decode: KVK_BAD_ARGUMENT where the bytes are no stream of so many symbols.
+KVK_API int kvk_rans_decode(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                    int64_t tables, const uint16_t* counts, const uint16_t* starts, const uint8_t* slots, int64_t lanes,
+                    uint8_t* out);
+// out: 2*rows*width + 4*lanes bytes, filled from its end. written: how many bytes of it. KVK_BAD_ARGUMENT for a symbol
+// without a frequency.
+KVK_API int kvk_rans_encode(const uint8_t* symbols, int64_t rows, int64_t width, const uint8_t* classes, int64_t tables,
+                    const uint16_t* counts, const uint16_t* starts, int64_t lanes, uint8_t* out, int64_t* written);
+
 #ifdef __cplusplus
 }
 #endif

@@ -6,6 +6,7 @@ frozen, and a change of the bytes is a new name.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -55,13 +56,14 @@ class Stored(Codec, Protocol):
 
 def _registry() -> dict[str, Stored]:
     from kvstore.codecs.int8 import Int8
+    from kvstore.codecs.kv_learned import KVLearned
     from kvstore.codecs.layers import Layers
     from kvstore.codecs.nf4 import NF4
     from kvstore.codecs.nf4_kv import NF4KV
     from kvstore.codecs.nf4_kv2 import NF4KV2
     from kvstore.codecs.raw import Raw
 
-    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), NF4KV2(), Int8(), Layers())}
+    return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), NF4KV2(), Int8(), KVLearned(), Layers())}
 
 
 _CODECS: dict[str, Stored] = {}
@@ -114,6 +116,7 @@ def encode_entry(entry: Entry, codec: Codec, hints: Mapping[str, Hints] | None =
     for name, tensor in entry.tensors.items():
         x = tensor.parts[""] if tensor.encoding == "raw" else None
         told = NO_HINTS if hints is None else hints.get(name, NO_HINTS)
+        told = replace(told, decoded=True) if tensor.relative_error else told
         encoded = encode_measured(codec, name, x, told) if x is not None and encodable(x) else None
         changed = changed or encoded is not None
         # A decoded copy has an error already: both together are no larger than their sum.

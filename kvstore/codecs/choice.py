@@ -3,16 +3,23 @@
 `CodecChoice` is made once from a configuration. A namespace's own policy replaces the store's. Pure, any thread.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
 import torch
 
 from kvstore.codecs import Codec, codec_for
 from kvstore.codecs.adaptive import Adaptive
+from kvstore.codecs.basis import read_basis, use
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of
+from kvstore.codecs.kv_learned import Learned
 from kvstore.codecs.layers import encode_runs
-from kvstore.config import CodecPolicy, WarmConfig, layer_range
+from kvstore.config import LEARNED, CodecPolicy, WarmConfig, layer_range
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 
+T = TypeVar("T")
 _RANK = 4
 """Axes of (layers, tokens, heads, dim): with fewer, layers cannot be told from tokens."""
 
@@ -52,16 +59,40 @@ class ByLayer:
 
 
 class CodecChoice:
-    """The codec of each namespace."""
+    """The codec of each namespace. Holds the bases that kv-learned decodes with, as long as it lives."""
 
     def __init__(self, config: WarmConfig) -> None:
-        self._rest = _codec_of(config)
-        self._namespaces = {name: _codec_of(policy) for name, policy in config.namespaces.items()}
+        """Raises ConfigError for a basis that cannot be read."""
+        read = {path: use(read_basis(path)) for path in dict.fromkeys(config.bases.values())}
+        self._bases = {name: read[path] for name, path in config.bases.items()}
+        self._rest = self._policy_of(config)
+        self._namespaces = {name: self._policy_of(policy) for name, policy in config.namespaces.items()}
 
     def codec_of(self, namespace: str) -> Codec:
-        """The codec of entries put under a namespace: its own by "MODEL@DIGEST" or by the model, else the store's."""
-        own = self._namespaces
-        return own.get(namespace) or own.get(namespace.rpartition("@")[0]) or self._rest
+        """The codec of entries put under a namespace: its own by "MODEL@DIGEST" or by the model, else the store's.
+
+        Where that is kv-learned, the basis is found by the same names, or "*"; without one the codec is "auto".
+        """
+        policy = _by_name(self._namespaces, namespace) or self._rest
+        return _by_name(policy.learned, namespace) or policy.learned.get("*") or policy.codec
+
+    def _policy_of(self, policy: CodecPolicy | WarmConfig) -> "_Policy":
+        if policy.codec != LEARNED:
+            return _Policy(_codec_of(policy), {})
+        rest = codec_for("auto", policy.max_relative_error or None)
+        return _Policy(rest, {name: Learned(basis, rest) for name, basis in self._bases.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """The codec of a policy; learned: instead of it where a basis has the namespace's name."""
+
+    codec: Codec
+    learned: Mapping[str, Codec]
+
+
+def _by_name(of: Mapping[str, T], namespace: str) -> T | None:
+    return of.get(namespace) or of.get(namespace.rpartition("@")[0])
 
 
 def _codec_of(policy: CodecPolicy | WarmConfig) -> Codec:

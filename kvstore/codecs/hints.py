@@ -26,12 +26,15 @@ class Hints:
     """role: None means by name. token_axis: -3 for (layers, tokens, heads, dim), -2 for (..., tokens, dim).
 
     None means by shape (`token_axis_of`). prefix_start: whether the first token is the first of a prompt; None means it
-    may be.
+    may be. position: that of the first token, as RoPE counts it; None: unknown. decoded: whether these values were
+    decoded from a lossy form.
     """
 
     role: Role | None = None
     token_axis: int | None = None
     prefix_start: bool | None = None
+    position: int | None = None
+    decoded: bool = False
 
 
 NO_HINTS = Hints()

@@ -111,6 +111,9 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, turns, p, p, p, p)
     library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, turns, rows, p)
+    if hasattr(library, "kvk_rans_decode"):  # came later, without another ABI: nothing that was there has changed
+        library.kvk_rans_decode.argtypes = (p, n, n, n, p, n, p, p, p, n, p)
+        library.kvk_rans_encode.argtypes = (p, n, n, p, n, p, p, n, p, ctypes.POINTER(n))
     return library
 
 

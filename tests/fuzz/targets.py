@@ -19,7 +19,9 @@ from google.protobuf.message import DecodeError
 
 from kvstore.arrays import ENTRY_MAX_NBYTES
 from kvstore.codecs import check_entry, codec_named, decode_entry
-from kvstore.codecs.hints import NO_HINTS
+from kvstore.codecs.basis import Basis, read_basis, use
+from kvstore.codecs.hints import NO_HINTS, Hints
+from kvstore.codecs.kv_learned import encoded_in
 from kvstore.codecs.layers import encode_runs
 from kvstore.disk import rows as index_rows
 from kvstore.disk.columns import columns
@@ -45,6 +47,7 @@ from kvstored.calls.puts import PutStream
 from kvstored_client.decoding import ENCODINGS, Packed, shape_of
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, parse_frame
+from tests.kvstore.codecs import tiny_model
 
 KEY = Key(b"fuzz")
 LIMIT_NBYTES = 1 << 20
@@ -156,9 +159,24 @@ def attrs(data: bytes) -> None:
         Packed(header, shape_of(header))
 
 
+def learned(data: bytes) -> None:
+    """The codes of a tensor of kv-learned, in the golden basis: both doors agree, and nothing is infinite."""
+    encoded = _learned()
+    main = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
+    candidate = EncodedTensor(encoded.spec, encoded.encoding, {"": main}, encoded.attrs)
+    codec = codec_named(encoded.encoding)
+    try:
+        decoded = codec.decode(candidate)
+    except CodecError:
+        return
+    assert bool(torch.isfinite(decoded).all())
+    codec.check(candidate)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "attrs": attrs,
     "frames": frames,
+    "learned": learned,
     "record": record,
     "rows": rows,
     "safetensors": safetensors,
@@ -206,6 +224,16 @@ def _encoded() -> tuple[dict[str, Slot], str, torch.Tensor]:
     return slots, facts["kvstored.tensors"], data
 
 
+@cache
+def _golden() -> Basis:
+    return use(read_basis(Path(__file__).parents[1] / "golden" / "kv-learned.safetensors"))
+
+
+@cache
+def _learned() -> EncodedTensor:
+    return encoded_in(_golden(), "v", tiny_model.values(12).to(torch.float16), Hints(prefix_start=False))
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Valid inputs of each target: what the corpus on disk was begun with."""
     x = torch.arange(48, dtype=torch.float32).reshape(4, 12)
@@ -223,6 +251,7 @@ def seeds() -> dict[str, list[bytes]]:
     text = _encoded()[1]
     return {
         "attrs": [text.encode(), *(json.dumps([one]).encode() for one in json.loads(text))],
+        "learned": [_learned().parts[""].numpy().tobytes()],
         "frames": [_cut(one), b"".join(map(_cut, many)), _cut(one) * 2],
         "record": [whole],
         "rows": [

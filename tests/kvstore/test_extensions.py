@@ -123,7 +123,7 @@ def test_a_setting_that_nobody_offers_names_what_there_is() -> None:
     with pytest.raises(ConfigError, match="policy must be one of lru, arc, s3fifo, mine, got 'lfu'"):
         StoreConfig(policy="lfu")
     with pytest.raises(
-        ConfigError, match=r"warm\.codec must be one of auto, nf4-kv2, nf4-kv, nf4, int8, raw, got 'fp9"
+        ConfigError, match=r"warm\.codec must be one of auto, nf4-kv2, nf4-kv, nf4, int8, raw, kv-learned, got 'fp9"
     ):
         StoreConfig(warm=WarmConfig(codec="fp9"))
 

@@ -18,6 +18,7 @@ from kvstored.cli import (
     evict,
     experiments,
     install,
+    learn,
     ping,
     serve,
     shared,
@@ -65,6 +66,7 @@ _MODULES = (
     install,
     completion,
     experiments,
+    learn,
 )
 
 for _command in (serve.serve, *(command for module in _MODULES for command in module.COMMANDS)):

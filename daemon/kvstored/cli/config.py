@@ -1,5 +1,6 @@
 """`kvstored config check|show|set`: the settings that the daemon uses or would use, and the origin of each."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def check(file: Path | None) -> None:
         for path in settings.store.cold.key_files.values():
             check_private(path, "store.cold.key_files", secret=True)
         _check_shared(settings.store.shared)
+        _check_bases(settings.store.warm.bases.values())
         open_spans(server.traces_endpoint, "").close()
         check_libraries(server)
     for note in notes:
@@ -69,6 +71,14 @@ def _check_shared(shared: "SharedConfig") -> None:
         path = getattr(shared, name)
         if path:
             check_private(path, f"store.shared.{name}", secret=True)
+
+
+def _check_bases(paths: Iterable[str]) -> None:
+    """Read the bases of kv-learned as the daemon would. Raises ConfigError."""
+    for path in paths:
+        from kvstore.codecs.basis import read_basis
+
+        read_basis(path)
 
 
 @config.command()
