@@ -270,7 +270,8 @@ class StoreConfig:
         check_choice("cold.admission", self.cold.admission, ADMISSIONS)
         _check_known("policy", self.policy, POLICIES, extensions.POLICIES)
         check_choice("split", self.split, SPLITS)
-        for name, policy in (("", self.warm), *self.warm.namespaces.items()):
+        policies: list[tuple[str, CodecPolicy | WarmConfig]] = [("", self.warm), *self.warm.namespaces.items()]
+        for name, policy in policies:
             where = f"warm.namespaces.{name}" if name else "warm"
             check_codecs(where, policy)
             _check_learned(where, policy, self.warm.bases)

@@ -29,7 +29,6 @@ from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
 from kvstore.lookup import Lookup, check_saved
-from kvstore.metadata.block_events import BlockEvents
 from kvstore.metadata.slices import slices
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
@@ -415,12 +414,6 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """Counters since start and gauges of now."""
         shared = {} if self._sharing is None else self._sharing.source.gauges()
         return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting, **shared})
-
-    def block_events(self) -> BlockEvents:
-        """Where every key that comes or leaves from now on is told of, for one publisher to take."""
-        with self._r.lock:
-            self._r.events = events = BlockEvents()
-        return events
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Unpack[IdentityFields]) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""

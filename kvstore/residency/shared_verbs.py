@@ -9,12 +9,15 @@ from kvstore.errors import ConfigError
 from kvstore.hit import Explanation
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import Lookup
+from kvstore.metadata.block_events import BlockEvents
 from kvstore.residency.sharing import Sharing
+from kvstore.residency.state import Residency
 
 
 class SharedVerbs:
     """Part of a store. Without [store.shared] there is nothing to ask."""
 
+    _r: Residency
     _sharing: Sharing | None
 
     def bring(
@@ -37,6 +40,12 @@ class SharedVerbs:
     def ends_here(self, keys: Sequence[bytes]) -> bool:
         """Whether `bring` of these keys may wait: something is shared, and not all of them are held here."""
         return self._sharing is not None and self._sharing.ends_here(CheckedKeys(keys))
+
+    def block_events(self) -> BlockEvents:
+        """Where every key that comes or leaves from now on is told of, for one publisher to take."""
+        with self._r.lock:
+            self._r.events = events = BlockEvents()
+        return events
 
     def check_shared(self) -> list[str]:
         """What is wrong with the shared store, a sentence each; empty: nothing. Puts, reads and deletes a probe.

@@ -26,6 +26,8 @@ CLAIM_S = 2.0
 
 
 INCOMPLETE_MAX = 4096
+PUBLISHED_MAX = 65_536
+"""Objects known to be there: their children need not look for them."""
 
 
 class Looked(NamedTuple):
@@ -56,6 +58,9 @@ class Outside:
     incomplete: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     """Objects whose heads came and whose bodies did not, though there was time: a piece is lost, or a replica lags. No
     reason to delete them; who computes the chunk again replaces them."""
+    published: OrderedDict[Key, int] = field(default_factory=OrderedDict)
+    """Objects that were there, with their namespaces' epochs: who computes them again need not look for them. Forgotten
+    when a lookup does not find them: the shared store evicts."""
 
     def alias(self, key: Key) -> Key:
         """The key of an object, under the present epoch."""
@@ -94,6 +99,14 @@ class Outside:
         claims = iter(self.engine.claim(absent, CLAIM_S, timeout_s) if absent else ())
         return [found if found.there else Looked(None, there=False, claimed=next(claims)) for found in looked]
 
+    def is_there(self, alias: Key, namespace_epoch: int) -> None:
+        """Remember a whole object that is there."""
+        self.incomplete.pop(alias, None)
+        self.published[alias] = namespace_epoch
+        if len(self.published) > PUBLISHED_MAX:
+            with suppress(KeyError):  # two threads
+                self.published.popitem(last=False)
+
     def did_not_come(self, alias: Key) -> None:
         """Remember an incomplete object."""
         self.incomplete[alias] = None
@@ -103,6 +116,7 @@ class Outside:
 
     def _looked(self, alias: Key, data: bytes | None) -> Looked:
         if data is None:
+            self.published.pop(alias, None)
             return Looked(None, there=False)
         try:
             head = parse_head(self.names, alias, data)

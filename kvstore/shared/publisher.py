@@ -32,8 +32,6 @@ SEND_NBYTES = 64 << 20
 DELETE_KEYS = 512
 BACKOFF_S = 1.0
 TRIES_MAX = 5
-PUBLISHED_MAX = 65_536
-"""Objects known to be there: their children need not look for them."""
 UNUSED_MAX = 65_536
 """Keys that the admission rule did not let in, and that a hit may: 6 MiB."""
 UNUSED_LOOKED_AT = 2048
@@ -94,7 +92,6 @@ class Publisher:
         self._queue: deque[_Offer] = deque()
         self._nbytes = 0
         self._retry_at = 0.0
-        self._published: OrderedDict[Key, int] = OrderedDict()
         self._unused: OrderedDict[Key, None] = OrderedDict()
         self.awake = threading.Event()
 
@@ -151,7 +148,7 @@ class Publisher:
             aliases = [out.alias(key) for key, _ in pairs]
             gone = out.engine.delete([name_of(alias) for alias in aliases], DELETE_S)
             for alias in aliases:
-                self._published.pop(alias, None)
+                out.published.pop(alias, None)
             out.bars.done([pair for pair, acknowledged in zip(pairs, gone, strict=True) if acknowledged])
             if not all(gone):
                 raise SharedUnavailable("delete", f"{gone.count(False)} of {len(gone)} deletions not acknowledged")
@@ -322,14 +319,11 @@ class Publisher:
         return later
 
     def _is_there(self, chunk: Candidate, alias: Key) -> None:
-        self._out.incomplete.pop(alias, None)
-        self._published[alias] = self._out.epochs.of(self._out.names.tag(chunk.namespace))
-        if len(self._published) > PUBLISHED_MAX:
-            self._published.popitem(last=False)
+        self._out.is_there(alias, self._out.epochs.of(self._out.names.tag(chunk.namespace)))
 
     def _is_known(self, chunk: Candidate) -> bool:
         alias = self._out.alias(chunk.key)
-        known = None if alias in self._out.incomplete else self._published.get(alias)
+        known = None if alias in self._out.incomplete else self._out.published.get(alias)
         return known is not None and known >= self._out.epochs.of(self._out.names.tag(chunk.namespace))
 
     def _try_again(self, keys: Sequence[Key], since: dict[Key, _Offer], *, counts: bool = True) -> None:

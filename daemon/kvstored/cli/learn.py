@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstore.errors import ConfigError
+from kvstore.printable import size
 from kvstored.cli.exits import BadUsage
 from kvstored.cli.experiments import Tokens
 from kvstored.cli.progress import waiting
 from kvstored.cli.remote import print_json
-from kvstored.cli.text import duration, size
+from kvstored.cli.text import duration
 
 if TYPE_CHECKING:
     from kvstore.codecs.basis import Basis

@@ -83,6 +83,21 @@ def test_a_chunk_whose_claimant_died_is_published_by_the_next_turn_of_another(ho
     assert len(hosts.server.names()) == 4
 
 
+def test_a_chunk_that_the_shared_store_evicted_is_published_again_by_who_computes_it_again(hosts):
+    """A host remembers what it has published; a lookup that finds nothing there ends that."""
+    a = hosts.published(3)
+    names = alias_names(a, hosts.namespace(a).keys(prefix(3)[0]))
+    for name in names:
+        del hosts.server.objects[name]
+    a.evict(*hosts.namespace(a).keys(prefix(3)[0]))
+    hosts.clock.advance(3)
+    tokens, k, v = prefix(3)
+    assert hosts.namespace(a).get_prefix(tokens)[0] == 0
+    hosts.namespace(a).put_prefix(tokens, k, v)
+    a.maintain()
+    assert hosts.server.names() == names
+
+
 def test_chunks_of_servers_that_do_not_answer_wait_for_them_with_what_continues_them(hosts):
     a = hosts.open()
     tokens, k, v = prefix(4)
