@@ -96,7 +96,9 @@ class Interleavings(RuleBasedStateMachine):
     def get_of_a_block_that_is_used_again(self, key, after):
         if self.held.get(key, 0) <= 0:
             return
-        self.client.get(b"%d" % key)  # its block is known
+        # Only its block is known: another one, of an entry that is gone, may lie where a third one lies by now.
+        self.client._pool.segments.blocks.clear()
+        self.client.get(b"%d" % key)
         count = iter(range(100))
         self.driver.before_copy = lambda: self.use_again() if next(count) == after else None
         out = self.used()
@@ -110,7 +112,7 @@ class Interleavings(RuleBasedStateMachine):
         self.client._pool.start_afresh()
 
     def use_again(self):
-        """Every block that the client knows is another entry's from now on."""
+        """The block that the client knows is another entry's from now on."""
         for block in self.client._pool.segments.blocks.values():
             for segment in self.daemon.arena._segments:
                 words = segment.bytes.view(np.uint64)
@@ -172,7 +174,7 @@ def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte_or_an_early_release():
         Interleavings.daemon = daemon
         case = Interleavings.TestCase
         case.settings = settings(
-            max_examples=25, stateful_step_count=20, deadline=None, database=None,
+            max_examples=15, stateful_step_count=20, deadline=None, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         case().runTest()
