@@ -14,7 +14,8 @@ HEAD = """# API
 Made from the docstrings by `make docs`; a test holds it to them. Sizes (`..._nbytes`) are bytes, times (`..._s`)
 seconds, shares (`..._fraction`) 0 to 1. A tensor is a torch tensor or a numpy array. `None`, `False` and 0 are a miss;
 what raises is said with each verb, and [below](#errors). For the sense of the whole begin with
-[the tutorial](tutorial.md).
+[the tutorial](tutorial.md). `kvstored_client.aio.Client` has the verbs of `Client`, to be awaited
+([how](faq.md#my-server-is-asyncio)).
 """
 SECTIONS: dict[str, tuple[str, ...]] = {
     "A worker's client": ("client/kvstored_client/client.py:Client",),
@@ -47,7 +48,7 @@ BASES = {
         "kvstore/residency/disk_verbs.py:DiskVerbs", "kvstore/residency/budget_verbs.py:BudgetVerbs",
         "kvstore/residency/shared_verbs.py:SharedVerbs",
     ),
-    "Client": ("client/kvstored_client/doors.py:Doors",),
+    "Client": ("client/kvstored_client/asking.py:Asking", "client/kvstored_client/doors.py:Doors"),
     **dict.fromkeys(("SimpleKVCache", "QuantizedKVCache", "HybridKVCache"), (f"{_SIMPLE}:_KVCache",)),
 }  # fmt: skip
 """Where verbs of a class stand that its own file does not have."""

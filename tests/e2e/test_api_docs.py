@@ -30,9 +30,10 @@ def test_the_page_is_what_the_docstrings_say():
 
 def test_everything_that_the_packages_offer_is_in_it():
     told = sections()
-    names = {*kvstore.__all__, *kvstored_client.__all__} - {"__version__", "errors", "TensorInfo"}
+    names = {*kvstore.__all__, *kvstored_client.__all__} - {"__version__", "aio", "errors", "TensorInfo"}
     assert names <= set(told)
     assert "TensorSpec" in told  # TensorInfo is another name of it
+    assert "kvstored_client.aio.Client" in PAGE.read_text()  # the same verbs
 
 
 @pytest.mark.parametrize("kind", [Store, Client])
