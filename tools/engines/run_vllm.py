@@ -60,8 +60,23 @@ def run_case(python: str, case: str, model: Path, ids: list[int], address: str) 
     return found
 
 
+def prompt(tokens: int) -> tuple[Path, list[int]]:
+    """The model's folder, and so many tokens of a text."""
+    from experiments.smollm import convert, gguf_file
+
+    gguf = gguf_file()
+    if gguf is None:
+        raise SystemExit("the model is not installed; run: make demo")
+    home, _ = convert(gguf)
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(home, local_files_only=True)
+    ids = tokenizer((ROOT / "LICENSE").read_text())["input_ids"][:tokens]
+    return home, ids
+
+
 def main() -> int:
-    """Run all cases."""
+    """Run the cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine-python", required=True)
     parser.add_argument("--tokens", type=int, default=1000)
@@ -72,16 +87,7 @@ def main() -> int:
     cases = options.cases.split(",")
     if cases[0] != "base" or not set(cases) <= set(CASES):
         parser.error(f"--cases begins with base and has some of {', '.join(CASES)}")
-    from experiments.smollm import convert, gguf_file
-
-    gguf = gguf_file()
-    if gguf is None:
-        raise SystemExit("the model is not installed; run: make demo")
-    home, _ = convert(gguf)
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(home, local_files_only=True)
-    ids = tokenizer((ROOT / "LICENSE").read_text())["input_ids"][: options.tokens]
+    home, ids = prompt(options.tokens)
     with tempfile.TemporaryDirectory(prefix="kvv-") as top:
         address = f"unix:{top}/k.sock"
         serve = [sys.executable, "-m", "kvstored", "serve", "--address", address, "--data-dir", f"{top}/data"]
