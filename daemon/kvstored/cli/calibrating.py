@@ -33,7 +33,9 @@ class Model:
 
         logging.disable_progress_bar()
         files = [directory] if directory.is_file() else sorted(directory.glob("*.gguf"))
-        home, more = (directory, {}) if (directory / "config.json").is_file() else _of_gguf(files)
+        # Weights in pickles are never read.
+        safe: dict[str, Any] = {"use_safetensors": True}
+        home, more = (directory, safe) if (directory / "config.json").is_file() else _of_gguf(files)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
             home, local_files_only=True, **{k: v for k, v in more.items() if k == "gguf_file"}
         )

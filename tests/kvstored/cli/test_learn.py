@@ -14,6 +14,7 @@ from kvstore.codecs.basis import read_basis, use
 from kvstore.codecs.kv_learned import Learned
 from kvstore.codecs.nf4_kv import NF4KV
 from kvstored.cli import cli
+from kvstored.cli.calibrating import Model
 
 ROOT = Path(__file__).parents[3]
 
@@ -70,3 +71,21 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_run(given: list[st
     done = CliRunner().invoke(cli, ["learn", "--model", str(tmp_path), "--text", str(text), *given])
     assert done.exit_code == 2
     assert why in done.output.replace("\n", " ")
+
+
+def test_weights_in_a_pickle_are_not_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models
+
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(16)}, unk_token="0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    Model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        Model(tmp_path)
