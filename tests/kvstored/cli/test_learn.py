@@ -80,7 +80,7 @@ def test_weights_in_a_pickle_are_not_read(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(16)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(16)}))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
