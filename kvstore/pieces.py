@@ -154,6 +154,9 @@ class Pieces:
         self._cache = cache
         self.awaited = AwaitedPieces(Ready(cache))
 
+    def __repr__(self) -> str:
+        return repr(self._cache)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 

@@ -387,6 +387,9 @@ class Namespace:
         self.digest = self.awaited.digest
         self.name = self.awaited.name
 
+    def __repr__(self) -> str:
+        return repr(self.awaited)
+
     def keys(self, token_ids: Sequence[int]) -> list[bytes]:
         """The chain of keys of these tokens, root first; the last one may be of a partial chunk."""
         return self.awaited.keys(token_ids)

@@ -47,6 +47,9 @@ class Ready:
         self.cache = cache
         self._fill = getattr(cache, "fill", fill)
 
+    def __repr__(self) -> str:
+        return repr(self.cache)
+
     def __getattr__(self, name: str) -> Any:
         async def ready(*args: Any, **kwargs: Any) -> Any:
             return getattr(self.cache, name)(*args, **kwargs)

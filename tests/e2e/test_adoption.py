@@ -81,7 +81,7 @@ def test_the_tutorial_stores_a_prefix_and_another_worker_finds_two_also_after_a_
 
 def test_the_recipe_for_asyncio_runs(daemon):
     (code,) = blocks("faq.md", "python")
-    assert ran(code, daemon.address) == "8 hits\n"
+    assert ran(code, daemon.address) == "8 hits\n3.0\n"
 
 
 def shell(text: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
