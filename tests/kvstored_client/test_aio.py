@@ -20,12 +20,20 @@ from kvstore.errors import LeaseKept, OutMismatch, TierUnavailable
 from kvstored_client.aio import Client, worker
 from kvstored_client.aio.worker import INLINE_NBYTES, SLICE_NBYTES, Slices
 from kvstored_client.shm.pool import CONNECTIONS_MAX
+from tests.conftest import factory
 from tests.kvstored.inside import daemon_inside
 
 KEYS = [b"asyncio%d" % i for i in range(8)]
 X = {"x": np.arange(1000, dtype=np.float32)}
 DOORS = ("lease", "unix", "tcp")
 WITHIN_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def shared_daemon():
+    """One whose leases and connections are all of these tests: they count them."""
+    with factory() as make:
+        yield make(tcp=True)
 
 
 def value_of(key):

@@ -1,5 +1,7 @@
 """Which codec an entry below hot gets: by its namespace and by layer."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from kvstore.codecs.raw import Raw
 from kvstore.config import CodecPolicy, ColdConfig, HotConfig, LayerCodec, StoreConfig, WarmConfig, from_mapping
 from kvstore.errors import CodecError, ConfigError
 from kvstore.store import Store
+from tests.conftest import ROOT, environment
 
 MIB = 1 << 20
 K = torch.randn(6, 64, 2, 64, generator=torch.Generator().manual_seed(3))
@@ -168,3 +171,30 @@ def test_a_codec_that_is_named_finds_the_tokens_of_a_layer_as_auto_does(layout, 
     assert (named.encoding, named.attrs) == (auto.encoding, auto.attrs)
     assert all(torch.equal(part, auto.parts[suffix]) for suffix, part in named.parts.items())
     assert 8 * sum(part.nbytes for part in named.parts.values()) < 4.7 * x.numel()
+
+
+WITHOUT_FILES = """
+import resource, torch
+from kvstore import kernels
+from kvstore.codecs import codec_for, decode_tensor, encode_measured
+codec = codec_for(NAME)
+x = torch.randn(2, 66, 2, 32, generator=torch.Generator().manual_seed(0))
+kernels.cpu_kernel(x), kernels.kv_kernel(x)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+try:
+    open("/dev/null")
+except OSError:
+    measured = encode_measured(codec, "k", x)
+    assert decode_tensor(measured).shape == x.shape
+    print("encoded")
+"""
+
+
+@pytest.mark.parametrize("name", ["auto", "nf4-kv2", "nf4-kv", "nf4", "int8"])
+def test_a_codec_opens_no_file_at_its_first_use(name):
+    """np.median imports a module when it is first called: in a process out of descriptors a put ended with that."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FILES.replace("NAME", repr(name))],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout == "encoded\n", done.stderr
