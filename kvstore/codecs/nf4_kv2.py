@@ -14,7 +14,7 @@ from math import prod
 from types import ModuleType
 
 import numpy as np
-import numpy.ma  # noqa: F401 - np.median imports it when first called, and there may be no descriptor left then
+import numpy.ma  # np.median imports it when first called, and there may be no descriptor left then
 import torch
 
 from kvstore.codecs import receipt
