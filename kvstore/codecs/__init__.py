@@ -92,9 +92,7 @@ def codec_for(choice: str, max_relative_error: float | None = None) -> Codec:
     from kvstore.codecs.adaptive import Adaptive
     from kvstore.codecs.by_role import ByRole
 
-    found = codec_named(
-        "raw" if choice == "auto" else choice
-    )  # imports them all: later a process may be out of files
+    found = codec_named("raw" if choice == "auto" else choice)  # imports them all: later a process may be out of files
     if choice != "auto":
         return found
     return ByRole() if max_relative_error is None else Adaptive(max_relative_error)
