@@ -8,6 +8,9 @@ from kvstored_client.integrations.vllm import KvstoredConnector
 class LossyConnector(KvstoredConnector):
     """Answers lookups truthfully and misses every get."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, vllm_config: Any, *args: Any, **options: Any) -> None:
+        # The connector's name is in the keys: with this one's nothing would be found that could be lost.
+        vllm_config.kv_transfer_config.kv_connector = "KvstoredConnector"
+        vllm_config.kv_transfer_config.kv_connector_module_path = "kvstored_client.integrations.vllm"
+        super().__init__(vllm_config, *args, **options)
         self._guard.get_many = lambda keys, **_: [None] * len(keys)  # type: ignore[method-assign]  # the fault
