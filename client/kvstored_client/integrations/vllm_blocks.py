@@ -106,10 +106,11 @@ class PagedBuffers:
         self._kinds = [
             _Kind(layers, head_dim, f".{at}" if len(kinds) > 1 else "") for at, layers in enumerate(kinds.values())
         ]
+        self._block_nbytes = sum(x[0].numel() * x.element_size() for kind in self._kinds for x in kind.layers)
 
     def block_nbytes(self) -> int:
         """Bytes of one block over all layers."""
-        return sum(x[0].numel() * x.element_size() for kind in self._kinds for x in kind.layers)
+        return self._block_nbytes
 
     def gather(self, blocks: Sequence[int]) -> list[torch.Tensor]:
         """A chunk, copied to CPU memory: the blocks may be used anew at once. Waits for the device."""
