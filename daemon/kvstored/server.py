@@ -32,12 +32,12 @@ from kvstore.store import Store
 from kvstored.access.admission import Admission
 from kvstored.access.interceptor import Access, Interceptor, Records
 from kvstored.access.segment_owners import SegmentOwners
+from kvstored.access.shares import Shares
 from kvstored.access.tenant_view import CALLER, TenantViews, tenant_prefixes, tenants_secret
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
 from kvstored.calls.budget import Budget
 from kvstored.calls.fair_threads import FairThreads
-from kvstored.calls.shared_reads import SharedReads
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.admin_service import AdminService
 from kvstored.doors.cache_service import CacheService
@@ -248,26 +248,27 @@ class Daemon:
         self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config))
+        self._shares = Shares()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
         self.watch = Sampler(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
         self._admission = Admission(settings.calls_max, self.watch.meter.turn_away)
-        self._interceptor = Interceptor(self._access, self.watch.meter, records, self._admission, settings.silence_s)
+        self._interceptor = Interceptor(
+            self._access, self.watch.meter, records, self._admission, settings.silence_s, self._shares
+        )
         # Not maximum_concurrent_rpcs: gRPC counts a call before anybody knows whose it is.
         connections = connections_max(raise_descriptor_limit(), len(settings.listeners))
         self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections))
         self._servers: list[grpc.aio.Server] = []
         self._health = health.aio.HealthServicer()
         epoch = secrets.randbits(63) | 1
-        budget = self.watch.budget
-        ingest = Budget(settings.in_flight_nbytes)
         views = TenantViews(store, tenants_secret(settings.data_dir, store.config.shared))
         self._shared = Shared(
             store,
             self._arena,
-            budget,
-            Lending(ingest),
+            self.watch.budget,
+            Lending(Budget(settings.in_flight_nbytes)),
             Verbs(store, epoch),
             settings.lease_max_s,
             records,
@@ -276,25 +277,36 @@ class Daemon:
             self._access.refuse_user,
             SegmentOwners(),
             threading.Semaphore(settings.threads),
+            self._shares.seen,
         )
         self._leases: list[LeaseServer] = []
         self._bound: list[str] = []
         self.watch.sources += (
             self._arena.gauges,
             self._shared.gauges,
-            lambda: {"calls_waiting": self._threads.waiting},
+            lambda: {"calls_waiting": self._threads.waiting, "calls_delayed": self._shares.delayed},
         )
         self._events = open_events(store, settings)
         self.watch.sources += () if self._events is None else (self._events.gauges,)
-        room = self._arena.empty
-        self._outside = SharedReads()
-        cache = CacheService(
-            views, self._threads, epoch, budget, settings.silence_s, self.watch.meter, room, self._outside
-        )
         own = Settings(settings, store.config)
         self.live = LiveSettings(own, self._apply, source.read if source else lambda: (own, {}), origins)
+        self._handlers = self._services(views, epoch)
+
+    def _services(self, views: TenantViews, epoch: int) -> tuple[grpc.GenericRpcHandler, ...]:
+        """The handlers of both services."""
+        cache = CacheService(
+            views,
+            self._threads,
+            epoch,
+            self.watch.budget,
+            self._settings.silence_s,
+            self.watch.meter,
+            self._arena.empty,
+            self._shares,
+        )
         admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats, self.live)
-        self._handlers = cache.handler(), admin.handler()
+        self._close_services = cache.close
+        return cache.handler(), admin.handler()
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError if an address cannot be bound."""
@@ -378,7 +390,7 @@ class Daemon:
         for leases in self._leases:
             await asyncio.get_running_loop().run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
-        await asyncio.get_running_loop().run_in_executor(None, self._outside.close)
+        await asyncio.get_running_loop().run_in_executor(None, self._close_services)
         await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
         if self._events is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._events.close)

@@ -19,6 +19,7 @@ from kvstore.ownership import overflow_uid
 from kvstored.access.admission import Admission, Refusal
 from kvstored.access.open_call import OpenCall, peer_group
 from kvstored.access.refusals import Lines, Pace
+from kvstored.access.shares import Shares
 from kvstored.access.tenant_view import CALLER
 from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
@@ -160,7 +161,16 @@ class Records:
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method: a caller is identified and gets a place before its message is read."""
 
-    def __init__(self, access: Access, meter: Meter, records: Records, admission: Admission, silence_s: float) -> None:
+    def __init__(
+        self,
+        access: Access,
+        meter: Meter,
+        records: Records,
+        admission: Admission,
+        silence_s: float,
+        shares: Shares,
+    ) -> None:
+        self._shares = shares
         self._access = access
         self._meter = meter
         self._records = records
@@ -212,6 +222,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 silence_s = self._admit(call)
                 if one_message:
                     request = await self._message(call, silence_s)
+                if call.identity is not None:
+                    await self._shares.turn(call.identity.account, len(request))
                 reply = await inner(request, call)
             except Refusal as refusal:
                 code = refusal.code.name

@@ -7,6 +7,7 @@ Runs on the event loop; whatever may block runs on the worker threads.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -21,7 +22,8 @@ from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import check_saved
 from kvstore.residency.transcode import Room
-from kvstored.access.tenant_view import TenantViews
+from kvstored.access.shares import Shares
+from kvstored.access.tenant_view import CALLER, TenantViews
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_frames
@@ -46,7 +48,16 @@ LOOKED_UP_MAX = 64
 READ_AT_ONCE_NBYTES = 8 << 10
 """A larger request is read on a worker thread: to count the fields of a hostile one takes 2 ms."""
 
-M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+
+def _charged(spent: Callable[[float], None], work: Callable[..., R], *args: Any) -> R:
+    """Do work that keeps the interpreter busy, and tell what it took of a processor."""
+    began = time.thread_time()
+    try:
+        return work(*args)
+    finally:
+        spent(time.thread_time() - began)
 
 
 def _answered(verb: Callable[[Any], Message], kind: type[Message], request: bytes) -> bytes:
@@ -73,10 +84,11 @@ class CacheService(Service):
         silence_s: float,
         meter: Meter,
         room: Room,
-        outside: SharedReads,
+        shares: Shares,
     ) -> None:
         super().__init__(views, threads, boot_epoch)
-        self._outside = outside
+        self._shares = shares
+        self._outside = SharedReads()
         self._meter = meter
         self._budget = budget
         self._silence_s = silence_s
@@ -132,7 +144,7 @@ class CacheService(Service):
         if len(request) <= READ_AT_ONCE_NBYTES:
             asked = read_request(pb.GetRequest, request)
         else:
-            asked = await self._run(read_request, pb.GetRequest, request)
+            asked = await self._run_charged(read_request, pb.GetRequest, request)
         keys = CheckedKeys(asked.keys)
         await self._bring(asked, keys, context)
         reading = Reading(self._store, self._budget, asked, keys, frames_nbytes=self._budget.call_nbytes)
@@ -143,7 +155,7 @@ class CacheService(Service):
                 if few:
                     reading.plan()
                 else:
-                    await self._run(reading.plan)
+                    await self._run_charged(reading.plan)
                 lot = _read(reading) if reading.at_hand else await self._run(_read, reading)
                 await self._write_lot(context, lot)
         finally:
@@ -212,13 +224,21 @@ class CacheService(Service):
         return Verbs(self._store, self._epoch)
 
     async def _answer(self, verb: Callable[[Any], Message], kind: type[Message], request: bytes) -> bytes:
-        return await self._run(_answered, verb, kind, request)
+        return await self._run_charged(_answered, verb, kind, request)
+
+    async def _run_charged(self, work: Callable[..., R], *args: Any) -> R:
+        """As `_run`, for work in Python: what it takes is the caller's (`access.shares`)."""
+        return await self._run(_charged, partial(self._shares.spent, CALLER.get().account), work, *args)
 
     @answering
     async def report(self, request: bytes, _: Context) -> bytes:
         """What a client says the cache was worth."""
         self._meter.saved(check_saved(read_request(pb.ReportRequest, request).prefill_saved_s))
         return pb.ReportReply(boot_epoch=self._epoch).SerializeToString()
+
+    def close(self) -> None:
+        """End the threads that wait for the shared store. Blocks."""
+        self._outside.close()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, by the names of the proto. No serializers: messages are bytes until they are checked."""

@@ -80,7 +80,6 @@ SEGMENTS_MAX = 64
 _GIVEN = struct.Struct("<BQBdBQ")
 _LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
 
-
 _KEPT_REPLY, _SEGMENT, _SERIALIZED = attrgetter("kept_reply"), attrgetter("segment"), attrgetter("serialized")
 
 
@@ -102,6 +101,8 @@ class Shared:
     owners: SegmentOwners
     reads: threading.Semaphore
     """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""
+    seen: Callable[[str], None]
+    """Told of each call's caller."""
     connections: set["Connection"] = field(default_factory=set)
     callers: Callers = field(default_factory=Callers)
     aged: int = 0
@@ -224,6 +225,7 @@ class Connection:
         began = time.perf_counter()
         if not self.is_current():
             raise Revoked(f"user {self.uid} is no longer {self._identity.name}")
+        self._shared.seen(self._identity.account)
         try:
             call = pb.LeaseCall.FromString(packet)
         except DecodeError as error:

@@ -162,6 +162,8 @@ _DAEMON = (
     Family("kvstored_in_flight_refused_total", "counter", "Calls refused because of that limit.",
            value="in_flight_refused"),
     Family("kvstored_calls_waiting", "gauge", "Calls that wait for one of server.threads.", value="calls_waiting"),
+    Family("kvstored_calls_delayed_total", "counter", "Calls begun later: their caller took more than its share.",
+           value="calls_delayed"),
     Family("kvstored_uptime_seconds", "gauge", "Since start.", value="uptime_s"),
     Family("kvstored_arena_bytes", "gauge", "Shared memory mapped for clients of this host.", value="arena_nbytes"),
     Family("kvstored_arena_used_bytes", "gauge", "Of it, in use by entries and leases.", value="arena_used_nbytes"),
