@@ -24,9 +24,10 @@ from types import MappingProxyType
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.config import StoreConfig
+from kvstore.config import GIB, StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.kernels.cpu import installed, kernels
+from kvstore.residency.device_hot import arena_nbytes as device_nbytes
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission
@@ -67,6 +68,8 @@ PULSE_S = 10.0
 PROBE_S = 1.0
 CONNECTIONS_MIN, CONNECTIONS_MAX = 32, 1024
 """Over gRPC, of one address: a client has one, and two while it reconnects."""
+STAGING_NBYTES = GIB
+"""Shared memory of a daemon whose hot tier is on a device, registered with it: 20 ms of a PCIe bus."""
 DESCRIPTORS_KEPT = 512
 """For the lease socket's 256 clients, segments, the index and records on disk."""
 Origins = Mapping[str, str]
@@ -248,6 +251,7 @@ class Daemon:
         self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config))
+        self._arena.register = store.serve_from_device()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
         self.watch = Sampler(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
@@ -389,11 +393,9 @@ class Daemon:
                     path.unlink()
 
     def _start_leases(self, path: Path | None) -> None:
-        # A GPU's tensors are not in shared memory: every get would be a copy to the host, as over the stream. And the
-        # lease socket knows users, not tokens: with a tokens file it serves only users with an entry there.
+        # The lease socket knows users, not tokens: with a tokens file it serves only users with an entry there.
         tokens = self._access.tokens
-        wanted = (tokens is None or tokens.by_uid) and self._shared.store.config.hot.device == "cpu"
-        if path is not None and wanted:
+        if path is not None and (tokens is None or tokens.by_uid):
             self._leases.append(LeaseServer(lease_path(path), self._shared))
             self._leases[-1].start()
 
@@ -406,8 +408,11 @@ def connections_max(descriptors: int, listeners: int) -> int:
 def arena_limit_nbytes(store: StoreConfig) -> int:
     """The limit of shared memory: the hot tier, and an eighth more for leased blocks and for holes.
 
-    With a learned border between hot and warm, hot may get nearly all of both budgets.
+    With a learned border between hot and warm, hot may get nearly all of both budgets. With hot on a device: what is
+    on its way there and back.
     """
+    if store.hot.device != "cpu":
+        return min(STAGING_NBYTES, device_nbytes(store.hot.capacity_nbytes))
     hot_nbytes = store.hot.capacity_nbytes + (store.warm.capacity_nbytes if store.split == "auto" else 0)
     return hot_nbytes + max(hot_nbytes // 8, 64 << 20)
 

@@ -230,8 +230,6 @@ def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
         first = run[0]
         chain = first.root or run[-1].parent is not None
         made = [incoming.entry for incoming in run]
-        if store.config.hot.device != "cpu":
-            made = [entry.to(torch.device(store.config.hot.device)) for entry in made]
         stored += store.put_entries(made, first.options, chain=chain, parent=first.parent)
     return stored
 

@@ -38,7 +38,7 @@ from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import Reading, hit_header
+from kvstored.calls.gets import Reading, hit_header, on_device
 from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
@@ -316,8 +316,8 @@ class Connection:
 
         plan = self._store.plan(
             keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
-            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes, whole_if_hot=True,
-            charge=charge, count_later=True, lookup=read_lookup(asked),
+            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
+            whole_if_hot=not on_device(self._store), charge=charge, count_later=True, lookup=read_lookup(asked),
         )  # fmt: skip
         kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
         if kept_replies is not None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstored_client.device.deferred import Deferred
+from kvstore.device.deferred import Deferred
 from tests.kvstored.inside import daemon_inside
 
 from .tensors import on_gpu
