@@ -24,7 +24,7 @@ from types import MappingProxyType
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.config import GIB, StoreConfig
+from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.kernels.cpu import installed, kernels
 from kvstore.residency.device_hot import arena_nbytes as device_nbytes
@@ -49,7 +49,7 @@ from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle,
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.live import LiveSettings
 from kvstored.sampler import Sampler
-from kvstored.settings import ServerSettings, Settings, Source
+from kvstored.settings import STAGING_NBYTES, ServerSettings, Settings, Source
 from kvstored.telemetry.router_events import open_events
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored_client.wire.address import lease_path, socket_path
@@ -68,8 +68,6 @@ PULSE_S = 10.0
 PROBE_S = 1.0
 CONNECTIONS_MIN, CONNECTIONS_MAX = 32, 1024
 """Over gRPC, of one address: a client has one, and two while it reconnects."""
-STAGING_NBYTES = GIB
-"""Shared memory of a daemon whose hot tier is on a device, registered with it: 20 ms of a PCIe bus."""
 DESCRIPTORS_KEPT = 512
 """For the lease socket's 256 clients, segments, the index and records on disk."""
 Origins = Mapping[str, str]

@@ -38,6 +38,18 @@ class BudgetVerbs:
         """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
         return set_hot_capacity(self._r, self._mover, nbytes)
 
+    @property
+    def warm_capacity_nbytes(self) -> int:
+        """The warm tier's budget now: as configured, unless `set_warm_capacity` changed it."""
+        return self._r.warm.capacity_nbytes
+
+    @without_torch_modes
+    def set_warm_capacity(self, nbytes: int) -> int:
+        """Shrink or grow the warm tier's budget while it runs. Returns how many entries left it."""
+        with self._r.lock:
+            self._r.warm.capacity_nbytes = nbytes
+        return self._mover.trim(self._r.warm)
+
     def serve_from_device(self) -> Register | None:
         """For a server, whose process is its own: bound what torch holds beside the hot tier on its device.
 

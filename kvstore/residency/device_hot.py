@@ -50,6 +50,7 @@ class DeviceHot:
     def __init__(self, driver: MemoryDriver, device: int, residency: Residency, arena: DeviceArena) -> None:
         self.driver = driver
         self.device = device
+        self.name = f"cuda:{device}"
         self.arena = arena
         self.where: torch.device = driver.where(device)
         self.displace: Displace = _cannot
@@ -85,7 +86,7 @@ class DeviceHot:
 
         if not enough() and not self.displace(enough, entry_nbytes, owner):
             raise OverQuota(
-                f"{self.where} has no room for an entry of {nbytes} bytes: the hot tier holds {self.arena.nbytes} of "
+                f"{self.name} has no room for an entry of {nbytes} bytes: the hot tier holds {self.arena.nbytes} of "
                 f"at most {self.arena.limit_nbytes} bytes there, and only pinned entries are left"
             )
         return found.pop()
@@ -102,7 +103,7 @@ class DeviceHot:
                     batch.put_on(self.device, held.address(name), self._source(x, held.specs[name]))
             batch.run()
         except DriverError as error:
-            raise TierUnavailable(f"{self.where} does not take bytes: {error}") from None
+            raise TierUnavailable(f"{self.name} does not take bytes: {error}") from None
         return made
 
     def entry_in(self, block: Block, like: Entry) -> Entry:
@@ -129,7 +130,7 @@ class DeviceHot:
                     batch.take_from(self.device, held.address(name), x)
             batch.run()
         except DriverError as error:
-            raise CodecError(f"{self.where} does not give bytes back: {error}") from None
+            raise CodecError(f"{self.name} does not give bytes back: {error}") from None
 
     def fills(self, x: torch.Tensor) -> bool:
         """Whether a tensor can be filled as it lies."""
@@ -163,7 +164,7 @@ class DeviceHot:
         """Note that the device could not do something, which is done on the host instead."""
         self.failures += 1
         if self.failures <= FAILURES_TOLD:
-            log.warning("done on the CPU instead what=%s device=%s error=%r", what, self.where, error)
+            log.warning("done on the CPU instead what=%s device=%s error=%r", what, self.name, error)
 
     def serve(self) -> Register:
         """Bound what torch holds there to what is kept free for it. Returns what registers host memory."""
@@ -193,7 +194,7 @@ class DeviceHot:
         needed = arena_nbytes(nbytes) - held_nbytes + WORK_NBYTES
         if needed > free:
             raise ConfigError(
-                f"hot.capacity_nbytes = {nbytes} needs {needed} more bytes of {self.where}: an eighth, and at least "
+                f"hot.capacity_nbytes = {nbytes} needs {needed} more bytes of {self.name}: an eighth, and at least "
                 f"{64 * MIB}, for holes and {WORK_NBYTES} for encoding are counted; {free} of {total} are free: lower "
                 "it, or have the engine take less of the GPU"
             )
