@@ -73,21 +73,16 @@ class DeviceTranscoder(TensorTranscoder):
         return hot.filled(block, entry, super().decode(entry))
 
     def decode(self, entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of an entry that is on the host: fresh ones on the device, or into `out`, wherever that is."""
+        """The tensors of an entry on the host: fresh ones on the device, or into `out`, dense ones on the host."""
         hot = self._hot
-        if out is not None and not all(x.device == hot.where for x in out.values()):
+        if out is not None:
             return super().decode(entry, out)
         if entry.encoding != "raw" and hot.computes(entry.value_nbytes):
             try:
-                return self._there.decode(entry, None if out is None else dict(out))
+                return self._there.decode(entry)
             except Exception as error:  # noqa: BLE001 - as above
                 hot.failed("decode", error)
-        made = {name: x.to(hot.where) for name, x in super().decode(entry).items()}
-        if out is None:
-            return made
-        for name, x in made.items():
-            out[name].copy_(x)
-        return out
+        return {name: x.to(hot.where) for name, x in super().decode(entry).items()}
 
     def _off_the_block(self, below: Entry) -> Entry:
         """What was encoded, with nothing left in it that lies in the block."""
@@ -125,38 +120,40 @@ class DeviceAnswers(Answers):
     def _hit_or_raise(self, found: Found, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None) -> Hit:
         key, tier, entry, age_s = found
         held = tensors_on_device(entry)
-        if held is not None:
-            tensors = self._held(held, out=out, copy=copy, room=room)
+        tensors: Mapping[str, Any]
+        if room is not None and held is not None:
+            tensors = self._hot.host(held, room(held.specs))
         elif room is not None and entry.encoding != "raw":
             tensors = self._transcoder.decode(entry, room(entry.specs) or host_tensors(entry.specs))
+        elif out is not None:
+            tensors = self._into(entry, held, out)
+        elif held is not None:
+            tensors = self._held(held, copy=copy)
         else:
             return super()._hit_or_raise(found, out=out, copy=copy, room=room)
         return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
 
-    def _held(
-        self, held: DeviceTensors, *, out: Mapping[str, Any] | None, copy: bool, room: Room | None
-    ) -> Mapping[str, Any]:
+    def _held(self, held: DeviceTensors, *, copy: bool) -> Mapping[str, Any]:
         hot = self._hot
-        if room is not None:
-            return hot.host(held, room(held.specs))
         if not copy:
             return hot.views(held)
-        if out is not None:
-            return self._fill(held, out)
         if arrays.resolve_framework(self._framework) == "numpy":
             return {name: to_numpy(x) for name, x in hot.host(held).items()}
         fresh = hot.fresh(held.specs)
-        hot.copy_to(held, fresh)
+        hot.copy_to(held.addresses, fresh)
         return fresh
 
-    def _fill(self, held: DeviceTensors, out: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: arrays.describe(name, x) for name, x in out.items()}
-        if given != held.specs:
-            raise InvalidEntry(f"out must hold exactly the entry's tensors {held.specs}, got {given}")
+    def _into(self, entry: Entry, held: DeviceTensors | None, out: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill a caller's tensors, as `get(out=)`: each in one copy that waits for what the caller's stream does."""
+        given, specs = {name: arrays.describe(name, x) for name, x in out.items()}, dict(entry.specs)
+        if given != specs:
+            raise InvalidEntry(f"out must hold exactly the entry's tensors {specs}, got {given}")
+        decoded = {} if held is not None else self._transcoder.decode(entry)
+        addresses = {name: x.data_ptr() for name, x in decoded.items()} if held is None else held.addresses
         targets = {name: x if arrays.is_torch(x) else as_torch(x) for name, x in out.items()}
         direct = {name: x for name, x in targets.items() if self._hot.fills(x)}
-        aside = host_tensors({name: held.specs[name] for name in targets if name not in direct})
-        self._hot.copy_to(held, {**direct, **aside})
+        aside = host_tensors({name: specs[name] for name in targets if name not in direct})
+        self._hot.copy_to(addresses, {**direct, **aside})
         with Blaming(InvalidEntry, "out"):
             for name, x in aside.items():
                 targets[name].copy_(x)

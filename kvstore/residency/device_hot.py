@@ -100,7 +100,7 @@ class DeviceHot:
             batch = Batch(self.driver, self._streams, {self.device})
             for name, x in tensors.items():
                 if x.numel():
-                    batch.put_on(self.device, held.address(name), self._source(x, held.specs[name]))
+                    batch.put_on(self.device, held.addresses[name], self._source(x, held.specs[name]))
             batch.run()
         except DriverError as error:
             raise TierUnavailable(f"{self.name} does not take bytes: {error}") from None
@@ -118,16 +118,19 @@ class DeviceHot:
     def host(self, held: DeviceTensors, into: Mapping[str, torch.Tensor] | None = None) -> Mapping[str, torch.Tensor]:
         """An entry's tensors on the host: in `into`, dense ones of its specs, or in fresh memory."""
         tensors = host_tensors(held.specs) if into is None else into
-        self.copy_to(held, tensors)
+        self.copy_to(held.addresses, tensors)
         return tensors
 
-    def copy_to(self, held: DeviceTensors, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors for which `fills` is true. Raises CodecError where the device does not give the bytes."""
+    def copy_to(self, addresses: Mapping[str, int], targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill tensors for which `fills` is true with the bytes from addresses on, after what this thread's stream does.
+
+        Raises CodecError where the device does not give the bytes.
+        """
         try:
             batch = Batch(self.driver, self._streams, {self.device})
             for name, x in targets.items():
                 if x.numel():
-                    batch.take_from(self.device, held.address(name), x)
+                    batch.take_from(self.device, addresses[name], x)
             batch.run()
         except DriverError as error:
             raise CodecError(f"{self.name} does not give bytes back: {error}") from None
@@ -231,12 +234,12 @@ class DeviceHot:
         dtype = getattr(torch, spec.dtype)
         if not spec.nbytes:
             return torch.empty(spec.shape, dtype=dtype, device=self.where)
-        flat: torch.Tensor = self.driver.tensor(self.device, held.address(name), spec.nbytes, held.block)
+        flat: torch.Tensor = self.driver.tensor(self.device, held.addresses[name], spec.nbytes, held.block)
         return flat.view(dtype).reshape(spec.shape)
 
     def _copied(self, held: DeviceTensors, name: str) -> torch.Tensor:
         tensors = host_tensors({name: held.specs[name]})
-        self.copy_to(held, tensors)
+        self.copy_to(held.addresses, tensors)
         return tensors[name]
 
 

@@ -147,10 +147,10 @@ class _Part(Mapping[str, torch.Tensor]):
 class DeviceTensors(Mapping[str, EncodedTensor]):
     """The raw tensors of an entry in a block, by name. Who looks at their numbers gets a copy on the host.
 
-    copied: makes that of one tensor. attrs: of the tensors that have a receipt, by name.
+    addresses: where each lies. attrs: of the tensors that have a receipt, by name. copied: makes that of one tensor.
     """
 
-    __slots__ = ("_copied", "attrs", "block", "nbytes", "places", "specs", "value_nbytes")
+    __slots__ = ("_copied", "addresses", "attrs", "block", "nbytes", "specs", "value_nbytes")
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class DeviceTensors(Mapping[str, EncodedTensor]):
     ) -> None:
         self.block = block
         self.specs = specs
-        self.places = layout(specs)[0]
+        self.addresses = {name: block.address + at for name, (at, _) in layout(specs)[0].items()}
         self.attrs = attrs
         self.value_nbytes = sum(spec.nbytes for spec in specs.values())
         self.nbytes = self.value_nbytes + sum(len(name) + TENSOR_OVERHEAD_NBYTES for name in specs)
@@ -176,10 +176,6 @@ class DeviceTensors(Mapping[str, EncodedTensor]):
     def receipt(self) -> dict[str, float]:
         """`Entry.receipt`."""
         return {name: error_in("raw", self.attrs.get(name, NO_ATTRS)) for name in self.specs}
-
-    def address(self, name: str) -> int:
-        """Where a tensor lies on the device."""
-        return self.block.address + self.places[name][0]
 
     def __getitem__(self, name: str) -> EncodedTensor:
         spec = self.specs[name]

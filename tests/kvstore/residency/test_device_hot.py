@@ -99,7 +99,7 @@ def test_a_view_is_of_the_devices_memory_and_ends_when_kernels_have_read_it(stor
     read = []
     with store.lease(b"k") as hit:
         view = hit.tensors["x"]
-        assert view.data_ptr() == hot_entries(store)[0].tensors.address("x")
+        assert view.data_ptr() == hot_entries(store)[0].tensors.addresses["x"]
         driver.compute(0, lambda: read.append(view.clone()))
         assert not read
     assert torch.equal(read[0], x)
