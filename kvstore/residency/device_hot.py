@@ -122,7 +122,7 @@ class DeviceHot:
         return tensors
 
     def copy_to(self, addresses: Mapping[str, int], targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors for which `fills` is true with the bytes from addresses on, after what this thread's stream does.
+        """Fill tensors for which `fills` is true with the bytes from addresses on, after what the stream is to do.
 
         Raises CodecError where the device does not give the bytes.
         """

@@ -12,7 +12,10 @@ from kvstore.config import MIB, ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.device import DriverError
 from kvstore.device.deferred import Deferred
 from kvstore.errors import ConfigError, InvalidEntry, OverQuota, TierUnavailable
+from kvstore.keys import Key
+from kvstore.metadata.owner import NOBODY
 from kvstore.residency.device_hot import WORK_NBYTES, arena_nbytes
+from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
 from kvstore.tiers.device_memory import DeviceTensors
 from tests.kvstored_client.device.tensors import COPIES, on_gpu
@@ -63,6 +66,7 @@ def test_a_kernel_that_has_not_run_yet_writes_what_is_kept(store, driver):
     x.numbers.fill_(-1.0)
     assert torch.equal(store.get(b"k").tensors["x"], kv(1))
     assert not COPIES, "torch copied between the host and the device"
+    assert [kept.data_ptr() for kept in driver.kept] == [x.data_ptr()], "its memory is torch's to give to others"
 
 
 def test_a_strided_tensor_of_the_device_is_copied_run_by_run(store, driver):
@@ -144,6 +148,19 @@ def test_what_sinks_and_comes_back_has_the_bytes_of_a_store_in_memory(tmp_path, 
                 assert all(isinstance(entry.tensors, DeviceTensors) for entry in hot_entries(store))
                 assert store.stats().values["device_failures"] == 0
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_nothing_below_hot_lies_in_the_devices_memory():
+    driver = Deferred(kernels=True)
+    with Store.open(config_of(), background=False, driver=driver) as store:
+        store.put(b"mixed", {"k": kv(1, (2, 256, 4, 64)), "ids": torch.arange(100_000)})
+        store.put(b"raw", {"ids": torch.arange(1000)})
+        store.put(b"nan", {"k": torch.full((64, 64), torch.nan)})
+        assert store.demote(b"mixed") == 1
+        assert store.locate([b"mixed"])[0].tier == "warm"
+        store.delete(b"raw", b"nan")
+        assert store.stats().values["device_used_nbytes"] == 0
+        assert torch.equal(store.get(b"mixed").tensors["ids"], torch.arange(100_000))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no C compiler"), OSError(30, "read-only"), torch.OutOfMemoryError()])
@@ -234,10 +251,12 @@ def test_what_hot_can_never_hold_goes_below_and_never_to_the_device(driver):
         x = kv(8, (1, 512, 8, 64))
         assert x.nbytes == 1 * MIB
         assert store.put(b"k", {"x": x})
-        x.zero_()  # a copy was kept
         assert driver.batches == 0
-        hit = store.get(b"k")
-        assert hit.tier == "warm" and hit.tensors["x"].abs().sum() > 0
+        assert store.get(b"k").tier == "warm"
+        mine = raw_entry(Key(b"l"), {"x": x})
+        kept = store._device_hot.place(mine, NOBODY).tensors["x"].parts[""]
+        x.zero_()  # it is the caller's again
+        assert kept.abs().sum() > 0
 
 
 def test_a_driver_that_refuses_copies_is_a_failed_put_and_a_miss(store, driver, monkeypatch):
@@ -289,7 +308,11 @@ def test_the_budget_changes_while_it_is_open_and_not_beyond_what_is_free(store, 
         store.put(b"%d" % n, {"x": x}, fidelity="exact")
     store.reconfigure(config_of(2 * MIB))
     assert len(hot_entries(store)) == 1
-    assert store._device_hot.arena.limit_nbytes == arena_nbytes(2 * MIB)
+    assert store.stats().values["device_nbytes"] == arena_nbytes(4 * MIB)
+    store.delete(b"2")
+    assert store.stats().values["device_nbytes"] == 0, "what is over the limit goes back once it is empty"
+    store.put(b"2", {"x": x}, fidelity="exact")
+    assert store.stats().values["device_nbytes"] == arena_nbytes(2 * MIB)
     with pytest.raises(ConfigError, match="needs .* more bytes of"):
         store.reconfigure(config_of(2 * GIB))
     assert store.config.hot.capacity_nbytes == 2 * MIB
