@@ -1,17 +1,22 @@
 """A daemon whose hot tier is in a device's memory: both doors serve it, by shared memory and off the event loop."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 from kvstore.config import MIB, HotConfig, StoreConfig, WarmConfig
 from kvstore.device.deferred import Deferred
 from kvstore.residency.device_hot import WORK_NBYTES
 from kvstore.store import Store
+from kvstored.cli import doctor
 from kvstored.host.pressure import PressureValve
 from kvstored.server import arena_limit_nbytes
-from kvstored.settings import STAGING_NBYTES
+from kvstored.settings import STAGING_NBYTES, ServerSettings, Settings
+from tests.conftest import environment
 from tests.kvstored.inside import daemon_inside
 
 GIB = 1 << 30
@@ -195,3 +200,42 @@ def test_a_smaller_warm_tier_lets_go_of_what_no_longer_fits(driver):
         held = store.stats().tiers["warm"].used_nbytes
         assert store.set_warm_capacity(held // 2) >= 3
         assert store.stats().tiers["warm"].used_nbytes <= held // 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_the_device_it_does_not_start_and_says_why(tmp_path):
+    """Bug 9: it said READY, and every put failed."""
+    config = tmp_path / "kvstored.toml"
+    config.write_text(
+        f'[server]\naddress = "unix:{tmp_path}/k.sock"\ndata_dir = "{tmp_path}/data"\n'
+        '[store.hot]\ndevice = "cuda:0"\ncapacity_nbytes = "64MiB"\n'
+    )
+    command = [sys.executable, "-m", "kvstored", "serve", "--config", str(config)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert 'hot.device = "cuda:0" cannot be used' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "installed", "compiler", "wanted"),
+    [
+        ("cpu", 0, (), "", [("good", "0 GPUs")]),
+        ("cuda:0", 0, (), "", [("bad", "torch sees no GPU")]),
+        ("cuda:1", 1, ("cuda.bindings",), "cc", [("bad", "torch sees 1 GPU")]),
+        ("cuda:0", 1, (), "cc", [("bad", "without cuda-bindings")]),
+        ("cuda:0", 1, ("cuda.bindings",), "", [("good", "1 GPUs"), ("note", "need Triton and a C compiler")]),
+        ("cuda", 1, ("cuda.bindings", "triton"), "cc", [("good", "1 GPUs"), ("good", "Triton and a C compiler")]),
+    ],
+)
+def test_doctor_says_what_a_hot_tier_on_a_gpu_lacks(device, count, installed, compiler, wanted, monkeypatch):
+    """Bug 8: nobody said that the codecs need a compiler."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: compiler or None)
+    settings = Settings(ServerSettings(), StoreConfig(hot=HotConfig(MIB, device=device)))
+    found = list(doctor._gpu(settings))
+    assert [finding.verdict for finding in found] == [state for state, _ in wanted]
+    for finding, (_, text) in zip(found, wanted, strict=True):
+        assert text in finding.what
