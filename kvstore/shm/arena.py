@@ -56,7 +56,10 @@ Register = Callable[[int, int], Callable[[], None] | None]
 class Segment:
     """One memfd, mapped writable in this process and read-only in clients."""
 
-    def __init__(self, number: int, owner: Owner, nbytes: int, *, readers_only: bool = True) -> None:
+    def __init__(
+        self, number: int, owner: Owner, nbytes: int, register: Register | None = None, *, readers_only: bool = True
+    ) -> None:
+        """register: with a device, at once."""
         self.number = number
         self.owner = owner
         self.nbytes = nbytes
@@ -78,8 +81,10 @@ class Segment:
         self.closed = False
         self._unregister: Callable[[], None] | None = None
         self._registering = threading.Lock()
+        if register is not None:
+            self.register(register)
 
-    def register(self, register: "Register") -> None:
+    def register(self, register: Register) -> None:
         """Have a device copy from and to this memory directly, until it is closed."""
         with self._registering:
             if not self.closed:

@@ -80,9 +80,22 @@ def test_an_answer_out_of_a_device_lies_in_memory_that_is_registered_with_it(dae
     with client.lease(b"k") as hit:
         assert (hit.tensors["x"] == bytes_of(1)).all()
     assert over_tcp.get(b"k") is not None
-    assert client.put(b"l", {"x": bytes_of(2)})
+    assert client.put(b"l", {"x": bytes_of(2), "none": np.empty(0, np.int64)})
     assert seen == [[True, False], [True, False], [False, True]]
+    assert client.get(b"l").tensors["none"].shape == (0,)
     assert driver.bounds == {0: WORK_NBYTES}
+
+
+def test_a_put_is_copied_from_the_clients_memory_to_the_device_and_nowhere_else(daemon, driver):
+    client = daemon.client()
+    x = np.random.default_rng(1).standard_normal((4, 64, 2, 64), dtype=np.float32)
+    used_nbytes = daemon.arena.gauges()["arena_used_nbytes"]
+    assert client.put(b"k", {"x": x, "y": bytes_of(1, 3)})
+    assert client.put_many([(b"l", {"x": -x, "y": bytes_of(2, 5)}), (b"m", {"x": x + 1, "y": bytes_of(3, 7)})]) == 2
+    assert daemon.arena.gauges()["arena_used_nbytes"] == used_nbytes
+    for key, wanted, seed, n in ((b"k", x, 1, 3), (b"l", -x, 2, 5), (b"m", x + 1, 3, 7)):
+        hit = client.get(key)
+        assert (hit.tensors["x"] == wanted).all() and (hit.tensors["y"] == bytes_of(seed, n)).all()
 
 
 def test_all_that_was_registered_is_unregistered_at_the_end(driver):
