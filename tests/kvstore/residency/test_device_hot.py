@@ -342,3 +342,15 @@ def test_a_moving_border_between_hot_and_warm_is_refused_with_a_device():
     """Bug 13: it gave bytes of RAM to the GPU."""
     with pytest.raises(ConfigError, match="contradict each other"):
         config_of(split="auto")
+
+
+def test_a_stop_writes_what_is_on_the_device_to_disk(tmp_path):
+    config = config_of(cold=ColdConfig(path=str(tmp_path / "cold")))
+    values = {b"exact": kv(1), b"auto": kv(2)}
+    with Store.open(config, background=False, driver=Deferred()) as store:
+        for key, x in values.items():
+            store.put(key, {"x": x}, fidelity=key.decode())
+    with Store.open(config, background=False, driver=Deferred()) as store:
+        assert torch.equal(store.get(b"exact").tensors["x"], values[b"exact"])
+        hit = store.get(b"auto")
+        assert hit.tier == "cold" and hit.lossy and hit.receipt["x"] < 0.25
