@@ -58,7 +58,7 @@ def parse_nbytes(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class HotConfig:
-    """The hot tier: tensors as put."""
+    """The hot tier: tensors as put. device: "cpu", or "cuda:N" for a GPU's memory (docs/gpu.md)."""
 
     capacity_nbytes: int = GIB
     device: str = "cpu"
@@ -277,6 +277,11 @@ class StoreConfig:
             _check_learned(where, policy, self.warm.bases)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
+        if self.hot.device != "cpu" and self.split != "fixed":
+            raise ConfigError(
+                f"split = {self.split!r} and hot.device = {self.hot.device!r} contradict each other: a border between "
+                'hot and warm that moves would give bytes of RAM to the GPU; set split = "fixed"'
+            )
 
     def _check_shared_quotas(self, table: str, quotas: Mapping[str, QuotaConfig]) -> None:
         for name, quota in quotas.items():

@@ -9,7 +9,6 @@ Thread rule: any thread may call any verb. A get copies; `lease` hands out the h
 Leaves out: prefixes (`prefix`), the network (the daemon and its client offer these same verbs).
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -18,11 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-import torch
-
 from kvstore.clock import Clock, SystemClock
-from kvstore.codecs.choice import CodecChoice
 from kvstore.config import ColdConfig, StoreConfig, from_mapping, read_toml, with_budgets
+from kvstore.device import MemoryDriver
 from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
@@ -34,8 +31,9 @@ from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
 from kvstore.prefix import Namespace
 from kvstore.residency import departures, pins
-from kvstore.residency.answers import Answers
 from kvstore.residency.budget_verbs import BudgetVerbs
+from kvstore.residency.device_codecs import forms_of
+from kvstore.residency.device_hot import open_device
 from kvstore.residency.disk_verbs import DiskVerbs
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
@@ -44,12 +42,10 @@ from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_
 from kvstore.residency.shared_verbs import SharedVerbs
 from kvstore.residency.sharing import opened as sharing_of
 from kvstore.residency.state import open_cold, residency_of
-from kvstore.residency.transcode import Room, TensorTranscoder
+from kvstore.residency.transcode import Room
 from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.shared import Engine
 from kvstore.stats import Fill, Stats, fills_html, fills_text, ratio_text
-
-log = logging.getLogger(__name__)
 
 
 class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
@@ -65,18 +61,19 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         room: Room | None = None,
         tenants: Mapping[str, Sequence[bytes]] | None = None,
         engine: Engine | None = None,
+        driver: MemoryDriver | None = None,
     ) -> None:
         self.config = config
         self._framework = framework
-        # "cuda" alone is not equal to the "cuda:0" that its tensors report.
-        self._device = torch.device("cuda:0" if config.hot.device == "cuda" else config.hot.device)
         self._r = r = residency_of(config, clock)
         for name, prefixes in (tenants or {}).items():
             r.register_tenant(name, CheckedKeys(prefixes))
-        self._transcoder = TensorTranscoder(CodecChoice(config.warm), self._device, r, room)
-        self._answers = Answers(r, self._transcoder, framework, self._device, self._forget)
+        self._device_hot = hot = open_device(config, r, driver)
+        self._transcoder, self._answers = forms_of(config, r, hot, framework=framework, room=room, forget=self._forget)
         self._mover = Mover(r, self._transcoder)
-        self._write_path = WritePath(r, self._mover, config, self._device)
+        if hot is not None:
+            hot.displace = self._mover.displace_until
+        self._write_path = WritePath(r, self._mover, config, hot)
         self._closed = False
         if config.cold.path is not None:
             open_cold(r, Path(config.cold.path), config.cold)
@@ -103,6 +100,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         room: Room | None = None,
         tenants: Mapping[str, Sequence[bytes]] | None = None,
         engine: Engine | None = None,
+        driver: MemoryDriver | None = None,
     ) -> Self:
         """Open a store.
 
@@ -113,7 +111,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         background: run the maintainer's thread; without it call `maintain` yourself. room: where tensors promoted to
         hot are made (see `arena`), by default ordinary memory. tenants: those known from the start, as for
         `register_tenant`, which costs more once the store holds something. engine: the shared store, instead of what
-        `shared.url` names.
+        `shared.url` names. driver: who works for a hot tier on a device, by default CUDA.
         Raises ConfigError, or TierUnavailable when another process has the directory.
         """
         if isinstance(source, StoreConfig):
@@ -126,7 +124,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
             config = replace(StoreConfig(), cold=ColdConfig(path=str(source)))
         config = with_budgets(config, hot=hot, warm=warm, cold=cold, ttl_s=ttl_s)
         return cls(config, clock=clock or SystemClock(), framework=framework, background=background, room=room,
-                   tenants=tenants, engine=engine)  # fmt: skip
+                   tenants=tenants, engine=engine, driver=driver)  # fmt: skip
 
     @without_torch_modes
     def put(  # noqa: PLR0913 - keyword-only, each one optional
@@ -232,7 +230,8 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     @contextmanager
     def _lease(self, key: Key) -> Iterator[Hit | None]:
         found = self._read((key,))[0]
-        yield None if found is None else self._answers.hit(found, copy=False)
+        with self._answers.lent():
+            yield None if found is None else self._answers.hit(found, copy=False)
 
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
@@ -243,7 +242,8 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     @contextmanager
     def _lease_many(self, keys: CheckedKeys, *, leading: bool, lookup: Lookup | None) -> Iterator[Iterator[Hit | None]]:
         found = self._read(keys, leading=leading, lookup=lookup)
-        yield self._answers.hits(found, leading=leading, copy=False)
+        with self._answers.lent():
+            yield self._answers.hits(found, leading=leading, copy=False)
 
     def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -413,7 +413,8 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     def stats(self) -> Stats:
         """Counters since start and gauges of now."""
         shared = {} if self._sharing is None else self._sharing.source.gauges()
-        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting, **shared})
+        device = {} if self._device_hot is None else self._device_hot.gauges()
+        return snapshot(self._r, {"promotions_waiting": self._maintainer.waiting, **shared, **device})
 
     def namespace(self, *, chunk_tokens: int = CHUNK_TOKENS, **identity: Unpack[IdentityFields]) -> Namespace:
         """The prefixes of one model: `identity` is the fields of `keys.Identity`, all that have no default."""
@@ -448,6 +449,8 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
                 self._r.hot.close()
                 self._r.warm.close()
                 self._r.index.clear()
+            if self._device_hot is not None:
+                self._device_hot.close()
 
     def __repr__(self) -> str:
         if self._closed:

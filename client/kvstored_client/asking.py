@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kvstore import arrays
+from kvstore.device import Driver
+from kvstore.device.copies import Batch
 from kvstore.hit import Held, Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
 from kvstore.ready import fill
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
-from kvstored_client.device import Batch, Driver
 from kvstored_client.doors import SOFT, Doors, OnError
 from kvstored_client.leasing import NOTHING_LEASED, leading_hits
 from kvstored_client.puts import Outgoing

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from kvstore import arrays
+from kvstore.device.copies import Batch, Runs
 from kvstore.errors import OutMismatch
 from kvstore.hit import TensorInfo
-from kvstored_client.device import Batch, Runs, settle_stream
+from kvstored_client.device import settle_stream
 from kvstored_client.wire.frames import Bytes
 
 Tensors = Mapping[str, Any]

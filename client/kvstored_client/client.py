@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from kvstore import arrays
+from kvstore.device import Driver
 from kvstore.hit import Copied, EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority, TensorInfo, Verified
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
@@ -24,7 +25,6 @@ from kvstore.prefix import Namespace
 from kvstore.stats import Setting, Stats
 from kvstored_client.asking import Asking
 from kvstored_client.decoding import Decode
-from kvstored_client.device import Driver
 from kvstored_client.doors import OnError
 from kvstored_client.leasing import Leases, OneLease, first_of, leading_hits
 from kvstored_client.puts import Outgoing, put_options
@@ -55,7 +55,7 @@ class Client(Asking):
     shared_memory: pass tensors through memory shared with the daemon where both are on one host.
     decode: who decodes what the daemon holds encoded: "client", so that 27% of the bytes travels (13% of float32), or
     "daemon"; "auto": the client where torch is imported and the compiled kernel is installed. The bits are the same.
-    driver: who copies to and from tensors on a GPU, by default CUDA (see `kvstored_client.device`).
+    driver: who copies to and from tensors on a GPU, by default CUDA (see `kvstore.device`).
     failures: calls that ended in trouble and were answered as a miss, or raised.
     """
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+from kvstore.device import Driver
 from kvstore.errors import InvalidEntry, OverQuota, RecordCorrupt, TierUnavailable
-from kvstored_client.device import Driver, Transfers
+from kvstored_client.device import Transfers
 from kvstored_client.interrupts import damage
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream

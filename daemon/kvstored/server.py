@@ -27,6 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.kernels.cpu import installed, kernels
+from kvstore.residency.device_hot import arena_nbytes as device_nbytes
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission
@@ -48,7 +49,7 @@ from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle,
 from kvstored.host.sdnotify import notify, watchdog_interval_s
 from kvstored.live import LiveSettings
 from kvstored.sampler import Sampler
-from kvstored.settings import ServerSettings, Settings, Source
+from kvstored.settings import STAGING_NBYTES, ServerSettings, Settings, Source
 from kvstored.telemetry.router_events import open_events
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored_client.wire.address import lease_path, socket_path
@@ -249,6 +250,7 @@ class Daemon:
         self._settings = settings
         self._arena = arena or Arena(arena_limit_nbytes(store.config))
         self._shares = Shares()
+        self._arena.register = store.serve_from_device()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
         self.watch = Sampler(store, settings, own_version())
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
@@ -401,11 +403,9 @@ class Daemon:
                     path.unlink()
 
     def _start_leases(self, path: Path | None) -> None:
-        # A GPU's tensors are not in shared memory: every get would be a copy to the host, as over the stream. And the
-        # lease socket knows users, not tokens: with a tokens file it serves only users with an entry there.
+        # The lease socket knows users, not tokens: with a tokens file it serves only users with an entry there.
         tokens = self._access.tokens
-        wanted = (tokens is None or tokens.by_uid) and self._shared.store.config.hot.device == "cpu"
-        if path is not None and wanted:
+        if path is not None and (tokens is None or tokens.by_uid):
             self._leases.append(LeaseServer(lease_path(path), self._shared))
             self._leases[-1].start()
 
@@ -418,8 +418,11 @@ def connections_max(descriptors: int, listeners: int) -> int:
 def arena_limit_nbytes(store: StoreConfig) -> int:
     """The limit of shared memory: the hot tier, and an eighth more for leased blocks and for holes.
 
-    With a learned border between hot and warm, hot may get nearly all of both budgets.
+    With a learned border between hot and warm, hot may get nearly all of both budgets. With hot on a device: what is
+    on its way there and back.
     """
+    if store.hot.device != "cpu":
+        return min(STAGING_NBYTES, device_nbytes(store.hot.capacity_nbytes))
     hot_nbytes = store.hot.capacity_nbytes + (store.warm.capacity_nbytes if store.split == "auto" else 0)
     return hot_nbytes + max(hot_nbytes // 8, 64 << 20)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class Answers:
             return None
         return found
 
+    def lent(self) -> AbstractContextManager[None]:
+        """Around what is given out without a copy: it ends when that has been read. In RAM: at once."""
+        return nullcontext()
+
     def _undecodable(self, found: Found, error: CodecError) -> None:
         """A miss. Damaged past what a checksum sees: gone. In another version's encoding: kept for that version."""
         kept = isinstance(error, UnknownEncoding)
@@ -129,7 +134,7 @@ class Answers:
         else:
             tensors = self._transcoder.decode(entry, None if room is None else room(entry.specs))
         if copy and out is None and arrays.resolve_framework(self._framework) == "numpy":
-            tensors = {name: _to_numpy(x) for name, x in tensors.items()}
+            tensors = {name: to_numpy(x) for name, x in tensors.items()}
         return Hit(key, tensors, tier, entry.encoding, entry.lossy, age_s, entry.receipt)
 
     def _decode_into(self, entry: Entry, out: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +143,7 @@ class Answers:
         if given != held:
             raise InvalidEntry(f"out must hold exactly the entry's tensors {held}, got {given}")
         # A numpy array is filled through a tensor over its bytes, so both kinds take the one path.
-        direct = {name: x if arrays.is_torch(x) else _as_torch(x) for name, x in out.items()}
+        direct = {name: x if arrays.is_torch(x) else as_torch(x) for name, x in out.items()}
         if all(x.is_contiguous() and x.device == self._device for x in direct.values()):
             try:
                 self._transcoder.decode(entry, direct)
@@ -153,14 +158,15 @@ class Answers:
         return dict(out)
 
 
-def _as_torch(x: Any) -> torch.Tensor:
+def as_torch(x: Any) -> torch.Tensor:
     """A tensor over the memory of a numpy array. Raises InvalidEntry where they cannot share it."""
     if not (x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative):
         raise InvalidEntry("out: a numpy array must be C-contiguous, writeable and of native byte order")
     return arrays.from_bytes(arrays.describe("", x), arrays.as_bytes(x), "torch")  # type: ignore[no-any-return]
 
 
-def _to_numpy(x: torch.Tensor) -> Any:
+def to_numpy(x: torch.Tensor) -> Any:
+    """An array of a tensor's numbers."""
     spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
     assert spec.dtype in BY_NAME
     return arrays.from_bytes(spec, arrays.as_bytes(x), "numpy")

@@ -1,11 +1,13 @@
-"""The verbs of a `Store` that change its budgets while it is open. Any thread."""
+"""The verbs of a `Store` that change its budgets while it is open, and what a server needs for a device. Any thread."""
 
 from kvstore.config import LIVE, StoreConfig, check_live
 from kvstore.entries.torch_modes import without_torch_modes
+from kvstore.residency.device_hot import DeviceHot
 from kvstore.residency.mover import Mover
 from kvstore.residency.resizing import set_budgets, set_hot_capacity
 from kvstore.residency.state import Residency
 from kvstore.residency.write_path import WritePath
+from kvstore.shm.arena import Register
 
 
 class BudgetVerbs:
@@ -13,6 +15,7 @@ class BudgetVerbs:
 
     config: StoreConfig
     _r: Residency
+    _device_hot: DeviceHot | None
     _mover: Mover
     _write_path: WritePath
 
@@ -35,16 +38,38 @@ class BudgetVerbs:
         """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
         return set_hot_capacity(self._r, self._mover, nbytes)
 
+    @property
+    def warm_capacity_nbytes(self) -> int:
+        """The warm tier's budget now: as configured, unless `set_warm_capacity` changed it."""
+        return self._r.warm.capacity_nbytes
+
+    @without_torch_modes
+    def set_warm_capacity(self, nbytes: int) -> int:
+        """Shrink or grow the warm tier's budget while it runs. Returns how many entries left it."""
+        with self._r.lock:
+            self._r.warm.capacity_nbytes = nbytes
+        return self._mover.trim(self._r.warm)
+
+    def serve_from_device(self) -> Register | None:
+        """For a server, whose process is its own: bound what torch holds beside the hot tier on its device.
+
+        Returns what registers the memory that answers lie in with the device; None: hot is in RAM.
+        """
+        return None if self._device_hot is None else self._device_hot.serve()
+
     @without_torch_modes
     def reconfigure(self, config: StoreConfig) -> list[str]:
         """Take other settings while open: the tiers' budgets and the default TTL. Returns the names of what changed.
 
         Budgets are in force when it returns: what no longer fits sank to the tier below, or left the last one. The TTL
         is that of later puts. Not for two threads at once. Raises ConfigError, and changes nothing, if a setting
-        differs that is not in `kvstore.config.LIVE`.
+        differs that is not in `kvstore.config.LIVE`, or a hot tier on a device does not fit there.
         """
         self._check_open()
         changed = check_live(self.config, config, LIVE)
+        if self._device_hot is not None:
+            self._device_hot.check(config)
+            self._device_hot.resize(config)
         self.config = self._write_path.config = config
         if any(name != "ttl_s" for name in changed):
             set_budgets(self._r, self._mover, config)

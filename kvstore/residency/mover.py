@@ -15,6 +15,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable, UnknownEncoding
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import Owner
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.printable import printable
 from kvstore.residency.state import Residency
@@ -164,9 +165,9 @@ class Mover:
                 return False
             try:
                 copy = self._transcoder.restore(entry)
-            except CodecError as error:
+            except (CodecError, OverQuota) as error:
                 # As for a get: what is damaged is not met again. Uncounted as a miss: nobody asked.
-                if isinstance(error, UnknownEncoding):
+                if isinstance(error, UnknownEncoding | OverQuota):  # or no room on a device
                     return False
                 log.warning("entry cannot be decoded key=%s error=%s", key.hex(), printable(error))
                 with r.lock:
@@ -210,6 +211,27 @@ class Mover:
                     self._sink(tier.name, victim)
                 elif not moved % SLICE:
                     pause()
+
+    def displace_until(self, enough: Callable[[], bool], nbytes: int, owner: Owner) -> bool:
+        """Sink entries of hot, least recently used first, until it is enough; False: those left are pinned.
+
+        For room that no budget counts, on a device. nbytes, owner: of what is to come. enough: asked without the lock.
+        """
+        r = self._r
+        with self._moving:
+            while not enough():
+                with r.lock:
+                    try:
+                        victim = r.hot.take_next(nbytes, owner)
+                    except OverQuota:
+                        return False
+                    stays = not self._left_at_once("hot", victim)
+                    if stays:
+                        r.transit[victim.key] = ("hot", victim)
+                if stays:
+                    self._sink("hot", victim)
+                del victim  # its room is free when nobody refers to it
+        return True
 
     def demote(self, key: Key) -> int:
         """Move a key one tier down, after the chunks that continue it in its tier. Returns how many moved.

@@ -43,7 +43,7 @@ class Transcoder(Protocol):
         ...
 
     def restore(self, entry: Entry) -> Entry:
-        """A raw copy for hot."""
+        """A raw copy for hot. Raises OverQuota where that is on a device, and has no room."""
         ...
 
 

@@ -23,6 +23,7 @@ from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.options import PutOptions
 from kvstore.residency import pins
+from kvstore.residency.device_hot import DeviceHot
 from kvstore.residency.mover import Mover
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import made_entry
@@ -33,11 +34,14 @@ TOKEN_AXIS = 1
 class WritePath:
     """Takes entries in. Any thread. config: in force for the next put."""
 
-    def __init__(self, residency: Residency, mover: Mover, config: StoreConfig, device: torch.device) -> None:
+    def __init__(
+        self, residency: Residency, mover: Mover, config: StoreConfig, device_hot: DeviceHot | None = None
+    ) -> None:
+        """device_hot: where hot is, unless it is in RAM."""
         self._r = residency
         self._mover = mover
         self.config = config
-        self._device = device
+        self._device_hot = device_hot
         self.offer: Callable[[Sequence[Key], int], None] | None = None
         """Told of the chunks of a chain that were put, root first, and of their bytes as put."""
 
@@ -171,6 +175,8 @@ class WritePath:
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
         r = self._r
+        if self._device_hot is not None:
+            entry = self._device_hot.place(entry, meta.owner)
         self._mover.admit(entry, meta)
         with r.lock:
             r.counters.puts += 1
@@ -240,8 +246,11 @@ class WritePath:
     def _owned(self, x: Any, spec: TensorSpec, *, own: bool) -> torch.Tensor:
         if not arrays.is_torch(x):
             # A numpy array is copied on the byte level: its NaN payloads and bfloat16 are bits like any other.
-            return arrays.from_bytes(spec, arrays.as_bytes(x).copy(), "torch").to(self._device)  # type: ignore[no-any-return]
+            return arrays.from_bytes(spec, arrays.as_bytes(x).copy(), "torch")  # type: ignore[no-any-return]
         try:
+            if self._device_hot is not None and self._device_hot.is_here(x):
+                arrays.check_storage(x)
+                return x.detach()  # type: ignore[no-any-return]
             if type(x) is torch.Tensor:
                 return self._owned_torch(x, own=own)
             plain = x.as_subclass(torch.Tensor)
@@ -254,9 +263,11 @@ class WritePath:
     def _owned_torch(self, x: torch.Tensor, *, own: bool) -> torch.Tensor:
         arrays.check_storage(x)
         dense = x.detach().resolve_conj().resolve_neg()
-        if own and dense.is_contiguous() and dense.device == self._device:
+        if self._device_hot is not None:  # copied once, when there is room on the device
             return dense
-        return dense.to(self._device, copy=True, memory_format=torch.contiguous_format)
+        if own and dense.is_contiguous() and dense.device.type == "cpu":
+            return dense
+        return dense.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def tokens_of(entry: Entry) -> int:

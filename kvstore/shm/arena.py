@@ -49,10 +49,17 @@ Owner = int | str
 """A user id, or a name for one user's processes as what they are to the daemon now."""
 
 
+Register = Callable[[int, int], Callable[[], None] | None]
+"""Registers memory, (address, bytes), with a device. Returns what undoes it; None: it was not registered."""
+
+
 class Segment:
     """One memfd, mapped writable in this process and read-only in clients."""
 
-    def __init__(self, number: int, owner: Owner, nbytes: int, *, readers_only: bool = True) -> None:
+    def __init__(
+        self, number: int, owner: Owner, nbytes: int, register: Register | None = None, *, readers_only: bool = True
+    ) -> None:
+        """register: with a device, at once."""
         self.number = number
         self.owner = owner
         self.nbytes = nbytes
@@ -72,6 +79,16 @@ class Segment:
         self.free = FreeList(nbytes)
         self.ready_nbytes = 0
         self.closed = False
+        self._unregister: Callable[[], None] | None = None
+        self._registering = threading.Lock()
+        if register is not None:
+            self.register(register)
+
+    def register(self, register: Register) -> None:
+        """Have a device copy from and to this memory directly, until it is closed."""
+        with self._registering:
+            if not self.closed:
+                self._unregister = register(self.address, self.nbytes)
 
     def prefault(self) -> None:
         """Touch the next pages without changing them: otherwise the first write to each MiB costs 0.7 ms more."""
@@ -84,11 +101,19 @@ class Segment:
 
     def close(self) -> None:
         """Close the descriptor. The memory is freed with the last mapping and tensor, here or in a client."""
-        self.closed = True
+        self._let_go()
         os.close(self.fd)
+
+    def _let_go(self) -> None:
+        with self._registering:
+            self.closed = True
+            if self._unregister is not None:
+                self._unregister()
+                self._unregister = None
 
     def close_empty(self) -> None:
         """Close one that no block lies in, and end the mapping here, whoever still refers to the segment."""
+        self._let_go()  # before it is unmapped
         self.ready_nbytes = self.nbytes
         self.bytes[:8].view(np.uint64)[0] = CLOSED  # so that clients let go of it, too
         self.bytes = np.empty(0, dtype=np.uint8)
@@ -117,7 +142,10 @@ class BlockTensors(dict[str, torch.Tensor]):
 
 
 class Arena:
-    """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory."""
+    """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory.
+
+    register: of a device that copies from and to segments; set before the first one is made.
+    """
 
     def __init__(
         self,
@@ -127,6 +155,7 @@ class Arena:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit_nbytes = limit_nbytes
+        self.register: Register | None = None
         self._clock = clock
         self._numbers = count(1)
         self._refused: dict[Owner, float] = {}
@@ -251,6 +280,9 @@ class Arena:
         except OSError:  # out of descriptors or memory: tensors lie in ordinary memory, as without room
             return None
         self._segments.append(made)
+        if self.register is not None:
+            with suppress(RuntimeError):  # out of threads: it is copied more slowly
+                self._ahead.submit(made.register, self.register)
         return made
 
     def _gives_way(self, owner: Owner) -> bool:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import cast
 
-import torch
-
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
 from kvstore.entries.compact import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
@@ -330,7 +328,7 @@ class Simulation:
             r.cold = SizedCold(setup.disk_nbytes, order, admission, r.dropped_from_cold)
         self._transcoder = SizedTranscoder(setup, r)
         self._mover = mover = Mover(r, self._transcoder)
-        self._write_path = WritePath(r, mover, config, torch.device("cpu"))
+        self._write_path = WritePath(r, mover, config)
         self._maintainer = Maintainer(r, mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
         self._ttl_s = config.ttl_s

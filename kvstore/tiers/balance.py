@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Literal
 
 from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor
+from kvstore.entries.entry import TENSOR_OVERHEAD_NBYTES, EncodedTensor
 from kvstore.keys import Key
 from kvstore.tiers.memory import MemoryTier
 
@@ -43,11 +43,13 @@ TRIM_MAX = 64
 
 
 def packed_nbytes(tensors: Mapping[str, EncodedTensor]) -> int:
-    """Bytes that tensors take in warm, by the type of each."""
+    """Bytes that tensors take in warm, by the type of each. Looks at no part of a raw one: it may be on a device."""
     return sum(
-        int(of.spec.nbytes * VALUE_BITS / (8 * BY_NAME[of.spec.dtype].itemsize))
-        if of.encoding == "raw" and of.spec.dtype in LOSSY_ALLOWED
-        else of.nbytes
+        of.nbytes
+        if of.encoding != "raw"
+        else int(of.spec.nbytes * VALUE_BITS / (8 * BY_NAME[of.spec.dtype].itemsize))
+        if of.spec.dtype in LOSSY_ALLOWED
+        else of.spec.nbytes + TENSOR_OVERHEAD_NBYTES
         for of in tensors.values()
     )
 

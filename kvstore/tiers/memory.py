@@ -1,6 +1,6 @@
 """A tier in memory: entries in a dictionary, with an order of eviction.
 
-Serves as hot (raw tensors on the hot device) and as warm (encoded tensors in RAM).
+Serves as hot (raw tensors, in RAM or on a device) and as warm (encoded tensors in RAM).
 Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capacity_nbytes` after every put; the order
 holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
@@ -102,8 +102,10 @@ class MemoryTier:
 
         Raises OverQuota if only pinned entries are left.
         """
-        if self.has_room(nbytes, key, owner):
-            return None
+        return None if self.has_room(nbytes, key, owner) else self.take_next(nbytes, owner)
+
+    def take_next(self, nbytes: int, owner: Owner) -> Entry:
+        """The entry that is the next to leave for `nbytes` of an owner, taken out. Raises OverQuota as `displace`."""
         victim = self._order.victim(owner, nbytes)
         if victim is None:
             raise OverQuota(

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+from kvstore.device.deferred import Deferred
 from kvstore.store import Store
 from kvstored.server import Daemon
 from kvstored.settings import ServerSettings
@@ -135,13 +136,18 @@ def blocking(address: str) -> Iterator[Blocking]:
             client.close()
 
 
-@pytest.fixture(params=["memory", "disk", "client", "aio"])
+@pytest.fixture(params=["memory", "disk", "client", "aio", "device", "device client"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
-    """A store in memory, a store with a disk, a client of a daemon, and an asyncio client of one."""
+    """A store in memory, a store with a disk, a client of a daemon, and an asyncio client of one.
+
+    device: the hot tier is in the memory of a device that copies as late as it may (`kvstore.device.deferred`).
+    """
     clock = ManualClock()
     config = config_for(tmp_path / "cold" if request.param == "disk" else None)
-    with Store.open(config, clock=clock, background=False) as store:
-        if request.param in ("memory", "disk"):
+    if on_device := request.param.startswith("device"):
+        config = replace(config, hot=replace(config.hot, device="cuda:1"))
+    with Store.open(config, clock=clock, background=False, driver=Deferred() if on_device else None) as store:
+        if request.param in ("memory", "disk", "device"):
             yield Harness(store, clock, config.hot.capacity_nbytes, config.entry_max_nbytes)
             return
         address = f"unix:{tmp_path / 'kv.sock'}"

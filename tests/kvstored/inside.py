@@ -34,10 +34,10 @@ class InsideDaemon:
         cold = ColdConfig(path=str(directory / "cold"))
         self.store = Store.open(
             StoreConfig(
-                hot=HotConfig(capacity_nbytes=arena.limit_nbytes), cold=cold,
+                hot=HotConfig(arena.limit_nbytes, device="cuda:0" if "driver" in outside else "cpu"), cold=cold,
                 shared=outside.get("shared", SharedConfig()),
             ),
-            room=arena.empty, engine=outside.get("engine"),
+            room=arena.empty, engine=outside.get("engine"), driver=outside.get("driver"),
         )  # fmt: skip
         self.daemon: Daemon = self.on_loop(lambda: Daemon(self.store, settings, arena))
         self.wait_for(self.daemon.start())
@@ -86,7 +86,7 @@ def daemon_inside(
     **server: Any,
 ) -> Iterator[InsideDaemon]:
     """A running daemon. tokens: the text of its tokens file; outside: `shared`, the settings of the shared store, and
-    its `engine`; server: its settings.
+    its `engine`; `driver`: hot is on its device; server: its settings.
     """
     with tempfile.TemporaryDirectory(prefix="kvi-") as top:
         directory = Path(top)

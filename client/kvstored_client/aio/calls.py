@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 from kvstore import arrays
+from kvstore.device.copies import Batch
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.worker import INLINE_NBYTES, Slices
 from kvstored_client.buffers import Out, Target
-from kvstored_client.device import Batch
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.blocks import Block, found_in
 from kvstored_client.shm.calls import (

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack, cast
 
 from kvstore import arrays
+from kvstore.device import Driver
 from kvstore.hit import Hit
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, identity_of
 from kvstore.lookup import Lookup
@@ -21,7 +22,6 @@ from kvstored_client import client as blocking
 from kvstored_client.aio.asking import LoopAsking
 from kvstored_client.aio.calls import BREATH_S
 from kvstored_client.decoding import Decode
-from kvstored_client.device import Driver
 from kvstored_client.doors import OnError
 from kvstored_client.leasing import Leases
 

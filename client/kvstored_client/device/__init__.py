@@ -1,8 +1,6 @@
 """Copies between a client's shared memory and tensors on a GPU: one batch a request, on streams of its own.
 
-    Driver      what is asked of CUDA, and all that is: `cuda` has the real one, `deferred` one without a GPU
-    Transfers   the copies of one client
-    Batch       the copies of one request, from `start` until `finish` has returned
+    Transfers   the copies of one client, each request's in a `kvstore.device.copies.Batch`, and what it registered
 
 Rules. The memory of a lease, or of a put, is read or written by the GPU until the batch has finished: it is given back
 after that, and never before. Whether a block was used again is asked after that, too. A copy into a tensor waits for
@@ -16,67 +14,18 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate, product, repeat
-from math import prod
 from typing import Any, Protocol
 
 from kvstore import arrays
+from kvstore.device import Driver, DriverError
+from kvstore.device.copies import Batch, Streams
 from kvstored_client.aside import Aside
 
 logger = logging.getLogger(__name__)
 
-RUNS_MAX = 16_384
-"""Dense runs of one tensor that are copied as they lie: 64 layers of 256 blocks. What is cut finer is made dense."""
 REGISTER_MAX_NBYTES = 64 << 30
 """Page-locked memory of one client: the segments it reads from and those it puts through. Registering takes 0.1 s a GiB
 with pages of 4 KiB."""
-
-
-class Driver(Protocol):
-    """What is asked of CUDA. Streams and events are its own objects. Each raises DriverError for what CUDA refuses."""
-
-    def register(self, address: int, nbytes: int, *, read_only: bool) -> None:
-        """Page-lock host memory, so that it is copied at the bus's speed. read_only: it is mapped for reading."""
-        ...
-
-    def unregister(self, address: int) -> None:
-        """Undo `register`, before the memory is unmapped."""
-        ...
-
-    def stream(self, device: int) -> Any:
-        """A new stream."""
-        ...
-
-    def current(self, device: int) -> Any:
-        """The stream on which the calling thread's work for a device is."""
-        ...
-
-    def copy(self, to: Sequence[int], of: Sequence[int], nbytes: Sequence[int], stream: Any, *, store: bool) -> None:
-        """Have runs of bytes copied, in any order among themselves, after all that the stream was to do before.
-
-        to, of: addresses on the host and the stream's device, registered or not. store: from the device to the host.
-        """
-        ...
-
-    def record(self, stream: Any) -> Any:
-        """An event: over when the stream has done all that it was to do until now."""
-        ...
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """Have a stream do what comes next after an event."""
-        ...
-
-    def synchronize(self, event: Any) -> None:
-        """Return once an event is over."""
-        ...
-
-    def keep(self, tensor: Any, stream: Any) -> None:
-        """A tensor is used by a stream: its memory is not given to others before the stream is done with it."""
-        ...
-
-
-class DriverError(Exception):
-    """CUDA refused a call."""
 
 
 class Segment(Protocol):
@@ -85,127 +34,6 @@ class Segment(Protocol):
     address: int
     nbytes: int
     writable: bool
-
-
-class Runs:
-    """The dense runs of a tensor on a device, in the order of its elements. nbytes: of each."""
-
-    def __init__(self, x: Any) -> None:
-        nbytes, outer = x.element_size(), list(zip(x.shape, x.stride(), strict=True))
-        while outer and (outer[-1][0] == 1 or outer[-1][1] * x.element_size() == nbytes):
-            nbytes *= outer.pop()[0]
-        outer = [(size, stride) for size, stride in outer if size != 1]
-        self.count = prod(size for size, _ in outer) if x.numel() else 0
-        self.nbytes = nbytes
-        self._start = x.data_ptr()
-        self._steps = [range(0, size * stride * x.element_size(), stride * x.element_size()) for size, stride in outer]
-        self.overlap = any(not stride for _, stride in outer)
-
-    @classmethod
-    def of(cls, x: Any) -> "Runs | None":
-        """Those of a tensor; None where it cannot be copied run by run."""
-        if not getattr(x, "is_cuda", False) or x.is_conj() or x.is_neg() or any(step < 0 for step in x.stride()):
-            return None
-        if any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True)):
-            return None  # expanded: its elements are not bytes of their own
-        runs = cls(x)
-        return runs if runs.count <= RUNS_MAX else None
-
-    def addresses(self) -> list[int]:
-        """Where each run begins."""
-        if not self.count:
-            return []
-        return [self._start + sum(offsets) for offsets in product(*self._steps)]
-
-
-class Batch:
-    """The copies of one request: added, started, and finished, whatever happens."""
-
-    def __init__(self, driver: Driver, streams: "Streams", devices: Iterable[int]) -> None:
-        """devices: of its tensors. What their current streams, in this thread, are to do is waited for."""
-        self._driver = driver
-        self._streams = streams
-        # Here and not in `start`, which may run in another thread: each thread has a current stream of its own.
-        self._after = {device: driver.record(driver.current(device)) for device in devices}
-        self._copies: dict[tuple[int, bool], tuple[list[int], list[int], list[int]]] = {}
-        self._kept: list[tuple[Any, int, bool]] = []
-        self._events: list[Any] = []
-
-    def load(self, target: Any, address: int) -> bool:
-        """Fill a tensor with the bytes from a host address on. False, and nothing is done: not run by run."""
-        return self._add(target, address, store=False)
-
-    def store(self, source: Any, address: int) -> bool:
-        """Copy a tensor's bytes to a host address. One that is cut too fine is made dense on its device first."""
-        if Runs.of(source) is None:
-            if not getattr(source, "is_cuda", False):
-                return False
-            device, driver = source.device.index or 0, self._driver
-            driver.wait(driver.current(device), self._after[device])
-            source = source.resolve_conj().resolve_neg().contiguous()
-            self._after[device] = driver.record(driver.current(device))
-        return self._add(source, address, store=True)
-
-    def _add(self, x: Any, address: int, *, store: bool) -> bool:
-        runs = Runs.of(x)
-        if runs is None:
-            return False
-        device = x.device.index or 0
-        to, of, sizes = self._copies.setdefault((device, store), ([], [], []))
-        there = runs.addresses()
-        here = list(accumulate(repeat(runs.nbytes, len(there) - 1), initial=address)) if there else []
-        to += here if store else there
-        of += there if store else here
-        sizes += [runs.nbytes] * len(there)
-        self._kept.append((x, device, store))
-        return True
-
-    def start(self) -> None:
-        """Have everything copied: one call of the driver's a device and direction."""
-        driver = self._driver
-        for (device, store), (to, of, sizes) in self._copies.items():
-            stream = self._streams.of(device, store=store)
-            # The tensor's memory may have been something else's a moment ago, and its bytes be computed only now.
-            driver.wait(stream, self._after[device])
-            for x, at, stores in self._kept:
-                if (at, stores) == (device, store):
-                    driver.keep(x, stream)
-            try:
-                driver.copy(to, of, sizes, stream, store=store)
-            finally:
-                self._events.append(driver.record(stream))  # of what was begun, too
-
-    def wait_for_caller(self) -> None:
-        """Return once the streams of who made this have done what they were to do then."""
-        for event in self._after.values():
-            self._driver.synchronize(event)
-
-    def finish(self) -> None:
-        """Return once nothing is copied any more. Again is harmless: one that was interrupted is to be called again."""
-        while self._events:
-            self._driver.synchronize(self._events[-1])
-            self._events.pop()
-        self._kept.clear()
-
-    def run(self) -> None:
-        """Start and finish. Whatever it ends with, nothing is copied any more."""
-        try:
-            self.start()
-        finally:
-            self.finish()
-
-
-class Streams:
-    """A stream for each device and direction, shared by all requests: the bus has one lane each way."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._streams: dict[tuple[int, bool], Any] = {}
-
-    def of(self, device: int, *, store: bool) -> Any:
-        """The stream."""
-        found = self._streams.get((device, store))
-        return self._streams.setdefault((device, store), self._driver.stream(device)) if found is None else found
 
 
 class Transfers:
@@ -349,7 +177,7 @@ def settle_stream(device: Any) -> None:
 
 def open_driver() -> Driver | None:
     """CUDA's, where torch has a GPU and cuda-bindings are installed; None elsewhere: tensors then go through torch."""
-    from kvstored_client.device.cuda import Cuda
+    from kvstore.device.cuda import Cuda
 
     try:
         return Cuda()

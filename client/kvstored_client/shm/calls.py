@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, cast, overload
 
 from kvstore import arrays
+from kvstore.device import DriverError
+from kvstore.device.copies import Batch
 from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
 from kvstored_client.buffers import Out, Target, Window
-from kvstored_client.device import Batch, DriverError
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart

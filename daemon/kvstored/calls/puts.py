@@ -91,11 +91,16 @@ class Incoming:
         self.tensors = made_in(room, self.specs)
         self._scatter = None
 
-    def arriving(self, room: Room, sources: Sequence[torch.Tensor | None]) -> ArrivingTensors:
-        """Tensors that will be copied from `sources`, bytes in the order of the specs; None: no bytes."""
+    def arriving(self, room: Room | None, sources: Sequence[torch.Tensor | None]) -> ArrivingTensors:
+        """Tensors that will be copied from `sources`, bytes in the order of the specs; None: no bytes.
+
+        room: None where the store copies them itself, to a device: once, before it can be found.
+        """
         specs = self.specs
 
         def copy() -> Mapping[str, torch.Tensor]:
+            if room is None:
+                return {name: _over(spec, x) for (name, spec), x in zip(specs.items(), sources, strict=True)}
             tensors = made_in(room, specs)
             for target, source in zip(tensors.values(), sources, strict=True):
                 if source is not None:
@@ -216,6 +221,11 @@ class PutStream:
         self._taken_nbytes = 0
 
 
+def _over(spec: TensorSpec, source: torch.Tensor | None) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    return torch.empty(spec.shape, dtype=dtype) if source is None else source.view(dtype).reshape(spec.shape)
+
+
 def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> Mapping[str, torch.Tensor]:
     """Tensors to fill: in `room` if there is any, else in ordinary memory."""
     return room(specs) or {
@@ -230,8 +240,6 @@ def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
         first = run[0]
         chain = first.root or run[-1].parent is not None
         made = [incoming.entry for incoming in run]
-        if store.config.hot.device != "cpu":
-            made = [entry.to(torch.device(store.config.hot.device)) for entry in made]
         stored += store.put_entries(made, first.options, chain=chain, parent=first.parent)
     return stored
 

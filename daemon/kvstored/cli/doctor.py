@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -150,14 +151,38 @@ def _gpu(settings: "Settings") -> Iterator[Finding]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     except ImportError:
         return
-    if device.startswith("cuda") and not count:
+    if device == "cpu":
+        yield Finding("good", f'{count} GPUs seen by torch; hot tier on "{device}"')
+        return
+    if int(device.partition(":")[2] or 0) >= count:
         yield Finding(
             "bad",
-            f'store.hot.device is "{device}" and torch sees no GPU',
+            f'store.hot.device is "{device}" and torch sees {count or "no"} GPU{"s" if count > 1 else ""}',
             'set it to "cpu", or check the driver with nvidia-smi',
         )
+    elif not _is_installed("cuda.bindings"):
+        yield Finding("bad", f'store.hot.device is "{device}" without cuda-bindings', "pip install cuda-bindings")
     else:
         yield Finding("good", f'{count} GPUs seen by torch; hot tier on "{device}"')
+        yield from _gpu_codecs()
+
+
+def _gpu_codecs() -> Iterator[Finding]:
+    lacking = [] if _is_installed("triton") else ["Triton"]
+    lacking += [] if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    if lacking:
+        yield Finding(
+            "note", f"codecs run on the CPU, as the GPU's need {' and '.join(lacking)}", "install what is missing"
+        )
+    else:
+        yield Finding("good", "Triton and a C compiler for the GPU's codecs")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it is in
+        return False
 
 
 def _clock(_: "Settings") -> Iterator[Finding]:
@@ -228,8 +253,10 @@ def _file_system(path: Path) -> str:
 
 
 def _memory(settings: "Settings") -> Iterator[Finding]:
+    from kvstored.settings import STAGING_NBYTES
+
     s = settings.store
-    hot = s.hot.capacity_nbytes if s.hot.device == "cpu" else 0
+    hot = s.hot.capacity_nbytes if s.hot.device == "cpu" else min(STAGING_NBYTES, s.hot.capacity_nbytes)
     wanted = hot + s.warm.capacity_nbytes + s.cold.write_buffer_nbytes + settings.server.in_flight_nbytes
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     what = f"budgets in memory {size(wanted)} of {size(have)}"

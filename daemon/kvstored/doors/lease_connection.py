@@ -38,7 +38,7 @@ from kvstored.access.tenant_view import TenantViews
 from kvstored.access.tokens import Identity
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import Reading, hit_header
+from kvstored.calls.gets import Reading, hit_header, on_device
 from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
@@ -140,6 +140,7 @@ class Connection:
         self._owner = shared.owners.of(self.uid, identity)
         self._store: StoreView = shared.views.of(identity)
         self._verbs = Verbs(self._store, shared.verbs.epoch)
+        self._on_device = on_device(self._store)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._holding = threading.Lock()
         self.held = 0
@@ -318,8 +319,8 @@ class Connection:
 
         plan = self._store.plan(
             keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
-            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes, whole_if_hot=True,
-            charge=charge, count_later=True, lookup=read_lookup(asked),
+            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
+            whole_if_hot=not self._on_device, charge=charge, count_later=True, lookup=read_lookup(asked),
         )  # fmt: skip
         kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
         if kept_replies is not None:
@@ -441,9 +442,9 @@ class Connection:
             limit = lending.ingest.limit_nbytes
             raise UseStream(f"{size} bytes beside {self.ingest_nbytes} of this connection's, and {limit} of all")
         self.ingest_nbytes += size
-        # Numbered apart from the arena's: those count up from 1.
+        number = (1 << 31) + len(self._ingest)  # apart from the arena's: those count up from 1
         try:
-            segment = Segment((1 << 31) + len(self._ingest), self.uid, size, readers_only=False)
+            segment = Segment(number, self.uid, size, self._shared.arena.register, readers_only=False)
         except (OSError, MemoryError) as error:  # out of descriptors or memory: the stream needs neither
             self.ingest_nbytes -= size
             lending.ingest.give_back(size)
@@ -464,7 +465,8 @@ class Connection:
                 entry = Incoming(item.header, limit_nbytes)
                 shared.budget.take(entry.nbytes)
                 taken += entry.nbytes
-                arriving.append(entry.arriving(self._room, self._sources(entry, item.places)))
+                room = None if self._on_device else self._room  # to a device: from where it lies
+                arriving.append(entry.arriving(room, self._sources(entry, item.places)))
                 ready.append(entry)
             self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
             stored = put_ready(self._store, ready)

@@ -3,7 +3,8 @@
 Every few seconds it reads the kernel's pressure stall information (how long tasks waited for memory) and the memory
 limit of this process's control group, if it has one. Under pressure the hot budget shrinks by a quarter, down to an
 eighth of the configured one; entries that no longer fit are demoted as usual, and freed pages go back to the kernel.
-Afterwards the budget grows back slowly, so that a host at its limit settles and does not oscillate.
+With hot on a GPU it is warm that shrinks: what left the GPU would come into the memory that is short. Afterwards the
+budget grows back slowly, so that a host at its limit settles and does not oscillate.
 """
 
 import ctypes
@@ -84,7 +85,7 @@ def _own_group(proc: Path, cgroups: Path) -> Path | None:
 
 
 class PressureValve:
-    """Shrinks and regrows the hot budget. `turn` blocks; call it on one worker thread."""
+    """Shrinks and regrows the budget of the largest tier in RAM. `turn` blocks; call it on one worker thread."""
 
     def __init__(
         self, store: Store, percent: float, sensor: Sensor | None = None, now: Callable[[], float] = time.monotonic
@@ -95,30 +96,43 @@ class PressureValve:
         self._now = now
         self._calm_since = now()
         self.shrinks = 0
+        self._tier = "hot" if store.config.hot.device == "cpu" else "warm"
+
+    @property
+    def _capacity_nbytes(self) -> tuple[int, int]:
+        """The budget now, and as configured."""
+        store = self._store
+        if self._tier == "hot":
+            return store.hot_capacity_nbytes, store.hot_budget_nbytes
+        return store.warm_capacity_nbytes, store.config.warm.capacity_nbytes
+
+    def _set(self, nbytes: int) -> int:
+        store = self._store
+        return store.set_hot_capacity(nbytes) if self._tier == "hot" else store.set_warm_capacity(nbytes)
 
     def turn(self) -> None:
         """Check once, and act."""
         stall, ratio = self._sensor.stall_percent(), self._sensor.limit_ratio()
-        have, full_nbytes = self._store.hot_capacity_nbytes, self._store.hot_budget_nbytes
+        have, full_nbytes = self._capacity_nbytes
         now = self._now()
         if stall >= self._percent or ratio >= LIMIT_RATIO:
             self._calm_since = now
             floor = int(full_nbytes * FLOOR)
             wanted = max(floor, int(have * SHRINK_TO))
             if wanted < have:
-                moved = self._store.set_hot_capacity(wanted)
+                moved = self._set(wanted)
                 _return_pages()
                 self.shrinks += 1
                 log.warning(
-                    "pressure event=shrunk stall_percent=%.1f limit_ratio=%.2f hot_capacity_nbytes=%d demoted=%d",
-                    stall, ratio, wanted, moved,
+                    "pressure event=shrunk stall_percent=%.1f limit_ratio=%.2f %s_capacity_nbytes=%d demoted=%d",
+                    stall, ratio, self._tier, wanted, moved,
                 )  # fmt: skip
         elif have < full_nbytes and now - self._calm_since >= CALM_S:
             self._calm_since = now
             wanted = min(full_nbytes, have + int(full_nbytes * GROW_BY) + 1)
-            self._store.set_hot_capacity(wanted)
+            self._set(wanted)
             if wanted == full_nbytes:
-                log.info("pressure event=over hot_capacity_nbytes=%d", wanted)
+                log.info("pressure event=over %s_capacity_nbytes=%d", self._tier, wanted)
 
 
 def _return_pages() -> None:

@@ -77,6 +77,9 @@ def test_a_dry_run_shows_every_file_and_command_and_writes_nothing(tmp_path):
     assert "ExecStart=/bin/true serve --config /etc/kvstored/kvstored.toml" in done.output
     assert "# run systemd-sysusers" in done.output
     assert "# run systemctl daemon-reload" in done.output
+    # Bug 8: without a home Triton had no place for what it compiles.
+    assert "\nCacheDirectory=kvstored\n" in done.output
+    assert "TRITON_CACHE_DIR=/var/cache/kvstored/triton" in done.output
 
 
 def test_a_root_directory_gets_the_files_and_a_second_time_keeps_the_configuration(tmp_path):

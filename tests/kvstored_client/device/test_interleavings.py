@@ -9,12 +9,13 @@ its copy has ended, `test_transfers` counts at the copies.
 import random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstored_client.device.deferred import Deferred
+from kvstore.device.deferred import Deferred
 from tests.kvstored.inside import daemon_inside
 
 from .tensors import on_gpu
@@ -158,8 +159,10 @@ class Interleavings(RuleBasedStateMachine):
             self.client.close()
 
 
-def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte():
-    with daemon_inside(segment_nbytes=8 << 20) as daemon:
+@pytest.mark.parametrize("hot", ["in memory", "on a device"])
+def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte(hot):
+    daemons = Deferred(random.Random(1).shuffle, memory_nbytes=4 << 30)
+    with daemon_inside(segment_nbytes=8 << 20, outside={"driver": daemons} if hot == "on a device" else None) as daemon:
         Interleavings.daemon = daemon
         case = Interleavings.TestCase
         case.settings = settings(
@@ -167,3 +170,6 @@ def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte():
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         case().runTest()
+        assert daemons.early == 0
+        assert daemons.pending == 0
+        assert bool(daemons.runs) == (hot == "on a device")

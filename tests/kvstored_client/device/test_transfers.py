@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.device.copies import Runs
+from kvstore.device.deferred import Deferred
 from kvstore.errors import InvalidEntry
 from kvstored_client import aio
-from kvstored_client.device import Runs, Transfers
-from kvstored_client.device.deferred import Deferred
+from kvstored_client.device import Transfers
 from kvstored_client.shm.connection import Connection
 from tests.conftest import wait_until
 from tests.kvstored.inside import daemon_inside
@@ -160,7 +161,7 @@ def test_a_get_waits_for_what_still_uses_the_memory_of_its_tensor(client, driver
 
 
 def test_a_tensor_cut_too_fine_is_made_dense_on_the_gpu_after_its_kernel(client, driver, monkeypatch):
-    monkeypatch.setattr("kvstored_client.device.RUNS_MAX", 8)
+    monkeypatch.setattr("kvstore.device.copies.RUNS_MAX", 8)
     x = on_gpu(torch.zeros(10, 12))
     values = torch.randn(10, 12)
     driver.compute(0, lambda: x.numbers.copy_(values))
@@ -244,7 +245,7 @@ def test_memory_that_cannot_be_registered_is_copied_all_the_same(daemon, limit_n
 
 
 def test_a_driver_that_refuses_the_copy_leaves_it_to_torch(client, driver, monkeypatch):
-    from kvstored_client.device import DriverError
+    from kvstore.device import DriverError
 
     def refuse(*args, **how):
         raise DriverError("refused")

@@ -7,14 +7,18 @@ in `early`; `poison` also fills it with 0xDB. Thread-safe: one lock.
 """
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstored_client.device import DriverError
+import numpy as np
+
+from kvstore.device import DriverError, OutOfMemory
 
 POISON = 0xDB
+MEMORY_NBYTES = 1 << 30
 
 
 @dataclass(eq=False)
@@ -32,19 +36,51 @@ class _Event:
     position: int
 
 
+class _Memory:
+    """Host memory that stands for a device's."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._bytes = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+        self.address = int(self._bytes.ctypes.data)
+
+
+@dataclass(frozen=True, eq=False)
+class _Over:
+    """What an array over memory holds on to."""
+
+    __array_interface__: dict[str, Any]
+    owner: object
+
+
 @dataclass(eq=False)
 class _Copies:
     runs: list[tuple[int, int, int]]
-    store: bool
 
 
 class Deferred:
-    """See `device.Driver`. batches, runs: calls of `copy` and runs of bytes; early: copies whose memory was given back.
+    """See `device.MemoryDriver`. batches, runs: calls of `copy` and runs; early: copies whose memory was given back.
 
-    registered: bytes by address. before_copy: called before each run is copied.
+    registered: bytes by address. before_copy: called before each run is copied. memory_nbytes: what each device has;
+    others_nbytes: what others have taken of it. kernels: whether the codecs are said to have kernels for it, which are
+    the CPU's then.
     """
 
-    def __init__(self, shuffle: Callable[[list[Any]], None] = list.reverse, *, refuse: bool = False) -> None:
+    def __init__(
+        self,
+        shuffle: Callable[[list[Any]], None] = list.reverse,
+        *,
+        refuse: bool = False,
+        devices: int = 2,
+        memory_nbytes: int = MEMORY_NBYTES,
+        kernels: bool = False,
+    ) -> None:
+        self._devices = devices
+        self.memory_nbytes = memory_nbytes
+        self.others_nbytes = 0
+        self.kernels = kernels
+        self.bounds: dict[int, int] = {}
+        self._allocated: dict[_Memory, int] = {}
         self._shuffle = shuffle
         self._refuse = refuse
         self._lock = threading.RLock()
@@ -81,10 +117,10 @@ class Deferred:
         with self._lock:
             self.current(device).due.append(work)
 
-    def copy(self, to: Sequence[int], of: Sequence[int], nbytes: Sequence[int], stream: Any, *, store: bool) -> None:
+    def copy(self, to: Sequence[int], of: Sequence[int], nbytes: Sequence[int], stream: Any, *, store: bool) -> None:  # noqa: ARG002 - in any order
         """Kept for later."""
         with self._lock:
-            copies = _Copies(list(zip(to, of, nbytes, strict=True)), store)
+            copies = _Copies(list(zip(to, of, nbytes, strict=True)))
             self.batches += 1
             self.runs += len(copies.runs)
             self._pending.append(copies)
@@ -125,18 +161,60 @@ class Deferred:
         """Noted."""
         self.kept.append(tensor)
 
+    def memory(self, device: int) -> tuple[int, int]:
+        """As it was said when this was made."""
+        if device >= self._devices:
+            raise DriverError(f"there are {self._devices} devices, no cuda:{device}")
+        with self._lock:
+            own = sum(nbytes for memory, nbytes in self._allocated.items())
+            return self.memory_nbytes - self.others_nbytes - own, self.memory_nbytes
+
+    def allocate(self, device: int, nbytes: int) -> Any:
+        """Host memory."""
+        with self._lock:
+            if nbytes > self.memory(device)[0]:
+                raise OutOfMemory(f"{nbytes} bytes on cuda:{device}")
+            made = _Memory(nbytes)
+            self._allocated[made] = nbytes
+            return made
+
+    def free(self, memory: Any) -> None:
+        """The host gets it back when no tensor lies over it any more."""
+        self.released(memory.address, memory.nbytes)
+        with self._lock:
+            del self._allocated[memory]
+
+    def where(self, device: int) -> Any:  # noqa: ARG002 - all of them are in host memory
+        """The host."""
+        import torch
+
+        return torch.device("cpu")
+
+    def tensor(self, device: int, address: int, nbytes: int, owner: object) -> Any:  # noqa: ARG002 - as above
+        """Over the same memory: what is computed with it is computed at once."""
+        import torch
+
+        said = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        return torch.from_numpy(np.asarray(_Over(said, owner)))
+
+    def computes(self, device: int) -> bool:  # noqa: ARG002 - as above
+        """As it was said when this was made."""
+        return self.kernels
+
+    def bound(self, device: int, nbytes: int) -> None:
+        """Noted."""
+        self.bounds[device] = nbytes
+
     def settle(self, device: int = 0) -> None:
         """Do all that the current stream is to do."""
         self.synchronize(self.record(self.current(device)))
 
     def released(self, address: int, nbytes: int) -> None:
-        """Host memory was given back: its owner uses it again from now on."""
+        """Memory was given back: its owner uses it again from now on."""
         with self._lock:
             for copies in self._pending:
                 for target, source, n in copies.runs:
-                    here = target if copies.store else source
-                    if here < address + nbytes and address < here + n:
-                        self.early += 1
+                    self.early += any(here < address + nbytes and address < here + n for here in (target, source))
 
     def poison(self, address: int, nbytes: int) -> None:
         """The same of memory that may be written to: it is."""
