@@ -24,7 +24,13 @@ from kvstore.keys import CHUNK_TOKENS
 from kvstored_client.integrations.guard import guarded
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.transformers import identity
-from kvstored_client.integrations.transformers.calls import Call, NotUnderstood, end_tokens, read_call
+from kvstored_client.integrations.transformers.calls import (
+    Call,
+    NotUnderstood,
+    check_last_token_only,
+    end_tokens,
+    read_call,
+)
 from kvstored_client.integrations.transformers.profile import Profile, Profiles, Terms
 from kvstored_client.integrations.transformers.recurrent import BLIND, WholePrompt, with_prompt
 from kvstored_client.integrations.transformers.rows import Rows, grown, read_rows
@@ -218,13 +224,14 @@ class PrefixCache:
             return None
         try:
             engine = identity.engine_of(self.model)
-            kind, _ = identity.kind_of(engine)
             if engine is not self.model and "generation_config" in vars(self.model):
                 engine.generation_config = self.model.generation_config  # as PEFT's generate does
-            call = read_call(engine, args, options, last_token_only=kind in BLIND)
+            call = read_call(engine, args, options)
             profile = self._profile()
             if profile is None or not self._allows(profile, call.rows):
                 return None
+            if profile.kind in BLIND:
+                check_last_token_only(call)
         except NotUnderstood as why:
             self._say(str(why))
         except Exception as error:  # noqa: BLE001 - the boundary: what we cannot make out, the model gets as it came
