@@ -138,6 +138,20 @@ class Guard:
         """Wait until the puts made so far are done. False: they are not, after `timeout_s`."""
         return self._pid != os.getpid() or self._writer.wait(timeout_s)
 
+    def copies(self, tensors: Sequence[Any]) -> list[Any]:
+        """Copies of torch tensors to put, which a late put may go on reading while the originals are used anew.
+
+        Where the cache has memory shared with a daemon they lie there: the put's only copy on this side.
+        """
+        make = getattr(self.cache, "empty", None)
+        if make is None:
+            return [x.clone() for x in tensors]
+        specs = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors]
+        room: list[Any] | None = self.call(lambda: [make(*spec) for spec in specs], self.fetch_timeout_s, None)
+        if room is None or any(type(to) is not type(x) for to, x in zip(room, tensors, strict=True)):
+            return [x.clone() for x in tensors]
+        return [to.copy_(x) for to, x in zip(room, tensors, strict=True)]
+
     def put_many(
         self,
         entries: Sequence[tuple[bytes, Mapping[str, Any]]],
