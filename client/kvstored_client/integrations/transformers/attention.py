@@ -14,6 +14,7 @@ import torch
 from kvstore.keys import Identity
 from kvstore.lookup import ELSEWHERE
 from kvstore.prefix import Namespace
+from kvstored_client.device import Transfers
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
 from kvstored_client.integrations.transformers.probe import Shape
@@ -82,7 +83,18 @@ class Attention:
         if copy:
             layers = [(k.clone(), v.clone()) for k, v in layers]
         nbytes = sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in layers)
-        self._guard.later(lambda: self._put(prompt, whole, layers, length), nbytes)
+        computed = self._transfers().before({"k": k, "v": v} for k, v in layers)
+
+        def put() -> None:
+            if computed is not None:
+                computed()  # the writer's stream of a GPU waits for nobody
+            self._put(prompt, whole, layers, length)
+
+        self._guard.later(put, nbytes)
+
+    def _transfers(self) -> Transfers:
+        found = getattr(self._guard.cache, "transfers", None)
+        return found if isinstance(found, Transfers) else Transfers(None)
 
     @torch.no_grad()
     def _put(self, prompt: Rows, whole: Rows, layers: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
@@ -92,10 +104,9 @@ class Attention:
             n = min(len(prompt.tokens[row]), len(tokens))
             if _held(self._guard.cache, space, [tokens[:n], tokens]):
                 continue
-            k, v = self._halves(*(
-                torch.stack([layer[which][row, :, pad : pad + len(tokens)] for layer in layers]).transpose(1, 2)
-                for which in (0, 1)
-            ))  # fmt: skip
+            k, v = self._halves(
+                *(_on_host([layer[which][row, :, pad : pad + len(tokens)] for layer in layers]) for which in (0, 1))
+            )
             space.put_prefix(tokens[:n], k[:, :n], v[:, :n])
             if len(tokens) > n:
                 space.put_prefix(tokens, k, v)
@@ -117,6 +128,18 @@ def _held(cache: Any, space: Namespace, prefixes: list[list[int]]) -> bool:
     for keys in chains:
         cache.touch(keys)
     return True
+
+
+def _on_host(layers: list[torch.Tensor]) -> torch.Tensor:
+    """Layers (kv_heads, tokens, dim) as (layers, tokens, kv_heads, dim) in this machine's memory.
+
+    One after the other: on a GPU all at once would be a second copy of all keys and values there.
+    """
+    heads, tokens, dim = layers[0].shape
+    whole = _empty((len(layers), tokens, heads, dim), layers[0].dtype, torch.device("cpu"))
+    for to, layer in zip(whole, layers, strict=True):
+        to.copy_(layer.transpose(0, 1))
+    return whole
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
