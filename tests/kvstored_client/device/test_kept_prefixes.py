@@ -1,4 +1,4 @@
-"""What transformers' adapter keeps of layers on a GPU: all that was computed, and no second copy of it on the device."""
+"""What transformers' adapter keeps of layers on a GPU: all of it computed, and no second copy on the device."""
 
 from types import SimpleNamespace
 
