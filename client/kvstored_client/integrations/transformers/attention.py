@@ -6,7 +6,7 @@ rotated part), both stand side by side in the store, cut in two halves of one wi
 """
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
 from kvstored_client.integrations.transformers.probe import Shape
 from kvstored_client.integrations.transformers.rows import Rows
+
+
+class Restored(NamedTuple):
+    """length: padded positions that a cache was filled with. whole: of each row all is held, the last token too."""
+
+    length: int
+    whole: bool
 
 
 class Attention:
@@ -40,25 +47,25 @@ class Attention:
         return Namespace(cache, self._identity, self._chunk_tokens)
 
     @torch.no_grad()
-    def restore(self, rows: Rows, cache: Any, device: torch.device) -> int:
-        """Fill an empty cache with the longest prefix that all rows have. Returns its length in padded positions.
+    def restore(self, rows: Rows, cache: Any, device: torch.device, room_tokens: int = ROOM_TOKENS) -> "Restored":
+        """Fill an empty cache with the longest prefix that all rows have. room_tokens: for what will be added.
 
         Never the last token: a cache over the whole prompt leaves the model nothing to run, and the answer is wrong.
         """
-        shape, room = self._shape, rows.width + ROOM_TOKENS
+        shape, room = self._shape, rows.width + room_tokens
         size = (shape.layers, len(rows.pads), shape.kv_heads, room)
         k, v = (_empty((*size, dim), shape.dtype, device) for dim in (shape.k_dim, shape.v_dim))
-        length = rows.width - 1
+        length, whole = rows.width - 1, True
         for row, (tokens, pad) in enumerate(zip(rows.tokens, rows.pads, strict=True)):
             n = self._fill(tokens, *(x[:, row, :, pad:].transpose(1, 2) for x in (k, v)))
-            length = min(length, pad + n)
+            length, whole = min(length, pad + n), whole and n == len(tokens)
             if length <= min(rows.pads):
-                return 0
+                return Restored(0, whole=False)
             # Padding is masked, but a NaN left in memory times zero would still be one.
             k[:, row, :, :pad] = 0
             v[:, row, :, :pad] = 0
         cache.layers = [RoomyLayer(*each, length) for each in zip(k, v, strict=True)]
-        return length
+        return Restored(length, whole)
 
     def _fill(self, tokens: list[int], k: torch.Tensor, v: torch.Tensor) -> int:
         """Fill (layers, positions, kv_heads, dim) from the front, right out of the store's memory. Returns how many."""
