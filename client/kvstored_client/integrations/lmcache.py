@@ -44,6 +44,7 @@ from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
+from kvstored_client.integrations.wishes import NAME, Wishes, wishes_in
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,15 @@ def _key_of(root: bytes, key: Any) -> bytes:
 @lru_cache(maxsize=64)
 def _names_of(kind: type) -> tuple[str, ...]:
     return tuple(each.name for each in dataclasses.fields(kind) if each.name not in _NOT_THE_KEY)
+
+
+def _wishes_of(key: Any) -> Wishes:
+    """What a request wishes for its chunks, among its `request_configs`: `kvstored.ttl_s`, `.priority`, `.no_store`."""
+    given = getattr(key, "request_configs", None)
+    if not isinstance(given, dict):
+        return Wishes()
+    names = [name for name in given if isinstance(name, str) and name.startswith(f"{NAME}.")]
+    return wishes_in([{name[len(NAME) + 1 :]: given[name] for name in names}], allow_pin=False)
 
 
 def _form_of(obj: Any) -> torch.Tensor:
@@ -335,7 +345,10 @@ class KvstoredConnector(RemoteConnector):
 
     async def put(self, key: Any, memory_obj: Any) -> None:
         """Put the object."""
-        if self._root is None:
+        wishes = _wishes_of(key)
+        if wishes.complaint:
+            logger.debug("a request's wish for its chunks is left out: %s", wishes.complaint)
+        if self._root is None or not wishes.store:
             return
         # A copy: a put given up at its deadline may still be reading.
         (data,) = await asyncio.to_thread(self._guard.copies, [_bytes_of(memory_obj)])
@@ -343,7 +356,7 @@ class KvstoredConnector(RemoteConnector):
         meta = RemoteMetadata(data.numel(), shapes, dtypes, memory_obj.get_memory_format()).serialize()
         entry = {_DATA: data, _META: torch.frombuffer(bytearray(meta), dtype=torch.uint8)}
         entries = [(_key_of(self._root, key), entry)]
-        await asyncio.to_thread(lambda: self._guard.put_many(entries, fidelity="exact"))
+        await asyncio.to_thread(lambda: self._guard.put_many(entries, fidelity="exact", **wishes.options))
 
     async def list(self) -> list[str]:
         """Keys cannot be listed: they are kept as hashes."""

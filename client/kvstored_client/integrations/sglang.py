@@ -231,7 +231,7 @@ class KvstoredHiCache(HiCacheStorage):
 
     def _fill(self, pool_name: str, pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         starts = _page_starts(pool, keys, host_indices)
-        blank = pool.get_dummy_flat_data_page() if keys else None
+        blank: Any = pool.get_dummy_flat_data_page() if keys else None
 
         def fill(at: int, page: torch.Tensor) -> bool:
             if page.dtype != blank.dtype or page.numel() != blank.numel():

@@ -43,8 +43,8 @@ from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import PagedBuffers
 from kvstored_client.integrations.vllm_identity import identity, not_understood, shards_of, tokens_per_block
-from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
 from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
+from kvstored_client.integrations.wishes import Wishes, wishes_of
 
 logger = logging.getLogger(__name__)
 

@@ -235,7 +235,7 @@ def test_a_step_reads_only_the_hashes_of_what_it_fills() -> None:
 
 def tracked_of(asked: Any) -> Any:
     from kvstored_client.integrations.vllm import _Tracked
-    from kvstored_client.integrations.vllm_wishes import Wishes
+    from kvstored_client.integrations.wishes import Wishes
 
     return _Tracked(asked, b"", Wishes())
 
@@ -281,7 +281,7 @@ def test_a_request_says_how_long_its_blocks_are_kept_or_that_they_are_not(
     "given", [None, 5, "ttl_s", {"ttl_s": True}, {"ttl_s": "1"}, {"ttl_s": float("nan")}, {1: 2}, {"pin": True}, [{}]]
 )
 def test_wishes_that_cannot_be_are_told_and_left_out(given: Any) -> None:
-    from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+    from kvstored_client.integrations.wishes import Wishes, wishes_of
 
     found = wishes_of(some(kv_transfer_params={"kvstored": given}), allow_pin=False)
     assert found == Wishes(complaint=found.complaint)
@@ -289,7 +289,7 @@ def test_wishes_that_cannot_be_are_told_and_left_out(given: Any) -> None:
 
 
 def test_wishes_come_from_an_orchestrator_s_hints_as_well() -> None:
-    from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+    from kvstored_client.integrations.wishes import Wishes, wishes_of
 
     actions = [some(action_type="other", payload={"a": 1}), some(action_type="kvstored", payload={"ttl_s": 5})]
     asked = some(kv_transfer_params={"kvstored": {"no_store": True}}, kv_hints=some(actions=actions))
