@@ -29,6 +29,8 @@ LAYERS, BLOCK, CHUNK = 32, 16, 256
 PER = CHUNK // BLOCK
 CHUNKS = 8
 """Of one request: 2,048 tokens a step."""
+BLOCKS = 32_768
+"""Of the paged buffers, 16 MiB a layer: like all that are so large, they lie one behind the other."""
 ROUNDS = 40
 LONG_TOKENS = 32_768
 DUE = {"connector.put": 0.25, "connector.get": 0.15, "scheduler.step": 0.05}
@@ -53,9 +55,7 @@ def halves(address: str) -> tuple[Any, Any]:
     names = [f"layer.{i}" for i in range(LAYERS)]
     groups: Any = Some(kv_cache_groups=[Some(kv_cache_spec=spec, layer_names=names)])
     found = [KvstoredConnector(config, role, groups) for role in (KVConnectorRole.SCHEDULER, KVConnectorRole.WORKER)]
-    found[1].register_kv_caches(
-        {name: torch.zeros(4 * CHUNKS * PER, 2, BLOCK, 1, 8, dtype=torch.bfloat16) for name in names}
-    )
+    found[1].register_kv_caches({name: torch.zeros(BLOCKS, 2, BLOCK, 1, 8, dtype=torch.bfloat16) for name in names})
     return found[0], found[1]
 
 

@@ -282,6 +282,28 @@ class Prefixes:
         whole = list(self._whole(hits))
         return sum(tokens for _, tokens in whole), [hit for hit, _ in whole]
 
+    async def fill_prefix(self, token_ids: Sequence[int], k: Any, v: Any) -> int:
+        """`get_prefix` into k and v that first asks how much is held: a lookup may have a shorter deadline than a copy.
+
+        k, v: as its `out`; strided ones of torch, too. Returns the tokens filled; what lies behind is undefined.
+        """
+        self._check_out((k, v), len(token_ids))
+        keys = await self._longest(token_ids, counted=True)
+        taken = _Filled(k, v)
+        try:
+            with ExitStack() as leases:
+                hits = await self._cache.lease_into(leases, keys, leading=True, lookup=ELSEWHERE) if keys else ()
+                await taken.take(self._cache, self._whole(hits))
+                del hits
+                try:
+                    return (await taken.result(self._cache))[0]
+                finally:
+                    taken.let_go()  # no view may outlive the leases
+        except RecordCorrupt:  # as in `get_prefix`
+            return 0
+        finally:
+            taken.let_go()
+
     async def match_prefix(self, token_ids: Sequence[int]) -> Match:
         """Where the chunks of the longest cached prefix are held. Does not count as use."""
         keys = await self._longest(token_ids, counted=True)
@@ -397,6 +419,7 @@ class Namespace:
     put_prefix = now(Prefixes.put_prefix)
     get_prefix = now(Prefixes.get_prefix)
     get_prefix_hits = now(Prefixes.get_prefix_hits)
+    fill_prefix = now(Prefixes.fill_prefix)
     match_prefix = now(Prefixes.match_prefix)
     pin_prefix = now(Prefixes.pin_prefix)
     unpin_prefix = now(Prefixes.unpin_prefix)

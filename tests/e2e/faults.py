@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from kvstore.errors import TierUnavailable
@@ -40,7 +41,7 @@ class Faulty:
         return call
 
     def _answer(self, name: str, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
-        if name in ("get", "get_many"):
+        if name in ("get", "get_many", "lease_many"):
             self.before_get()
         if self._fault == "absent":
             raise TierUnavailable("nobody there")
@@ -48,10 +49,11 @@ class Faulty:
             raise RuntimeError("a bug")
         if self._fault == "slow":
             self.gate.wait(self._slow_s)
-        if self._fault == "lying" and name in ("get", "get_many"):
+        if self._fault == "lying" and name in ("get", "get_many", "lease_many"):
             # It said yes and has it no more: evicted in between.
             call()
-            return None if name == "get" else [None] * len(args[0])
-        if self._fault == "wrong type" and name in ("get", "get_many", "match"):
+            nothing = [None] * len(args[0])
+            return {"get": None, "get_many": nothing, "lease_many": nullcontext(nothing)}[name]
+        if self._fault == "wrong type" and name in ("get", "get_many", "lease_many", "match"):
             return Match(()) if name == "match" else []
         return call()

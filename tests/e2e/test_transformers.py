@@ -82,6 +82,41 @@ def test_the_next_turn_of_a_chat_starts_after_the_last_answer(
     assert cache.usage.restored_tokens == expected.shape[1] - 1
 
 
+def test_turns_of_a_chat_through_a_pipeline_answer_as_without_a_store(
+    smollm: Any, store: Store, patient: Patient
+) -> None:
+    """Messages, the model's own template, three turns: each but the first begins with what the last one kept."""
+    from transformers import pipeline
+
+    model, tokenizer = smollm
+    new = {"max_new_tokens": 6, "do_sample": False}
+
+    def talk() -> list[str]:
+        chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        messages: list[dict[str, str]] = []
+        for question in ("What is a licence?", "Who may copy it?", "Thank you. And sell it?"):
+            messages.append({"role": "user", "content": question})
+            messages = chat(messages, **new)[0]["generated_text"]
+            cache.flush()
+        return [message["content"] for message in messages if message["role"] == "assistant"]
+
+    cache = PrefixCache(model, patient(store))
+    expected = talk()
+    assert cache.usage.calls == 0
+    model.generate = cache.generate
+    try:
+        restored = []
+        for _ in range(2):
+            assert talk() == expected
+            restored.append(cache.usage.restored_tokens)
+    finally:
+        del model.generate
+    assert cache.usage.calls == 6
+    assert cache.usage.passed_on == 0
+    assert restored[0] > cache.usage.prompt_tokens / 6  # two of the first three calls continued what was kept
+    assert restored[1] - restored[0] == cache.usage.prompt_tokens // 2 - 3  # all but the last token of each prompt
+
+
 def test_a_left_padded_batch_restores_what_all_rows_have(smollm: Any, store: Store, patient: Patient) -> None:
     model, tokenizer = smollm
     tokenizer.padding_side = "left"

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from kvstore.errors import ConfigError, InvalidEntry, PermissionDenied
 from kvstore.hit import Held, Hit, Match
 from kvstore.lookup import REPORT_MAX_S, Lookup, said
 from kvstore.pieces import in_pieces
+from kvstore.ready import fill
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
 
@@ -97,16 +98,21 @@ class Guard:
         self._callers = _Threads(THREADS_MAX)
         self._writer = _Writer(self.waiting_max_nbytes)
 
-    def call(self, work: Callable[[], T], timeout_s: float, otherwise: T) -> T:
-        """The result of `work`, or `otherwise` if it raises or takes longer than `timeout_s`."""
+    def call(
+        self, work: Callable[[], T], timeout_s: float, otherwise: T, give_back: Callable[[T], object] | None = None
+    ) -> T:
+        """The result of `work`, or `otherwise` if it raises or takes longer than `timeout_s`.
+
+        give_back: takes a result that came later, on the thread of the work.
+        """
         if self._pid != os.getpid():
             self._start_afresh()
         if not self._breaker.allow(timeout_s):
             return otherwise
-        call = _Call(work)
+        call = _Call(work, give_back)
         if not self._callers.run(call):
             return self._failed(otherwise, "too many calls are overdue")
-        if not call.done.wait(timeout_s):
+        if not call.done.wait(timeout_s) and call.given_up():
             return self._failed(otherwise, f"no answer within {timeout_s} s")
         if call.error is not None:
             return self._ended(call.error, otherwise)
@@ -131,6 +137,20 @@ class Guard:
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the puts made so far are done. False: they are not, after `timeout_s`."""
         return self._pid != os.getpid() or self._writer.wait(timeout_s)
+
+    def copies(self, tensors: Sequence[Any]) -> list[Any]:
+        """Copies of torch tensors to put, which a late put may go on reading while the originals are used anew.
+
+        Where the cache has memory shared with a daemon they lie there: the put's only copy on this side.
+        """
+        make = getattr(self.cache, "empty", None)
+        if make is None:
+            return [x.clone() for x in tensors]
+        specs = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors]
+        room: list[Any] | None = self.call(lambda: [make(*spec) for spec in specs], self.fetch_timeout_s, None)
+        if room is None or any(type(to) is not type(x) for to, x in zip(room, tensors, strict=True)):
+            return [x.clone() for x in tensors]
+        return [to.copy_(x) for to, x in zip(room, tensors, strict=True)]
 
     def put_many(
         self,
@@ -158,8 +178,28 @@ class Guard:
     def lease_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
     ) -> Iterator[list[Hit | None]]:
-        """As get_many, with copies: no deadline would cover a view that is read later."""
-        yield self.get_many(keys, leading=leading, lookup=lookup)
+        """As get_many, without copies. The lease begins within the deadline, and ends in the caller's thread.
+
+        What is read from it lies in memory by then, so reading waits for nobody. Raises, when the block ends, as
+        `Client.lease` does: RecordCorrupt where a block was used again while it was read, and LeaseKept.
+        """
+        missing: list[Hit | None] = [] if leading else [None] * len(keys)
+
+        def begin() -> tuple[ExitStack, list[Hit | None]]:
+            with ExitStack() as leases:
+                hits = list(leases.enter_context(self.cache.lease_many(keys, leading=leading, **said(lookup))))
+                return leases.pop_all(), hits
+
+        leases, hits = self.call(begin, self.fetch_timeout_s, (ExitStack(), missing), _give_back)
+        with leases:
+            try:
+                yield hits if leading or len(hits) == len(keys) else missing
+            finally:
+                del hits  # a view that this generator held would outlive its lease
+
+    def fill(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Copy (target, source) pairs, sources that were leased: see `Client.fill`."""
+        getattr(self.cache, "fill", fill)(pairs)
 
     def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
         """How many leading keys are held, and where."""
@@ -222,13 +262,24 @@ def guarded(cache: Any) -> Guard:
     return cache if isinstance(cache, Guard) else Guard(cache)
 
 
+def _give_back(found: tuple[ExitStack, object]) -> None:
+    """Of a lease that came too late."""
+    found[0].close()
+
+
 class _Call:
-    """Work on another thread; `done` is set when `result` or `error` is there."""
+    """Work on another thread; `done` is set when `result` or `error` is there.
 
-    __slots__ = ("_work", "done", "error", "result")
+    give_back: takes the result if nobody waits for it any more.
+    """
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    __slots__ = ("_give_back", "_lock", "_over", "_work", "done", "error", "result")
+
+    def __init__(self, work: Callable[[], Any], give_back: Callable[[Any], object] | None = None) -> None:
         self._work = work
+        self._give_back = give_back
+        self._lock = threading.Lock()
+        self._over = False
         self.done = threading.Event()
         self.result: Any = None
         self.error: Exception | None = None
@@ -238,7 +289,18 @@ class _Call:
             self.result = self._work()
         except Exception as error:  # noqa: BLE001 - handed to who waits
             self.error = error
-        self.done.set()
+        with self._lock:
+            late = self._over
+            self.done.set()
+        if late and self.error is None and self._give_back is not None:
+            with suppress(Exception):  # nobody is there to hear of it
+                self._give_back(self.result)
+
+    def given_up(self) -> bool:
+        """Nobody waits any more. False: it is done after all."""
+        with self._lock:
+            self._over = not self.done.is_set()
+            return self._over
 
 
 class _Threads:

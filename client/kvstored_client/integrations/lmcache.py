@@ -44,6 +44,7 @@ from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
+from kvstored_client.integrations.wishes import NAME, Wishes, wishes_in
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,15 @@ def _key_of(root: bytes, key: Any) -> bytes:
 @lru_cache(maxsize=64)
 def _names_of(kind: type) -> tuple[str, ...]:
     return tuple(each.name for each in dataclasses.fields(kind) if each.name not in _NOT_THE_KEY)
+
+
+def _wishes_of(key: Any) -> Wishes:
+    """What a request wishes for its chunks, among its `request_configs`: `kvstored.ttl_s`, `.priority`, `.no_store`."""
+    given = getattr(key, "request_configs", None)
+    if not isinstance(given, dict):
+        return Wishes()
+    names = [name for name in given if isinstance(name, str) and name.startswith(f"{NAME}.")]
+    return wishes_in([{name[len(NAME) + 1 :]: given[name] for name in names}], allow_pin=False)
 
 
 def _form_of(obj: Any) -> torch.Tensor:
@@ -226,9 +236,10 @@ class KvstoredL2Adapter(L2AdapterInterface):
 
     def _store(self, keys: list[Any], objects: list[Any]) -> Any:
         # Copies: a put given up at its deadline may still be reading when LMCache reuses the object.
+        copies = self._guard.copies([_bytes_of(obj) for obj in objects])
         entries = [
-            (key, {_DATA: _bytes_of(obj).clone(), _META: _form_of(obj)})
-            for key, obj in zip(self._keys(keys), objects, strict=True)
+            (key, {_DATA: data, _META: _form_of(obj)})
+            for key, data, obj in zip(self._keys(keys), copies, objects, strict=True)
         ]
         stored = self._guard.put_many(entries, fidelity="exact")
         if stored != len(entries):
@@ -247,9 +258,10 @@ class KvstoredL2Adapter(L2AdapterInterface):
 
     def _load(self, keys: list[Any], objects: list[Any]) -> Any:
         found = Bitmap(len(keys))
-        hits = self._guard.get_many(self._keys(keys), lookup=ELSEWHERE)
-        for i, (hit, obj) in enumerate(zip(hits, objects, strict=True)):
-            if hit is not None and _fills(hit.tensors, obj):
+        with self._guard.lease_many(self._keys(keys), lookup=ELSEWHERE) as hits:
+            filled = [hit is not None and _fills(hit.tensors, obj) for hit, obj in zip(hits, objects, strict=True)]
+        for i, done in enumerate(filled):  # only now: a lease that ended too early has raised
+            if done:
                 found.set(i)
         self._notify_keys_accessed([key for i, key in enumerate(keys) if found.test(i)])
         return found
@@ -301,34 +313,50 @@ class KvstoredConnector(RemoteConnector):
         return await asyncio.to_thread(self._get, key)
 
     def _get(self, key: Any) -> Any:
-        hit = None if self._root is None else self._guard.get(_key_of(self._root, key), lookup=ELSEWHERE)
-        if hit is None or not {_DATA, _META} <= hit.tensors.keys():
+        if self._root is None:
             return None
+        made: list[Any] = []
         try:
-            meta = RemoteMetadata.deserialize(hit.tensors[_META].numpy().tobytes())
-            obj = self._local.allocate(meta.shapes, meta.dtypes, meta.fmt)
-            if obj is None:
-                return None
-            data, target = hit.tensors[_DATA], _bytes_of(obj)
-            if data.shape != target.shape:
-                obj.ref_count_down()
-                return None
-            target.copy_(data)
+            with self._guard.lease_many([_key_of(self._root, key)], lookup=ELSEWHERE) as hits:
+                filled = hits[0] is not None and self._filled(hits[0].tensors, made)
         except Exception as error:  # noqa: BLE001 - the boundary: LMCache only ever sees a miss
             logger.warning("get failed: %s: %s", type(error).__name__, error)
+            filled = False
+        if not filled:
+            for obj in made:
+                obj.ref_count_down()
             return None
-        return obj
+        return made[0]
+
+    def _filled(self, tensors: Any, made: list[Any]) -> bool:
+        """Copy an entry into a new object of LMCache's, which goes to `made`. False: it cannot be."""
+        if not {_DATA, _META} <= tensors.keys():
+            return False
+        meta = RemoteMetadata.deserialize(tensors[_META].numpy().tobytes())
+        obj = self._local.allocate(meta.shapes, meta.dtypes, meta.fmt)
+        if obj is None:
+            return False
+        made.append(obj)
+        target = _bytes_of(obj)
+        if tensors[_DATA].shape != target.shape:
+            return False
+        target.copy_(tensors[_DATA])
+        return True
 
     async def put(self, key: Any, memory_obj: Any) -> None:
         """Put the object."""
-        if self._root is None:
+        wishes = _wishes_of(key)
+        if wishes.complaint:
+            logger.debug("a request's wish for its chunks is left out: %s", wishes.complaint)
+        if self._root is None or not wishes.store:
             return
-        data = _bytes_of(memory_obj).clone()  # a put given up at its deadline may still be reading
+        # A copy: a put given up at its deadline may still be reading.
+        (data,) = await asyncio.to_thread(self._guard.copies, [_bytes_of(memory_obj)])
         shapes, dtypes = memory_obj.get_shapes(), memory_obj.get_dtypes()
         meta = RemoteMetadata(data.numel(), shapes, dtypes, memory_obj.get_memory_format()).serialize()
         entry = {_DATA: data, _META: torch.frombuffer(bytearray(meta), dtype=torch.uint8)}
         entries = [(_key_of(self._root, key), entry)]
-        await asyncio.to_thread(lambda: self._guard.put_many(entries, fidelity="exact"))
+        await asyncio.to_thread(lambda: self._guard.put_many(entries, fidelity="exact", **wishes.options))
 
     async def list(self) -> list[str]:
         """Keys cannot be listed: they are kept as hashes."""

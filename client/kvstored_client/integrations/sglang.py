@@ -231,32 +231,44 @@ class KvstoredHiCache(HiCacheStorage):
 
     def _fill(self, pool_name: str, pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         starts = _page_starts(pool, keys, host_indices)
-        blank = [pool.get_dummy_flat_data_page() for _ in keys]
-        done = []
-        for start, page in zip(starts, self._pages(pool_name, keys, blank), strict=True):
-            if page is not None:
-                pool.set_from_flat_data_page(start, page)
-            done.append(page is not None)
-        return done
+        blank: Any = pool.get_dummy_flat_data_page() if keys else None
+
+        def fill(at: int, page: torch.Tensor) -> bool:
+            if page.dtype != blank.dtype or page.numel() != blank.numel():
+                return False
+            pool.set_from_flat_data_page(starts[at], page.view(blank.shape))
+            return True
+
+        return [bool(done) for done in self._read(pool_name, keys, fill)]
 
     def _take(self, pool_name: str, pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         starts = _page_starts(pool, keys, host_indices)
         return self._keep(pool_name, keys, [pool.get_data_page(start, flat=True) for start in starts])
 
     def _pages(self, pool_name: str, keys: list[str], targets: Sequence[Any]) -> list[torch.Tensor | None]:
-        found: list[torch.Tensor | None] = []
-        hits = self._guard.get_many(self._keys(pool_name, keys), lookup=ELSEWHERE)
-        for hit, target in zip(hits, targets, strict=True):
-            page = None if hit is None else hit.tensors.get("page")
-            if page is not None and target is not None:
-                fits = page.dtype == target.dtype and page.numel() == target.numel()
-                page = target.copy_(page.view(target.shape)) if fits else None
-            found.append(page)
+        def copy(at: int, page: torch.Tensor) -> torch.Tensor | None:
+            target: torch.Tensor | None = targets[at]
+            if target is None:
+                return page.clone()
+            fits = page.dtype == target.dtype and page.numel() == target.numel()
+            return target.copy_(page.view(target.shape)) if fits else None
+
+        return self._read(pool_name, keys, copy)
+
+    def _read(self, pool_name: str, keys: list[str], use: Callable[[int, torch.Tensor], T]) -> list[T | None]:
+        """What `use` makes of each page that is held, out of the store's own memory; it keeps none of it."""
+        found: list[T | None] = []
+        with self._guard.lease_many(self._keys(pool_name, keys), lookup=ELSEWHERE) as hits:
+            for at, hit in enumerate(hits):
+                page = None if hit is None else hit.tensors.get("page")
+                found.append(None if page is None else use(at, page))
+                del hit, page
         return found
 
     def _keep(self, pool_name: str, keys: list[str], values: Sequence[torch.Tensor]) -> list[bool]:
         # Copies: a put given up at its deadline may still be reading when SGLang reuses the page.
-        entries = [(k, {"page": v.clone()}) for k, v in zip(self._keys(pool_name, keys), values, strict=True)]
+        pages = self._guard.copies(values)
+        entries = [(k, {"page": page}) for k, page in zip(self._keys(pool_name, keys), pages, strict=True)]
         stored = self._guard.put_many(entries, fidelity=self._fidelity)
         # The store puts a chain as a whole or not at all: what is uncertain is not called kept.
         return [stored == len(entries)] * len(entries)

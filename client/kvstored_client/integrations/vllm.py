@@ -34,6 +34,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvstore.errors import KvstoreError
 from kvstore.hit import Fidelity
 from kvstore.keys import NAMESPACE_MAX_NBYTES
 from kvstore.lookup import ELSEWHERE, Lookup
@@ -42,8 +43,8 @@ from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import PagedBuffers
 from kvstored_client.integrations.vllm_identity import identity, not_understood, shards_of, tokens_per_block
-from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
 from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
+from kvstored_client.integrations.wishes import Wishes, wishes_of
 
 logger = logging.getLogger(__name__)
 
@@ -296,14 +297,27 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         """The blocks that could not be filled."""
         began, failed = self._time.clock(), set(load.blocks())
         for some in pieces(load.chunks, self._chunk_nbytes()):
-            hits = self._guard.get_many([self._key(found, self._shards.mine) for found, _, _ in some], lookup=ELSEWHERE)
-            for (_, first, blocks), hit in zip(some, hits, strict=True):
-                if hit is not None and self._buffers.fill(blocks, hit.tensors, self._chunk_blocks, first):
-                    failed.difference_update(blocks)
+            failed.difference_update(self._filled_from(some))
         tokens = (len(load.blocks()) - len(failed)) * self._block_size
         if tokens and not self._shards.mine and self._shards.writes:  # the ranks compute side by side
             self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._time.clock() - began))
         return sorted(failed)
+
+    def _filled_from(self, some: Sequence[tuple[bytes, int, list[int]]]) -> list[int]:
+        """The blocks of these chunks that were filled, right out of the store's memory."""
+        keys = [self._key(found, self._shards.mine) for found, _, _ in some]
+        filled: list[int] = []
+        try:
+            with self._guard.lease_many(keys, lookup=ELSEWHERE) as hits:
+                for at, (_, first, blocks) in enumerate(some):
+                    hit = hits[at]
+                    if hit is not None and self._buffers.fill(blocks, hit.tensors, self._chunk_blocks, first):
+                        filled += blocks
+                    del hit
+        except KvstoreError as error:  # a block was used again while it was read
+            logger.debug("a lease failed: %s", error)
+            return []
+        return filled
 
     def _chunk_nbytes(self) -> int:
         return max(1, self._buffers.block_nbytes() * self._chunk_blocks)

@@ -10,12 +10,14 @@ A few tensors, and not one a layer, since each tensor costs a call as much as so
 shapes or types have a set of tensors each, numbered: `k.0`, `k.1`. The names say what is K and what is V: codecs below
 the hot tier go by them. Moved as they are, bit for bit; floats of 8 bits travel as bytes.
 
-Blocks that lie in a few runs are written by one call for all layers: a thread beside the engine's steps that made a
-call a layer would wait for the interpreter's lock after each. Buffers in CPU memory are read by numpy, which takes a
-quarter of torch's time for a call.
+Buffers in CPU memory whose layers lie at equal distances, as one allocation after the other does, are one strided array
+of numpy's for all layers: a chunk is one assignment for each of its tensors, before a step or beside it. Other blocks
+that lie in a few runs are written by one call for all layers: a thread beside the engine's steps that made a call a
+layer would wait for the interpreter's lock after each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ _APART_DIM = 5
 """(blocks, 2, tokens, heads, head_dim)."""
 _RUNS_MAX = 4
 """Runs of places that are written by slices; more are written by their numbers."""
+_STRIPE_LAYERS = 4
+"""Layers that a strided array has at least, on average. By their names 2 comes after 19, so 32 layers are 7 arrays."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,6 +49,7 @@ class _Kind:
         self.arrays: list[Any] = []
         if first.device.type == "cpu" and all(layer.is_contiguous() for layer in layers):
             self.arrays = [_array(layer) for layer in self.layers]
+        self._stripes = _stripes(self.arrays)
         self._targets = [
             self.layers if len(self.names) == 1 else [layer[:, i] for layer in self.layers]
             for i in range(len(self.names))
@@ -55,6 +60,12 @@ class _Kind:
         """(layers, blocks, ...), in CPU memory. Waits for the device."""
         shape = (len(self.layers), len(blocks), *self.layers[0].shape[1:])
         whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+        runs = list(_runs(blocks))
+        if self._stripes and len(runs) <= _RUNS_MAX:
+            into = _array(whole)
+            for (lo, hi, stripe), (start, end) in product(self._stripes, runs):
+                into[lo:hi, start:end] = stripe[:, blocks[start] : blocks[start] + end - start]
+            return whole
         if self.arrays:
             at = np.array(blocks)
             for out, array in zip(_array(whole), self.arrays, strict=True):
@@ -77,6 +88,9 @@ class _Kind:
 
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int) -> None:
         """See `PagedBuffers.fill`; the tensors are such a chunk's."""
+        if self._stripes:
+            self._fill_stripes(blocks, tensors, of, first)
+            return
         runs = list(_runs(blocks))
         places: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
@@ -94,6 +108,19 @@ class _Kind:
                 values += whole[:, start:end].unbind(0)
         if places:
             torch._foreach_copy_(places, values)
+
+    def _fill_stripes(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int) -> None:
+        runs = list(_runs(blocks))
+        at = np.array(blocks) if len(runs) > _RUNS_MAX else None
+        for i, name in enumerate(self.names):
+            found = _array(tensors[name]).reshape(len(self.layers), of, *self.block_shape)[:, first:]
+            for lo, hi, stripe in self._stripes:
+                into = stripe if len(self.names) == 1 else stripe[:, :, i]
+                if at is not None:
+                    into[:, at] = found[lo:hi, : len(blocks)]
+                    continue
+                for start, end in runs:
+                    into[:, blocks[start] : blocks[start] + end - start] = found[lo:hi, start:end]
 
 
 class PagedBuffers:
@@ -140,6 +167,26 @@ class PagedBuffers:
 def _array(tensor: torch.Tensor) -> Any:
     """A numpy view of its bytes, as integers: numpy knows no bfloat16."""
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
+
+
+def _stripes(arrays: Sequence[Any]) -> list[tuple[int, int, Any]]:
+    """(first layer, one behind the last, all of them as one array) of layers at equal distances; [] where few are.
+
+    An array of a stripe keeps the memory of its first layer only: who has it keeps the layers.
+    """
+    places = [array.ctypes.data for array in arrays]
+    found: list[tuple[int, int, Any]] = []
+    lo = 0
+    while lo < len(places):
+        hi = min(lo + 2, len(places))
+        step = places[hi - 1] - places[lo]
+        while hi < len(places) and places[hi] - places[hi - 1] == step:
+            hi += 1
+        one = arrays[lo]
+        shape, strides = (hi - lo, *one.shape), (step, *one.strides)
+        found.append((lo, hi, np.lib.stride_tricks.as_strided(one, shape, strides)))
+        lo = hi
+    return found if len(found) * _STRIPE_LAYERS <= len(places) else []
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:

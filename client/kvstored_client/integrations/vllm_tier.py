@@ -158,12 +158,10 @@ class KvstoredTier(SecondaryTierManager):
     def _store(self, job: TransferJob) -> JobResult:
         keys = [self._key(key) for key in job.keys]
         held = self._guard.locate(keys)
-        entries = [
-            # Copies: a put given up at its deadline may still be reading when vLLM reuses the slot.
-            (key, {"chunk": self._slots[int(slot)].clone()})
-            for key, slot, at in zip(keys, job.chunk_ids, held, strict=True)
-            if at is None
-        ]
+        missing = [(key, int(slot)) for key, slot, at in zip(keys, job.chunk_ids, held, strict=True) if at is None]
+        # Copies: a put given up at its deadline may still be reading when vLLM reuses the slot.
+        chunks = self._guard.copies([self._slots[slot] for _, slot in missing]) if missing else []
+        entries = [(key, {"chunk": chunk}) for (key, _), chunk in zip(missing, chunks, strict=True)]
         stored = self._guard.put_many(entries, fidelity="exact") if entries else 0
         done = stored == len(entries)
         if done:
@@ -174,19 +172,17 @@ class KvstoredTier(SecondaryTierManager):
         return JobResult(job.job_id, success=done, transfer_bytes=stored * self._block_size_bytes)
 
     def _load(self, job: TransferJob) -> JobResult:
-        good = []
         keys = list(job.keys)
-        hits = self._guard.get_many([self._key(key) for key in keys], lookup=ELSEWHERE)
-        for key, slot, hit in zip(keys, job.chunk_ids, hits, strict=True):
-            chunk = None if hit is None else hit.tensors.get("chunk")
-            target = self._slots[int(slot)]
-            if chunk is not None and chunk.shape == target.shape and chunk.dtype == target.dtype:
-                target.copy_(chunk)
-                good.append(key)
-            else:
-                with self._lock:
-                    self._learn(self._key(key), held=False)
-                    self._tell([key], removed=True)
+        filled: list[bool] = []
+        with self._guard.lease_many([self._key(key) for key in keys], lookup=ELSEWHERE) as hits:
+            for slot, hit in zip(job.chunk_ids, hits, strict=True):
+                filled.append(hit is not None and _fills(hit.tensors.get("chunk"), self._slots[int(slot)]))
+                del hit
+        good = [key for key, done in zip(keys, filled, strict=True) if done]
+        with self._lock:
+            for key in (key for key, done in zip(keys, filled, strict=True) if not done):
+                self._learn(self._key(key), held=False)
+                self._tell([key], removed=True)
         return JobResult(
             job.job_id, success=len(good) == len(keys), successful_keys=good,
             transfer_bytes=len(good) * self._block_size_bytes,
@@ -256,6 +252,14 @@ class KvstoredTier(SecondaryTierManager):
 
     def _key(self, key: OffloadKey) -> bytes:
         return hashlib.sha256(self._root + bytes(key)).digest()
+
+
+def _fills(chunk: Any, target: torch.Tensor) -> bool:
+    """Copy a chunk to its slot. False: it is none of this size."""
+    if chunk is None or chunk.shape != target.shape or chunk.dtype != target.dtype:
+        return False
+    target.copy_(chunk)
+    return True
 
 
 def _identity(spec: Any, settings: dict[str, Any]) -> bytes:

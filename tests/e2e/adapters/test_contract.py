@@ -46,6 +46,34 @@ def test_what_is_gone_is_a_miss_and_the_others_are_not(make: Make, store: Store)
         assert page is None or torch.equal(page, given[name])
 
 
+ONE_COPY = ("SGLang", "SGLangV1", "SGLangV2", "LMCacheL2", "VLLMTier")
+"""Adapters of engines that keep their own pages in host memory: each byte is copied once a way."""
+
+
+def test_pages_lie_in_the_memory_shared_with_the_daemon_from_their_only_copy_on(
+    make: Make, daemon: DaemonProcess
+) -> None:
+    """What a client copies itself, into shared memory or out of it, would be a second copy."""
+    client = daemon.client()
+    handle, given = make(client, **PATIENT), pages()
+    if type(handle).__name__ not in ONE_COPY:
+        pytest.skip("puts what it has gathered elsewhere")
+    assert client._pool is not None
+    copied: list[int] = []
+    copy = client._pool.copier.copy
+
+    def counting(target: Any, source: Any) -> None:
+        copied.append(source.size)
+        copy(target, source)
+
+    client._pool.copier.copy = counting  # type: ignore[method-assign]
+    assert handle.keep(given)
+    for page, got in zip(given.values(), handle.restore(list(given)), strict=True):
+        assert got is not None and torch.equal(got, page)
+    assert sum(n >= PAGE for n in copied) == 0
+    client.close()
+
+
 def test_keeping_twice_changes_nothing(make: Make, store: Store) -> None:
     given = pages()
     handle = make(store, **PATIENT)

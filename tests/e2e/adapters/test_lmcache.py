@@ -1,5 +1,6 @@
 """LMCache's own tools over both plug-ins, and the serde."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -91,6 +92,37 @@ extra_config:
     # A put that nobody takes passes: it may not raise, and it tells nobody.
     assert (absent, put) == ("3", "3")
     assert (exists, content) == (("3", "3") if up else ("0", "0"))
+
+
+def test_what_a_request_wishes_for_its_chunks_is_heard(store: Store) -> None:
+    """All but a pin, which anybody could write; a wish that cannot be is left out, and the chunk is kept."""
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.protocol import init_remote_metadata_info
+
+    from kvstored_client.integrations.guard import Guard
+    from kvstored_client.integrations.lmcache import KvstoredConnector
+
+    init_remote_metadata_info(1)
+    made = KvstoredConnector.__new__(KvstoredConnector)  # without LMCache's engine, of which this needs nothing
+    made._guard, made._root = Guard(store, lookup_timeout_s=60, fetch_timeout_s=60), b"r" * 32
+
+    def put(number: int, **wishes: Any) -> None:
+        own = {f"kvstored.{name}": value for name, value in wishes.items()}
+        key = CacheEngineKey("m", 1, 0, number, torch.bfloat16, request_configs={"other": 1, **own})
+        page = conftest.LMCacheL2._object(torch.full((64,), number, dtype=torch.uint8))
+        page.meta.shapes, page.meta.dtypes = [page.meta.shape], [page.meta.dtype]
+        asyncio.run(made.put(key, page))
+
+    put(1, ttl_s=500, priority="low")
+    (entry,) = store.entries()
+    assert entry.ttl_left_s is not None and 400 < entry.ttl_left_s <= 500
+    put(2, no_store=True)
+    assert len(list(store.entries())) == 1
+    for number, wish in ((3, {"pin": True}), (4, {"ttl_s": "long"}), (5, {"colour": 1})):
+        put(number, **wish)
+    others = [each for each in store.entries() if each.key != entry.key]
+    assert len(others) == 3
+    assert all(not each.pinned and each.ttl_left_s is not None and each.ttl_left_s > 500 for each in others)
 
 
 @pytest.mark.parametrize("up", [True, False])

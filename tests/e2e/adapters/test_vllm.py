@@ -235,7 +235,7 @@ def test_a_step_reads_only_the_hashes_of_what_it_fills() -> None:
 
 def tracked_of(asked: Any) -> Any:
     from kvstored_client.integrations.vllm import _Tracked
-    from kvstored_client.integrations.vllm_wishes import Wishes
+    from kvstored_client.integrations.wishes import Wishes
 
     return _Tracked(asked, b"", Wishes())
 
@@ -281,7 +281,7 @@ def test_a_request_says_how_long_its_blocks_are_kept_or_that_they_are_not(
     "given", [None, 5, "ttl_s", {"ttl_s": True}, {"ttl_s": "1"}, {"ttl_s": float("nan")}, {1: 2}, {"pin": True}, [{}]]
 )
 def test_wishes_that_cannot_be_are_told_and_left_out(given: Any) -> None:
-    from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+    from kvstored_client.integrations.wishes import Wishes, wishes_of
 
     found = wishes_of(some(kv_transfer_params={"kvstored": given}), allow_pin=False)
     assert found == Wishes(complaint=found.complaint)
@@ -289,7 +289,7 @@ def test_wishes_that_cannot_be_are_told_and_left_out(given: Any) -> None:
 
 
 def test_wishes_come_from_an_orchestrator_s_hints_as_well() -> None:
-    from kvstored_client.integrations.vllm_wishes import Wishes, wishes_of
+    from kvstored_client.integrations.wishes import Wishes, wishes_of
 
     actions = [some(action_type="other", payload={"a": 1}), some(action_type="kvstored", payload={"ttl_s": 5})]
     asked = some(kv_transfer_params={"kvstored": {"no_store": True}}, kv_hints=some(actions=actions))
@@ -400,6 +400,32 @@ def test_blocks_come_to_their_places_however_these_lie(places: list[int], contig
     assert torch.equal(theirs["a"][places], layers["a"][:6])
     rest = [at for at in range(12) if at not in places]
     assert not theirs["a"][rest].any()
+
+
+@pytest.mark.parametrize("places", [[9, 3, 7, 1, 5, 11], [2, 3, 4, 8, 9, 10]], ids=["scattered", "in runs"])
+@pytest.mark.parametrize("shape", [(2, 4, 3, 16), (3, 4, 32)], ids=["apart", "packed"])
+def test_layers_at_equal_distances_are_moved_as_one_array(shape: tuple[int, ...], places: list[int]) -> None:
+    """Names sort 10 and 11 before 2: what is moved as one array is of three runs of layers."""
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_blocks import PagedBuffers
+
+    def buffers(whole: torch.Tensor) -> PagedBuffers:
+        found = PagedBuffers({f"layer.{i}": whole[i] for i in range(whole.shape[0])}, 16)
+        assert len(found._kinds[0]._stripes) == 3
+        return found
+
+    whole = torch.randn(12, 14, *shape).to(torch.bfloat16)
+    theirs = torch.zeros_like(whole)
+    mine, other = buffers(whole), buffers(theirs)
+    scattered = PagedBuffers({f"layer.{i}": whole[i].clone() for i in range(12)}, 16)
+    chunk = mine.entry(mine.gather([0, 1, 4, 5, 6, 12]))
+    for name, x in scattered.entry(scattered.gather([0, 1, 4, 5, 6, 12])).items():
+        assert torch.equal(chunk[name], x)
+    assert other.fill(places, chunk, 6)
+    assert torch.equal(theirs[:, places], whole[:, [0, 1, 4, 5, 6, 12]])
+    assert not theirs[:, [at for at in range(14) if at not in places]].any()
+    assert other.fill([13], chunk, 6, 2)
+    assert torch.equal(theirs[:, 13], whole[:, 4])
 
 
 def test_layers_of_several_shapes_are_tensors_of_their_own() -> None:

@@ -3,12 +3,17 @@
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from kvstore.errors import ConfigError, EntryTooLarge, InvalidEntry, PermissionDenied
+from kvstore.config import StoreConfig
+from kvstore.errors import ConfigError, EntryTooLarge, InvalidEntry, PermissionDenied, RecordCorrupt
+from kvstore.keys import Identity
+from kvstore.prefix import Namespace
 from kvstore.store import Store
 from kvstored_client.breaker import Breaker
 from kvstored_client.integrations.guard import Guard, guarded
@@ -151,3 +156,83 @@ def test_the_cache_s_own_errors_open_the_breaker_as_before() -> None:
 def test_a_deadline_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Guard(Scripted(lambda: None), **{name: 0.0})
+
+
+class Leasing:
+    """A cache whose leases say when they began and ended, and in which thread. gate: opened, they begin."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.ended = threading.Semaphore(0)
+        self.said: list[str] = []
+        self.end: Exception | None = None
+
+    @contextmanager
+    def lease_many(self, keys: list[bytes], **_: Any) -> Iterator[Iterator[str]]:
+        self.gate.wait(60)
+        self.said.append(f"began in {threading.current_thread().name}")
+        try:
+            yield iter([f"hit of {key.decode()}" for key in keys])
+        finally:
+            self.said.append(f"ended in {threading.current_thread().name}")
+            self.ended.release()
+        if self.end is not None:
+            raise self.end
+
+    def locate(self, keys: list[bytes]) -> list[None]:
+        return [None] * len(keys)
+
+
+def test_a_lease_begins_within_the_deadline_and_ends_where_it_is_read() -> None:
+    cache = Leasing()
+    cache.gate.set()
+    guard = Guard(cache)
+    with guard.lease_many([b"a", b"b"]) as hits:
+        assert hits == ["hit of a", "hit of b"]
+        assert cache.said == ["began in kvstored-guard"]
+    assert cache.said[1:] == [f"ended in {threading.current_thread().name}"]
+
+
+def test_a_lease_that_comes_too_late_is_a_miss_and_is_given_back() -> None:
+    cache = Leasing()
+    guard = Guard(cache, fetch_timeout_s=0.05)
+    with guard.lease_many([b"a", b"b"]) as hits:
+        assert hits == [None, None]
+    with guard.lease_many([b"a"], leading=True) as hits:
+        assert hits == []
+    cache.gate.set()
+    assert cache.ended.acquire(timeout=60)
+    assert cache.ended.acquire(timeout=60)
+    assert cache.said.count("ended in kvstored-guard") == 2
+
+
+def test_who_reads_a_lease_hears_that_it_ended_too_early() -> None:
+    cache = Leasing()
+    cache.gate.set()
+    cache.end = RecordCorrupt("used again")
+    with pytest.raises(RecordCorrupt), Guard(cache).lease_many([b"a"]):
+        pass
+
+
+def test_a_prefix_is_filled_out_of_the_cache_s_own_memory() -> None:
+    """No copy stands between: what is read lies where the store holds it."""
+    fields = {"model": "m", "revision": "r", "dtype": "float32", "layers": 2, "kv_heads": 3, "head_dim": 4}
+    store = Store.open(StoreConfig())
+    guard = Guard(store, lookup_timeout_s=60, fetch_timeout_s=60)
+    read: list[int] = []
+    fill = guard.fill
+    guard.fill = lambda pairs: (read.extend(x.data_ptr() for _, x in pairs), fill(pairs))[1]  # type: ignore[method-assign]
+    space = Namespace(guard, Identity(**fields, layout="lthd", fidelity="exact"), 4)  # type: ignore[arg-type]
+    k, v = torch.randn(2, 10, 3, 4), torch.randn(2, 10, 3, 4)
+    space.put_prefix(list(range(10)), k, v)
+    with store.lease(space.keys(list(range(10)))[0]) as hit:
+        assert hit is not None
+        held = hit.tensors["k"].data_ptr()
+    wide = [torch.full((2, 3, 12, 4), -1.0) for _ in range(2)]
+    assert space.fill_prefix([*range(10), 99], *(x.transpose(1, 2) for x in wide)) == 10
+    assert held in read
+    for x, due in zip(wide, (k, v), strict=True):
+        assert torch.equal(x[:, :, :10].transpose(1, 2), due)
+        assert (x[:, :, 10:] == -1).all()
+    assert space.fill_prefix([5, 6, 7], *(x.transpose(1, 2) for x in wide)) == 0
+    store.close()

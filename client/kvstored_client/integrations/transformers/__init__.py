@@ -24,7 +24,15 @@ from kvstore.keys import CHUNK_TOKENS
 from kvstored_client.integrations.guard import guarded
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.transformers import identity
-from kvstored_client.integrations.transformers.calls import Call, NotUnderstood, end_tokens, read_call
+from kvstored_client.integrations.transformers.attention import Restored
+from kvstored_client.integrations.transformers.calls import (
+    Call,
+    NotUnderstood,
+    check_last_token_only,
+    end_tokens,
+    read_call,
+)
+from kvstored_client.integrations.transformers.layer import ROOM_TOKENS
 from kvstored_client.integrations.transformers.profile import Profile, Profiles, Terms
 from kvstored_client.integrations.transformers.recurrent import BLIND, WholePrompt, with_prompt
 from kvstored_client.integrations.transformers.rows import Rows, grown, read_rows
@@ -156,12 +164,14 @@ class PrefixCache:
         self.usage.prompt_tokens += sum(len(tokens) for tokens in call.rows.tokens)
         if profile.attention is not None:
             began = time.perf_counter()
-            past = self._filled(profile, call.rows, DynamicCache)
-            spent_s, restored = time.perf_counter() - began, past.get_seq_length()
+            room_tokens = min(ROOM_TOKENS, call.settings.max_new_tokens or ROOM_TOKENS)
+            past, (restored, whole) = self._filled(profile, call.rows, DynamicCache, room_tokens)
+            spent_s = time.perf_counter() - began
             with passes_of(past) as passes:
                 out = self._generate(call.ids, **(call.options | {"past_key_values": past}))
             passes.append(time.perf_counter())
-            self._keep(profile, call, past, out)
+            if not (whole and past.get_seq_length() == call.rows.width):  # else there is nothing that is not held
+                self._keep(profile, call, past, out)
             self._count_saved(call, passes, restored, spent_s)
             return out
         state = self._advanced(profile, call)
@@ -179,7 +189,9 @@ class PrefixCache:
         profile, rows = self._profile(), read_rows(ids, mask)
         if profile is None or profile.attention is None or rows is None or not self._allows(profile, rows):
             return KvstoredCache(config=identity.text_config(self.model))
-        cache: KvstoredCache = self._filled(profile, rows, KvstoredCache)
+        filled, found = self._filled(profile, rows, KvstoredCache)
+        cache: KvstoredCache = filled
+        cache.restored = found.length
         cache.state = profile.digest
         return cache
 
@@ -218,13 +230,14 @@ class PrefixCache:
             return None
         try:
             engine = identity.engine_of(self.model)
-            kind, _ = identity.kind_of(engine)
             if engine is not self.model and "generation_config" in vars(self.model):
                 engine.generation_config = self.model.generation_config  # as PEFT's generate does
-            call = read_call(engine, args, options, last_token_only=kind in BLIND)
+            call = read_call(engine, args, options)
             profile = self._profile()
             if profile is None or not self._allows(profile, call.rows):
                 return None
+            if profile.kind in BLIND:
+                check_last_token_only(call)
         except NotUnderstood as why:
             self._say(str(why))
         except Exception as error:  # noqa: BLE001 - the boundary: what we cannot make out, the model gets as it came
@@ -255,20 +268,20 @@ class PrefixCache:
             return False
         return True
 
-    def _filled(self, profile: Profile, rows: Rows, cache_class: Any) -> Any:
-        """A cache with the longest prefix that is held."""
+    def _filled(
+        self, profile: Profile, rows: Rows, cache_class: Any, room_tokens: int = ROOM_TOKENS
+    ) -> tuple[Any, Restored]:
+        """A cache with the longest prefix that is held, and how much that is."""
         config = identity.text_config(self.model)
-        cache, restored = cache_class(config=config), 0
+        cache, restored = cache_class(config=config), Restored(0, whole=False)
         try:
             assert profile.attention is not None
-            restored = profile.attention.restore(rows, cache, self.model.device)
+            restored = profile.attention.restore(rows, cache, self.model.device, room_tokens)
         except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
             self._say(f"restoring failed, recomputing: {type(error).__name__}: {error}")
             cache = cache_class(config=config)
-        if isinstance(cache, KvstoredCache):
-            cache.restored = restored
-        self.usage.restored_tokens += sum(rows.own(i, restored) for i in range(len(rows.pads)))
-        return cache
+        self.usage.restored_tokens += sum(rows.own(i, restored.length) for i in range(len(rows.pads)))
+        return cache, restored
 
     def _count_saved(self, call: Call, passes: list[float], restored: int, spent_s: float) -> None:
         """Measure this call's prefill, or report what was saved of it. passes: when each began, and the end."""

@@ -5,18 +5,27 @@ is (layers, tokens, kv_heads, head_dim), in chunks. Where K and V differ in widt
 rotated part), both stand side by side in the store, cut in two halves of one width, of which it calls the first K.
 """
 
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from kvstore.hit import Hit
 from kvstore.keys import Identity
 from kvstore.lookup import ELSEWHERE
 from kvstore.prefix import Namespace
+from kvstored_client.device import Transfers
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
 from kvstored_client.integrations.transformers.probe import Shape
 from kvstored_client.integrations.transformers.rows import Rows
+
+
+class Restored(NamedTuple):
+    """length: padded positions that a cache was filled with. whole: of each row all is held, the last token too."""
+
+    length: int
+    whole: bool
 
 
 class Attention:
@@ -38,28 +47,37 @@ class Attention:
         return Namespace(cache, self._identity, self._chunk_tokens)
 
     @torch.no_grad()
-    def restore(self, rows: Rows, cache: Any, device: torch.device) -> int:
-        """Fill an empty cache with the longest prefix that all rows have. Returns its length in padded positions.
+    def restore(self, rows: Rows, cache: Any, device: torch.device, room_tokens: int = ROOM_TOKENS) -> "Restored":
+        """Fill an empty cache with the longest prefix that all rows have. room_tokens: for what will be added.
 
         Never the last token: a cache over the whole prompt leaves the model nothing to run, and the answer is wrong.
         """
-        found = [self._space.get_prefix_hits(tokens) for tokens in rows.tokens]
-        length = min(pad + n for pad, (n, _) in zip(rows.pads, found, strict=True))
-        length = min(length, rows.width - 1)
-        if length <= min(rows.pads):
-            return 0
-        shape, room = self._shape, length + ROOM_TOKENS
-        buffers = []
-        for name, dim in (("k", shape.k_dim), ("v", shape.v_dim)):
-            size = (shape.layers, len(rows.pads), shape.kv_heads, room, dim)
-            whole = torch.empty(size, dtype=shape.dtype, device=device)
-            for row, (_, hits) in enumerate(found):
-                # Padding is masked, but a NaN left in memory times zero would still be one.
-                whole[:, row, :, : rows.pads[row]] = 0
-                _fill(whole[:, row, :, :length], [self._of(hit, name) for hit in hits], rows.pads[row])
-            buffers.append(whole)
-        cache.layers = [RoomyLayer(k, v, length) for k, v in zip(*buffers, strict=True)]
-        return length
+        shape, room = self._shape, rows.width + room_tokens
+        size = (shape.layers, len(rows.pads), shape.kv_heads, room)
+        k, v = (_empty((*size, dim), shape.dtype, device) for dim in (shape.k_dim, shape.v_dim))
+        length, whole = rows.width - 1, True
+        for row, (tokens, pad) in enumerate(zip(rows.tokens, rows.pads, strict=True)):
+            n = self._fill(tokens, *(x[:, row, :, pad:].transpose(1, 2) for x in (k, v)))
+            length, whole = min(length, pad + n), whole and n == len(tokens)
+            if length <= min(rows.pads):
+                return Restored(0, whole=False)
+            # Padding is masked, but a NaN left in memory times zero would still be one.
+            k[:, row, :, :pad] = 0
+            v[:, row, :, :pad] = 0
+        cache.layers = [RoomyLayer(*each, length) for each in zip(k, v, strict=True)]
+        return Restored(length, whole)
+
+    def _fill(self, tokens: list[int], k: torch.Tensor, v: torch.Tensor) -> int:
+        """Fill (layers, positions, kv_heads, dim) from the front, right out of the store's memory. Returns how many."""
+        if self._shape.k_dim == self._shape.v_dim:
+            return self._space.fill_prefix(tokens, k, v)
+        size = (k.shape[0], len(tokens), k.shape[2], self._identity.head_dim)
+        halves = [torch.empty(size, dtype=k.dtype, device=k.device) for _ in range(2)]
+        n = self._space.fill_prefix(tokens, *halves)
+        both = torch.cat([x[:, :n] for x in halves], -1)
+        k_dim, v_dim = self._shape.k_dim, self._shape.v_dim
+        k[:, :n], v[:, :n] = both[..., :k_dim], both[..., k_dim : k_dim + v_dim]
+        return n
 
     def keep(self, prompt: Rows, whole: Rows, cache: Any, *, copy: bool = False) -> None:
         """Put what the cache holds of each row, later: the prompt as it was, and the prompt with its answer.
@@ -72,7 +90,18 @@ class Attention:
         if copy:
             layers = [(k.clone(), v.clone()) for k, v in layers]
         nbytes = sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in layers)
-        self._guard.later(lambda: self._put(prompt, whole, layers, length), nbytes)
+        computed = self._transfers().before({"k": k, "v": v} for k, v in layers)
+
+        def put() -> None:
+            if computed is not None:
+                computed()  # the writer's stream of a GPU waits for nobody
+            self._put(prompt, whole, layers, length)
+
+        self._guard.later(put, nbytes)
+
+    def _transfers(self) -> Transfers:
+        found = getattr(self._guard.cache, "transfers", None)
+        return found if isinstance(found, Transfers) else Transfers(None)
 
     @torch.no_grad()
     def _put(self, prompt: Rows, whole: Rows, layers: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
@@ -82,10 +111,9 @@ class Attention:
             n = min(len(prompt.tokens[row]), len(tokens))
             if _held(self._guard.cache, space, [tokens[:n], tokens]):
                 continue
-            k, v = self._halves(*(
-                torch.stack([layer[which][row, :, pad : pad + len(tokens)] for layer in layers]).transpose(1, 2)
-                for which in (0, 1)
-            ))  # fmt: skip
+            k, v = self._halves(
+                *(_on_host([layer[which][row, :, pad : pad + len(tokens)] for layer in layers]) for which in (0, 1))
+            )
             space.put_prefix(tokens[:n], k[:, :n], v[:, :n])
             if len(tokens) > n:
                 space.put_prefix(tokens, k, v)
@@ -98,15 +126,6 @@ class Attention:
         both = torch.nn.functional.pad(torch.cat([k, v], -1), (0, 2 * half - k.shape[-1] - v.shape[-1]))
         return both[..., :half], both[..., half:]
 
-    def _of(self, hit: Hit, name: str) -> torch.Tensor:
-        """One chunk's K or V, (layers, tokens, kv_heads, dim)."""
-        k_dim, v_dim = self._shape.k_dim, self._shape.v_dim
-        if k_dim == v_dim:
-            found: torch.Tensor = hit.tensors[name]
-            return found
-        both = torch.cat([hit.tensors["k"], hit.tensors["v"]], -1)
-        return both[..., :k_dim] if name == "k" else both[..., k_dim : k_dim + v_dim]
-
 
 def _held(cache: Any, space: Namespace, prefixes: list[list[int]]) -> bool:
     """Whether all chunks of these prefixes are held. Counts as use, as a put of them does."""
@@ -118,12 +137,22 @@ def _held(cache: Any, space: Namespace, prefixes: list[list[int]]) -> bool:
     return True
 
 
-def _fill(target: torch.Tensor, chunks: list[torch.Tensor], start: int) -> None:
-    """Copy chunks (layers, tokens, kv_heads, dim) into (layers, kv_heads, positions, dim) from a position."""
-    for piece in chunks:
-        chunk = piece.transpose(1, 2)
-        end = min(start + chunk.shape[2], target.shape[2])
-        if start >= end:
-            return
-        target[:, :, start:end] = chunk[:, :, : end - start]
-        start = end
+def _on_host(layers: list[torch.Tensor]) -> torch.Tensor:
+    """Layers (kv_heads, tokens, dim) as (layers, tokens, kv_heads, dim) in this machine's memory.
+
+    One after the other: on a GPU all at once would be a second copy of all keys and values there.
+    """
+    heads, tokens, dim = layers[0].shape
+    whole = _empty((len(layers), tokens, heads, dim), layers[0].dtype, torch.device("cpu"))
+    for to, layer in zip(whole, layers, strict=True):
+        to.copy_(layer.transpose(0, 1))
+    return whole
+
+
+def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory to fill. On the CPU of numpy's: it asks for huge pages, torch does not, and 60 MB in pages of 4 KiB take
+    8 ms to be touched for the first time, as long as they take to be copied.
+    """
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)

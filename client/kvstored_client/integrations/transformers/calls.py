@@ -77,11 +77,8 @@ class Call:
     settings: Any
 
 
-def read_call(model: Any, args: tuple[Any, ...], options: dict[str, Any], *, last_token_only: bool) -> Call:
-    """The call that these arguments make on a transformers model. Raises NotUnderstood.
-
-    last_token_only: `generate` will be given the prompt's last token alone, so settings that look at it are refused.
-    """
+def read_call(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Call:
+    """The call that these arguments make on a transformers model. Raises NotUnderstood."""
     given = by_name(args, options)
     named = {name: given[name] for name in _NAMES if given.get(name) is not None}
     for name, value in named.items():
@@ -89,12 +86,10 @@ def read_call(model: Any, args: tuple[Any, ...], options: dict[str, Any], *, las
             raise NotUnderstood(f"the argument {name} is set")
     keywords = {k: v for k, v in given.items() if k not in _NAMES and k not in _BESIDE}
     settings, rest = model._prepare_generation_config(named.get("generation_config"), **keywords)  # noqa: SLF001 - the only place where transformers says what a call comes to
-    _check_settings(settings, _LAST_TOKEN_ONLY if last_token_only else _UNDERSTOOD)
+    _check_settings(settings, _UNDERSTOOD)
     for name, value in rest.items():
         if value is not None and name not in _TO_FORWARD:
             raise NotUnderstood(f"the argument {name} is set")
-    if last_token_only:
-        _check_last_token_only(named, settings)
     ids = _ids(named, rest)
     rows = read_rows(ids, rest.get("attention_mask"))
     if rows is None:
@@ -134,11 +129,13 @@ def _check_settings(settings: Any, understood: frozenset[str]) -> None:
         raise NotUnderstood(f"the decoding mode is {mode}")
 
 
-def _check_last_token_only(named: dict[str, Any], settings: Any) -> None:
+def check_last_token_only(call: Call) -> None:
+    """Raises NotUnderstood for what looks at the prompt: this kind of model's `generate` is given its last token."""
+    _check_settings(call.settings, _LAST_TOKEN_ONLY)
     for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"):
-        if named.get(name):
+        if call.options.get(name):
             raise NotUnderstood(f"{name} sees the prompt, of which this kind of model is given the last token")
-    if settings.max_new_tokens is None:
+    if call.settings.max_new_tokens is None:
         raise NotUnderstood("max_new_tokens is not set, and this kind of model is given the last token only")
 
 

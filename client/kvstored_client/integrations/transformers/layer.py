@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 ROOM_TOKENS = 256
-"""Behind the restored tokens: an answer's usual length."""
+"""At most so many behind the restored ones: an answer's usual length. Of huge pages, room costs what tokens do."""
 
 
 class RoomyLayer(DynamicLayer):

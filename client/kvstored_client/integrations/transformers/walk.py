@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -227,7 +227,7 @@ class Walk:
 
 
 class _Module:
-    """What one module was like. Holds the module and its plain attributes, so that no id is given out again."""
+    """What one module was like. Holds the module and its attributes, which are compared by identity."""
 
     def __init__(self, module: Any, names: list[str]) -> None:
         values = vars(module)
@@ -237,10 +237,9 @@ class _Module:
         self._count = len(values)
         self._named = itemgetter(*_OF_EACH, *names)
         self._was = self._named(values)
-        self._ids = list(map(id, self._was))
         self._hooks = (values["_forward_hooks"], values["_forward_pre_hooks"])
         self._dicts = [values[kind] for kind in _OF_EACH[1:] if values[kind]]
-        self._held = [[(name, id(x)) for name, x in held.items()] for held in self._dicts]
+        self._held = [(list(held), list(held.values())) for held in self._dicts]
         self._rest = [values[kind] for kind in _OF_EACH[1:] if not values[kind]]
 
     def unchanged(self) -> bool:
@@ -249,7 +248,7 @@ class _Module:
         if len(values) != self._count or vars(self._module) is not values or type(self._module) is not self._class:
             return False
         try:
-            if list(map(id, self._named(values))) != self._ids:
+            if not all(map(is_, self._named(values), self._was)):
                 return False
         except KeyError:
             return False
@@ -257,8 +256,8 @@ class _Module:
             _check_hooks(self._module, self._class.__name__)
         if any(self._rest):
             return False
-        for held, was in zip(self._dicts, self._held, strict=True):
-            if [(name, id(x)) for name, x in held.items()] != was:
+        for held, (names, were) in zip(self._dicts, self._held, strict=True):
+            if list(held) != names or not all(map(is_, held.values(), were)):
                 return False
         return True
 

@@ -67,24 +67,51 @@ class Weights:
         self._records: dict[int, _Record] = {}
         self._turn: list[tuple[int, int]] = []
         self._at = 0
+        self._stamps: dict[int, tuple[Any, ...]] = {}
+        self._samples: _Samples | None = None
+        self._sampled: list[bytes] = []
 
     @torch.no_grad()
     def look(self, tensors: Named, *, read: bool = True) -> frozenset[int]:
         """The ids of those tensors that are new or may have changed since the last look. read: blocks in turn, too."""
         stamps = {key: _stamp(x) for key, x in tensors.items()}
+        samples: dict[int, bytes] | None = None
+        found: set[int] = set()
+        if not self._is_as_it_was(tensors, stamps):
+            found, samples = self._compared(tensors, stamps)
+        for key in self._read_in_turn(tensors) if read else ():
+            if samples is None:
+                samples = _sampled(tensors, {key: record.plan for key, record in self._records.items()})
+            self._records[key] = _record(tensors[key], stamps[key], samples[key])
+            found.add(key)
+        return frozenset(found)
+
+    def _is_as_it_was(self, tensors: Named, stamps: dict[int, tuple[Any, ...]]) -> bool:
+        """Whether these are the tensors of the last look, none of which may have changed: the usual case, and fast."""
+        if self._samples is None or stamps != self._stamps:
+            return False
+        if not all(self._records[key].tensor() is x for key, x in tensors.items()):
+            return False
+        return self._samples.read() == self._sampled
+
+    def _compared(self, tensors: Named, stamps: dict[int, tuple[Any, ...]]) -> tuple[set[int], dict[int, bytes]]:
+        """The ids of tensors that are new or may have changed, whose records are made anew, and all samples."""
+        self._samples = None
         new = {key for key, stamp in stamps.items() if not self._is_known(key, tensors[key], stamp)}
         plans = {key: _plan(x) if key in new else self._records[key].plan for key, x in tensors.items()}
-        samples = _samples(tensors, plans)
+        samples = _sampled(tensors, plans)
         found = new | {key for key in tensors.keys() - new if self._records[key].sample != samples[key]}
         if found or len(tensors) != len(self._records):
             kept = {key: record for key, record in self._records.items() if key in tensors}
             self._records = {**kept, **{key: _record(tensors[key], stamps[key], samples[key]) for key in found}}
             self._turn = [(key, i) for key, record in self._records.items() for i in range(len(record.blocks))]
             self._at = 0
-        for key in self._read_in_turn(tensors) if read else ():
-            self._records[key] = _record(tensors[key], stamps[key], samples[key])
-            found.add(key)
-        return frozenset(found)
+        if all(x.device.type == "cpu" for x in tensors.values()):
+            self._stamps, self._samples = stamps, _Samples(tensors, plans)
+            self._sampled = self._samples.read()
+            if self._samples.by_tensor(self._sampled) != samples:
+                self._samples = None  # written to just now: the next look compares each one
+        return found, samples
 
     @torch.no_grad()
     def content(self, key: int, tensor: torch.Tensor) -> str:
@@ -149,39 +176,49 @@ def _plan(tensor: torch.Tensor) -> Plan:
     return (span, 1) if span <= SMALL else (SAMPLES, (span - 1) // (SAMPLES - 1))
 
 
-def _samples(tensors: Named, plans: dict[int, Plan]) -> dict[int, bytes]:
+def _sampled(tensors: Named, plans: dict[int, Plan]) -> dict[int, bytes]:
     """For each tensor the bytes of all its elements, or of some."""
-    here = {key: x for key, x in tensors.items() if x.device.type == "cpu"}
-    return {
-        **_samples_here(here, plans),
-        **_samples_elsewhere({k: x for k, x in tensors.items() if k not in here}, plans),
-    }
+    here = _Samples({key: x for key, x in tensors.items() if x.device.type == "cpu"}, plans)
+    elsewhere = {key: x for key, x in tensors.items() if x.device.type != "cpu"}
+    return {**here.by_tensor(here.read()), **_samples_elsewhere(elsewhere, plans)}
 
 
-def _samples_here(tensors: Named, plans: dict[int, Plan]) -> dict[int, bytes]:
+class _Samples:
     """Of tensors in this machine's memory, by address: torch takes 10 us for each view and copy.
 
-    Each tensor is alive and at the address where `_plan` found that its storage holds all of it.
+    Read only while each tensor is alive and at the address where `_plan` found that its storage holds all of it.
     """
-    found: dict[int, bytes] = {}
-    sizes: dict[int, list[int]] = {}
-    for key, x in tensors.items():
-        count, step = plans[key]
-        if step == 1:
-            found[key] = ctypes.string_at(x.data_ptr(), count * x.element_size()) if count else b""
-        else:
-            sizes.setdefault(x.element_size(), []).append(key)
-    for nbytes, keys in sizes.items():
-        starts = np.array([tensors[key].data_ptr() for key in keys], np.int64)
-        steps = np.array([plans[key][1] * nbytes for key in keys], np.int64)
-        low = int(starts.min())
-        span = int((starts + steps * (SAMPLES - 1)).max()) + nbytes - low
-        memory = np.frombuffer(memoryview((ctypes.c_uint8 * span).from_address(low)), np.uint8)
-        places = (starts - low)[:, None] + steps[:, None] * np.arange(SAMPLES)
-        data = memory[places[:, :, None] + np.arange(nbytes)].tobytes()
-        length = SAMPLES * nbytes
-        found |= {key: data[i * length : (i + 1) * length] for i, key in enumerate(keys)}
-    return found
+
+    def __init__(self, tensors: Named, plans: dict[int, Plan]) -> None:
+        self._whole: dict[int, tuple[int, int]] = {}
+        self._some: list[tuple[list[int], int, Any, Any]] = []
+        sizes: dict[int, list[int]] = {}
+        for key, x in tensors.items():
+            count, step = plans[key]
+            if step == 1:
+                self._whole[key] = (x.data_ptr() if count else 0, count * x.element_size())
+            else:
+                sizes.setdefault(x.element_size(), []).append(key)
+        for nbytes, keys in sizes.items():
+            starts = np.array([tensors[key].data_ptr() for key in keys], np.int64)
+            steps = np.array([plans[key][1] * nbytes for key in keys], np.int64)
+            low = int(starts.min())
+            span = int((starts + steps * (SAMPLES - 1)).max()) + nbytes - low
+            memory = np.frombuffer(memoryview((ctypes.c_uint8 * span).from_address(low)), np.uint8)
+            places = (starts - low)[:, None] + steps[:, None] * np.arange(SAMPLES)
+            self._some.append((keys, SAMPLES * nbytes, memory, places[:, :, None] + np.arange(nbytes)))
+
+    def read(self) -> list[bytes]:
+        """Their bytes now: those that are read whole, then the others."""
+        whole = [ctypes.string_at(start, nbytes) if nbytes else b"" for start, nbytes in self._whole.values()]
+        return [*whole, *(memory[places].tobytes() for _, _, memory, places in self._some)]
+
+    def by_tensor(self, read: list[bytes]) -> dict[int, bytes]:
+        """What was read, for each tensor."""
+        found = dict(zip(self._whole, read, strict=False))
+        for (keys, length, _, _), data in zip(self._some, read[len(self._whole) :], strict=True):
+            found |= {key: data[i * length : (i + 1) * length] for i, key in enumerate(keys)}
+        return found
 
 
 def _samples_elsewhere(tensors: Named, plans: dict[int, Plan]) -> dict[int, bytes]:

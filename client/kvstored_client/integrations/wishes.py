@@ -1,12 +1,13 @@
-"""What a request of vLLM wishes for its blocks, in `kv_transfer_params` or as an action "kvstored" of `kv_hints`.
+"""What a request wishes for its blocks. vLLM's: in `kv_transfer_params` or as an action "kvstored" of `kv_hints`.
 
     kv_transfer_params={"kvstored": {"ttl_s": 600, "priority": "low", "no_store": true, "pin": true}}
 
-Whoever sends requests can write these, so `pin` is heard only where the connector's settings have `allow_pin`. Wishes
-that no store would accept are told in the log and left out; the request runs.
+LMCache's: the same names among `request_configs`, each behind "kvstored.". Whoever sends requests can write these, so
+`pin` is heard only where the connector's settings have `allow_pin`. Wishes that no store would accept are told in the
+log and left out; the request runs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +28,14 @@ class Wishes:
 
 
 def wishes_of(request: Any, *, allow_pin: bool) -> Wishes:
-    """Never raises: what a request says is its caller's, who may be anybody."""
+    """Those of a request of vLLM's."""
+    return wishes_in(_sources(request), allow_pin=allow_pin)
+
+
+def wishes_in(sources: Iterable[Any], *, allow_pin: bool) -> Wishes:
+    """Those of tables of wishes. Never raises: what a request says is its caller's, who may be anybody."""
     try:
-        given = {name: value for wish in _wishes(request) for name, value in wish}
+        given = {name: value for wish in _wishes(sources) for name, value in wish}
         if given.get("pin") and not allow_pin:
             raise InvalidEntry("requests may not pin here: allow_pin is not set")
         store = not given.pop("no_store", False)
@@ -39,9 +45,9 @@ def wishes_of(request: Any, *, allow_pin: bool) -> Wishes:
     return Wishes(store, given)
 
 
-def _wishes(request: Any) -> Iterator[list[tuple[str, Any]]]:
+def _wishes(sources: Iterable[Any]) -> Iterator[list[tuple[str, Any]]]:
     """The wishes of each source, names and types checked. Raises InvalidEntry."""
-    for source in _sources(request):
+    for source in sources:
         if not isinstance(source, Mapping):
             raise InvalidEntry(f"{NAME} must be a table of wishes, got {type(source).__name__}")
         for name, value in source.items():
