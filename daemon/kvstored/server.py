@@ -42,8 +42,8 @@ from kvstored.calls.fair_threads import FairThreads
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.admin_service import AdminService
 from kvstored.doors.cache_service import CacheService
-from kvstored.doors.lease_connection import Shared
 from kvstored.doors.lease_server import LeaseServer
+from kvstored.doors.lease_shared import Shared
 from kvstored.doors.lending import Lending
 from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
@@ -279,7 +279,7 @@ class Daemon:
             self._access.refuse_user,
             SegmentOwners(),
             threading.Semaphore(settings.threads),
-            self._shares.seen,
+            self._shares,
         )
         self._leases: list[LeaseServer] = []
         self._bound: list[str] = []

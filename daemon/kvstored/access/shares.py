@@ -6,12 +6,12 @@ several times in each of its own calls. So what a caller's calls cost is taken f
 a call whose caller's bucket is empty begins once it is not: later calls of the same caller after it. A caller that is
 alone never waits. What waits takes a place of its caller's (`admission`), and no thread.
 
-Knows no gRPC. `turn` runs on the event loop, `seen` and `spent` on any thread.
+Knows no gRPC. `turn` runs on the event loop, everything else on any thread.
 """
 
 import asyncio
+import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 CONTENDED_S = 1.0
@@ -26,7 +26,6 @@ BYTE_S = 1e-9
 """Of the event loop for a byte of a request, which is copied twice."""
 DELAY_MAX_S = 1.0
 """No call waits longer than this: its caller has a deadline."""
-HEARD_MAX = 4096
 
 
 class Shares:
@@ -39,8 +38,8 @@ class Shares:
     ) -> None:
         self._clock = clock
         self._sleep = sleep
+        self._lock = threading.Lock()
         self._seen: dict[str, float] = {}
-        self._heard: deque[tuple[str, float]] = deque(maxlen=HEARD_MAX)
         self._free_at: dict[str, float] = {}
         """When a caller's bucket will have been refilled, less `BURST_S`."""
         self._swept_at = clock()
@@ -48,30 +47,28 @@ class Shares:
         """Calls that have waited."""
 
     def seen(self, caller: str) -> None:
-        """A caller is active, through a door that this does not delay."""
+        """A caller is active."""
         self._seen[caller] = self._clock()
-
-    def spent(self, caller: str, seconds: float) -> None:
-        """A caller's call took so much time of the interpreter beside the event loop's."""
-        self._heard.append((caller, seconds))
 
     async def turn(self, caller: str, nbytes: int = 0) -> None:
         """Wait until a caller's call, of a request of so many bytes, may begin."""
-        now = self._clock()
-        self._seen[caller] = now
-        self._sweep(now)
-        while self._heard:
-            self._take(*self._heard.popleft(), now)
-        begin = self._free_at.get(caller, now)
-        self._take(caller, CALL_S + nbytes * BYTE_S, now)
-        delay_s = min(begin - now, DELAY_MAX_S)
-        if len(self._seen) > 1 and delay_s > 0:
-            self.delayed += 1
+        delay_s = self.charge(caller, CALL_S + nbytes * BYTE_S)
+        if delay_s:
             await self._sleep(delay_s)
 
-    def _take(self, caller: str, seconds: float, now: float) -> None:
-        free_at = max(self._free_at.get(caller, 0.0), now - BURST_S / SHARE) + seconds / SHARE
-        self._free_at[caller] = min(free_at, now + DELAY_MAX_S)
+    def charge(self, caller: str, seconds: float) -> float:
+        """A caller takes so much of the interpreter's time. Returns the seconds that it has to wait first, or after."""
+        now = self._clock()
+        with self._lock:
+            self._sweep(now)
+            self._seen[caller] = now
+            begin = self._free_at.get(caller, 0.0)
+            free_at = max(begin, now - BURST_S / SHARE) + seconds / SHARE
+            self._free_at[caller] = min(free_at, now + DELAY_MAX_S)
+            if begin <= now or len(self._seen) < 2:
+                return 0.0
+            self.delayed += 1
+            return begin - now
 
     def _sweep(self, now: float) -> None:
         """Forget who is not active any more."""

@@ -51,7 +51,7 @@ READ_AT_ONCE_NBYTES = 8 << 10
 R = TypeVar("R")
 
 
-def _charged(spent: Callable[[float], None], work: Callable[..., R], *args: Any) -> R:
+def _charged(spent: Callable[[float], object], work: Callable[..., R], *args: Any) -> R:
     """Do work that keeps the interpreter busy, and tell what it took of a processor."""
     began = time.thread_time()
     try:
@@ -230,7 +230,7 @@ class CacheService(Service):
 
     async def _run_charged(self, work: Callable[..., R], *args: Any) -> R:
         """As `_run`, for work in Python: what it takes is the caller's (`access.shares`)."""
-        return await self._run(_charged, partial(self._shares.spent, CALLER.get().account), work, *args)
+        return await self._run(_charged, partial(self._shares.charge, CALLER.get().account), work, *args)
 
     @answering
     async def report(self, request: bytes, _: Context) -> bytes:

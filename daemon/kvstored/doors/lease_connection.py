@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -27,22 +26,17 @@ from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.residency.read_path import NOTHING, Plan
-from kvstore.shm.arena import Arena, Place, Segment
+from kvstore.shm.arena import Place, Segment
 from kvstore.shm.layout import layout
-from kvstore.store import Store
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
-from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access, Records
-from kvstored.access.segment_owners import SegmentOwners
-from kvstored.access.tenant_view import TenantViews
-from kvstored.access.tokens import Identity
-from kvstored.calls.budget import Budget
+from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_header, on_device
 from kvstored.calls.puts import Incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
-from kvstored.doors.busy_wait import Callers, Waiting
+from kvstored.doors.busy_wait import Waiting
 from kvstored.doors.lease_packets import (
     NUMBER_NBYTES,
     NUMBER_TAG,
@@ -53,7 +47,7 @@ from kvstored.doors.lease_packets import (
     numbered,
     refusal,
 )
-from kvstored.doors.lending import Lending
+from kvstored.doors.lease_shared import Shared
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import read_lookup
 from kvstored_client.wire.trust import peer_uid
@@ -71,6 +65,10 @@ VERBS = {
     "pin": "Cache/Pin",
 }
 """Fields of a LeaseCall, and the method each of them is: rights are the method's."""
+_CHARGED = frozenset(VERBS) - {"get", "put"}
+"""Verbs that may name thousands of keys and write a line a call; gets and puts are bytes, copied beside others."""
+LEASE_CALL_S = 0.00005
+"""Of the interpreter for a call, beside its verb."""
 _LEASE = "Lease/"
 _MORE = "ABORTED"
 """The status of a call that the client is to repeat; no error of the engine's has it."""
@@ -81,47 +79,6 @@ _GIVEN = struct.Struct("<BQBdBQ")
 _LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
 
 _KEPT_REPLY, _SEGMENT, _SERIALIZED = attrgetter("kept_reply"), attrgetter("segment"), attrgetter("serialized")
-
-
-@dataclass
-class Shared:
-    """What every connection works on. budget: entries on their way; lending: what connections hold."""
-
-    store: Store
-    arena: Arena
-    budget: Budget
-    lending: Lending
-    verbs: Verbs
-    lease_max_s: float
-    records: Records
-    views: TenantViews
-    identify: Callable[[int], Identity | None]
-    refuse: Callable[[int], None]
-    """Write down that a user was refused."""
-    owners: SegmentOwners
-    reads: threading.Semaphore
-    """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""
-    seen: Callable[[str], None]
-    """Told of each call's caller."""
-    connections: set["Connection"] = field(default_factory=set)
-    callers: Callers = field(default_factory=Callers)
-    aged: int = 0
-    accept_failures: int = 0
-    refused: dict[str, int] = field(default_factory=lambda: {"full": 0, "no_entry": 0})
-
-    def gauges(self) -> dict[str, float]:
-        """For the statistics."""
-        connections = self.connections.copy()
-        return {
-            "leases": sum(connection.leases for connection in connections),
-            "lease_connections": len(connections),
-            "leases_aged": self.aged,
-            "leased_entries": sum(connection.held for connection in connections),
-            "ingest_nbytes": self.lending.ingest.used_nbytes,
-            "ingest_hangups": self.lending.hangups,
-            "lease_accept_failures": self.accept_failures,
-            **{f"lease_connections_refused_{reason}": count for reason, count in self.refused.items()},
-        }
 
 
 class Connection:
@@ -152,6 +109,7 @@ class Connection:
         self._fds: dict[Segment, int] = {}
         self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
+        self._wait_s = 0.0
         self._room = partial(shared.arena.empty, owner=self._owner)
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._serialized_always = always.SerializeToString()
@@ -174,6 +132,9 @@ class Connection:
                     if self._arriving:
                         self._copy_arriving()
                     self._shared.store.settle()
+                if self._wait_s:
+                    self._wait_s, wait_s = 0.0, self._wait_s
+                    time.sleep(wait_s)
         except OSError as error:
             logger.debug("lease connection ended error=%s", error)
         finally:
@@ -226,7 +187,6 @@ class Connection:
         began = time.perf_counter()
         if not self.is_current():
             raise Revoked(f"user {self.uid} is no longer {self._identity.name}")
-        self._shared.seen(self._identity.account)
         try:
             call = pb.LeaseCall.FromString(packet)
         except DecodeError as error:
@@ -237,7 +197,7 @@ class Connection:
             if not call.ingest_nbytes and not any(map(call.HasField, VERBS)):
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
-        code, reply = self._outcome(verb, call)
+        code, reply = self._charged(verb, call)
         observe = self._observers.get(verb) if code == "OK" else None
         if observe is not None:
             observe(time.perf_counter() - began)
@@ -258,6 +218,18 @@ class Connection:
         self._handed.difference_update(self._fds)
         self._fds.clear()
         return numbered(reply, call.number)
+
+    def _charged(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
+        """The outcome; of a verb in Python also how long its caller's next call has to wait (`access.shares`)."""
+        if verb not in _CHARGED:
+            self._shared.shares.seen(self._identity.account)
+            return self._outcome(verb, call)
+        began = time.thread_time()
+        try:
+            return self._outcome(verb, call)
+        finally:
+            spent_s = LEASE_CALL_S + time.thread_time() - began
+            self._wait_s = self._shared.shares.charge(self._identity.account, spent_s)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""

@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvstored.access.refusals import Pace
-from kvstored.doors.lease_connection import PACKET_MAX_NBYTES, SEND_TIMEOUT_S, Connection, Shared
+from kvstored.doors.lease_connection import PACKET_MAX_NBYTES, SEND_TIMEOUT_S, Connection
+from kvstored.doors.lease_shared import Shared
 from kvstored_client.wire.trust import peer_uid
 
 logger = logging.getLogger(__name__)

@@ -71,7 +71,7 @@ def test_large_requests_and_long_work_cost_more(shares, time, of_the_loop):
         shares.seen("b")
         begin(shares, "a", 1, nbytes if of_the_loop else 0)
         if not of_the_loop:
-            shares.spent("a", nbytes * BYTE_S)
+            shares.charge("a", nbytes * BYTE_S)
     assert time.now - began >= ((calls - 1) * (CALL_S + nbytes * BYTE_S) - BURST_S) / SHARE
 
 
@@ -87,7 +87,7 @@ def test_a_caller_waits_no_longer_once_the_other_is_gone(shares, time):
 def test_no_call_waits_longer_than_the_limit(shares, time):
     shares.seen("b")
     for _ in range(100):
-        shares.spent("a", 1.0)
+        shares.charge("a", 1.0)
     begin(shares, "a", 3)
     assert max(time.slept) <= DELAY_MAX_S
 
