@@ -20,10 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from kvstore.codecs import nf4, nf4_kv
+from kvstore import kernels
+from kvstore.codecs import nf4, nf4_kv, nf4_kv2, receipt
 from kvstore.codecs.nf4 import NF4
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.codecs.nf4_kv2 import NF4KV2
 from kvstore.kernels import reference
+from kvstore.kernels.cpu import ISAS, CpuKernel
 
 MIB = 1 << 20
 ROUNDS = 11
@@ -73,14 +76,15 @@ def cases(nbytes: int, dtype: torch.dtype, *, rivals: bool) -> Iterator[tuple[st
     import bitsandbytes.functional as bnb
 
     n = nbytes // dtype.itemsize
-    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype).view(8, -1, 8, 64)
+    x = keys(n).to(dtype)
     out, copy = torch.empty_like(x), torch.empty_like(x)
     packed, state = bnb.quantize_4bit(x if rivals else x[:1], quant_type="nf4", compress_statistics=True)
     common: Contenders = {"memcpy": lambda: copy.copy_(x)}
     write: Contenders = {"write": out.zero_}
     bnb_encode: Contenders = {"bitsandbytes": lambda: bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)}
     bnb_decode: Contenders = {"bitsandbytes": lambda: bnb.dequantize_4bit(packed, state)}
-    for codec, name in ((NF4(), "k"), (NF4KV(), "k"), (NF4KV(), "v")):
+    for codec, name in ((NF4(), "k"), (NF4KV(), "k"), (NF4KV(), "v"), (NF4KV2(), "k"), (NF4KV2(), "v")):
+        rivals = rivals and codec.name != "nf4-kv2"  # plain torch takes a minute for means that turn
         label = f"{codec.name}" if codec.name == "nf4" else f"{codec.name}:{name}"
         encode = _encoder(codec, name, x)
         encoded = codec.encode(name, x)
@@ -89,6 +93,14 @@ def cases(nbytes: int, dtype: torch.dtype, *, rivals: bool) -> Iterator[tuple[st
         slow_decode = {**bnb_decode, "torch": without_kernel(decode)} if rivals else {}
         yield f"{label}.encode", {"codec": encode, **common, **slow_encode}
         yield f"{label}.decode", {"codec": decode, **common, **write, **slow_decode}
+
+
+def keys(n: int) -> torch.Tensor:
+    """N values of (layers, 256, 8, 64) with a bias that RoPE turns, as keys of Qwen2.5 have."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).view(-1, 256, 8, 64)
+    angle = torch.arange(256.0)[:, None] * 1e4 ** (-torch.arange(32.0) / 32)
+    x += torch.cat((8 * angle.cos(), 8 * angle.sin()), dim=-1)[:, None]
+    return x
 
 
 def _encoder(codec: Any, name: str, x: torch.Tensor) -> Callable[[], object]:
@@ -107,10 +119,14 @@ def rows(
     times: dict[str, dict[str, float]] = {}
     for name, contenders in cases(nbytes, dtype, rivals=rivals):
         times[name] = best_times(contenders, clock)
-    for verb in ("encode", "decode"):
-        k, v = times[f"nf4-kv:k.{verb}"], times[f"nf4-kv:v.{verb}"]
-        times[f"nf4-kv.{verb}"] = {who: (k[who] + v[who]) / 2 for who in k}
+    for codec, verb in ((codec, verb) for codec in ("nf4-kv", "nf4-kv2") for verb in ("encode", "decode")):
+        k, v = times[f"{codec}:k.{verb}"], times[f"{codec}:v.{verb}"]
+        times[f"{codec}.{verb}"] = {who: (k[who] + v[who]) / 2 for who in k}
+    for name in [name for name in times if name.startswith("nf4-kv2")]:
+        times[name]["nf4-kv"] = times[name.replace("nf4-kv2", "nf4-kv")]["codec"]
+    used = kernels.cpu_kernel(torch.empty(0))
     params = {"dtype": str(dtype).removeprefix("torch."), "nbytes": nbytes, "threads": threads}
+    params["isa"] = "none" if used is None else ISAS[used.isa]
     for name, by in times.items():
         own = by.pop("codec")
         ratios = {who: round(time_s / own, 3) for who, time_s in by.items()}
@@ -122,6 +138,17 @@ def rows(
                 yield {"name": who, "params": params, "value": value, "unit": "GB/s", "ratios": {}}
 
 
+def use_isa(name: str) -> None:
+    """All codecs by the kernel's code for one instruction set. SystemExit if this machine has it not."""
+    found: dict[str, CpuKernel] = {ISAS[kernel.isa]: kernel for kernel in kernels.kernels()}
+    if name not in found:
+        raise SystemExit(f"this machine and kernel have {', '.join(found) or 'no kernel'}, not {name}")
+    for module in (nf4, nf4_kv, nf4_kv2, receipt, kernels):
+        for attribute in ("cpu_kernel", "kv_kernel"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, lambda x: found[name] if x.device.type == "cpu" else None)
+
+
 def main() -> None:
     """Print a table, or one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,6 +158,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--alone", action="store_true", help="without bitsandbytes and plain torch, which take minutes")
+    parser.add_argument("--isa", choices=ISAS, help="this instruction set instead of the machine's best")
     parser.add_argument("--cpu-time", action="store_true", help="one thread's CPU time, for a machine that is not idle")
     args = parser.parse_args()
     clock = time.thread_time if args.cpu_time else time.perf_counter
@@ -138,6 +166,8 @@ def main() -> None:
         args.threads = [1]
     if args.quick:
         args.mib, args.threads, args.dtype = [16], [1], ["float32"]
+    if args.isa:
+        use_isa(args.isa)
     keep_freed_memory()
     reference.quantize(torch.randn(1 << 16))
     for mib in args.mib:

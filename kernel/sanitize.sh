@@ -19,4 +19,4 @@ cd "$root"
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
     PYTHONPATH="$work:$root:$root/daemon:$root/client" \
-    "$python" -m pytest -q -p no:cacheprovider -m "not slow" tests/kvstore/kernels/test_cpu.py tests/kvstore/codecs/test_nf4_kv.py tests/kvstore/codecs/test_nf4_kv2.py tests/kvstore/codecs/test_rans.py
+    "$python" -m pytest -q -p no:cacheprovider -m "not slow" tests/kvstore/kernels/test_cpu.py tests/kvstore/codecs/test_nf4_kv.py tests/kvstore/codecs/test_nf4_kv2.py tests/kvstore/codecs/test_rans.py tests/kvstore/codecs/test_fuzzed.py

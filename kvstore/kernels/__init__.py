@@ -6,6 +6,7 @@ speed, and a codec works without any kernel.
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -27,7 +28,10 @@ def best(found: Sequence[CpuKernel]) -> CpuKernel | None:
     return None
 
 
-_BEST = best(kernels())
+@cache
+def _best() -> CpuKernel | None:
+    """Tried when the first tensor comes, not at import: who only talks to a daemon pays nothing for it."""
+    return best(kernels())
 
 
 class KvKernel(Protocol):
@@ -83,7 +87,7 @@ class KvKernel(Protocol):
 
 def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
     """The compiled kernel, if it is installed, x is on the CPU, and the kernel passed its trial."""
-    return _BEST if x.device.type == "cpu" else None
+    return _best() if x.device.type == "cpu" else None
 
 
 def cuda_kernel(x: torch.Tensor) -> ModuleType | None:
