@@ -30,7 +30,7 @@ def best(found: Sequence[CpuKernel]) -> CpuKernel | None:
 
 @cache
 def _best() -> CpuKernel | None:
-    """Tried when the first tensor comes, not at import: who only talks to a daemon pays nothing for it."""
+    """Tried at a store's start or when the first tensor comes, not at import: most clients need none."""
     return best(kernels())
 
 
@@ -88,6 +88,11 @@ class KvKernel(Protocol):
 def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
     """The compiled kernel, if it is installed, x is on the CPU, and the kernel passed its trial."""
     return _best() if x.device.type == "cpu" else None
+
+
+def make_ready() -> None:
+    """Try the kernel now. Later a process may be out of descriptors, and a put must not end with that."""
+    _best()
 
 
 def cuda_kernel(x: torch.Tensor) -> ModuleType | None:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from kvstore import kernels
 from kvstore.arrays import CheckedSpecs
 from kvstore.codecs import decode_all, encode_entry
 from kvstore.codecs.choice import CodecChoice
@@ -84,6 +85,7 @@ class TensorTranscoder:
     def __init__(
         self, policies: CodecChoice, device: torch.device, residency: Residency, room: Room | None = None
     ) -> None:
+        kernels.make_ready()
         self._room = room
         self._policies = policies
         self._device = device

@@ -75,6 +75,9 @@ def test_an_answer_out_of_a_device_lies_in_memory_that_is_registered_with_it(dae
         seen.append([any(at <= x < at + n for at, n in driver.registered.items()) for x in (*to, *of)])
         plain(to, of, nbytes, stream, store=store)
 
+    with client.lease(b"k"):  # makes the memory that answers lie in, and has it registered in the background
+        pass
+    assert over_tcp.get(b"k") is not None
     daemon.arena._ahead.submit(int).result()  # what was to be registered is
     driver.copy = copy
     with client.lease(b"k") as hit:
