@@ -91,7 +91,7 @@ def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
 
 
 def make_ready() -> None:
-    """Try the kernel now. Later a process may be out of descriptors, and a put must not end with that."""
+    """Try the kernel now: a log says at the start if it is not used, and no put takes the time."""
     _best()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kvstore.residency.transcode
+from kvstore import kernels
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
@@ -560,3 +561,14 @@ def test_every_layout_of_keys_is_a_seventh_below_hot(shape: tuple[int, ...]) -> 
         assert hit is not None
         assert info.tier_nbytes[0] <= 4 * x.numel() / 6.8 + 2048
         assert (hit.tensors["k"] - x).norm() < 0.12 * x.norm()
+
+
+def test_the_kernel_is_tried_when_a_store_opens_and_not_by_its_first_put(monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernels, "best", tried.append)
+    kernels._best.cache_clear()
+    try:
+        Store.open(background=False).close()
+        assert len(tried) == 1
+    finally:
+        kernels._best.cache_clear()

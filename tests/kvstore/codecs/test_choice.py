@@ -175,21 +175,17 @@ def test_a_codec_that_is_named_finds_the_tokens_of_a_layer_as_auto_does(layout, 
 
 WITHOUT_FILES = """
 import resource, torch
-from importlib.util import find_spec
-from kvstore.codecs import codec_for, decode_tensor, encode_measured
-from kvstore.store import Store
 from kvstore import kernels
+from kvstore.codecs import codec_for, decode_tensor, encode_measured
 codec = codec_for(NAME)
 x = torch.randn(2, 66, 2, 32, generator=torch.Generator().manual_seed(0))
-there = find_spec("kvstored_kernel") is not None
-Store.open(background=False).close()
+kernels.cpu_kernel(x), kernels.kv_kernel(x)
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 try:
     open("/dev/null")
 except OSError:
     measured = encode_measured(codec, "k", x)
     assert decode_tensor(measured).shape == x.shape
-    assert (kernels.cpu_kernel(x) is not None) == there
     print("encoded")
 """
 
