@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kvstored.cli import doctor
 from kvstored.host.pressure import PressureValve
 from kvstored.server import arena_limit_nbytes
 from kvstored.settings import STAGING_NBYTES, ServerSettings, Settings
+from kvstored.telemetry.metrics import StoreCollector
 from tests.conftest import environment
 from tests.kvstored.inside import daemon_inside
 
@@ -255,3 +257,12 @@ def test_doctor_says_what_a_hot_tier_on_a_gpu_lacks(device, count, installed, co
     assert [finding.verdict for finding in found] == [state for state, _ in wanted]
     for finding, (_, text) in zip(found, wanted, strict=True):
         assert text in finding.what
+
+
+def test_what_the_device_holds_is_in_the_metrics(daemon):
+    daemon.client().put(b"k", {"x": bytes_of(1)})
+    found = {metric.name: metric for metric in StoreCollector(daemon.daemon.watch.snapshot).collect()}
+    value = {name: metric.samples[0].value for name, metric in found.items() if name.startswith("kvstored_device_")}
+    assert value == {"kvstored_device_bytes": ANY, "kvstored_device_used_bytes": MIB, "kvstored_device_failures": 0}
+    assert value["kvstored_device_bytes"] >= MIB
+    assert found["kvstored_other"].samples == []

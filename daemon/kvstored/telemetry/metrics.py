@@ -153,6 +153,14 @@ _EVENTS = (
 )  # fmt: skip
 """Only where server.events_endpoint is set."""
 
+_DEVICE = (
+    Family("kvstored_device_bytes", "gauge", "The GPU's memory that the hot tier has taken.", value="device_nbytes"),
+    Family("kvstored_device_used_bytes", "gauge", "Of it, in use by entries and views.", value="device_used_nbytes"),
+    Family("kvstored_device_failures_total", "counter", "Entries the GPU's codecs failed at, done by the CPU.",
+           value="device_failures"),
+)  # fmt: skip
+"""Only where store.hot.device is a GPU."""
+
 _ERRORS = Family("kvstored_relative_error", "histogram",
                  "Receipts of tensors encoded: |x - decoded| / |content| of the worst head.", "encoding")  # fmt: skip
 
@@ -203,7 +211,7 @@ _MEASURED = (
     Family("kvstored_other", "gauge", "A number of the store that has no metric of its own yet.", "name"),
 )  # fmt: skip
 
-FAMILIES = (*_TIER, *_STORE, *_SHARED, *_EVENTS, _ERRORS, *_DAEMON, *_MEASURED)
+FAMILIES = (*_TIER, *_STORE, *_SHARED, *_EVENTS, *_DEVICE, _ERRORS, *_DAEMON, *_MEASURED)
 
 DERIVED = frozenset({"hits", "misses", "hit_ratio", "token_hit_ratio", "evictions", "prefill_saved_s", "calls_refused"})
 """Sums over labels, quotients, and what `Meter` exports: no metric is made of them here."""
@@ -332,7 +340,8 @@ class StoreCollector(Collector):
         left = {n: value for n, value in stats.values.items() if n not in DERIVED and not n.startswith(ERRORS)}
         shared = _SHARED if any(name.startswith("shared_") for name in left) else ()
         events = _EVENTS if "block_events_published" in left else ()
-        for family in (*_STORE, *shared, *events, *_DAEMON):
+        device = _DEVICE if "device_nbytes" in left else ()
+        for family in (*_STORE, *shared, *events, *device, *_DAEMON):
             yield _family(family, _take(left, family.value))
         other = next(family for family in _MEASURED if family.name == "kvstored_other")
         yield _family(other, left)

@@ -114,8 +114,14 @@ def test_what_is_exported_is_what_the_table_says(busy, port):
     names = {name for name, _ in samples(port) if name.startswith("kvstored_")}
     known = {name if name in EXPORTED else suffix.sub("", name) for name in names if not name.endswith("_created")}
     assert known <= EXPORTED
-    # Those with a label appear with their first event, those of a shared store or of routers where there is one.
-    later = ("kvstored_tenant_", "kvstored_namespace_", "kvstored_shared_", "kvstored_block_events_")
+    # Those with a label appear with their first event, those of a shared store, routers or a GPU where there is one.
+    later = (
+        "kvstored_tenant_",
+        "kvstored_namespace_",
+        "kvstored_shared_",
+        "kvstored_block_events_",
+        "kvstored_device_",
+    )
     without = {name for name in EXPORTED - known if not name.startswith(later)}
     assert without <= {"kvstored_other", "kvstored_rpc_refused_total", "kvstored_calls_refused_total"}
 
