@@ -12,6 +12,7 @@ Thread-safe. Fork-safe: a child starts with threads of its own and without the p
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -61,7 +62,11 @@ class Guard:
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
         fetch_timeout_s: float = FETCH_TIMEOUT_S,
         waiting_max_nbytes: int = WAITING_MAX_NBYTES,
+        prefill_tokens_per_s: float = 0.0,
     ) -> None:
+        if not 0 <= prefill_tokens_per_s < math.inf:
+            raise ValueError(f"prefill_tokens_per_s must be 0 or more, got {prefill_tokens_per_s!r}")
+        self._prefill_tokens_per_s = prefill_tokens_per_s
         for name, value in (("lookup_timeout_s", lookup_timeout_s), ("fetch_timeout_s", fetch_timeout_s)):
             if not value > 0:
                 raise ValueError(f"{name} must be over 0, got {value!r}")
@@ -209,6 +214,14 @@ class Guard:
         """Where each key is held."""
         missing: list[Held | None] = [None] * len(keys)
         return self.call(lambda: list(self.cache.locate(keys, **said(lookup))), self.lookup_timeout_s, missing)
+
+    def restored(self, tokens: int, spent_s: float) -> None:
+        """Report what a restored prefix saved, where the operator has said how fast its engine prefills.
+
+        For engines whose storage sees no forward pass and so can time none. spent_s: what restoring took.
+        """
+        if self._prefill_tokens_per_s:
+            self.report(prefill_saved_s=tokens / self._prefill_tokens_per_s - spent_s)
 
     def report(self, *, prefill_saved_s: float) -> None:
         """Add seconds of prefill that hits made unnecessary to the cache's numbers, later."""

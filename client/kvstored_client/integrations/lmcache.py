@@ -24,6 +24,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -69,16 +70,18 @@ _HARMLESS = {
     "extra_config.kvstored.address": _PLACE,
     "extra_config.kvstored.lookup_timeout_s": "how long a call is waited for",
     "extra_config.kvstored.fetch_timeout_s": "how long a call is waited for",
+    "extra_config.kvstored.prefill_tokens_per_s": "what is reported",
 }
 """All that is not in the identity. A field that is not here is in it, those of other versions of LMCache included."""
 _NOT_THE_KEY = ("request_configs",)
 """Fields of a key that LMCache does not compare: its tags are a field of their own, the rest is for this request."""
 
 
-def _guard_of(params: dict[str, Any]) -> Guard:
-    """The guard that a configuration asks for. Raises TypeError for a setting that is none."""
+def _guard_of(params: dict[str, Any], **more: Any) -> Guard:
+    """The guard that a configuration asks for. more: further settings, with defaults. Raises TypeError for another."""
     known: dict[str, Any] = {
         "address": None, "lookup_timeout_s": LOOKUP_TIMEOUT_S, "fetch_timeout_s": FETCH_TIMEOUT_S, "namespace": "",
+        **more,
     }  # fmt: skip
     unknown = sorted(set(params) - set(known))
     if unknown:
@@ -88,6 +91,7 @@ def _guard_of(params: dict[str, Any]) -> Guard:
         found["address"],
         lookup_timeout_s=float(found["lookup_timeout_s"]),
         fetch_timeout_s=float(found["fetch_timeout_s"]),
+        prefill_tokens_per_s=float(found.get("prefill_tokens_per_s", 0.0)),
     )
 
 
@@ -289,7 +293,7 @@ class KvstoredConnector(RemoteConnector):
         super().__init__(context.config, context.metadata)
         extra = context.config.extra_config or {}
         own = {name[len("kvstored.") :]: value for name, value in extra.items() if name.startswith("kvstored.")}
-        self._guard = _guard_of(own)
+        self._guard = _guard_of(own, prefill_tokens_per_s=0.0)
         self._root: bytes | None = None
         try:
             whole = {"metadata": context.metadata, "config": context.config}
@@ -316,6 +320,7 @@ class KvstoredConnector(RemoteConnector):
         if self._root is None:
             return None
         made: list[Any] = []
+        began = time.perf_counter()
         try:
             with self._guard.lease_many([_key_of(self._root, key)], lookup=ELSEWHERE) as hits:
                 filled = hits[0] is not None and self._filled(hits[0].tensors, made)
@@ -326,6 +331,7 @@ class KvstoredConnector(RemoteConnector):
             for obj in made:
                 obj.ref_count_down()
             return None
+        self._guard.restored(self._chunk_tokens, time.perf_counter() - began)
         return made[0]
 
     def _filled(self, tensors: Any, made: list[Any]) -> bool:

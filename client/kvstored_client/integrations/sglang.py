@@ -14,6 +14,7 @@ Never raises on the data path: SGLang's controller threads take that for their e
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -46,6 +47,7 @@ _HARMLESS = {
     "extra_config.address": _PLACE,
     "extra_config.lookup_timeout_s": "how long a call is waited for",
     "extra_config.fetch_timeout_s": "how long a call is waited for",
+    "extra_config.prefill_tokens_per_s": "what is reported",
     "server.serving": "how requests come in and answers go out",
     "server.schedule": _SIZE,
     "server.observability": "what is reported",
@@ -100,6 +102,7 @@ class KvstoredHiCache(HiCacheStorage):
             extra.get("address"),
             lookup_timeout_s=float(extra.get("lookup_timeout_s", LOOKUP_TIMEOUT_S)),
             fetch_timeout_s=float(extra.get("fetch_timeout_s", FETCH_TIMEOUT_S)),
+            prefill_tokens_per_s=float(extra.get("prefill_tokens_per_s", 0.0)),
         )
         # "auto" lets pages become NF4 below hot; the default gives back every bit.
         self._fidelity: Fidelity = "auto" if extra.get("fidelity") == "auto" else "exact"
@@ -225,9 +228,13 @@ class KvstoredHiCache(HiCacheStorage):
 
     def _leading(self, keys: list[str]) -> int:
         """Leading KV pages held: the lookup of a prompt, as SGLang makes it."""
-        tokens = int(getattr(getattr(self, "mem_pool_host", None), "page_size", 0) or 0)
+        tokens = self._page_tokens()
         lookup = Lookup(len(keys), len(keys) * tokens, tokens)
         return int(self._guard.match(self._keys(_KV, keys), lookup=lookup))
+
+    def _page_tokens(self) -> int:
+        """Tokens of a KV page; 0 where SGLang has not said."""
+        return int(getattr(getattr(self, "mem_pool_host", None), "page_size", 0) or 0)
 
     def _fill(self, pool_name: str, pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         starts = _page_starts(pool, keys, host_indices)
@@ -258,11 +265,15 @@ class KvstoredHiCache(HiCacheStorage):
     def _read(self, pool_name: str, keys: list[str], use: Callable[[int, torch.Tensor], T]) -> list[T | None]:
         """What `use` makes of each page that is held, out of the store's own memory; it keeps none of it."""
         found: list[T | None] = []
+        began = time.perf_counter()
         with self._guard.lease_many(self._keys(pool_name, keys), lookup=ELSEWHERE) as hits:
             for at, hit in enumerate(hits):
                 page = None if hit is None else hit.tensors.get("page")
                 found.append(None if page is None else use(at, page))
                 del hit, page
+        if pool_name == _KV:
+            pages = sum(one is not None and one is not False for one in found)
+            self._guard.restored(pages * self._page_tokens(), time.perf_counter() - began)
         return found
 
     def _keep(self, pool_name: str, keys: list[str], values: Sequence[torch.Tensor]) -> list[bool]:

@@ -125,6 +125,37 @@ def test_what_a_request_wishes_for_its_chunks_is_heard(store: Store) -> None:
     assert all(not each.pinned and each.ttl_left_s is not None and each.ttl_left_s > 500 for each in others)
 
 
+def test_what_hits_save_is_reported_where_the_prefill_s_speed_was_said(store: Store) -> None:
+    """By the connector, which knows a chunk's tokens. The second level does not, and takes no such setting."""
+    from types import SimpleNamespace
+
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.protocol import init_remote_metadata_info
+
+    from kvstored_client.integrations.lmcache import KvstoredConnector, _guard_of
+
+    init_remote_metadata_info(1)
+    page = conftest.LMCacheL2._object(torch.full((64,), 7, dtype=torch.uint8))
+    page.meta.shapes, page.meta.dtypes = [page.meta.shape], [page.meta.dtype]
+    room = SimpleNamespace(allocate=lambda *_: conftest.LMCacheL2._object(torch.zeros(64, dtype=torch.uint8)))
+    for said, due_s in ({}, 0.0), ({"prefill_tokens_per_s": 2}, 128.0):
+        made = KvstoredConnector.__new__(KvstoredConnector)  # without LMCache's engine, of which this needs nothing
+        made._guard = _guard_of({"address": NOWHERE, **said}, prefill_tokens_per_s=0.0)
+        made._guard.cache = store
+        made._root, made._chunk_tokens, made._local = b"r" * 32, 256, room
+        key = CacheEngineKey("m", 1, 0, 5, torch.bfloat16)
+        asyncio.run(made.put(key, page))
+        before = store.stats().values["prefill_saved_s"]
+        assert asyncio.run(made.get(key)) is not None
+        assert asyncio.run(made.get(CacheEngineKey("m", 1, 0, 6, torch.bfloat16))) is None
+        assert made._guard.flush()
+        saved_s = store.stats().values["prefill_saved_s"] - before
+        assert due_s - 20 < saved_s <= due_s
+        assert (saved_s > 0) == bool(said)
+    with pytest.raises(TypeError, match="unknown setting 'prefill_tokens_per_s'"):
+        _guard_of(said)
+
+
 @pytest.mark.parametrize("up", [True, False])
 def test_bench_l2_verifies_every_byte_and_fails_where_it_must(up: bool, capsys: pytest.CaptureFixture[str]) -> None:
     words = [

@@ -61,6 +61,21 @@ def test_sglang_pools_shorten_the_prefix_by_their_policies(store: Store) -> None
     assert handle.backend.batch_exists_v2(names).kv_hit_pages == 5
 
 
+def test_what_hits_save_is_reported_where_the_prefill_s_speed_was_said(store: Store) -> None:
+    """Tokens over tokens a second; without the setting nothing is known, and nothing is reported."""
+    for said, due_s in ({}, 0.0), ({"prefill_tokens_per_s": 0.1}, 3 * conftest.HostPool.page_size / 0.1):
+        handle = conftest.SGLangV1({"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0, **said})
+        handle.guard.cache = store
+        names = ["a", "b", "c"]
+        assert handle.keep({name: torch.full((conftest.PAGE,), 7, dtype=torch.uint8) for name in names})
+        before = store.stats().values["prefill_saved_s"]
+        assert [page is not None for page in handle.restore([*names, "absent"])] == [True, True, True, False]
+        assert handle.guard.flush()
+        saved_s = store.stats().values["prefill_saved_s"] - before
+        assert due_s - 20.0 < saved_s <= due_s
+        assert (saved_s > 0) == bool(said)
+
+
 def published() -> Any:
     """SGLang's own resolved configuration of a server, as its processes have it."""
     stubs.install()
