@@ -12,7 +12,7 @@ from math import inf
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
-from kvstore.metadata.slices import SLICE, pause, slices
+from kvstore.metadata.slices import SLICE, STEPS, pause, slices
 from kvstore.residency.state import Residency
 
 
@@ -105,7 +105,7 @@ class _Pinning:
     def _pin_some(self, path: list[Key]) -> bool:
         """Pin the upper end of a path. False: what comes before it is not pinned any more."""
         r = self._r
-        for _ in range(min(SLICE, len(path))):
+        for _ in range(min(STEPS, len(path))):
             meta = r.index.get(path[-1])
             before = None if meta is None or meta.parent is None else r.index.get(meta.parent)
             if meta is None or (before is not None and not self._holds(before)):
