@@ -9,15 +9,20 @@ import pytest
 from kvstored.access.shares import BYTE_S, CALL_S
 from kvstored.access.tokens import digest, make_token
 from kvstored.doors.lease_connection import LEASE_CALL_S
+from kvstored_client import Client
 from tests.kvstored.inside import daemon_inside
 
-TOKEN = make_token()
+TOKEN, ADMIN = make_token(), make_token()
 ENTRY = f"""[[token]]
 name = "worker"
 sha256 = "{digest(TOKEN)}"
 rights = ["read", "write"]
 tenant = "a"
 uid = {os.geteuid()}
+[[token]]
+name = "operator"
+sha256 = "{digest(ADMIN)}"
+rights = ["read", "admin"]
 """
 X = {"x": np.arange(100, dtype=np.uint8)}
 KEYS = [b"key %d" % n for n in range(100)]
@@ -119,3 +124,13 @@ def test_a_call_over_grpc_waits_before_it_is_done(daemon, charged):
     charged.wait_s = 0.05
     assert client.delete(KEYS[0]) == 1
     assert waited == [(0.05, True)], "when it waits, what it deletes is still there"
+
+
+def test_an_operator_who_looks_competes_with_nobody(daemon, charged, tmp_path, monkeypatch):
+    (tmp_path / "admin").write_text(ADMIN)
+    monkeypatch.setenv("KVSTORED_TOKEN_FILE", str(tmp_path / "admin"))
+    with Client(f"unix:{daemon.socket_path}", on_error="raise", timeout_s=60) as operator:
+        operator.stats()
+        assert list(operator.entries()) == []
+    assert charged == []
+    assert daemon.daemon._shares._seen == {}
