@@ -218,13 +218,7 @@ class Night:
     def look(self) -> None:
         """Calls that hang, processes that died, a daemon that does not serve."""
         self.crew.watch()
-        process = self.daemon.process
-        assert process is not None
-        if process.poll() is not None:
-            # A start over a directory that the disk will not read is refused, and tried again, as by systemd.
-            refused = process.returncode == REFUSED and not self.disk_was_well()
-            self.say("fault" if refused else "died", f"the daemon ended with {process.returncode}, see daemon.log")
-            self.start_daemon()
+        self.start_daemon_again()
         blocked = any(FAULTS[name][1] for name in self.under_way)
         for probe in self.probes:
             if probe.wrong:
@@ -236,6 +230,15 @@ class Night:
                 self.say("hung", f"the probe of {probe.address}, see daemon.dump")
         if not blocked:
             self.serves_again()
+
+    def start_daemon_again(self) -> None:
+        """If it has ended, as systemd would. A disk that does not work may keep it from starting: that is no fault of it."""
+        process = self.daemon.process
+        assert process is not None
+        if process.poll() is not None:
+            refused = process.returncode == REFUSED and not self.disk_was_well()
+            self.say("fault" if refused else "died", f"the daemon ended with {process.returncode}, see daemon.log")
+            self.start_daemon()
 
     def disk_was_well(self) -> bool:
         """Whether no fault of the disk's has been under way for some seconds, in which a start may have met it."""
@@ -300,8 +303,13 @@ class Night:
     # The end.
 
     def stop_daemon(self) -> None:
-        """In order: it has to end, too."""
-        self.wait(lambda: min(probe.last_ok for probe in self.probes) > self.clear_since)
+        """In order: it has to end, too. A disk that failed last may have kept it from starting: then once more."""
+
+        def serves() -> bool:
+            self.start_daemon_again()
+            return min(probe.last_ok for probe in self.probes) > self.clear_since
+
+        self.wait(serves)
         for probe in self.probes:
             probe.stop()
         self.daemon.signal(signal.SIGTERM)
