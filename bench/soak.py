@@ -232,7 +232,7 @@ class Night:
             self.serves_again()
 
     def start_daemon_again(self) -> None:
-        """If it has ended, as systemd would. A disk that does not work may keep it from starting: that is no fault of it."""
+        """If it has ended, as systemd would. A disk that fails may keep it from starting: that is not its fault."""
         process = self.daemon.process
         assert process is not None
         if process.poll() is not None:
