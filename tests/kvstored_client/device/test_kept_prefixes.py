@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvstored_client.device.deferred import Deferred
+from kvstore.device.deferred import Deferred
 from kvstored_client.integrations.guard import Guard
 from tests.kvstored.inside import daemon_inside
 
