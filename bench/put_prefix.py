@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "daemon"), str(ROOT / "client"), str(ROOT 
 
 from rivals import MIB, servers  # noqa: E402 - found by the line above
 
-from kvstored_client import Client  # noqa: E402
+from kvstored_client import Client  # noqa: E402 - as above
 
 CHUNKS, CHUNK_TOKENS = 3, 16
 SIZES = (MIB // 4, MIB, 16 * MIB)

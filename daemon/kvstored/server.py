@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -292,10 +292,12 @@ class Daemon:
         self.watch.sources += () if self._events is None else (self._events.gauges,)
         own = Settings(settings, store.config)
         self.live = LiveSettings(own, self._apply, source.read if source else lambda: (own, {}), origins)
-        self._handlers = self._services(views, epoch)
+        self._handlers, self._close_services = self._services(views, epoch)
 
-    def _services(self, views: TenantViews, epoch: int) -> tuple[grpc.GenericRpcHandler, ...]:
-        """The handlers of both services."""
+    def _services(
+        self, views: TenantViews, epoch: int
+    ) -> tuple[tuple[grpc.GenericRpcHandler, ...], Callable[[], None]]:
+        """The handlers of both services, and what ends the threads of theirs. It blocks."""
         cache = CacheService(
             views,
             self._threads,
@@ -307,8 +309,7 @@ class Daemon:
             self._shares,
         )
         admin = AdminService(views, self._threads, epoch, own_version(), self.watch.admin_stats, self.live)
-        self._close_services = cache.close
-        return cache.handler(), admin.handler()
+        return (cache.handler(), admin.handler()), cache.close
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError if an address cannot be bound."""

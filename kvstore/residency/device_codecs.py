@@ -21,10 +21,10 @@ from kvstore.hit import Hit
 from kvstore.keys import Key
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.residency.answers import Answers, as_torch, to_numpy
-from kvstore.residency.device_hot import DeviceHot, host_tensors, raw_nbytes
+from kvstore.residency.device_hot import DeviceHot, raw_nbytes
 from kvstore.residency.read_path import Found
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Room, TensorTranscoder
+from kvstore.residency.transcode import Room, TensorTranscoder, empty_tensors, made_in
 from kvstore.tiers.device_memory import DeviceTensors, tensors_on_device
 
 
@@ -124,7 +124,7 @@ class DeviceAnswers(Answers):
         if room is not None and held is not None:
             tensors = self._hot.host(held, room(held.specs))
         elif room is not None and entry.encoding != "raw":
-            tensors = self._transcoder.decode(entry, room(entry.specs) or host_tensors(entry.specs))
+            tensors = self._transcoder.decode(entry, made_in(room, entry.specs))
         elif out is not None:
             tensors = self._into(entry, held, out)
         elif held is not None:
@@ -139,7 +139,7 @@ class DeviceAnswers(Answers):
             return hot.views(held)
         if arrays.resolve_framework(self._framework) == "numpy":
             return {name: to_numpy(x) for name, x in hot.host(held).items()}
-        fresh = hot.fresh(held.specs)
+        fresh = empty_tensors(held.specs, hot.where)
         hot.copy_to(held.addresses, fresh)
         return fresh
 
@@ -152,7 +152,7 @@ class DeviceAnswers(Answers):
         addresses = {name: x.data_ptr() for name, x in decoded.items()} if held is None else held.addresses
         targets = {name: x if arrays.is_torch(x) else as_torch(x) for name, x in out.items()}
         direct = {name: x for name, x in targets.items() if self._hot.fills(x)}
-        aside = host_tensors({name: specs[name] for name in targets if name not in direct})
+        aside = empty_tensors({name: specs[name] for name in targets if name not in direct})
         self._hot.copy_to(addresses, {**direct, **aside})
         with Blaming(InvalidEntry, "out"):
             for name, x in aside.items():

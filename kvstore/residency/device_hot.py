@@ -27,6 +27,7 @@ from kvstore.errors import CodecError, ConfigError, OverQuota, TierUnavailable
 from kvstore.keys import Key
 from kvstore.metadata.owner import Owner
 from kvstore.residency.state import Residency
+from kvstore.residency.transcode import empty_tensors
 from kvstore.shm.arena import Register
 from kvstore.shm.layout import layout
 from kvstore.tiers.device_memory import Block, DeviceArena, DeviceTensors, tensors_on_device
@@ -117,7 +118,7 @@ class DeviceHot:
 
     def host(self, held: DeviceTensors, into: Mapping[str, torch.Tensor] | None = None) -> Mapping[str, torch.Tensor]:
         """An entry's tensors on the host: in `into`, dense ones of its specs, or in fresh memory."""
-        tensors = host_tensors(held.specs) if into is None else into
+        tensors = empty_tensors(held.specs) if into is None else into
         self.copy_to(held.addresses, tensors)
         return tensors
 
@@ -140,13 +141,6 @@ class DeviceHot:
         if self.is_here(x):
             return Runs.of(x) is not None
         return x.device.type == "cpu" and x.is_contiguous() and not (x.requires_grad or x.is_conj() or x.is_neg())
-
-    def fresh(self, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
-        """Tensors on the device, of a caller's own."""
-        return {
-            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self.where)
-            for name, spec in specs.items()
-        }
 
     def localized(self, entry: Entry) -> Entry:
         """The entry with its tensors on the host."""
@@ -238,7 +232,7 @@ class DeviceHot:
         return flat.view(dtype).reshape(spec.shape)
 
     def _copied(self, held: DeviceTensors, name: str) -> torch.Tensor:
-        tensors = host_tensors({name: held.specs[name]})
+        tensors = empty_tensors({name: held.specs[name]})
         self.copy_to(held.addresses, tensors)
         return tensors[name]
 
@@ -272,13 +266,6 @@ def open_device(config: StoreConfig, residency: Residency, driver: MemoryDriver 
 def arena_nbytes(hot_nbytes: int) -> int:
     """The limit of a device's memory for a hot tier: an eighth more, for holes and what is on its way."""
     return hot_nbytes + max(hot_nbytes // 8, 64 * MIB)
-
-
-def host_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
-    """Tensors on the host, to be filled."""
-    return {
-        name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu") for name, spec in specs.items()
-    }
 
 
 def raw_nbytes(entry: Entry) -> int:

@@ -204,9 +204,7 @@ class Mover:
                     if victim is None:
                         return moved
                     moved += 1
-                    stays = not self._left_at_once(tier.name, victim)
-                    if stays:
-                        r.transit[victim.key] = (tier.name, victim)
+                    stays = self._set_out(tier.name, victim)
                 if stays:
                     self._sink(tier.name, victim)
                 elif not moved % SLICE:
@@ -225,9 +223,7 @@ class Mover:
                         victim = r.hot.take_next(nbytes, owner)
                     except OverQuota:
                         return False
-                    stays = not self._left_at_once("hot", victim)
-                    if stays:
-                        r.transit[victim.key] = ("hot", victim)
+                    stays = self._set_out("hot", victim)
                 if stays:
                     self._sink("hot", victim)
                 del victim  # its room is free when nobody refers to it
@@ -319,6 +315,13 @@ class Mover:
             if victim is None or not self._left_at_once(tier.name, victim):
                 return victim, victim is None
         return None, False
+
+    def _set_out(self, left: TierName, entry: Entry) -> bool:
+        """Under the lock: an entry that left a tier is in transit now, and is to be sunk. False: it left at once."""
+        if self._left_at_once(left, entry):
+            return False
+        self._r.transit[entry.key] = (left, entry)
+        return True
 
     def _left_at_once(self, left: TierName, entry: Entry) -> bool:
         """What became of an entry that left a tier, under the lock; False: it must sink, which takes time."""

@@ -79,6 +79,18 @@ def raw_entry(
     return Entry(key, raw, lossy=lossy, block=getattr(tensors, "place", None))
 
 
+def empty_tensors(specs: Mapping[str, TensorSpec], device: torch.device = _RAM) -> dict[str, torch.Tensor]:
+    """Tensors to fill, in ordinary memory or on a device."""
+    return {
+        name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for name, spec in specs.items()
+    }
+
+
+def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """Tensors to fill: in `room` if there is any, else in ordinary memory."""
+    return room(specs) or empty_tensors(specs)
+
+
 class TensorTranscoder:
     """Forms of real tensors, under the policies of one configuration and one hot device."""
 

@@ -240,13 +240,13 @@ class KvstoredHiCache(HiCacheStorage):
         starts = _page_starts(pool, keys, host_indices)
         blank: Any = pool.get_dummy_flat_data_page() if keys else None
 
-        def fill(at: int, page: torch.Tensor) -> bool:
+        def fill(at: int, page: torch.Tensor) -> bool | None:
             if page.dtype != blank.dtype or page.numel() != blank.numel():
-                return False
+                return None
             pool.set_from_flat_data_page(starts[at], page.view(blank.shape))
             return True
 
-        return [bool(done) for done in self._read(pool_name, keys, fill)]
+        return [done is not None for done in self._read(pool_name, keys, fill)]
 
     def _take(self, pool_name: str, pool: Any, keys: list[str], host_indices: torch.Tensor) -> list[bool]:
         starts = _page_starts(pool, keys, host_indices)
@@ -262,8 +262,8 @@ class KvstoredHiCache(HiCacheStorage):
 
         return self._read(pool_name, keys, copy)
 
-    def _read(self, pool_name: str, keys: list[str], use: Callable[[int, torch.Tensor], T]) -> list[T | None]:
-        """What `use` makes of each page that is held, out of the store's own memory; it keeps none of it."""
+    def _read(self, pool_name: str, keys: list[str], use: Callable[[int, torch.Tensor], T | None]) -> list[T | None]:
+        """What `use` makes of each page that is held, out of the store's own memory; None: it does not fit."""
         found: list[T | None] = []
         began = time.perf_counter()
         with self._guard.lease_many(self._keys(pool_name, keys), lookup=ELSEWHERE) as hits:
@@ -272,7 +272,7 @@ class KvstoredHiCache(HiCacheStorage):
                 found.append(None if page is None else use(at, page))
                 del hit, page
         if pool_name == _KV:
-            pages = sum(one is not None and one is not False for one in found)
+            pages = sum(one is not None for one in found)
             self._guard.restored(pages * self._page_tokens(), time.perf_counter() - began)
         return found
 

@@ -13,6 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 CONTENDED_S = 1.0
 """Callers compete when two have called within this."""
@@ -26,6 +27,17 @@ BYTE_S = 1e-9
 """Of the event loop for a byte of a request, which is copied twice."""
 DELAY_MAX_S = 1.0
 """No call waits longer than this: its caller has a deadline."""
+
+R = TypeVar("R")
+
+
+def charged(spent: Callable[[float], object], work: Callable[..., R], *args: Any) -> R:
+    """Do work that keeps the interpreter busy, and tell what it took of a processor, also if it raises."""
+    began = time.thread_time()
+    try:
+        return work(*args)
+    finally:
+        spent(time.thread_time() - began)
 
 
 class Shares:

@@ -17,7 +17,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
-from kvstore.residency.transcode import Room, made_entry
+from kvstore.residency.transcode import Room, made_entry, made_in
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -224,13 +224,6 @@ class PutStream:
 def _over(spec: TensorSpec, source: torch.Tensor | None) -> torch.Tensor:
     dtype = getattr(torch, spec.dtype)
     return torch.empty(spec.shape, dtype=dtype) if source is None else source.view(dtype).reshape(spec.shape)
-
-
-def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> Mapping[str, torch.Tensor]:
-    """Tensors to fill: in `room` if there is any, else in ordinary memory."""
-    return room(specs) or {
-        name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu") for name, spec in specs.items()
-    }
 
 
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:

@@ -7,7 +7,6 @@ Runs on the event loop; whatever may block runs on the worker threads.
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -22,7 +21,7 @@ from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import check_saved
 from kvstore.residency.transcode import Room
-from kvstored.access.shares import Shares
+from kvstored.access.shares import Shares, charged
 from kvstored.access.tenant_view import CALLER, TenantViews
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply
@@ -49,15 +48,6 @@ READ_AT_ONCE_NBYTES = 8 << 10
 """A larger request is read on a worker thread: to count the fields of a hostile one takes 2 ms."""
 
 R = TypeVar("R")
-
-
-def _charged(spent: Callable[[float], object], work: Callable[..., R], *args: Any) -> R:
-    """Do work that keeps the interpreter busy, and tell what it took of a processor."""
-    began = time.thread_time()
-    try:
-        return work(*args)
-    finally:
-        spent(time.thread_time() - began)
 
 
 def _answered(verb: Callable[[Any], Message], kind: type[Message], request: bytes) -> bytes:
@@ -230,7 +220,7 @@ class CacheService(Service):
 
     async def _run_charged(self, work: Callable[..., R], *args: Any) -> R:
         """As `_run`, for work in Python: what it takes is the caller's (`access.shares`)."""
-        return await self._run(_charged, partial(self._shares.charge, CALLER.get().account), work, *args)
+        return await self._run(charged, partial(self._shares.charge, CALLER.get().account), work, *args)
 
     @answering
     async def report(self, request: bytes, _: Context) -> bytes:

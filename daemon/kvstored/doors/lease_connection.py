@@ -31,6 +31,7 @@ from kvstore.shm.layout import layout
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
 from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
+from kvstored.access.shares import charged
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_header, on_device
 from kvstored.calls.puts import Incoming, put_ready
@@ -134,7 +135,7 @@ class Connection:
                     self._shared.store.settle()
                 if self._wait_s:
                     self._wait_s, wait_s = 0.0, self._wait_s
-                    time.sleep(wait_s)
+                    time.sleep(wait_s)  # this thread serves nobody else
         except OSError as error:
             logger.debug("lease connection ended error=%s", error)
         finally:
@@ -224,12 +225,10 @@ class Connection:
         if verb not in _CHARGED:
             self._shared.shares.seen(self._identity.account)
             return self._outcome(verb, call)
-        began = time.thread_time()
-        try:
-            return self._outcome(verb, call)
-        finally:
-            spent_s = LEASE_CALL_S + time.thread_time() - began
-            self._wait_s = self._shared.shares.charge(self._identity.account, spent_s)
+        return charged(self._spent, self._outcome, verb, call)
+
+    def _spent(self, seconds: float) -> None:
+        self._wait_s = self._shared.shares.charge(self._identity.account, LEASE_CALL_S + seconds)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""
