@@ -17,12 +17,12 @@ from kvstore.metadata.owner import NOBODY, Owner
 
 @dataclass(slots=True)
 class Put:
-    """An entry to write. cost: estimated until it is packed. frees: cost of the record it replaces."""
+    """An entry to write. cost: estimated until it is packed. frees: cost of the record it replaces; None: not known."""
 
     entry: Entry
     seq: int
     cost: int
-    frees: int = 0
+    frees: int | None = 0
     ticket: int = 0
     durable: bool = False
     owner: Owner = NOBODY
@@ -30,9 +30,9 @@ class Put:
 
 @dataclass(slots=True)
 class Delete:
-    """A record to remove. frees: its cost."""
+    """A record to remove. frees: its cost; None: not known."""
 
-    frees: int = 0
+    frees: int | None = 0
     ticket: int = 0
     durable: bool = False
     cost: int = 0
@@ -58,8 +58,11 @@ class Pending:
         """The operation that waits for a key; None: there is none."""
         return self.queued.get(key) or self.inflight.get(key)
 
-    def add(self, key: Key, operation: Operation, committed_cost: int) -> int:
-        """Queue an operation. Returns its ticket. committed_cost: of the record now on disk, 0 if there is none."""
+    def add(self, key: Key, operation: Operation, committed_cost: int | None) -> int:
+        """Queue an operation. Returns its ticket. committed_cost: of the record now on disk, 0 if there is none.
+
+        None: nobody can tell now. It counts as 0 until `price`.
+        """
         self._ticket += 1
         operation.ticket = self._ticket
         replaced = self.queued.pop(key, None)
@@ -72,7 +75,7 @@ class Pending:
         else:
             running = self.inflight.get(key)
             operation.frees = committed_cost if running is None else running.cost
-            self._use(operation.owner, operation.cost - operation.frees)
+            self._use(operation.owner, operation.cost - (operation.frees or 0))
         if isinstance(operation, Put):
             self.buffered_nbytes += operation.entry.nbytes
         self.queued[key] = operation
@@ -81,7 +84,7 @@ class Pending:
     def cancel(self, key: Key) -> bool:
         """Drop a queued put that replaces nothing. False: the disk has, or may soon have, a record to delete."""
         operation = self.queued.get(key)
-        if not isinstance(operation, Put) or operation.frees or key in self.inflight:
+        if not isinstance(operation, Put) or operation.frees != 0 or key in self.inflight:
             return False
         del self.queued[key]
         self._use(operation.owner, -operation.cost)
@@ -102,13 +105,19 @@ class Pending:
             del self.queued[key]
         return self.inflight
 
+    def price(self, key: Key, committed_cost: int) -> None:
+        """Of an operation in flight of which nobody could tell: what its record on disk costs."""
+        operation = self.inflight[key]
+        operation.frees = committed_cost
+        self._use(operation.owner, -committed_cost)
+
     def settle(self, costs: dict[Key, int]) -> None:
         """The batch is committed. costs: the real costs of the records; 0 for a put that wrote none."""
         for key, operation in self.inflight.items():
             error = costs.get(key, 0) - operation.cost
             newer = self.queued.get(key)
             if newer is not None:
-                newer.frees += error
+                newer.frees = (newer.frees or 0) + error
             else:
                 self._use(operation.owner, error)
             self._uncount(operation)

@@ -12,8 +12,11 @@ RAM: none of its own by key; places, sizes and deadlines stay in LMDB (`rows`).
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Protocol
+
+import lmdb
 
 from kvstore.disk import Bytes, Disk
 from kvstore.disk.opening import Directory
@@ -165,6 +168,11 @@ class RecordLog:
         return self._writer.healthy
 
     @property
+    def readable(self) -> bool:
+        """Whether the index can be read; sizes of what is on disk are not known otherwise."""
+        return self._rows.readable
+
+    @property
     def writes(self) -> bool:
         """Whether pending operations will still be tried."""
         return self._writer.alive
@@ -203,42 +211,50 @@ class RecordLog:
 
     def get(self, key: Key) -> Entry | None:
         """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""
-        found = self._find(key)
-        if not isinstance(found, Row):
-            return found
+        row = None
         try:
-            return read_entry(self._segments, key, found, self._seals)
+            found = self._find(key)
+            if not isinstance(found, Row):
+                return found
+            row = found
+            return read_entry(self._segments, key, row, self._seals)
         except (RecordCorrupt, TierUnavailable, OSError) as error:
-            return self._distrust(key, found, error)
+            return self._distrust(key, row, error)
 
     def specs_of(self, key: Key) -> dict[str, Described] | None:
         """The tensors' types, shapes and receipts; their values are neither read nor decoded. None as for `get`."""
-        found = self._find(key)
-        if found is None:
-            return None
-        if isinstance(found, Entry):
-            return {name: tensor.described for name, tensor in found.tensors.items()}
+        row = None
         try:
-            return read_specs(self._segments, key, found)
+            found = self._find(key)
+            if found is None:
+                return None
+            if isinstance(found, Entry):
+                return {name: tensor.described for name, tensor in found.tensors.items()}
+            row = found
+            return read_specs(self._segments, key, row)
         except (RecordCorrupt, TierUnavailable, OSError) as error:
-            self._distrust(key, found, error)
+            self._distrust(key, row, error)
             return None
 
     def row_of(self, key: Key) -> Row | None:
-        """The row that is valid now; None for a key that is not held, or waits to be written."""
+        """The row that is valid now; None for a key that is not held, or waits to be written.
+
+        Raises TierUnavailable where the index cannot be read.
+        """
         with self.changed:
             there = self._pending.find(key) is None and self._holder.holds(key)
-            return self._rows.get(key) if there else None
+            return self._row(key) if there else None
 
     def raw(self, key: Key) -> tuple[Row, Bytes] | None:
         """A key's row and its record, whose checksums match; None: not here, or damaged and dropped, or unreadable.
 
-        Of a key that is being put anew the record that is still on the disk.
+        Of a key that is being put anew the record that is still on the disk. Raises TierUnavailable where the index
+        cannot be read.
         """
         while True:
             with self.changed:
                 gone = isinstance(self._pending.find(key), Delete) or not self._holder.holds(key)
-                row = None if gone else self._rows.get(key)
+                row = None if gone else self._row(key)
             if row is None:
                 return None
             try:
@@ -256,10 +272,25 @@ class RecordLog:
                 return None
             if isinstance(operation, Put):
                 return operation.entry
-            row = self._rows.get(key)
+            row = self._row(key)
         if row is None:
-            self._distrust(key, None, RecordCorrupt("row is missing or damaged"))
+            raise RecordCorrupt("row is missing or damaged")
         return row
+
+    def _row(self, key: Key) -> Row | None:
+        """The row on disk; None: there is none, or it is damaged. Raises TierUnavailable: nobody can tell now."""
+        try:
+            return self._rows.get(key)
+        except lmdb.Error as error:
+            raise TierUnavailable(f"cold's index cannot be read now: {error}") from None
+
+    def _committed_cost(self, key: Key) -> int | None:
+        """Bytes counted for the record on disk; 0: there is none. None: nobody can tell now."""
+        try:
+            row = self._row(key)
+        except TierUnavailable:
+            return None
+        return cost_of(row.place.nbytes) if row is not None else 0
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
         """A read failed. Either the record moved or left meanwhile (what is there now, then), or it is damaged.
@@ -269,14 +300,15 @@ class RecordLog:
         """
         with self.changed:
             operation = self._pending.find(key)
-            now = self._rows.get(key)
-            moved = now is not None and row is not None and now.place != row.place
-            if isinstance(operation, Delete):
-                return None
             if isinstance(operation, Put):
                 return operation.entry
-            if not self._holder.holds(key):
+            if operation is not None or not self._holder.holds(key):
                 return None
+            try:
+                now = self._row(key)
+            except TierUnavailable as unreadable:
+                now, error = None, unreadable
+            moved = now is not None and row is not None and now.place != row.place
             if not moved and isinstance(error, UnknownSeal | TierUnavailable | OSError):
                 self.counters.read_errors += 1
                 self._tell_unreadable(key, error)
@@ -312,17 +344,22 @@ class RecordLog:
         return cost_of(record_nbytes(entry, sealed=meta is not None and self._seal_of(meta) is not None))
 
     def cost(self, key: Key) -> int:
-        """Bytes counted for a key; 0 when there is no record of it. With the lock held."""
+        """Bytes counted for a key; 0 when there is no record of it. With the lock held. Raises TierUnavailable."""
         operation = self._pending.find(key)
         if operation is not None:
             return operation.cost
-        row = self._rows.get(key)
+        row = self._row(key)
         return cost_of(row.place.nbytes) if row is not None else 0
 
     def record_nbytes(self, key: Key) -> int | None:
-        """Bytes of the record on disk of a key for which nothing is pending. With the lock held."""
-        row = self._rows.get(key) if self._pending.find(key) is None else None
-        return None if row is None else row.place.nbytes
+        """Bytes of the record on disk of a key for which nothing is pending; None: none, or nobody can tell now.
+
+        With the lock held.
+        """
+        with suppress(TierUnavailable):
+            row = self._row(key) if self._pending.find(key) is None else None
+            return None if row is None else row.place.nbytes
+        return None
 
     # Changing. With the lock held.
 
@@ -331,8 +368,7 @@ class RecordLog:
         self._seq += 1
         self._writer.dirty.pop(entry.key, None)
         put = Put(entry, self._seq, cost, durable=durable, owner=owner)
-        row = self._rows.get(entry.key)
-        ticket = self._pending.add(entry.key, put, cost_of(row.place.nbytes) if row else 0)
+        ticket = self._pending.add(entry.key, put, self._committed_cost(entry.key))
         self.changed.notify_all()
         return ticket
 
@@ -342,12 +378,12 @@ class RecordLog:
             self.changed.notify_all()
             return None
         waiting = self._pending.find(key)
-        row = self._rows.get(key)
-        if row is None and waiting is None:
+        cost = self._committed_cost(key)
+        if cost == 0 and waiting is None:
             return None
         if isinstance(waiting, Delete) and not durable:
             return waiting.ticket
-        ticket = self._pending.add(key, Delete(durable=durable, owner=owner), cost_of(row.place.nbytes) if row else 0)
+        ticket = self._pending.add(key, Delete(durable=durable, owner=owner), cost)
         self.changed.notify_all()
         return ticket
 
@@ -381,8 +417,11 @@ class RecordLog:
     def wait_for_buffer(self, nbytes: int, limit_nbytes: int) -> None:
         """Return once an entry fits the write buffer; a larger one goes in alone. With the lock held.
 
-        Raises TierUnavailable when the disk refuses writes.
+        Raises TierUnavailable when the disk refuses writes, or the index cannot be read: what evicting would free is
+        not known then.
         """
+        if not self.readable:
+            raise TierUnavailable("cold's index cannot be read now")
 
         def fits() -> bool:
             buffered = self.pending_nbytes

@@ -3,7 +3,9 @@
 A row has a checksum bound to its key, because LMDB has none: a flipped bit must not move a deadline or name another
 place. LMDB's flags: data pages are synced at each commit, the meta page is not (`metasync=False`), so a power cut
 may lose the last transaction and no more; `sync` makes it durable. `sync=False` is not used: it survived no power cut.
-Thread rule: one thread writes; reads and `grow` take the lock (a read is 5 us).
+Thread rule: one thread writes; reads, `grow` and opening anew take the lock (a read is 5 us).
+After a meta page could not be written LMDB refuses every call, a read too, until the file is opened again. The thread
+that writes does that at once; a reader that comes between waits for it.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ from functools import lru_cache
 from itertools import islice
 from math import isfinite, isnan
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import xxhash
@@ -29,6 +32,8 @@ from kvstore.metadata.owner import labelled
 MAP_MIN_NBYTES, MAP_START_NBYTES = 64 << 20, 64 << 30
 """A map is address space only, but no process has petabytes of it; a map that is full grows."""
 READERS_MAX = 126
+REOPEN_WAIT_S = 1.0
+"""How long a reader waits for the thread that writes to open the file again: it takes a millisecond."""
 _DB = b"rows"
 FIELDS = struct.Struct("<QddddQIIQQIB")
 _SEGMENT, _SEGMENT_AT = struct.Struct("<I"), struct.calcsize("<QddddQI")
@@ -127,39 +132,67 @@ def namespace_named(data: bytes) -> str | None:
         return None
 
 
+Opened = tuple[lmdb.Environment, Any]
+"""LMDB's environment and its table of rows."""
+
+
 class Rows:
     """The table of rows, open."""
 
     def __init__(self, path: Path, map_nbytes: int) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._path = path
-        self._open(min(max(MAP_MIN_NBYTES, map_nbytes), MAP_START_NBYTES))
+        self._map_nbytes = min(max(MAP_MIN_NBYTES, map_nbytes), MAP_START_NBYTES)
+        self._opened = self._open()
         self.check_readers()
 
-    def _open(self, map_nbytes: int) -> None:
-        self._env = lmdb.open(
-            str(self._path), map_size=map_nbytes, max_dbs=4, max_readers=READERS_MAX, mode=0o600,
+    def _open(self) -> Opened | None:
+        env = lmdb.open(
+            str(self._path), map_size=self._map_nbytes, max_dbs=4, max_readers=READERS_MAX, mode=0o600,
             sync=True, metasync=False, writemap=False, readahead=True, lib_version=0,
         )  # fmt: skip
-        self._db = self._env.open_db(_DB)
+        try:
+            return env, env.open_db(_DB)
+        except BaseException:
+            env.close()
+            raise
 
     def reopen(self) -> None:
-        """Open the file again: after a meta page could not be written, LMDB refuses all calls until then."""
+        """Open the file again. On the thread that writes, outside transactions.
+
+        Raises lmdb.Error: the file is not open, and every call does so until this has succeeded.
+        """
         with self._lock:
-            map_nbytes = self.map_nbytes
-            self._env.close()
-            self._open(map_nbytes)
+            if self._opened is not None:
+                self._map_nbytes = self.map_nbytes
+                self._opened[0].close()
+                self._opened = None
+            try:
+                self._opened = self._open()
+            finally:
+                self._lock.notify_all()
+
+    @property
+    def readable(self) -> bool:
+        """Whether the file is open. Not while the disk did not let it be opened again."""
+        return self._opened is not None
 
     def get(self, key: Key) -> Row | None:
-        """A key's row; None if there is none or it is damaged."""
-        with self._lock, self._env.begin(db=self._db) as txn:
-            data = txn.get(key)
-        return None if data is None else parse_row(key, bytes(data))
+        """A key's row; None if there is none or it is damaged. Raises lmdb.Error where the file cannot be read now."""
+        with self._lock:
+            opened = self._opened
+            try:
+                data = _read(opened, key)
+            except lmdb.PanicError:
+                self._lock.wait_for(lambda: self._opened is not opened, REOPEN_WAIT_S)
+                data = _read(self._opened, key)
+        return None if data is None else parse_row(key, data)
 
     def scan(self) -> Iterator[tuple[Sequence[Key], Sequence[bytes]]]:
         """All keys and rows, some ten thousand at a time, in one read transaction. Before the writer starts."""
-        with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
+        env, db = _there(self._opened)
+        with env.begin(db=db) as txn, txn.cursor() as cursor:
             rows = iter(cursor)
             while chunk := list(islice(rows, SCAN_CHUNK)):
                 keys, datas = zip(*chunk, strict=True)
@@ -170,7 +203,8 @@ class Rows:
 
         On the writer's thread only, because an open read transaction keeps pages of later ones from being used again.
         """
-        with self._env.begin(db=self._db) as txn, txn.cursor() as cursor:
+        env, db = _there(self._opened)
+        with env.begin(db=db) as txn, txn.cursor() as cursor:
             return [
                 Key(key)
                 for key, data in cursor
@@ -181,16 +215,21 @@ class Rows:
         """Change rows in one transaction. Returns the places that no row names after it. Raises lmdb.Error.
 
         If the map is full it is grown and the transaction repeated: the map is address space, not the tier's capacity.
+        A file that LMDB refuses from here on is opened again.
         """
         while True:
             try:
                 return self._write(put, list(remove))
             except lmdb.MapFullError:
                 self.grow(2 * self.map_nbytes)
+            except lmdb.PanicError:
+                self.reopen()
+                raise
 
     def _write(self, put: Mapping[Key, Row], remove: list[Key]) -> list[Place]:
         freed: list[Place] = []
-        with self._env.begin(write=True, db=self._db) as txn:
+        env, db = _there(self._opened)
+        with env.begin(write=True, db=db) as txn:
             for key in remove:
                 old = txn.pop(key)
                 if old is not None and (row := parse_row(key, bytes(old))) is not None:
@@ -203,21 +242,22 @@ class Rows:
 
     def sync(self) -> None:
         """Return when a power cut can no longer undo the last transaction. Raises lmdb.Error."""
-        self._env.sync(True)
+        _there(self._opened)[0].sync(True)
 
     def grow(self, map_nbytes: int) -> None:
         """Enlarge the map while serving. On the writer's thread only, between transactions."""
         with self._lock:
-            self._env.set_mapsize(map_nbytes)
+            _there(self._opened)[0].set_mapsize(map_nbytes)
 
     @property
     def map_nbytes(self) -> int:
         """Address space of the map."""
-        return int(self._env.info()["map_size"])
+        return int(_there(self._opened)[0].info()["map_size"])
 
     def check_readers(self) -> int:
         """Free the slots of dead readers. Returns their number. A dead reader's slot keeps pages from reuse."""
-        return int(self._env.reader_check())
+        with self._lock:
+            return 0 if self._opened is None else int(self._opened[0].reader_check())
 
     def disk_nbytes(self) -> int:
         """Bytes of the index file."""
@@ -226,6 +266,21 @@ class Rows:
     def close(self) -> None:
         """Sync and close."""
         with self._lock:
+            if self._opened is None:
+                return
             with contextlib.suppress(lmdb.Error):
-                self._env.sync(True)
-            self._env.close()
+                self._opened[0].sync(True)
+            self._opened[0].close()
+
+
+def _there(opened: Opened | None) -> Opened:
+    if opened is None:
+        raise lmdb.Error("the index could not be opened again; it is tried again")
+    return opened
+
+
+def _read(opened: Opened | None, key: Key) -> bytes | None:
+    env, db = _there(opened)
+    with env.begin(db=db) as txn:
+        data = txn.get(key)
+        return None if data is None else bytes(data)

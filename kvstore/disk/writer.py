@@ -138,6 +138,8 @@ class Writer:
                     self.batch_nbytes, BATCH_MAX, deletes_only=self._failures > 0 and self._pending.has_deletes()
                 )
             try:
+                if not self._rows.readable:
+                    self._rows.reopen()
                 if batch:
                     self._commit(batch)
                     if self._segments.slack_nbytes > BEHIND * self._pending.used_nbytes:
@@ -162,7 +164,7 @@ class Writer:
     def _has_work(self) -> bool:
         return bool(
             self._closing or self._pending.queued or self._rows_due > self._rows_done or self._freed or self.room_due
-            or self._gatherer.due(self._pending.used_nbytes)
+            or not self._rows.readable or self._gatherer.due(self._pending.used_nbytes)
         )  # fmt: skip
 
     def _fail(self, error: Exception) -> None:
@@ -176,15 +178,13 @@ class Writer:
                 log.error("cold event=write_failed error=%s effect=%s", error, "entries stay in memory, retrying")
             self.healthy = False
             self._changed.notify_all()
-        self._recover_from(error, wanted)
+        self._recover(wanted)
         pause_s = min(PAUSE_MAX_S, PAUSE_MIN_S * 2 ** min(self._failures - 1, 10))
         with self._changed:
             self._changed.wait_for(lambda: self._closing, pause_s)
 
-    def _recover_from(self, error: Exception, wanted_nbytes: int) -> None:
+    def _recover(self, wanted_nbytes: int) -> None:
         try:
-            if isinstance(error, lmdb.PanicError):
-                self._rows.reopen()
             self._callbacks.make_room(wanted_nbytes)
         except (OSError, lmdb.Error) as again:
             log.debug("cold event=recovery_failed error=%s", again)
@@ -193,6 +193,7 @@ class Writer:
         wanted = sum(operation.cost for operation in batch.values())
         if wanted:
             self._callbacks.make_room(wanted)
+        self._price(batch)
         packed: dict[Key, tuple[Meta, int]] = {}
         refused: list[Key] = []
         # A generator: records are packed while earlier ones are written. The checksum takes a tenth of the disk's time.
@@ -221,6 +222,13 @@ class Writer:
             self._changed.notify_all()
         for key in refused:
             self._callbacks.dropped(key, "write_failed")
+
+    def _price(self, batch: dict[Key, Operation]) -> None:
+        """What operations free that were queued while the index could not be read. Raises lmdb.Error: not yet."""
+        for key in [key for key, operation in batch.items() if operation.frees is None]:
+            row = self._rows.get(key)
+            with self._changed:
+                self._pending.price(key, cost_of(row.place.nbytes) if row is not None else 0)
 
     def _gather(self) -> None:
         if not self._gatherer.due(self._pending.used_nbytes):
@@ -270,11 +278,11 @@ class Writer:
         keys = list(dirty)
         for start in range(0, len(keys), ROWS_PER_COMMIT):
             put = {}
-            for key in keys[start : start + ROWS_PER_COMMIT]:
-                row, meta = self._rows.get(key), self._callbacks.meta_of(key)
-                if row is not None and meta is not None:
-                    put[key] = Row(row.place, row.head_nbytes, dirty[key], meta)
             try:
+                for key in keys[start : start + ROWS_PER_COMMIT]:
+                    row, meta = self._rows.get(key), self._callbacks.meta_of(key)
+                    if row is not None and meta is not None:
+                        put[key] = Row(row.place, row.head_nbytes, dirty[key], meta)
                 self._free(self._rows.write(put, []), durable=False)
             except lmdb.Error:
                 with self._changed:

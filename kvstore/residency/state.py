@@ -214,7 +214,8 @@ class Residency:
 
     def _give_to_tenant(self, keys: Sequence[Key]) -> None:
         moving = [key for key in keys if key in self.index]
-        tiers = [tier for tier in (self.hot, self.warm, self.cold) if tier is not None]
+        # Cold first: its index may not be readable, and then all stays as it was.
+        tiers = [tier for tier in (self.cold, self.hot, self.warm) if tier is not None]
         held = [tier.let_go(moving) for tier in tiers]
         for key in moving:
             meta = self.index[key]

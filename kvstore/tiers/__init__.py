@@ -79,11 +79,11 @@ class LastTier(Tier, Protocol):
         """Another budget, and another limit of pins, by evicting what no longer fits. Returns how many left."""
         ...
 
-    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
-        """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
+    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool, int]]:
+        """Take keys out of the order, not out of the tier: their owner changes. Returns (key, if pinned, bytes)."""
         ...
 
-    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+    def take_back(self, keys: Iterable[tuple[Key, bool, int]]) -> None:
         """Put the keys that `let_go` returned back into the order, under their present owners."""
         ...
 

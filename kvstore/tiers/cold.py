@@ -317,7 +317,10 @@ class Cold:
 
     def _evict(self, too_full: Callable[[], bool], owner: Owner, nbytes: int) -> list[Key]:
         evicted: list[Key] = []
-        while len(evicted) < EVICTIONS_MAX and too_full() and (victim := self._order.victim(owner, nbytes)) is not None:
+        while len(evicted) < EVICTIONS_MAX and self._records.readable and too_full():
+            victim = self._order.victim(owner, nbytes)
+            if victim is None:
+                break
             self._delete(victim, durable=False)
             self._records.counters.evictions += 1
             self.admission.left(victim)
@@ -399,26 +402,29 @@ class Cold:
         self._order.forget(key)
         self._pinned.release(key)
 
-    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
-        """Take keys out of the order, not out of the tier: their owner is about to change. Returns whether pinned."""
+    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool, int]]:
+        """Take keys out of the order, not out of the tier: their owner changes. Returns (key, if pinned, bytes).
+
+        Raises TierUnavailable where the index cannot be read; all of them stay then.
+        """
         with self._changed:
-            found = [(key, key in self._pinned) for key in keys if self.holds(key)]
-            for key, _ in found:
-                self._order.count(self._order.owner_of(key), -self._records.cost(key))
+            found = [(key, key in self._pinned, self._records.cost(key)) for key in keys if self.holds(key)]
+            for key, _, cost in found:
+                self._order.count(self._order.owner_of(key), -cost)
                 self._order.forget(key)
             return found
 
-    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+    def take_back(self, keys: Iterable[tuple[Key, bool, int]]) -> None:
         """Order again what `let_go` returned, under the owner each key has now."""
         with self._changed:
-            for key, pinned in keys:
+            for key, pinned, cost in keys:
                 owner = self._order.owner_of(key)
-                self._order.count(owner, self._records.cost(key))
+                self._order.count(owner, cost)
                 self._records.give_to(key, owner)
                 if not pinned:
                     self._order.track(key, owner=owner)
                 else:
-                    self._pinned.hold(key, self._records.cost(key), owner.tenant)
+                    self._pinned.hold(key, cost, owner.tenant)
 
     def tenants(self) -> dict[str, int]:
         """Bytes held by tenant."""
@@ -438,7 +444,8 @@ class Cold:
         self._records.check_readers()
         with self._changed:
             self._records.ask_for_room()
-        self._scrubber.turn(SCRUB_NBYTES)
+        if self._records.readable:
+            self._scrubber.turn(SCRUB_NBYTES)
 
     def dropped(self, key: Key, reason: str) -> None:
         """The log lost a record: tell the store. Without the lock."""

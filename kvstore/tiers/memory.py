@@ -57,17 +57,16 @@ class MemoryTier:
         """A chunk that continues a key, that this tier holds unpinned, and that none in it continues; or the key."""
         return self._order.leaf(key)
 
-    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool]]:
-        """Take keys out of the order, not out of the tier, before their owner changes. Returns (key, if pinned)."""
-        found = [(key, self._order.is_pinned(key)) for key in keys if key in self._entries]
-        for key, _ in found:
-            self._order.forget(key, self._entries[key].nbytes)
+    def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool, int]]:
+        """Take keys out of the order, not out of the tier: their owner changes. Returns (key, if pinned, bytes)."""
+        found = [(key, self._order.is_pinned(key), self._entries[key].nbytes) for key in keys if key in self._entries]
+        for key, _, nbytes in found:
+            self._order.forget(key, nbytes)
         return found
 
-    def take_back(self, keys: Iterable[tuple[Key, bool]]) -> None:
+    def take_back(self, keys: Iterable[tuple[Key, bool, int]]) -> None:
         """Put the keys that `let_go` returned back into the order, under their present owners."""
-        for key, pinned in keys:
-            nbytes = self._entries[key].nbytes
+        for key, pinned, nbytes in keys:
             self._order.track(key, nbytes)
             if pinned:
                 self._order.pin(key, nbytes)
