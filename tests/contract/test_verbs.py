@@ -240,10 +240,10 @@ def test_every_hit_carries_the_error_measured_at_encoding(harness: Harness) -> N
     assert first.receipt["ids"] == 0.0
     for name, x in tensors.items():
         # Of keys and values the worst head of a layer, (layers, tokens, heads, dim), as a part of what is left of it
-        # without its mean: of random ones nearly all.
+        # without its mean: of random ones nearly all, but for keys' mean, which turns at the speed that takes most.
         of = (1, 3) if x.dim() == 4 else (0,)
         error = float(((first.tensors[name] - x).norm(dim=of) / x.norm(dim=of)).max())
-        assert first.receipt[name] == pytest.approx(error, rel=0.02)
+        assert 0.998 * error <= first.receipt[name] <= (1.1 if x.dim() == 4 else 1.002) * error
     assert first.relative_error == max(first.receipt.values())
     harness.cache.promote(b"key")
     hot = harness.cache.get(b"key")
