@@ -1,5 +1,7 @@
 """A KvstoredConnector whose blocks are always there at the lookup and always gone at the load: for run_vllm.py."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kvstored_client.integrations.vllm import KvstoredConnector
@@ -13,4 +15,10 @@ class LossyConnector(KvstoredConnector):
         vllm_config.kv_transfer_config.kv_connector = "KvstoredConnector"
         vllm_config.kv_transfer_config.kv_connector_module_path = "kvstored_client.integrations.vllm"
         super().__init__(vllm_config, *args, **options)
-        self._guard.get_many = lambda keys, **_: [None] * len(keys)  # type: ignore[method-assign]  # the fault
+        self._guard.lease_many = gone  # type: ignore[method-assign,assignment]  # the fault
+
+
+@contextmanager
+def gone(keys: Sequence[bytes], **_: Any) -> Iterator[list[None]]:
+    """What a lease of keys that have left gives."""
+    yield [None] * len(keys)

@@ -11,8 +11,9 @@ ids; the bytes of a LoRA adapter's files are added here, and a request whose ada
 store. The rest of a key is a digest of the whole configuration (`vllm_identity`) and the shard. It is made in the
 scheduler, and the workers are told: what a worker changes in its own copy cannot part the two.
 
-A chunk is `chunk_tokens` of a prompt (256), in one entry (`vllm_blocks`) under the hash of its last block. It continues
-the chunk before it: no chunk is kept without the ones before. All shards of a chunk must be held for it to count.
+A chunk is `chunk_tokens` of a prompt (256; on a CPU one block of the engine's), in one entry (`vllm_blocks`) under the
+hash of its last block. It continues the chunk before it: no chunk is kept without the ones before. What is behind a
+prompt's last whole chunk is computed anew. All shards of a chunk must be held for it to count.
 Loads of more than `sync_load_budget_bytes` run on a thread beside the engine's steps; smaller ones before the forward.
 Only full attention in one cache group; other models run without the store. Never raises into the engine.
 """
@@ -49,6 +50,8 @@ from kvstored_client.integrations.wishes import Wishes, wishes_of
 logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
+"""An engine on a CPU has chunks of one block (128 tokens): what it computes anew takes it some ms a token, and a chunk
+more costs a tenth of one."""
 SYNC_LOAD_NBYTES = 16 << 20
 """Copied in some milliseconds, for which the other requests of the batch wait."""
 _BROKEN_MAX = 10_000
@@ -90,10 +93,10 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         why_not = not_understood(kv_cache_config)
         self._block_size = 1
         try:
-            self._root = identity(vllm_config, kv_cache_config)
             if not why_not:
                 self._block_size = tokens_per_block(vllm_config, kv_cache_config)
-            self._chunk_blocks = max(1, int(extra.get("chunk_tokens", CHUNK_TOKENS)) // self._block_size)
+            self._chunk_blocks = _chunk_blocks(vllm_config, extra, self._block_size)
+            self._root = identity(vllm_config, kv_cache_config, self._chunk_blocks)
         except (configured.NoStableForm, ValueError) as error:
             why_not = why_not or str(error)
         self._on = not why_not
@@ -425,6 +428,12 @@ def _namespace(vllm_config: Any) -> str:
     name = str(getattr(getattr(vllm_config, "model_config", None), "model", ""))
     name = name.encode()[-NAMESPACE_MAX_NBYTES:].decode(errors="ignore")
     return name if name.isprintable() else ""
+
+
+def _chunk_blocks(vllm_config: Any, extra: dict[str, Any], block_tokens: int) -> int:
+    on_a_cpu = getattr(getattr(vllm_config, "device_config", None), "device_type", "") == "cpu"
+    tokens = int(extra.get("chunk_tokens", block_tokens if on_a_cpu else CHUNK_TOKENS))
+    return max(1, tokens // block_tokens)
 
 
 def _wants_events(vllm_config: Any) -> bool:

@@ -122,11 +122,13 @@ def tokens_per_block(vllm_config: Any, kv_cache_config: Any) -> int:
     return tokens
 
 
-def identity(vllm_config: Any, kv_cache_config: Any) -> bytes:
-    """Digest of whatever makes blocks interchangeable. Raises NoStableForm.
+def identity(vllm_config: Any, kv_cache_config: Any, chunk_blocks: int) -> bytes:
+    """Digest of whatever makes chunks of so many blocks interchangeable. Raises NoStableForm.
 
     The settings of the connector are in it: `namespace`, the operator's word for the weights, and `fidelity`, so that
     who demands exact bytes is not given what another let become lossy.
     """
-    whole = {"version": vllm.__version__, "vllm": vllm_config, "kv_cache": kv_cache_config}
+    whole = {
+        "version": vllm.__version__, "vllm": vllm_config, "kv_cache": kv_cache_config, "chunk_blocks": chunk_blocks,
+    }  # fmt: skip
     return configured.digest("vllm", whole, HARMLESS)

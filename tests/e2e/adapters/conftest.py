@@ -338,8 +338,11 @@ class Written:
         pass
 
 
-def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16) -> Any:
-    """The connector, made as vLLM makes it, over one layer of K and V side by side: a block is a page."""
+def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16, device: str = "cuda") -> Any:
+    """The connector, made as vLLM makes it, over one layer of K and V side by side: a block is a page.
+
+    Chunks are of one block, unless `settings` says something else; None: what the connector does by itself.
+    """
     stubs.install("triton")
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -348,13 +351,14 @@ def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16) 
 
     some = types.SimpleNamespace
     model = some(model="m", revision=None, dtype=torch.float32, quantization=None, hf_config=some(model_type="tiny"))
+    extra = {"address": NOWHERE, "chunk_tokens": 8, **settings}
+    extra = {name: value for name, value in extra.items() if value is not None}
     config: Any = some(
         model_config=model,
         cache_config=some(block_size=8, cache_dtype="auto", prefix_caching_hash_algo="sha256"),
         parallel_config=some(tensor_parallel_size=1, pipeline_parallel_size=1, rank=0),
-        kv_transfer_config=some(
-            kv_connector_extra_config={"address": NOWHERE, "chunk_tokens": 8, **settings}, is_kv_producer=True
-        ),
+        device_config=some(device_type=device),
+        kv_transfer_config=some(kv_connector_extra_config=extra, is_kv_producer=True),
     )
     spec = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=64, dtype=torch.float32)
     groups: Any = some(kv_cache_groups=[some(kv_cache_spec=spec, layer_names=["layer"])])

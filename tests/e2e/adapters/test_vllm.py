@@ -466,7 +466,7 @@ def test_each_field_of_vllm_s_configuration_is_in_the_identity_unless_the_list_n
 
     config = real_config()
     config.kv_transfer_config = flips.of_defaults(KVTransferConfig, kv_connector_extra_config={"namespace": "w"})
-    count = flips.check(config, mine.HARMLESS, lambda: mine.identity(config, None))
+    count = flips.check(config, mine.HARMLESS, lambda: mine.identity(config, None, 1))
     assert count > 300
     kinds = {each.__name__: each for each in (CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig)}
     assert not flips.on_the_list_and_gone(mine.HARMLESS, kinds)
@@ -477,10 +477,26 @@ def test_settings_of_the_connector_are_in_the_identity_but_not_where_the_daemon_
     from kvstored_client.integrations import vllm_identity as mine
 
     def identity(**extra: Any) -> bytes:
-        return mine.identity(some(kv_transfer_config=some(kv_connector_extra_config=extra)), None)
+        return mine.identity(some(kv_transfer_config=some(kv_connector_extra_config=extra)), None, 1)
 
     assert identity(address="a", lookup_timeout_s=1) == identity(address="b", fetch_timeout_s=2)
     assert len({identity(), identity(namespace="w"), identity(fidelity="auto"), identity(invented=1)}) == 4
+
+
+def test_an_engine_on_a_cpu_has_chunks_of_one_block_and_keys_of_its_own(store: Store) -> None:
+    """What is behind the last whole chunk is computed anew: 232 of 1,512 tokens, 0.7 s on two cores."""
+    hashes = [b"a", b"b", b"c"]
+    prefilled(store, hashes, chunk_tokens=None)
+    assert not list(store.entries())  # 28 tokens are no chunk of 256
+    for device, held in (("cuda", 0), ("cpu", 24)):
+        scheduler, worker = (vllm_connector({**PATIENT, "chunk_tokens": None}, worker=w, device=device) for w in (0, 1))
+        scheduler._guard.cache = worker._guard.cache = store
+        asked = request(hashes, 28)
+        scheduler.get_num_new_matched_tokens(asked, 0)
+        step(scheduler, worker, asked, [5, 6, 7, 8], 0, 28)
+        assert scheduler.get_num_new_matched_tokens(request(hashes, 28, "again"), 0) == (held, False)
+    roots = {vllm_connector({"chunk_tokens": n}, worker=False, device="cpu")._root for n in (None, 8, 16)}
+    assert len(roots) == 3
 
 
 def test_who_demands_exact_blocks_is_not_given_what_another_let_become_lossy(store: Store) -> None:
