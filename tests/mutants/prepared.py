@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tests.mutants.abuse import ABUSE
 from tests.mutants.doors import DOORS
 from tests.mutants.mutations import Mutant
 
@@ -154,7 +155,7 @@ PREPARED = (
 def prepared(root: Path) -> list[Mutant]:
     """As mutants. Raises ValueError where a text does not stand in its file once: the file has changed since."""
     found = []
-    for file, before, after, _ in (*PREPARED, *DOORS):
+    for file, before, after, _ in (*PREPARED, *DOORS, *ABUSE):
         source = (root / file).read_bytes()
         start = source.find(before.encode())
         if source.count(before.encode()) != 1:
