@@ -15,7 +15,8 @@ A chunk is `chunk_tokens` of a prompt (256; on a CPU one block of the engine's),
 hash of its last block. It continues the chunk before it: no chunk is kept without the ones before. What is behind a
 prompt's last whole chunk is computed anew. All shards of a chunk must be held for it to count.
 Loads of more than `sync_load_budget_bytes` run on a thread beside the engine's steps; smaller ones before the forward.
-Only full attention in one cache group; other models run without the store. Never raises into the engine.
+Full attention, MLA, and full attention beside sliding windows (`vllm_groups`); other models run without the store.
+Never raises into the engine.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
-from kvstored_client.integrations.vllm_blocks import PagedBuffers
-from kvstored_client.integrations.vllm_identity import identity, not_understood, shards_of, tokens_per_block
+from kvstored_client.integrations.vllm_blocks import GroupedBuffers
+from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
+from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
 from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
 from kvstored_client.integrations.wishes import Wishes, wishes_of
 
@@ -70,7 +72,9 @@ class _Tracked:
     saved: int = 0
     first_load: int = 0
     alone: bool = False
-    blocks: list[int] = field(default_factory=list)
+    lost: bool = False
+    """A load of it has failed: it is computed."""
+    blocks: Places = ()
 
 
 class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
@@ -90,29 +94,24 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._sync_nbytes = int(extra.get("sync_load_budget_bytes", SYNC_LOAD_NBYTES))
         self._allow_pin = bool(extra.get("allow_pin", False))
         self._root = b""
-        why_not = not_understood(kv_cache_config)
-        self._block_size = 1
+        self._groups = Groups()
+        self._block_size = self._chunk_blocks = 1
         try:
-            if not why_not:
-                self._block_size = tokens_per_block(vllm_config, kv_cache_config)
+            self._groups = groups_of(kv_cache_config)
+            self._block_size = tokens_per_block(vllm_config, kv_cache_config)
             self._chunk_blocks = _chunk_blocks(vllm_config, extra, self._block_size)
             self._root = identity(vllm_config, kv_cache_config, self._chunk_blocks)
+            self._on = True
         except (configured.NoStableForm, ValueError) as error:
-            why_not = why_not or str(error)
-        self._on = not why_not
-        if why_not:
-            logger.warning("running without the store: %s", why_not)
-        group = kv_cache_config.kv_cache_groups[0] if self._on else None
-        spec = getattr(group, "kv_cache_spec", None)
+            self._on = False
+            logger.warning("running without the store: %s", error)
+        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec if self._on else None
         self._shards = shards_of(vllm_config.parallel_config, spec)
-        self._head_dim = int(spec.head_size) if spec is not None else 0
-        # Of all layers, in this process; the scheduler's are told of the whole model's.
-        self._block_nbytes = int(getattr(spec, "page_size_bytes", 0)) * len(getattr(group, "layer_names", None) or ())
         self._namespace = _namespace(vllm_config)
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Load] = []
         self._ended: list[str] = []
-        self._buffers = PagedBuffers({}, 0)
+        self._buffers = GroupedBuffers({}, Groups())
         self._loading = Loading(self._load)
         self._broken: OrderedDict[str, None] = OrderedDict()
         self._said: set[str] = set()
@@ -137,14 +136,15 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
         Never the last token, which must be run.
         """
-        if not self._on:
+        before = self._tracked.get(request.request_id)
+        if not self._on or (before is not None and before.lost):
             return 0, False
         try:
             salt = adapters.salt_of(request)
             per = self._chunk_blocks
             hashes = [_salted(request, salt, at) for at in range(per - 1, len(request.block_hashes), per)]
             # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
-            held = self._held(hashes, counted=request.request_id not in self._tracked)
+            held = self._held(hashes, counted=before is None)
         except adapters.Unknown as error:
             self._say_once(f"requests run without the store: {error}")
             return 0, False
@@ -158,8 +158,13 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._say_once(f"a request's wish for its blocks is left out: {wishes.complaint}")
         first = num_computed_tokens // self._block_size
         last = min(held * per, (request.num_tokens - 1) // self._block_size)
-        alone = (last - first) * self._block_nbytes > self._sync_nbytes
-        tracked = _Tracked(request, salt, wishes, saved=held, first_load=first, alone=alone)
+        if self._groups.windowed:
+            last -= last % per
+        # A failed load of several groups can be told only of requests that wait for it.
+        alone = self._groups.several or (last - first) * self._groups.block_nbytes > self._sync_nbytes
+        tracked = _Tracked(
+            request, salt, wishes, saved=held, first_load=first, alone=alone, blocks=self._groups.none_yet()
+        )
         self._tracked[request.request_id] = tracked
         return max(0, last - first) * self._block_size, alone and last > first
 
@@ -168,13 +173,13 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         tracked = self._tracked.get(request.request_id)
         if not self._on or tracked is None or num_external_tokens <= 0:
             return
-        ids, per = blocks.get_block_ids()[0], self._chunk_blocks
+        ids, per = blocks.get_block_ids(), self._chunk_blocks
         at, last = tracked.first_load, tracked.first_load + num_external_tokens // self._block_size
         load = Load(request.request_id, [], tracked.alone)
         while at < last:
             end = min(last, (at // per + 1) * per)
             name = _salted(request, tracked.salt, (at // per + 1) * per - 1)
-            load.chunks.append((name, at % per, list(ids[at:end])))
+            load.chunks.append((name, at % per, tuple(list(own[at:end]) for own in ids)))
             at = end
         self._loads.append(load)
 
@@ -187,17 +192,23 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             self._note(new.req_id, new.block_ids, fresh=True)
-            work.saves += self._filled(new.req_id, new.num_computed_tokens + scheduled.get(new.req_id, 0))
+            work.saves += self._filled(new.req_id, new.num_computed_tokens, scheduled.get(new.req_id, 0))
             alone = len(scheduled) == 1 and not new.num_computed_tokens
             work.prefill = int(scheduled.get(new.req_id, 0)) if alone else 0
         old = scheduler_output.scheduled_cached_reqs
         for i, name in enumerate(old.req_ids):
             self._note(name, old.new_block_ids[i], fresh=name in old.resumed_req_ids)
-            work.saves += self._filled(name, old.num_computed_tokens[i] + scheduled.get(name, 0))
+            work.saves += self._filled(name, old.num_computed_tokens[i], scheduled.get(name, 0))
         return work
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """What the workers have put since the last step."""
+        """What the workers have put since the last step, and which loads have failed: those requests are computed.
+
+        What the store still holds and cannot give would else be waited for again and again.
+        """
+        for name in getattr(connector_output, "failed_recving", None) or ():
+            if name in self._tracked:
+                self._tracked[name].lost, self._tracked[name].saved = True, 0
         events = getattr(connector_output, "kv_cache_events", None)
         if self._announced is not None and events is not None:
             self._announced.reported(events.get_all_events())
@@ -246,25 +257,33 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         if tracked is None or block_ids is None:
             return
         if fresh:  # also of a request that comes back after a preemption
-            tracked.blocks.clear()
-        tracked.blocks += block_ids[0]
+            tracked.blocks = self._groups.none_yet()
+        for own, more in zip(tracked.blocks, block_ids, strict=True):
+            own.extend(more)
 
-    def _filled(self, name: str, tokens: int) -> list[Save]:
+    def _filled(self, name: str, computed: int, scheduled: int) -> list[Save]:
         """Chunks that are full after this step and were not saved before: none, or one chain of them."""
         tracked = self._tracked.get(name)
         if tracked is None or not tracked.wishes.store:
             return []
-        request, per = tracked.request, self._chunk_blocks
+        request, per, tokens = tracked.request, self._chunk_blocks, computed + scheduled
         if self._prompt_only:
             tokens = min(tokens, getattr(request, "num_prompt_tokens", request.num_tokens))
-        full = min(tokens // self._block_size, len(request.block_hashes), len(tracked.blocks)) // per
+        blocks = min(map(len, tracked.blocks))
+        full = min(tokens // self._block_size, len(request.block_hashes), blocks) // per
         if full <= tracked.saved:
             return []
         before = _salted(request, tracked.salt, tracked.saved * per - 1) if tracked.saved else None
-        chunks = [
-            (_salted(request, tracked.salt, at * per + per - 1), tracked.blocks[at * per : at * per + per])
-            for at in range(tracked.saved, full)
-        ]
+        chunks = []
+        for at in range(tracked.saved, full):
+            places = self._groups.places(tracked.blocks, at * per, at * per + per, computed, self._block_size)
+            if places is None:  # found on this engine, computed long ago, and not held: what continues it is not either
+                tracked.wishes = replace(tracked.wishes, store=False)
+                full = at
+                break
+            chunks.append((_salted(request, tracked.salt, at * per + per - 1), places))
+        if not chunks:
+            return []
         save = Save(name, before, chunks, tracked.wishes.options)
         if self._announced is not None:
             save.told = [_facts(request, at * per, per, self._block_size) for at in range(tracked.saved, full)]
@@ -275,7 +294,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The paged buffers: block is their first dimension."""
-        self._buffers = PagedBuffers(kv_caches, self._head_dim)
+        self._buffers = GroupedBuffers(kv_caches, self._groups)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill this step's blocks, or begin to; those that are gone are reported as load errors."""
@@ -298,28 +317,29 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _load(self, load: Load) -> list[int]:
         """The blocks that could not be filled."""
-        began, failed = self._time.clock(), set(load.blocks())
+        began, failed = self._time.clock(), list[int]()
         for some in pieces(load.chunks, self._chunk_nbytes()):
-            failed.difference_update(self._filled_from(some))
+            filled = self._filled_from(some)
+            failed += [block for (_, _, places), ok in zip(some, filled, strict=True) if not ok for block in places[0]]
         tokens = (len(load.blocks()) - len(failed)) * self._block_size
         if tokens and not self._shards.mine and self._shards.writes:  # the ranks compute side by side
             self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._time.clock() - began))
-        return sorted(failed)
+        return failed
 
-    def _filled_from(self, some: Sequence[tuple[bytes, int, list[int]]]) -> list[int]:
-        """The blocks of these chunks that were filled, right out of the store's memory."""
+    def _filled_from(self, some: Sequence[tuple[bytes, int, Places]]) -> list[bool]:
+        """Whether the blocks of each of these chunks were filled, right out of the store's memory."""
         keys = [self._key(found, self._shards.mine) for found, _, _ in some]
-        filled: list[int] = []
+        filled = [False] * len(some)
         try:
             with self._guard.lease_many(keys, lookup=ELSEWHERE) as hits:
-                for at, (_, first, blocks) in enumerate(some):
+                for at, (_, first, places) in enumerate(some):
                     hit = hits[at]
-                    if hit is not None and self._buffers.fill(blocks, hit.tensors, self._chunk_blocks, first):
-                        filled += blocks
+                    if hit is not None:
+                        filled[at] = self._buffers.fill(places, hit.tensors, self._chunk_blocks, first)
                     del hit
         except KvstoreError as error:  # a block was used again while it was read
             logger.debug("a lease failed: %s", error)
-            return []
+            return [False] * len(some)
         return filled
 
     def _chunk_nbytes(self) -> int:
@@ -343,7 +363,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
                 if save.request_id in self._broken:
                     break  # what continues a chunk that was not kept could never be found
                 copied = [
-                    (self._key(found, self._shards.mine), self._buffers.gather(blocks)) for (found, blocks), _ in some
+                    (self._key(found, self._shards.mine), self._buffers.gather(places)) for (found, places), _ in some
                 ]
                 if work.prefill:  # the copy has waited for the device, so the forward pass has ended
                     self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
@@ -352,7 +372,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
                 before = copied[-1][0]
 
     def _put_later(
-        self, save: Save, copied: list[tuple[bytes, list[torch.Tensor]]], before: bytes | None, told: list[Any]
+        self, save: Save, copied: list[tuple[bytes, list[list[torch.Tensor]]]], before: bytes | None, told: list[Any]
     ) -> None:
         def put() -> None:
             if save.request_id in self._broken:
@@ -386,13 +406,21 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         del finished_req_ids
         return None, self._loading.take_done() or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """The same, and which of them have failed where that cannot be told by blocks."""
+        found = super().get_transfer_results(finished_req_ids)
+        if self._groups.several:
+            found.failed_recving = self._loading.take_failed_requests()
+        return found
+
     def get_kv_connector_kv_cache_events(self) -> Any:
         """What this worker has put since the last step; None: nothing."""
         return None if self._reported is None else self._reported.take()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that could not be filled since the last call."""
-        return self._loading.take_failed()
+        """Blocks that could not be filled since the last call; none of several groups, whose requests are told."""
+        failed = self._loading.take_failed()
+        return set() if self._groups.several else failed
 
     def shutdown(self) -> None:
         """Finish what is waiting."""

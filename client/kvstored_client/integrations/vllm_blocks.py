@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvstored_client.integrations.vllm_groups import Groups, Places, leading_gone
+
 _APART_DIM = 5
 """(blocks, 2, tokens, heads, head_dim)."""
 _RUNS_MAX = 4
@@ -161,6 +163,55 @@ class PagedBuffers:
             return False
         for kind in self._kinds:
             kind.fill(blocks, tensors, of, first)
+        return True
+
+
+class GroupedBuffers:
+    """Of one worker, of all cache groups. A chunk has the tensors of all of them: `g1.k` is the second group's `k`.
+
+    Of a model with one group the tensors have their plain names.
+    """
+
+    def __init__(self, kv_caches: Mapping[str, torch.Tensor], groups: Groups) -> None:
+        self._groups: list[tuple[PagedBuffers, bool]] = []
+        for group in groups.all:
+            own = {name: kv_caches[name] for name in group.layers if name in kv_caches} if groups.several else kv_caches
+            self._groups.append((PagedBuffers(own, group.head_dim), group.reach is not None))
+        self._prefixes = [f"g{at}." if groups.several else "" for at in range(len(self._groups))]
+
+    def block_nbytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return sum(buffers.block_nbytes() for buffers, _ in self._groups)
+
+    def gather(self, places: Places) -> list[list[torch.Tensor]]:
+        """A chunk, copied to CPU memory: see `PagedBuffers.gather`."""
+        found = []
+        for (buffers, windowed), blocks in zip(self._groups, places, strict=True):
+            whole = buffers.gather(blocks)
+            if windowed and (gone := leading_gone(blocks)):
+                for x in whole:
+                    x[:, :gone] = 0
+            found.append(whole)
+        return found
+
+    def entry(self, gathered: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of an entry, of what was gathered: see `PagedBuffers.entry`."""
+        return {
+            prefix + name: part
+            for prefix, (buffers, _), own in zip(self._prefixes, self._groups, gathered, strict=True)
+            for name, part in buffers.entry(own).items()
+        }
+
+    def fill(self, places: Places, tensors: Mapping[str, torch.Tensor], of: int, first: int = 0) -> bool:
+        """Write blocks of a chunk, as `PagedBuffers.fill`, but for those that a window has let go of.
+
+        False: the tensors are not such a chunk's. Some groups may have been written.
+        """
+        for prefix, (buffers, windowed), blocks in zip(self._prefixes, self._groups, places, strict=True):
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            gone = leading_gone(blocks) if windowed else 0
+            if not buffers.fill(blocks[gone:], own, of, first + gone):
+                return False
         return True
 
 

@@ -10,7 +10,6 @@ import vllm
 
 from kvstored_client.integrations import configured
 
-_UNDERSTOOD = ("FullAttentionSpec", "MLAAttentionSpec")
 _PLACE = "where a process or its peers are, not what they compute"
 _SIZE = "how much memory or how many requests, not what is in a block"
 _OUTPUT = "what is done with the logits: the blocks are there before"
@@ -101,20 +100,13 @@ def shards_of(parallel: Any, spec: Any) -> Shards:
     return Shards(tensor * stages * contexts, rank, writes=True)
 
 
-def not_understood(kv_cache_config: Any) -> str:
-    """Why this model's cache cannot be kept; "" where it can."""
-    groups = getattr(kv_cache_config, "kv_cache_groups", None) or []
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    understood = len(kinds) == 1 and kinds[0] in _UNDERSTOOD
-    return (
-        "" if understood else f"this model's cache is not one group of full attention: {', '.join(kinds) or 'unknown'}"
-    )
-
-
 def tokens_per_block(vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens of one block over all ranks: what one of the request's hashes covers. Raises ValueError if they differ."""
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    groups = kv_cache_config.kv_cache_groups
+    spec = groups[0].kv_cache_spec
     shared_by = int(getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1))
+    if shared_by > 1 and len(groups) > 1:
+        raise ValueError("the ranks of decode context parallelism share blocks of several groups")
     tokens = int(spec.block_size) * (shared_by if getattr(spec, "dcp_sharded", True) else 1)
     hashed = getattr(kv_cache_config, "hash_block_size", None)
     if hashed not in (None, tokens):

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
+from kvstored_client.integrations.vllm_groups import Places
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -21,13 +23,13 @@ class Load:
     """What a request loads: each chunk's hash, the first of its blocks that is wanted, and the places of these."""
 
     request_id: str
-    chunks: list[tuple[bytes, int, list[int]]]
+    chunks: list[tuple[bytes, int, Places]]
     alone: bool = False
     """It is loaded beside the steps, and the request waits for it."""
 
     def blocks(self) -> list[int]:
-        """All places."""
-        return [block for _, _, blocks in self.chunks for block in blocks]
+        """All places in the first group: a block of each is as many tokens."""
+        return [block for _, _, places in self.chunks for block in places[0]]
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Save:
 
     request_id: str
     before: bytes | None
-    chunks: list[tuple[bytes, list[int]]]
+    chunks: list[tuple[bytes, Places]]
     options: dict[str, Any] = field(default_factory=dict)
     told: list[list[Any]] = field(default_factory=list)
     """What routers are told of each chunk's blocks: pairs of hash and `vllm_events.Block`."""
@@ -65,6 +67,7 @@ class Loading:
         self._thread: ThreadPoolExecutor | None = None
         self._done: set[str] = set()
         self._failed: set[int] = set()
+        self._failed_requests: set[str] = set()
 
     def begin(self, load: Load) -> None:
         """Load beside the steps; the request is done when all of it was tried."""
@@ -81,6 +84,8 @@ class Loading:
             logger.exception("a load failed")
         with self._lock:
             self._failed.update(failed)
+            if failed:
+                self._failed_requests.add(load.request_id)
             if load.alone:
                 self._done.add(load.request_id)
 
@@ -94,6 +99,12 @@ class Loading:
         """Blocks that could not be filled since the last call."""
         with self._lock:
             found, self._failed = self._failed, set()
+        return found
+
+    def take_failed_requests(self) -> set[str]:
+        """Requests of which blocks could not be filled since the last call."""
+        with self._lock:
+            found, self._failed_requests = self._failed_requests, set()
         return found
 
     def close(self) -> None:

@@ -45,7 +45,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not collection_path.name.startswith("test_"):
         return None
     engine = config.getoption("--engine", "").replace("-", "_")
-    return None if engine and collection_path.stem in ("test_contract", f"test_{engine}") else True
+    return (
+        None
+        if engine and (collection_path.stem == "test_contract" or collection_path.stem.startswith(f"test_{engine}"))
+        else True
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -338,14 +342,17 @@ class Written:
         pass
 
 
-def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16, device: str = "cuda") -> Any:
+def vllm_connector(
+    settings: dict[str, Any], *, worker: bool, blocks: int = 16, device: str = "cuda", window: int = 0
+) -> Any:
     """The connector, made as vLLM makes it, over one layer of K and V side by side: a block is a page.
 
-    Chunks are of one block, unless `settings` says something else; None: what the connector does by itself.
+    Chunks are of one block, unless `settings` says something else; None: what the connector does by itself. window: of
+    a second layer, in tokens.
     """
     stubs.install("triton")
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     from kvstored_client.integrations.vllm import KvstoredConnector
 
@@ -362,10 +369,16 @@ def vllm_connector(settings: dict[str, Any], *, worker: bool, blocks: int = 16, 
     )
     spec = FullAttentionSpec(block_size=8, num_kv_heads=1, head_size=64, dtype=torch.float32)
     groups: Any = some(kv_cache_groups=[some(kv_cache_spec=spec, layer_names=["layer"])])
+    layers = ["layer"]
+    if window:
+        near = SlidingWindowSpec(block_size=8, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=window)
+        groups.kv_cache_groups.append(some(kv_cache_spec=near, layer_names=["near"]))
+        layers.append("near")
     connector = KvstoredConnector(config, KVConnectorRole.WORKER if worker else KVConnectorRole.SCHEDULER, groups)
     if worker:
-        connector.layer = torch.zeros(blocks, 1, 8, 128)
-        connector.register_kv_caches({"layer": connector.layer})
+        caches = {name: torch.zeros(blocks, 1, 8, 128) for name in layers}
+        connector.layer, connector.near = caches["layer"], caches.get("near")
+        connector.register_kv_caches(caches)
     return connector
 
 
@@ -380,7 +393,7 @@ class VLLMConnector(Written):
     def _run(self, work: str, names: list[str]) -> None:
         from kvstored_client.integrations.vllm_work import Load, Save, Work
 
-        chunks = [(name.encode(), [i]) for i, name in enumerate(names)]
+        chunks = [(name.encode(), ([i],)) for i, name in enumerate(names)]
         if work == "saves":  # requests of one chunk each: no page continues another
             found = Work(saves=[Save(f"r{i}", None, [chunk]) for i, chunk in enumerate(chunks)])
         else:

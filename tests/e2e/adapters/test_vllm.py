@@ -225,11 +225,11 @@ def test_a_step_reads_only_the_hashes_of_what_it_fills() -> None:
         scheduler, _ = chunked(store)
         asked = request(Counted(bytes([i % 251]) for i in range(2000)), 16_000)
         tracked = scheduler._tracked[asked.request_id] = tracked_of(asked)
-        tracked.blocks = list(range(2000))
+        tracked.blocks = (list(range(2000)),)
         for done in range(1, 8):
-            (save,) = scheduler._filled(asked.request_id, done * 16)
+            (save,) = scheduler._filled(asked.request_id, done * 16, 0)
             assert len(save.chunks) == 1
-            assert scheduler._filled(asked.request_id, done * 16 + 5) == []
+            assert scheduler._filled(asked.request_id, done * 16, 5) == []
         assert asked.block_hashes.reads == 13
 
 
