@@ -56,6 +56,7 @@ engines: install  ## Engines too heavy for `make test`: vLLM (3.4 GB, a venv of 
 	$(BIN)/python -m pytest tests/e2e/test_engines.py -k llama
 	$(BIN)/python tools/engines/run_vllm.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))" \
 		--record experiments/vllm.json
+	$(BIN)/python tools/engines/vllm_windows.py --engine-python "$$(tools/engines/vllm.sh $(PYTHON))"
 
 # The folders whose tests start no daemon, no second process and no disk that is synced, and of those not the files that
 # train long (state machines, the simulator, whole codecs, counted allocations). A file is added here if `make quick`

@@ -1,10 +1,13 @@
 """A KvstoredConnector whose blocks are always there at the lookup and always gone at the load: for run_vllm.py."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from kvstored_client.integrations.vllm import KvstoredConnector
+
+logger = logging.getLogger("vllm.lossy")
 
 
 class LossyConnector(KvstoredConnector):
@@ -20,5 +23,6 @@ class LossyConnector(KvstoredConnector):
 
 @contextmanager
 def gone(keys: Sequence[bytes], **_: Any) -> Iterator[list[None]]:
-    """What a lease of keys that have left gives."""
+    """What a lease of keys that have left gives. Says so, for whoever has to know that it happened."""
+    logger.warning("lost %d chunks", len(keys))
     yield [None] * len(keys)
