@@ -160,8 +160,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         last = min(held * per, (request.num_tokens - 1) // self._block_size)
         if self._groups.windowed:
             last -= last % per
-        # A failed load of several groups can be told only of requests that wait for it.
-        alone = self._groups.several or (last - first) * self._groups.block_nbytes > self._sync_nbytes
+        # A failure of the whole request can be told only while it waits for the load.
+        alone = self._groups.fails_whole or (last - first) * self._groups.block_nbytes > self._sync_nbytes
         tracked = _Tracked(
             request, salt, wishes, saved=held, first_load=first, alone=alone, blocks=self._groups.none_yet()
         )
@@ -409,7 +409,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """The same, and which of them have failed where that cannot be told by blocks."""
         found = super().get_transfer_results(finished_req_ids)
-        if self._groups.several:
+        if self._groups.fails_whole:
             found.failed_recving = self._loading.take_failed_requests()
         return found
 
@@ -418,9 +418,9 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         return None if self._reported is None else self._reported.take()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that could not be filled since the last call; none of several groups, whose requests are told."""
+        """Blocks that could not be filled since the last call; none where requests are told instead."""
         failed = self._loading.take_failed()
-        return set() if self._groups.several else failed
+        return set() if self._groups.fails_whole else failed
 
     def shutdown(self) -> None:
         """Finish what is waiting."""

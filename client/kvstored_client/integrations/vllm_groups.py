@@ -41,8 +41,17 @@ class Groups:
 
     @property
     def several(self) -> bool:
-        """Whether a block's number says of which group it is no more: a load that fails fails for its request."""
+        """Whether there are more than one."""
         return len(self.all) > 1
+
+    @property
+    def fails_whole(self) -> bool:
+        """Whether a load that fails is told of its request, not of blocks: of several groups they do not say of which.
+
+        Of one with a window the engine would compute from the first lost block on, and what that needs before it may
+        have left the window.
+        """
+        return self.several or self.windowed
 
     @property
     def windowed(self) -> bool:

@@ -128,6 +128,21 @@ def test_a_load_that_fails_is_told_of_its_request_which_is_computed_and_kept_ane
     assert len(list(store.entries())) == 3
 
 
+def test_of_windows_alone_a_failed_load_is_its_request_s_too(store: Store) -> None:
+    """vLLM would compute from the first lost block on: what that needs before it is not there."""
+    prefilled(store, [48])
+    scheduler, worker = halves(store)
+    for each in (scheduler, worker):
+        object.__setattr__(each._groups, "all", each._groups.all[1:])
+    worker.register_kv_caches({"near": worker.near})
+    asked = request(52)
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (48, True)
+    scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([0, 0, 0, 0, 5, 6],)), 48)
+    nothing = some(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+    step = some(scheduled_new_reqs=[], scheduled_cached_reqs=nothing, num_scheduled_tokens={})
+    assert turn(scheduler, worker, step).failed_recving == {"r"}  # entries of two groups are none of this model's
+
+
 def test_a_chunk_that_was_found_computed_and_has_left_its_window_ends_the_chain(store: Store) -> None:
     """The engine's own cache had 32 tokens: of the window's blocks only the last two are there."""
     scheduler, worker = halves(store)
