@@ -1,4 +1,4 @@
-"""What vLLM's connector costs beside the copy of the bytes: `bench/engines.py [--json]`.
+"""What vLLM's connector costs beside the copy of the bytes: `bench/engines.py [--json] [--engine-python PYTHON]`.
 
 Needs vLLM's wheel, which `make test` fetches. A daemon over shared memory and both halves of the connector, with 32
 layers in blocks of 16 tokens. Heads are so small that the copies take no time: Python, the calls and the client are
@@ -7,6 +7,8 @@ left, the same for heads of any size.
     connector.put   CPU ms a chunk of 256 tokens; `forward`: on the forward's thread, where the batch waits for it
     connector.get   the same
     scheduler.step  CPU ms a request a step, of requests of 32k tokens that decode (params: requests)
+    ttft            with --engine-python (`tools/engines/vllm.sh` prints it): ms to the first of a prompt of 1,512 tokens
+                    in vLLM itself, from hot and from 4 bits in RAM; ratio `recompute`
 """
 
 import argparse
@@ -34,6 +36,9 @@ BLOCKS = 32_768
 ROUNDS = 40
 LONG_TOKENS = 32_768
 DUE = {"connector.put": 0.25, "connector.get": 0.15, "scheduler.step": 0.05}
+TTFT_TOKENS, TTFT_CASES = 1512, "base,store,load,store auto,nf4"
+TTFT_DUE = {"hot": 8, "warm": 6}
+"""Times as fast as computing."""
 
 
 def halves(address: str) -> tuple[Any, Any]:
@@ -157,10 +162,23 @@ def measure() -> list[dict[str, Any]]:
             daemon.wait()
 
 
+def ttft(engine_python: str) -> list[dict[str, Any]]:
+    """In the engine itself."""
+    run = [sys.executable, str(ROOT / "tools/engines/run_vllm.py"), "--engine-python", engine_python]
+    run += ["--tokens", str(TTFT_TOKENS), "--cases", TTFT_CASES, "--json"]
+    path = os.pathsep.join(sys.path[:3])
+    done = subprocess.run(
+        run, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [row for row in rows if row["name"] == "ttft"]
+
+
 def main() -> None:
     """From the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--engine-python", help="of a venv with vLLM: measures ttft too, 4 minutes")
     options = parser.parse_args()
     for folder in ("shared", "vllm"):
         if missing := why_missing(folder):
@@ -174,6 +192,12 @@ def main() -> None:
             print(json.dumps(found))
         else:
             print(f"{found['name']:15} {found['value']:7.3f} ms  {found['params']}  due {DUE[found['name']]}")
+    for found in ttft(options.engine_python) if options.engine_python else ():
+        if options.json:
+            print(json.dumps(found))
+        else:
+            times, due = found["ratios"]["recompute"], TTFT_DUE[found["params"]["tier"]]
+            print(f"{found['name']:15} {found['value']:7.1f} ms  {found['params']}  {times:.1f}x computing, due {due}x")
 
 
 if __name__ == "__main__":
