@@ -7,8 +7,8 @@ left, the same for heads of any size.
     connector.put   CPU ms a chunk of 256 tokens; `forward`: on the forward's thread, where the batch waits for it
     connector.get   the same
     scheduler.step  CPU ms a request a step, of requests of 32k tokens that decode (params: requests)
-    ttft            with --engine-python (`tools/engines/vllm.sh` prints it): ms to the first of a prompt of 1,512 tokens
-                    in vLLM itself, from hot and from 4 bits in RAM; ratio `recompute`
+    ttft            with --engine-python (`tools/engines/vllm.sh` prints it): ms to the first token after a prompt of
+                    1,512 in vLLM itself, from hot and from 4 bits in RAM; ratio `recompute`
 """
 
 import argparse
