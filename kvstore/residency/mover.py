@@ -149,7 +149,7 @@ class Mover:
         return below
 
     def promote(self, key: Key) -> bool:
-        """Copy a live key to hot, unless it is there, on its way, or too large. What is below stays, as clean copy.
+        """Copy a live key to hot, unless it is there, on its way, or has no room there. What is below stays, as clean copy.
 
         True: copied.
         """
@@ -181,7 +181,10 @@ class Mover:
                 return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
 
             with self._moving:
-                if not r.hot.admits(copy.nbytes, key, meta.owner) or not self._place(r.hot, copy, wanted, meta):
+                try:
+                    if not r.hot.admits(copy.nbytes, key, meta.owner) or not self._place(r.hot, copy, wanted, meta):
+                        return False
+                except OverQuota:  # what is pinned, or on its way down, leaves no room
                     return False
             with r.lock:
                 r.counters.tiers["hot"].promotions += 1

@@ -133,6 +133,20 @@ def test_promotion_can_be_at_the_first_hit_or_never(promote_after: int, tiers: t
         assert info.tiers == tiers
 
 
+def test_what_pins_leave_no_room_for_is_not_promoted_and_says_nothing() -> None:
+    """It met an OverQuota that nobody had asked for: in the maintainer's log a traceback, a promotion in its caller."""
+    with open_store(hot=4 * MIB + 16384, promote_after=1) as store:
+        store.put(b"large", {"k": chunk(0, 3 * 4096)})
+        store.demote(b"large")
+        store.put(b"pinned", {"k": chunk(1, 2 * 4096)}, pin=True)
+        assert store.promote(b"large") == 0
+        assert store.get(b"large") is not None
+        store.maintain()
+        info = store.inspect(b"large")
+        assert info is not None
+        assert info.tiers == ("warm",)
+
+
 def test_a_demotion_with_a_clean_copy_encodes_and_writes_nothing(tmp_path: Path) -> None:
     with open_store(path=tmp_path) as store:
         store.put(b"k", {"k": chunk(0)})
