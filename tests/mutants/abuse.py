@@ -27,9 +27,8 @@ ABUSE = (
     ),
     (
         "daemon/kvstored/doors/lease_server.py",
-        "                except Exception as error:  # noqa: BLE001 - the boundary of the thread: the next turn is as good\n"
-        "                    self._failed(error)",
-        "                except Exception:\n                    return",
+        "                    self._failed(error)\n                else:",
+        "                    return\n                else:",
         "one failure ends the accepting thread",
     ),
     (
