@@ -149,7 +149,7 @@ class Mover:
         return below
 
     def promote(self, key: Key) -> bool:
-        """Copy a live key to hot, unless it is there, on its way, or has no room there. What is below stays, as clean copy.
+        """Copy a live key to hot, unless it is there, on its way, or has no room. What is below stays, as clean copy.
 
         True: copied.
         """
@@ -181,10 +181,7 @@ class Mover:
                 return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
 
             with self._moving:
-                try:
-                    if not r.hot.admits(copy.nbytes, key, meta.owner) or not self._place(r.hot, copy, wanted, meta):
-                        return False
-                except OverQuota:  # what is pinned, or on its way down, leaves no room
+                if not self._promoted(copy, wanted, meta):
                     return False
             with r.lock:
                 r.counters.tiers["hot"].promotions += 1
@@ -192,6 +189,13 @@ class Mover:
         finally:
             with r.lock:
                 r.flights.finish(flight)
+
+    def _promoted(self, copy: Entry, wanted: Callable[[], bool], meta: Meta) -> bool:
+        hot = self._r.hot
+        try:
+            return hot.admits(copy.nbytes, copy.key, meta.owner) and self._place(hot, copy, wanted, meta)
+        except OverQuota:  # nothing that may leave is its owner's, who has pinned the rest of the quota
+            return False
 
     def trim(self, tier: MemoryTier) -> int:
         """Sink what a memory tier holds over its budget, least recently used first. Returns how many left it."""

@@ -14,7 +14,7 @@ import kvstore.residency.transcode
 from kvstore import kernels
 from kvstore.clock import ManualClock
 from kvstore.codecs import encode_entry
-from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+from kvstore.config import ColdConfig, HotConfig, QuotaConfig, StoreConfig, WarmConfig
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, ConfigError, EntryTooLarge, OverQuota, TierUnavailable
 from kvstore.store import Store
@@ -133,12 +133,13 @@ def test_promotion_can_be_at_the_first_hit_or_never(promote_after: int, tiers: t
         assert info.tiers == tiers
 
 
-def test_what_pins_leave_no_room_for_is_not_promoted_and_says_nothing() -> None:
-    """It met an OverQuota that nobody had asked for: in the maintainer's log a traceback, a promotion in its caller."""
-    with open_store(hot=4 * MIB + 16384, promote_after=1) as store:
-        store.put(b"large", {"k": chunk(0, 3 * 4096)})
+def test_what_the_pins_of_its_owner_leave_no_quota_for_is_not_promoted() -> None:
+    """It met an OverQuota that nobody had asked for: a traceback in the maintainer's log, and an error of `promote`."""
+    quota = QuotaConfig(hot_nbytes=4 * MIB)
+    with open_store(hot=16 * MIB, warm=4 * MIB, promote_after=1, namespaces={"m": quota}) as store:
+        store.put(b"large", {"k": chunk(0, 3 * 4096)}, namespace="m")
         store.demote(b"large")
-        store.put(b"pinned", {"k": chunk(1, 2 * 4096)}, pin=True)
+        store.put(b"pinned", {"k": chunk(1, 2 * 4096)}, namespace="m", pin=True)
         assert store.promote(b"large") == 0
         assert store.get(b"large") is not None
         store.maintain()
