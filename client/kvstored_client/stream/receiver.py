@@ -11,7 +11,7 @@ import xxhash
 from kvstore.errors import CodecError, KvstoreError, OutMismatch, RecordCorrupt
 from kvstore.hit import Hit
 from kvstored_client.buffers import Out, Target, Tensors
-from kvstored_client.decoding import Packed, Unpacking, shape_of
+from kvstored_client.decoding import Packed, Parts, Unpacking, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.stream.transport import CACHE, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -23,13 +23,21 @@ class Receiver:
     """Collects the hits of one Get. hits: by position; corrupt: entries dropped for a wrong checksum."""
 
     def __init__(
-        self, keys: Sequence[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
+        self,
+        keys: Sequence[bytes],
+        framework: str,
+        out: Out = None,
+        hits: list[Hit | None] | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
+        """packed: what comes encoded is to stay so."""
         self.hits: list[Hit | None] = [None] * len(keys) if hits is None else hits
         self.corrupt = 0
         self.boot_epoch = 0
         self._keys = keys
         self._framework = framework
+        self._packed = packed
         self._out = out
         self._entry: _Incoming | None = None
 
@@ -95,7 +103,7 @@ class Receiver:
             if header.index >= len(self._keys):
                 raise BadFrame(f"an entry for key {header.index} of {len(self._keys)}")
             out = None if self._out is None else self._out[header.index]
-            self._entry = _Incoming(header, self._framework, out)
+            self._entry = _Incoming(header, self._framework, out, packed=self._packed)
         if frame.chunk or frame.end is not None:
             if self._entry is None:
                 raise BadFrame("bytes before a header")
@@ -112,14 +120,19 @@ class Receiver:
 class _Incoming:
     """One entry on its way in: into fresh memory, or into the caller's own tensors."""
 
-    def __init__(self, header: pb.GetHeader, framework: str, out: Tensors | None) -> None:
+    def __init__(self, header: pb.GetHeader, framework: str, out: Tensors | None, *, packed: bool) -> None:
         shape = shape_of(header)
         if shape.nbytes != header.nbytes:
             raise BadFrame(f"specs of {shape.nbytes} bytes under a header of {header.nbytes}")
         self.header = header
-        self._target = Target(shape.specs, framework, out)
-        self._unpacking = Unpacking(Packed(header, shape), self._target.bytes) if header.packed else None
-        self._scatter = Scatter([] if header.packed else list(self._target.bytes.values()))
+        self._unpacking: Unpacking | None = None
+        if header.packed and packed:
+            self._target: Target = Parts(Packed(header, shape), framework)
+        else:
+            self._target = Target(shape.specs, framework, out)
+            if header.packed:
+                self._unpacking = Unpacking(Packed(header, shape), self._target.bytes)
+        self._scatter = Scatter([] if self._unpacking else list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
@@ -143,7 +156,10 @@ class _Incoming:
             raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
         if damaged or (xxh3 and self._sum.intdigest() != xxh3):
             return False
-        self._target.finish()
+        try:
+            self._target.finish()
+        except CodecError:  # packed parts that no codec wrote
+            return False
         return True
 
     def hit(self, key: bytes) -> Hit:
