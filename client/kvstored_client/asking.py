@@ -15,13 +15,14 @@ import numpy as np
 from kvstore import arrays
 from kvstore.device import Driver
 from kvstore.device.copies import Batch
+from kvstore.errors import CodecError, RecordCorrupt
 from kvstore.hit import Held, Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
 from kvstore.packed import ENCODINGS
 from kvstore.ready import fill
 from kvstored_client.buffers import Out
-from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
+from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted, unpacked
 from kvstored_client.doors import SOFT, Doors, OnError
 from kvstored_client.leasing import NOTHING_LEASED, leading_hits
 from kvstored_client.puts import Outgoing
@@ -133,11 +134,14 @@ class Asking(Doors):
         lookup: Lookup | None,
         packed: bool,
     ) -> None:
-        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed)
+        there = self.unpacks(out)
+        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
         try:
             hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed)
         except UseStream:
-            Receiver(keys, framework, out, hits, packed=packed).read_from(self._transport, how.request(keys))
+            Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None).read_from(
+                self._transport, how.request(keys)
+            )
             return
         if epoch != self._epoch:
             self._saw_epoch(epoch)
@@ -177,11 +181,25 @@ class Asking(Doors):
         near, far = (ENCODINGS, ENCODINGS) if packed else ((), accept)
         return _how_to_get(leading, near, 0, lookup), _how_to_get(leading, far, 0, lookup), framework
 
-    def fill(self, pairs: list[tuple[Any, Any]]) -> None:
-        """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once."""
-        fill(self.transfers.fill(pairs, self._fill_batch(pairs), self._segment_at))
+    def unpacks(self, out: Out) -> bool:
+        """Whether what is held encoded is best asked for as it is held, to fill these tensors on GPUs: see `fill`."""
+        return out is not None and self._decode != "daemon" and self.transfers.unpacks(out)
 
-    def _fill_batch(self, pairs: list[tuple[Any, Any]]) -> Batch | None:
+    def fill(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once.
+
+        Packed sources are decoded: to a GPU, there. Raises RecordCorrupt for one that cannot be.
+        """
+        self._fill_now(pairs)
+
+    def _fill_now(self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None = None) -> None:
+        left = self.transfers.fill(pairs, batch or self._fill_batch(pairs), self._segment_at)
+        try:
+            fill((target, unpacked(source)) for target, source in left)
+        except CodecError as error:
+            raise RecordCorrupt(f"what {self.address} sent cannot be decoded: {error}") from None
+
+    def _fill_batch(self, pairs: Sequence[tuple[Any, Any]]) -> Batch | None:
         return self.transfers.batch_for({"": target} for target, _ in pairs)
 
     def _segment_at(self, address: int) -> Any:

@@ -134,7 +134,8 @@ class Packed:
         start = 0
         for name, (coded, attrs) in self.tensors.items():
             stop = start + len(coded.parts)
-            _decode(coded, attrs, parts[start:stop], targets[name])
+            if name in targets:
+                _decode(coded, attrs, parts[start:stop], targets[name])
             start = stop
 
 
@@ -150,6 +151,15 @@ class Parts(Target):
         self.tensors = self._packed.given_out(self.tensors.values())
         if "torch" in sys.modules:
             check(self.tensors)
+
+
+def unpacked(x: Any) -> Any:
+    """A tensor, decoded on the host if it is packed. Raises CodecError."""
+    if not isinstance(x, PackedTensor):
+        return x
+    from kvstore.codecs.packing import decoded
+
+    return decoded(x)
 
 
 def check(tensors: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from kvstore import arrays
 from kvstore.errors import TierUnavailable
 from kvstore.hit import Hit, TensorInfo
 from kvstore.lookup import Lookup
-from kvstore.ready import fill
 from kvstored_client.aio import calls
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.stream import LoopTransport
@@ -177,14 +176,18 @@ class LoopAsking(Client):
         lookup: Lookup | None,
         packed: bool,
     ) -> None:
-        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed)
+        there = self.unpacks(out)
+        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
         if out is not None and self.transfers.batch_for(out) is None:
             await self._wait_for_caller(out)
         try:
             hits[:], stale, epoch = await self._shared(calls.get, keys, how, framework, out, packed)
         except UseStream:
             await self._wait_for_caller(out)
-            await self._receive(Receiver(keys, framework, out, hits, packed=packed), how.request(keys))
+            await self._receive(
+                Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None),
+                how.request(keys),
+            )
             return
         if epoch != self._epoch:
             self._saw_epoch(epoch)
@@ -232,4 +235,4 @@ class LoopAsking(Client):
         batch = self._fill_batch(pairs)
         if batch is None:
             await self._wait_for_caller([{"": target} for target, _ in pairs])
-        await self.worker.run(lambda: fill(self.transfers.fill(pairs, batch, self._segment_at)))
+        await self.worker.run(self._fill_now, pairs, batch)

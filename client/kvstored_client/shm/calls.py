@@ -15,9 +15,9 @@ from kvstore.device import DriverError
 from kvstore.device.copies import Batch
 from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
-from kvstore.packed import arrays_in
+from kvstore.packed import PackedTensor, arrays_in
 from kvstored_client.buffers import Out, Target, Window
-from kvstored_client.decoding import Parts
+from kvstored_client.decoding import Parts, unpacked
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart
@@ -230,14 +230,14 @@ def get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
 def target_for(
     block: "Block", framework: str, out: Mapping[str, Any] | None, batch: Batch | None = None, *, packed: bool = False
 ) -> Target:
-    """Where a block's tensors go. batch: takes those on a GPU, if nothing has to be decoded. Raises OutMismatch.
+    """Where a block's tensors go. batch: takes those on a GPU, unless they have to be decoded here. Raises OutMismatch.
 
     packed: what lies there encoded goes as it lies.
     """
     try:
         if packed and block.packed is not None:
             return Parts(block.packed, framework)
-        return Target(block.specs, framework, out, batch if block.packed is None else None)
+        return Target(block.specs, framework, out, batch if block.packed is None or (batch and batch.decodes) else None)
     except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
         raise damage(error, "a block") from None
 
@@ -264,19 +264,51 @@ def filled(copier: Copying, block: "Block", target: Target) -> bool:
 
 def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "Block", Target]]) -> list[bool]:
     """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards."""
+    packed: list[tuple[Any, Any]] = []
     for _, _, block, target in late:
-        pool.transfers.uses(block.mapping)
+        if target.direct:
+            pool.transfers.uses(block.mapping)
+        held = _held_packed(block) if target.direct else {}
         for name, x in target.direct.items():
-            batch.load(x, block.mapping.address + block.start + block.tensors[name][1])
+            if isinstance(held.get(name), PackedTensor):
+                packed.append((x, held[name]))
+            else:
+                at = block.tensors[name][1] if block.packed is None else held[name].data_ptr() - block.data.ctypes.data
+                batch.load(x, block.mapping.address + block.start + at)
     try:
-        batch.run()
+        left = pool.transfers.run(batch, packed)
     except DriverError:
-        for _, _, block, target in late:
-            for name, x in target.direct.items():
-                spec, at, nbytes = block.tensors[name]
-                x.copy_(arrays.from_bytes(spec, block.data[at : at + nbytes].copy(), "torch"))
+        left = [pair for _, _, block, target in late for pair in _from_host(block, target)]
+    damaged = {id(x) for x, source in left if not _decoded_into(x, source)}
     # After the copies: see `filled`.
-    return [not block.is_gone() for _, _, block, _ in late]
+    return [not block.is_gone() and damaged.isdisjoint(map(id, target.direct.values())) for _, _, block, target in late]
+
+
+def _held_packed(block: "Block") -> dict[str, Any]:
+    """The tensors of a packed block over its memory; of another one: none."""
+    if block.packed is None:
+        return {}
+    lying = block.tensors.values()
+    return block.packed.given_out(arrays.from_bytes(spec, block.data[at : at + n], "torch") for spec, at, n in lying)
+
+
+def _from_host(block: "Block", target: Target) -> Iterator[tuple[Any, Any]]:
+    held = _held_packed(block)
+    for name, x in target.direct.items():
+        if block.packed is None:
+            spec, at, nbytes = block.tensors[name]
+            yield x, arrays.from_bytes(spec, block.data[at : at + nbytes].copy(), "torch")
+        else:
+            yield x, held[name]
+
+
+def _decoded_into(x: Any, source: Any) -> bool:
+    """Fill a tensor through torch; False: the source is damaged."""
+    try:
+        x.copy_(unpacked(source))
+    except CodecError:
+        return False
+    return True
 
 
 def lease(
