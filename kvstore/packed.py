@@ -58,6 +58,15 @@ def arrays_in(tensors: Mapping[str, Any]) -> list[Any]:
     return found
 
 
+def specs_of(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of the tensors of an entry once decoded, by name."""
+    found = {}
+    for name, x in tensors.items():
+        spec = x.spec if isinstance(x, PackedTensor) else x
+        found[name] = str(spec.dtype).removeprefix("torch."), tuple(spec.shape)
+    return found
+
+
 def refuse_both(out: object, *, packed: bool) -> None:
     """Raise InvalidEntry for a get that names tensors to fill and wants packed ones."""
     if packed and out is not None:
