@@ -98,8 +98,7 @@ class Answers:
             return None
 
     def _hit_packed(self, found: Found, *, copy: bool) -> Hit:
-        if found.tier == "cold":
-            check_entry(found.entry)
+        _check(found)
         tensors: dict[str, Any] = {}
         numpy = arrays.resolve_framework(self._framework) == "numpy"
         for name, held in found.entry.tensors.items():
@@ -115,8 +114,7 @@ class Answers:
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:
-            if found.tier == "cold":
-                check_entry(found.entry)
+            _check(found)
         except CodecError as error:
             self._undecodable(found, error)
             return None
@@ -178,6 +176,12 @@ class Answers:
             for name, x in decoded.items():
                 direct[name].copy_(x)
         return dict(out)
+
+
+def _check(found: Found) -> None:
+    """Raise CodecError for an entry out of a disk that could not be decoded."""
+    if found.tier == "cold":
+        check_entry(found.entry)
 
 
 def as_torch(x: Any) -> torch.Tensor:

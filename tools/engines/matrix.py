@@ -6,7 +6,7 @@ For each engine: the newest version that pip finds (with --pre also a candidate)
 folder of its own, and `tests/e2e/adapters` over it, as `make test` does over the pinned one. Nothing is installed into
 the environment, and the pinned wheels stay. A wheel that cannot be had, or an adapter that fails, is a row too; exit
 code 1 if one failed. About 3 GB in $XDG_CACHE_HOME/kvstored/engines/matrix, some minutes an engine. The table belongs
-in docs/integrations/README.md. Of vLLM these are the classes of its wheel for GPUs; as an engine it runs by `make engines`.
+in docs/integrations/README.md. Of vLLM these are the classes of its wheel for GPUs; the engine runs by `make engines`.
 """
 
 import argparse
