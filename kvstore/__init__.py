@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvstore.codecs.outside import register_codec
+    from kvstore.codecs.packing import decode, encode
     from kvstore.config import ColdConfig, HotConfig, SharedConfig, StoreConfig, WarmConfig
     from kvstore.errors import (
         CodecError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from kvstore.hit import EntryInfo, Held, Hit, Match, TensorInfo
     from kvstore.keys import Identity, chunk_keys
     from kvstore.options import PutOptions
+    from kvstore.packed import PackedTensor
     from kvstore.policies import register_policy
     from kvstore.prefix import Namespace
     from kvstore.store import Store
@@ -60,6 +62,9 @@ _HOME = {
     "chunk_keys": "keys",
     "Namespace": "prefix",
     "PutOptions": "options",
+    "PackedTensor": "packed",
+    "decode": "codecs.packing",
+    "encode": "codecs.packing",
     "register_codec": "codecs.outside",
     "register_policy": "policies",
     "Store": "store",
@@ -80,6 +85,7 @@ __all__ = [
     "Match",
     "Namespace",
     "OverQuota",
+    "PackedTensor",
     "PermissionDenied",
     "PutOptions",
     "RecordCorrupt",
@@ -91,6 +97,8 @@ __all__ = [
     "TierUnavailable",
     "WarmConfig",
     "chunk_keys",
+    "decode",
+    "encode",
     "register_codec",
     "register_policy",
 ]
@@ -99,7 +107,12 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
-    return getattr(import_module(f"kvstore.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"kvstore.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"kvstore.{name} needs torch, which a light client does without") from error
 
 
 def __dir__() -> list[str]:

@@ -126,16 +126,26 @@ class AwaitedPieces:
         """Unpin keys, the deepest first."""
         return sum([int(await self._cache.unpin(*piece)) for piece in reversed(cut(keys))])
 
+    async def unpacks(self, out: Any) -> bool:
+        """As the cache says."""
+        return bool(await self._cache.unpacks(out))
+
     async def lease_into(
-        self, leases: ExitStack, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self,
+        leases: ExitStack,
+        keys: Sequence[bytes],
+        *,
+        leading: bool = False,
+        lookup: Lookup | None = None,
+        **how: bool,
     ) -> Iterable[Hit | None]:
         """The hits of `lease_many`, leased until `leases` are closed."""
         pieces = cut(keys)
         if len(pieces) == 1:
-            return await self._cache.lease_into(leases, keys, leading=leading, **said(lookup))  # type: ignore[no-any-return]
+            return await self._cache.lease_into(leases, keys, leading=leading, **said(lookup), **how)  # type: ignore[no-any-return]
         counts, found = _Counts(lookup, len(keys)), list[Sequence[Hit | None]]()
         for piece in pieces:
-            hits = await self._cache.lease_into(leases, piece, leading=leading, lookup=counts.next())
+            hits = await self._cache.lease_into(leases, piece, leading=leading, lookup=counts.next(), **how)
             found.append(hits)
             if leading and len(hits) < len(piece):
                 break
@@ -170,30 +180,35 @@ class Pieces:
     unpin = now(AwaitedPieces.unpin)
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        leading: bool = False,
+        lookup: Lookup | None = None,
+        **how: bool,
     ) -> AbstractContextManager[Iterable[Hit | None]]:
         """`get_many` without copies; the lease of a piece begins when its first hit is read."""
         if len(keys) <= KEYS_PER_CALL_MAX:
-            return self._cache.lease_many(keys, leading=leading, **said(lookup))  # type: ignore[no-any-return]
-        return self._leased(cut(keys), _Counts(lookup, len(keys)), leading=leading)
+            return self._cache.lease_many(keys, leading=leading, **said(lookup), **how)  # type: ignore[no-any-return]
+        return self._leased(cut(keys), _Counts(lookup, len(keys)), leading=leading, **how)
 
     @contextmanager
     def _leased(
-        self, pieces: list[Sequence[bytes]], counts: "_Counts", *, leading: bool
+        self, pieces: list[Sequence[bytes]], counts: "_Counts", *, leading: bool, **how: bool
     ) -> Iterator[Iterable[Hit | None]]:
         with ExitStack() as leases:
             begun: list[Sequence[bytes]] = []
-            yield self._hits(pieces, leases, begun, counts, leading=leading)
+            yield self._hits(pieces, leases, begun, counts, leading=leading, **how)
         if leading:
             for piece in reversed(begun[:-1]):
                 self._cache.touch(piece)
 
     def _hits(
         self, pieces: list[Sequence[bytes]], leases: ExitStack, begun: list[Sequence[bytes]], counts: "_Counts",
-        *, leading: bool,
+        *, leading: bool, **how: bool,
     ) -> Iterator[Hit | None]:  # fmt: skip
         for piece in pieces:
-            lease = self._cache.lease_many(piece, leading=leading, lookup=counts.next())
+            lease = self._cache.lease_many(piece, leading=leading, lookup=counts.next(), **how)
             hits = iter(leases.enter_context(lease))
             begun.append(piece)
             left = len(piece)

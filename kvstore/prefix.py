@@ -21,6 +21,7 @@ from kvstore.keys import (
     tail_keys,
 )
 from kvstore.lookup import ELSEWHERE, Lookup
+from kvstore.packed import PackedTensor
 from kvstore.pieces import in_pieces
 from kvstore.ready import Ready, now
 
@@ -240,14 +241,15 @@ class Prefixes:
         taken = _Joined() if out is None else _Filled(*out)
         try:
             whole = self._lookup(token_ids, keys)
+            how = await self._how_to_lease(out)
             with ExitStack() as leases:
-                hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole) if full else ()
+                hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole, **how) if full else ()
                 held = await taken.take(self._cache, self._whole(hits))
                 del hits
                 tail = await self._tail(token_ids, keys, held)
                 if tail is not None:
                     at = self._tail_lookup(tail, whole, asked=not full)
-                    last = await self._cache.lease_into(leases, [tail.key], leading=True, lookup=at)
+                    last = await self._cache.lease_into(leases, [tail.key], leading=True, lookup=at, **how)
                     await taken.take(self._cache, self._whole(last))
                     del last
                 elif keys and not full:  # a prompt of less than a chunk: nobody has counted it yet
@@ -260,6 +262,11 @@ class Prefixes:
             return 0, None, None
         finally:
             taken.let_go()
+
+    async def _how_to_lease(self, out: tuple[Any, Any] | None) -> dict[str, bool]:
+        """Into tensors on a GPU chunks go as they are held, and are decoded there."""
+        there = out is not None and await self._cache.unpacks([dict(zip(("k", "v"), out, strict=True))])
+        return {"packed": True} if there else {}
 
     def _whole(self, hits: Iterable[Hit | None]) -> Iterator[tuple[Hit, int]]:
         """Hits with their tokens, up to the first that is missing or is not this namespace's."""
@@ -291,8 +298,9 @@ class Prefixes:
         keys = await self._longest(token_ids, counted=True)
         taken = _Filled(k, v)
         try:
+            how = await self._how_to_lease((k, v))
             with ExitStack() as leases:
-                hits = await self._cache.lease_into(leases, keys, leading=True, lookup=ELSEWHERE) if keys else ()
+                hits = await self._cache.lease_into(leases, keys, leading=True, lookup=ELSEWHERE, **how) if keys else ()
                 await taken.take(self._cache, self._whole(hits))
                 del hits
                 try:
@@ -380,7 +388,7 @@ class Prefixes:
         # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.
         tensors = hit.tensors
         try:
-            (_, k), (_, v) = arrays.describe_all({"k": tensors["k"], "v": tensors["v"]})
+            k, v = (x.spec if isinstance(x, PackedTensor) else arrays.describe("", x) for x in map(tensors.get, "kv"))
             tokens = int(k.shape[TOKEN_AXIS])
         except (KeyError, IndexError, InvalidEntry):
             return None

@@ -64,6 +64,11 @@ class Ready:
         """Copy (target, source) pairs."""
         self._fill(pairs)
 
+    async def unpacks(self, out: Any) -> bool:
+        """Whether the cache fills these tensors best from what it holds encoded."""
+        asked = getattr(self.cache, "unpacks", None)
+        return asked is not None and bool(asked(out))
+
     async def breathe(self) -> None:
         """Between two chunks: an event loop has its turn here."""
 

@@ -29,6 +29,7 @@ from kvstore.lookup import Lookup, check_saved
 from kvstore.metadata.slices import slices
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
+from kvstore.packed import refuse_both
 from kvstore.prefix import Namespace
 from kvstore.residency import departures, pins
 from kvstore.residency.budget_verbs import BudgetVerbs
@@ -193,10 +194,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     def put_entries(
         self, entries: Sequence[Entry], options: PutOptions, *, chain: bool = False, parent: Key | None = None
     ) -> int:
-        """As `put_many`, of entries that a door has made and checked (`residency.transcode.made_entry`).
-
-        Nothing is copied and nothing is checked twice: the tensors are handed over.
-        """
+        """As `put_many`, of entries that a door has made and checked: handed over, neither copied nor checked again."""
         self._check_open()
         held = list({entry.key: entry for entry in entries}.values())
         if chain:
@@ -205,45 +203,48 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
             stored = sum(self._write_path.take(entry, options) for entry in reversed(held))
         return len(entries) if stored == len(held) else stored
 
-    def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
+    def get(self, key: bytes, *, out: Mapping[str, Any] | None = None, packed: bool = False) -> Hit | None:
         """The value under a key, copied; None on a miss.
 
         out: tensors to copy into, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
+        packed: tensors that are held encoded come as they are held, as `PackedTensor`. Not with out.
         """
+        refuse_both(out, packed=packed)
         found = self._read((check_key(key),))[0]
-        return None if found is None else self._answers.hit(found, out=out)
+        return None if found is None else self._answers.hit(found, out=out, packed=packed)
 
     def get_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False
     ) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
 
         Keys are touched deepest first. lookup: how it counts among the lookups, by default each key as one.
         """
         found = self._read(CheckedKeys(keys), leading=leading, lookup=lookup)
-        return list(self._answers.hits(found, leading=leading))
+        return list(self._answers.hits(found, leading=leading, packed=packed))
 
-    def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
+    def lease(self, key: bytes, *, packed: bool = False) -> AbstractContextManager[Hit | None]:
         """The value without a copy: the tensors are those the store holds. Only read them, only inside the block."""
-        return self._lease(check_key(key))
+        return self._lease(CheckedKeys([key]), packed=packed)
 
     @contextmanager
-    def _lease(self, key: Key) -> Iterator[Hit | None]:
-        found = self._read((key,))[0]
-        with self._answers.lent():
-            yield None if found is None else self._answers.hit(found, copy=False)
+    def _lease(self, keys: CheckedKeys, *, packed: bool) -> Iterator[Hit | None]:
+        with self._lease_many(keys, leading=False, lookup=None, packed=packed) as hits:
+            yield next(hits)
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False
     ) -> AbstractContextManager[Iterator[Hit | None]]:
         """Like `get_many` without copies, one hit after the other: only one is decoded at a time."""
-        return self._lease_many(CheckedKeys(keys), leading=leading, lookup=lookup)
+        return self._lease_many(CheckedKeys(keys), leading=leading, lookup=lookup, packed=packed)
 
     @contextmanager
-    def _lease_many(self, keys: CheckedKeys, *, leading: bool, lookup: Lookup | None) -> Iterator[Iterator[Hit | None]]:
+    def _lease_many(
+        self, keys: CheckedKeys, *, leading: bool, lookup: Lookup | None, packed: bool
+    ) -> Iterator[Iterator[Hit | None]]:
         found = self._read(keys, leading=leading, lookup=lookup)
         with self._answers.lent():
-            yield self._answers.hits(found, leading=leading, copy=False)
+            yield self._answers.hits(found, leading=leading, copy=False, packed=packed)
 
     def plan(  # noqa: PLR0913 - keyword-only, each one optional
         self,

@@ -24,7 +24,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "What calls return": (
         "kvstore/hit.py:Hit", "kvstore/hit.py:Match", "kvstore/hit.py:Held", "kvstore/hit.py:EntryInfo",
         "kvstore/dtypes.py:TensorSpec", "kvstore/hit.py:Explanation", "kvstore/hit.py:Verified",
-        "kvstore/hit.py:Copied", "kvstore/stats.py:Stats", "kvstore/stats.py:TierStats", "kvstore/stats.py:Setting",
+        "kvstore/hit.py:Copied", "kvstore/packed.py:PackedTensor",
+        "kvstore/stats.py:Stats", "kvstore/stats.py:TierStats", "kvstore/stats.py:Setting",
     ),
     "What calls take": ("kvstore/lookup.py:Lookup", "kvstore/options.py:PutOptions"),
     "Configuration of an embedded store": (
@@ -39,6 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "client/kvstored_client/integrations/simple.py:HybridKVCache",
         "client/kvstored_client/integrations/guard.py:Guard",
     ),
+    "Encoded entries": ("kvstore/codecs/packing.py:encode", "kvstore/codecs/packing.py:decode"),
     "Extensions": ("kvstore/codecs/outside.py:register_codec", "kvstore/policies/__init__.py:register_policy"),
 }  # fmt: skip
 """FILE:NAME of what is public, in the order of the page. The errors follow, all of their module."""

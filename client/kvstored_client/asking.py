@@ -15,12 +15,14 @@ import numpy as np
 from kvstore import arrays
 from kvstore.device import Driver
 from kvstore.device.copies import Batch
+from kvstore.errors import CodecError, RecordCorrupt
 from kvstore.hit import Held, Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
+from kvstore.packed import ENCODINGS
 from kvstore.ready import fill
 from kvstored_client.buffers import Out
-from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted
+from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted, unpacked
 from kvstored_client.doors import SOFT, Doors, OnError
 from kvstored_client.leasing import NOTHING_LEASED, leading_hits
 from kvstored_client.puts import Outgoing
@@ -66,12 +68,12 @@ class Asking(Doors):
 
     def _received(
         self, keys: Sequence[bytes], read: Callable[[list[Hit | None]], T], *, leading: bool = False, out: Out = None,
-        lookup: Lookup | None = None,
+        lookup: Lookup | None = None, packed: bool = False,
     ) -> T:  # fmt: skip
         """Read the hits by position. out: for each key tensors to fill, or None."""
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            self._data(self._read, None, hits, keys, leading=leading, out=out, lookup=lookup)
+            self._data(self._read, None, hits, keys, leading=leading, out=out, lookup=lookup, packed=packed)
         return read(hits)
 
     def _emptied(self, spec: TensorInfo, framework: str) -> Any:
@@ -110,22 +112,36 @@ class Asking(Doors):
         reply = self._noted(self._understood(pb.PutReply.FromString, answer))
         return self._at_most(asked, int(reply.stored))
 
-    def _how_to_read(self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None) -> tuple[GetOptions, str]:
-        """The options of a get, and the framework of what it returns."""
+    def _how_to_read(
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
+    ) -> tuple[GetOptions, str]:
+        """The options of a get, and the framework of what it returns. packed: all that travels is to come encoded."""
         framework, accept = self._resolved()
         from_nbytes = SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0
+        if packed:
+            accept, from_nbytes = ENCODINGS, 0
         if lookup is None and leading and len(keys) > calls.KEYS_PER_PACKET:
             lookup = Lookup(len(keys))  # what lies behind the first miss is in no packet
         return _how_to_get(leading, accept, from_nbytes, lookup), framework
 
     def _read(
-        self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out, lookup: Lookup | None
+        self,
+        hits: list[Hit | None],
+        keys: Sequence[bytes],
+        *,
+        leading: bool,
+        out: Out,
+        lookup: Lookup | None,
+        packed: bool,
     ) -> None:
-        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup)
+        there = self.unpacks(out)
+        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
         try:
-            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out)
+            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed)
         except UseStream:
-            Receiver(keys, framework, out, hits).read_from(self._transport, how.request(keys))
+            Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None).read_from(
+                self._transport, how.request(keys)
+            )
             return
         if epoch != self._epoch:
             self._saw_epoch(epoch)
@@ -142,31 +158,48 @@ class Asking(Doors):
         return resolved
 
     def _lease(
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading, lookup=lookup)
+        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading, lookup=lookup, packed=packed)
 
     def _leased(
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup)
+        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup, packed=packed)
         try:
             return self._through_shared_memory(calls.lease, keys, how, framework)
         except UseStream:
-            receiver = Receiver(keys, framework)
+            receiver = Receiver(keys, framework, packed=packed)
             receiver.read_from(self._transport, stream.request(keys))
             return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
 
-    def _how_to_lease(self, *, leading: bool, lookup: Lookup | None) -> tuple[GetOptions, GetOptions, str]:
+    def _how_to_lease(
+        self, *, leading: bool, lookup: Lookup | None, packed: bool
+    ) -> tuple[GetOptions, GetOptions, str]:
         """The options over shared memory and over the stream, and the framework."""
         framework, accept = self._resolved()
-        return _how_to_get(leading, (), 0, lookup), _how_to_get(leading, accept, 0, lookup), framework
+        near, far = (ENCODINGS, ENCODINGS) if packed else ((), accept)
+        return _how_to_get(leading, near, 0, lookup), _how_to_get(leading, far, 0, lookup), framework
+
+    def unpacks(self, out: Out) -> bool:
+        """Whether what is held encoded is best asked for as it is held, to fill these tensors on GPUs: see `fill`."""
+        return out is not None and self._decode != "daemon" and self.transfers.unpacks(out)
 
     def fill(self, pairs: list[tuple[Any, Any]]) -> None:
-        """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once."""
-        fill(self.transfers.fill(pairs, self._fill_batch(pairs), self._segment_at))
+        """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once.
 
-    def _fill_batch(self, pairs: list[tuple[Any, Any]]) -> Batch | None:
+        Packed sources are decoded: to a GPU, there. Raises RecordCorrupt for one that cannot be.
+        """
+        self._fill_now(pairs)
+
+    def _fill_now(self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None = None) -> None:
+        left = self.transfers.fill(pairs, batch or self._fill_batch(pairs), self._segment_at)
+        try:
+            fill((target, unpacked(source)) for target, source in left)
+        except CodecError as error:
+            raise RecordCorrupt(f"what {self.address} sent cannot be decoded: {error}") from None
+
+    def _fill_batch(self, pairs: Sequence[tuple[Any, Any]]) -> Batch | None:
         return self.transfers.batch_for({"": target} for target, _ in pairs)
 
     def _segment_at(self, address: int) -> Any:

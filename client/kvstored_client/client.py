@@ -21,6 +21,7 @@ from kvstore.hit import Copied, EntryInfo, Explanation, Fidelity, Held, Hit, Mat
 from kvstore.keys import CHUNK_TOKENS, IdentityFields, check_key, check_keys, check_prefix, identity_of
 from kvstore.lookup import Lookup, check_saved
 from kvstore.options import PutOptions
+from kvstore.packed import refuse_both
 from kvstore.prefix import Namespace
 from kvstore.stats import Setting, Stats
 from kvstored_client.asking import Asking
@@ -128,23 +129,27 @@ class Client(Asking):
         ]
         return self._sent(batch, lambda stored: len(keys) if stored == len(batch) else stored)
 
-    def get(self, key: bytes, *, out: Mapping[str, Any] | None = None) -> Hit | None:
+    def get(self, key: bytes, *, out: Mapping[str, Any] | None = None, packed: bool = False) -> Hit | None:
         """The value under a key; None on a miss.
 
         out: tensors to fill, by name, of the entry's dtypes and shapes (else InvalidEntry); they are in the hit.
-        After a miss their contents are undefined.
+        After a miss their contents are undefined. What is held encoded crosses the bus to a GPU as it is held, and is
+        decoded there. packed: tensors that are held encoded come as they are held, as `PackedTensor`: to put them
+        elsewhere, or to decode them where they are needed; needs no torch. Not with out.
         """
-        return self._received([check_key(key)], first_of, out=None if out is None else [out])
+        refuse_both(out, packed=packed)
+        return self._received([check_key(key)], first_of, out=None if out is None else [out], packed=packed)
 
     def get_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False
     ) -> list[Hit | None]:
         """Values in the order of keys, None for a miss. leading: a chain, root first, up to the first miss.
 
         Keys are touched deepest first. lookup: how it counts among the daemon's lookups, by default each key as one.
+        packed: as for `get`.
         """
         read = leading_hits if leading else list[Hit | None]
-        return self._received(check_keys(keys), read, leading=leading, lookup=lookup)
+        return self._received(check_keys(keys), read, leading=leading, lookup=lookup, packed=packed)
 
     def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use.
@@ -191,20 +196,21 @@ class Client(Asking):
         """Let keys be evicted and expire again; the deadline starts anew. Returns how many are held."""
         return self._pin(keys, pinned=False)
 
-    def lease(self, key: bytes) -> AbstractContextManager[Hit | None]:
+    def lease(self, key: bytes, *, packed: bool = False) -> AbstractContextManager[Hit | None]:
         """The value without a copy, read-only, for the length of a block; None on a miss.
 
         On the daemon's host the tensors lie in its memory: writing to one ends this process (numpy arrays refuse it),
         and one that is still referred to after the block raises LeaseKept. A block that takes longer than
         `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
+        packed: as for `get`.
         """
-        return OneLease(self._lease, [check_key(key)], leading=False)
+        return OneLease(self._lease, [check_key(key)], leading=False, packed=packed)
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False
     ) -> AbstractContextManager[Sequence[Hit | None]]:
         """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
-        return Leases(self._lease, check_keys(keys), leading=leading, lookup=lookup)
+        return Leases(self._lease, check_keys(keys), leading=leading, lookup=lookup, packed=packed)
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.

@@ -5,42 +5,35 @@ has; with the compiled kernel they decode faster than the network or a second co
 here imports torch before an encoded entry came, and none comes unless it was asked for. Any thread.
 """
 
-import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from itertools import chain
-from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from kvstore import arrays
-from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import TensorInfo
+from kvstore.packed import ENCODINGS, PackedTensor
 from kvstore.shm.layout import layout
 from kvstored_client.aside import Aside, Job, call_off
-from kvstored_client.buffers import Window
+from kvstored_client.buffers import Target, Window
 from kvstored_client.interrupts import damage
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Bytes, Scatter
 from kvstored_client.wire.messages import read_specs
+from kvstored_client.wire.packed import Coded, attrs_of, check_ratio, coded_of, parts_of
 
 Decode = Literal["auto", "client", "daemon"]
 DECODES: tuple[Decode, ...] = ("auto", "client", "daemon")
-ENCODINGS = ("nf4", "nf4-kv2", "nf4-kv", "int8")
 SHM_FROM_NBYTES = 8 << 20
 """Decoded bytes from which decoding here beats decoding by a daemon on the same host (bench/RESULTS.md, get.nf4); from
 another host 13% (of float32) or 27% (of 16 bits) of the bytes is worth it at any size."""
-PARTS_MAX = 16
-"""Parts of one tensor; nf4-kv2 has at most 10."""
-PACKED_MAX_RATIO = 256
-"""Bytes decoded for a byte encoded: nf4 has 8, and no codec of KV has a hundred."""
 SHAPE_MAX_NBYTES = 4 << 10
 """Of a shape that is remembered, as it is described on the wire."""
 
@@ -62,27 +55,6 @@ def _has_kernel() -> bool:
     from kvstore.kernels.cpu import LIBRARY
 
     return LIBRARY is not None  # one of another ABI is as good as none
-
-
-@dataclass(frozen=True, slots=True)
-class Coded:
-    """One tensor on the wire. parts: type and shape by suffix; sizes: their bytes."""
-
-    spec: TensorInfo
-    encoding: str
-    parts: Mapping[str, TensorInfo]
-    sizes: tuple[int, ...]
-    nbytes: int
-
-    def cut(self, data: Bytes) -> list[Bytes]:
-        """Its bytes as those of each part; a copy where a part would not lie as its type asks for."""
-        parts: list[Bytes] = []
-        start, address = 0, data.ctypes.data
-        for spec, nbytes in zip(self.parts.values(), self.sizes, strict=True):
-            part = data[start : start + nbytes]
-            parts.append(part.copy() if (address + start) % BY_NAME[spec.dtype].itemsize else part)
-            start += nbytes
-        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +90,9 @@ def _new_shape(described: bytes) -> Shape:
         return Shape(specs, nbytes, (), *_lying(specs))
     if len(header.packed) != len(specs):
         raise InvalidEntry(f"{len(specs)} tensors packed as {len(header.packed)}")
-    coded = tuple(_coded(spec, message) for spec, message in zip(specs.values(), header.packed, strict=True))
-    parts = {str(i): part for i, part in enumerate(chain.from_iterable(tensor.parts.values() for tensor in coded))}
-    packed_nbytes = sum(tensor.nbytes for tensor in coded)
-    # Before anything is allocated for what would be decoded.
-    if packed_nbytes > nbytes + 4096 * len(parts) or nbytes > PACKED_MAX_RATIO * (packed_nbytes + 4096):
-        raise InvalidEntry(f"{nbytes} bytes packed as {packed_nbytes}")
-    return Shape(specs, nbytes, coded, *_lying(parts))
+    coded = tuple(coded_of(spec, message) for spec, message in zip(specs.values(), header.packed, strict=True))
+    check_ratio(nbytes, coded)  # before anything is allocated for what would be decoded
+    return Shape(specs, nbytes, coded, *_lying(parts_of(coded)))
 
 
 def _lying(specs: Mapping[str, TensorInfo]) -> tuple[dict[str, tuple[TensorInfo, int, int]], int]:
@@ -142,17 +110,63 @@ class Packed:
         """shape: the header's. Raises InvalidEntry for what cannot be."""
         self.nbytes = sum(coded.nbytes for coded in shape.coded)
         self.tensors = {
-            name: (coded, _attrs_of(message))
+            name: (coded, attrs_of(message))
             for name, coded, message in zip(shape.specs, shape.coded, header.packed, strict=True)
         }
+
+    @property
+    def parts(self) -> dict[str, TensorInfo]:
+        """The parts of all tensors, numbered."""
+        return parts_of(coded for coded, _ in self.tensors.values())
+
+    def given_out(self, parts: Iterable[Any]) -> dict[str, Any]:
+        """The entry as its caller gets it who wants it packed. parts: arrays, one for each of `parts`."""
+        left = iter(parts)
+        found: dict[str, Any] = {}
+        for name, (coded, attrs) in self.tensors.items():
+            own = {suffix: next(left) for suffix in coded.parts}
+            raw = coded.encoding == "raw"
+            found[name] = own[""] if raw else PackedTensor(coded.spec, coded.encoding, own, dict(attrs))
+        return found
 
     def decode(self, parts: Sequence[Bytes], targets: Mapping[str, Bytes]) -> None:
         """Fill targets, flat and of the tensors' sizes, by name. Raises CodecError for parts that do not fit."""
         start = 0
         for name, (coded, attrs) in self.tensors.items():
             stop = start + len(coded.parts)
-            _decode(coded, attrs, parts[start:stop], targets[name])
+            if name in targets:
+                _decode(coded, attrs, parts[start:stop], targets[name])
             start = stop
+
+
+class Parts(Target):
+    """Where the parts of an entry go whose caller wants it packed. bytes: by number."""
+
+    def __init__(self, packed: Packed, framework: str) -> None:
+        super().__init__(packed.parts, framework, None)
+        self._packed = packed
+
+    def finish(self) -> None:
+        """All bytes are filled: the tensors are made of them. Raises CodecError, where torch is there to tell."""
+        self.tensors = self._packed.given_out(self.tensors.values())
+        if "torch" in sys.modules:
+            check(self.tensors)
+
+
+def unpacked(x: Any) -> Any:
+    """A tensor, decoded on the host if it is packed. Raises CodecError."""
+    if not isinstance(x, PackedTensor):
+        return x
+    from kvstore.codecs.packing import decoded
+
+    return decoded(x)
+
+
+def check(tensors: Mapping[str, Any]) -> None:
+    """Raise CodecError for packed tensors whose parts do not belong together."""
+    from kvstore.codecs.packing import check_parts
+
+    check_parts(tensors)
 
 
 class Unpacking:
@@ -259,27 +273,3 @@ def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], t
         if damaged is error:
             raise
         raise CodecError(str(damaged)) from None
-
-
-def _coded(spec: TensorInfo, message: pb.PackedTensor) -> Coded:
-    if message.encoding not in (*ENCODINGS, "raw"):
-        raise InvalidEntry(f"packed as {message.encoding!r:.40}, which was not asked for")
-    parts = read_specs(message.parts)
-    if not 1 <= len(parts) <= PARTS_MAX:
-        raise InvalidEntry(f"a tensor in {len(parts)} parts, at most {PARTS_MAX}")
-    # Tensor by tensor: 256 are the tensors of an entry, and 60 of them have 300 parts. The first part has no name.
-    arrays.check_specs({str(i): part for i, part in enumerate(parts.values())})
-    sizes = tuple(prod(part.shape) * BY_NAME[part.dtype].itemsize for part in parts.values())
-    return Coded(spec, message.encoding, parts, sizes, sum(sizes))
-
-
-def _attrs_of(message: pb.PackedTensor) -> dict[str, object]:
-    if len(message.attrs) > arrays.ATTRS_MAX_NBYTES:
-        raise InvalidEntry(f"{len(message.attrs)} bytes of attributes, at most {arrays.ATTRS_MAX_NBYTES}")
-    try:
-        attrs = json.loads(message.attrs) if message.attrs else {}
-    except (ValueError, RecursionError) as error:
-        raise InvalidEntry(f"attributes: {error}") from None
-    if not isinstance(attrs, dict):
-        raise InvalidEntry("attributes are a JSON object")
-    return attrs

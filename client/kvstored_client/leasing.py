@@ -21,15 +21,17 @@ class Leases:
         *,
         leading: bool,
         lookup: Lookup | None = None,
+        packed: bool = False,
     ) -> None:
         self._begin = begin
         self._keys = keys
         self._leading = leading
         self._lookup = lookup
+        self._packed = packed
 
     def begin(self) -> AbstractContextManager[Sequence[Hit | None]]:
         """Ask for it. The block that is leased is to be entered and left; of an asyncio client, one to await."""
-        return self._begin(self._keys, leading=self._leading, lookup=self._lookup)
+        return self._begin(self._keys, leading=self._leading, lookup=self._lookup, packed=self._packed)
 
     def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Any:
         """What the block of `begin` holds; it ends with this lease."""

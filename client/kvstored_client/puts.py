@@ -8,11 +8,14 @@ from typing import Any
 from kvstore import arrays
 from kvstore.dtypes import TensorSpec
 from kvstore.errors import InvalidEntry
+from kvstore.hit import TensorInfo
 from kvstore.options import PutOptions
+from kvstore.packed import PackedTensor, any_packed, arrays_in
 from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames, submessage
 from kvstored_client.wire.messages import fidelity_number, priority_number, tensor_specs
+from kvstored_client.wire.packed import coded_of, packed_tensor, parts_of
 
 _KEY, _PARENT = pb.PutHeader.KEY_FIELD_NUMBER, pb.PutHeader.PARENT_FIELD_NUMBER
 
@@ -46,9 +49,22 @@ def _describe(specs: tuple[tuple[str, TensorSpec], ...], options: PutOptions, ro
     """Raises InvalidEntry, EntryTooLarge."""
     by_name = dict(specs)
     nbytes = arrays.check_specs(by_name)
-    places, block_nbytes = layout(by_name)
+    return _described(by_name, nbytes, by_name, [], options, root=root)
+
+
+def _described(
+    specs: Mapping[str, TensorSpec],
+    nbytes: int,
+    lying: Mapping[str, TensorSpec],
+    packed: list[pb.PackedTensor],
+    options: PutOptions,
+    *,
+    root: bool,
+) -> Description:
+    """lying: what is sent, `nbytes` of it: the tensors, or the parts of those that are packed."""
+    places, block_nbytes = layout(lying)
     header = pb.PutHeader(
-        tensors=tensor_specs(by_name),
+        tensors=tensor_specs(specs),
         nbytes=nbytes,
         ttl_s=options.ttl_s or 0.0,
         absolute_ttl=not options.sliding,
@@ -57,6 +73,7 @@ def _describe(specs: tuple[tuple[str, TensorSpec], ...], options: PutOptions, ro
         priority=priority_number(options.priority),
         root=root,
         namespace=options.namespace,
+        packed=packed,
     )
     return Description(nbytes, tuple(places.values()), block_nbytes, header.SerializeToString())
 
@@ -64,10 +81,27 @@ def _describe(specs: tuple[tuple[str, TensorSpec], ...], options: PutOptions, ro
 _known = lru_cache(maxsize=256, typed=True)(_describe)
 
 
+def _describe_packed(tensors: Mapping[str, Any], options: PutOptions, root: bool) -> Description:  # noqa: FBT001 - as above
+    """As `_describe`, of an entry with packed tensors. Raises InvalidEntry also for what no daemon could take."""
+    if options.fidelity == "exact":
+        raise InvalidEntry("fidelity exact is for values bit for bit as put, and packed ones have lost some")
+    specs = {
+        name: TensorInfo(x.spec.dtype, tuple(x.spec.shape)) if isinstance(x, PackedTensor) else arrays.describe(name, x)
+        for name, x in tensors.items()
+    }
+    decoded_nbytes = arrays.check_specs(specs)
+    packed = [packed_tensor(x, spec) for x, spec in zip(tensors.values(), specs.values(), strict=True)]
+    coded = [coded_of(spec, message) for spec, message in zip(specs.values(), packed, strict=True)]
+    nbytes = sum(tensor.nbytes for tensor in coded)
+    if nbytes == decoded_nbytes:  # a daemon that knows nothing of packed ones would take the parts for the tensors
+        raise InvalidEntry(f"packed to the {nbytes} bytes that the tensors have: put them as they are")
+    return _described(specs, nbytes, parts_of(coded), packed, options, root=root)
+
+
 class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile.
 
-    key, parent: checked. header: a PutHeader, serialized.
+    key, parent: checked. header: a PutHeader, serialized. tensors: of a packed entry its parts, numbered.
     """
 
     __slots__ = ("block_nbytes", "header", "key", "nbytes", "places", "tensors")
@@ -84,10 +118,15 @@ class Outgoing:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         self.tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
-        specs = arrays.describe_all(self.tensors)
-        # A name that is no plain string may say that it equals another one: it is not looked up.
-        plain = all(type(name) is str for name, _ in specs)
-        found = (_known if plain else _describe)(specs, options, root and parent is None)
+        first = root and parent is None
+        if any_packed(self.tensors):
+            found = _describe_packed(self.tensors, options, first)
+            self.tensors = {str(i): part for i, part in enumerate(arrays_in(self.tensors))}
+        else:
+            specs = arrays.describe_all(self.tensors)
+            # A name that is no plain string may say that it equals another one: it is not looked up.
+            plain = all(type(name) is str for name, _ in specs)
+            found = (_known if plain else _describe)(specs, options, first)
         self.key, self.nbytes = key, found.nbytes
         self.places, self.block_nbytes = found.places, found.block_nbytes
         before = b"" if parent is None else submessage(_PARENT, parent)

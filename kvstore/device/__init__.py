@@ -1,6 +1,6 @@
 """What is asked of a GPU, and all that is: copies on streams and, for a tier in its memory, that memory.
 
-    Driver        streams, events, copies, registered host memory
+    Driver        streams, events, copies, registered host memory; torch tensors over memory on the device
     MemoryDriver  the same with memory on the device
     copies        the copies of one request, in one batch
     cuda          both by CUDA; deferred: both without a GPU, for tests
@@ -54,6 +54,18 @@ class Driver(Protocol):
         """A tensor is used by a stream: its memory is not given to others before the stream is done with it."""
         ...
 
+    def where(self, device: int) -> Any:
+        """The `torch.device` on which tensors lie that are computed with there."""
+        ...
+
+    def tensor(self, device: int, address: int, nbytes: int, owner: object) -> Any:
+        """The bytes from an address on as a flat uint8 tensor of torch's. owner: lives as long as the tensor."""
+        ...
+
+    def computes(self, device: int) -> bool:
+        """Whether the codecs have kernels there, which write the bytes that the CPU's write."""
+        ...
+
 
 class DriverError(Exception):
     """CUDA refused a call."""
@@ -76,18 +88,6 @@ class MemoryDriver(Driver, Protocol):
 
     def free(self, memory: Any) -> None:
         """Give it back: nothing that was started with it is under way any more."""
-        ...
-
-    def where(self, device: int) -> Any:
-        """The `torch.device` on which tensors lie that are computed with there."""
-        ...
-
-    def tensor(self, device: int, address: int, nbytes: int, owner: object) -> Any:
-        """The bytes from an address on as a flat uint8 tensor of torch's. owner: lives as long as the tensor."""
-        ...
-
-    def computes(self, device: int) -> bool:
-        """Whether the codecs have kernels there, which write the bytes that the CPU's write."""
         ...
 
     def bound(self, device: int, nbytes: int) -> None:

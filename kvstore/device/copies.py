@@ -56,6 +56,7 @@ class Batch:
         self._streams = streams
         # Here and not in `start`, which may run in another thread: each thread has a current stream of its own.
         self._after = {device: driver.record(driver.current(device)) for device in devices}
+        self._made: dict[int, Any] = {}
         self._copies: dict[tuple[int, bool], tuple[list[int], list[int], list[int]]] = {}
         self._kept: list[tuple[Any, int, bool]] = []
         self._events: list[Any] = []
@@ -83,6 +84,24 @@ class Batch:
         """Fill a tensor, there or on the host and in few runs, with the bytes from an address on a device on."""
         self._add_runs(target, Runs(target), address, device, store=False)
 
+    def bring(self, device: int, room: Any, source: Any) -> None:
+        """Copy flat bytes of the host to a tensor on the device that was made just now, on its current stream."""
+        if device not in self._made:
+            # Its memory may have been something else's, whose kernels that stream is still to run.
+            self._made[device] = self._driver.record(self._driver.current(device))
+        to, of, sizes = self._copies.setdefault((device, False), ([], [], []))
+        if source.size:
+            to.append(room.data_ptr())
+            of.append(source.ctypes.data)
+            sizes.append(source.size)
+        self._kept.append((room, device, False))
+        self._kept.append((source, device, False))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the codecs have kernels on all of its devices."""
+        return all(map(self._driver.computes, self._after))
+
     def _add(self, x: Any, address: int, *, store: bool) -> bool:
         runs = Runs.of(x)
         if runs is not None:
@@ -105,6 +124,8 @@ class Batch:
             stream = self._streams.of(device, store=store)
             # The tensor's memory may have been something else's a moment ago, and its bytes be computed only now.
             driver.wait(stream, self._after[device])
+            if device in self._made and not store:
+                driver.wait(stream, self._made[device])
             for x, at, stores in self._kept:
                 if (at, stores) == (device, store) and getattr(x, "is_cuda", False):
                     driver.keep(x, stream)

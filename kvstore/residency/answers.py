@@ -17,6 +17,7 @@ from kvstore.errors import CodecError, InvalidEntry, UnknownEncoding
 from kvstore.hit import Hit
 from kvstore.keys import Key
 from kvstore.metadata.tombstones import GoneCause
+from kvstore.packed import ENCODINGS, PackedTensor
 from kvstore.printable import printable
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.state import Residency
@@ -54,10 +55,11 @@ class Answers:
         *,
         leading: bool,
         copy: bool = True,
+        packed: bool = False,
     ) -> Iterator[Hit | None]:
-        """Hits in the order they were found; `leading`: up to the first miss."""
+        """Hits in the order they were found; `leading`: up to the first miss. packed: as for `hit`."""
         for place in found:
-            hit = None if place is None else self.hit(place, copy=copy)
+            hit = None if place is None else self.hit(place, copy=copy, packed=packed)
             if hit is None and leading:
                 return
             yield hit
@@ -81,20 +83,38 @@ class Answers:
         out: Mapping[str, Any] | None = None,
         copy: bool = True,
         room: Room | None = None,
+        packed: bool = False,
     ) -> Hit | None:
-        """A hit of what was found; None where it cannot be decoded, which also removes it if it is damaged."""
+        """A hit of what was found; None where it cannot be decoded, which also removes it if it is damaged.
+
+        packed: what is held in an encoding that travels is given out in it.
+        """
         try:
+            if packed and found.entry.is_encoded_in(ENCODINGS):
+                return self._hit_packed(found, copy=copy)
             return self._hit_or_raise(found, out=out, copy=copy, room=room)
         except CodecError as error:
             self._undecodable(found, error)
             return None
 
+    def _hit_packed(self, found: Found, *, copy: bool) -> Hit:
+        _check(found)
+        tensors: dict[str, Any] = {}
+        numpy = arrays.resolve_framework(self._framework) == "numpy"
+        for name, held in found.entry.tensors.items():
+            parts: dict[str, Any] = {s: part.clone() if copy else part for s, part in held.parts.items()}
+            if numpy and copy:
+                parts = {suffix: to_numpy(part) for suffix, part in parts.items()}
+            raw = held.encoding == "raw"
+            tensors[name] = parts[""] if raw else PackedTensor(held.spec, held.encoding, parts, dict(held.attrs))
+        entry = found.entry
+        return Hit(found.key, tensors, found.tier, entry.encoding, entry.lossy, found.age_s, entry.receipt)
+
     @without_torch_modes
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:
-            if found.tier == "cold":
-                check_entry(found.entry)
+            _check(found)
         except CodecError as error:
             self._undecodable(found, error)
             return None
@@ -156,6 +176,12 @@ class Answers:
             for name, x in decoded.items():
                 direct[name].copy_(x)
         return dict(out)
+
+
+def _check(found: Found) -> None:
+    """Raise CodecError for an entry out of a disk that could not be decoded."""
+    if found.tier == "cold":
+        check_entry(found.entry)
 
 
 def as_torch(x: Any) -> torch.Tensor:

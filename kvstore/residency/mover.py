@@ -47,13 +47,22 @@ class Mover:
         """
         r = self._r
         replaced: int | None = None
+        encoded = entry.encoding != "raw"
 
         def install() -> bool:
             nonlocal replaced
             replaced = r.install(entry.key, meta)
-            r.counters.tiers["hot"].puts += 1
+            if encoded:
+                meta.lossy, meta.encoding = entry.lossy, entry.encoding
+            else:
+                r.counters.tiers["hot"].puts += 1
             return True
 
+        if encoded:
+            self._admit_encoded(entry, meta, install)
+            if replaced is not None and r.cold is not None:
+                r.cold.wait(replaced)
+            return
         with r.lock:
             fits = r.hot.has_room(entry.nbytes, entry.key, meta.owner)
             if fits:
@@ -84,6 +93,15 @@ class Mover:
                     f"warm {r.warm.capacity_nbytes}, cold {r.cold.capacity_nbytes if r.cold else 0}"
                 )
 
+    def _admit_encoded(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
+        """Hold a new value that came encoded, as it is: below hot, which holds what was put as it was."""
+        r = self._r
+        if self._put_below(entry, meta, install) is None:
+            raise OverQuota(
+                f"an encoded entry of {entry.nbytes} bytes fits no tier below hot: warm has {r.warm.capacity_nbytes} "
+                f"bytes, cold {r.cold.capacity_nbytes if r.cold else 0}"
+            )
+
     def admit_below(self, entry: Entry, meta: Meta, wanted: Callable[[], bool]) -> bool:
         """Hold an entry from outside in its form below hot: in warm, or in cold if it is exact or too large for warm.
 
@@ -99,22 +117,27 @@ class Mover:
             r.install(key, meta, put=False)
             return True
 
+        return self._put_below(entry, meta, install) is not None
+
+    def _put_below(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> TierName | None:
+        """Put into warm, or into cold what is exact or too large for warm; None: no room, or it is not installed."""
+        r = self._r
+        into: TierName = "warm"
         with self._moving:
-            if (entry.lossy or r.cold is None) and r.warm.admits(entry.nbytes, key, meta.owner):
-                if not self._place(r.warm, entry, install, meta):
-                    return False
-                into: TierName = "warm"
+            if (entry.lossy or r.cold is None) and r.warm.admits(entry.nbytes, entry.key, meta.owner):
+                if not self._place(r.warm, entry, install, meta, soon=meta.soon):
+                    return None
             else:
                 if r.cold is None or not self._cold_has_room(r.cold, entry):
-                    return False
+                    return None
                 with r.lock:
                     if not install():
-                        return False
+                        return None
                     r.cold.put(entry)
                 into = "cold"
         with r.lock:
             r.counters.tiers[into].puts += 1
-        return True
+        return into
 
     def copy_below(self, key: Key) -> Entry | None:
         """The form below hot of a live key; one that is in hot alone is encoded, and the copy kept in warm.

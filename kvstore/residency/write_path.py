@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kvstore import arrays
-from kvstore.boundary import blamed
+from kvstore.boundary import Blaming, blamed
+from kvstore.codecs.packing import copied_entry
 from kvstore.config import StoreConfig
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import Entry
@@ -22,6 +23,7 @@ from kvstore.keys import CHUNK_TOKENS, KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.options import PutOptions
+from kvstore.packed import PackedTensor, any_packed
 from kvstore.residency import pins
 from kvstore.residency.device_hot import DeviceHot
 from kvstore.residency.mover import Mover
@@ -175,7 +177,7 @@ class WritePath:
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
         r = self._r
-        if self._device_hot is not None:
+        if self._device_hot is not None and entry.encoding == "raw":
             entry = self._device_hot.place(entry, meta.owner)
         self._mover.admit(entry, meta)
         with r.lock:
@@ -228,10 +230,24 @@ class WritePath:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
+        if any_packed(tensors):
+            return self._packed(key, tensors, options)
         described = {name: arrays.describe(name, x) for name, x in tensors.items()}
         specs = arrays.CheckedSpecs(described, self.config.entry_max_nbytes)
         meta = self._meta(specs.nbytes, options)
         return made_entry(key, specs, {name: self._owned(x, specs[name], own=own) for name, x in tensors.items()}), meta
+
+    def _packed(self, key: Key, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
+        """The same where some of the tensors are packed. They are checked as what comes over the network is."""
+        if options.fidelity == "exact":
+            raise InvalidEntry("fidelity exact is for values bit for bit as put, and packed ones have lost some")
+        specs = {
+            name: x.spec if isinstance(x, PackedTensor) else arrays.describe(name, x) for name, x in tensors.items()
+        }
+        with Blaming(InvalidEntry, "packed"):
+            nbytes = arrays.check_specs(specs, self.config.entry_max_nbytes)
+        meta = self._meta(nbytes, options)
+        return copied_entry(key, tensors), meta
 
     def _meta(self, nbytes: int, options: PutOptions) -> Meta:
         """The Meta of a new value. Raises InvalidEntry or EntryTooLarge for what only a store knows to be too much."""

@@ -21,8 +21,12 @@ from pathlib import Path
 import grpc
 import numpy as np
 
+from kvstore import encode
+from kvstore.arrays import as_bytes
+from kvstore.options import PutOptions
 from kvstored.access.tokens import digest, make_token
 from kvstored_client import Client
+from kvstored_client.puts import Outgoing
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import DaemonProcess, wait_until
 
@@ -52,6 +56,16 @@ LOOKS = ("Admin/Stats", "Admin/List", "Admin/Inspect", "Admin/Explain", "Admin/S
 POOL = [b"key %d" % i for i in range(64)]
 CONTROL = {b"control %d" % i: np.random.default_rng(i).integers(0, 256, 20_000, np.uint8) for i in range(8)}
 IN_FLIGHT = 32
+
+
+def _packed(codec: str) -> tuple[pb.PutHeader, bytes]:
+    """The header and the bytes of an entry that its client has encoded."""
+    numbers = np.random.default_rng(1).standard_normal((2, 33, 2, 32), dtype=np.float32)
+    entry = Outgoing(POOL[0], encode({"k": numbers, "n": np.arange(5)}, codec=codec), PutOptions(ttl_s=60))
+    return pb.PutHeader.FromString(entry.header), b"".join(as_bytes(x).tobytes() for x in entry.tensors.values())
+
+
+PACKED = [_packed(codec) for codec in ("auto", "nf4", "nf4-kv", "int8")]
 _SURPRISES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
@@ -164,7 +178,11 @@ def valid_call(rng: random.Random, segment: int) -> pb.LeaseCall:
         header.parent = keys[1]
     place = pb.TensorPlace(segment=segment, start=64 * rng.randrange(1000))
     entry = pb.IngestedEntry(header=header, places=[place])
+    packed = rng.choice(PACKED)[0]
+    packed = pb.IngestedEntry(header=packed, places=[place] * sum(len(x.parts) for x in packed.packed))
+    packed.header.key = keys[0]
     return rng.choice((
+        pb.LeaseCall(put=pb.LeasePut(entries=[packed], copy_later=rng.random() < 0.5)),
         pb.LeaseCall(put=pb.LeasePut(entries=[entry], copy_later=rng.random() < 0.5)),
         pb.LeaseCall(get=pb.GetRequest(keys=keys)), pb.LeaseCall(match=pb.MatchRequest(keys=keys)),
         pb.LeaseCall(touch=pb.TouchRequest(keys=keys, ttl_s=60)), pb.LeaseCall(delete=pb.DeleteRequest(keys=keys[:1])),
@@ -174,7 +192,12 @@ def valid_call(rng: random.Random, segment: int) -> pb.LeaseCall:
 
 
 def valid_frame(rng: random.Random) -> bytes:
-    """An entry that a client puts, in one frame."""
+    """An entry that a client puts, in one frame: every other one encoded."""
+    if rng.random() < 0.5:
+        header, payload = rng.choice(PACKED)
+        header = pb.PutHeader.FromString(header.SerializeToString())
+        header.key = rng.choice(POOL)
+        return pb.PutFrame(header=header, chunk=payload, end=pb.EntryEnd()).SerializeToString()
     spec = pb.TensorSpec(name="x", dtype=pb.DTYPE_UINT8, shape=[100])
     header = pb.PutHeader(key=rng.choice(POOL), tensors=[spec], nbytes=100, ttl_s=60)
     return pb.PutFrame(header=header, chunk=rng.randbytes(100), end=pb.EntryEnd()).SerializeToString()

@@ -15,7 +15,6 @@ from kvstore import arrays
 from kvstore.errors import TierUnavailable
 from kvstore.hit import Hit, TensorInfo
 from kvstore.lookup import Lookup
-from kvstore.ready import fill
 from kvstored_client.aio import calls
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.stream import LoopTransport
@@ -160,24 +159,35 @@ class LoopAsking(Client):
 
     async def _received(  # type: ignore[override]
         self, keys: Sequence[bytes], read: Callable[[list[Hit | None]], T], *, leading: bool = False, out: Out = None,
-        lookup: Lookup | None = None,
+        lookup: Lookup | None = None, packed: bool = False,
     ) -> T:  # fmt: skip
         hits: list[Hit | None] = [None] * len(keys)
         if keys:
-            await self._waited(self._read(hits, keys, leading=leading, out=out, lookup=lookup), None)
+            await self._waited(self._read(hits, keys, leading=leading, out=out, lookup=lookup, packed=packed), None)
         return read(hits)
 
     async def _read(  # type: ignore[override]
-        self, hits: list[Hit | None], keys: Sequence[bytes], *, leading: bool, out: Out, lookup: Lookup | None
+        self,
+        hits: list[Hit | None],
+        keys: Sequence[bytes],
+        *,
+        leading: bool,
+        out: Out,
+        lookup: Lookup | None,
+        packed: bool,
     ) -> None:
-        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup)
+        there = self.unpacks(out)
+        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
         if out is not None and self.transfers.batch_for(out) is None:
             await self._wait_for_caller(out)
         try:
-            hits[:], stale, epoch = await self._shared(calls.get, keys, how, framework, out)
+            hits[:], stale, epoch = await self._shared(calls.get, keys, how, framework, out, packed)
         except UseStream:
             await self._wait_for_caller(out)
-            await self._receive(Receiver(keys, framework, out, hits), how.request(keys))
+            await self._receive(
+                Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None),
+                how.request(keys),
+            )
             return
         if epoch != self._epoch:
             self._saw_epoch(epoch)
@@ -205,18 +215,18 @@ class LoopAsking(Client):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
     async def _lease(  # type: ignore[override]
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        return await self._waited(self._leased(keys, leading=leading, lookup=lookup), NOTHING_LEASED)
+        return await self._waited(self._leased(keys, leading=leading, lookup=lookup, packed=packed), NOTHING_LEASED)
 
     async def _leased(  # type: ignore[override]
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup)
+        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup, packed=packed)
         try:
             return await self._shared(calls.lease, keys, how, framework)
         except UseStream:
-            receiver = Receiver(keys, framework)
+            receiver = Receiver(keys, framework, packed=packed)
             await self._receive(receiver, stream.request(keys))
             return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
 
@@ -225,4 +235,4 @@ class LoopAsking(Client):
         batch = self._fill_batch(pairs)
         if batch is None:
             await self._wait_for_caller([{"": target} for target, _ in pairs])
-        await self.worker.run(lambda: fill(self.transfers.fill(pairs, batch, self._segment_at)))
+        await self.worker.run(self._fill_now, pairs, batch)

@@ -51,6 +51,7 @@ async def get(
     how: GetOptions,
     framework: str,
     out: Out = None,
+    packed: bool = False,  # noqa: FBT001, FBT002 - as there
 ) -> tuple[list[Hit | None], int, int]:
     """As `shm.calls.get`."""
     hits: list[Hit | None] = [None] * len(keys)
@@ -65,7 +66,8 @@ async def get(
             batch = None if out is None else pool.transfers.batch_for(out)
             began = time.perf_counter()
             for at, item, block in found_in(reply, len(part), connection.segments):
-                target = target_for(block, framework, out[start + at] if out is not None else None, batch)
+                into = out[start + at] if out is not None else None
+                target = target_for(block, framework, into, batch, packed=packed)
                 found.append((start + at, item, block, target))
                 if time.perf_counter() - began > BREATH_S:
                     await asyncio.sleep(0)

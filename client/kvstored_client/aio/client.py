@@ -181,14 +181,23 @@ class _Prefixed:
         return getattr(self._client, name)
 
     async def lease_into(
-        self, leases: ExitStack, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self,
+        leases: ExitStack,
+        keys: Sequence[bytes],
+        *,
+        leading: bool = False,
+        lookup: Lookup | None = None,
+        packed: bool = False,
     ) -> Iterable[Hit | None]:
-        lease = cast("Leases", self._client.asking.lease_many(keys, leading=leading, lookup=lookup))
+        lease = cast("Leases", self._client.asking.lease_many(keys, leading=leading, lookup=lookup, packed=packed))
         block = await cast("Any", lease.begin())
         return cast("Iterable[Hit | None]", leases.enter_context(block))
 
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:
         await self._client.asking.fill(pairs)
+
+    async def unpacks(self, out: Any) -> bool:
+        return self._client.asking.unpacks(out)
 
     async def breathe(self) -> None:
         if time.perf_counter() - self._since > BREATH_S:

@@ -19,7 +19,9 @@ from typing import Any, Protocol
 from kvstore import arrays
 from kvstore.device import Driver, DriverError
 from kvstore.device.copies import Batch, Streams
+from kvstore.packed import PackedTensor
 from kvstored_client.aside import Aside
+from kvstored_client.device.landing import Landing, lands
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +94,47 @@ class Transfers:
 
         return wait
 
+    def unpacks(self, entries: Iterable[Mapping[str, Any] | None]) -> bool:
+        """Whether what is held encoded may come as it is held: all of these tensors are on GPUs that decode it."""
+        entries = list(entries)
+        devices = _devices(entries)
+        driver = self.driver if devices else None
+        if driver is None or not all(map(driver.computes, devices)):
+            return False
+        return all(lands(x) for tensors in entries if tensors is not None for x in tensors.values())
+
+    def run(self, batch: Batch, packed: Sequence[tuple[Any, Any]]) -> Sequence[tuple[Any, Any]]:
+        """Run a batch with what is packed added to it, which is decoded there. Returns those left to the host.
+
+        Nothing is copied or computed afterwards. Raises DriverError.
+        """
+        if not packed or self.driver is None or self._streams is None:
+            batch.run()
+            return packed
+        landing = Landing(self.driver, self._streams, packed)
+        landing.bring(batch)
+        batch.run()
+        return landing.decode()
+
     def fill(
         self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None, segment_at: Callable[[int], Any]
     ) -> Sequence[tuple[Any, Any]]:
         """Copy (target on a GPU, dense source on the host) pairs. Returns those that are to be copied otherwise."""
         if batch is None:
             return pairs
-        rest, direct = [], []
+        rest: list[tuple[Any, Any]] = []
+        direct: list[tuple[Any, Any]] = []
+        packed: list[tuple[Any, Any]] = []
         for target, source in pairs:
+            if isinstance(source, PackedTensor):
+                (packed if lands(target) and batch.decodes else rest).append((target, source))
+                for part in source.parts.values():
+                    data = arrays.bytes_in_place(part)
+                    segment = None if data is None else segment_at(data.ctypes.data)
+                    if segment is not None:
+                        self.uses(segment)
+                        break
+                continue
             data = arrays.bytes_in_place(source) if getattr(target, "is_cuda", False) else None
             fits = data is not None and data.size == target.nbytes and arrays.same_kind(target, source)
             if data is None or not fits or not batch.load(target, data.ctypes.data):
@@ -111,10 +146,9 @@ class Transfers:
                 self.uses(segment)
             del data, segment
         try:
-            batch.run()
+            return [*rest, *self.run(batch, packed)]
         except DriverError:
             return pairs
-        return rest
 
     def uses(self, mapping: Segment) -> None:
         """A segment is copied from or to: it is registered beside the calls, once, if there is room for it."""

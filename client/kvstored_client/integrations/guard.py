@@ -181,7 +181,12 @@ class Guard:
 
     @contextmanager
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        leading: bool = False,
+        lookup: Lookup | None = None,
+        **how: bool,
     ) -> Iterator[list[Hit | None]]:
         """As get_many, without copies. The lease begins within the deadline, and ends in the caller's thread.
 
@@ -192,7 +197,7 @@ class Guard:
 
         def begin() -> tuple[ExitStack, list[Hit | None]]:
             with ExitStack() as leases:
-                hits = list(leases.enter_context(self.cache.lease_many(keys, leading=leading, **said(lookup))))
+                hits = list(leases.enter_context(self.cache.lease_many(keys, leading=leading, **said(lookup), **how)))
                 return leases.pop_all(), hits
 
         leases, hits = self.call(begin, self.fetch_timeout_s, (ExitStack(), missing), _give_back)
@@ -201,6 +206,11 @@ class Guard:
                 yield hits if leading or len(hits) == len(keys) else missing
             finally:
                 del hits  # a view that this generator held would outlive its lease
+
+    def unpacks(self, out: Any) -> bool:
+        """Whether tensors are filled best from what is held encoded: see `Client.unpacks`."""
+        asked = getattr(self.cache, "unpacks", None)
+        return asked is not None and bool(asked(out))
 
     def fill(self, pairs: list[tuple[Any, Any]]) -> None:
         """Copy (target, source) pairs, sources that were leased: see `Client.fill`."""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvstored_client.device import settle_stream
 from kvstored_client.integrations.vllm_groups import Groups, Places, leading_gone
 
 _APART_DIM = 5
@@ -88,6 +89,11 @@ class _Kind:
         inner = (blocks * self.block_shape[0], *self.block_shape[1:]) if self.joined else (blocks, *self.block_shape)
         return (len(self.layers), *inner), self.dtype
 
+    def empty(self, blocks: int) -> dict[str, torch.Tensor]:
+        """Tensors of a chunk of so many blocks to fill, where the layers are."""
+        shape, _ = self.spec(blocks)
+        return {name: self.layers[0].new_empty(shape) for name in self.names}
+
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int) -> None:
         """See `PagedBuffers.fill`; the tensors are such a chunk's."""
         if self._stripes:
@@ -98,7 +104,7 @@ class _Kind:
         values: list[torch.Tensor] = []
         for name, layers in zip(self.names, self._targets, strict=True):
             whole = tensors[name].view(len(layers), of, *self.block_shape)[:, first : first + len(blocks)]
-            whole = whole.to(self.device)
+            whole = whole if whole.device == self.device else whole.to(self.device)
             if len(runs) > _RUNS_MAX:
                 index = torch.tensor(blocks, device=self.device)
                 for layer, x in zip(layers, whole, strict=True):
@@ -153,6 +159,21 @@ class PagedBuffers:
             for name, part in kind.parts(whole).items()
         }
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether all layers are on one."""
+        return bool(self._kinds) and all(layer.is_cuda for kind in self._kinds for layer in kind.layers)
+
+    def settle(self) -> None:
+        """Return once what was written is there for every stream: steps run on others than a thread beside them."""
+        for kind in self._kinds:
+            if kind.device.type == "cuda":
+                settle_stream(kind.device)
+
+    def empty(self, of: int) -> dict[str, torch.Tensor]:
+        """Tensors of a chunk of so many blocks, where the layers are: what came encoded is decoded into them."""
+        return {name: x for kind in self._kinds for name, x in kind.empty(of).items()}
+
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int = 0) -> bool:
         """Write blocks of a chunk, from its `first` one on, to these places. of: how many blocks the chunk has.
 
@@ -201,6 +222,21 @@ class GroupedBuffers:
             for prefix, (buffers, _), own in zip(self._prefixes, self._groups, gathered, strict=True)
             for name, part in buffers.entry(own).items()
         }
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether all layers are on one."""
+        return bool(self._groups) and all(buffers.on_gpu for buffers, _ in self._groups)
+
+    def settle(self) -> None:
+        """See `PagedBuffers.settle`."""
+        for buffers, _ in self._groups:
+            buffers.settle()
+
+    def empty(self, of: int) -> dict[str, torch.Tensor]:
+        """See `PagedBuffers.empty`."""
+        both = zip(self._prefixes, self._groups, strict=True)
+        return {prefix + name: x for prefix, (buffers, _) in both for name, x in buffers.empty(of).items()}
 
     def fill(self, places: Places, tensors: Mapping[str, torch.Tensor], of: int, first: int = 0) -> bool:
         """Write blocks of a chunk, as `PagedBuffers.fill`, but for those that a window has let go of.

@@ -15,7 +15,9 @@ from kvstore.device import DriverError
 from kvstore.device.copies import Batch
 from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
 from kvstore.hit import Hit, TensorInfo
+from kvstore.packed import PackedTensor, arrays_in
 from kvstored_client.buffers import Out, Target, Window
+from kvstored_client.decoding import Parts, unpacked
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart
@@ -63,7 +65,7 @@ class LeasedTensors(Mapping[str, Any]):
     def end(self) -> None:
         """Let go of the tensors; torch tensors handed out become empty, whoever holds them."""
         if self._made is not None and self._lease is not None and self._lease.framework == "torch":
-            for x in self._made.values():
+            for x in arrays_in(self._made):
                 x.set_()
         self._lease = self._made = None
 
@@ -91,7 +93,7 @@ class Lease:
         if framework == "torch":
             # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
             tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
-        return tensors
+        return tensors if block.packed is None else block.packed.given_out(tensors.values())
 
     def end(self) -> None:
         """Raise RecordCorrupt where a block was used again while it was read, LeaseKept where one still is."""
@@ -182,10 +184,11 @@ def get(
     how: GetOptions,
     framework: str,
     out: Out = None,
+    packed: bool = False,  # noqa: FBT001, FBT002 - handed on by position
 ) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
-    out: for each key tensors to fill, or None.
+    out: for each key tensors to fill, or None. packed: what is held encoded comes as it is held.
     """
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
@@ -199,7 +202,8 @@ def get(
         try:
             for at, item, block in found_in(reply, len(part), connection.segments):
                 index = start + at
-                target = target_for(block, framework, out[index] if out is not None else None, batch)
+                into = out[index] if out is not None else None
+                target = target_for(block, framework, into, batch, packed=packed)
                 if not filled(pool.copier, block, target):
                     stale += 1
                 elif target.direct:
@@ -223,17 +227,24 @@ def get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
     return submessage(pb.LeaseCall.GET_FIELD_NUMBER, get_request(keys, how.rest))
 
 
-def target_for(block: "Block", framework: str, out: Mapping[str, Any] | None, batch: Batch | None = None) -> Target:
-    """Where a block's tensors go. batch: takes those on a GPU, if nothing has to be decoded. Raises OutMismatch."""
+def target_for(
+    block: "Block", framework: str, out: Mapping[str, Any] | None, batch: Batch | None = None, *, packed: bool = False
+) -> Target:
+    """Where a block's tensors go. batch: takes those on a GPU, unless they have to be decoded here. Raises OutMismatch.
+
+    packed: what lies there encoded goes as it lies.
+    """
     try:
-        return Target(block.specs, framework, out, batch if block.packed is None else None)
+        if packed and block.packed is not None:
+            return Parts(block.packed, framework)
+        return Target(block.specs, framework, out, batch if block.packed is None or (batch and batch.decodes) else None)
     except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
         raise damage(error, "a block") from None
 
 
 def filled(copier: Copying, block: "Block", target: Target) -> bool:
     """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile."""
-    if block.packed is not None:
+    if block.packed is not None and not isinstance(target, Parts):
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
             block.packed.decode(parts, target.bytes)
@@ -243,27 +254,61 @@ def filled(copier: Copying, block: "Block", target: Target) -> bool:
         for name, (_, at, nbytes) in block.tensors.items():
             if name in target.bytes:
                 copier.copy(target.bytes[name], block.data[at : at + nbytes])
-    if target.aside:
+    try:
         target.finish()
+    except CodecError:
+        return False
     # After the copy: the daemon overwrites the generation before it uses a block again.
     return not block.is_gone()
 
 
 def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "Block", Target]]) -> list[bool]:
     """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards."""
+    packed: list[tuple[Any, Any]] = []
     for _, _, block, target in late:
-        pool.transfers.uses(block.mapping)
+        if target.direct:
+            pool.transfers.uses(block.mapping)
+        held = _held_packed(block) if target.direct else {}
         for name, x in target.direct.items():
-            batch.load(x, block.mapping.address + block.start + block.tensors[name][1])
+            if isinstance(held.get(name), PackedTensor):
+                packed.append((x, held[name]))
+            else:
+                at = block.tensors[name][1] if block.packed is None else held[name].data_ptr() - block.data.ctypes.data
+                batch.load(x, block.mapping.address + block.start + at)
     try:
-        batch.run()
+        left = pool.transfers.run(batch, packed)
     except DriverError:
-        for _, _, block, target in late:
-            for name, x in target.direct.items():
-                spec, at, nbytes = block.tensors[name]
-                x.copy_(arrays.from_bytes(spec, block.data[at : at + nbytes].copy(), "torch"))
+        left = [pair for _, _, block, target in late for pair in _from_host(block, target)]
+    damaged = {id(x) for x, source in left if not _decoded_into(x, source)}
     # After the copies: see `filled`.
-    return [not block.is_gone() for _, _, block, _ in late]
+    return [not block.is_gone() and damaged.isdisjoint(map(id, target.direct.values())) for _, _, block, target in late]
+
+
+def _held_packed(block: "Block") -> dict[str, Any]:
+    """The tensors of a packed block over its memory; of another one: none."""
+    if block.packed is None:
+        return {}
+    lying = block.tensors.values()
+    return block.packed.given_out(arrays.from_bytes(spec, block.data[at : at + n], "torch") for spec, at, n in lying)
+
+
+def _from_host(block: "Block", target: Target) -> Iterator[tuple[Any, Any]]:
+    held = _held_packed(block)
+    for name, x in target.direct.items():
+        if block.packed is None:
+            spec, at, nbytes = block.tensors[name]
+            yield x, arrays.from_bytes(spec, block.data[at : at + nbytes].copy(), "torch")
+        else:
+            yield x, held[name]
+
+
+def _decoded_into(x: Any, source: Any) -> bool:
+    """Fill a tensor through torch; False: the source is damaged."""
+    try:
+        x.copy_(unpacked(source))
+    except CodecError:
+        return False
+    return True
 
 
 def lease(

@@ -3,33 +3,46 @@
 One Receiver serves one call and one thread. It trusts no size in a reply before it was checked.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import Any
 
 import xxhash
 
 from kvstore.errors import CodecError, KvstoreError, OutMismatch, RecordCorrupt
 from kvstore.hit import Hit
-from kvstored_client.buffers import Out, Target, Tensors
-from kvstored_client.decoding import Packed, Unpacking, shape_of
+from kvstored_client.buffers import Out, Target, Tensors, check_out
+from kvstored_client.decoding import Packed, Parts, Unpacking, shape_of
 from kvstored_client.interrupts import damage
 from kvstored_client.stream.transport import CACHE, Transport
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Frame, Scatter, parse_frame
 from kvstored_client.wire.messages import TIER_NAMES, read_receipt
 
+Fill = Callable[[Sequence[tuple[Any, Any]]], None]
+
 
 class Receiver:
     """Collects the hits of one Get. hits: by position; corrupt: entries dropped for a wrong checksum."""
 
     def __init__(
-        self, keys: Sequence[bytes], framework: str, out: Out = None, hits: list[Hit | None] | None = None
+        self,
+        keys: Sequence[bytes],
+        framework: str,
+        out: Out = None,
+        hits: list[Hit | None] | None = None,
+        *,
+        packed: bool = False,
+        fill: Fill | None = None,
     ) -> None:
+        """packed: what comes encoded is to stay so. fill: decodes it into `out`, instead of the host."""
         self.hits: list[Hit | None] = [None] * len(keys) if hits is None else hits
         self.corrupt = 0
         self.boot_epoch = 0
         self._keys = keys
         self._framework = framework
+        self._packed = packed
+        self._fill = fill
         self._out = out
         self._entry: _Incoming | None = None
 
@@ -95,7 +108,7 @@ class Receiver:
             if header.index >= len(self._keys):
                 raise BadFrame(f"an entry for key {header.index} of {len(self._keys)}")
             out = None if self._out is None else self._out[header.index]
-            self._entry = _Incoming(header, self._framework, out)
+            self._entry = _Incoming(header, self._framework, out, packed=self._packed, fill=self._fill)
         if frame.chunk or frame.end is not None:
             if self._entry is None:
                 raise BadFrame("bytes before a header")
@@ -112,14 +125,25 @@ class Receiver:
 class _Incoming:
     """One entry on its way in: into fresh memory, or into the caller's own tensors."""
 
-    def __init__(self, header: pb.GetHeader, framework: str, out: Tensors | None) -> None:
+    def __init__(
+        self, header: pb.GetHeader, framework: str, out: Tensors | None, *, packed: bool, fill: Fill | None
+    ) -> None:
         shape = shape_of(header)
         if shape.nbytes != header.nbytes:
             raise BadFrame(f"specs of {shape.nbytes} bytes under a header of {header.nbytes}")
         self.header = header
-        self._target = Target(shape.specs, framework, out)
-        self._unpacking = Unpacking(Packed(header, shape), self._target.bytes) if header.packed else None
-        self._scatter = Scatter([] if header.packed else list(self._target.bytes.values()))
+        self._unpacking: Unpacking | None = None
+        self._out = out if header.packed else None
+        self._fill = fill
+        if out is not None:
+            check_out(shape.specs, out)
+        if header.packed and (packed or fill is not None):
+            self._target: Target = Parts(Packed(header, shape), framework)
+        else:
+            self._target = Target(shape.specs, framework, out)
+            if header.packed:
+                self._unpacking = Unpacking(Packed(header, shape), self._target.bytes)
+        self._scatter = Scatter([] if self._unpacking else list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
@@ -143,7 +167,13 @@ class _Incoming:
             raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
         if damaged or (xxh3 and self._sum.intdigest() != xxh3):
             return False
-        self._target.finish()
+        try:
+            self._target.finish()
+            if self._fill is not None and self._out is not None:
+                held, self._target.tensors = self._target.tensors, dict(self._out)
+                self._fill([(x, held[name]) for name, x in self._out.items()])
+        except (CodecError, RecordCorrupt):  # packed parts that no codec wrote
+            return False
         return True
 
     def hit(self, key: bytes) -> Hit:

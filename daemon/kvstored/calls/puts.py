@@ -3,7 +3,7 @@
 `Incoming` is one entry by any door; `PutStream` reads the frames of a Put. Each belongs to one call. Knows no gRPC.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,18 +11,20 @@ import torch
 import xxhash
 
 from kvstore import arrays
+from kvstore.codecs.packing import checked_entry
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.arriving import ArrivingTensors
-from kvstore.entries.entry import Entry
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
-from kvstore.residency.transcode import Room, made_entry, made_in
+from kvstore.residency.transcode import Room, empty_tensors, made_entry, made_in
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, Frame, Scatter
 from kvstored_client.wire.messages import fidelity_name, priority_name, read_specs
+from kvstored_client.wire.packed import Coded, attrs_of, check_ratio, coded_of, parts_of
 
 HEADER_MAX_NBYTES = 64 << 10
 """256 tensors with the longest names and shapes have 45 KiB; protobuf turns hostile bytes into 12 times their size."""
@@ -32,7 +34,7 @@ KNOWN_MAX_NBYTES = 4 << 10
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a PutHeader says beside its keys, checked: the same for all entries of one shape that are kept alike.
+    """What a PutHeader says beside its keys and bytes, checked: the same for all entries of one shape kept alike.
 
     sizes: bytes of each tensor.
     """
@@ -44,13 +46,11 @@ class Description:
 
 
 def _read_description(rest: bytes) -> Description:
-    """Check a serialized PutHeader without its keys. Raises InvalidEntry or EntryTooLarge."""
+    """Check a serialized PutHeader without its keys, bytes and packed tensors. Raises InvalidEntry or EntryTooLarge."""
     header = pb.PutHeader.FromString(rest)
     if len(header.tensors) > arrays.TENSORS_MAX:
         raise EntryTooLarge(f"an entry has at most {arrays.TENSORS_MAX} tensors, got {len(header.tensors)}")
     specs = arrays.CheckedSpecs(read_specs(header.tensors))
-    if header.nbytes != specs.nbytes:
-        raise InvalidEntry(f"the header announces {header.nbytes} bytes, its tensors add up to {specs.nbytes}")
     options = PutOptions(
         header.ttl_s or None,
         not header.absolute_ttl,
@@ -72,24 +72,71 @@ class Incoming:
         """Check a header, and take it over. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
         self.key = check_key(header.key)
         self.parent = check_key(header.parent) if header.parent else None
-        header.ClearField("key")
-        header.ClearField("parent")
+        said_nbytes, packed = header.nbytes, tuple(header.packed)
+        for field in ("key", "parent", "nbytes", "packed"):
+            header.ClearField(field)
         rest = header.SerializeToString()
         found = (_known_description if len(rest) <= KNOWN_MAX_NBYTES else _read_description)(rest)
         self.specs, self.sizes, self.options = found.specs, found.sizes, found.options
         self.nbytes = found.specs.nbytes
         if self.nbytes > limit_nbytes:
             arrays.check_specs(self.specs, limit_nbytes)
+        self._packed: dict[str, tuple[Coded, dict[str, object]]] = {}
+        self._made: Entry | None = None
+        if packed:
+            self._read_packed(packed)
+        if said_nbytes != self.nbytes:
+            raise InvalidEntry(f"the header announces {said_nbytes} bytes, its tensors add up to {self.nbytes}")
         self.root = found.root and self.parent is None
         self.tensors: Mapping[str, torch.Tensor] = {}
         self._entry: Entry | None = None
         self._scatter: Scatter | None = None
         self._sum = xxhash.xxh3_64()
 
+    def _read_packed(self, messages: Sequence[pb.PackedTensor]) -> None:
+        """What is sent are the parts of these tensors. Raises InvalidEntry or EntryTooLarge for what cannot be."""
+        specs, options = self.specs, self.options
+        if options.fidelity == "exact":
+            raise InvalidEntry("fidelity exact is for values bit for bit as put, and packed ones have lost some")
+        if len(messages) != len(specs):
+            raise InvalidEntry(f"{len(specs)} tensors packed as {len(messages)}")
+        coded = [coded_of(spec, message) for spec, message in zip(specs.values(), messages, strict=True)]
+        check_ratio(self.nbytes, coded)
+        self._packed = {
+            name: (one, attrs_of(message)) for name, one, message in zip(specs, coded, messages, strict=True)
+        }
+        self.sizes = tuple(nbytes for one in coded for nbytes in one.sizes)
+        self.nbytes = sum(self.sizes)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it comes encoded."""
+        return bool(self._packed)
+
     def begin(self, room: Room) -> None:
-        """Allocate the tensors: in `room` if there is any, else in ordinary memory."""
-        self.tensors = made_in(room, self.specs)
+        """Allocate the tensors: in `room` if there is any, else in ordinary memory. Of a packed entry the parts."""
+        if self._packed:
+            self.tensors = empty_tensors(parts_of(coded for coded, _ in self._packed.values()))
+        else:
+            self.tensors = made_in(room, self.specs)
         self._scatter = None
+
+    def fill(self, room: Room, sources: Sequence[torch.Tensor | None]) -> None:
+        """Copy all of it from `sources`, as for `arriving`, at once: what comes packed is checked before it is kept.
+
+        Nobody can change the copy, so what was checked is what is kept. Raises InvalidEntry.
+        """
+        self.begin(room)
+        _copy(self.tensors.values(), sources)
+        self._made = self._checked()
+
+    def _checked(self) -> Entry:
+        parts = iter(self.tensors.values())
+        tensors = {
+            name: EncodedTensor(coded.spec, coded.encoding, {suffix: next(parts) for suffix in coded.parts}, attrs)
+            for name, (coded, attrs) in self._packed.items()
+        }
+        return checked_entry(self.key, tensors)
 
     def arriving(self, room: Room | None, sources: Sequence[torch.Tensor | None]) -> ArrivingTensors:
         """Tensors that will be copied from `sources`, bytes in the order of the specs; None: no bytes.
@@ -102,9 +149,7 @@ class Incoming:
             if room is None:
                 return {name: _over(spec, x) for (name, spec), x in zip(specs.items(), sources, strict=True)}
             tensors = made_in(room, specs)
-            for target, source in zip(tensors.values(), sources, strict=True):
-                if source is not None:
-                    target.reshape(-1).view(torch.uint8).copy_(source)
+            _copy(tensors.values(), sources)
             return tensors
 
         tensors = ArrivingTensors(specs, copy)
@@ -113,7 +158,10 @@ class Incoming:
 
     @property
     def entry(self) -> Entry:
-        """What to put, once it is whole or arriving. Its tensors are handed over."""
+        """What to put, once it is whole or arriving: handed over. Raises InvalidEntry for one packed wrongly."""
+        if self._packed:
+            self._made = self._made or self._checked()
+            return self._made
         return self._entry or made_entry(self.key, self.specs, self.tensors)
 
     def take(self, chunk: memoryview) -> None:
@@ -219,6 +267,12 @@ class PutStream:
         """Give back what is still counted, whatever happened."""
         self._budget.give_back(self._taken_nbytes)
         self._taken_nbytes = 0
+
+
+def _copy(targets: Iterable[torch.Tensor], sources: Sequence[torch.Tensor | None]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        if source is not None:
+            target.reshape(-1).view(torch.uint8).copy_(source)
 
 
 def _over(spec: TensorSpec, source: torch.Tensor | None) -> torch.Tensor:

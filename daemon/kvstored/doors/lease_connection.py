@@ -436,8 +436,12 @@ class Connection:
                 entry = Incoming(item.header, limit_nbytes)
                 shared.budget.take(entry.nbytes)
                 taken += entry.nbytes
-                room = None if self._on_device else self._room  # to a device: from where it lies
-                arriving.append(entry.arriving(room, self._sources(entry, item.places)))
+                sources = self._sources(entry, item.places)
+                if entry.packed:
+                    entry.fill(self._room, sources)
+                else:
+                    room = None if self._on_device else self._room  # to a device: from where it lies
+                    arriving.append(entry.arriving(room, sources))
                 ready.append(entry)
             self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
             stored = put_ready(self._store, ready)

@@ -1,5 +1,6 @@
 """vLLM's connector between its scheduler and its worker: what is looked up, loaded, kept, and under which keys."""
 
+import logging
 import threading
 import types
 from pathlib import Path
@@ -10,8 +11,12 @@ import torch
 
 from kvstore.metadata.block_events import CLEARED, KeyRemoved, KeyStored
 from kvstore.store import Store
+from tests.conftest import wait_until
 from tests.e2e.adapters import flips
 from tests.e2e.adapters.conftest import PAGE, VLLMTier, vllm_connector
+from tests.kvstored.inside import daemon_inside
+from tests.kvstored_client.device.tensors import COPIES, on_gpu
+from tests.kvstored_client.device.test_landing import Counting
 
 PATIENT = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 20.0}
 some = types.SimpleNamespace
@@ -116,6 +121,48 @@ def test_lossy_blocks_are_coded_as_keys_and_values_side_by_side(store: Store) ->
     loaded = worker.layer
     cosine = torch.nn.functional.cosine_similarity(loaded[1:4].flatten(), memory[5:8].flatten(), dim=0)
     assert 0.99 < float(cosine) < 1
+
+
+@pytest.mark.parametrize("budget", [1 << 40, 0], ids=["before the step", "beside the steps"])
+def test_lossy_blocks_cross_the_bus_as_they_are_held_and_their_receipt_is_in_the_log(
+    caplog: pytest.LogCaptureFixture, budget: int
+) -> None:
+    """The engine's tensors are on a GPU: a quarter of the bytes goes there, and is decoded there to the same bits."""
+    hashes = [b"a", b"b", b"c"]
+    with daemon_inside() as daemon:
+        near = daemon.client(framework="torch")
+        prefilled(near, hashes, fidelity="auto")
+        near.demote(*[entry.key for entry in near.entries()])
+        due = loaded_into(near, hashes, lambda layer: layer, budget)
+        driver = Counting(kernels=True)
+        on_device = daemon.client(framework="torch", driver=driver)
+        assert "raw" not in {entry.encoding for entry in near.entries()}
+        COPIES.clear()
+        caplog.set_level(logging.INFO, "kvstored_client.integrations.vllm")
+        layer = loaded_into(on_device, hashes, on_gpu, budget)
+        copied, receipt = COPIES.copy(), max(near.inspect(entry.key).receipt["kv"] for entry in near.entries())
+    assert torch.equal(layer.numbers[1:4], due[1:4])
+    assert driver.loaded_nbytes < 0.2 * due[1:4].nbytes, "float32: an eighth, and scales"
+    assert (driver.batches, driver.pending, driver.early) == (1, 0, 0)
+    assert not copied["h2d"] and not copied["d2h"]
+    assert f"relative error {receipt:.3f} at most" in caplog.text
+
+
+def loaded_into(cache: Any, hashes: list[bytes], made: Any, budget: int) -> Any:
+    """The paged buffer of another engine that has loaded three blocks to places 1 to 3."""
+    scheduler, worker = halves(cache, fidelity="auto", sync_load_budget_bytes=budget)
+    worker.layer = made(worker.layer)
+    worker.register_kv_caches({"layer": worker.layer})
+    asked = request(hashes, 28)
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (24, not budget)
+    scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3, 4],)), 24)
+    output = some(scheduled_new_reqs=[], num_scheduled_tokens={}, scheduled_cached_reqs=some(req_ids=[]))
+    worker.bind_connector_metadata(scheduler.build_connector_meta(output))
+    worker.start_load_kv(None)
+    if not budget:
+        wait_until(lambda: worker.get_finished(set())[1] == {"r"})
+    assert worker.get_block_ids_with_load_errors() == set()
+    return worker.layer
 
 
 def chunked(store: Store, **settings: Any) -> tuple[Any, Any]:

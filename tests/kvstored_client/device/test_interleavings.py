@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore import decode, encode
 from kvstore.device.deferred import Deferred
 from tests.kvstored.inside import daemon_inside
 
@@ -37,7 +38,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 2**32))
     def begin(self, seed):
-        self.driver = Deferred(random.Random(seed).shuffle)
+        self.driver = Deferred(random.Random(seed).shuffle, kernels=True)
         self.client = self.daemon.client(framework="torch", driver=self.driver)
         self.client.delete(*(b"%d" % key for key in range(6)))
         self.ns = self.client.namespace(**{**MODEL, "revision": str(seed)}, chunk_tokens=16)
@@ -112,6 +113,17 @@ class Interleavings(RuleBasedStateMachine):
                     words[at] += 1 << 40
                     start = block.start + 64
                     segment.bytes[start : block.start + block.nbytes] = 0xDB
+
+    @rule(key=KEYS, strided=st.booleans())
+    def encoded(self, key, strided):
+        """What is held in four bits comes as it is held, and is decoded on the GPU."""
+        self.number += 1
+        packed = encode({"x": value(self.number)})
+        assert self.client.put(b"encoded %d" % key, packed)
+        out = on_gpu(torch.zeros(3, 2, 32, 8)).transpose(1, 2) if strided else self.used()
+        hit = self.client.get(b"encoded %d" % key, out={"x": out})
+        assert hit.lossy
+        self.filled.append((out, decode(packed)["x"]))
 
     @rule(tokens=st.integers(16, 32))
     def prefix(self, tokens):

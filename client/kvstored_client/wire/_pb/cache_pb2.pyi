@@ -99,7 +99,7 @@ class PutFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[PutHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[EntryEnd, _Mapping]] = ...) -> None: ...
 
 class PutHeader(_message.Message):
-    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority", "root", "namespace")
+    __slots__ = ("key", "tensors", "nbytes", "ttl_s", "absolute_ttl", "pin", "fidelity", "parent", "priority", "root", "namespace", "packed")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class PutHeader(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     nbytes: int
@@ -122,7 +123,8 @@ class PutHeader(_message.Message):
     priority: Priority
     root: bool
     namespace: str
-    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., root: bool = ..., namespace: _Optional[str] = ...) -> None: ...
+    packed: _containers.RepeatedCompositeFieldContainer[PackedTensor]
+    def __init__(self, key: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., nbytes: _Optional[int] = ..., ttl_s: _Optional[float] = ..., absolute_ttl: bool = ..., pin: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., parent: _Optional[bytes] = ..., priority: _Optional[_Union[Priority, str]] = ..., root: bool = ..., namespace: _Optional[str] = ..., packed: _Optional[_Iterable[_Union[PackedTensor, _Mapping]]] = ...) -> None: ...
 
 class EntryEnd(_message.Message):
     __slots__ = ("xxh3",)
