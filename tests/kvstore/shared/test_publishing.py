@@ -102,6 +102,24 @@ def test_a_chunk_that_the_shared_store_evicted_is_published_again_by_who_compute
     assert hosts.server.names() == names
 
 
+def test_what_is_evicted_outside_between_a_match_and_its_get_is_published_again_to_its_last_chunk(hosts):
+    """Only the first chunk that did not come was; the others counted as published for ever, on the host that had."""
+    a = hosts.published(3)
+    tokens, k, v = prefix(3)
+    ns = hosts.namespace(a)
+    names = alias_names(a, ns.keys(tokens))
+    a.evict(*ns.keys(tokens))
+    assert int(a.match(ns.keys(tokens))) == 3  # the heads are remembered
+    for name in names:
+        del hosts.server.objects[name]
+    assert ns.get_prefix(tokens)[0] == 0
+    ns.put_prefix(tokens, k, v)
+    for _ in range(2):
+        a.maintain()
+        hosts.clock.advance(3)
+    assert hosts.server.names() == names
+
+
 def test_chunks_of_servers_that_do_not_answer_wait_for_them_with_what_continues_them(hosts):
     a = hosts.open()
     tokens, k, v = prefix(4)
