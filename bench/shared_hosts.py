@@ -2,9 +2,9 @@
 
 `fleet.hits`: four daemons replay the first requests of the Mooncake trace, each sent where the simulation's router of
 seed 1 sends it. A request is answered as by an engine: the longest prefix is got, the rest is put. Between two requests
-passes what the daemon needs to publish, 0.3 s at most: in the trace it is 0.3 s in the mean. So that it passes in less, a
-deletion of nothing wakes the publisher, which else gathers for a second. What a host may hold is 1,000 blocks, in memory
-and on disk together (a daemon always has a disk tier, here of its smallest size, 1 MiB).
+passes what the daemon needs to publish, 0.3 s at most: in the trace it is 0.3 s in the mean. So that it passes in less,
+a deletion of nothing wakes the publisher, which else gathers for a second. What a host may hold is 1,000 blocks, in
+memory and on disk together (a daemon always has a disk tier, here of its smallest size, 1 MiB).
 """
 
 import random

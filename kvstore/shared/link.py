@@ -7,6 +7,7 @@ One thread at a time. Knows no cluster and no deadline (`exchange`).
 
 import errno
 import os
+import re
 import secrets
 import select
 import socket
@@ -51,6 +52,7 @@ class Op:
     """A command and its reply. name: what decides its slot. nbytes to nbytes_max: the length that a body may have.
 
     weight: the bytes of its value, either way. target: what a body is received into. reply: PENDING until there is one.
+    usual: what its reply mostly is, whole, the body as a group: parsed in one step.
     """
 
     name: bytes
@@ -64,6 +66,7 @@ class Op:
     reply: Reply | Pending = PENDING
     hops: int = 0
     on_replica: bool = False
+    usual: re.Pattern[bytes] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -279,7 +282,9 @@ class Link:
         freed = False
         while self._due:
             op = self._due[0]
-            reply = self._replies.next(op.kinds, op.nbytes, op.nbytes_max, op.target)
+            reply: Reply | Pending = None if op.usual is None else self._replies.usual(op.usual)
+            if reply is None:
+                reply = self._replies.next(op.kinds, op.nbytes, op.nbytes_max, op.target)
             if isinstance(reply, Pending):
                 break
             self._due.popleft()
