@@ -35,6 +35,8 @@ VALUES = 4096
 POOL = np.random.default_rng(0).standard_normal((64, VALUES)).astype(np.float32)
 RELATIVE_ERROR_MAX = 0.2
 COLD_NBYTES = 1 << 20
+SAMPLES = 64
+"""maxmemory-samples, as docs/shared.md advises."""
 NOTHING = b"a key of nobody".ljust(32)
 LOCAL_SHAPE = 4, 256, 3, 64
 """Two tensors of it: 1.5 MiB, a chunk."""
@@ -143,7 +145,7 @@ class Limit:
         self._clients = [servers.client(port) for port in servers.ports[:3]]
         self._quota = objects // len(self._clients)
         for client in self._clients:
-            client.config_set("maxmemory-samples", 10)
+            client.config_set("maxmemory-samples", SAMPLES)
 
     def turn(self) -> None:
         """Look. To be called often enough that few objects come between two turns."""
