@@ -3,7 +3,8 @@
 Run: .venv/bin/python bench/shared.py [--json] [--rounds 60]
 It starts a Valkey server and a Cluster of six processes. Ratios are of one run, its rounds interleaved, so that a busy
 machine slows both sides: `cold`: time of ours from Valkey over time from our cold tier, page cache warm (at most 1.3 is
-due); `redis_py`: time of redis-py with hiredis over ours (at least 1.5 for one chunk); `index`: time of a lookup on the
+due); `redis_py`: time of redis-py with hiredis over ours (at least 1.5 for one chunk); `bare`: time of ours over the
+least that a socket can take, one `recv` a value into memory that is there already; `index`: time of a lookup on the
 Cluster over a match in our own index; `calls`: time of as many single calls of redis-py over ours (at least 20).
 """
 
@@ -11,10 +12,12 @@ import argparse
 import ctypes
 import json
 import os
+import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -69,6 +72,33 @@ def entry_of(n: int) -> Entry:
     return Entry(Key(b"%032d" % n), {"kv": EncodedTensor(spec, "nf4", {"": codes})})
 
 
+class Bare:
+    """Values of known lengths over a blocking connection, parsed by nobody: what any client takes at least."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+        self._socket.settimeout(None)
+        self._rooms: dict[int, memoryview] = {}
+
+    def get(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Receive and check each, all of them asked for at once."""
+        self._socket.sendall(b"".join(b"GET %b\r\n" % name.encode() for name in names))
+        for at, size in enumerate(sizes):
+            before = len(b"$%d\r\n" % size)
+            room = self._room(at, before + size + 2)
+            assert self._socket.recv_into(room, 0, socket.MSG_WAITALL) == len(room)
+            xxhash.xxh3_64_intdigest(room[before:-2])
+
+    def _room(self, at: int, nbytes: int) -> memoryview:
+        if len(self._rooms.get(at, b"")) != nbytes:
+            self._rooms[at] = memoryview(bytearray(nbytes))
+        return self._rooms[at]
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+
+
 def gets(rounds: int) -> Iterator[Row]:
     """`shared.get`: a chunk and sixteen, received and checked, from a standalone server."""
     servers = Servers(options=("--maxmemory", "1gb"))
@@ -82,7 +112,7 @@ def gets(rounds: int) -> Iterator[Row]:
             meta_of=lambda _: META,
             on_drop=lambda *_: None,
         )
-        client = redis.Redis(port=servers.ports[0])
+        client, bare = redis.Redis(port=servers.ports[0]), Bare(servers.ports[0])
         try:
             for entry in entries:
                 cold.put(entry)
@@ -105,15 +135,19 @@ def gets(rounds: int) -> Iterator[Row]:
                     for key in keys:
                         assert cold.get(key) is not None
 
-                found = medians(rounds if n == 1 else rounds // 3, ours=ours, redis_py=theirs, cold=disk)
-                yield Row(
-                    "shared.get",
-                    {"chunks": n},
-                    found["ours"],
-                    {"cold": found["ours"] / found["cold"], "redis_py": found["redis_py"] / found["ours"]},
+                found = medians(
+                    rounds if n == 1 else rounds // 3,
+                    ours=ours,
+                    redis_py=theirs,
+                    cold=disk,
+                    bare=partial(bare.get, names, sizes),
                 )
+                ratios = {of: found["ours"] / found[of] for of in ("cold", "bare")}
+                ratios["redis_py"] = found["redis_py"] / found["ours"]
+                yield Row("shared.get", {"chunks": n}, found["ours"], ratios)
         finally:
             cold.close()
+            bare.close()
             client.close()
             servers.close()
 

@@ -155,7 +155,7 @@ class SharedConfig:
     admission: str = "all"
     write_nbytes_per_day: int = 0
     buffer_nbytes: int = 256 * MIB
-    piece_nbytes: int = 4 * MIB
+    piece_nbytes: int = 2 * MIB
     exact: bool = False
     prefill_tokens_per_s: float = 0.0
     ca_file: str = ""

@@ -121,29 +121,46 @@ class Call:
 
     def _replicas(self, op: Op) -> list[Address]:
         shard = self._shard(op)
-        replicas = shard.replicas if shard else ()
-        return [address for address in replicas if self._nodes.node(address).breaker.closed]
+        return self._up(shard) if shard else []
+
+    def _up(self, shard: Shard) -> list[Address]:
+        return [address for address in shard.replicas if self._nodes.node(address).breaker.closed]
 
     def _route(self, ops: Sequence[Op], *, replica: bool = False) -> None:
         """Give each to the server that has its slot, or to a replica of it; to none if none may be asked."""
         by_target: dict[tuple[Address, bool], list[Op]] = defaultdict(list)
-        for op in ops:
-            target = self._target(op, replica=replica)
-            if target is not None:
-                by_target[target, op.on_replica].append(op)
+        for shard, group in self._by_shard(ops):
+            primary = None if replica else self._primary(shard)
+            for op in group:
+                target = primary or self._replica(op, shard)
+                if target is not None:
+                    by_target[target, op.on_replica].append(op)
         for (address, on_replica), group in by_target.items():
             self._begin(self._nodes.node(address), group, replica=on_replica)
 
-    def _target(self, op: Op, *, replica: bool) -> Address | None:
-        shard = self._shard(op)
-        if shard is None:
-            self._changed()
-            return None
-        if not replica:
-            if self._nodes.node(shard.primary).breaker.closed:
-                return shard.primary
-            self._reasons.setdefault("barred", f"{shard.primary} has not answered lately and is not asked")
-        up = [] if op.writes or op.on_replica else self._replicas(op)
+    def _by_shard(self, ops: Sequence[Op]) -> list[tuple[Shard, list[Op]]]:
+        """Those whose slot somebody has, in their order: a lookup has hundreds, so no more is done for each of them."""
+        topology = self._nodes.topology
+        groups: dict[int, tuple[Shard, list[Op]]] = {}
+        for op in ops:
+            shard = topology.shard(slot_of(op.name) if topology.cluster else 0) if topology is not None else None
+            group = groups.get(id(shard))
+            if group is not None:
+                group[1].append(op)
+            elif shard is not None:
+                groups[id(shard)] = shard, [op]
+            else:
+                self._changed()
+        return list(groups.values())
+
+    def _primary(self, shard: Shard) -> Address | None:
+        if self._nodes.node(shard.primary).breaker.closed:
+            return shard.primary
+        self._reasons.setdefault("barred", f"{shard.primary} has not answered lately and is not asked")
+        return None
+
+    def _replica(self, op: Op, shard: Shard) -> Address | None:
+        up = [] if op.writes or op.on_replica else self._up(shard)
         if not up:
             return None
         op.on_replica = True

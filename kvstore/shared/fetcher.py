@@ -258,8 +258,7 @@ class Fetcher:
                 late = took_s >= 0.95 * left_s
                 if not late:
                     self._not_there(aliases[held : held + 1])
-                    if held < len(bodies) and bodies[held] is None:
-                        out.did_not_come(aliases[held])
+                    self._did_not_come(aliases[held:], bodies[held:])
                 return taken, late
         return taken, False
 
@@ -284,6 +283,15 @@ class Fetcher:
                 self._not_there([alias])
                 break
         return found
+
+    def _did_not_come(self, aliases: Sequence[Key], bodies: Sequence[bytearray | None]) -> None:
+        """Objects whose heads were known did not come: who computes them looks for them, and publishes them again."""
+        missing = [alias for alias, body in zip(aliases, bodies, strict=True) if body is None]
+        if missing and missing[0] == aliases[0]:
+            self._out.did_not_come(aliases[0])
+        self._not_there(missing)
+        for alias in missing:
+            self._out.published.pop(alias, None)
 
     def _finish_later(self, run: Run) -> None:
         if len(self._later) < BACKGROUND_MAX:

@@ -8,6 +8,7 @@ last: hosts may differ in piece_nbytes. Pieces whose first is gone are never rea
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ PIECES_MAX = 1 << 16
 """Of a value of 4 GiB in the shortest pieces."""
 _HEAD_COMMAND = b"*4\r\n$8\r\nGETRANGE\r\n$%%d\r\n%%b\r\n$1\r\n0\r\n$2\r\n%d\r\n" % (HEAD_NBYTES - 1)
 """A lookup asks hundreds."""
+HEAD_REPLY = re.compile(rb"\$(?:%d\r\n(.{%d})|0\r\n)\r\n" % (HEAD_NBYTES, HEAD_NBYTES), re.DOTALL)
 
 
 def cut(buffers: Sequence[Buffer], piece_nbytes: int) -> list[list[Buffer]]:
@@ -75,7 +77,7 @@ def set_op(name: bytes, value: Sequence[Buffer], how: Sequence[bytes | str | int
 
 def head_op(name: bytes) -> Op:
     """The first HEAD_NBYTES; b"" where there is nothing."""
-    return Op(name, [_HEAD_COMMAND % (len(name), name)], b"$", 0, HEAD_NBYTES)
+    return Op(name, [_HEAD_COMMAND % (len(name), name)], b"$", 0, HEAD_NBYTES, usual=HEAD_REPLY)
 
 
 def other_gets(first: Op, whole: bytearray) -> list[Op] | None:

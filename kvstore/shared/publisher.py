@@ -94,6 +94,9 @@ class Publisher:
         self._retry_at = 0.0
         self._unused: OrderedDict[Key, None] = OrderedDict()
         self.awake = threading.Event()
+        """Set when something cannot wait: a deletion, or half of the queue's room is taken."""
+        self.offers = 0
+        """Since start: whether there are new ones."""
 
     @property
     def queue_nbytes(self) -> int:
@@ -106,9 +109,13 @@ class Publisher:
             return any(key in offer.keys for offer in self._queue)
 
     def offer(self, keys: Sequence[Key], nbytes: int) -> None:
-        """Publish these some time soon: a chain, root first. nbytes: about the size of their objects."""
+        """Publish these some time soon: a chain, root first. nbytes: about the size of their objects. Wakes nobody."""
+        half = self._out.config.buffer_nbytes // 2
+        before = self._nbytes
         self._append(_Offer(keys, nbytes, self._out.clock.now()))
-        self.awake.set()
+        self.offers += 1
+        if before <= half < before + nbytes:
+            self.awake.set()
 
     def _append(self, offer: _Offer) -> None:
         dropped = 0
@@ -163,11 +170,6 @@ class Publisher:
             del self._unused[key]
             if isinstance(found, Candidate):
                 self._append(_Offer([key], found.nbytes, self._out.clock.now()))
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits that a turn could deal with."""
-        return not (self._queue or self._unused or len(self._out.bars) or self._out.bars.everything)
 
     def _taken(self) -> list[_Offer] | None:
         """Offers whose time has come, of one batch; None: there are none."""

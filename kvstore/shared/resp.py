@@ -9,6 +9,7 @@ Not thread-safe: one connection. No I/O but the `recv_into` it is given; no time
 """
 
 import ctypes
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -128,6 +129,14 @@ class Replies:
     def is_amid_body(self) -> bool:
         """Whether the beginning of a long body has come."""
         return self._tail
+
+    def usual(self, replies: re.Pattern[bytes]) -> bytes | None:
+        """The body of the next reply if that is a whole one of these, its group; else None, and `next` tells."""
+        found = None if self._tail else replies.match(self._buffer, self._low, self._high)
+        if found is None:
+            return None
+        self._low = found.end()
+        return found[1] or b""
 
     def next(
         self, kinds: bytes, nbytes: int = 0, nbytes_max: int = 0, target: memoryview | None = None

@@ -33,7 +33,7 @@ from kvstore.shared.names import PREFIX
 from kvstore.shared.nodes import Nodes, Topology
 from kvstore.shared.resp import Refusal, command, room
 
-PIECE_NBYTES = 4 << 20
+PIECE_NBYTES = 2 << 20
 LEARN_TIMEOUT_S = 0.5
 """Of each step of learning the topology from one server."""
 CLAIM_PREFIX = f"{PREFIX}w:"

@@ -47,7 +47,7 @@ def test_memory_stays_within_the_queues_bound_while_the_store_is_down_under_puts
     client = daemon.client(framework="numpy")
     for n in range(STEADY_PUTS):
         put(client, n)
-        if n % 4 == 3:  # the queue has room for so many
+        if n % 10 == 9:  # the queue has room for so many
             wait_until(lambda due=n + 1: client.stats().values["shared_published"] == due)
     before = daemon.rss_nbytes()
     servers.pause()

@@ -52,7 +52,7 @@ def test_good_settings_are_no_complaint(complaints_with):
     [
         ({"maxmemory_policy": "noeviction"}, "maxmemory-policy is noeviction: once full it refuses every write"),
         ({"maxmemory": "0"}, "maxmemory is 0, no limit"),
-        ({"proto_max_bulk_len": "1048576"}, "proto-max-bulk-len is 1048576, less than a piece of 4194304"),
+        ({"proto_max_bulk_len": "1048576"}, "proto-max-bulk-len is 1048576, less than a piece of 2097152"),
     ],
 )
 def test_a_setting_that_loses_or_refuses_is_named_with_its_value(complaints_with, standalone, setting, sentence):

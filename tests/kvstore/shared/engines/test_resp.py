@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.shared import HEAD_NBYTES
+from kvstore.shared.long_values import HEAD_REPLY
 from kvstore.shared.resp import MISFIT, PENDING, SKIP_MAX_NBYTES, Broken, Misfit, Refusal, Replies, command
 
 
@@ -134,3 +136,38 @@ def test_the_end_of_the_stream_is_no_reply():
 
 def test_a_command_has_the_length_of_each_of_its_words():
     assert b"".join(command("SET", b"a\r\nb", 12)) == b"*3\r\n$3\r\nSET\r\n$4\r\na\r\nb\r\n$2\r\n12\r\n"
+
+
+def heads_of(parts, count, pattern):
+    """Replies to lookups, and what ended them. pattern: of the usual ones; None: each is parsed step by step."""
+    replies, found = Replies(Stream(parts).recv_into), []
+    for _ in range(count):
+        try:
+            while True:
+                reply = None if pattern is None else replies.usual(pattern)
+                reply = replies.next(b"$", 0, HEAD_NBYTES) if reply is None else reply
+                if reply is not PENDING:
+                    break
+                replies.receive()
+        except (Broken, BlockingIOError) as error:
+            return found, type(error)
+        found.append(reply)
+    return found, replies.is_empty
+
+
+@given(
+    st.data(),
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [b"$-1\r\n", bulk(b""), bulk(b"\r\n" * 48), b"-MOVED 1 a:1\r\n", b"$96\r\n\r\n", b"$0\r\n$0"]
+            ),
+            st.binary(min_size=HEAD_NBYTES, max_size=HEAD_NBYTES).map(bulk),
+            st.sampled_from([1, 95, 97, 200]).map(bytes).map(bulk),
+        ),
+        max_size=8,
+    ),
+)
+def test_replies_taken_in_one_step_are_those_that_are_parsed(data, replies):
+    parts = cut(data, b"".join(replies))
+    assert heads_of(parts, len(replies), HEAD_REPLY) == heads_of(list(parts), len(replies), None)
