@@ -32,6 +32,7 @@ from kvstore.codecs.nf4_kv import (
     stored_token_axis,
 )
 from kvstore.codecs.planes import Part, planes_of, standing_apart
+from kvstore.codecs.sinks import sinks_of
 from kvstore.codecs.turning import Means, means_of
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
@@ -146,12 +147,16 @@ class NF4KV2:
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
-    """The tokens to keep in 16 bits: as nf4-kv has them, fewer in a short chunk."""
+    """The tokens to keep in 16 bits: a prompt's first, outlying keys as nf4-kv has them, and `sinks_of` keys."""
     tokens = rows.shape[1]
     if tokens < KEPT_MIN:
         return ()
+    if part != "key":
+        return standing_apart(rows, part, hints)
+    if hints.prefix_start is not False:
+        return sinks_of(rows, start=True)
     kept = standing_apart(rows, part, hints)
-    return kept if tokens >= KEPT_ALL else kept[:1]
+    return tuple(sorted({*kept, *sinks_of(rows, start=False)})) if tokens >= KEPT_ALL else kept[:1]
 
 
 def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":
@@ -182,7 +187,7 @@ def _encode_plane(
     parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = scales, tops
     if means is not None:
         _add_means(means, prefix, parts, attrs)
-    if not telling or plane.lead < len(plane.kept):
+    if not telling:
         return None
     if energies is None:
         energies = kernel.kv_content(coded, where, rotary)
@@ -205,7 +210,7 @@ def _without_outliers(coded: torch.Tensor, plane: Plane2) -> torch.Tensor:
     for token in out:
         near = [t for t in (*range(token - 1, -1, -1), *range(token + 1, plane.coded)) if t not in out]
         source[token] = near[0]
-    return coded[:, source]
+    return coded.index_select(1, torch.tensor(source, device=coded.device))
 
 
 def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]) -> None:
@@ -222,6 +227,8 @@ def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs:
 def _missed(rows: torch.Tensor, plane: Plane2, kept: torch.Tensor | None, error: torch.Tensor) -> torch.Tensor:
     """The squared error of each head (outer, inner): of its blocks, and of its kept tokens."""
     by_row = error.view(plane.outer, plane.coded, plane.inner, plane.d // plane.block)
+    for token in plane.kept[plane.lead :]:  # coded too, and decoded from its 16 bits
+        by_row[:, token - plane.lead] = 0.0
     missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / reference_kv.rotation_size(plane.d)
     if kept is not None:
         missed = missed + reference_content.distances(rows[:, list(plane.kept)], kept)
@@ -277,10 +284,10 @@ def _decode_plane(encoded: EncodedTensor, plane: Plane2, prefix: str, out: torch
         codes, scales, turns = _checked_means(encoded, plane, prefix)
         means = kernel.kv_expand_eights(where, codes, scales)
     kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, plane.lead :], turns)
-    if kept is not None and plane.lead == len(plane.kept):  # a slice: an index costs 40 us
-        out[:, : plane.lead].copy_(kept)
-    elif kept is not None:
-        out[:, list(plane.kept)] = kept.to(out.dtype)
+    if kept is not None:  # slices: an index costs 40 us
+        out[:, : plane.lead].copy_(kept[:, : plane.lead])
+        for at in range(plane.lead, len(plane.kept)):
+            out[:, plane.kept[at]].copy_(kept[:, at])
 
 
 def _checked_spec(encoded: EncodedTensor) -> tuple[str, int]:

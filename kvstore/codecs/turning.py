@@ -68,7 +68,7 @@ def means_of(
         power = _left(seen, lags, n)
         if like is not None and like.known and like.turns is not None:
             tangents, known = like.turns.tangents, True
-        else:
+        elif np.isfinite(seen).all():  # where not, coding refuses the values
             found, known = _tangents(seen, power, lags, rows)
             tangents = None if found is None else torch.from_numpy(found).to(x.device)
     still, sums, gains, energies = kernel.kv_sums(x, rows, rotary, tangents, content=content)
