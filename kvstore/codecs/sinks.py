@@ -12,7 +12,7 @@ import torch
 
 TOKENS_EACH = 256
 """Tokens of a chunk for each that is kept beyond the first: 0.06 bits a key."""
-LACKING = 0.6
+LACKING = 0.75
 """Of the mean key of some head: what a token's key lacks of it, along it. Ordinary tokens: 0.1; the first: 1."""
 _SURE = 0.25
 """Standard deviation of that over a head's tokens: above, the head has no mean to speak of."""
