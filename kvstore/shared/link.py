@@ -23,7 +23,7 @@ from kvstore.shared.resp import INLINE_MAX_NBYTES, PENDING, Broken, Pending, Ref
 WINDOW_NBYTES = 13 << 18
 """Bytes of values asked for or sent and not yet answered, a connection: two chunks of 1.5 MiB, or one piece of a longer
 value. A server handles what lies in its buffer in one turn: 22 MiB in pieces pipelined at once held Valkey for 22 ms,
-in pieces of 4 MiB for 3.6, of 2 MiB, two at once, for 2.7, one at a time for 1.4; a get takes as long."""
+one piece of 4 MiB at a time for 4.0, one of 2 MiB for 2.5 (bench/shared.py --part loop)."""
 _BUFFERS_AT_ONCE = 256
 _WAKE_NBYTES = 1 << 18
 _TLS_RECORD_NBYTES = 1 << 14
