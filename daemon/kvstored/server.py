@@ -248,7 +248,8 @@ class Daemon:
     ) -> None:
         self._spans = spans or open_spans(settings.traces_endpoint, own_version())
         self._settings = settings
-        self._arena = arena or Arena(arena_limit_nbytes(store.config))
+        self._arena = Arena(arena_limit_nbytes(store.config)) if arena is None else arena
+        self._own_arena = arena is None
         self._shares = Shares()
         self._arena.register = store.serve_from_device()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
@@ -397,6 +398,8 @@ class Daemon:
         await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
         if self._events is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._events.close)
+        if self._own_arena:
+            await asyncio.get_running_loop().run_in_executor(None, self._arena.close)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
