@@ -229,7 +229,7 @@ def test_a_daemon_that_made_its_shared_memory_closes_it(tmp_path):
 def memory_files():
     """Descriptors of shared memory of ours in this process."""
     found = 0
-    for name in os.listdir("/proc/self/fd"):
+    for each in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            found += "memfd:kvstored" in str(Path("/proc/self/fd", name).readlink())
+            found += "memfd:kvstored" in str(each.readlink())
     return found
