@@ -391,15 +391,13 @@ class Daemon:
         self.watch.stop()
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(*(server.stop(self._settings.drain_grace_s) for server in self._servers))
+        loop = asyncio.get_running_loop()
         for leases in self._leases:
-            await asyncio.get_running_loop().run_in_executor(None, leases.stop)
+            await loop.run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
-        await asyncio.get_running_loop().run_in_executor(None, self._close_services)
-        await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
-        if self._events is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self._events.close)
-        if self._own_arena:
-            await asyncio.get_running_loop().run_in_executor(None, self._arena.close)
+        ends = [self._close_services, self._spans.close, *([] if self._events is None else [self._events.close])]
+        for end in (*ends, self._arena.close) if self._own_arena else ends:
+            await loop.run_in_executor(None, end)
         for target in self._settings.targets:
             path = socket_path(target)
             if path is not None:
