@@ -199,6 +199,8 @@ class GroupedBuffers:
             own = {name: kv_caches[name] for name in group.layers if name in kv_caches} if groups.several else kv_caches
             self._groups.append((PagedBuffers(own, group.head_dim), group.reach is not None))
         self._prefixes = [f"g{at}." if groups.several else "" for at in range(len(self._groups))]
+        self.on_gpu = bool(self._groups) and all(buffers.on_gpu for buffers, _ in self._groups)
+        """Whether all layers are on one. Asked before each load, on the forward's thread."""
 
     def block_nbytes(self) -> int:
         """Bytes of one block over all layers."""
@@ -223,11 +225,6 @@ class GroupedBuffers:
             for name, part in buffers.entry(own).items()
         }
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether all layers are on one."""
-        return bool(self._groups) and all(buffers.on_gpu for buffers, _ in self._groups)
-
     def settle(self) -> None:
         """See `PagedBuffers.settle`."""
         for buffers, _ in self._groups:
@@ -244,7 +241,9 @@ class GroupedBuffers:
         False: the tensors are not such a chunk's. Some groups may have been written.
         """
         for prefix, (buffers, windowed), blocks in zip(self._prefixes, self._groups, places, strict=True):
-            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            own = tensors
+            if prefix:
+                own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             gone = leading_gone(blocks) if windowed else 0
             if not buffers.fill(blocks[gone:], own, of, first + gone):
                 return False
