@@ -286,10 +286,12 @@ class RecordLog:
 
     def _committed_cost(self, key: Key) -> int | None:
         """Bytes counted for the record on disk; 0: there is none. None: nobody can tell now."""
-        try:
-            row = self._row(key)
-        except TierUnavailable:
-            return None
+        with suppress(TierUnavailable):
+            return self._cost_on_disk(key)
+        return None
+
+    def _cost_on_disk(self, key: Key) -> int:
+        row = self._row(key)
         return cost_of(row.place.nbytes) if row is not None else 0
 
     def _distrust(self, key: Key, row: Row | None, error: Exception) -> Entry | None:
@@ -346,10 +348,7 @@ class RecordLog:
     def cost(self, key: Key) -> int:
         """Bytes counted for a key; 0 when there is no record of it. With the lock held. Raises TierUnavailable."""
         operation = self._pending.find(key)
-        if operation is not None:
-            return operation.cost
-        row = self._row(key)
-        return cost_of(row.place.nbytes) if row is not None else 0
+        return self._cost_on_disk(key) if operation is None else operation.cost
 
     def record_nbytes(self, key: Key) -> int | None:
         """Bytes of the record on disk of a key for which nothing is pending; None: none, or nobody can tell now.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "daemon"), str(ROOT / "client")]
-from tests.side import side, why_missing  # noqa: E402 - found by the line above
+from tests.side import adapters_tried, side, why_missing  # noqa: E402 - found by the line above
 
 ENGINES = {
     "transformers": ("transformers", ["shared"]), "vllm": ("vllm", ["shared"]),
@@ -57,19 +57,7 @@ def fetched(name: str, version: str) -> Path:
 
 def tried(engine: str, folders: list[Path], address: str) -> str:
     """What the adapter's tests say over these wheels: pytest's last line."""
-    path = [*folders, ROOT, ROOT / "daemon", ROOT / "client"]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "tests/e2e/adapters", "-q", "--engine", engine, "-W", "ignore",
-            "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
-        env={
-            **os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "KVSTORED_TEST_ADDRESS": address,
-            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "VLLM_LOGGING_LEVEL": "ERROR",
-            "LMCACHE_TRACK_USAGE": "false",
-        },
-    )  # fmt: skip
+    done = adapters_tried(engine, folders, address)
     last = (done.stdout.strip().splitlines() or ["no answer"])[-1]
     return last if not done.returncode else f"FAILED: {last}"
 
