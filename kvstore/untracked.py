@@ -13,11 +13,12 @@ _untrack.argtypes = [ctypes.py_object]
 _untrack.restype = None
 
 
-def untrack(x: object) -> None:
-    """Have the collector forget an object: one of a class of ours, a dict, or a tensor, that no circle leads through.
+def untrack(*held: object) -> None:
+    """Have the collector forget objects: of classes of ours, dicts, or tensors, that no circle leads through.
 
     The types of these take themselves out of the collector's list only if they are in it. Others may not look first:
     a mappingproxy that is not in it ends the process.
     """
-    if gc.is_tracked(x):
-        _untrack(x)
+    for x in held:
+        if gc.is_tracked(x):
+            _untrack(x)

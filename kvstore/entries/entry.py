@@ -65,20 +65,17 @@ class EncodedTensor:
         return Described(self.spec, self.encoding, self.relative_error)
 
 
-def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
+def untrack_tensors(tensors: Mapping[str, EncodedTensor], *also: object) -> None:
     """As `Entry.untrack`, of its tensors. A mapping that makes them when they are asked for is not asked."""
-    if isinstance(tensors, MappingProxyType):
-        return
-    untrack(tensors)
-    if not isinstance(tensors, dict):
-        return
-    for tensor in tensors.values():
-        untrack(tensor)
-        untrack(tensor.spec)
-        if isinstance(tensor.parts, dict):
-            untrack(tensor.parts)
-        for part in tensor.parts.values():
-            untrack(part)
+    held = list(also)
+    if not isinstance(tensors, MappingProxyType):
+        held.append(tensors)
+        if isinstance(tensors, dict):
+            for tensor in tensors.values():
+                held += (tensor, tensor.spec, *tensor.parts.values())
+                if isinstance(tensor.parts, dict):
+                    held.append(tensor.parts)
+    untrack(*held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +109,7 @@ class Entry:
 
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
     nbytes: bytes counted against a tier's budget, metadata included.
+    encoding: the first that is not raw ("nf4-kv2"), or "raw": tensors of one entry may have different ones.
     kept_reply: a server's serialized reply for this object, kept so that it is built once.
     block: where in shared memory its tensors lie (`shm.arena.Place`); None: in ordinary memory, or unknown.
     """
@@ -120,6 +118,7 @@ class Entry:
     tensors: Mapping[str, EncodedTensor]
     lossy: bool = False
     nbytes: int = field(init=False)
+    encoding: str = field(init=False)
     kept_reply: object = field(init=False, repr=False)
     block: object = field(default=None, kw_only=True, repr=False)
 
@@ -129,6 +128,7 @@ class Entry:
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
+        object.__setattr__(self, "encoding", next((name for name in self.encodings if name != "raw"), "raw"))
         object.__setattr__(self, "kept_reply", None)
 
     def keep_reply(self, kept_reply: object) -> None:
@@ -137,8 +137,7 @@ class Entry:
 
     def untrack(self) -> None:
         """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
-        untrack(self)
-        untrack_tensors(self.tensors)
+        untrack_tensors(self.tensors, self)
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device; the same entry if they are there already."""
@@ -164,11 +163,6 @@ class Entry:
         """Each tensor's encoding."""
         known: Collection[str] | None = getattr(self.tensors, "encodings", None)
         return [t.encoding for t in self.tensors.values()] if known is None else known
-
-    @property
-    def encoding(self) -> str:
-        """The first encoding that is not raw ("nf4-kv2"), or "raw": tensors of one entry may have different ones."""
-        return next((name for name in self.encodings if name != "raw"), "raw")
 
     def is_encoded_in(self, names: Collection[str]) -> bool:
         """Whether the entry is encoded, and each encoded tensor in one of these encodings."""

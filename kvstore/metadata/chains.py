@@ -44,37 +44,26 @@ class Chains:
         """The number of parents that are missing. It is 0 whenever no put of a chain is running."""
         return len(self._awaited)
 
-    def link(self, key: Key) -> None:
+    def link(self, key: Key, meta: Meta) -> None:
         """Link a key that is new in the index to its parent, and to the children that waited for it."""
-        meta = self.index[key]
         if self._awaited:
             meta.first_child = self._awaited.pop(key, None)
             meta.pinned_children = self._awaited_pins.pop(key, 0)
         below = key in self._awaited_below
         self._awaited_below.discard(key)
-        parent = meta.parent
-        if parent is not None:
-            before = self.index.get(parent)
-            # A rooted parent continues no key that was not there. One that is not rooted may continue this one, and one
-            # that is not there yet, as a rule since chains are put deepest first, continues nothing.
-            if before is not None and (below or not before.rooted) and self._closes_a_ring(key, parent):
-                meta.parent = None
-        self._tie(key, meta, below=below)
+        before = None if meta.parent is None else self.index.get(meta.parent)
+        # A rooted parent continues no key that was not there. One that is not rooted may continue this one, and one
+        # that is not there yet, as a rule since chains are put deepest first, continues nothing.
+        if before is not None and (below or not before.rooted) and self._closes_a_ring(key, meta):
+            meta.parent = before = None
+        self._tie(key, meta, before, below=below)
 
-    def root(self, key: Key) -> None:
-        """Note it if all chunks before a key are there. For the keys of a chain that came deepest first, root first."""
-        meta = self.index.get(key)
-        if meta is not None and not meta.rooted:
-            before = None if meta.parent is None else self.index.get(meta.parent)
-            meta.rooted = meta.parent is None or (before is not None and before.rooted)
-
-    def _tie(self, key: Key, meta: Meta, *, below: bool) -> None:
-        """below: chunks that count as rooted continue it."""
+    def _tie(self, key: Key, meta: Meta, before: Meta | None, *, below: bool) -> None:
+        """before: its parent's Meta, if it is there. below: chunks that count as rooted continue it."""
         parent = meta.parent
         if parent is None:
             meta.rooted = True
             return
-        before = self.index.get(parent)
         if before is None:
             meta.rooted = False
             if below:
@@ -101,12 +90,11 @@ class Chains:
         if meta.next is not None:
             self.index[meta.next].previous = meta.previous
 
-    def replace(self, key: Key, old: Meta) -> None:
+    def replace(self, key: Key, new: Meta, old: Meta) -> None:
         """Give the new Meta of a key in the index the links of `old`: the key keeps its place in its chain.
 
         The parent that the new Meta names counts only if the key was in no chain.
         """
-        new = self.index[key]
         new.first_child, new.pinned_children, new.rooted = old.first_child, old.pinned_children, old.rooted
         if old.parent is not None:
             new.parent, new.previous, new.next = old.parent, old.previous, old.next
@@ -114,13 +102,12 @@ class Chains:
                 self._count_pin(old.parent, -1)
             return
         below = new.first_child is not None
-        if new.parent is not None:
-            before = self.index.get(new.parent)
-            # What continues this key is rooted through it, which a parent that waits for its own would make untrue.
-            waits = below and before is not None and not before.rooted
-            if waits or self._closes_a_ring(key, new.parent):
-                new.parent = None
-        self._tie(key, new, below=below)
+        before = None if new.parent is None else self.index.get(new.parent)
+        # What continues this key is rooted through it, which a parent that waits for its own would make untrue.
+        waits = below and before is not None and not before.rooted
+        if new.parent is not None and (waits or self._closes_a_ring(key, new)):
+            new.parent = before = None
+        self._tie(key, new, before, below=below)
 
     def set_pinned(self, meta: Meta, *, pinned: bool) -> None:
         """Pin or unpin the Meta of a key in the index, and have its parent count it."""
@@ -157,12 +144,13 @@ class Chains:
         """Chunks whose parent is missing."""
         return [key for parent in list(self._awaited) for key in self.children(parent)]
 
-    def _closes_a_ring(self, key: Key, parent: Key) -> bool:
-        """Whether `parent` continues `key`, or that cannot be told in few steps: then the key stays in no chain."""
+    def _closes_a_ring(self, key: Key, meta: Meta) -> bool:
+        """Whether a key's parent continues it, or that cannot be told in few steps: then the key stays in no chain."""
         # Hashes of tokens form no ring; keys that a caller invents could. A key without children is no ancestor.
-        if parent == key:
-            return True
-        if self.index[key].first_child is None:
+        parent = meta.parent
+        if parent is None or parent == key:
+            return parent is not None
+        if meta.first_child is None:
             return False
         # Upwards from the parent and downwards from the key at once: it is enough that one of the two ends soon.
         below, above = [key], self.ancestors(parent)

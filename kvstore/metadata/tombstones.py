@@ -26,27 +26,16 @@ class Tombstone(NamedTuple):
     hits: int
 
 
-class Tombstones:
-    """The latest departures by key."""
+class Tombstones(OrderedDict[Key, Tombstone]):
+    """The latest departures by key, the oldest first."""
 
     def __init__(self, capacity: int = TOMBSTONES_MAX) -> None:
+        super().__init__()
         self._capacity = capacity
-        self._stones: OrderedDict[Key, Tombstone] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._stones)
 
     def add(self, key: Key, stone: Tombstone) -> None:
         """Note that a key is gone."""
-        self._stones.pop(key, None)
-        self._stones[key] = stone
-        if len(self._stones) > self._capacity:
-            self._stones.popitem(last=False)
-
-    def discard(self, key: Key) -> None:
-        """Forget a tombstone: the key is back."""
-        self._stones.pop(key, None)
-
-    def get(self, key: Key) -> Tombstone | None:
-        """Why a key is gone, if that is still known."""
-        return self._stones.get(key)
+        self[key] = stone
+        self.move_to_end(key)
+        if len(self) > self._capacity:
+            self.popitem(last=False)

@@ -58,20 +58,22 @@ class Mover:
                 r.counters.tiers["hot"].puts += 1
             return True
 
-        if encoded:
-            self._admit_encoded(entry, meta, install)
-            if replaced is not None and r.cold is not None:
-                r.cold.wait(replaced)
-            return
         with r.lock:
-            fits = r.hot.has_room(entry.nbytes, entry.key, meta.owner)
+            fits = not encoded and r.hot.has_room(entry.nbytes, entry.key, meta.owner)
             if fits:
                 install()
-                r.hot.put(entry, soon=meta.soon)
+                r.hot.put(entry, soon=meta.soon, meta=meta)
+                self._count_put(meta)
         if not fits:
-            self._admit_by_moving(entry, meta, install)
+            (self._admit_encoded if encoded else self._admit_by_moving)(entry, meta, install)
+            with r.lock:
+                self._count_put(meta)
         if replaced is not None and r.cold is not None:
             r.cold.wait(replaced)
+
+    def _count_put(self, meta: Meta) -> None:
+        self._r.counters.puts += 1
+        self._r.counters.put_nbytes += meta.value_nbytes
 
     def _admit_by_moving(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
         r = self._r
@@ -324,7 +326,7 @@ class Mover:
                     # Asking may take out an older value of the key, so only now: until here that value is still served.
                     if not wanted():
                         return False
-                    tier.put(entry, soon=soon)
+                    tier.put(entry, soon=soon, meta=meta)
                     return True
                 if victim is not None:
                     r.transit[victim.key] = (tier.name, victim)

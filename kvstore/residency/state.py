@@ -249,8 +249,8 @@ class Residency:
         self.index[key] = meta
         meta.owner.entries += 1
         if old is None:
-            self.chains.link(key)
-            self.tombstones.discard(key)
+            self.chains.link(key, meta)
+            self.tombstones.pop(key, None)
             if put:
                 self.lookups.asked.discard(key)
             if self.balance is not None:
@@ -259,7 +259,7 @@ class Residency:
             old.owner.entries -= 1
             self.leaving.pop(key, None)
             meta.hits = old.hits  # a chunk put again is no stranger: what continues it was admitted for its hits
-            self.chains.replace(key, old)
+            self.chains.replace(key, meta, old)
         self.deadlines.watch(key, meta)
         return ticket
 

@@ -170,21 +170,16 @@ class WritePath:
             above = None if parent is None else self._r.index.get(parent)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
         self._take(entry, meta, pin=options.pin)
-        stored = not self._settle([entry.key])
+        stored = not self._settle((entry.key,))
         if stored and parent is not None and self.offer is not None:
             self.offer((entry.key,), meta.value_nbytes)
         return stored
 
     def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
-        r = self._r
         if self._device_hot is not None and entry.encoding == "raw":
             entry = self._device_hot.place(entry, meta.owner)
         self._mover.admit(entry, meta)
-        with r.lock:
-            r.counters.puts += 1
-            r.counters.put_nbytes += meta.value_nbytes
-            wanted = pin or pins.continued_by_a_pin(r, entry.key)
-        if wanted:
+        if pin or meta.pinned_children:  # or a pinned chunk continues it
             self._pin(entry.key, asked=pin)
 
     def _pin(self, key: Key, *, asked: bool) -> None:
@@ -203,18 +198,28 @@ class WritePath:
 
     def _settle(self, keys: Sequence[Key]) -> list[Key]:
         """Forget those whose parent did not arrive, or has left since; the keys that are gone with them."""
-        r, index, gone = self._r, self._r.index, list[Key]()
+        r, gone = self._r, list[Key]()
         for part in slices(keys):  # root first: what is forgotten takes only keys with it that come later
             with r.lock:
-                for key in part:
-                    meta = index.get(key)
-                    if meta is not None and meta.parent is not None and meta.parent not in index:
-                        r.forget(key, "orphaned")
-                    r.chains.root(key)
-                gone += [key for key in part if r.is_gone(key)]
+                gone += [key for key in part if not self._rooted(key)]
                 if r.events is not None:
                     self._announce(part)
         return gone
+
+    def _rooted(self, key: Key) -> bool:
+        """Note that all chunks before a key are there, if they are; False: the key is gone, or an orphan and forgotten.
+
+        For the keys of a chain that came deepest first, root first. Under the lock.
+        """
+        r = self._r
+        meta = r.index.get(key)
+        if meta is not None and meta.parent is not None and not meta.rooted:
+            before = r.index.get(meta.parent)
+            if before is None:
+                r.forget(key, "orphaned")
+                return False
+            meta.rooted = before.rooted
+        return meta is not None and key not in r.leaving
 
     def _announce(self, keys: Sequence[Key]) -> None:
         """Tell routers of those that are held, what is continued before what continues it. Under the lock."""

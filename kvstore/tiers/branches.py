@@ -5,10 +5,7 @@ one. This knows those that may leave this tier, so nobody looks through the othe
 Not thread-safe: the tier's lock covers each call.
 """
 
-from collections.abc import Mapping
-
 from kvstore.keys import Key
-from kvstore.metadata.meta import Meta
 from kvstore.metadata.spread import Spread
 from kvstore.policies.key_order import KeyOrder
 
@@ -17,22 +14,17 @@ LEVELS_MAX = 1024
 
 
 class Branches:
-    """Children by parent. All operations O(1). index: the Metas, which name the parents."""
+    """Children by parent. All operations O(1). Its owner does not ask it to add or drop a key without a parent."""
 
-    def __init__(self, index: Mapping[Key, Meta]) -> None:
-        self._index = index
+    def __init__(self) -> None:
         # Most chunks have one child: no container for it. Of several the newest is the first.
         self._below: Spread[Key | KeyOrder] = Spread()
 
     def __len__(self) -> int:
         return len(self._below)
 
-    def add(self, key: Key) -> None:
+    def add(self, key: Key, parent: Key) -> None:
         """Add a key, the newest child of its parent."""
-        meta = self._index.get(key)
-        parent = None if meta is None else meta.parent
-        if parent is None:
-            return
         held = self._below.get(parent)
         if held is None:
             self._below[parent] = key
@@ -43,12 +35,10 @@ class Branches:
             children.append(key)
             children.append(held)
 
-    def drop(self, key: Key) -> None:
-        """Drop a key, if it is there."""
-        meta = self._index.get(key)
-        parent = None if meta is None else meta.parent
-        held = None if parent is None else self._below.get(parent)
-        if parent is None or held is None:
+    def drop(self, key: Key, parent: Key) -> None:
+        """Drop a key from those of its parent, if it is there."""
+        held = self._below.get(parent)
+        if held is None:
             return
         if isinstance(held, KeyOrder):
             held.discard(key)

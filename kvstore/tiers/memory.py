@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from kvstore.entries.entry import Entry
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
+from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.metadata.spread import Spread
 from kvstore.tiers import TierName
@@ -116,10 +117,10 @@ class MemoryTier:
         self._order.evict(victim, entry.nbytes)
         return entry
 
-    def put(self, entry: Entry, *, soon: bool = False) -> None:
+    def put(self, entry: Entry, *, soon: bool = False, meta: Meta | None = None) -> None:
         """Hold an entry as the most recently used; it replaces an entry of the same key. Displace first.
 
-        soon: as the next to leave, unless it is used.
+        soon: as the next to leave, unless it is used. meta: the key's, where the caller has it.
         """
         key, nbytes, pinned = entry.key, entry.nbytes, False
         if key in self._entries:
@@ -130,7 +131,7 @@ class MemoryTier:
         entry.untrack()
         self._entries[key] = entry
         self._used_nbytes += nbytes
-        self._order.track(key, nbytes, soon=soon)
+        self._order.track(key, nbytes, soon=soon, meta=meta)
         if pinned:
             self._order.pin(entry.key, entry.nbytes)
 

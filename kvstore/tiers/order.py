@@ -17,6 +17,7 @@ import numpy as np
 
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
+from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, TIERS, Owner
 from kvstore.metadata.spread import Column, hashes_of
 from kvstore.policies import Policy
@@ -57,7 +58,8 @@ class Order:
         tenants: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._policy = policy
-        self._branches = None if chains is None else Branches(chains.index)
+        self._index = None if chains is None else chains.index
+        self._branches = Branches()
         self.owner_of = owner_of
         self._at = TIERS.index(tier)
         self._first = policy()
@@ -118,16 +120,27 @@ class Order:
             return self._first
         return self._lanes.get(self.owner_of(key).lane, self._first)
 
-    def track(self, key: Key, nbytes: int = 0, *, soon: bool = False, owner: Owner | None = None) -> None:
-        """Track a new key as the most recently used; `soon`: as the next to leave, unless it is used."""
-        owner = self.owner_of(key) if owner is None else owner
+    def track(
+        self, key: Key, nbytes: int = 0, *, soon: bool = False, owner: Owner | None = None, meta: Meta | None = None
+    ) -> None:
+        """Track a new key as the most recently used; `soon`: as the next to leave, unless it is used.
+
+        owner, meta: the key's, where the caller has them.
+        """
+        meta = meta or self._meta(key)
+        if owner is None:
+            owner = self.owner_of(key) if meta is None else meta.owner
         name = owner.lane
         lane = self._lanes.get(name)
         (self._open_lane(owner) if lane is None else lane).track(key, soon=soon)
-        if self._branches is not None:
-            self._branches.add(key)
+        if meta is not None and meta.parent is not None:
+            self._branches.add(key, meta.parent)
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
+
+    def _meta(self, key: Key) -> Meta | None:
+        """The key's Meta, where this order knows of chains."""
+        return None if self._index is None else self._index.get(key)
 
     def recover(self, keys: Sequence[Key], rows: Column, owners: Sequence[Owner], owner: Column) -> None:
         """Track keys that a restart found: those at `rows`, the least recently used first. `count` counts their bytes.
@@ -143,7 +156,7 @@ class Order:
         for name, codes in lanes.items():
             own, lane = rows if len(lanes) == 1 else rows[np.isin(owner[rows], codes)], self._lanes[name]
             if isinstance(lane, LRU):
-                lane.track_all(keys, own, hashes)
+                lane.extend(keys, own, hashes)
             else:
                 for row in own.tolist():
                     lane.track(keys[row])
@@ -163,15 +176,16 @@ class Order:
         self._let_go(key, nbytes).evict(key)
 
     def _let_go(self, key: Key, nbytes: int) -> Policy:
-        owner = self.owner_of(key)
+        meta = self._meta(key)
+        owner = self.owner_of(key) if meta is None else meta.owner
         # Else the owner never had a key here: a tier may be told to forget what it does not hold.
         if owner.lane in self._lanes:
             self._used[owner.lane] -= nbytes
         owner.nbytes[self._at] -= nbytes
         if self._pinned:
             self._pinned.release(key)
-        if self._branches is not None:
-            self._branches.drop(key)
+        if meta is not None and meta.parent is not None:
+            self._branches.drop(key, meta.parent)
         return self._lanes.get(owner.lane, self._first)
 
     def victim(self, owner: Owner, nbytes: int) -> Key | None:
@@ -187,7 +201,7 @@ class Order:
 
     def leaf(self, key: Key) -> Key:
         """A descendant that would leave before a key, or the key."""
-        return key if self._branches is None else self._branches.leaf(key)
+        return self._branches.leaf(key)
 
     def _lanes_in_turn(self, owner: Owner, nbytes: int) -> list[str]:
         if self._left_of_own(owner) < nbytes:
@@ -212,15 +226,17 @@ class Order:
         if key not in self._pinned:
             self._pinned.hold(key, nbytes, self.owner_of(key).tenant)
             self._lane_of(key).forget(key)
-            if self._branches is not None:
-                self._branches.drop(key)
+            meta = self._meta(key)
+            if meta is not None and meta.parent is not None:
+                self._branches.drop(key, meta.parent)
 
     def unpin(self, key: Key) -> None:
         """Allow a key to be a victim again; it counts as the most recently used."""
         if self._pinned.release(key):
             self._lane_of(key).track(key)
-            if self._branches is not None:
-                self._branches.add(key)
+            meta = self._meta(key)
+            if meta is not None and meta.parent is not None:
+                self._branches.add(key, meta.parent)
 
     def pinned_beside(self, key: Key) -> int:
         """Bytes of the pinned keys other than this one, which would be replaced."""

@@ -273,7 +273,7 @@ def test_a_root_is_not_put_below_a_chunk_that_waits_for_its_own_parent() -> None
         key = Key(name.encode())
         old = chains.index.get(key)
         meta = chains.index[key] = Meta(0, 1, 1, 1, parent=None if parent is None else Key(parent.encode()))
-        chains.link(key) if old is None else chains.replace(key, old)
+        chains.link(key, meta) if old is None else chains.replace(key, meta, old)
         return meta
 
     put("waits", "coming")
@@ -323,8 +323,8 @@ def test_links_made_at_once_are_those_made_one_by_one(seed: int) -> None:
     ]
     one_by_one = Chains()
     for key, parent in zip(keys, parents, strict=True):
-        one_by_one.index[key] = Meta(0, 1, 1, 1, parent=parent)
-        one_by_one.link(key)
+        meta = one_by_one.index[key] = Meta(0, 1, 1, 1, parent=parent)
+        one_by_one.link(key, meta)
     order = list(range(60))
     rng.shuffle(order)  # the rows need not lie as they were used
     rows = [keys[order.index(row)] for row in range(60)]

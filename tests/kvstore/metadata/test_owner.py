@@ -41,5 +41,5 @@ def test_the_oldest_tombstone_goes_first_and_one_set_again_is_the_newest() -> No
     assert stones.get(Key(b"b")) is None
     assert [stone.at if (stone := stones.get(Key(name))) else None for name in (b"a", b"c")] == [2.0, 3.0]
     assert len(stones) == 2
-    stones.discard(Key(b"a"))
+    stones.pop(Key(b"a"))
     assert stones.get(Key(b"a")) is None
