@@ -25,7 +25,7 @@ from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import TierUnavailable
 from kvstore.hit import EntryInfo, Explanation, Fidelity, Held, Hit, Match, Priority
 from kvstore.keys import CHUNK_TOKENS, CheckedKeys, IdentityFields, Key, check_key, check_prefix, identity_of, named
-from kvstore.lookup import Lookup, check_saved
+from kvstore.lookup import Lookup, check_lookup, check_saved
 from kvstore.metadata.slices import slices
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.options import PutOptions
@@ -190,11 +190,10 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
             stored = sum(self._write_path.put(key, tensors, options, own=own) for key, tensors in reversed(held))
         return len(keys) if stored == len(held) else stored
 
-    @without_torch_modes
     def put_entries(
         self, entries: Sequence[Entry], options: PutOptions, *, chain: bool = False, parent: Key | None = None
     ) -> int:
-        """As `put_many`, of entries that a door has made and checked: handed over, neither copied nor checked again."""
+        """As `put_many`, of entries that a door has made and checked, on a thread of its own: handed over as they are."""
         self._check_open()
         held = list({entry.key: entry for entry in entries}.values())
         if chain:
@@ -267,8 +266,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         that the caller decodes itself, from `from_nbytes` decoded bytes on. at_most_nbytes: of one lot, once decoded:
         the plan covers the first key, and as many more as fit; ask again for the rest. whole_if_hot: what lies in hot
         and needs no copy is no lot. count_later: where all is in hot, whoever is waiting is answered first; it is
-        counted as soon as anybody takes the lock, or by `settle`. lookup: as for `get_many`; ask for the rest with the
-        plan's own.
+        counted as soon as anybody takes the lock, or by `settle`. lookup: checked; ask for the rest with the plan's own.
         """
         self._check_open()
         return self._read_path.plan(
@@ -287,8 +285,9 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
 
     def settle(self) -> None:
         """Count the gets that were to be counted later. Nobody has to: whoever takes the lock does."""
-        with self._r.lock:
-            pass
+        if self._r.lock.owed:
+            with self._r.lock:
+                pass
 
     def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None, local: bool = False) -> Match:
         """How many leading keys of a chain are held, and where. Does not count as use.
@@ -489,9 +488,10 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
 
     def _read(self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None) -> list[Found | None]:
         self._check_open()
+        checked = check_lookup(lookup)
         if self._sharing is not None:
-            self._sharing.bring(keys, lookup, leading=leading)
-        return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=lookup))
+            self._sharing.bring(keys, checked, leading=leading)
+        return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=checked))
 
     def _forget(self, keys: Sequence[Key], cause: GoneCause, *, keep_shared: bool = False) -> int:
         gone, ticket = departures.take_out(self._r, keys, cause, keep_shared=keep_shared)

@@ -50,7 +50,7 @@ BASES = {
         "kvstore/residency/disk_verbs.py:DiskVerbs", "kvstore/residency/budget_verbs.py:BudgetVerbs",
         "kvstore/residency/shared_verbs.py:SharedVerbs",
     ),
-    "Client": ("client/kvstored_client/asking.py:Asking", "client/kvstored_client/doors.py:Doors"),
+    "Client": ("client/kvstored_client/asking.py:Asking",),
     **dict.fromkeys(("SimpleKVCache", "QuantizedKVCache", "HybridKVCache"), (f"{_SIMPLE}:_KVCache",)),
 }  # fmt: skip
 """Where verbs of a class stand that its own file does not have."""

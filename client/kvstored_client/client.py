@@ -24,10 +24,9 @@ from kvstore.options import PutOptions
 from kvstore.packed import refuse_both
 from kvstore.prefix import Namespace
 from kvstore.stats import Setting, Stats
-from kvstored_client.asking import Asking
+from kvstored_client.asking import Asking, OnError
 from kvstored_client.decoding import Decode
-from kvstored_client.doors import OnError
-from kvstored_client.leasing import Leases, OneLease, first_of, leading_hits
+from kvstored_client.leasing import Leases, OneLease, leading_hits
 from kvstored_client.puts import Outgoing, put_options
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import (
@@ -137,8 +136,9 @@ class Client(Asking):
         decoded there. packed: tensors that are held encoded come as they are held, as `PackedTensor`: to put them
         elsewhere, or to decode them where they are needed; needs no torch. Not with out.
         """
-        refuse_both(out, packed=packed)
-        return self._received([check_key(key)], first_of, out=None if out is None else [out], packed=packed)
+        if packed:
+            refuse_both(out, packed=packed)
+        return self._received([check_key(key)], lambda hits: hits[0], out=None if out is None else [out], packed=packed)
 
     def get_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False

@@ -56,11 +56,6 @@ class OneLease(Leases):
         return hits[0] if hits else None
 
 
-def first_of(hits: list[Hit | None]) -> Hit | None:
-    """The hit of a get of one key."""
-    return hits[0]
-
-
 def leading_hits(hits: list[Hit | None]) -> list[Hit | None]:
     """Of a chain, the hits before the first miss."""
     return hits[: next((i for i, hit in enumerate(hits) if hit is None), len(hits))]

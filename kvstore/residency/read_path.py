@@ -130,7 +130,6 @@ class ReadPath:
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
         hot_nbytes = inf if whole_if_hot else at_most_nbytes
-        check_lookup(lookup)
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
@@ -351,9 +350,11 @@ class ReadPath:
         found_keys, tiers, entries, metas, misses = cast("_Lists", (
             plan.keys, plan.tiers, plan.entries, plan.metas, plan.misses,
         ))  # fmt: skip
-        nbytes, hot = plan.nbytes, plan.hot
+        nbytes, hot, now = plan.nbytes, plan.hot, plan.now
         for key in keys:
-            meta = r.live(key)
+            meta = r.index.get(key)
+            if meta is not None and now >= (meta.pinned_until if meta.pinned else meta.expires_at):
+                meta = r.live(key)  # which forgets it, or only unpins it
             place = r.lookup(key) if meta is not None else None
             if meta is None or place is None:
                 misses.append(r.miss_cause(key))

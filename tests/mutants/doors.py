@@ -105,7 +105,7 @@ DOORS = (
         "an interrupted copy writes on",
     ),
     (
-        "client/kvstored_client/doors.py",
+        "client/kvstored_client/asking.py",
         "            pool.put_back(hand)  # the first time it may have been interrupted\n",
         "            pass\n",
         "an interrupt in the way back loses a connection",

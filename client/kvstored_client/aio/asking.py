@@ -19,9 +19,9 @@ from kvstored_client.aio import calls
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.stream import LoopTransport
 from kvstored_client.aio.worker import INLINE_NBYTES, Worker
+from kvstored_client.asking import SOFT
 from kvstored_client.buffers import Out
 from kvstored_client.client import Client
-from kvstored_client.doors import SOFT
 from kvstored_client.leasing import NOTHING_LEASED, leading_hits
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.pool import Connection, Silent, UseStream

@@ -125,7 +125,7 @@ async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outg
     connection = await pool.get(hand, commit.wanted)
     window, segment, start = await connection.find(commit.lay(connection), commit.timeout_s)
     connection.settled = True  # no answer is due, and the room is this window's
-    copies = list(commit.copies(segment, start))
+    copies = commit.copies(segment, start)
     batch = pool.transfers.batch_for([entry.tensors for entry in entries])
     if batch is not None:
         store = partial(store_in, pool, connection, batch, window.array, copies)
@@ -142,7 +142,7 @@ async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outg
     else:
         await pool.worker.sliced(lambda slices: _copy_all(slices, window.array, copies))
     connection.sending = window
-    reply = await connection.ask(commit.message(), commit.timeout_s)
+    reply = await connection.ask(commit.message, commit.timeout_s)
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put

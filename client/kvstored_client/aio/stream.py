@@ -105,7 +105,7 @@ class LoopTransport(Transport):
     def _raise_if_closed(self) -> None:
         """A channel that is closed cancels its calls: that is nobody's wish to cancel the task that waits."""
         task = asyncio.current_task()
-        if self._closed and task is not None and not task.cancelling():
+        if self.closed and task is not None and not task.cancelling():
             raise TierUnavailable("this client is closed") from None
 
     async def stream(self, path: str, request: Request) -> AsyncGenerator[bytes, None]:
@@ -139,7 +139,7 @@ class LoopTransport(Transport):
 
     async def end(self) -> None:
         """As `close`."""
-        self._closed = True
+        self.closed = True
         lines = list(self._line.values())
         self._line.clear()
         for line in lines:

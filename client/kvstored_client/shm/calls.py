@@ -218,7 +218,8 @@ def get(
             connection.give_back(reply.lease)
         if how.leading and len(reply.leased) < len(part):
             break
-        how = how.continued()
+        if start + KEYS_PER_PACKET < len(keys):
+            how = how.continued()
     return hits, stale, epoch
 
 
@@ -348,13 +349,14 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
     connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
     window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
+    copies = commit.copies(segment, start)
     batch = pool.transfers.batch_for([entry.tensors for entry in entries])
     if batch is None:
-        for copies in commit.copies(segment, start):
-            copy_in(pool.copier, window.array, copies)
+        for of_entry in copies:
+            copy_in(pool.copier, window.array, of_entry)
     else:
-        store_in(pool, connection, batch, window.array, list(commit.copies(segment, start)))
-    reply = connection.exchange(commit.message(), commit.timeout_s)
+        store_in(pool, connection, batch, window.array, copies)
+    reply = connection.exchange(commit.message, commit.timeout_s)
     connection.uncopied = window
     connection.give_back(reply.lease)
     pool.put_back(hand)
@@ -364,7 +366,8 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
 class Commit:
     """One commit of a put: what lies in shared memory already, what has to be copied there, and what is sent.
 
-    wanted: the connection to make it on, if one. timeout_s: for each of its calls.
+    wanted: the connection to make it on, if one. timeout_s: for each of its calls. message: the call, for when all is
+    copied; `copies` writes it.
     """
 
     def __init__(self, pool: ConnectionPool, entries: Sequence[Outgoing]) -> None:
@@ -376,7 +379,7 @@ class Commit:
         self.wanted = None if found is None else found[0]
         self._there: dict[int, tuple[int, int]] = {}
         self._rooms: list[int] = []
-        self._serialized: list[bytes] = []
+        self.message = b""
 
     def lay(self, connection: Connection) -> int:
         """Bytes of room that it needs on a connection."""
@@ -386,9 +389,9 @@ class Commit:
         ]
         return sum(self._rooms)
 
-    def copies(self, segment: int, start: int) -> Iterator[list[tuple[Any, int, int]]]:
+    def copies(self, segment: int, start: int) -> list[list[tuple[Any, int, int]]]:
         """(tensor, start in the room, bytes) to copy for each entry, given its room's place."""
-        at = 0
+        at, found, parts = 0, [], []
         for entry, room_nbytes in zip(self._entries, self._rooms, strict=True):
             item, copies = pb.IngestedEntry(), []
             for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
@@ -397,15 +400,14 @@ class Commit:
                     place = segment, start + at + offset
                     copies.append((x, at + offset, nbytes))
                 item.places.add(segment=place[0], start=place[1])
-            yield copies
+            found.append(copies)
             at += room_nbytes
-            self._serialized.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
-
-    def message(self) -> bytes:
-        """The call, once all is copied."""
-        # What the caller made with `empty` it may write to once the put returns; the windows here nobody writes to.
-        later = [] if self._there else [_COPY_LATER]
-        return submessage(_PUT, b"".join((*self._serialized, *later)))
+            parts.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
+        if not self._there:
+            # What the caller made with `empty` it may write to once the put returns; the windows here nobody writes to.
+            parts.append(_COPY_LATER)
+        self.message = submessage(_PUT, b"".join(parts))
+        return found
 
 
 def copy_in(copier: Copying, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:

@@ -156,7 +156,7 @@ class Transport:
         self._lives = (0, 0)
         self._on_change = on_change
         self.on_fork: Callable[[], None] | None = None
-        self._closed = False
+        self.closed = False
         self._start_afresh()
         _alive.add(self)
 
@@ -177,11 +177,6 @@ class Transport:
             self.on_fork()
 
     @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
-
-    @property
     def boot_epoch(self) -> int:
         """The daemon's last one seen."""
         return self._lives[0]
@@ -199,7 +194,7 @@ class Transport:
             line.close()
             line = None
         if line is None:
-            if self._closed:
+            if self.closed:
                 raise TierUnavailable("this client is closed")
             try:
                 opened = self.new_line(self.address)
@@ -330,7 +325,7 @@ class Transport:
 
     def close(self) -> None:
         """End all calls and the connection. Later calls raise TierUnavailable."""
-        self._closed = True
+        self.closed = True
         for line in list(self._line.values()):
             line.close()
         self._line.clear()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from kvstore import arrays
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
+from kvstore.lookup import Lookup
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.transcode import Room
 from kvstore.view import StoreView
@@ -15,7 +16,7 @@ from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Gather, cut_frames
-from kvstored_client.wire.messages import TIERS, read_lookup, relative_errors, tensor_specs
+from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
 
 AT_HAND_MAX = 2
 AT_HAND_NBYTES = 4 << 20
@@ -41,10 +42,11 @@ class Reading:
         asked: pb.GetRequest,
         keys: CheckedKeys,
         *,
+        lookup: Lookup | None = None,
         room: Room | None = None,
         frames_nbytes: int = 0,
     ) -> None:
-        """keys: those of the request."""
+        """keys, lookup: those of the request, checked."""
         self._store = store
         self._budget = budget
         self._room = room
@@ -53,7 +55,7 @@ class Reading:
         self._leading = asked.leading
         self._accept = frozenset(asked.accept)
         self._accept_from_nbytes = asked.accept_from_nbytes
-        self._lookup = read_lookup(asked)
+        self._lookup = lookup
         self._device = on_device(store)
         self._at = 0
         self._lots = 0

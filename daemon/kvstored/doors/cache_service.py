@@ -139,7 +139,10 @@ class CacheService(Service):
         await self._bring(asked, keys, context)
         # From a device bytes come faster to shared memory, which is registered with it.
         room = self._room if on_device(self._store) else None
-        reading = Reading(self._store, self._budget, asked, keys, room=room, frames_nbytes=self._budget.call_nbytes)
+        reading = Reading(
+            self._store, self._budget, asked, keys, lookup=read_lookup(asked), room=room,
+            frames_nbytes=self._budget.call_nbytes,
+        )  # fmt: skip
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
         few = len(keys) <= LOOKED_UP_MAX
         try:

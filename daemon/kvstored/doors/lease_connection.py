@@ -94,9 +94,11 @@ class Connection:
             raise PermissionError(f"user {self.uid} has no entry in the tokens file")
         self._identity = identity
         self._rights = frozenset(verb for verb, method in VERBS.items() if RIGHT_OF[method] in identity.rights)
+        self._account = identity.account
         self._peer = f"lease:{self.uid}"
         self._owner = shared.owners.of(self.uid, identity)
         self._store: StoreView = shared.views.of(identity)
+        self._shares = self._store.shares
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._on_device = on_device(self._store)
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
@@ -212,7 +214,7 @@ class Connection:
         if len(reply) > PACKET_MAX_NBYTES - NUMBER_NBYTES:
             reply = self._too_large(verb, reply)
         elif code == "OK":
-            return reply if verb == "get" else numbered(reply, call.number)
+            return reply  # it has its number
         elif code == _MORE:
             return numbered(reply, call.number)
         # Another refusal names no segments: what this call was to hand over goes with the next one that needs it.
@@ -223,12 +225,12 @@ class Connection:
     def _charged(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The outcome; of a verb in Python also how long its caller's next call has to wait (`access.shares`)."""
         if verb not in _CHARGED:
-            self._shared.shares.seen(self._identity.account)
+            self._shared.shares.seen(self._account)
             return self._outcome(verb, call)
         return charged(self._spent, self._outcome, verb, call)
 
     def _spent(self, seconds: float) -> None:
-        self._wait_s = self._shared.shares.charge(self._identity.account, LEASE_CALL_S + seconds)
+        self._wait_s = self._shared.shares.charge(self._account, LEASE_CALL_S + seconds)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""
@@ -270,34 +272,35 @@ class Connection:
         if verb == "get":
             return self._get(asked)
         if verb == "put":
-            return pb.LeaseReply(put=self._put(asked)).SerializeToString()
-        return pb.LeaseReply(**{verb: getattr(self._verbs, verb)(asked)}).SerializeToString()
+            return pb.LeaseReply(put=self._put(asked), number=self._number).SerializeToString()
+        return pb.LeaseReply(number=self._number, **{verb: getattr(self._verbs, verb)(asked)}).SerializeToString()
 
     def _get(self, asked: pb.GetRequest) -> bytes:
         shared, keys = self._shared, CheckedKeys(asked.keys)
         if not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
-        if self._store.shares:  # this client's own thread: nobody else waits for the shared store
-            self._store.bring(keys, leading=asked.leading, lookup=read_lookup(asked))
+        lookup = read_lookup(asked)
+        if self._shares:  # this client's own thread: nobody else waits for the shared store
+            self._store.bring(keys, leading=asked.leading, lookup=lookup)
         reading: Reading | None = None
 
         def charge(plan: Plan) -> None:
             nonlocal reading
             if not plan.hot:  # what hot holds is read where it lies
-                charged = Reading(self._store, shared.budget, asked, keys, room=self._room)
+                charged = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
                 charged.charge(plan)
                 reading = charged  # not one that was refused: another plan may follow it
 
         plan = self._store.plan(
             keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
             from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
-            whole_if_hot=not self._on_device, charge=charge, count_later=True, lookup=read_lookup(asked),
+            whole_if_hot=not self._on_device, charge=charge, count_later=True, lookup=lookup,
         )  # fmt: skip
         kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
         if kept_replies is not None:
             return self._hot_reply(plan, kept_replies)
         if reading is None:  # hot, and to be copied: it may let go of it before that is done
-            reading = Reading(self._store, shared.budget, asked, keys, room=self._room)
+            reading = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
             reading.charge(plan)
         try:
             reading.begin(plan)
@@ -421,7 +424,7 @@ class Connection:
             lending.ingest.give_back(size)
             raise UseStream(str(error)) from None
         self._ingest[segment.number] = segment
-        reply = pb.LeaseReply()
+        reply = pb.LeaseReply(number=self._number)
         self._hand(reply, segment, writable=True)
         return reply.SerializeToString()
 
