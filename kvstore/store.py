@@ -193,7 +193,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
     def put_entries(
         self, entries: Sequence[Entry], options: PutOptions, *, chain: bool = False, parent: Key | None = None
     ) -> int:
-        """As `put_many`, of entries that a door has made and checked, on a thread of its own: handed over as they are."""
+        """As `put_many`, of entries that a door has made and checked on its own thread: handed over as they are."""
         self._check_open()
         held = list({entry.key: entry for entry in entries}.values())
         if chain:
@@ -266,7 +266,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         that the caller decodes itself, from `from_nbytes` decoded bytes on. at_most_nbytes: of one lot, once decoded:
         the plan covers the first key, and as many more as fit; ask again for the rest. whole_if_hot: what lies in hot
         and needs no copy is no lot. count_later: where all is in hot, whoever is waiting is answered first; it is
-        counted as soon as anybody takes the lock, or by `settle`. lookup: checked; ask for the rest with the plan's own.
+        counted as soon as anybody takes the lock, or by `settle`. lookup: checked; the plan's own for the rest.
         """
         self._check_open()
         return self._read_path.plan(

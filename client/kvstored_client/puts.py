@@ -10,7 +10,7 @@ from kvstore.dtypes import TensorSpec
 from kvstore.errors import InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstore.options import PutOptions
-from kvstore.packed import PackedTensor, any_packed, arrays_in
+from kvstore.packed import PackedTensor, arrays_in
 from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames, submessage
@@ -119,7 +119,7 @@ class Outgoing:
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         self.tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
         first = root and parent is None
-        if any_packed(self.tensors):
+        if any(isinstance(x, PackedTensor) for x in self.tensors.values()):
             found = _describe_packed(self.tensors, options, first)
             self.tensors = {str(i): part for i, part in enumerate(arrays_in(self.tensors))}
         else:

@@ -20,6 +20,7 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
 
     __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "specs", "value_nbytes")
     device = torch.device("cpu")
+    encoding = "raw"
 
     def __init__(self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         self.specs = specs

@@ -128,7 +128,10 @@ class Entry:
         known = getattr(self.tensors, "nbytes", None)
         total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
         object.__setattr__(self, "nbytes", total)
-        object.__setattr__(self, "encoding", next((name for name in self.encodings if name != "raw"), "raw"))
+        encoding = getattr(self.tensors, "encoding", None)
+        if encoding is None:
+            encoding = next((name for name in self.encodings if name != "raw"), "raw")
+        object.__setattr__(self, "encoding", encoding)
         object.__setattr__(self, "kept_reply", None)
 
     def keep_reply(self, kept_reply: object) -> None:

@@ -170,7 +170,8 @@ class WritePath:
             above = None if parent is None else self._r.index.get(parent)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
         self._take(entry, meta, pin=options.pin)
-        stored = not self._settle((entry.key,))
+        # A root is linked when it is taken; in a chain its parent may have left meanwhile.
+        stored = (meta.parent is None and self._r.events is None) or not self._settle((entry.key,))
         if stored and parent is not None and self.offer is not None:
             self.offer((entry.key,), meta.value_nbytes)
         return stored

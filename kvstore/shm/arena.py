@@ -251,8 +251,9 @@ class Arena:
             if self._refused and self._gives_way(owner):
                 return None
             for segment in self._segments:
-                if segment.owner == owner and segment.free.largest_nbytes >= aligned(nbytes):
-                    return self._from(segment, nbytes)
+                found = self._from(segment, nbytes) if segment.owner == owner else None
+                if found is not None:
+                    return found
             made = self._make(owner, nbytes)
             if made is not None:
                 self._refused.pop(owner, None)

@@ -18,7 +18,7 @@ from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
-from kvstore.residency.transcode import Room, empty_tensors, made_entry, made_in
+from kvstore.residency.transcode import Room, empty_tensors, made_entry
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -118,7 +118,7 @@ class Incoming:
         if self._packed:
             self.tensors = empty_tensors(parts_of(coded for coded, _ in self._packed.values()))
         else:
-            self.tensors = made_in(room, self.specs)
+            self.tensors = room(self.specs) or empty_tensors(self.specs)
         self._scatter = None
 
     def fill(self, room: Room, sources: Sequence[torch.Tensor | None]) -> None:
@@ -148,7 +148,7 @@ class Incoming:
         def copy() -> Mapping[str, torch.Tensor]:
             if room is None:
                 return {name: _over(spec, x) for (name, spec), x in zip(specs.items(), sources, strict=True)}
-            tensors = made_in(room, specs)
+            tensors = room(specs) or empty_tensors(specs)
             _copy(tensors.values(), sources)
             return tensors
 
