@@ -59,7 +59,8 @@ class WritePath:
         """Take in an entry that is made already. False: it names a parent that is not held."""
         if parent is not None and not self._continues(parent):
             return False
-        return self._take_one(entry, self._meta(entry.value_nbytes, options), options, parent)
+        meta = self._meta(entry.value_nbytes, options, self._r.clock.now())
+        return self._take_one(entry, meta, options, parent)
 
     def put_chain(
         self, entries: Sequence[tuple[Key, Mapping[str, Any]]], options: PutOptions, parent: Key | None, *, own: bool
@@ -75,7 +76,9 @@ class WritePath:
 
     def take_entries(self, entries: Sequence[Entry], options: PutOptions, parent: Key | None) -> int:
         """As `put_chain`, of entries that are made already."""
-        made = ((entry, self._meta(entry.value_nbytes, options)) for entry in reversed(entries))
+        now, deepest_first = self._r.clock.now(), entries[::-1]
+        metas = [self._meta(nbytes, options, now) for nbytes in [entry.value_nbytes for entry in deepest_first]]
+        made = zip(deepest_first, metas, strict=True)
         keys = [entry.key for entry in entries]
         return self.take_chain(keys, made, parent, pin=options.pin, namespace=options.namespace)
 
@@ -240,7 +243,7 @@ class WritePath:
             return self._packed(key, tensors, options)
         described = {name: arrays.describe(name, x) for name, x in tensors.items()}
         specs = arrays.CheckedSpecs(described, self.config.entry_max_nbytes)
-        meta = self._meta(specs.nbytes, options)
+        meta = self._meta(specs.nbytes, options, self._r.clock.now())
         return made_entry(key, specs, {name: self._owned(x, specs[name], own=own) for name, x in tensors.items()}), meta
 
     def _packed(self, key: Key, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
@@ -252,17 +255,16 @@ class WritePath:
         }
         with Blaming(InvalidEntry, "packed"):
             nbytes = arrays.check_specs(specs, self.config.entry_max_nbytes)
-        meta = self._meta(nbytes, options)
+        meta = self._meta(nbytes, options, self._r.clock.now())
         return copied_entry(key, tensors), meta
 
-    def _meta(self, nbytes: int, options: PutOptions) -> Meta:
+    def _meta(self, nbytes: int, options: PutOptions, now: float) -> Meta:
         """The Meta of a new value. Raises InvalidEntry or EntryTooLarge for what only a store knows to be too much."""
         ttl = self.config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self.config)
         r, exact = self._r, options.fidelity == "exact"
         largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
         if nbytes > largest and (exact or nbytes > 9 * largest):
             raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts")
-        now = r.clock.now()
         return Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
 
     def _owned(self, x: Any, spec: TensorSpec, *, own: bool) -> torch.Tensor:

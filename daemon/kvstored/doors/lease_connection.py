@@ -431,25 +431,23 @@ class Connection:
     def _put(self, asked: pb.LeasePut) -> pb.PutReply:
         shared = self._shared
         limit_nbytes = shared.store.config.entry_max_nbytes
-        ready: list[Incoming] = []
+        ready = [Incoming(item.header, limit_nbytes) for item in asked.entries]
+        nbytes = sum(entry.nbytes for entry in ready)
         arriving: list[ArrivingTensors] = []
-        taken = stored = 0
+        stored = 0
+        shared.budget.take(nbytes)
         try:
-            for item in asked.entries:
-                entry = Incoming(item.header, limit_nbytes)
-                shared.budget.take(entry.nbytes)
-                taken += entry.nbytes
-                sources = self._sources(entry, item.places)
+            all_sources = [self._sources(entry, item.places) for entry, item in zip(ready, asked.entries, strict=True)]
+            for entry, sources in zip(ready, all_sources, strict=True):
                 if entry.packed:
                     entry.fill(self._room, sources)
                 else:
                     room = None if self._on_device else self._room  # to a device: from where it lies
                     arriving.append(entry.arriving(room, sources))
-                ready.append(entry)
             self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
             stored = put_ready(self._store, ready)
         finally:
-            shared.budget.give_back(taken)
+            shared.budget.give_back(nbytes)
             # Before any answer but the one that lets the client go on: in its ingest segment it may write again then.
             if not (stored and asked.copy_later):
                 self._copy_arriving()
