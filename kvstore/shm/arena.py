@@ -75,6 +75,7 @@ class Segment:
         seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL | (_F_SEAL_FUTURE_WRITE if readers_only else 0)
         fcntl.fcntl(self.fd, _F_ADD_SEALS, seals)
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.words = self.bytes[: nbytes // 8 * 8].view(np.uint64)
         self.address = int(self.bytes.ctypes.data)
         self.free = FreeList(nbytes)
         self.ready_nbytes = 0
@@ -115,8 +116,8 @@ class Segment:
         """Close one that no block lies in, and end the mapping here, whoever still refers to the segment."""
         self._let_go()  # before it is unmapped
         self.ready_nbytes = self.nbytes
-        self.bytes[:8].view(np.uint64)[0] = CLOSED  # so that clients let go of it, too
-        self.bytes = np.empty(0, dtype=np.uint8)
+        self.words[0] = CLOSED  # so that clients let go of it, too
+        self.bytes = self.words = np.empty(0, dtype=np.uint8)
         with suppress(BufferError):
             self._map.close()
         self.close()
@@ -126,6 +127,15 @@ class Segment:
 class Place:
     """Where a block lies."""
 
+    segment: Segment
+    start: int
+    generation: int
+
+
+class _Given(weakref.ref["np.ndarray[Any, np.dtype[np.uint8]]"]):
+    """A block that is in use; its callback runs when the last tensor over it is gone."""
+
+    __slots__ = ("generation", "segment", "start")
     segment: Segment
     start: int
     generation: int
@@ -163,9 +173,10 @@ class Arena:
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self._generation = 0
-        # A finalizer runs where the last reference dies, even inside a garbage collection in the middle of `take`. So
+        # A callback runs where the last reference dies, even inside a garbage collection in the middle of `take`. So
         # it only appends, which needs no lock; the next allocation takes the room back.
-        self._dead: deque[tuple[Segment, int]] = deque()
+        self._given: dict[int, _Given] = {}
+        self._dead: deque[_Given] = deque()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="kvstored-prefault")
 
     @property
@@ -197,16 +208,20 @@ class Arena:
             return None
         segment, start, generation = found
         block = segment.bytes[start : start + nbytes]
-        block[:8].view(np.uint64)[0] = generation
+        segment.words[start >> 3] = generation
         # A numpy view of a view drops the view in between; torch keeps `block` itself for every tensor made from it.
-        weakref.finalize(block, self._dead.append, (segment, start)).atexit = False
-        whole = torch.from_numpy(block)
+        given = self._given[generation] = _Given(block, self._dead.append)
+        given.segment, given.start, given.generation = segment, start, generation
         tensors: dict[str, torch.Tensor] = {}
         for name, (at, size) in places.items():
             spec = specs[name]
             dtype = getattr(torch, spec.dtype)
             # A tensor without bytes needs no place and must not keep the block alive.
-            flat = whole[at : at + size].view(dtype) if size else torch.empty(0, dtype=dtype, device="cpu")
+            flat = (
+                torch.frombuffer(block, dtype=dtype, count=size // dtype.itemsize, offset=at)
+                if size
+                else torch.empty(0, dtype=dtype, device="cpu")
+            )
             tensors[name] = flat.reshape(spec.shape)
         holds = any(size for _, size in places.values())
         return BlockTensors(tensors, Place(segment, start, generation) if holds else None)
@@ -308,7 +323,8 @@ class Arena:
 
     def _reclaim(self) -> None:
         while self._dead:
-            segment, start = self._dead.popleft()
+            given = self._dead.popleft()
+            del self._given[given.generation]
             # Before the room can be used again: a late reader finds this number and drops its copy.
-            segment.bytes[start : start + 8].view(np.uint64)[0] = 0
-            segment.free.give(start)
+            given.segment.words[given.start >> 3] = 0
+            given.segment.free.give(given.start)

@@ -9,7 +9,7 @@ A segment that the daemon has closed begins with CLOSED instead: no block will l
 it keeps its pages from the system.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from kvstore.dtypes import TensorSpec
@@ -33,10 +33,13 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[Mapping[str, tuple[int, int
 
 @lru_cache(maxsize=256)
 def _layout(specs: tuple[tuple[str, TensorSpec], ...]) -> tuple[Mapping[str, tuple[int, int]], int]:
-    places: dict[str, tuple[int, int]] = {}
+    names, sizes = [name for name, _ in specs], [spec.nbytes for _, spec in specs]
+    return dict(zip(names, spans(sizes), strict=True)), HEADER_NBYTES + sum(map(aligned, sizes))
+
+
+def spans(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(start, nbytes) of tensors of these sizes, one behind the other, from their block's start."""
     at = HEADER_NBYTES
-    for name, spec in specs:
-        nbytes = spec.nbytes
-        places[name] = (at, nbytes)
+    for nbytes in sizes:
+        yield at, nbytes
         at += -(-nbytes // ALIGN) * ALIGN
-    return places, at

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import xxhash
 
@@ -19,10 +20,11 @@ from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
 from kvstore.residency.transcode import Room, empty_tensors, made_entry
+from kvstore.shm.layout import spans
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import BadFrame, Frame, Scatter
+from kvstored_client.wire.frames import BadFrame, Bytes, Frame, Scatter
 from kvstored_client.wire.messages import fidelity_name, priority_name, read_specs
 from kvstored_client.wire.packed import Coded, attrs_of, check_ratio, coded_of, parts_of
 
@@ -121,13 +123,13 @@ class Incoming:
             self.tensors = room(self.specs) or empty_tensors(self.specs)
         self._scatter = None
 
-    def fill(self, room: Room, sources: Sequence[torch.Tensor | None]) -> None:
+    def fill(self, room: Room, sources: Sequence[Bytes]) -> None:
         """Copy all of it from `sources`, as for `arriving`, at once: what comes packed is checked before it is kept.
 
         Nobody can change the copy, so what was checked is what is kept. Raises InvalidEntry.
         """
         self.begin(room)
-        _copy(self.tensors.values(), sources)
+        _copy(self.tensors, sources)
         self._made = self._checked()
 
     def _checked(self) -> Entry:
@@ -138,8 +140,8 @@ class Incoming:
         }
         return checked_entry(self.key, tensors)
 
-    def arriving(self, room: Room | None, sources: Sequence[torch.Tensor | None]) -> ArrivingTensors:
-        """Tensors that will be copied from `sources`, bytes in the order of the specs; None: no bytes.
+    def arriving(self, room: Room | None, sources: Sequence[Bytes]) -> ArrivingTensors:
+        """Tensors that will be copied from `sources`, the bytes of each in the order of the specs.
 
         room: None where the store copies them itself, to a device: once, before it can be found.
         """
@@ -149,7 +151,7 @@ class Incoming:
             if room is None:
                 return {name: _over(spec, x) for (name, spec), x in zip(specs.items(), sources, strict=True)}
             tensors = room(specs) or empty_tensors(specs)
-            _copy(tensors.values(), sources)
+            _copy(tensors, sources)
             return tensors
 
         tensors = ArrivingTensors(specs, copy)
@@ -269,15 +271,20 @@ class PutStream:
         self._taken_nbytes = 0
 
 
-def _copy(targets: Iterable[torch.Tensor], sources: Sequence[torch.Tensor | None]) -> None:
+def _copy(tensors: Mapping[str, torch.Tensor], sources: Sequence[Bytes]) -> None:
+    """Copy bytes into tensors just made, without the GIL."""
+    place = getattr(tensors, "place", None)
+    if place is None:
+        targets: Iterable[Bytes] = map(arrays.as_bytes, tensors.values())
+    else:
+        block = place.segment.bytes[place.start :]
+        targets = [block[at : at + nbytes] for at, nbytes in spans(source.size for source in sources)]
     for target, source in zip(targets, sources, strict=True):
-        if source is not None:
-            target.reshape(-1).view(torch.uint8).copy_(source)
+        np.copyto(target, source)
 
 
-def _over(spec: TensorSpec, source: torch.Tensor | None) -> torch.Tensor:
-    dtype = getattr(torch, spec.dtype)
-    return torch.empty(spec.shape, dtype=dtype) if source is None else source.view(dtype).reshape(spec.shape)
+def _over(spec: TensorSpec, source: Bytes) -> torch.Tensor:
+    return arrays.from_bytes(spec, source, "torch")  # type: ignore[no-any-return]
 
 
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:

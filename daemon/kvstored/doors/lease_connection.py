@@ -16,6 +16,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 
@@ -50,6 +51,7 @@ from kvstored.doors.lease_packets import (
 )
 from kvstored.doors.lease_shared import Shared
 from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import Bytes
 from kvstored_client.wire.messages import read_lookup
 from kvstored_client.wire.trust import peer_uid
 
@@ -79,6 +81,7 @@ SEGMENTS_MAX = 64
 _GIVEN = struct.Struct("<BQBdBQ")
 _LEASE_TAG, _NOW_TAG = 3 << 3 | 1, 13 << 3 | 1  # fields of a LeaseReply of 8 bytes
 
+_NOTHING = np.empty(0, dtype=np.uint8)
 _KEPT_REPLY, _SEGMENT, _SERIALIZED = attrgetter("kept_reply"), attrgetter("segment"), attrgetter("serialized")
 
 
@@ -462,17 +465,17 @@ class Connection:
             except Exception:  # memory ran out: whoever reads the entry finds it undecodable, a miss
                 logger.exception("an entry was not copied when it was put")
 
-    def _sources(self, entry: Incoming, places: Any) -> list[torch.Tensor | None]:
+    def _sources(self, entry: Incoming, places: Any) -> list[Bytes]:
         """The bytes of an entry in the client's ingest segments. It may still write there: the copy is what counts."""
         if len(places) != len(entry.sizes):
             raise InvalidEntry(f"{len(entry.sizes)} tensors in {len(places)} places")
-        sources: list[torch.Tensor | None] = []
+        sources: list[Bytes] = []
         for nbytes, place in zip(entry.sizes, places, strict=True):
             segment, start = self._ingest.get(place.segment), place.start
             if not nbytes:
-                sources.append(None)
+                sources.append(_NOTHING)
             elif segment is None or start + nbytes > segment.nbytes:
                 raise InvalidEntry(f"bytes {start} to {start + nbytes} are in no ingest segment {place.segment}")
             else:
-                sources.append(torch.from_numpy(segment.bytes[start : start + nbytes]))
+                sources.append(segment.bytes[start : start + nbytes])
         return sources
