@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kvstore.config import SharedConfig, StoreConfig
 from kvstore.entries.entry import Entry
@@ -150,7 +150,7 @@ class TenantView:
         """As Store.unpin."""
         return self._store.unpin(self._all(keys))
 
-    def __getattr__(self, verb: str) -> Any:
+    def __getattr__(self, verb: str) -> NoReturn:
         # A verb that is added to the store later is refused until it is mapped here: it fails closed.
         raise PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
 
@@ -171,6 +171,12 @@ class TenantViews:
     def current(self) -> StoreView:
         """The store for the running call: the whole store, or its tenant's part."""
         return self.of(CALLER.get())
+
+    def whole(self) -> Store:
+        """The whole store, for an operator. Raises PermissionDenied where the running call is a tenant's."""
+        if CALLER.get().tenant is not None:
+            raise PermissionDenied("a tenant's token cannot use this verb: that needs a token without a tenant")
+        return self._store
 
     def of(self, identity: Identity) -> StoreView:
         """The store as this caller sees it."""

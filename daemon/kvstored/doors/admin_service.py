@@ -13,6 +13,7 @@ from kvstore.errors import ConfigError, InvalidEntry
 from kvstore.hit import Copied
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
+from kvstore.store import Store
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.snapshot import Snapshot, last_within
 from kvstored.doors.service import Context, Service, answering
@@ -49,6 +50,11 @@ class AdminService(Service):
         self._snapshot = snapshot
         self._settings = settings
 
+    @property
+    def _whole(self) -> Store:
+        """The whole store. Raises PermissionDenied for a tenant's caller. Only on the event loop, as `_store`."""
+        return self._views.whole()
+
     @answering
     async def stats(self, request: bytes, _: Context) -> bytes:
         """Counters and gauges, the daemon's own among them."""
@@ -66,7 +72,7 @@ class AdminService(Service):
         asked = read_request(pb.ListRequest, request)
         if asked.tier and asked.tier not in TIER_NAMES:
             raise InvalidEntry(f"unknown tier {asked.tier}")
-        found = self._store.entries(
+        found = self._whole.entries(
             tier=TIER_NAMES.get(asked.tier),
             key_prefix=asked.key_prefix,
             tenant=asked.tenant,
@@ -80,7 +86,7 @@ class AdminService(Service):
     async def inspect(self, request: bytes, _: Context) -> bytes:
         """One entry."""
         key = check_key(read_request(pb.InspectRequest, request).key)
-        info = await self._run(self._store.inspect, key)
+        info = await self._run(self._whole.inspect, key)
         return pb.InspectReply(entry=None if info is None else entry_info_message(info)).SerializeToString()
 
     @answering
@@ -89,7 +95,7 @@ class AdminService(Service):
         asked = read_request(pb.ExplainRequest, request)
         keys = check_keys(asked.keys)
         own = self._views.keys_of(asked.tenant, keys) if asked.tenant else keys
-        found = await self._run(self._store.explain, *own)
+        found = await self._run(self._whole.explain, *own)
         explained = [replace(of, key=key) for of, key in zip(found, keys, strict=True)]
         return pb.ExplainReply(explanations=map(explanation_message, explained)).SerializeToString()
 
@@ -97,31 +103,31 @@ class AdminService(Service):
     async def evict(self, request: bytes, _: Context) -> bytes:
         """Forget keys, counted as evictions."""
         keys = check_keys(read_request(pb.EvictRequest, request).keys)
-        return pb.EvictReply(evicted=await self._run(self._store.evict, *keys)).SerializeToString()
+        return pb.EvictReply(evicted=await self._run(self._whole.evict, *keys)).SerializeToString()
 
     @answering
     async def demote(self, request: bytes, _: Context) -> bytes:
         """One tier down."""
         keys = check_keys(read_request(pb.DemoteRequest, request).keys)
-        return pb.MoveReply(moved=await self._run(self._store.demote, *keys)).SerializeToString()
+        return pb.MoveReply(moved=await self._run(self._whole.demote, *keys)).SerializeToString()
 
     @answering
     async def promote(self, request: bytes, _: Context) -> bytes:
         """Copy to hot."""
         keys = check_keys(read_request(pb.PromoteRequest, request).keys)
-        return pb.MoveReply(moved=await self._run(self._store.promote, *keys)).SerializeToString()
+        return pb.MoveReply(moved=await self._run(self._whole.promote, *keys)).SerializeToString()
 
     @answering
     async def drain(self, request: bytes, _: Context) -> bytes:
         """Write to cold what is only in memory."""
         read_request(pb.DrainRequest, request)
-        return pb.DrainReply(written=await self._run(self._store.drain)).SerializeToString()
+        return pb.DrainReply(written=await self._run(self._whole.drain)).SerializeToString()
 
     @answering
     async def verify(self, request: bytes, context: Context) -> None:
         """Check every record on disk."""
         read_request(pb.VerifyRequest, request)
-        steps = self._store.verify()
+        steps = self._whole.verify()
         while (found := await self._run(last_within, steps, VERIFY_REPORT_S)) is not None:
             await context.write(pb.VerifyReply(**found._asdict()).SerializeToString())
 
@@ -129,7 +135,7 @@ class AdminService(Service):
     async def snapshot(self, request: bytes, context: Context) -> None:
         """Copy what is held into a directory."""
         asked = read_request(pb.SnapshotRequest, request)
-        steps = Snapshot(self._store.snapshot, Path(self._settings.data_dir), asked.directory)
+        steps = Snapshot(self._whole.snapshot, Path(self._settings.data_dir), asked.directory)
         told = Copied(0, 0, 0, 0, 0)
         try:
             while True:
@@ -163,13 +169,13 @@ class AdminService(Service):
     async def check_shared(self, request: bytes, _: Context) -> bytes:
         """What is wrong with the shared store."""
         read_request(pb.CheckSharedRequest, request)
-        return pb.CheckSharedReply(complaints=await self._run(self._store.check_shared)).SerializeToString()
+        return pb.CheckSharedReply(complaints=await self._run(self._whole.check_shared)).SerializeToString()
 
     @answering
     async def flush_shared(self, request: bytes, _: Context) -> bytes:
         """Put what the shared store has out of reach."""
         asked = read_request(pb.FlushSharedRequest, request)
-        await self._run(self._store.flush_shared, asked.namespace if asked.HasField("namespace") else None)
+        await self._run(self._whole.flush_shared, asked.namespace if asked.HasField("namespace") else None)
         return pb.FlushSharedReply().SerializeToString()
 
     def handler(self) -> grpc.GenericRpcHandler:

@@ -21,6 +21,7 @@ from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import check_saved
 from kvstore.residency.transcode import Room
+from kvstore.view import StoreView
 from kvstored.access.shares import Shares, charged
 from kvstored.access.tenant_view import CALLER, TenantViews
 from kvstored.calls.budget import Budget
@@ -135,12 +136,13 @@ class CacheService(Service):
             asked = read_request(pb.GetRequest, request)
         else:
             asked = await self._run_charged(read_request, pb.GetRequest, request)
-        keys = CheckedKeys(asked.keys)
-        await self._bring(asked, keys, context)
+        keys, store = CheckedKeys(asked.keys), self._store
+        if store.shares:
+            await self._bring(store, asked, keys, context)
         # From a device bytes come faster to shared memory, which is registered with it.
-        room = self._room if on_device(self._store) else None
+        room = self._room if on_device(store) else None
         reading = Reading(
-            self._store, self._budget, asked, keys, lookup=read_lookup(asked), room=room,
+            store, self._budget, asked, keys, lookup=read_lookup(asked), room=room,
             frames_nbytes=self._budget.call_nbytes,
         )  # fmt: skip
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
@@ -156,11 +158,8 @@ class CacheService(Service):
         finally:
             reading.close()
 
-    async def _bring(self, asked: pb.GetRequest, keys: CheckedKeys, context: Context) -> None:
+    async def _bring(self, store: StoreView, asked: pb.GetRequest, keys: CheckedKeys, context: Context) -> None:
         """Have what other hosts have put here, where something is missing; as long as the caller has time."""
-        store = self._store
-        if not store.shares:
-            return
         ends = store.ends_here(keys) if len(keys) <= FIRST_MISSING_MAX else await self._run(store.ends_here, keys)
         if ends:
             left_s: Any = context.time_remaining()  # None, whatever its types say, where the caller set no deadline

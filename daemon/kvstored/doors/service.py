@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
+from kvstore.view import StoreView
 from kvstored.access.tenant_view import TenantViews
 from kvstored_client.wire.frames import BadFrame
 
@@ -67,7 +68,7 @@ class Service:
         self._epoch = boot_epoch
 
     @property
-    def _store(self) -> Any:
+    def _store(self) -> StoreView:
         """The store as the caller may see it. Only on the event loop: the caller is the running task's."""
         return self._views.current()
 
