@@ -16,7 +16,7 @@ DOORS = (
     ),
     (
         "daemon/kvstored/doors/lease_connection.py",
-        "            shared.budget.give_back(taken)",
+        "            shared.budget.give_back(nbytes)",
         "            pass",
         "a put's bytes stay counted",
     ),

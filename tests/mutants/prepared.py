@@ -111,7 +111,7 @@ PREPARED = (
     ),
     (
         "kvstore/shm/arena.py",
-        "segment.bytes[start : start + 8].view(np.uint64)[0] = 0",
+        "given.segment.words[given.start >> 3] = 0",
         "pass",
         "a late reader keeps what was freed under him",
     ),
@@ -121,7 +121,12 @@ PREPARED = (
         "if False:",
         "a block of another user's segment is handed out",
     ),
-    ("kvstore/shm/arena.py", "if segment.owner == owner and segment", "if segment", "two users in one segment"),
+    (
+        "kvstore/shm/arena.py",
+        "if segment.owner == owner else None\n                if found",
+        "if True else None\n                if found",
+        "two users in one segment",
+    ),
     (
         "kvstore/keys.py",
         "hashlib.sha256(parent + data[start : start + step])",
