@@ -158,7 +158,10 @@ def start_mooncake(processes: list[subprocess.Popen[bytes]], top: str) -> str | 
         path.chmod(0o700)
     master, metrics, port = free_port(), free_port(), free_port()
     log = (Path(top) / "mooncake.log").open("wb")
-    quiet = {"stdout": log, "stderr": log}
+    # The programs look for the wheel's libraries beside themselves, and they are copied.
+    libraries = [str(path) for path in Path(found.origin).parent.parent.glob("mooncake*.libs")]
+    env = {**os.environ, "LD_LIBRARY_PATH": ":".join([*libraries, str(Path(found.origin).parent)])}
+    quiet: dict[str, Any] = {"stdout": log, "stderr": log, "env": env}
     ports = [f"--rpc_port={master}", f"--metrics_port={metrics}"]
     processes.append(subprocess.Popen([programs["mooncake_master"], *ports], **quiet))
     _wait_for_port(master)
