@@ -17,13 +17,15 @@ TOKENS_MAX = 1 << 30
 
 class Lookup(NamedTuple):
     """keys, tokens: what the whole lookup asks for, said by its first call. key_tokens: tokens that each key found
-    stands for, 0 if unknown. counted: count what this call finds.
+    stands for, 0 if unknown. counted: count what this call finds. prefetch: gets of what is found follow soon, so what
+    only the disk holds of it is brought to memory meanwhile; a match or `locate` hears this.
     """
 
     keys: int = 0
     tokens: int = 0
     key_tokens: int = 0
     counted: bool = True
+    prefetch: bool = False
 
     def continued(self) -> "Lookup":
         """The same lookup in a later call: what was asked for is counted, only what is found is not yet."""

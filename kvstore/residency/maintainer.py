@@ -32,7 +32,7 @@ class Maintainer:
         self._r = residency
         self._mover = mover
         self._config = config
-        self._promotions: deque[Key] = deque()
+        self._promotions: deque[tuple[Key, bool]] = deque()
         self._queued: set[Key] = set()
         self._wake = threading.Event()
         self._stop = False
@@ -55,17 +55,18 @@ class Maintainer:
             self._thread.join()
             self._thread = None
 
-    def request_promotions(self, keys: Sequence[Key]) -> None:
+    def request_promotions(self, keys: Sequence[Key], *, prefetch: bool = False) -> None:
         """Ask for promotions; what 256 waiting leave no room for is dropped and counted. Under the residency lock.
 
         keys: of one get, root first. The deepest is promoted first, so that the root ends most recently used.
+        prefetch: the get is yet to come, and begins with the root: so that comes first, see `Mover.prefetch`.
         """
         fresh = [key for key in keys if key not in self._queued]
         room = max(0, PROMOTIONS_MAX - len(self._promotions))
         self._r.counters.promotions_dropped += max(0, len(fresh) - room)
         fresh = fresh[:room]
         self._queued.update(fresh)
-        self._promotions.extend(reversed(fresh))
+        self._promotions.extend((key, prefetch) for key in (fresh if prefetch else reversed(fresh)))
         if fresh:
             self._wake.set()
 
@@ -128,6 +129,6 @@ class Maintainer:
             with self._r.lock:
                 if not self._promotions:
                     return
-                key = self._promotions.popleft()
+                key, prefetch = self._promotions.popleft()
                 self._queued.discard(key)
-            self._mover.promote(key)
+            (self._mover.prefetch if prefetch else self._mover.promote)(key)

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable, UnknownEncoding
 from kvstore.keys import Key
+from kvstore.metadata.inflight import Flight
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import Owner
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.printable import printable
+from kvstore.residency import leaving
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import Transcoder
 from kvstore.tiers import LastTier, TierName
-from kvstore.tiers.balance import packed_nbytes
 from kvstore.tiers.memory import MemoryTier
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Mover:
                 return
             with r.lock:
                 install()
-                stays = not self._left_at_once("hot", entry)
+                stays = not leaving.left_at_once(r, "hot", entry)
                 if stays:
                     r.transit[entry.key] = ("hot", entry)
             if stays:
@@ -178,47 +179,67 @@ class Mover:
 
         True: copied.
         """
+        return self._lift(key, from_disk=False)
+
+    def prefetch(self, key: Key) -> bool:
+        """Copy a live key that only the disk holds to memory: to warm in its form there, or else to hot.
+
+        True: copied. What is on disk stays, as clean copy.
+        """
+        return self._lift(key, from_disk=True)
+
+    def _lift(self, key: Key, *, from_disk: bool) -> bool:
         r = self._r
         with r.lock:
             meta = r.live(key)
             place = r.lookup(key) if meta is not None else None
-            if meta is None or place is None or place[0] == "hot" or (flight := r.flights.start(key)) is None:
+            above = place is None or place[0] == "hot" or (from_disk and place[0] != "cold")
+            if meta is None or place is None or above or (flight := r.flights.start(key)) is None:
                 return False
         try:
             entry = place[1] if place[1] is not None else self._read_cold(key)
             if entry is None:
                 return False
-            try:
-                copy = self._transcoder.restore(entry)
-            except (CodecError, OverQuota) as error:
-                # As for a get: what is damaged is not met again. Uncounted as a miss: nobody asked.
-                if isinstance(error, UnknownEncoding | OverQuota):  # or no room on a device
-                    return False
-                log.warning("entry cannot be decoded key=%s error=%s", key.hex(), printable(error))
-                with r.lock:
-                    gone = None if flight.called_off or r.lookup(key) != place else r.forget(key, "corrupt")
-                if r.cold is not None:
-                    r.cold.wait(gone)
+            into = r.hot
+            if from_disk and entry.lossy and r.warm.admits(entry.nbytes, key, meta.owner):
+                into, copy = r.warm, entry
+            elif (found := self._restored(entry, place, flight)) is not None:
+                copy = found
+            else:
                 return False
 
             def wanted() -> bool:
                 # The clean copy must still be there: a promoted copy may not be the only form left.
-                return not flight.called_off and key not in r.hot and bool(r.tiers_of(key))
+                return not flight.called_off and key not in into and bool(r.tiers_of(key))
 
             with self._moving:
-                if not self._promoted(copy, wanted, meta):
+                if not self._lifted(into, copy, wanted, meta):
                     return False
             with r.lock:
-                r.counters.tiers["hot"].promotions += 1
+                r.counters.tiers[into.name].promotions += 1
             return True
         finally:
             with r.lock:
                 r.flights.finish(flight)
 
-    def _promoted(self, copy: Entry, wanted: Callable[[], bool], meta: Meta) -> bool:
-        hot = self._r.hot
+    def _restored(self, entry: Entry, place: tuple[TierName, Entry | None], flight: Flight) -> Entry | None:
+        """A raw copy for hot; None where it cannot be made. As for a get: what is damaged is not met again."""
+        r, key = self._r, entry.key
         try:
-            return hot.admits(copy.nbytes, copy.key, meta.owner) and self._place(hot, copy, wanted, meta)
+            return self._transcoder.restore(entry)
+        except (UnknownEncoding, OverQuota):  # or no room on a device
+            return None
+        except CodecError as error:  # uncounted as a miss: nobody asked
+            log.warning("entry cannot be decoded key=%s error=%s", key.hex(), printable(error))
+            with r.lock:
+                gone = None if flight.called_off or r.lookup(key) != place else r.forget(key, "corrupt")
+            if r.cold is not None:
+                r.cold.wait(gone)
+            return None
+
+    def _lifted(self, into: MemoryTier, copy: Entry, wanted: Callable[[], bool], meta: Meta) -> bool:
+        try:
+            return into.admits(copy.nbytes, copy.key, meta.owner) and self._place(into, copy, wanted, meta)
         except OverQuota:  # nothing that may leave is its owner's, who has pinned the rest of the quota
             return False
 
@@ -286,10 +307,10 @@ class Mover:
         r = self._r
         with r.lock:
             meta, entry = r.live(key), tier.get(key)
-            if meta is None or entry is None or meta.pinned or not self._has_below(tier, key, meta):
+            if meta is None or entry is None or meta.pinned or not leaving.has_below(r, tier.name, key, meta):
                 return False
             tier.remove(key)
-            if self._left_at_once(tier.name, entry):
+            if leaving.left_at_once(r, tier.name, entry):
                 return True
             r.transit[key] = (tier.name, entry)
         self._sink(tier.name, entry)
@@ -344,29 +365,15 @@ class Mover:
         while lock.steps > 0:
             lock.steps -= EVICTION_STEPS
             victim = tier.displace(entry.nbytes, entry.key, meta.owner)
-            if victim is None or not self._left_at_once(tier.name, victim):
+            if victim is None or not leaving.left_at_once(self._r, tier.name, victim):
                 return victim, victim is None
         return None, False
 
     def _set_out(self, left: TierName, entry: Entry) -> bool:
         """Under the lock: an entry that left a tier is in transit now, and is to be sunk. False: it left at once."""
-        if self._left_at_once(left, entry):
+        if leaving.left_at_once(self._r, left, entry):
             return False
         self._r.transit[entry.key] = (left, entry)
-        return True
-
-    def _left_at_once(self, left: TierName, entry: Entry) -> bool:
-        """What became of an entry that left a tier, under the lock; False: it must sink, which takes time."""
-        r, key = self._r, entry.key
-        meta = r.index[key]
-        if meta.expired(r.clock.now()):
-            r.expire(key)
-        elif (left == "hot" and key in r.warm) or r.in_cold(key):
-            r.counters.tiers[left].demotions += 1  # a clean copy is below: nothing to encode, nothing to write
-        elif self._could_sink(left, key, meta):
-            return False
-        else:
-            self._evicted(left, entry)
         return True
 
     def _sink(self, left: TierName, entry: Entry) -> None:
@@ -391,7 +398,7 @@ class Mover:
             def wanted() -> bool:
                 if r.transit.get(entry.key) != item:
                     return False
-                self._arrived(entry.key, left, below, "warm")
+                leaving.arrived(r, left, below, "warm")
                 return True
 
             self._place(r.warm, below, wanted, meta)
@@ -401,10 +408,10 @@ class Mover:
     def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
         r = self._r
         left, entry = item
-        if r.cold is not None and self._deserves_cold(entry.key) and self._cold_has_room(r.cold, below):
+        if r.cold is not None and leaving.deserves_cold(r, entry.key) and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
-                    self._arrived(entry.key, left, below, "cold")
+                    leaving.arrived(r, left, below, "cold")
                     r.cold.put(below)
             return
         self._forget_in_transit(item)
@@ -416,17 +423,7 @@ class Mover:
         with r.lock:
             if r.transit.get(entry.key) == item:
                 del r.transit[entry.key]
-                self._evicted(left, entry)
-
-    def _evicted(self, left: TierName, entry: Entry) -> None:
-        r, key = self._r, entry.key
-        if r.balance is not None:
-            r.balance.left(key, entry.nbytes if left == "warm" else packed_nbytes(entry.tensors))
-        r.counters.tiers[left].evictions += 1
-        if r.cold is not None:
-            r.cold.admission.refused(key)
-        r.lost_clean_copy(key)
-        r.forget_if_gone(key, "evicted", left)
+                leaving.evicted(r, left, entry)
 
     def _cold_has_room(self, cold: LastTier, entry: Entry) -> bool:
         """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
@@ -439,26 +436,6 @@ class Mover:
             log.debug("cold takes nothing key=%s reason=%s", entry.key.hex(), error)
             return False
         return True
-
-    def _could_sink(self, left: TierName, key: Key, meta: Meta) -> bool:
-        """Whether any tier below could take it: else nothing is encoded in vain."""
-        if self._r.cold is not None and self._deserves_cold(key):
-            return True
-        return left == "hot" and not meta.exact and self._r.warm.capacity_nbytes > 0
-
-    def _deserves_cold(self, key: Key) -> bool:
-        """Whether the disk's admission rule and write budget let a key in."""
-        meta = self._r.index.get(key)
-        return meta is not None and self._r.cold is not None and self._r.cold.admission.deserves(key, meta)
-
-    def _arrived(self, key: Key, left: TierName, below: Entry, to: TierName) -> None:
-        """An entry left transit for the tier below, as `below`."""
-        r = self._r
-        del r.transit[key]
-        r.counters.tiers[left].demotions += 1
-        meta = r.index[key]
-        meta.lossy, meta.encoding = below.lossy, below.encoding
-        r.counters.tiers[to].puts += 1
 
     def _copy_to_cold(self, tier: MemoryTier, key: Key) -> bool:
         r = self._r
@@ -487,9 +464,3 @@ class Mover:
             if keep
             else self._transcoder.encode(entry, prefix_start=meta.prefix_start, namespace=meta.owner.namespace)
         )
-
-    def _has_below(self, tier: MemoryTier, key: Key, meta: Meta) -> bool:
-        r = self._r
-        if r.cold is not None or (tier is r.hot and key in r.warm):
-            return True
-        return tier is r.hot and not meta.exact and r.warm.capacity_nbytes > 0

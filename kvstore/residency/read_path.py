@@ -105,11 +105,9 @@ class _Lot(NamedTuple):
 
 
 class ReadPath:
-    """Finds and counts. request_promotions: takes the keys of one get, root first; asked under the lock."""
+    """Finds and counts. request_promotions: as `Maintainer.request_promotions`, asked under the lock."""
 
-    def __init__(
-        self, residency: Residency, config: StoreConfig, request_promotions: Callable[[Sequence[Key]], None]
-    ) -> None:
+    def __init__(self, residency: Residency, config: StoreConfig, request_promotions: Callable[..., None]) -> None:
         self._r = residency
         self._promote_after = config.promote_after
         self._promote_window_s = config.promote_window_s
@@ -266,7 +264,15 @@ class ReadPath:
                     found = len(part) - held[before:].count(None)
                     r.lookups.matched(lookup, part, found, None if missing is None else r.miss_cause(keys[missing]))
             lookup = None if lookup is None else lookup.continued()
+        if lookup is not None and lookup.prefetch:
+            self._prefetch(keys, held)
         return held
+
+    def _prefetch(self, keys: Sequence[Key], held: Sequence[Held | None]) -> None:
+        on_disk = [key for key, place in zip(keys, held, strict=False) if place is not None and place.tier == "cold"]
+        if on_disk:
+            with self._r.lock:
+                self._request_promotions(on_disk, prefetch=True)
 
     def leading(self, keys: Sequence[Key], lookup: Lookup | None = None, more: More | None = None) -> list[Held]:
         """Where the leading keys of a chain are held, up to the first miss. A lookup; does not count as use.
@@ -293,6 +299,8 @@ class ReadPath:
                 break
             if len(held) < len(keys):
                 how = how.continued()
+        if how.prefetch:
+            self._prefetch(keys, held)
         return held
 
     def _count_matched(

@@ -40,6 +40,12 @@ def test_a_hundred_prompts_that_nobody_put_are_a_hundred_misses(harness: Harness
     assert counted(harness, "hit_ratio")[0] < 0.01
 
 
+def test_a_match_that_says_that_gets_follow_answers_and_counts_as_any_other(harness: Harness) -> None:
+    keys = chain(harness, 3)
+    assert harness.cache.match([*keys, b"absent"], lookup=Lookup(4, 64, 16, prefetch=True)) == 3
+    assert counted(harness) == (4, 3, 64, 48)
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 15, 16, 17, 40])
 def test_prompts_of_any_length_are_counted_with_all_their_tokens(harness: Harness, tokens: int) -> None:
     ns, prompt = namespace(harness), list(range(tokens))

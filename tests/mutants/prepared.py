@@ -39,13 +39,13 @@ PREPARED = (
         "r.touch(plan.keys)",
         "the root of a chain leaves first",
     ),
-    ("kvstore/residency/mover.py", "not flight.called_off and key not in r.hot", "key not in r.hot", "an old value"),
-    ("kvstore/residency/mover.py", "key not in r.hot and bool(r.tiers_of(key))", "key not in r.hot", "the only form"),
+    ("kvstore/residency/mover.py", "not flight.called_off and key not in into", "key not in into", "an old value"),
+    ("kvstore/residency/mover.py", "key not in into and bool(r.tiers_of(key))", "key not in into", "the only form"),
     ("kvstore/residency/mover.py", "if r.index.get(key) is not meta", "if False", "a drain writes an old value"),
     (
-        "kvstore/residency/mover.py",
-        "or r.in_cold(key):\n            r.counters",
-        ":\n            r.counters",
+        "kvstore/residency/leaving.py",
+        "or r.in_cold(key):\n        r.counters",
+        ":\n        r.counters",
         "encoded twice",
     ),
     (

@@ -255,7 +255,7 @@ class KvstoredL2Adapter(L2AdapterInterface):
     def _lookup(self, keys: list[Any]) -> Any:
         found = Bitmap(len(keys))
         # LMCache does not tell its second level how many tokens an object has.
-        for i, held in enumerate(self._guard.locate(self._keys(keys), lookup=Lookup(len(keys)))):
+        for i, held in enumerate(self._guard.locate(self._keys(keys), lookup=Lookup(len(keys), prefetch=True))):
             if held is not None:
                 found.set(i)
         return found
@@ -309,7 +309,7 @@ class KvstoredConnector(RemoteConnector):
 
     def exists_sync(self, key: Any) -> bool:
         """Whether the key is held."""
-        lookup = Lookup(1, self._chunk_tokens, self._chunk_tokens)
+        lookup = Lookup(1, self._chunk_tokens, self._chunk_tokens, prefetch=True)
         return self._root is not None and self._guard.match([_key_of(self._root, key)], lookup=lookup) > 0
 
     async def get(self, key: Any) -> Any:

@@ -253,7 +253,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             return 0
         shards, tokens = self._shards.count, self._chunk_blocks * self._block_size
         keys = [self._key(each, shard) for each in hashes for shard in range(shards)]
-        lookup = Lookup(len(keys), len(hashes) * tokens, tokens // shards) if counted else ELSEWHERE
+        # The first question of a request: what it finds is loaded once the request is scheduled.
+        lookup = Lookup(len(keys), len(hashes) * tokens, tokens // shards, prefetch=True) if counted else ELSEWHERE
         return int(self._guard.match(keys, lookup=lookup)) // shards
 
     def _note(self, name: str, block_ids: Any, *, fresh: bool) -> None:

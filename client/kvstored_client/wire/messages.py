@@ -65,7 +65,10 @@ def lookup_message(lookup: Lookup | None) -> pb.Lookup | None:
     if lookup is None:
         return None
     check_lookup(lookup)
-    return pb.Lookup(keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted)
+    return pb.Lookup(
+        keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted,
+        prefetch=lookup.prefetch,
+    )  # fmt: skip
 
 
 def read_lookup(message: pb.GetRequest | pb.MatchRequest) -> Lookup | None:
@@ -73,7 +76,7 @@ def read_lookup(message: pb.GetRequest | pb.MatchRequest) -> Lookup | None:
     if not message.HasField("lookup"):
         return None
     asked = message.lookup
-    return check_lookup(Lookup(asked.keys, asked.tokens, asked.key_tokens, not asked.uncounted))
+    return check_lookup(Lookup(asked.keys, asked.tokens, asked.key_tokens, not asked.uncounted, asked.prefetch))
 
 
 def tensor_specs(specs: Mapping[str, TensorInfo]) -> list[pb.TensorSpec]:

@@ -155,16 +155,18 @@ class GetRequest(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ...) -> None: ...
 
 class Lookup(_message.Message):
-    __slots__ = ("keys", "tokens", "key_tokens", "uncounted")
+    __slots__ = ("keys", "tokens", "key_tokens", "uncounted", "prefetch")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     KEY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     UNCOUNTED_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
     keys: int
     tokens: int
     key_tokens: int
     uncounted: bool
-    def __init__(self, keys: _Optional[int] = ..., tokens: _Optional[int] = ..., key_tokens: _Optional[int] = ..., uncounted: bool = ...) -> None: ...
+    prefetch: bool
+    def __init__(self, keys: _Optional[int] = ..., tokens: _Optional[int] = ..., key_tokens: _Optional[int] = ..., uncounted: bool = ..., prefetch: bool = ...) -> None: ...
 
 class GetFrame(_message.Message):
     __slots__ = ("header", "chunk", "end", "miss")
