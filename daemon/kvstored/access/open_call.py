@@ -44,6 +44,7 @@ class OpenCall:
         # The call's head goes out with the first message. If that were cancelled, gRPC would send the head once more
         # with the status, fail at it, and leave the peer to wait for its deadline.
         self._first = asyncio.ensure_future(self._context.write(message))
+        self._first.add_done_callback(_looked_at)
         await self._waiting(asyncio.shield(self._first))
 
     async def _waiting(self, step: Awaitable[Any]) -> Any:
@@ -106,6 +107,12 @@ class OpenCall:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
+
+
+def _looked_at(step: "asyncio.Future[Any]") -> None:
+    """Its call may be gone: then nobody else looks at how it ended, and asyncio would complain in the log."""
+    if not step.cancelled():
+        step.exception()
 
 
 def peer_group(peer: str) -> str:
