@@ -27,6 +27,7 @@ from redis.cluster import ClusterNode, RedisCluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.shared_herd import herd
 from bench.shared_hosts import fleet, local
 from bench.shared_loop import loop
 from bench.shared_rows import Row, medians
@@ -188,6 +189,7 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "loop": loop,
     "local": local,
     "fleet": fleet,
+    "herd": herd,
 }
 
 
