@@ -97,8 +97,8 @@ class Link:
         self._wants_write = True
         try:
             self._socket.setblocking(False)
-            # No SO_RCVBUF: it ends the kernel's own sizing, and where net.core.rmem_max is 208 KiB, as it mostly is, a get
-            # of 1.5 MiB then takes 1.5 times as long.
+            # No SO_RCVBUF: it ends the kernel's own sizing, and where net.core.rmem_max is 208 KiB, as it mostly is, a
+            # get of 1.5 MiB then takes 1.5 times as long.
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             failed = self._socket.connect_ex(to)
             if failed not in (0, errno.EINPROGRESS):
