@@ -42,6 +42,9 @@ SLACK = 40
 NOTHING = b"a key of nobody".ljust(32)
 LOCAL_SHAPE = 4, 256, 3, 64
 """Two tensors of it: 1.5 MiB, a chunk."""
+LOCAL_HOT_NBYTES = 4 << 30
+GETS_A_PUT = 20
+"""Of calls in a row: some seconds of them, so that they outlast the publication of what was put before them."""
 
 
 @contextmanager
@@ -225,12 +228,14 @@ def local(rounds: int) -> Iterator[Row]:
     """`local.get`, `local.put` of a chunk over the unix socket: sharing on over off, the store up and stopped.
 
     Calls 50 ms apart, and one right after the other, five times as many. The publisher works once a second or when no
-    put came for a quarter of one, some 5 ms of CPU a chunk.
+    put came for a quarter of one, some 5 ms of CPU a chunk. `same`: a second daemon without sharing over the first:
+    what the ratio is where nothing differs. Hot holds all chunks: one that is full encodes for each put.
     """
     servers = Servers(6, cluster=True)
     with tempfile.TemporaryDirectory(prefix="kvb-") as top:
         try:
-            with daemons(["", sharing(servers, Path(top))]) as found:
+            hot = f"[store.hot]\ncapacity_nbytes = {LOCAL_HOT_NBYTES}\n"
+            with daemons([hot, hot, hot + sharing(servers, Path(top))]) as found:
                 made = Local(found)
                 for store in ("up", "stopped"):
                     if store == "stopped":
@@ -238,17 +243,19 @@ def local(rounds: int) -> Iterator[Row]:
                     for apart_s in (0.05, 0.0):
                         for name, ms in made.measured(rounds if apart_s else 5 * rounds, apart_s).items():
                             params = {"store": store, "apart_ms": int(1000 * apart_s)}
-                            yield Row(f"local.{name}", params, ms["on"], {"off": ms["on"] / ms["off"]})
+                            ratios = {"off": ms["on"] / ms["off"], "same": ms["same"] / ms["off"]}
+                            yield Row(f"local.{name}", params, ms["on"], ratios)
         finally:
             servers.resume()
             servers.close()
 
 
 class Local:
-    """Two daemons, sharing off and on, and a chunk."""
+    """Daemons, two with sharing off and one with it on, and a chunk."""
 
     def __init__(self, found: list[DaemonProcess]) -> None:
-        self._clients = {of: one.client(framework="numpy") for of, one in zip(("off", "on"), found, strict=True)}
+        names = ("off", "same", "on")
+        self._clients = {of: one.client(framework="numpy") for of, one in zip(names, found, strict=True)}
         k, v = np.random.default_rng(1).standard_normal((2, *LOCAL_SHAPE)).astype(np.float32)
         self._value = {"k": k, "v": v}
         self._put = dict.fromkeys(self._clients, 0)
@@ -257,7 +264,8 @@ class Local:
         """p50 in ms, by verb and daemon."""
         puts = {of: partial(self._put_one, of) for of in self._clients}
         gets = {of: partial(self._get_one, of) for of in self._clients}
-        return {"put": medians(rounds, apart_s=apart_s, **puts), "get": medians(rounds, apart_s=apart_s, **gets)}
+        many = rounds if apart_s else GETS_A_PUT * rounds
+        return {"put": medians(rounds, apart_s=apart_s, **puts), "get": medians(many, apart_s=apart_s, **gets)}
 
     def _put_one(self, of: str) -> None:
         key = block_key(self._put[of], b"local")  # a new one: what is known to be there is not published again

@@ -277,7 +277,7 @@ class Connection:
         shared, keys = self._shared, CheckedKeys(asked.keys)
         if not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
-        if self._store.shares:  # this client's own thread: nobody else waits for the shared store
+        if self._store.ends_here(keys):  # this client's own thread: nobody else waits for the shared store
             self._store.bring(keys, leading=asked.leading, lookup=read_lookup(asked))
         reading: Reading | None = None
 
