@@ -3,9 +3,12 @@
 Run: .venv/bin/python bench/shared.py [--json] [--rounds 60]
 It starts a Valkey server and a Cluster of six processes. Ratios are of one run, its rounds interleaved, so that a busy
 machine slows both sides: `cold`: time of ours from Valkey over time from our cold tier, page cache warm (at most 1.3 is
-due); `redis_py`: time of redis-py with hiredis over ours (at least 1.5 for one chunk); `bare`: time of ours over the
-least that a socket can take, one `recv` a value into memory that is there already; `index`: time of a lookup on the
+due); `redis_py`: time of redis-py with hiredis over ours (at least 1.5 for one chunk); `index`: time of a lookup on the
 Cluster over a match in our own index; `calls`: time of as many single calls of redis-py over ours (at least 20).
+
+What any client takes: `bare`: time of ours over one `recv` a value into memory that is there already, parsed by nobody;
+`bare_awake`: over the same that never sleeps; `server`: the processor time of the server alone over time from our cold
+tier. The server has a core of its own, as another host has: else it is by chance that it shares the client's.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import ctypes
 import json
 import os
 import socket
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +31,7 @@ from redis.cluster import ClusterNode, RedisCluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.shared_herd import herd
 from bench.shared_hosts import fleet, local
 from bench.shared_loop import loop
 from bench.shared_rows import Row, medians
@@ -73,11 +78,12 @@ def entry_of(n: int) -> Entry:
 
 
 class Bare:
-    """Values of known lengths over a blocking connection, parsed by nobody: what any client takes at least."""
+    """Values of known lengths over one connection, parsed by nobody: what any client takes at least."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, awake: bool) -> None:
+        """awake: it does not sleep until they are there."""
         self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
-        self._socket.settimeout(None)
+        self._socket.setblocking(not awake)
         self._rooms: dict[int, memoryview] = {}
 
     def get(self, names: Sequence[str], sizes: Sequence[int]) -> None:
@@ -86,7 +92,10 @@ class Bare:
         for at, size in enumerate(sizes):
             before = len(b"$%d\r\n" % size)
             room = self._room(at, before + size + 2)
-            assert self._socket.recv_into(room, 0, socket.MSG_WAITALL) == len(room)
+            missing = len(room)
+            while missing:
+                with suppress(BlockingIOError):
+                    missing -= self._socket.recv_into(room[-missing:], 0, socket.MSG_WAITALL)
             xxhash.xxh3_64_intdigest(room[before:-2])
 
     def _room(self, at: int, nbytes: int) -> memoryview:
@@ -99,12 +108,41 @@ class Bare:
         self._socket.close()
 
 
+@contextmanager
+def apart(servers: Servers) -> Iterator[None]:
+    """The one server and this process on cores of their own, where there are two."""
+    mine = os.sched_getaffinity(0)
+    first, *others = sorted(mine)
+    (process,) = servers.processes.values()
+    threads = [int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()]
+    try:
+        if others:
+            os.sched_setaffinity(0, others)
+            for thread in threads:
+                os.sched_setaffinity(thread, {first})
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+def server_ms(servers: Servers, call: Callable[[], None], rounds: int = 30) -> float:
+    """What the one server's first thread runs for a call, p50."""
+    (process,) = servers.processes.values()
+    stat = Path(f"/proc/{process.pid}/schedstat")
+    took = []
+    for _ in range(rounds):
+        before = int(stat.read_text().split()[0])
+        call()
+        took.append((int(stat.read_text().split()[0]) - before) / 1e6)
+    return statistics.median(took)
+
+
 def gets(rounds: int) -> Iterator[Row]:
     """`shared.get`: a chunk and sixteen, received and checked, from a standalone server."""
     servers = Servers(options=("--maxmemory", "1gb"))
     entries = [entry_of(n) for n in range(max(CHUNKS))]
     records = {PREFIX + entry.key.hex(): pack(entry, META).to_bytes() for entry in entries}
-    with tempfile.TemporaryDirectory(prefix="kvb-") as top, engine_over(servers) as engine:
+    with tempfile.TemporaryDirectory(prefix="kvb-") as top, engine_over(servers) as engine, apart(servers):
         cold = Cold.open(
             Path(top),
             ColdConfig(capacity_nbytes=1 << 30),
@@ -112,7 +150,8 @@ def gets(rounds: int) -> Iterator[Row]:
             meta_of=lambda _: META,
             on_drop=lambda *_: None,
         )
-        client, bare = redis.Redis(port=servers.ports[0]), Bare(servers.ports[0])
+        client = redis.Redis(port=servers.ports[0])
+        bares = {name: Bare(servers.ports[0], awake=name == "bare_awake") for name in ("bare", "bare_awake")}
         try:
             for entry in entries:
                 cold.put(entry)
@@ -140,14 +179,16 @@ def gets(rounds: int) -> Iterator[Row]:
                     ours=ours,
                     redis_py=theirs,
                     cold=disk,
-                    bare=partial(bare.get, names, sizes),
+                    **{name: partial(bare.get, names, sizes) for name, bare in bares.items()},
                 )
-                ratios = {of: found["ours"] / found[of] for of in ("cold", "bare")}
+                ratios = {of: found["ours"] / found[of] for of in ("cold", *bares)}
+                ratios["server"] = server_ms(servers, ours) / found["cold"]
                 ratios["redis_py"] = found["redis_py"] / found["ours"]
                 yield Row("shared.get", {"chunks": n}, found["ours"], ratios)
         finally:
             cold.close()
-            bare.close()
+            for bare in bares.values():
+                bare.close()
             client.close()
             servers.close()
 
@@ -188,6 +229,7 @@ PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "loop": loop,
     "local": local,
     "fleet": fleet,
+    "herd": herd,
 }
 
 

@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import redis
 
 from bench.shared_rows import Row, medians
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
+from kvstore.shared.names import PREFIX
 from kvstore.simulation.trace import Request, block_key, read_trace
 from kvstore.store import Store
 from kvstored_client import Client
@@ -35,11 +37,14 @@ VALUES = 4096
 POOL = np.random.default_rng(0).standard_normal((64, VALUES)).astype(np.float32)
 RELATIVE_ERROR_MAX = 0.2
 COLD_NBYTES = 1 << 20
-SAMPLES = 64
-"""maxmemory-samples, as docs/shared.md advises."""
+SLACK = 40
+"""Objects that a server may gain between two looks."""
 NOTHING = b"a key of nobody".ljust(32)
 LOCAL_SHAPE = 4, 256, 3, 64
 """Two tensors of it: 1.5 MiB, a chunk."""
+LOCAL_HOT_NBYTES = 4 << 30
+GETS_A_PUT = 20
+"""Of calls in a row: some seconds of them, so that they outlast the publication of what was put before them."""
 
 
 @contextmanager
@@ -139,24 +144,43 @@ class Host:
 
 
 class Limit:
-    """Gives each primary, once it has its third of so many objects, no more memory than it has then."""
+    """Keeps each primary at its third of so many objects, by the memory that it may use.
+
+    What it may use is told in bytes, and it needs some for other things than objects: buffers of its clients, and
+    claims, of which some 5 % of its keys are there for a while after they have expired. So objects are counted.
+    """
 
     def __init__(self, servers: Servers, objects: int) -> None:
         self._clients = [servers.client(port) for port in servers.ports[:3]]
-        self._quota = objects // len(self._clients)
-        for client in self._clients:
-            client.config_set("maxmemory-samples", SAMPLES)
+        self._quota = objects // len(self._clients) - SLACK
+        self._limits = [0] * len(self._clients)
+        self.held: list[int] = []
+        """Objects of all servers together, each time that they were full."""
 
     def turn(self) -> None:
         """Look. To be called often enough that few objects come between two turns."""
-        for client in list(self._clients):
-            held = client.dbsize()
-            if held >= self._quota:
+        held = [self._kept(at) for at in range(len(self._clients))]
+        if all(self._limits):
+            self.held.append(sum(held))
+
+    def _kept(self, at: int) -> int:
+        client = self._clients[at]
+        if not self._limits[at] and client.dbsize() < self._quota:
+            return 0
+        held = objects_of(client)
+        over = len(held) - self._quota
+        if self._limits[at] or over >= 0:
+            if not self._limits[at]:
                 info = client.info("memory")
-                used = info["used_memory"] - info["mem_not_counted_for_evict"]
-                sample = client.randomkey()
-                client.config_set("maxmemory", used - (held - self._quota) * client.memory_usage(sample))
-                self._clients.remove(client)
+                self._limits[at] = info["used_memory"] - info["mem_not_counted_for_evict"]
+            self._limits[at] -= over * client.memory_usage(held[0])
+            client.config_set("maxmemory", self._limits[at])
+        return len(held)
+
+
+def objects_of(client: redis.Redis) -> list[bytes]:
+    """The names of the objects on a server. A claim's goes on with a letter that is no digit."""
+    return list(client.scan_iter(match=f"{PREFIX}[0-9a-f]*", count=10_000))
 
 
 def fleet(_rounds: int = 0) -> Iterator[Row]:
@@ -191,7 +215,8 @@ def _replayed(shared: str, hosts: list[Host], trace: list[Request], servers: Ser
     params = {
         "hosts": len(hosts), "shared": shared, "requests": len(trace), "hits": hits, "wrong": wrong,
         "held_most": max([host.most for host in hosts] + [int(of["entries"]) for of in values]),
-        "objects": sum(servers.client(port).dbsize() for port in servers.ports[:3]),
+        "objects": sum(len(objects_of(servers.client(port))) for port in servers.ports[:3]),
+        "objects_most": max(limit.held, default=0) if limit is not None else 0,
         "from_shared": int(sum(of.get("shared_hits", 0) for of in values)),
         "seconds": round(time.monotonic() - begun),
     }  # fmt: skip
@@ -203,12 +228,14 @@ def local(rounds: int) -> Iterator[Row]:
     """`local.get`, `local.put` of a chunk over the unix socket: sharing on over off, the store up and stopped.
 
     Calls 50 ms apart, and one right after the other, five times as many. The publisher works once a second or when no
-    put came for a quarter of one, some 5 ms of CPU a chunk.
+    put came for a quarter of one, some 5 ms of CPU a chunk. `same`: a second daemon without sharing over the first:
+    what the ratio is where nothing differs. Hot holds all chunks: one that is full encodes for each put.
     """
     servers = Servers(6, cluster=True)
     with tempfile.TemporaryDirectory(prefix="kvb-") as top:
         try:
-            with daemons(["", sharing(servers, Path(top))]) as found:
+            hot = f"[store.hot]\ncapacity_nbytes = {LOCAL_HOT_NBYTES}\n"
+            with daemons([hot, hot, hot + sharing(servers, Path(top))]) as found:
                 made = Local(found)
                 for store in ("up", "stopped"):
                     if store == "stopped":
@@ -216,17 +243,19 @@ def local(rounds: int) -> Iterator[Row]:
                     for apart_s in (0.05, 0.0):
                         for name, ms in made.measured(rounds if apart_s else 5 * rounds, apart_s).items():
                             params = {"store": store, "apart_ms": int(1000 * apart_s)}
-                            yield Row(f"local.{name}", params, ms["on"], {"off": ms["on"] / ms["off"]})
+                            ratios = {"off": ms["on"] / ms["off"], "same": ms["same"] / ms["off"]}
+                            yield Row(f"local.{name}", params, ms["on"], ratios)
         finally:
             servers.resume()
             servers.close()
 
 
 class Local:
-    """Two daemons, sharing off and on, and a chunk."""
+    """Daemons, two with sharing off and one with it on, and a chunk."""
 
     def __init__(self, found: list[DaemonProcess]) -> None:
-        self._clients = {of: one.client(framework="numpy") for of, one in zip(("off", "on"), found, strict=True)}
+        names = ("off", "same", "on")
+        self._clients = {of: one.client(framework="numpy") for of, one in zip(names, found, strict=True)}
         k, v = np.random.default_rng(1).standard_normal((2, *LOCAL_SHAPE)).astype(np.float32)
         self._value = {"k": k, "v": v}
         self._put = dict.fromkeys(self._clients, 0)
@@ -235,7 +264,8 @@ class Local:
         """p50 in ms, by verb and daemon."""
         puts = {of: partial(self._put_one, of) for of in self._clients}
         gets = {of: partial(self._get_one, of) for of in self._clients}
-        return {"put": medians(rounds, apart_s=apart_s, **puts), "get": medians(rounds, apart_s=apart_s, **gets)}
+        many = rounds if apart_s else GETS_A_PUT * rounds
+        return {"put": medians(rounds, apart_s=apart_s, **puts), "get": medians(many, apart_s=apart_s, **gets)}
 
     def _put_one(self, of: str) -> None:
         key = block_key(self._put[of], b"local")  # a new one: what is known to be there is not published again

@@ -1,5 +1,6 @@
 """A line of bench/shared.py's result, and how its parts measure."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -24,13 +25,18 @@ class Row:
 
 
 def medians(rounds: int, *, apart_s: float = 0.0, **subjects: Callable[[], object]) -> dict[str, float]:
-    """p50 in ms of each, one round of all after the other; the first rounds are not counted. apart_s: between calls."""
+    """p50 in ms of each, in rounds of all of them; the first rounds are not counted. apart_s: between calls.
+
+    The order is another one in each round: what one call leaves in caches, and what it keeps busy, is felt by the next.
+    """
     took: dict[str, list[float]] = {name: [] for name in subjects}
+    order, chance = list(subjects), random.Random(1)
     for turn in range(rounds + 3):
-        for name, subject in subjects.items():
+        chance.shuffle(order)
+        for name in order:
             time.sleep(apart_s)
             begun = time.perf_counter()
-            subject()
+            subjects[name]()
             if turn >= 3:
                 took[name].append(1000 * (time.perf_counter() - begun))
     return {name: statistics.median(times) for name, times in took.items()}

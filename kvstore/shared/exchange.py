@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from kvstore.shared import SharedUnavailable
 from kvstore.shared.addresses import Address
 from kvstore.shared.link import Denied, Link, Op
-from kvstore.shared.nodes import Node, Nodes, Shard, slot_of
+from kvstore.shared.nodes import NOBODY, Node, Nodes, Shard, slot_of
 from kvstore.shared.resp import PENDING, Broken, Closed, Pending, Refusal, Reply, command
 
 HOPS_MAX = 4
 """Redirections of one command: a topology that changes meanwhile needs two."""
+SPIN_S = 0.0005
+"""So long a call that somebody waits for looks again and again before it sleeps: to be woken took longer than 1.5 MiB
+take to arrive. Of the whole call, so a server that is slow costs no more than that."""
 STALLED_AFTER = 0.5
 """Share of a call's time after which a replica is asked instead of a primary that has said nothing."""
 _ELSEWHERE = ("LOADING", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "READONLY")
@@ -52,7 +55,7 @@ class _Exchange:
 
 
 class Call:
-    """Ops to be answered within timeout_s. changed: called when the topology seems to be another."""
+    """Ops to be answered within timeout_s. changed: called when the topology seems to be another. spins: see SPIN_S."""
 
     def __init__(
         self,
@@ -60,12 +63,14 @@ class Call:
         changed: Callable[[], None],
         timeout_s: float,
         monotonic: Callable[[], float] = time.monotonic,
+        *,
+        spins: bool = False,
     ) -> None:
         self._nodes, self._changed, self._monotonic = nodes, changed, monotonic
         begun = monotonic()
+        self._sleeps_from = begun + SPIN_S if spins else begun
         self.deadline = begun + timeout_s
         self._stalled_at = begun + STALLED_AFTER * timeout_s
-        self._poll = select.poll()
         self._running: dict[int, _Exchange] = {}
         self.reached = False
         """Whether any server has answered anything."""
@@ -99,9 +104,17 @@ class Call:
         return SharedUnavailable("uncovered", "the shared store: no server has the slots of these names")
 
     def _turn(self, left_s: float) -> None:
-        stalled_in_s = self._stalled_at - self._monotonic()
+        now = self._monotonic()
+        if now < self._sleeps_from:
+            for exchange in list(self._running.values()):
+                self._step(exchange)
+            return
+        stalled_in_s = self._stalled_at - now
         wait_s = min(left_s, stalled_in_s) if stalled_in_s > 0 else left_s
-        for fd, _ in self._poll.poll(max(0, int(1000 * wait_s) + 1)):
+        poll = select.poll()
+        for fd, exchange in self._running.items():
+            poll.register(fd, exchange.link.wait_for_more())
+        for fd, _ in poll.poll(max(0, int(1000 * wait_s) + 1)):
             if fd in self._running:
                 self._step(self._running[fd])
         if stalled_in_s > 0 and self._monotonic() >= self._stalled_at:
@@ -141,17 +154,20 @@ class Call:
     def _by_shard(self, ops: Sequence[Op]) -> list[tuple[Shard, list[Op]]]:
         """Those whose slot somebody has, in their order: a lookup has hundreds, so no more is done for each of them."""
         topology = self._nodes.topology
-        groups: dict[int, tuple[Shard, list[Op]]] = {}
+        if topology is None:
+            self._changed()
+            return []
+        owners, cluster = topology.owners, topology.cluster
+        groups: dict[int, list[Op]] = {}
         for op in ops:
-            shard = topology.shard(slot_of(op.name) if topology.cluster else 0) if topology is not None else None
-            group = groups.get(id(shard))
-            if group is not None:
-                group[1].append(op)
-            elif shard is not None:
-                groups[id(shard)] = shard, [op]
+            at = owners[slot_of(op.name)] if cluster else 0
+            if at in groups:
+                groups[at].append(op)
             else:
-                self._changed()
-        return list(groups.values())
+                groups[at] = [op]
+        if groups.pop(NOBODY, None):
+            self._changed()
+        return [(topology.shards[at], group) for at, group in groups.items()]
 
     def _primary(self, shard: Shard) -> Address | None:
         if self._nodes.node(shard.primary).breaker.closed:
@@ -178,7 +194,6 @@ class Call:
         exchange = _Exchange(node, link, ops, link.received_nbytes)
         link.begin(ops)
         self._running[link.fileno()] = exchange
-        self._poll.register(link.fileno(), link.events)
         self._step(exchange)
 
     def _step(self, exchange: _Exchange) -> None:
@@ -200,8 +215,6 @@ class Call:
                 self._finish(exchange)
             elif link.is_answered:  # and more has come: which reply is whose cannot be told
                 self._disbelieve(exchange, fd, f"{link.address} sends more replies than it was asked for")
-            else:
-                self._poll.modify(fd, link.events)
 
     def _finish(self, exchange: _Exchange) -> None:
         self._forget(exchange.link.fileno())
@@ -255,7 +268,6 @@ class Call:
             self._changed()
 
     def _forget(self, fd: int) -> None:
-        self._poll.unregister(fd)
         del self._running[fd]
 
 

@@ -9,12 +9,13 @@ last: hosts may differ in piece_nbytes. Pieces whose first is gone are never rea
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvstore.shared import HEAD_NBYTES, Buffer
 from kvstore.shared.link import Op
-from kvstore.shared.resp import chunked, command
+from kvstore.shared.resp import chunked, command, room
 
 UNIT_NBYTES = 1 << 16
 TRAILER_NBYTES = 8
@@ -63,9 +64,25 @@ def _trailer(nbytes: int) -> bytes:
     return nbytes.to_bytes(TRAILER_NBYTES, "little")
 
 
-def get_op(name: bytes, low: int, high: int, target: memoryview | None, weight: int) -> Op:
+class Whole:
+    """Memory for a value, made when it begins to come: while a server looks for it, not before it is asked."""
+
+    __slots__ = ("_nbytes", "value")
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self.value: bytearray | None = None
+
+    def __call__(self) -> memoryview:
+        """Where it is received. A second server that is asked writes over what the first one has sent."""
+        if self.value is None:
+            self.value = room(self._nbytes)
+        return memoryview(self.value)
+
+
+def get_op(name: bytes, low: int, high: int, target: Callable[[], memoryview] | None, weight: int) -> Op:
     """A value of low to high bytes."""
-    return Op(name, command("GET", name), b"$", low, high, weight, target=target)
+    return Op(name, [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)], b"$", low, high, weight, target=target)
 
 
 def set_op(name: bytes, value: Sequence[Buffer], how: Sequence[bytes | str | int]) -> Op:
@@ -80,8 +97,10 @@ def head_op(name: bytes) -> Op:
     return Op(name, [_HEAD_COMMAND % (len(name), name)], b"$", 0, HEAD_NBYTES, usual=HEAD_REPLY)
 
 
-def other_gets(first: Op, whole: bytearray) -> list[Op] | None:
+def other_gets(first: Op, whole: bytearray | None) -> list[Op] | None:
     """What else a value consists of, once its first piece lies in `whole`. None: it cannot be this value's."""
+    if whole is None:
+        return None
     if first.reply == len(whole):
         return []
     if not isinstance(first.reply, int) or not may_be_long(first.reply):
@@ -93,8 +112,8 @@ def other_gets(first: Op, whole: bytearray) -> list[Op] | None:
     head = view[:HEAD_NBYTES]
     ops = []
     for n, start in enumerate(range(nbytes, len(whole), nbytes), start=1):
-        room = view[start : start + nbytes]
-        ops.append(get_op(piece_name(first.name, head, n), len(room), len(room), room, len(room)))
+        part = view[start : start + nbytes]
+        ops.append(get_op(piece_name(first.name, head, n), len(part), len(part), partial(_itself, part), len(part)))
     return ops
 
 
@@ -163,3 +182,7 @@ def _first(buffers: Sequence[Buffer], nbytes: int) -> Iterator[Buffer]:
     for buffer in buffers:
         yield buffer[:nbytes]
         nbytes -= min(nbytes, len(buffer))
+
+
+def _itself(view: memoryview) -> memoryview:
+    return view

@@ -5,8 +5,8 @@ Leaves out: commands (`exchange`), probing and discovery (`keeper`).
 """
 
 import binascii
-import bisect
 import threading
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from kvstore.shared.breaker import CLOSED, HALF_OPEN, OPEN, Breaker
 from kvstore.shared.link import Link, Login
 
 SLOTS = 16384
+NOBODY = -1
 IDLE_MAX = 16
 """Kept links of a server: as many as there are threads in `guarded`."""
 
@@ -37,15 +38,19 @@ class Topology:
 
     shards: tuple[Shard, ...]
     cluster: bool
-    _firsts: tuple[int, ...] = field(init=False)
+    owners: "array[int]" = field(init=False, repr=False, compare=False)
+    """For each slot the number of its shard, or NOBODY."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_firsts", tuple(shard.first for shard in self.shards))
+        owners = array("i", [NOBODY]) * SLOTS
+        for at, shard in enumerate(self.shards):
+            owners[shard.first : shard.last + 1] = array("i", [at]) * (shard.last + 1 - shard.first)
+        object.__setattr__(self, "owners", owners)
 
     def shard(self, slot: int) -> Shard | None:
         """Who has a slot."""
-        at = bisect.bisect_right(self._firsts, slot) - 1
-        return self.shards[at] if at >= 0 and slot <= self.shards[at].last else None
+        at = self.owners[slot]
+        return None if at == NOBODY else self.shards[at]
 
     def addresses(self) -> list[Address]:
         """Every server, primaries first."""
@@ -59,10 +64,12 @@ class Topology:
 
 def slot_of(name: bytes) -> int:
     """The Cluster's slot of a name; of what stands in its first braces, if it has them."""
-    open_at = name.find(b"{")
-    close_at = name.find(b"}", open_at + 1) if open_at >= 0 else -1
-    tagged = name[open_at + 1 : close_at] if close_at > open_at + 1 else name
-    return binascii.crc_hqx(tagged, 0) % SLOTS
+    if b"{" in name:
+        open_at = name.find(b"{")
+        close_at = name.find(b"}", open_at + 1)
+        if close_at > open_at + 1:
+            name = name[open_at + 1 : close_at]
+    return binascii.crc_hqx(name, 0) % SLOTS
 
 
 class Node:

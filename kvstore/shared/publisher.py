@@ -21,7 +21,7 @@ from kvstore.keys import Key
 from kvstore.shared import Buffer, SharedUnavailable
 from kvstore.shared.names import name_of
 from kvstore.shared.objects import TTL_MAX_S, Facts, made, nbytes_of
-from kvstore.shared.outside import CLAIM_S, Outside
+from kvstore.shared.outside import Outside
 
 ASK_S = 1.0
 SEND_S = 10.0
@@ -31,7 +31,10 @@ BATCH_KEYS = 256
 SEND_NBYTES = 64 << 20
 DELETE_KEYS = 512
 BACKOFF_S = 1.0
-TRIES_MAX = 5
+AGAIN_S = 2.0
+"""After this a chunk that another host has claimed is looked for again."""
+TRIES_MAX = 8
+"""So it outlasts the claim of a host that died."""
 UNUSED_MAX = 65_536
 """Keys that the admission rule did not let in, and that a hit may: 6 MiB."""
 UNUSED_LOOKED_AT = 2048
@@ -345,4 +348,4 @@ class Publisher:
                 self._out.numbers.drop("refused", len(left))
                 continue
             nbytes = offer.nbytes * len(left) // len(offer.keys)
-            self._append(_Offer(left, nbytes, offer.at, now + CLAIM_S, tries))
+            self._append(_Offer(left, nbytes, offer.at, now + AGAIN_S, tries))

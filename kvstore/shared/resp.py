@@ -10,7 +10,7 @@ Not thread-safe: one connection. No I/O but the `recv_into` it is given; no time
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -130,21 +130,28 @@ class Replies:
         """Whether the beginning of a long body has come."""
         return self._tail
 
-    def usual(self, replies: re.Pattern[bytes]) -> bytes | None:
-        """The body of the next reply if that is a whole one of these, its group; else None, and `next` tells."""
-        found = None if self._tail else replies.match(self._buffer, self._low, self._high)
-        if found is None:
-            return None
-        self._low = found.end()
-        return found[1] or b""
+    def usual(self, kinds: Iterable[re.Pattern[bytes] | None]) -> list[bytes]:
+        """The bodies of the next replies, as far as each is a whole one of its kind: its group. `next` the rest."""
+        bodies: list[bytes] = []
+        if self._tail:
+            return bodies
+        buffer, low, high = self._buffer, self._low, self._high
+        for kind in kinds:
+            found = kind.match(buffer, low, high) if kind is not None else None
+            if found is None:
+                break
+            low = found.end()
+            bodies.append(found[1] or b"")
+        self._low = low
+        return bodies
 
     def next(
-        self, kinds: bytes, nbytes: int = 0, nbytes_max: int = 0, target: memoryview | None = None
+        self, kinds: bytes, nbytes: int = 0, nbytes_max: int = 0, target: Callable[[], memoryview] | None = None
     ) -> Reply | Pending:
         """The next reply, or PENDING if more has to be received first. Raises Broken.
 
         kinds: of b"+:$" those that may come; an error may always. nbytes to nbytes_max: the length that a body may
-        have. target: at least nbytes_max bytes that a body is received into; the reply is its length then.
+        have. target: gives at least nbytes_max bytes that a body is received into; the reply is its length then.
         """
         if self._tail:
             return self._finish_body()
@@ -190,7 +197,13 @@ class Replies:
         self._low = self._high = 0
         return self._view[: self._missing]
 
-    def _begin_body(self, number: int, start: int, fits: bool, target: memoryview | None) -> Reply | Pending:  # noqa: FBT001 - as worked out
+    def _begin_body(
+        self,
+        number: int,
+        start: int,
+        fits: bool,  # noqa: FBT001 - as worked out
+        target: Callable[[], memoryview] | None,
+    ) -> Reply | Pending:
         if number < 0 or (not fits and number > SKIP_MAX_NBYTES):
             raise Broken(f"a body of {number} bytes, which were not asked for")
         if number <= INLINE_MAX_NBYTES:
@@ -200,7 +213,7 @@ class Replies:
             self._low = start + number
             self._end_of_body()
             if fits and target is not None:
-                target[:number] = body
+                target()[:number] = body
                 return number
             return body if fits else MISFIT
         have = min(number, self._high - start)
@@ -209,8 +222,9 @@ class Replies:
         if fits:
             if target is None:
                 self._body = room(number)
-                target = memoryview(self._body)
-            self._target = target[:number]
+                self._target = memoryview(self._body)
+            else:
+                self._target = target()[:number]
             self._target[:have] = self._view[start : start + have]
         self._low = start + have
         self._missing, self._tail = number - have, True

@@ -21,6 +21,7 @@ from kvstore.shared.link import Denied, Login, Op
 from kvstore.shared.long_values import (  # fmt: skip
     UNIT_NBYTES,
     Upload,
+    Whole,
     cut,
     get_op,
     head_op,
@@ -31,7 +32,7 @@ from kvstore.shared.long_values import (  # fmt: skip
 )
 from kvstore.shared.names import PREFIX
 from kvstore.shared.nodes import Nodes, Topology
-from kvstore.shared.resp import Refusal, command, room
+from kvstore.shared.resp import Refusal, command
 
 PIECE_NBYTES = 2 << 20
 LEARN_TIMEOUT_S = 0.5
@@ -73,25 +74,23 @@ class Valkey:
     def get(self, names: Sequence[str], nbytes: Sequence[int], timeout_s: float) -> list[bytearray | None]:
         """See `Engine`."""
         ops: list[Op] = []
-        wholes: list[bytearray | None] = []
+        wholes: list[Whole | None] = []
         for name, size in zip(_encoded(names), nbytes, strict=True):
-            whole = room(size) if size > UNIT_NBYTES else None  # longer ones may be in pieces
-            target, low = (memoryview(whole), min(size, HEAD_NBYTES)) if whole is not None else (None, size)
-            ops.append(get_op(name, low, size, target, min(size, self._piece_nbytes)))
+            whole = Whole(size) if size > UNIT_NBYTES else None  # longer ones may be in pieces
+            low = size if whole is None else min(size, HEAD_NBYTES)
+            ops.append(get_op(name, low, size, whole, min(size, self._piece_nbytes)))
             wholes.append(whole)
         if not ops:
             return []
-        call = self._call(timeout_s)
+        call = self._call(timeout_s, spins=True)
         _run(call, ops)
-        others = {
-            at: other_gets(op, whole)
-            for at, (op, whole) in enumerate(zip(ops, wholes, strict=True))
-            if whole is not None
-        }
-        call.run([op for pieces in others.values() for op in pieces or ()])
+        others = [[] if of is None else other_gets(op, of.value) for op, of in zip(ops, wholes, strict=True)]
+        more = [op for pieces in others for op in pieces or ()]
+        if more:
+            call.run(more)
         return [
-            _body(op) if whole is None else _joined(whole, others[at])
-            for at, (op, whole) in enumerate(zip(ops, wholes, strict=True))
+            _body(op) if whole is None else _joined(whole, pieces)
+            for op, whole, pieces in zip(ops, wholes, others, strict=True)
         ]
 
     def put(
@@ -173,11 +172,11 @@ class Valkey:
         self.keeper.close()
         self.nodes.close()
 
-    def _call(self, timeout_s: float) -> Call:
-        """Raises SharedUnavailable where nothing is known of the servers yet."""
+    def _call(self, timeout_s: float, *, spins: bool = False) -> Call:
+        """spins: somebody waits for it. Raises SharedUnavailable where nothing is known of the servers yet."""
         if self._closed:
             raise SharedUnavailable("closed", "the shared store is closed")
-        call = Call(self.nodes, self.keeper.wake, timeout_s, self._monotonic)
+        call = Call(self.nodes, self.keeper.wake, timeout_s, self._monotonic, spins=spins)
         if not self.keeper.wait_for_topology(timeout_s):
             raise SharedUnavailable(self.keeper.reason, f"the shared store: {self.keeper.sentence}")
         return call
@@ -226,11 +225,11 @@ def _body(op: Op) -> bytearray | None:
     return bytearray(op.reply) if isinstance(op.reply, bytes) else None
 
 
-def _joined(whole: bytearray, others: list[Op] | None) -> bytearray | None:
+def _joined(whole: Whole, others: list[Op] | None) -> bytearray | None:
     """A long value, if each of its pieces lies in it."""
     if others is None or any(not isinstance(op.reply, int) for op in others):
         return None
-    return whole
+    return whole.value
 
 
 def _find_whole(call: Call, uploads: dict[int, Upload]) -> set[int]:

@@ -65,7 +65,8 @@ class Servers:
         self._tls = tls
         self._options = [
             "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--protected-mode", "no",
-            "--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru", "--repl-diskless-sync-delay", "0",
+            "--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru", "--maxmemory-samples", "64",
+            "--repl-diskless-sync-delay", "0",
             "--client-output-buffer-limit", "replica", "1gb", "512mb", "60", "--repl-backlog-size", "32mb", *options,
         ]  # fmt: skip
         if cluster:

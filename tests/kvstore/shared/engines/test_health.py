@@ -16,6 +16,7 @@ from .conftest import BUCKET, valkey_of
 GOOD = {
     "maxmemory": "268435456",
     "maxmemory-policy": "allkeys-lru",
+    "maxmemory-samples": "64",
     "proto-max-bulk-len": "536870912",
     "client-output-buffer-limit": "replica 1073741824 536870912 60",
 }
@@ -52,6 +53,7 @@ def test_good_settings_are_no_complaint(complaints_with):
     [
         ({"maxmemory_policy": "noeviction"}, "maxmemory-policy is noeviction: once full it refuses every write"),
         ({"maxmemory": "0"}, "maxmemory is 0, no limit"),
+        ({"maxmemory_samples": "5"}, "maxmemory-samples is 5: once full it evicts much that is still read; set 64"),
         ({"proto_max_bulk_len": "1048576"}, "proto-max-bulk-len is 1048576, less than a piece of 2097152"),
     ],
 )

@@ -1,5 +1,7 @@
 """The protocol's parser and streams that are cut, broken or of another kind: bytes in their place, or none."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,9 +37,10 @@ def parsed(parts, sizes, *, targets=False):
     replies = Replies(Stream(parts).recv_into)
     found = []
     for size in sizes:
-        target = bytearray(size) if targets else None
+        target = bytearray(size)
+        made = partial(memoryview, target) if targets else None
         try:
-            while (reply := replies.next(b"$", size, size, memoryview(target) if targets else None)) is PENDING:
+            while (reply := replies.next(b"$", size, size, made)) is PENDING:
                 replies.receive()
         except (Broken, BlockingIOError) as error:
             return found, type(error), replies
@@ -141,14 +144,16 @@ def test_a_command_has_the_length_of_each_of_its_words():
 def heads_of(parts, count, pattern):
     """Replies to lookups, and what ended them. pattern: of the usual ones; None: each is parsed step by step."""
     replies, found = Replies(Stream(parts).recv_into), []
-    for _ in range(count):
+    while len(found) < count:
+        found += replies.usual([pattern] * (count - len(found)))
+        if len(found) == count:
+            break
         try:
-            while True:
-                reply = None if pattern is None else replies.usual(pattern)
-                reply = replies.next(b"$", 0, HEAD_NBYTES) if reply is None else reply
-                if reply is not PENDING:
-                    break
+            while (reply := replies.next(b"$", 0, HEAD_NBYTES)) is PENDING:
                 replies.receive()
+                found += replies.usual([pattern] * (count - len(found)))
+                if len(found) == count:
+                    return found, replies.is_empty
         except (Broken, BlockingIOError) as error:
             return found, type(error)
         found.append(reply)

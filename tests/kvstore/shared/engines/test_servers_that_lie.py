@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore.clock import SystemClock
-from kvstore.shared import SharedUnavailable
+from kvstore.shared import SharedUnavailable, exchange
 from kvstore.shared.addresses import Address
 from kvstore.shared.link import Login
 from kvstore.shared.nodes import Nodes
@@ -333,3 +333,20 @@ def test_a_connection_given_back_after_the_end_is_closed(servers, ends):
         nodes.adopt(one_shard(other.address))
     node.give(link)
     assert link.fileno() == -1
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 60.0], ids=["asleep", "awake"])
+def test_a_get_that_sleeps_and_one_that_never_does_give_the_same(servers, engine_of, monkeypatch, spin_s):
+    monkeypatch.setattr(exchange, "SPIN_S", spin_s)
+    slow = threading.Event()
+
+    def answer(words, number):
+        slow.wait(0.05)
+        return value_of(words, number)
+
+    shown = servers(answer)
+    engine = engine_of(one_shard(shown.address))
+    assert get(engine, 1, 30, 2) == [VALUES[b"n1"], None, VALUES[b"n2"]]
+    silent = servers(lambda words, _: b"")
+    engine = engine_of(one_shard(silent.address))
+    assert get(engine, 1, timeout_s=0.1) == [None]
