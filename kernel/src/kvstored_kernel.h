@@ -11,13 +11,13 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 6
+#define KVK_ABI 7
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
 enum { KVK_F32 = 0, KVK_F16 = 1, KVK_BF16 = 2 };
 // Instruction sets, in order of preference. Do not renumber.
-enum { KVK_PORTABLE = 0, KVK_AVX2 = 1, KVK_AVX512 = 2 };
+enum { KVK_PORTABLE = 0, KVK_AVX2 = 1, KVK_AVX512 = 2, KVK_AVX512VBMI = 3 };
 enum { KVK_OK = 0, KVK_NOT_FINITE = 1, KVK_BAD_ARGUMENT = 2, KVK_NO_MEMORY = 3 };
 
 KVK_API int kvk_abi(void);
@@ -54,11 +54,20 @@ KVK_API int kvk_kv_means(int isa, int threads, int dtype, const void* x, const k
 KVK_API int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales, float* means);
 
 // The energy of each head in each of g groups of tokens (64, a rest below 32 joining the last; one group below 8 tokens):
-// without the least of its means, one that stands still or one that turns, and as it is. rotary: channels that turn in
-// pairs, an even number up to d; interleaved: whether pairs are neighbours or half of `rotary` apart.
-// rows->groups is not looked at. content: 2*outer*g*inner.
-KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int rotary, int interleaved,
-                   double* content);
+// without the least of its means, one that stands still or one that turns, and as it is. For each of `pairings` ways of
+// pairing channels, rotaries: how many turn in pairs, an even number up to d, and whether pairs are neighbours or half of
+// those apart. rows->groups is not looked at. content: pairings*outer*g*inner*2.
+KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int pairings,
+                   const int32_t* rotaries, double* content);
+
+// The squared error of each head, from those of blocks as kvk_kv_encode leaves them: d is a multiple of block.
+// missed: outer*inner.
+KVK_API int kvk_kv_missed(const kvk_rows* rows, const float* error, double* missed);
+
+// Of each head of a slab, the mean of every `every`-th token from `first` on, and of every token its product with that mean
+// and its squared distance from it. mean: outer*inner*d; product, distance: outer*tokens*inner. rows->groups is not looked at.
+KVK_API int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int64_t first, int64_t every,
+                 float* mean, float* product, float* distance);
 
 // Squared distance of two tensors of these rows, head by head. squares: outer*inner; not finite where a value is not.
 KVK_API int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,
@@ -78,16 +87,16 @@ typedef struct {
 // sums: outer*inner*rotary/2*8. rows->groups: at least 1.
 KVK_API int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
                 int sampled, const int32_t* lags, float* sums);
-// Sums over each group of tokens. still: outer*groups*inner*d. With turns also: turned, the same sums in the frame that
-// turns by the tangents, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
-// beyond still ones. content: null, or what kvk_kv_content gives for rotary and interleaved.
+// Sums over each group of tokens. still: outer*groups*inner*d. With turns->tangents also: turned, the same sums in the frame
+// that turns by them, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
+// beyond still ones. content: null, or what kvk_kv_content gives for this pairing. Of turns, `turning` is not read.
 KVK_API int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
-                float* still, float* turned, float* gains, int rotary, int interleaved, double* content);
+                float* still, float* turned, float* gains, double* content);
 // Means of those sums, turned ones where a bit of turns->turning is set. codes: outer*groups*inner*d; scales:
-// outer*groups*inner*ceil(d/8), a mean is code * 2^(scale - 127), or 0 where scale is 0.
-KVK_API int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still,
-                const float* turned, int8_t* codes, uint8_t* scales);
-// Floats of the means.
+// outer*groups*inner*ceil(d/8), a mean is code * 2^(scale - 127), or 0 where scale is 0. means: these as floats.
+KVK_API int kvk_kv_code_means(int isa, int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still,
+                const float* turned, int8_t* codes, uint8_t* scales, float* means);
+// Floats of the means, as kvk_kv_code_means leaves them.
 KVK_API int kvk_kv_expand_eights(const kvk_rows* rows, const int8_t* codes, const uint8_t* scales, float* means);
 
 // b = ceil(outer*tokens*inner*d / block) blocks. codes: b*block/2; scales: b; tops: ceil(b/256); error: b.

@@ -25,15 +25,19 @@ struct Ops {
     // Slabs [begin, end); one number for each head of each.
     void (*kv_distance)(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                         double* squares);
-    // Slabs [begin, end). False where there is no memory.
-    bool (*kv_lags)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
+    // Slabs [begin, end).
+    void (*kv_lags)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
                     const int32_t* lag, int64_t begin, int64_t end, float* sums);
-    // Groups of tokens [begin, end) of outer * groups; turns may be null. told: rotary and interleaved of content.
-    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns* turns, const kvk_turns& told,
-                    int64_t begin, int64_t end, float* still, float* turned, double* content);
+    // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
+    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t begin, int64_t end,
+                    float* still, float* turned, double* content);
+    // Slabs [begin, end).
+    void (*kv_along)(int dtype, const void* x, const kvk_rows& rows, int64_t first, int64_t every, int64_t begin, int64_t end,
+                     float* mean, float* product, float* distance);
     void (*kv_gains)(const kvk_rows& rows, const kvk_turns& turns, const float* still, const float* turned, float* gains);
-    void (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,
-                          int64_t begin, int64_t end, int8_t* codes, uint8_t* scales);
+    // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
+    bool (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,
+                          int64_t begin, int64_t end, int8_t* codes, uint8_t* scales, float* means);
     // Tiles of 256 blocks [begin, end); turns may be null. A status.
     int (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, const kvk_turns* turns,
                      int64_t begin, int64_t end, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
@@ -45,6 +49,7 @@ extern const Ops kPortable;
 #if defined(__x86_64__)
 extern const Ops kAvx2;
 extern const Ops kAvx512;
+extern const Ops kAvx512Vbmi;
 #endif
 
 constexpr int kScaleGroup = 256;

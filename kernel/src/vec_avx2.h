@@ -12,6 +12,7 @@ namespace {
 
 struct Avx2 {
     static constexpr bool kFused = true;
+    static constexpr int kLanes = 8;
 
     // x minus y into out.
     static void load_difference(const float* x, const float* y, float* out, int n) {
@@ -664,6 +665,29 @@ struct Avx2 {
         most = _mm_max_ss(most, _mm_shuffle_ps(most, most, 1));
         const __m256 best = _mm256_broadcastss_ps(most);
         return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(valid, best, _CMP_EQ_OQ))) | 256u);
+    }
+    // Bits of the largest magnitude of each block of a piece, as floats.
+    static void absmaxes(const float* x, int blocks, int block, float* most) {
+        for (int b = 0; b < blocks; ++b) most[b] = from_bits(absmax_bits(x + b * block, block));
+    }
+    static void best_clips(const float* x, int blocks, int block, const float* inverse, int* clips) {
+        for (int b = 0; b < blocks; ++b) clips[b] = best_clip(x + b * block, block, inverse[b]);
+    }
+    template <int kSize>
+    static void code_blocks(const float* x, int blocks, const float* inverse, uint8_t* codes, const kvk::BlockSums& sums) {
+        for (int b = 0; b < blocks; ++b)
+            sums.set(b, code_block<kSize>(x + kSize * b, inverse[b], codes + kSize / 2 * b));
+    }
+    // x minus turning means into out, and each mean to its next token's (turn.h). turn: offsets of its step and chord.
+    static void subtract_turning(const float* x, float* mean, const int64_t* turn, int n, float* out) {
+        for (int i = 0; i < n; i += 8) {
+            float* const at = mean + i;
+            const __m256 m = _mm256_loadu_ps(at), step = _mm256_loadu_ps(at + turn[0]);
+            _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), m));
+            const __m256 next = _mm256_add_ps(m, step);
+            _mm256_storeu_ps(at, next);
+            _mm256_storeu_ps(at + turn[0], _mm256_sub_ps(step, _mm256_mul_ps(_mm256_loadu_ps(at + turn[1]), next)));
+        }
     }
     static __m128i halves(__m256i v) {
         return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

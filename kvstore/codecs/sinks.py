@@ -8,7 +8,11 @@ Rejected: tokens far from the mean (a sixth of the harm on SmolLM2). Rows of one
 quarter of the bits on SmolLM2, but a tenth of it on Gemma 3, and another form of record.
 """
 
+import numpy as np
 import torch
+
+from kvstore.kernels import KvKernel
+from kvstore.kernels.cpu import Rows
 
 TOKENS_EACH = 256
 """Tokens of a chunk for each that is kept beyond the first: 0.06 bits a key."""
@@ -24,36 +28,40 @@ _FAR = 4.0
 """Times the median energy about the mean: one of the first tokens that is as far is kept, whatever it lacks."""
 
 
-def sinks_of(rows: torch.Tensor, *, start: bool) -> tuple[int, ...]:
+@np.errstate(invalid="ignore", over="ignore")  # values that are not finite are refused when they are coded
+def sinks_of(rows: torch.Tensor, kernel: KvKernel, *, start: bool) -> tuple[int, ...]:
     """Tokens to keep in 16 bits, ascending. rows: (outer, tokens, inner, d); start: the first is a prompt's first."""
-    outer, tokens, _inner, _d = rows.shape
+    outer, tokens, inner, d = rows.shape
     most, first = tokens // TOKENS_EACH, _FIRST if start else 0
     if not most and not start:
         return ()
-    some = rows[:: max(1, -(-outer // _SLABS))].to(torch.float32)
-    sampled = some[:, first::_EACH]
-    mean = sampled.mean(dim=1)
-    kept = {0, *_far(some[:, :first], sampled, mean)} if start else set()
+    some = rows[:: max(1, -(-outer // _SLABS))]
+    where = Rows(len(some), tokens, inner, d, some.stride(0) if len(some) > 1 else tokens * inner * d, 1, 32, 0)
+    mean, along, apart = (part.cpu().numpy() for part in kernel.kv_along(some, where, first, _EACH))
+    kept = {0, *_far(apart, first)} if start else set()
     if most:
-        deviations = _lacking(some, mean, first)
+        deviations = _lacking(along, np.square(mean).sum(axis=-1), first)
         deviations[list(kept)] = 0.0
-        best, at = torch.topk(deviations, most)
-        kept |= set(at[best > 0].tolist())
+        best = np.argsort(-deviations, kind="stable")[:most]
+        kept |= set(best[deviations[best] > 0].tolist())
     return tuple(sorted(kept))
 
 
-def _far(firsts: torch.Tensor, sampled: torch.Tensor, mean: torch.Tensor) -> list[int]:
-    usual, far = ((x - mean[:, None]).square().sum(dim=(0, 2, 3)) for x in (sampled, firsts))
-    return [int(at) for at in (far > _FAR * usual.median()).nonzero().view(-1)]
+def _far(apart: np.ndarray, first: int) -> list[int]:
+    """Of the first tokens those that are far from the mean. apart: squared distances (slabs, tokens, heads)."""
+    energy = apart.sum(axis=(0, 2))
+    usual = np.sort(energy[first::_EACH])
+    return np.flatnonzero(energy[:first] > _FAR * usual[(usual.size - 1) // 2]).tolist()  # type: ignore[no-any-return]
 
 
-def _lacking(some: torch.Tensor, mean: torch.Tensor, first: int) -> torch.Tensor:
+def _lacking(along: np.ndarray, energy: np.ndarray, first: int) -> np.ndarray:
     """How far each token lacks the mean, in standard deviations of the head where that is most; 0 if nowhere by much.
 
-    Returns float32 (tokens,) on the CPU.
+    along: the product of each token with its head's mean (slabs, tokens, heads); energy: the mean's (slabs, heads).
+    Returns float32 (tokens,).
     """
-    along = (some * mean[:, None]).sum(dim=-1)  # five times as fast as a batch of products with vectors
-    lacks = 1.0 - along / mean.square().sum(dim=-1).clamp(min=1e-30)[:, None]
-    spread = lacks[:, first:].std(dim=1, keepdim=True)
+    lacks = np.float32(1.0) - along / np.maximum(energy, np.float32(1e-30))[:, None]
+    spread = lacks[:, first:].std(axis=1, ddof=1, keepdims=True)
     counts = (spread < _SURE) & (lacks > LACKING)
-    return torch.where(counts, lacks / spread.clamp(min=1e-6), 0.0).amax(dim=(0, 2)).cpu()
+    found: np.ndarray = np.where(counts, lacks / np.maximum(spread, np.float32(1e-6)), np.float32(0.0)).max(axis=(0, 2))
+    return found

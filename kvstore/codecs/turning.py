@@ -78,8 +78,7 @@ def means_of(
         if heads.any():
             mask = torch.from_numpy(heads).to(x.device)[..., None].expand(gains.shape)
             turns = Turns(rotary, tangents, bytes_of(mask))
-    codes, scales = kernel.kv_code_means(rows, turns, still, sums)
-    return Means(codes, scales, kernel.kv_expand_eights(rows, codes, scales), turns, known, energies)
+    return Means(*kernel.kv_code_means(rows, turns, still, sums), turns, known, energies)
 
 
 def _may_turn(rows: Rows, rotary: Rotary) -> bool:
@@ -117,17 +116,15 @@ def _tangents(seen: np.ndarray, power: np.ndarray, lags: tuple[int, ...], rows: 
     And whether they are all those of a common RoPE. seen: `kv_lags`, float64 (outer, inner, pairs, 8); power: `_left`.
     """
     n, sampled = min(rows.tokens, GROUP), min(SAMPLED, rows.groups)
-    power = power[..., None]
-    sums = seen[..., 2::2] + 1j * seen[..., 3::2]
-    last = np.abs(sums[..., -1])
+    last = np.hypot(seen[..., -2], seen[..., -1])
     counted = (n - lags[-1]) * sampled
     turned = last * (n / (n - lags[-1])) - (seen[..., 1] - seen[..., 0])  # beyond what a still mean takes
     heads = (last > _SEEN * np.sqrt(counted) * seen[..., 1] / (n * sampled)) & (
-        turned > power * (_CANDIDATE / (n * sampled * 2 * seen.shape[2]))
+        turned > power[..., None] * (_CANDIDATE / (n * sampled * 2 * seen.shape[2]))
     )
     if not heads.any():
         return None, False
-    pooled = (sums / power[..., None]).sum(axis=1)  # (outer, pairs, lags)
+    pooled = _complex((seen[..., 2:] / power[..., None, None]).sum(axis=1))  # (outer, pairs, lags)
     weight = np.where(heads.any(axis=1), np.abs(pooled[..., -1]) * (n / (n - lags[-1])), 0.0)
     turns, own = heads.any(axis=(1, 2)), _angles(pooled, lags)
     least = _MISFIT * np.maximum(heads.any(axis=2).sum(axis=1), 1)
@@ -136,7 +133,7 @@ def _tangents(seen: np.ndarray, power: np.ndarray, lags: tuple[int, ...], rows: 
     if (fit | ~turns).all():
         return _halved(np.where(turns[:, None], table, 0.0)), True
     tables = np.concatenate((_known(seen.shape[2]), _angles(pooled.sum(axis=0, keepdims=True), lags)))
-    misfits = np.stack([_misfits(own, some, weight, n) for some in tables], axis=1)
+    misfits = _misfits(own, tables[:, None], weight, n).T
     fits = misfits <= least[:, None]
     chosen = fits.argmax(axis=1)
     angles = np.where(fit[:, None], table, np.where(fits.any(axis=1)[:, None], tables[chosen], own))
@@ -147,6 +144,11 @@ def _tangents(seen: np.ndarray, power: np.ndarray, lags: tuple[int, ...], rows: 
     return _halved(angles), bool((fit | (fits.any(axis=1) & (chosen < len(THETAS))) | ~turns).all())
 
 
+def _complex(x: np.ndarray) -> np.ndarray:
+    """Numbers whose real and imaginary parts lie side by side."""
+    return x.view(np.complex128)
+
+
 def _halved(angles: np.ndarray) -> np.ndarray:
     return np.tan(angles / 2).clip(-1e6, 1e6).astype(np.float32)
 
@@ -154,14 +156,16 @@ def _halved(angles: np.ndarray) -> np.ndarray:
 def _common(own: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
     """The known table that leaves least of all slabs together. Returns (pairs,)."""
     known = _known(own.shape[1])
-    return known[int(np.argmin([_misfits(own, table, weight, n).sum() for table in known]))]  # type: ignore[no-any-return]
+    return known[int(np.argmin(_misfits(own, known[:, None], weight, n).sum(axis=-1)))]  # type: ignore[no-any-return]
 
 
 def _angles(sums: np.ndarray, lags: tuple[int, ...]) -> np.ndarray:
     """The angle a token of each pair, each longer lag making the one before finer. sums: complex (..., pairs, lags)."""
-    found: np.ndarray = np.angle(sums[..., 0])
+    re, im = np.moveaxis(sums.real, -1, 0), np.moveaxis(sums.imag, -1, 0)
+    found: np.ndarray = np.arctan2(im[0], re[0])
     for at, lag in enumerate(lags[1:], start=1):
-        found = found + np.angle(sums[..., at] * np.exp(-1j * lag * found)) / lag
+        c, s = np.cos(lag * found), np.sin(lag * found)
+        found = found + np.arctan2(im[at] * c - re[at] * s, re[at] * c + im[at] * s) / lag
     return found
 
 
@@ -171,9 +175,17 @@ def _known(pairs: int) -> np.ndarray:
     return np.stack([theta ** (-np.arange(pairs) / pairs) for theta in THETAS])
 
 
-def _misfits(own: np.ndarray, table: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
-    """What a table leaves over n tokens where `own` angles leave none, in energies of a head. Returns (outer,)."""
-    off = own - table
-    off -= np.rint(off * (0.5 / np.pi)) * (2 * np.pi)
-    left: np.ndarray = (weight * np.minimum(1.0, (off * n) ** 2 / 12)).sum(axis=1)
+def _misfits(own: np.ndarray, tables: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
+    """What tables leave over n tokens where `own` angles leave none, in energies of a head. Returns (..., outer).
+
+    own, weight: (outer, pairs); tables: (..., pairs).
+    """
+    off = own - tables
+    turns = off * (0.5 / np.pi)
+    off -= np.rint(turns, out=turns) * (2 * np.pi)
+    off *= n / np.sqrt(12)
+    np.square(off, out=off)
+    np.minimum(off, 1.0, out=off)
+    off *= weight
+    left: np.ndarray = off.sum(axis=-1)
     return left

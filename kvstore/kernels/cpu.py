@@ -19,7 +19,7 @@ from kvstore.kernels.tables import table
 
 log = logging.getLogger(__name__)
 
-ABI = 6
+ABI = 7
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another takes about 30 us, as long as 1 MiB."""
 
@@ -102,12 +102,14 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_nf4_scales.argtypes = (i, i, p, n, ctypes.c_float, p, p, p, p, p, p)
     library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p, i, i, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
-    library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, i, p)
+    library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, p, p)
+    library.kvk_kv_missed.argtypes = (rows, p, p)
+    library.kvk_kv_along.argtypes = (i, i, i, p, rows, n, n, p, p, p)
     library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
     turns = ctypes.POINTER(_Turns)
     library.kvk_kv_lags.argtypes = (i, i, i, p, rows, turns, i, p, p)
-    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, i, i, p)
-    library.kvk_kv_code_means.argtypes = (i, rows, turns, p, p, p, p)
+    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, p)
+    library.kvk_kv_code_means.argtypes = (i, i, rows, turns, p, p, p, p, p)
     library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, turns, p, p, p, p)
     library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, turns, rows, p)
@@ -118,7 +120,7 @@ def _opened() -> ctypes.CDLL | None:
 
 
 LIBRARY = _opened()
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512vbmi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +184,30 @@ class CpuKernel:
         _checked(self.library.kvk_kv_means(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *where))
         return codes, scales, means, None if content is None else content.sum(dim=1)
 
-    def kv_content(self, x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
-        """`content.energies` of rows of x. Returns float64 (outer, inner, 2)."""
+    def kv_content(self, x: torch.Tensor, rows: Rows, *rotaries: Rotary) -> torch.Tensor:
+        """`reference_content.energies` of rows of x for each pairing. Returns float64 (pairings, outer, inner, 2)."""
         groups = max(1, (rows.tokens + 32) // 64)
-        content = torch.empty(rows.outer, groups, rows.inner, 2, dtype=torch.float64, device="cpu")
-        where = (x.data_ptr(), rows, *rotary, content.data_ptr())
+        content = torch.empty(len(rotaries), rows.outer, groups, rows.inner, 2, dtype=torch.float64, device="cpu")
+        told = (ctypes.c_int32 * (2 * len(rotaries)))(*(number for rotary in rotaries for number in rotary))
+        where = (x.data_ptr(), rows, len(rotaries), told, content.data_ptr())
         _checked(self.library.kvk_kv_content(self.isa, _threads(x), DTYPES[x.dtype], *where))
-        return content.sum(dim=1)
+        return content.sum(dim=2)
+
+    def kv_missed(self, rows: Rows, error: torch.Tensor) -> torch.Tensor:
+        """`reference_content.missed`."""
+        missed = torch.empty(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+        _checked(self.library.kvk_kv_missed(rows, error.data_ptr(), missed.data_ptr()))
+        return missed
+
+    def kv_along(
+        self, x: torch.Tensor, rows: Rows, first: int, every: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_along`."""
+        mean = torch.empty(rows.outer, rows.inner, rows.d, dtype=torch.float32, device="cpu")
+        product, distance = torch.empty(2, rows.outer, rows.tokens, rows.inner, dtype=torch.float32, device="cpu")
+        where = (x.data_ptr(), rows, first, every, mean.data_ptr(), product.data_ptr(), distance.data_ptr())
+        _checked(self.library.kvk_kv_along(self.isa, _threads(x), DTYPES[x.dtype], *where))
+        return mean, product, distance
 
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
@@ -216,25 +235,27 @@ class CpuKernel:
         """`reference_turn.kv_sums`."""
         still = torch.empty(rows.outer, rows.groups, rows.inner, rows.d, dtype=torch.float32, device="cpu")
         gains = torch.empty(rows.outer, rows.inner, rotary.channels // 2, dtype=torch.float32, device="cpu")
-        turned, turns = still, None
+        turned, turns = still, _Turns(None, None, *rotary)
         if tangents is not None:
             turned = torch.zeros_like(still)
-            turns = _Turns(tangents.data_ptr(), None, *rotary)
+            turns.tangents = tangents.data_ptr()
         shape = (rows.outer, rows.groups, rows.inner, 2)
         energies = torch.empty(shape, dtype=torch.float64, device="cpu") if content else None
-        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr(), *rotary, _place(energies))
+        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr(), _place(energies))
         _checked(self.library.kvk_kv_sums(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, turns, *where))
         return still, turned, gains, None if energies is None else energies.sum(dim=1)
 
     def kv_code_means(
         self, rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`reference_turn.kv_code_means`."""
         codes = torch.empty(still.shape, dtype=torch.int8, device="cpu")
         scales = torch.empty(*still.shape[:3], -(-rows.d // 8), dtype=torch.uint8, device="cpu")
-        where = (still.data_ptr(), turned.data_ptr(), codes.data_ptr(), scales.data_ptr())
-        _checked(self.library.kvk_kv_code_means(_threads(still), rows, _turning(turns), *where))
-        return codes, scales
+        means = torch.empty_like(still)
+        where = (still, turned, codes, scales, means)
+        how = (self.isa, _threads(still), rows, _turning(turns))
+        _checked(self.library.kvk_kv_code_means(*how, *(part.data_ptr() for part in where)))
+        return codes, scales, means
 
     def kv_expand_eights(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """`reference_turn.kv_expand_eights`."""

@@ -7,10 +7,11 @@ then one division, on every machine alike. Each step is one IEEE float32 operati
 The functions have the signatures of a kernel (`kernels.KvKernel`). Pure, any thread.
 """
 
+import numpy as np
 import torch
 
 from kvstore.kernels.cpu import Rotary, Rows, Turns
-from kvstore.kernels.reference_content import energies
+from kvstore.kernels.reference_content import energies, missed
 from kvstore.kernels.reference_kv import (
     GROUP,
     RotatedBlocks,
@@ -137,10 +138,10 @@ def bytes_of(mask: torch.Tensor) -> torch.Tensor:
 
 def kv_code_means(
     rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means of 8 bits under a power of two for each 8 channels, of the frame that each pair takes.
 
-    Returns codes int8 (outer, groups, inner, d), and exponents uint8 (outer, groups, inner, ceil(d/8)).
+    Returns codes int8 (outer, groups, inner, d), exponents uint8 (outer, groups, inner, ceil(d/8)), and the means.
     """
     total = still
     if turns is not None:
@@ -158,7 +159,8 @@ def kv_code_means(
     inverse = torch.where(exponent > 0, (254 - exponent) << 23, torch.zeros_like(exponent)).view(torch.float32)
     scaled = torch.nan_to_num(eights * inverse[..., None], nan=-127.0)
     codes = torch.round(scaled.clamp(-127, 127)).to(torch.int8)
-    return codes.flatten(-2)[..., : rows.d].contiguous(), exponent.to(torch.uint8)
+    codes, scales = codes.flatten(-2)[..., : rows.d].contiguous(), exponent.to(torch.uint8)
+    return codes, scales, kv_expand_eights(rows, codes, scales)
 
 
 def kv_expand_eights(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -226,6 +228,41 @@ def kv_decode(
     seen(out, rows).copy_(values if means is None else values + unrolled(rows, means, turns))
 
 
-def kv_content(x: torch.Tensor, rows: Rows, rotary: Rotary) -> torch.Tensor:
-    """`reference_content.energies` of rows of x."""
-    return energies(seen(x, rows), rotary)
+def kv_content(x: torch.Tensor, rows: Rows, *rotaries: Rotary) -> torch.Tensor:
+    """`reference_content.energies` of rows of x for each pairing. Returns float64 (pairings, outer, inner, 2)."""
+    return torch.stack([energies(seen(x, rows), rotary) for rotary in rotaries])
+
+
+def kv_missed(rows: Rows, error: torch.Tensor) -> torch.Tensor:
+    """`reference_content.missed`."""
+    return missed(error, rows)
+
+
+def kv_along(
+    x: torch.Tensor, rows: Rows, first: int, every: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean of each head over every `every`-th token from `first` on, and how each token lies to it.
+
+    Returns float32: the means (outer, inner, d), and (outer, tokens, inner) twice: the product of each token with its
+    head's mean, and its squared distance from that.
+    """
+    values = seen(x, rows).to(torch.float32)
+    mean = torch.zeros(rows.outer, rows.inner, rows.d, dtype=torch.float32, device=x.device)
+    sampled = range(first, rows.tokens, every)
+    for t in sampled:
+        mean += values[:, t]
+    mean *= float(np.float32(1.0) / np.float32(len(sampled)))
+    off = values - mean[:, None]
+    return mean, _in_eights(values * mean[:, None]), _in_eights(off * off)
+
+
+def _in_eights(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension: eight of them, channel by channel, and these one by one."""
+    eights = torch.nn.functional.pad(x, (0, -x.shape[-1] % EIGHT)).unflatten(-1, (-1, EIGHT))
+    lanes = torch.zeros_like(eights[..., 0, :])
+    for at in range(eights.shape[-2]):
+        lanes = lanes + eights[..., at, :]
+    total = lanes[..., 0].clone()
+    for at in range(1, EIGHT):
+        total += lanes[..., at]
+    return total

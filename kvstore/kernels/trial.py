@@ -75,7 +75,7 @@ def _turned_bytes(
     if made is None:
         return None
     keys = Rows(1, tokens, inner, d, x.numel(), size, 32, 2 if tokens > 64 else 1)
-    made.append(kernel.kv_lags(x, keys, rotary, 1, LAGS))
+    made += [kernel.kv_lags(x, keys, rotary, 1, LAGS), *kernel.kv_along(x, keys, 1, 3)]
     for turns in (None, _some_turn(rotary, inner)):
         keyed = _keyed(kernel, x, keys, rotary, turns)
         if keyed is None:
@@ -89,13 +89,13 @@ def _keyed(
 ) -> list[torch.Tensor] | None:
     tangents = None if turns is None else turns.tangents
     still, turned, gains, content = kernel.kv_sums(x, rows, rotary, tangents, content=True)
-    codes, scales = kernel.kv_code_means(rows, turns, still, turned)
+    codes, scales, made = kernel.kv_code_means(rows, turns, still, turned)
     means = kernel.kv_expand_eights(rows, codes, scales)
     both = _there_and_back(kernel, x, rows, means, turns)
     if both is None:
         return None
     sums = [still] if turns is None else [still, turned, gains]  # gains are written with tangents alone
-    return [*sums, *([] if content is None else [content]), codes, scales, means, *both]
+    return [*sums, *([] if content is None else [content]), codes, scales, made, means, *both]
 
 
 def _some_turn(rotary: Rotary, inner: int) -> Turns:
