@@ -44,14 +44,15 @@ struct Content {
         const int whole = step == 1 ? count / kLanes : 0;
         for (int w = 0; w < whole; ++w)
             for (int t = 0; t < n; ++t) get<Lanes, kDtype>(x, at + t * width + kLanes * w, &out[w][t]);
-        const int from = whole * kLanes, left = count - from, end = (count + kSide - 1) / kSide * kSide;
-        if (from == end) return;
-        alignas(64) float some[2 * kChunk] = {};
-        for (int t = 0; t < n; ++t) {
-            if (left) Kv<Isa>::load(kDtype, x, at + t * width + from, some, (left - 1) * step + 1);
-            for (int i = 0; i < end - from; ++i)
-                out[(from + i) / kLanes][t][i % kLanes] = i < left ? some[i * step] : 0.0f;
+        const int left = count - whole * kLanes, end = (count + kSide - 1) / kSide * kTwo;
+        alignas(64) float some[2 * kChunk], ordered[kChunk] = {};
+        for (int t = 0; left && t < n; ++t) {
+            Kv<Isa>::load(kDtype, x, at + t * width + whole * kLanes * step, some, (left - 1) * step + 1);
+            for (int i = 0; i < left; ++i) ordered[i] = some[i * step];
+            for (int w = whole; w * kLanes < count; ++w) memcpy(&out[w][t], ordered + (w - whole) * kLanes, sizeof out[w][t]);
         }
+        for (int w = (count + kLanes - 1) / kLanes; w < end; ++w)
+            for (int t = 0; t < n; ++t) out[w][t] = Lanes{};
     }
     static void gather(int dtype, const void* x, int64_t at, int64_t width, int n, int step, int count,
                        Lanes (*out)[kMost]) {
@@ -123,24 +124,38 @@ struct Content {
     }
 
     // The cosine and sine of the phase of sum z[t+1] conj z[t], and whether a mean that turns by it promises to leave less
-    // than three quarters of `left`: where none does, none is looked for.
+    // than three quarters of what a still one does: where none does, none is looked for.
     static constexpr float kPromise = 1.25f;
     struct Phase {
         Lanes cosine, sine;
         decltype(Lanes{} < Lanes{}) worth;
         int any;
     };
-    static void phase(const Lanes* re, const Lanes* im, int n, const Lanes& whole, const Lanes& left, Phase* out) {
-        Lanes a = {}, b = {};
+    // The same for pairs, in one pass, with their phases.
+    static void still_pairs(const Lanes* re, const Lanes* im, int n, Lanes* left, Lanes* whole, Phase* out) {
+        const Lanes first = re[0], other = im[0];
+        Lanes s = {}, e = {}, s2 = {}, e2 = {}, a = {}, b = {}, x = first, y = other;
         for (int t = 1; t < n; ++t) {
-            a += re[t] * re[t - 1] + im[t] * im[t - 1];
-            b += im[t] * re[t - 1] - re[t] * im[t - 1];
+            const Lanes u = re[t], v = im[t], du = u - first, dv = v - other;
+            s += du;
+            e += du * du;
+            s2 += dv;
+            e2 += dv * dv;
+            a += u * x + v * y;
+            b += v * x - u * y;
+            x = u;
+            y = v;
         }
+        Lanes more, all;
+        finish(first, s, e, n, left, whole);
+        finish(other, s2, e2, n, &more, &all);
+        *left += more;
+        *whole += all;
         const Lanes square = a * a + b * b;
         Lanes length;
         for (int i = 0; i < kLanes; ++i) length[i] = __builtin_sqrtf(square[i]);
-        const Lanes promised = whole - length * kPromise;
-        out->worth = promised < left * 0.75f;
+        const Lanes promised = *whole - length * kPromise;
+        out->worth = promised < *left * 0.75f;
         out->any = 0;
         for (int i = 0; i < kLanes; ++i) out->any |= out->worth[i];
         out->cosine = length > 0.0f ? a / length : Lanes{} + 1.0f;
@@ -179,13 +194,11 @@ struct Content {
             Phase by[kTwo];
             int any = 0;
             for (int i = 0; i < kTwo; ++i) {
-                still(z.re[w + i], n, left + i, whole + i);
-                if (!pairs) continue;
-                Lanes more, all;
-                still(z.im[w + i], n, &more, &all);
-                left[i] += more;
-                whole[i] += all;
-                phase(z.re[w + i], z.im[w + i], n, whole[i], left[i], by + i);
+                if (!pairs) {
+                    still(z.re[w + i], n, left + i, whole + i);
+                    continue;
+                }
+                still_pairs(z.re[w + i], z.im[w + i], n, left + i, whole + i, by + i);
                 any |= by[i].any;
             }
             if (any) turning(z.re + w, z.im + w, n, by, left);

@@ -180,26 +180,32 @@ int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_row
 
 int kvk_kv_missed(const kvk_rows* rows, const float* error, double* missed) {
     if (!valid_rows(rows) || rows->d % rows->block) return KVK_BAD_ARGUMENT;
-    const int64_t a_row = rows->d / rows->block;
-    for (int64_t slab = 0; slab < rows->outer; ++slab) {
+    const int64_t a_row = rows->d / rows->block, width = rows->inner * a_row;
+    constexpr int64_t kStrip = 64;
+    for (int64_t slab = 0; slab < rows->outer; ++slab, error += rows->tokens * width) {
         double* const to = missed + slab * rows->inner;
         for (int64_t i = 0; i < rows->inner; ++i) to[i] = 0.0;
-        for (int64_t t = 0; t < rows->tokens; ++t)
-            for (int64_t i = 0; i < rows->inner; ++i, error += a_row)
-                for (int64_t k = 0; k < a_row; ++k) to[i] += static_cast<double>(error[k]);
+        for (int64_t c = 0; c < width; c += kStrip) {
+            const int64_t n = width - c < kStrip ? width - c : kStrip;
+            double sums[kStrip] = {};
+            for (int64_t t = 0; t < rows->tokens; ++t)
+                for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(error[t * width + c + i]);
+            for (int64_t i = 0; i < n; ++i) to[(c + i) / a_row] += sums[i];
+        }
     }
     return KVK_OK;
 }
 
-int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int64_t first, int64_t every,
-                 float* mean, float* product, float* distance) {
+int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_along* how,
+                 float* distance, float* lacking) {
     const Ops* ops = ops_for(isa);
-    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || every < 1 || first < 0 || first >= rows->tokens)
-        return KVK_BAD_ARGUMENT;
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
+    if (!how || how->every < 1 || how->first < 0 || how->first > rows->tokens - 2) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> good{true};
     split(threads, rows->outer, [&](int64_t begin, int64_t end) {
-        ops->kv_along(dtype, x, *rows, first, every, begin, end, mean, product, distance);
+        if (!ops->kv_along(dtype, x, *rows, *how, begin, end, distance, lacking)) good = false;
     });
-    return KVK_OK;
+    return good ? KVK_OK : KVK_NO_MEMORY;
 }
 
 int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,

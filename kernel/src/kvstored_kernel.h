@@ -64,10 +64,16 @@ KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const
 // missed: outer*inner.
 KVK_API int kvk_kv_missed(const kvk_rows* rows, const float* error, double* missed);
 
-// Of each head of a slab, the mean of every `every`-th token from `first` on, and of every token its product with that mean
-// and its squared distance from it. mean: outer*inner*d; product, distance: outer*tokens*inner. rows->groups is not looked at.
-KVK_API int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int64_t first, int64_t every,
-                 float* mean, float* product, float* distance);
+// How each token of a slab lies to the means of its heads, taken over every `every`-th token from `first` on, at least two.
+// distance: squared, from all of them together. lacking: what its key lacks of a mean, along it, in standard deviations of
+// that head where that is most, of heads whose deviation is below `sure` and where it is over `most`; else 0. Both:
+// outer*tokens. rows->groups is not looked at.
+typedef struct {
+    int64_t first, every;
+    float sure, most;
+} kvk_along;
+KVK_API int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_along* how,
+                 float* distance, float* lacking);
 
 // Squared distance of two tensors of these rows, head by head. squares: outer*inner; not finite where a value is not.
 KVK_API int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,

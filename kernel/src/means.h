@@ -209,50 +209,78 @@ struct Turn {
         }
     }
 
-    // Of each head of slabs, the mean over every `every`-th token from `first` on; of each token its product with that mean,
-    // and its squared distance from it: (slabs, inner, d) and (slabs, tokens, inner). Sums in eight lanes, then one by one.
-    static void along(int dtype, const void* x, const kvk_rows& rows, int64_t first, int64_t every, int64_t begin, int64_t end,
-                      float* mean, float* product, float* distance) {
+    // How each token of slabs lies to the means of their heads, taken over every `every`-th token from `first` on. distance:
+    // squared, from all means together. lacking: what its key lacks of a mean, along it, in standard deviations of the head
+    // where that is most, of heads whose deviation is below `sure` and where it is over `most`; else 0. Sums of a row are in
+    // eight lanes, then one by one. distance, lacking: (slabs, tokens). Slabs [begin, end).
+    static bool along(int dtype, const void* x, const kvk_rows& rows, const kvk_along& how, int64_t begin, int64_t end,
+                      float* distance, float* lacking) {
         const int64_t width = rows.inner * rows.d;
-        const int d = static_cast<int>(rows.d), whole = d & ~7;
+        Floats mean(width), lacks(rows.tokens);
+        if (!mean || !lacks) return false;
+        const auto dot = dtype == KVK_F32 ? product<KVK_F32> : dtype == KVK_F16 ? product<KVK_F16> : product<KVK_BF16>;
         for (int64_t slab = begin; slab < end; ++slab) {
-            float* const m = mean + slab * width;
+            float *const far = distance + slab * rows.tokens, *const out = lacking + slab * rows.tokens;
             int64_t count = 0;
-            for (int64_t i = 0; i < width; ++i) m[i] = 0.0f;
-            for (int64_t t = first; t < rows.tokens; t += every, ++count)
-                Kv<Isa>::add_row(dtype, x, slab * rows.stride + t * width, width, m);
+            for (int64_t i = 0; i < width; ++i) mean.get()[i] = 0.0f;
+            for (int64_t t = how.first; t < rows.tokens; t += how.every, ++count)
+                Kv<Isa>::add_row(dtype, x, slab * rows.stride + t * width, width, mean.get());
             const float inverse = 1.0f / static_cast<float>(count);
-            for (int64_t i = 0; i < width; ++i) m[i] *= inverse;
-            for (int64_t t = 0; t < rows.tokens; ++t)
-                for (int64_t head = 0; head < rows.inner; ++head) {
-                    const int64_t value = slab * rows.stride + t * width + head * rows.d;
-                    const float* own = m + head * rows.d;
-                    Eight dot = {}, far = {}, v, u;
-                    for (int c = 0; c < whole; c += 8) {
-                        if (dtype == KVK_F32)
-                            C::template get<Eight, KVK_F32>(x, value + c, &v);
-                        else if (dtype == KVK_F16)
-                            C::template get<Eight, KVK_F16>(x, value + c, &v);
-                        else
-                            C::template get<Eight, KVK_BF16>(x, value + c, &v);
-                        memcpy(&u, own + c, sizeof u);
-                        dot += v * u;
-                        far += (v - u) * (v - u);
-                    }
-                    if (whole < d) {
-                        alignas(32) float some[8] = {}, other[8] = {};
-                        Kv<Isa>::load(dtype, x, value + whole, some, d - whole);
-                        memcpy(other, own + whole, sizeof(float) * static_cast<size_t>(d - whole));
-                        memcpy(&v, some, sizeof v);
-                        memcpy(&u, other, sizeof u);
-                        dot += v * u;
-                        far += (v - u) * (v - u);
-                    }
-                    const int64_t to = (slab * rows.tokens + t) * rows.inner + head;
-                    product[to] = one_by_one(dot);
-                    distance[to] = one_by_one(far);
+            for (int64_t i = 0; i < width; ++i) mean.get()[i] *= inverse;
+            for (int64_t t = 0; t < rows.tokens; ++t) far[t] = out[t] = 0.0f;
+            for (int64_t head = 0; head < rows.inner; ++head) {
+                const float* own = mean.get() + head * rows.d;
+                const int d = static_cast<int>(rows.d);
+                float energy, none;
+                product<KVK_F32>(own, 0, own, d, &energy, &none);
+                energy = energy > 1e-30f ? energy : 1e-30f;
+                for (int64_t t = 0; t < rows.tokens; ++t) {
+                    float along, away;
+                    dot(x, slab * rows.stride + t * width + head * rows.d, own, d, &along, &away);
+                    lacks.get()[t] = 1.0f - along / energy;
+                    far[t] += away;
                 }
+                add_lacking(lacks.get(), rows.tokens, how, out);
+            }
         }
+        return true;
+    }
+    static void add_lacking(const float* lacks, int64_t n, const kvk_along& how, float* out) {
+        double sum = 0.0, squares = 0.0;
+        for (int64_t t = how.first; t < n; ++t) sum += static_cast<double>(lacks[t]);
+        const double mean = sum / static_cast<double>(n - how.first);
+        for (int64_t t = how.first; t < n; ++t) {
+            const double off = static_cast<double>(lacks[t]) - mean;
+            squares += off * off;
+        }
+        const float spread = static_cast<float>(__builtin_sqrt(squares / static_cast<double>(n - how.first - 1)));
+        if (!(spread < how.sure)) return;
+        const float by = spread > 1e-6f ? spread : 1e-6f;
+        for (int64_t t = 0; t < n; ++t)
+            if (lacks[t] > how.most && lacks[t] / by > out[t]) out[t] = lacks[t] / by;
+    }
+    // x.y and |x - y|^2 of a row of d.
+    template <int kDtype>
+    static void product(const void* x, int64_t at, const float* y, int d, float* along, float* away) {
+        const int whole = d & ~7;
+        Eight dot = {}, far = {}, v, u;
+        for (int c = 0; c < whole; c += 8) {
+            C::template get<Eight, kDtype>(x, at + c, &v);
+            memcpy(&u, y + c, sizeof u);
+            dot += v * u;
+            far += (v - u) * (v - u);
+        }
+        if (whole < d) {
+            alignas(32) float some[8] = {}, other[8] = {};
+            Kv<Isa>::load(kDtype, x, at + whole, some, d - whole);
+            memcpy(other, y + whole, sizeof(float) * static_cast<size_t>(d - whole));
+            memcpy(&v, some, sizeof v);
+            memcpy(&u, other, sizeof u);
+            dot += v * u;
+            far += (v - u) * (v - u);
+        }
+        *along = one_by_one(dot);
+        *away = one_by_one(far);
     }
     static float one_by_one(const Eight& v) {
         float total = v[0];

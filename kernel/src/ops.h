@@ -31,9 +31,9 @@ struct Ops {
     // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
     bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t begin, int64_t end,
                     float* still, float* turned, double* content);
-    // Slabs [begin, end).
-    void (*kv_along)(int dtype, const void* x, const kvk_rows& rows, int64_t first, int64_t every, int64_t begin, int64_t end,
-                     float* mean, float* product, float* distance);
+    // Slabs [begin, end). False where there is no memory.
+    bool (*kv_along)(int dtype, const void* x, const kvk_rows& rows, const kvk_along& how, int64_t begin, int64_t end,
+                     float* distance, float* lacking);
     void (*kv_gains)(const kvk_rows& rows, const kvk_turns& turns, const float* still, const float* turned, float* gains);
     // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
     bool (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,

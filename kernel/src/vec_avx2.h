@@ -519,6 +519,14 @@ struct Avx2 {
     KVK_INLINE void store_sum64(const __m256* v, float* mean, const int64_t* turn, bool stream, char* out) {
         __m256 sum[8];
         if (turn) {
+#if defined(__AVX512F__)
+#pragma GCC unroll 4
+            for (int r = 0; r < 8; r += 2) {
+                const __m512 m = gone_on16(mean + 8 * r, turn);
+                sum[r] = _mm256_add_ps(v[r], _mm512_castps512_ps256(m));
+                sum[r + 1] = _mm256_add_ps(v[r + 1], _mm512_extractf32x8_ps(m, 1));
+            }
+#else
 #pragma GCC unroll 8
             for (int r = 0; r < 8; ++r) {
                 float* const at = mean + 8 * r;
@@ -528,6 +536,7 @@ struct Avx2 {
                 _mm256_storeu_ps(at, next);
                 _mm256_storeu_ps(at + turn[0], _mm256_sub_ps(step, _mm256_mul_ps(_mm256_loadu_ps(at + turn[1]), next)));
             }
+#endif
         } else {
 #pragma GCC unroll 8
             for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
@@ -678,9 +687,23 @@ struct Avx2 {
         for (int b = 0; b < blocks; ++b)
             sums.set(b, code_block<kSize>(x + kSize * b, inverse[b], codes + kSize / 2 * b));
     }
+#if defined(__AVX512F__)
+    // Sixteen means, which then go on to the next token's.
+    KVK_INLINE __m512 gone_on16(float* at, const int64_t* turn) {
+        const __m512 m = _mm512_loadu_ps(at), step = _mm512_loadu_ps(at + turn[0]), next = _mm512_add_ps(m, step);
+        _mm512_storeu_ps(at, next);
+        _mm512_storeu_ps(at + turn[0], _mm512_sub_ps(step, _mm512_mul_ps(_mm512_loadu_ps(at + turn[1]), next)));
+        return m;
+    }
+#endif
     // x minus turning means into out, and each mean to its next token's (turn.h). turn: offsets of its step and chord.
     static void subtract_turning(const float* x, float* mean, const int64_t* turn, int n, float* out) {
-        for (int i = 0; i < n; i += 8) {
+        int i = 0;
+#if defined(__AVX512F__)
+        for (; i + 16 <= n; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_sub_ps(_mm512_loadu_ps(x + i), gone_on16(mean + i, turn)));
+#endif
+        for (; i < n; i += 8) {
             float* const at = mean + i;
             const __m256 m = _mm256_loadu_ps(at), step = _mm256_loadu_ps(at + turn[0]);
             _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), m));

@@ -218,12 +218,20 @@ def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs:
     made = [means.codes, means.scales]
     if means.turns is not None:
         rotary, tangents, turning = means.turns
-        rows = [tuple(row) for row in tangents.tolist()]
-        tables = {row: at for at, row in enumerate(sorted(set(rows)))}
-        of = torch.tensor([tables[row] for row in rows], dtype=torch.int32, device=tangents.device)
-        made += [turning, of, torch.tensor(list(tables), dtype=torch.float32, device=tangents.device)]
+        of, tables = _tables(tangents.cpu().numpy())
+        made += [turning, of.to(turning.device), tables.to(turning.device)]
         attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
     parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
+
+
+def _tables(tangents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which table each slab has, int32 (outer,), and the tables in order. tangents: float32 (outer, pairs)."""
+    rows = [row.tobytes() for row in tangents]
+    first = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))
+    chosen = sorted(first.values(), key=lambda at: tangents[at].tolist())
+    found = {rows[at]: which for which, at in enumerate(chosen)}
+    of = np.array([found[row] for row in rows], np.int32)
+    return torch.from_numpy(of), torch.from_numpy(tangents[chosen])
 
 
 def _decoded_before(blocks: Coded, block: int) -> bool:

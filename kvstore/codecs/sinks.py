@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kvstore.kernels import KvKernel
-from kvstore.kernels.cpu import Rows
+from kvstore.kernels.cpu import Along, Rows
 
 TOKENS_EACH = 256
 """Tokens of a chunk for each that is kept beyond the first: 0.06 bits a key."""
@@ -28,7 +28,7 @@ _FAR = 4.0
 """Times the median energy about the mean: one of the first tokens that is as far is kept, whatever it lacks."""
 
 
-@np.errstate(invalid="ignore", over="ignore")  # values that are not finite are refused when they are coded
+@np.errstate(over="ignore")  # energies that are not finite: such values are refused when they are coded
 def sinks_of(rows: torch.Tensor, kernel: KvKernel, *, start: bool) -> tuple[int, ...]:
     """Tokens to keep in 16 bits, ascending. rows: (outer, tokens, inner, d); start: the first is a prompt's first."""
     outer, tokens, inner, d = rows.shape
@@ -37,31 +37,17 @@ def sinks_of(rows: torch.Tensor, kernel: KvKernel, *, start: bool) -> tuple[int,
         return ()
     some = rows[:: max(1, -(-outer // _SLABS))]
     where = Rows(len(some), tokens, inner, d, some.stride(0) if len(some) > 1 else tokens * inner * d, 1, 32, 0)
-    mean, along, apart = (part.cpu().numpy() for part in kernel.kv_along(some, where, first, _EACH))
-    kept = {0, *_far(apart, first)} if start else set()
+    apart, lacking = (x.cpu().numpy() for x in kernel.kv_along(some, where, Along(first, _EACH, _SURE, LACKING)))
+    kept = {0, *_far(apart.sum(axis=0), first)} if start else set()
     if most:
-        deviations = _lacking(along, np.square(mean).sum(axis=-1), first)
-        deviations[list(kept)] = 0.0
-        best = np.argsort(-deviations, kind="stable")[:most]
-        kept |= set(best[deviations[best] > 0].tolist())
+        lacks = lacking.max(axis=0)
+        lacks[list(kept)] = 0.0
+        best = np.argsort(-lacks, kind="stable")[:most]
+        kept |= set(best[lacks[best] > 0].tolist())
     return tuple(sorted(kept))
 
 
 def _far(apart: np.ndarray, first: int) -> list[int]:
-    """Of the first tokens those that are far from the mean. apart: squared distances (slabs, tokens, heads)."""
-    energy = apart.sum(axis=(0, 2))
-    usual = np.sort(energy[first::_EACH])
-    return np.flatnonzero(energy[:first] > _FAR * usual[(usual.size - 1) // 2]).tolist()  # type: ignore[no-any-return]
-
-
-def _lacking(along: np.ndarray, energy: np.ndarray, first: int) -> np.ndarray:
-    """How far each token lacks the mean, in standard deviations of the head where that is most; 0 if nowhere by much.
-
-    along: the product of each token with its head's mean (slabs, tokens, heads); energy: the mean's (slabs, heads).
-    Returns float32 (tokens,).
-    """
-    lacks = np.float32(1.0) - along / np.maximum(energy, np.float32(1e-30))[:, None]
-    spread = lacks[:, first:].std(axis=1, ddof=1, keepdims=True)
-    counts = (spread < _SURE) & (lacks > LACKING)
-    found: np.ndarray = np.where(counts, lacks / np.maximum(spread, np.float32(1e-6)), np.float32(0.0)).max(axis=(0, 2))
-    return found
+    """Of the first tokens those that are far from the means. apart: squared distances (tokens,)."""
+    usual = np.sort(apart[first::_EACH])
+    return np.flatnonzero(apart[:first] > _FAR * usual[(usual.size - 1) // 2]).tolist()  # type: ignore[no-any-return]

@@ -76,8 +76,8 @@ def means_of(
     if tangents is not None:
         heads = _turning(gains.sum(dim=2).cpu().numpy(), power, rows, _tokens(rows, sampled))
         if heads.any():
-            mask = torch.from_numpy(heads).to(x.device)[..., None].expand(gains.shape)
-            turns = Turns(rotary, tangents, bytes_of(mask))
+            mask = np.broadcast_to(heads[..., None], gains.shape)
+            turns = Turns(rotary, tangents, torch.from_numpy(bytes_of(mask)).to(x.device))
     return Means(*kernel.kv_code_means(rows, turns, still, sums), turns, known, energies)
 
 

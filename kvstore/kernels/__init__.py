@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import ISAS, CpuKernel, Rotary, Rows, Turns, kernels
+from kvstore.kernels.cpu import ISAS, Along, CpuKernel, Rotary, Rows, Turns, kernels
 from kvstore.kernels.trial import agree
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ class KvKernel(Protocol):
     def kv_missed(self, rows: Rows, error: torch.Tensor) -> torch.Tensor:
         """`reference_content.missed`."""
 
-    def kv_along(
-        self, x: torch.Tensor, rows: Rows, first: int, every: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def kv_along(self, x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, torch.Tensor]:
         """`reference_turn.kv_along`."""
 
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -42,6 +42,17 @@ class Rows(ctypes.Structure):
     )
 
 
+class Along(ctypes.Structure):
+    """`kvk_along` of kernel/src/kvstored_kernel.h: which tokens means are taken of, and what lacks them."""
+
+    _fields_ = (
+        ("first", ctypes.c_int64),
+        ("every", ctypes.c_int64),
+        ("sure", ctypes.c_float),
+        ("most", ctypes.c_float),
+    )
+
+
 class Rotary(NamedTuple):
     """Which channels of a row turn in pairs: the first `channels`, neighbours or half of them apart."""
 
@@ -104,7 +115,7 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
     library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, p, p)
     library.kvk_kv_missed.argtypes = (rows, p, p)
-    library.kvk_kv_along.argtypes = (i, i, i, p, rows, n, n, p, p, p)
+    library.kvk_kv_along.argtypes = (i, i, i, p, rows, ctypes.POINTER(Along), p, p)
     library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
     turns = ctypes.POINTER(_Turns)
     library.kvk_kv_lags.argtypes = (i, i, i, p, rows, turns, i, p, p)
@@ -199,15 +210,12 @@ class CpuKernel:
         _checked(self.library.kvk_kv_missed(rows, error.data_ptr(), missed.data_ptr()))
         return missed
 
-    def kv_along(
-        self, x: torch.Tensor, rows: Rows, first: int, every: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def kv_along(self, x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, torch.Tensor]:
         """`reference_turn.kv_along`."""
-        mean = torch.empty(rows.outer, rows.inner, rows.d, dtype=torch.float32, device="cpu")
-        product, distance = torch.empty(2, rows.outer, rows.tokens, rows.inner, dtype=torch.float32, device="cpu")
-        where = (x.data_ptr(), rows, first, every, mean.data_ptr(), product.data_ptr(), distance.data_ptr())
+        distance, lacking = torch.empty(2, rows.outer, rows.tokens, dtype=torch.float32, device="cpu")
+        where = (x.data_ptr(), rows, how, distance.data_ptr(), lacking.data_ptr())
         _checked(self.library.kvk_kv_along(self.isa, _threads(x), DTYPES[x.dtype], *where))
-        return mean, product, distance
+        return distance, lacking
 
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""

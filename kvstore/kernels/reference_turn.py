@@ -10,7 +10,7 @@ The functions have the signatures of a kernel (`kernels.KvKernel`). Pure, any th
 import numpy as np
 import torch
 
-from kvstore.kernels.cpu import Rotary, Rows, Turns
+from kvstore.kernels.cpu import Along, Rotary, Rows, Turns
 from kvstore.kernels.reference_content import energies, missed
 from kvstore.kernels.reference_kv import (
     GROUP,
@@ -129,11 +129,9 @@ def bits_of(turning: torch.Tensor, pairs: int) -> torch.Tensor:
     return ((turning[..., None] >> at) & 1).flatten(-2)[..., :pairs].bool()
 
 
-def bytes_of(mask: torch.Tensor) -> torch.Tensor:
+def bytes_of(mask: np.ndarray) -> np.ndarray:
     """The bytes that `bits_of` reads."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    at = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return (padded.view(*mask.shape[:-1], -1, 8) << at).sum(dim=-1).to(torch.uint8)
+    return np.packbits(mask, axis=-1, bitorder="little")
 
 
 def kv_code_means(
@@ -238,22 +236,28 @@ def kv_missed(rows: Rows, error: torch.Tensor) -> torch.Tensor:
     return missed(error, rows)
 
 
-def kv_along(
-    x: torch.Tensor, rows: Rows, first: int, every: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean of each head over every `every`-th token from `first` on, and how each token lies to it.
+def kv_along(x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, torch.Tensor]:
+    """How each token of a slab lies to the means of its heads, taken over every `every`-th token from `first` on.
 
-    Returns float32: the means (outer, inner, d), and (outer, tokens, inner) twice: the product of each token with its
-    head's mean, and its squared distance from that.
+    Returns float32 (outer, tokens) twice: the squared distance from all of them together, and what the token's key
+    lacks of a mean, along it, in standard deviations of that head where that is most: of heads whose deviation is below
+    `sure` and where it is over `most`, else 0.
     """
     values = seen(x, rows).to(torch.float32)
     mean = torch.zeros(rows.outer, rows.inner, rows.d, dtype=torch.float32, device=x.device)
-    sampled = range(first, rows.tokens, every)
+    sampled = range(how.first, rows.tokens, how.every)
     for t in sampled:
         mean += values[:, t]
-    mean *= float(np.float32(1.0) / np.float32(len(sampled)))
-    off = values - mean[:, None]
-    return mean, _in_eights(values * mean[:, None]), _in_eights(off * off)
+    mean = (mean * float(np.float32(1.0) / np.float32(len(sampled))))[:, None]
+    off = values - mean
+    distance = torch.zeros(rows.outer, rows.tokens, dtype=torch.float32, device=x.device)
+    for head in _in_eights(off * off).unbind(-1):
+        distance += head
+    energy = _in_eights(mean * mean).clamp(min=1e-30)
+    lacks = 1.0 - _in_eights(values * mean) / energy
+    spread = lacks[:, how.first :].double().std(dim=1, keepdim=True).to(torch.float32)
+    counts = (spread < how.sure) & (lacks > how.most)
+    return distance, torch.where(counts, lacks / spread.clamp(min=1e-6), 0.0).amax(dim=2)
 
 
 def _in_eights(x: torch.Tensor) -> torch.Tensor:
