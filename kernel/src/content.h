@@ -290,46 +290,52 @@ struct Content {
         }
     }
 
+    static constexpr int kRows = 16;  // whose squares are summed as floats
     // Sum of squares of n rows of d values, or of the differences of two tensors.
     static double squares(int dtype, const void* x, const void* y, int64_t at, int64_t width, int64_t n, int d) {
         const auto some = dtype == KVK_F32 ? square<KVK_F32> : dtype == KVK_F16 ? square<KVK_F16> : square<KVK_BF16>;
         double total = 0.0;
-        for (int64_t t = 0; t < n; t += 16)
-            total += some(x, y, at + t * width, width, static_cast<int>(n - t < 16 ? n - t : 16), d);
+        for (int64_t t = 0; t < n; t += kRows)
+            total += some(x, y, at + t * width, width, static_cast<int>(n - t < kRows ? n - t : kRows), d);
         return total;
     }
 
     template <int kDtype>
     static double square(const void* x, const void* y, int64_t at, int64_t width, int n, int d) {
-        Eight total = {}, a, b = {};
+        Eight total[4] = {}, a, b = {};
         const int whole = d & ~7;
         alignas(32) float some[8] = {}, other[8] = {};
         for (int t = 0; t < n; ++t, at += width) {
             for (int i = 0; i < whole; i += 8) {
                 get<Eight, kDtype>(x, at + i, &a);
                 if (y) get<Eight, kDtype>(y, at + i, &b);
-                total += (a - b) * (a - b);
+                total[i / 8 % 4] += (a - b) * (a - b);
             }
             if (whole == d) continue;
             Kv<Isa>::load(kDtype, x, at + whole, some, d - whole);
             if (y) Kv<Isa>::load(kDtype, y, at + whole, other, d - whole);
             memcpy(&a, some, sizeof a);
             memcpy(&b, other, sizeof b);
-            total += (a - b) * (a - b);
+            total[0] += (a - b) * (a - b);
         }
         double found = 0.0;
-        add_to(&found, total);
+        for (const Eight& each : total) add_to(&found, each);
         return found;
     }
 
-    // Squared distance of two tensors of the same rows, slab by slab and head by head.
+    // Squared distance of two tensors of the same rows, slab by slab and head by head: as the rows lie.
     static void distance(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                          double* out) {
+        const auto some = dtype == KVK_F32 ? square<KVK_F32> : dtype == KVK_F16 ? square<KVK_F16> : square<KVK_BF16>;
         const int64_t width = rows.inner * rows.d;
-        for (int64_t slab = begin; slab < end; ++slab)
-            for (int64_t i = 0; i < rows.inner; ++i)
-                out[slab * rows.inner + i] =
-                    squares(dtype, x, y, slab * rows.stride + i * rows.d, width, rows.tokens, static_cast<int>(rows.d));
+        for (int64_t slab = begin; slab < end; ++slab) {
+            double* const to = out + slab * rows.inner;
+            for (int64_t i = 0; i < rows.inner; ++i) to[i] = 0.0;
+            for (int64_t t = 0; t < rows.tokens; t += kRows)
+                for (int64_t i = 0; i < rows.inner; ++i)
+                    to[i] += some(x, y, slab * rows.stride + t * width + i * rows.d, width,
+                                  static_cast<int>(rows.tokens - t < kRows ? rows.tokens - t : kRows), static_cast<int>(rows.d));
+        }
     }
 };
 

@@ -218,17 +218,18 @@ int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* 
     return KVK_OK;
 }
 
-int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, int sampled,
-                const int32_t* lags, float* sums) {
+int kvk_kv_phases(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
+                  const kvk_phases* how, double* power, double* pooled, uint8_t* shown, int32_t* heads) {
     const Ops* ops = ops_for(isa);
     if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !grouped(rows) || !valid_turns(rows, turns)) return KVK_BAD_ARGUMENT;
-    if (sampled < 1 || sampled > rows->groups) return KVK_BAD_ARGUMENT;
-    for (int i = 0; i < 3; ++i)
-        if (lags[i] < 1) return KVK_BAD_ARGUMENT;
+    if (!how || how->sampled < 1 || how->sampled > rows->groups) return KVK_BAD_ARGUMENT;
+    for (const int32_t lag : how->lags)
+        if (lag < 1) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> good{true};
     split(threads, rows->outer, [&](int64_t begin, int64_t end) {
-        ops->kv_lags(dtype, x, *rows, *turns, rows->groups, sampled, lags, begin, end, sums);
+        if (!ops->kv_phases(dtype, x, *rows, *turns, rows->groups, *how, begin, end, power, pooled, shown, heads)) good = false;
     });
-    return KVK_OK;
+    return good ? KVK_OK : KVK_NO_MEMORY;
 }
 
 int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, float* still,

@@ -20,7 +20,7 @@ namespace kvk {
 
 const Ops KVK_TABLE = {
     Nf4<Isa>::encode, Nf4<Isa>::encode_tail, Nf4<Isa>::decode, Nf4<Isa>::decode_tail, Nf4<Isa>::scales,
-    Kv<Isa>::means,   Content<Isa>::energy,  Content<Isa>::distance, Turn<Isa>::lags, Turn<Isa>::sums,
+    Kv<Isa>::means,   Content<Isa>::energy,  Content<Isa>::distance, Turn<Isa>::phases, Turn<Isa>::sums,
     Turn<Isa>::along, Turn<Isa>::gains,      Turn<Isa>::means,       Kv<Isa>::encode, Kv<Isa>::decode,
 };
 

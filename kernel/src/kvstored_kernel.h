@@ -88,11 +88,18 @@ typedef struct {
     int32_t rotary, interleaved;
 } kvk_turns;
 
-// For each pair of each head, over the first `sampled` groups of tokens: energy without a still mean, energy, and the real
-// and imaginary parts of sum z[t] conj z[t - lag] for three lags. Of turns, rotary and interleaved are read.
-// sums: outer*inner*rotary/2*8. rows->groups: at least 1.
-KVK_API int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
-                int sampled, const int32_t* lags, float* sums);
+// What keys show of how they turn. For each pair of each head, over the first `sampled` groups of tokens: energy e without a
+// still mean, energy E, and sums L of z[t] conj z[t - lag] for three lags, in floats. From these, in doubles in the order of
+// heads and pairs: power, outer*inner, the sum of min(e, |E - whole |L3||) over the pairs of a head; pooled,
+// outer*rotary/2*3*2, the sum of L / power over heads; shown, outer*rotary/2, whether some head's |L3| > seen E and
+// whole |L3| - (E - e) > worth power; heads, outer, how many heads show it of a pair. Of turns, rotary and interleaved are
+// read. rows->groups: at least 1.
+typedef struct {
+    int32_t sampled, lags[3];
+    double whole, seen, worth;
+} kvk_phases;
+KVK_API int kvk_kv_phases(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
+                const kvk_phases* how, double* power, double* pooled, uint8_t* shown, int32_t* heads);
 // Sums over each group of tokens. still: outer*groups*inner*d. With turns->tangents also: turned, the same sums in the frame
 // that turns by them, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
 // beyond still ones. content: null, or what kvk_kv_content gives for this pairing. Of turns, `turning` is not read.

@@ -14,35 +14,85 @@ struct Turn {
 
     using C = Content<Isa>;
     using Run = typename C::Run;
+    // Runs that may not be had.
+    class Runs {
+      public:
+        explicit Runs(int n) : at_(new (std::nothrow) Run[static_cast<size_t>(n > 0 ? n : 1)]) {}
+        ~Runs() { delete[] at_; }
+        Runs(const Runs&) = delete;
+        Runs& operator=(const Runs&) = delete;
+        Run* get() const { return at_; }
+        explicit operator bool() const { return at_ != nullptr; }
 
-    // Pairs that lie in whole runs of vectors.
-    static int wide_of(const kvk_turns& turns) { return (turns.rotary / 2 + C::kSide - 1) / C::kSide * C::kSide; }
+      private:
+        Run* at_;
+    };
 
     static int tokens_of(const kvk_rows& rows, int64_t group, int64_t groups) {
         return static_cast<int>(group == groups - 1 ? rows.tokens - group * kvk::kGroup : kvk::kGroup);
     }
 
-    // For each pair of each head: energy without a still mean, energy, and sum z[t] conj z[t - lag] for three lags, over
-    // the first groups of a slab. sums: kSums for each. Slabs [begin, end).
-    static void lags(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
-                     const int32_t* lag, int64_t begin, int64_t end, float* sums) {
+    // What keys show of how they turn, slab by slab [begin, end): kvstored_kernel.h says what.
+    static bool phases(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups,
+                       const kvk_phases& how, int64_t begin, int64_t end, double* power, double* pooled, uint8_t* shown,
+                       int32_t* heads) {
         const int half = turns.rotary / 2;
         const int64_t width = rows.inner * rows.d;
+        Floats sums(half * kSums);
+        if (!sums) return false;
         Run z;
-        for (int64_t at = begin * rows.inner; at < end * rows.inner; ++at) {
-            float* const out = sums + at * half * kSums;
-            for (int i = 0; i < half * kSums; ++i) out[i] = 0.0f;
-            const int64_t head = at / rows.inner * rows.stride + at % rows.inner * rows.d;
-            for (int64_t g = 0; g < sampled; ++g) {
-                const int n = tokens_of(rows, g, groups);
-                for (int c = 0, count; c < half; c += count) {
-                    count = half - c < C::kChunk ? half - c : C::kChunk;
-                    C::gather_pairs(dtype, x, head + g * kvk::kGroup * width, width, n, half, turns.interleaved, c, count, &z);
-                    for (int w = 0; w * C::kLanes < count; ++w)
-                        add_lags(z.re[w], z.im[w], n, count - w * C::kLanes, lag, out + (c + w * C::kLanes) * kSums);
+        for (int64_t slab = begin; slab < end; ++slab) {
+            C::ahead(dtype, x, slab * rows.stride, tokens_of(rows, 0, groups) * width);
+            double* const pool = pooled + slab * half * 2 * kLags;
+            uint8_t* const show = shown + slab * half;
+            for (int i = 0; i < half * 2 * kLags; ++i) pool[i] = 0.0;
+            for (int i = 0; i < half; ++i) show[i] = 0;
+            heads[slab] = 0;
+            for (int64_t head = 0; head < rows.inner; ++head) {
+                for (int i = 0; i < half * kSums; ++i) sums.get()[i] = 0.0f;
+                for (int64_t g = 0; g < how.sampled; ++g) {
+                    const int n = tokens_of(rows, g, groups);
+                    const int64_t value = slab * rows.stride + g * kvk::kGroup * width + head * rows.d;
+                    for (int c = 0, count; c < half; c += count) {
+                        count = half - c < C::kChunk ? half - c : C::kChunk;
+                        C::gather_pairs(dtype, x, value, width, n, half, turns.interleaved, c, count, &z);
+                        for (int w = 0; w * C::kLanes < count; ++w)
+                            add_lags(z.re[w], z.im[w], n, count - w * C::kLanes, how.lags,
+                                     sums.get() + (c + w * C::kLanes) * kSums);
+                    }
                 }
+                power[slab * rows.inner + head] = pool_head(sums.get(), half, how, pool, show, heads + slab);
             }
         }
+        return true;
+    }
+
+    // The energy of a head without its means, still or turning; what it adds to its slab's.
+    static double pool_head(const float* sums, int half, const kvk_phases& how, double* pool, uint8_t* show, int32_t* heads) {
+        double left = 0.0;
+        for (int p = 0; p < half; ++p) {
+            const float* of = sums + p * kSums;
+            const double turned = __builtin_fabs(static_cast<double>(of[1]) - length_of(of) * how.whole);
+            const double still = static_cast<double>(of[0]);
+            left += still < turned ? still : turned;
+        }
+        left = left > 1e-30 ? left : 1e-30;
+        int any = 0;
+        for (int p = 0; p < half; ++p) {
+            const float* of = sums + p * kSums;
+            const double last = length_of(of), energy = static_cast<double>(of[1]);
+            const double more = last * how.whole - (energy - static_cast<double>(of[0]));
+            const bool seen = last > energy * how.seen && more > left * how.worth;
+            show[p] |= seen;
+            any |= seen;
+            for (int k = 0; k < 2 * kLags; ++k) pool[p * 2 * kLags + k] += static_cast<double>(of[2 + k]) / left;
+        }
+        *heads += any;
+        return left;
+    }
+    static double length_of(const float* of) {
+        const double a = static_cast<double>(of[kSums - 2]), b = static_cast<double>(of[kSums - 1]);
+        return __builtin_sqrt(a * a + b * b);
     }
 
     static void add_lags(const Lanes* re, const Lanes* im, int n, int count, const int32_t* lag, float* out) {
@@ -68,81 +118,78 @@ struct Turn {
             for (int k = 0; k < kSums; ++k) out[i * kSums + k] += found[k][i];
     }
 
-    // The frame that turns by a slab's tangents: cos and sin of each token, for each pair. One slab's is often the next one's.
-    struct Frame {
-        Floats room;
-        const float* made = nullptr;
-        explicit Frame(int wide) : room(2 * kMost * wide) {}
-    };
-
-    // Where the sums of a group of tokens go, and what is to be known of it besides; each may be null.
-    struct Wanted {
-        float *still, *turned;
-        double* content;
-    };
-
     // Sums of groups of tokens, (outer, groups, inner, d): as they stand, and where turns->tangents is given in the frame
-    // that turns by them. wanted.content: (left, whole) of each head. Groups [begin, end) of outer * groups.
+    // that turns by them. content: null, or (left, whole) of each head. Groups [begin, end) of outer * groups.
     static bool sums(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t begin, int64_t end,
                      float* still, float* turned, double* content) {
-        const int half = turns.rotary / 2, wide = wide_of(turns);
+        const int half = turns.rotary / 2, chunks = (half + C::kChunk - 1) / C::kChunk;
         const int64_t width = rows.inner * rows.d;
-        Frame frame(turns.tangents ? wide : 0);
-        if (!frame.room) return false;
+        Runs frames(turns.tangents ? chunks : 0);
+        if (!frames) return false;
+        const float* made = nullptr;
         for (int64_t at = begin; at < end; ++at) {
             const int64_t slab = at / rows.groups, group = at % rows.groups;
-            const int n = tokens_of(rows, group, rows.groups);
-            if (turns.tangents) {
-                const float* tangents = turns.tangents + slab * half;
-                if (!frame.made || memcmp(tangents, frame.made, sizeof(float) * static_cast<size_t>(half)))
-                    make_frame(tangents, kMost, half, wide, frame.room.get());
-                frame.made = tangents;
+            const float* tangents = turns.tangents ? turns.tangents + slab * half : nullptr;
+            if (tangents && (!made || memcmp(tangents, made, sizeof(float) * static_cast<size_t>(half)))) {
+                for (int c = 0; c < chunks; ++c) make_frame(tangents + c * C::kChunk, half - c * C::kChunk, frames.get() + c);
+                made = tangents;
             }
             const int64_t value = slab * rows.stride + group * kvk::kGroup * width;
-            C::ahead(dtype, x, value, n * width);
-            for (int64_t i = 0; i < rows.inner; ++i) {
-                const int64_t to = at * rows.inner + i;
-                const Wanted wanted = {still + to * rows.d, turned + to * rows.d, content ? content + 2 * to : nullptr};
-                head(dtype, x, value + i * rows.d, rows, n, turns, frame.room.get(), wanted);
-            }
+            C::ahead(dtype, x, value, tokens_of(rows, group, rows.groups) * width);
+            const Group of = {dtype, x, value, rows, turns, tokens_of(rows, group, rows.groups), content != nullptr};
+            of_group(of, frames.get(), still + at * width, turned + at * width, content + 2 * at * rows.inner);
         }
         return true;
     }
 
-    // One group of n tokens of one head.
-    static void head(int dtype, const void* x, int64_t at, const kvk_rows& rows, int n, const kvk_turns& turns,
-                     const float* frame, const Wanted& to) {
-        const int half = turns.rotary / 2, wide = wide_of(turns), d = static_cast<int>(rows.d);
-        const int step = turns.interleaved ? 2 : 1, apart = turns.interleaved ? 1 : half;
-        const int64_t width = rows.inner * rows.d;
-        const bool counted = to.content && n >= C::kShort;
+    // A group of n tokens, the first of whose values is at `at`.
+    struct Group {
+        int dtype;
+        const void* x;
+        int64_t at;
+        const kvk_rows& rows;
+        const kvk_turns& turns;
+        int n;
+        bool content;
+    };
+    // A chunk of pairs of all heads after the other: so what turns them stays in L1.
+    static void of_group(const Group& g, const Run* frames, float* still, float* turned, double* content) {
+        const int half = g.turns.rotary / 2, d = static_cast<int>(g.rows.d), n = g.n;
+        const int step = g.turns.interleaved ? 2 : 1, apart = g.turns.interleaved ? 1 : half;
+        const int64_t inner = g.rows.inner, width = inner * d;
+        const bool counted = g.content && n >= C::kShort;
         Run z;
-        if (counted) to.content[0] = to.content[1] = 0.0;
-        if (to.content && !counted) to.content[0] = to.content[1] = C::squares(dtype, x, nullptr, at, width, n, d);
+        for (int64_t i = 0; g.content && i < inner; ++i)
+            content[2 * i] = content[2 * i + 1] = counted ? 0.0 : C::squares(g.dtype, g.x, nullptr, g.at + i * d, width, n, d);
         for (int c = 0, count; c < half; c += count) {
             count = half - c < C::kChunk ? half - c : C::kChunk;
-            C::gather_pairs(dtype, x, at, width, n, half, turns.interleaved, c, count, &z);
-            for (int w = 0; w * C::kLanes < count; ++w) {
-                const int from = c + w * C::kLanes, some = count - w * C::kLanes;
-                Lanes re, im;
-                stand(z.re[w], z.im[w], n, &re, &im);
-                put(re, im, some, step, apart, to.still + step * from);
-                if (!turns.tangents) continue;
-                turn_back(z.re[w], z.im[w], frame + from, n, wide, &re, &im);
-                put(re, im, some, step, apart, to.turned + step * from);
+            for (int64_t i = 0; i < inner; ++i) {
+                C::gather_pairs(g.dtype, g.x, g.at + i * d, width, n, half, g.turns.interleaved, c, count, &z);
+                for (int w = 0; w * C::kLanes < count; ++w) {
+                    const int64_t to = i * d + step * (c + w * C::kLanes);
+                    Lanes re, im;
+                    stand(z.re[w], z.im[w], n, &re, &im);
+                    put(re, im, count - w * C::kLanes, step, apart, still + to);
+                    if (!g.turns.tangents) continue;
+                    const Run& frame = frames[c / C::kChunk];
+                    turn_back(z.re[w], z.im[w], frame.re[w], frame.im[w], n, &re, &im);
+                    put(re, im, count - w * C::kLanes, step, apart, turned + to);
+                }
+                if (counted) C::add_energies(z, n, count, true, content + 2 * i);
             }
-            if (counted) C::add_energies(z, n, count, true, to.content);
         }
-        for (int c = turns.rotary, count; c < d; c += count) {  // the channels that turn with nobody
-            count = d - c < C::kChunk ? d - c : C::kChunk;
-            C::gather(dtype, x, at + c, width, n, 1, count, z.re);
-            for (int w = 0; w * C::kLanes < count; ++w) {
-                Lanes sum, same;
-                stand(z.re[w], z.re[w], n, &sum, &same);
-                for (int i = 0; i < C::kLanes && w * C::kLanes + i < count; ++i) to.still[c + w * C::kLanes + i] = sum[i];
+        for (int64_t i = 0; i < inner; ++i)
+            for (int c = g.turns.rotary, count; c < d; c += count) {  // the channels that turn with nobody
+                count = d - c < C::kChunk ? d - c : C::kChunk;
+                C::gather(g.dtype, g.x, g.at + i * d + c, width, n, 1, count, z.re);
+                for (int w = 0; w * C::kLanes < count; ++w) {
+                    Lanes sum, same;
+                    stand(z.re[w], z.re[w], n, &sum, &same);
+                    for (int k = 0; k < C::kLanes && w * C::kLanes + k < count; ++k)
+                        still[i * d + c + w * C::kLanes + k] = sum[k];
+                }
+                if (counted) C::add_energies(z, n, count, false, content + 2 * i);
             }
-            if (counted) C::add_energies(z, n, count, false, to.content);
-        }
     }
     static void put(const Lanes& re, const Lanes& im, int count, int step, int apart, float* to) {
         for (int i = 0; i < C::kLanes && i < count; ++i) {
@@ -159,14 +206,11 @@ struct Turn {
         *a = sr;
         *b = si;
     }
-    static void turn_back(const Lanes* re, const Lanes* im, const float* frame, int n, int wide, Lanes* a, Lanes* b) {
+    static void turn_back(const Lanes* re, const Lanes* im, const Lanes* cosine, const Lanes* sine, int n, Lanes* a, Lanes* b) {
         Lanes sr = {}, si = {};
-        for (int t = 0; t < n; ++t, frame += 2 * wide) {
-            Lanes c, s;
-            memcpy(&c, frame, sizeof c);
-            memcpy(&s, frame + wide, sizeof s);
-            sr += re[t] * c + im[t] * s;
-            si += im[t] * c - re[t] * s;
+        for (int t = 0; t < n; ++t) {
+            sr += re[t] * cosine[t] + im[t] * sine[t];
+            si += im[t] * cosine[t] - re[t] * sine[t];
         }
         *a = sr;
         *b = si;
@@ -188,20 +232,20 @@ struct Turn {
         }
     }
 
-    // cos and sin of each of n tokens, for each pair.
-    static void make_frame(const float* tangents, int n, int half, int wide, float* frame) {
-        for (int p = 0; p < wide; p += C::kLanes) {
+    // The frame that turns by tangents: cos and sin of each token, for up to a chunk of pairs.
+    static void make_frame(const float* tangents, int pairs, Run* frame) {
+        for (int w = 0; w < C::kWide; ++w) {
             Lanes sine = {}, cosine = {}, c = {}, s = {};
-            for (int i = 0; i < C::kLanes && p + i < half; ++i) {
+            for (int i = 0; i < C::kLanes && w * C::kLanes + i < pairs; ++i) {
                 float at, chord;
-                angle_of(tangents[p + i], &at, &chord);
+                angle_of(tangents[w * C::kLanes + i], &at, &chord);
                 sine[i] = at;
                 cosine[i] = 1.0f - chord * 0.5f;
                 c[i] = 1.0f;
             }
-            for (int t = 0; t < n; ++t) {
-                memcpy(frame + 2 * t * wide + p, &c, sizeof c);
-                memcpy(frame + 2 * t * wide + wide + p, &s, sizeof s);
+            for (int t = 0; t < kMost; ++t) {
+                frame->re[w][t] = c;
+                frame->im[w][t] = s;
                 const Lanes next = c * cosine - s * sine;
                 s = c * sine + s * cosine;
                 c = next;
@@ -216,8 +260,8 @@ struct Turn {
     static bool along(int dtype, const void* x, const kvk_rows& rows, const kvk_along& how, int64_t begin, int64_t end,
                       float* distance, float* lacking) {
         const int64_t width = rows.inner * rows.d;
-        Floats mean(width), lacks(rows.tokens);
-        if (!mean || !lacks) return false;
+        Floats mean(width), energy(rows.inner), lacks(rows.inner * rows.tokens);
+        if (!mean || !energy || !lacks) return false;
         const auto dot = dtype == KVK_F32 ? product<KVK_F32> : dtype == KVK_F16 ? product<KVK_F16> : product<KVK_BF16>;
         for (int64_t slab = begin; slab < end; ++slab) {
             float *const far = distance + slab * rows.tokens, *const out = lacking + slab * rows.tokens;
@@ -227,21 +271,23 @@ struct Turn {
                 Kv<Isa>::add_row(dtype, x, slab * rows.stride + t * width, width, mean.get());
             const float inverse = 1.0f / static_cast<float>(count);
             for (int64_t i = 0; i < width; ++i) mean.get()[i] *= inverse;
-            for (int64_t t = 0; t < rows.tokens; ++t) far[t] = out[t] = 0.0f;
+            const int d = static_cast<int>(rows.d);
             for (int64_t head = 0; head < rows.inner; ++head) {
-                const float* own = mean.get() + head * rows.d;
-                const int d = static_cast<int>(rows.d);
-                float energy, none;
-                product<KVK_F32>(own, 0, own, d, &energy, &none);
-                energy = energy > 1e-30f ? energy : 1e-30f;
-                for (int64_t t = 0; t < rows.tokens; ++t) {
+                float none, *const own = energy.get() + head;
+                product<KVK_F32>(mean.get(), head * d, mean.get() + head * d, d, own, &none);
+                *own = *own > 1e-30f ? *own : 1e-30f;
+            }
+            for (int64_t t = 0; t < rows.tokens; ++t) {
+                far[t] = out[t] = 0.0f;
+                for (int64_t head = 0; head < rows.inner; ++head) {
                     float along, away;
-                    dot(x, slab * rows.stride + t * width + head * rows.d, own, d, &along, &away);
-                    lacks.get()[t] = 1.0f - along / energy;
+                    dot(x, slab * rows.stride + t * width + head * d, mean.get() + head * d, d, &along, &away);
+                    lacks.get()[head * rows.tokens + t] = 1.0f - along / energy.get()[head];
                     far[t] += away;
                 }
-                add_lacking(lacks.get(), rows.tokens, how, out);
             }
+            for (int64_t head = 0; head < rows.inner; ++head)
+                add_lacking(lacks.get() + head * rows.tokens, rows.tokens, how, out);
         }
         return true;
     }

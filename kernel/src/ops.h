@@ -25,9 +25,10 @@ struct Ops {
     // Slabs [begin, end); one number for each head of each.
     void (*kv_distance)(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                         double* squares);
-    // Slabs [begin, end).
-    void (*kv_lags)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
-                    const int32_t* lag, int64_t begin, int64_t end, float* sums);
+    // Slabs [begin, end). False where there is no memory.
+    bool (*kv_phases)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups,
+                      const kvk_phases& how, int64_t begin, int64_t end, double* power, double* pooled, uint8_t* shown,
+                      int32_t* heads);
     // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
     bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t begin, int64_t end,
                     float* still, float* turned, double* content);

@@ -7,6 +7,21 @@ namespace {
 struct Avx512 : Avx2 {
     static constexpr int kLanes = 16;
 
+    static void load_f16(const uint16_t* x, float* out, int n) {
+        int i = 0;
+        for (; i + 16 <= n; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+        Avx2::load_f16(x + i, out + i, n - i);
+    }
+    static void load_bf16(const uint16_t* x, float* out, int n) {
+        int i = 0;
+        for (; i + 16 <= n; i += 16) {
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+            _mm512_storeu_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+        }
+        Avx2::load_bf16(x + i, out + i, n - i);
+    }
+
     static uint32_t absmax_bits(const float* x, int n) {
         const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
         __m512i most = _mm512_setzero_si512();

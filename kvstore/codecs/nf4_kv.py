@@ -86,6 +86,10 @@ class Plane:
         stride = stride_tokens * self.inner * self.d
         return Rows(self.outer, self.coded, self.inner, self.d, stride, size, self.block, self.groups)
 
+    def kept_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The kept tokens (outer, kept, inner, d), contiguous."""
+        return (rows[:, : len(self.kept)] if self.leading else rows[:, list(self.kept)]).contiguous()
+
     def others(self, device: torch.device) -> torch.Tensor:
         """Indexes of the coded tokens. Returns int64 (coded,)."""
         return others(self.tokens, self.kept, device)
@@ -176,7 +180,7 @@ class NF4KV:
 def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
-        parts[f"{prefix}kept"] = in_halves(rows[:, list(plane.kept)])
+        parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
     kernel = kv_kernel(rows)
     if plane.leading and kernel is not None:
         coded, stride = rows[:, len(plane.kept) :], plane.tokens
@@ -218,9 +222,9 @@ def missed_of(
     """The squared error of each head (outer, inner): of its blocks (`error`), and of its kept tokens."""
     where = plane.rows(plane.coded)
     missed = reference_content.missed(error, where) if kernel is None else kernel.kv_missed(where, error)
-    missed = missed / where.size
+    missed /= where.size
     if kept is not None:
-        missed = missed + reference_content.distances(rows[:, list(plane.kept)], kept)
+        missed += receipt.distances(plane.kept_rows(rows), kept.to(rows.dtype), kernel)
     return missed
 
 

@@ -166,7 +166,7 @@ def _encode_plane(
 ) -> float | None:
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
-        parts[f"{prefix}kept"] = in_halves(rows[:, list(plane.kept)])
+        parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
     kernel = _arithmetic(rows)
     coded, stride = rows[:, plane.lead :], plane.tokens
     if plane.lead < len(plane.kept):
@@ -242,7 +242,7 @@ def _decoded_before(blocks: Coded, block: int) -> bool:
     squares = _LEVEL_SQUARES[codes.reshape(-1, block // 2)[at]].sum(axis=1)
     energy = np.square(reference_kv.scale_values(code, top)) * squares
     fitting = (error[at] < _DECODED * energy) & (energy > 0)
-    return 2 * np.count_nonzero(fitting) > np.count_nonzero(energy)
+    return bool(2 * np.count_nonzero(fitting) > np.count_nonzero(energy))
 
 
 def _again(

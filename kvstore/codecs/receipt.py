@@ -172,7 +172,7 @@ def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
 def _without(rows: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
     if not kept:
         return rows
-    if kept == tuple(range(len(kept))) and rows.device.type == "cpu" and rows.shape[0] == 1:
+    if kept == tuple(range(len(kept))) and rows.device.type == "cpu":
         return rows[:, len(kept) :]
     return rows[:, others(rows.shape[1], kept, rows.device)]
 

@@ -50,4 +50,4 @@ def sinks_of(rows: torch.Tensor, kernel: KvKernel, *, start: bool) -> tuple[int,
 def _far(apart: np.ndarray, first: int) -> list[int]:
     """Of the first tokens those that are far from the means. apart: squared distances (tokens,)."""
     usual = np.sort(apart[first::_EACH])
-    return np.flatnonzero(apart[:first] > _FAR * usual[(usual.size - 1) // 2]).tolist()  # type: ignore[no-any-return]
+    return np.flatnonzero(apart[:first] > _FAR * usual[(usual.size - 1) // 2]).tolist()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import ISAS, Along, CpuKernel, Rotary, Rows, Turns, kernels
+from kvstore.kernels.cpu import ISAS, Along, CpuKernel, Phases, Rotary, Rows, Turns, kernels
 from kvstore.kernels.trial import agree
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,10 @@ class KvKernel(Protocol):
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
 
-    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
-        """`reference_turn.kv_lags`."""
+    def kv_phases(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, how: Phases
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_phases`."""
 
     def kv_sums(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False

@@ -53,6 +53,18 @@ class Along(ctypes.Structure):
     )
 
 
+class Phases(ctypes.Structure):
+    """`kvk_phases` of kernel/src/kvstored_kernel.h: what is looked at, and what shows that a pair turns."""
+
+    _fields_ = (
+        ("sampled", ctypes.c_int32),
+        ("lags", ctypes.c_int32 * 3),
+        ("whole", ctypes.c_double),
+        ("seen", ctypes.c_double),
+        ("worth", ctypes.c_double),
+    )
+
+
 class Rotary(NamedTuple):
     """Which channels of a row turn in pairs: the first `channels`, neighbours or half of them apart."""
 
@@ -118,7 +130,7 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_kv_along.argtypes = (i, i, i, p, rows, ctypes.POINTER(Along), p, p)
     library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
     turns = ctypes.POINTER(_Turns)
-    library.kvk_kv_lags.argtypes = (i, i, i, p, rows, turns, i, p, p)
+    library.kvk_kv_phases.argtypes = (i, i, i, p, rows, turns, ctypes.POINTER(Phases), p, p, p, p)
     library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, p)
     library.kvk_kv_code_means.argtypes = (i, i, rows, turns, p, p, p, p, p)
     library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
@@ -230,12 +242,19 @@ class CpuKernel:
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
 
-    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
-        """`reference_turn.kv_lags`."""
-        sums = torch.empty(rows.outer, rows.inner, rotary.channels // 2, 8, dtype=torch.float32, device="cpu")
-        how = (_Turns(None, None, *rotary), sampled, (ctypes.c_int32 * 3)(*lags), sums.data_ptr())
-        _checked(self.library.kvk_kv_lags(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *how))
-        return sums
+    def kv_phases(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, how: Phases
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_phases`."""
+        pairs = rotary.channels // 2
+        power = torch.empty(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+        pooled = torch.empty(rows.outer, pairs, len(how.lags), 2, dtype=torch.float64, device="cpu")
+        shown = torch.empty(rows.outer, pairs, dtype=torch.bool, device="cpu")
+        heads = torch.empty(rows.outer, dtype=torch.int32, device="cpu")
+        where = (x.data_ptr(), rows, _Turns(None, None, *rotary), how)
+        out = (power.data_ptr(), pooled.data_ptr(), shown.data_ptr(), heads.data_ptr())
+        _checked(self.library.kvk_kv_phases(self.isa, _threads(x), DTYPES[x.dtype], *where, *out))
+        return power, pooled, shown, heads
 
     def kv_sums(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False

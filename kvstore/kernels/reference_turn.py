@@ -10,8 +10,8 @@ The functions have the signatures of a kernel (`kernels.KvKernel`). Pure, any th
 import numpy as np
 import torch
 
-from kvstore.kernels.cpu import Along, Rotary, Rows, Turns
-from kvstore.kernels.reference_content import energies, missed
+from kvstore.kernels.cpu import Along, Phases, Rotary, Rows, Turns
+from kvstore.kernels.reference_content import distances, energies, missed
 from kvstore.kernels.reference_kv import (
     GROUP,
     RotatedBlocks,
@@ -56,7 +56,7 @@ def angles(tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (tangents + tangents) * inverse, tangents * tangents * 4.0 * inverse
 
 
-def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
+def lag_sums(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
     """Of each pair over the first `sampled` groups: energy without a still mean, energy, sums of z[t] conj z[t-lag].
 
     Returns float32 (outer, inner, pairs, 8): the sums as real and imaginary parts, lag by lag.
@@ -79,6 +79,33 @@ def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tup
             found[..., 2 + 2 * at] += a
             found[..., 3 + 2 * at] += b
     return found
+
+
+def kv_phases(
+    x: torch.Tensor, rows: Rows, rotary: Rotary, how: Phases
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What keys show of how they turn, from `lag_sums`: energy e without a still mean, energy E, sums L of three lags.
+
+    On the CPU, each sum in the order of pairs or heads: power float64 (outer, inner): of min(e, |E - whole |L3||) over
+    the pairs of a head; pooled float64 (outer, pairs, 3, 2): of L / power over heads; shown bool (outer, pairs):
+    whether some head's |L3| > seen E and whole |L3| - (E - e) > worth power; heads int32 (outer,): how many show it of
+    a pair.
+    """
+    sums = lag_sums(x, rows, rotary, how.sampled, tuple(how.lags)).cpu().to(torch.float64)
+    still, whole = sums[..., 0], sums[..., 1]
+    square = sums[..., -2] * sums[..., -2] + sums[..., -1] * sums[..., -1]
+    last = torch.from_numpy(np.sqrt(square.numpy()))  # torch's may be off by a unit in the last place
+    turned = (whole - last * how.whole).abs()
+    power = torch.zeros(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+    for least in torch.where(still < turned, still, turned).unbind(-1):
+        power += least
+    power = torch.where(power > 1e-30, power, 1e-30)
+    shown = (last > whole * how.seen) & (last * how.whole - (whole - still) > power[..., None] * how.worth)
+    pooled = torch.zeros(sums[:, 0, :, 2:].shape, dtype=torch.float64, device="cpu")
+    for head in range(rows.inner):
+        pooled += sums[:, head, :, 2:] / power[:, head, None, None]
+    heads = shown.any(dim=2).sum(dim=1).to(torch.int32)
+    return power, pooled.view(*pooled.shape[:2], -1, 2), shown.any(dim=1), heads
 
 
 def kv_sums(
@@ -231,6 +258,11 @@ def kv_content(x: torch.Tensor, rows: Rows, *rotaries: Rotary) -> torch.Tensor:
     return torch.stack([energies(seen(x, rows), rotary) for rotary in rotaries])
 
 
+def kv_distance(x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Squared distance of two tensors, head by head. Returns float64 (outer, inner)."""
+    return distances(seen(x, rows), seen(y, rows))
+
+
 def kv_missed(rows: Rows, error: torch.Tensor) -> torch.Tensor:
     """`reference_content.missed`."""
     return missed(error, rows)
@@ -262,7 +294,7 @@ def kv_along(x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, tor
 
 def _in_eights(x: torch.Tensor) -> torch.Tensor:
     """Sums over the last dimension: eight of them, channel by channel, and these one by one."""
-    eights = torch.nn.functional.pad(x, (0, -x.shape[-1] % EIGHT)).unflatten(-1, (-1, EIGHT))
+    eights = torch.nn.functional.pad(x, (0, -x.shape[-1] % EIGHT)).view(*x.shape[:-1], -1, EIGHT)
     lanes = torch.zeros_like(eights[..., 0, :])
     for at in range(eights.shape[-2]):
         lanes = lanes + eights[..., at, :]

@@ -7,7 +7,7 @@ Wrong codes would be stored as good ones, so a kernel that fails is not used. It
 import numpy as np
 import torch
 
-from kvstore.kernels.cpu import DTYPES, Along, CpuKernel, Rotary, Rows, Turns
+from kvstore.kernels.cpu import DTYPES, Along, CpuKernel, Phases, Rotary, Rows, Turns
 
 TOKENS, HEADS, HEAD_DIM = 70, 2, 64
 """Two groups of means, the second one short."""
@@ -20,7 +20,7 @@ TURNED = (
     (5, 1, 256, 128, Rotary(256, interleaved=True)),
 )
 """Tokens, heads, head_dim, its rotation's size, and which channels turn: all or some, half apart or neighbours."""
-LAGS = (1, 2, 4)
+PHASES = Phases(1, (1, 2, 4), 2.0, 0.01, 0.001)
 
 
 def agree(kernel: CpuKernel, portable: CpuKernel) -> bool:
@@ -75,7 +75,7 @@ def _turned_bytes(
     if made is None:
         return None
     keys = Rows(1, tokens, inner, d, x.numel(), size, 32, 2 if tokens > 64 else 1)
-    made += [kernel.kv_lags(x, keys, rotary, 1, LAGS), *kernel.kv_along(x, keys, Along(1, 3, 10.0, 0.0))]
+    made += [*kernel.kv_phases(x, keys, rotary, PHASES), *kernel.kv_along(x, keys, Along(1, 3, 10.0, 0.0))]
     for turns in (None, _some_turn(rotary, inner)):
         keyed = _keyed(kernel, x, keys, rotary, turns)
         if keyed is None:
