@@ -295,19 +295,32 @@ int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const u
     return worst;
 }
 
-int kvk_rans_decode(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
-                    int64_t tables, const uint16_t* counts, const uint16_t* starts, const uint8_t* slots, int64_t lanes,
-                    uint8_t* out) {
-    if (!kvk::rans_fits(rows, width, lanes, tables, classes) || nbytes < 0) return KVK_BAD_ARGUMENT;
-    const bool whole = kvk::rans_decode(data, nbytes, rows, width, classes, {counts, starts, slots}, lanes, out);
-    return whole ? KVK_OK : KVK_BAD_ARGUMENT;
+int kvk_learned_decode(int isa, int dtype, const kvk_learned* how, const uint8_t* symbols, const int32_t* columns,
+                       const uint8_t* classes, const int16_t* escapes, int64_t escaped, void* out, int64_t* used) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !how || how->layers < 1 || how->heads < 1 || how->d < 1 || how->d > 1024)
+        return KVK_BAD_ARGUMENT;
+    const int64_t n = how->layers * how->heads * how->d;
+    if (how->tokens < 1 || how->stride < how->tokens * how->heads * how->d || how->live < 0 || how->live > n || escaped < 0)
+        return KVK_BAD_ARGUMENT;
+    if (how->pairs < 0 || 2 * how->pairs > how->d) return KVK_BAD_ARGUMENT;
+    for (int64_t k = 0; k < how->live; ++k)
+        if (columns[k] < 0 || columns[k] >= n || classes[k] >= 40) return KVK_BAD_ARGUMENT;
+    return ops->learned_decode(dtype, *how, symbols, columns, classes, escapes, escaped, out, used);
+}
+
+int kvk_rans_decode(int isa, const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                    int64_t tables, const uint32_t* slots, int64_t lanes, uint8_t* out) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !kvk::rans_fits(rows, width, lanes, tables, classes) || nbytes < 0) return KVK_BAD_ARGUMENT;
+    return ops->rans_decode(data, nbytes, rows, width, classes, slots, lanes, out) ? KVK_OK : KVK_BAD_ARGUMENT;
 }
 
 int kvk_rans_encode(const uint8_t* symbols, int64_t rows, int64_t width, const uint8_t* classes, int64_t tables,
                     const uint16_t* counts, const uint16_t* starts, int64_t lanes, uint8_t* out, int64_t* written) {
     if (!kvk::rans_fits(rows, width, lanes, tables, classes)) return KVK_BAD_ARGUMENT;
     uint8_t* end = out + 2 * rows * width + 4 * lanes;
-    *written = kvk::rans_encode(symbols, rows, width, classes, {counts, starts, nullptr}, lanes, end);
+    *written = kvk::rans_encode(symbols, rows, width, classes, counts, starts, lanes, end);
     return *written < 0 ? KVK_BAD_ARGUMENT : KVK_OK;
 }
 

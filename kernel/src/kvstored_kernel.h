@@ -119,17 +119,31 @@ KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const 
 KVK_API int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
                   const float* means, const kvk_turns* turns, const kvk_rows* rows, void* out);
 
-// Interleaved rANS (kv-learned). Looked for by name: a kernel of this ABI may lack both. rows * width symbols + 128 as
-// bytes; classes: rows, each below `tables`; counts, starts: tables*256, frequencies that sum to 4,096 and what lies
-// before each; slots: tables*4096, the symbol of each slot; lanes: 1 to 4,096.
+// Interleaved rANS (kv-learned). rows * width symbols + 128 as bytes; classes: rows, each below `tables`; lanes: 1 to 4,096.
+// slots: tables*4096, of each slot the symbol in 8 bits, then its frequency less 1, then the slot less what lies before the
+// symbol, 12 bits each, low ones first.
 // Decode: KVK_BAD_ARGUMENT where the bytes are no stream of so many symbols.
-KVK_API int kvk_rans_decode(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
-                    int64_t tables, const uint16_t* counts, const uint16_t* starts, const uint8_t* slots, int64_t lanes,
-                    uint8_t* out);
-// out: 2*rows*width + 4*lanes bytes, filled from its end. written: how many bytes of it. KVK_BAD_ARGUMENT for a symbol
-// without a frequency.
+KVK_API int kvk_rans_decode(int isa, const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                    int64_t tables, const uint32_t* slots, int64_t lanes, uint8_t* out);
+// counts, starts: tables*256, frequencies that sum to 4,096 and what lies before each. out: 2*rows*width + 4*lanes bytes,
+// filled from its end. written: how many bytes of it. KVK_BAD_ARGUMENT for a symbol without a frequency.
 KVK_API int kvk_rans_encode(const uint8_t* symbols, int64_t rows, int64_t width, const uint8_t* classes, int64_t tables,
                     const uint16_t* counts, const uint16_t* starts, int64_t lanes, uint8_t* out, int64_t* written);
+
+// A group of layers of kv-learned: n = layers*heads*d coefficients, of which `live` have symbols. values: 40*256, what each
+// symbol + 128 of each class stands for; matrix: n*n; mean: n. pairs: channels that turn in pairs, 0 where none do, up to
+// d / 2; cosine, sine: tables*tokens*pairs; of: layers, the table of each. stride: values from one layer to the next in
+// `out`, whose tokens lie heads*d apart.
+typedef struct {
+    int64_t layers, heads, d, tokens, stride, live;
+    const float *values, *matrix, *mean, *cosine, *sine;
+    const int32_t* of;
+    int32_t pairs, interleaved;
+} kvk_learned;
+// symbols: live*tokens; columns: live, each below n; classes: live, each below 40. Symbol 0 takes the next of the escapes.
+// used: how many it took. KVK_BAD_ARGUMENT where there are too few; KVK_NOT_FINITE where a value of `out` is not finite.
+KVK_API int kvk_learned_decode(int isa, int dtype, const kvk_learned* how, const uint8_t* symbols, const int32_t* columns,
+                    const uint8_t* classes, const int16_t* escapes, int64_t escaped, void* out, int64_t* used);
 
 #ifdef __cplusplus
 }

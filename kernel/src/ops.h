@@ -44,6 +44,12 @@ struct Ops {
                      int64_t begin, int64_t end, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
     int (*kv_decode)(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
                      const kvk_turns* turns, const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out);
+    // A status.
+    int (*learned_decode)(int dtype, const kvk_learned& how, const uint8_t* symbols, const int32_t* columns,
+                          const uint8_t* classes, const int16_t* escapes, int64_t escaped, void* out, int64_t* used);
+    // False where the bytes are no stream of so many symbols.
+    bool (*rans_decode)(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                        const uint32_t* slots, int64_t lanes, uint8_t* out);
 };
 
 extern const Ops kPortable;

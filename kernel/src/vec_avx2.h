@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "convert.h"
+#include "rans.h"
 #include "tables.h"
 
 // Calls would pass vectors through memory: the compiler's own limits keep some of these out of line.
@@ -714,6 +715,10 @@ struct Avx2 {
     }
     static __m128i halves(__m256i v) {
         return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    }
+
+    static bool rans_run(kvk::RansStream* stream, int64_t lane, int64_t stop, const uint32_t* slots, uint8_t* out) {
+        return kvk::rans_run(stream, lane, stop, slots, out);
     }
 };
 

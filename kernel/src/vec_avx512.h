@@ -259,6 +259,32 @@ struct Avx512 : Avx2 {
         if constexpr (kRegisters == 4) return _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3]));
         return _mm512_add_ps(v[0], v[1]);
     }
+
+    // Sixteen lanes at a time: a slot each by one gather, words handed out to those lanes that want one, in order.
+    static bool rans_run(kvk::RansStream* stream, int64_t lane, int64_t stop, const uint32_t* slots, uint8_t* out) {
+        const __m512i low = _mm512_set1_epi32((1 << kvk::kRansBits) - 1), one = _mm512_set1_epi32(1);
+        const uint8_t* word = stream->word;
+        for (; lane < stop; lane += 16, out += 16) {
+            const int some = stop - lane < 16 ? static_cast<int>(stop - lane) : 16;
+            const __mmask16 mask = static_cast<__mmask16>((1u << some) - 1);
+            const __m512i x = _mm512_maskz_loadu_epi32(mask, stream->states + lane);
+            const __m512i slot = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, _mm512_and_si512(x, low), slots, 4);
+            _mm512_mask_cvtepi32_storeu_epi8(out, mask, slot);
+            const __m512i count = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(slot, 8), low), one);
+            const __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_srli_epi32(x, kvk::kRansBits)),
+                                               _mm512_srli_epi32(slot, 20));
+            const __mmask16 wanting = _mm512_mask_cmplt_epu32_mask(mask, y, _mm512_set1_epi32(kvk::kRansLow));
+            const int words = __builtin_popcount(wanting);
+            if (stream->end - word < 2 * words) return false;
+            const __m256i more = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << words) - 1), word);
+            const __m512i given = _mm512_maskz_expand_epi32(wanting, _mm512_cvtepu16_epi32(more));
+            const __m512i next = _mm512_mask_or_epi32(y, wanting, _mm512_slli_epi32(y, 16), given);
+            _mm512_mask_storeu_epi32(stream->states + lane, mask, next);
+            word += 2 * words;
+        }
+        stream->word = word;
+        return true;
+    }
 };
 
 }  // namespace

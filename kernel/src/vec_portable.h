@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "convert.h"
+#include "rans.h"
 #include "tables.h"
 
 namespace {
@@ -181,6 +182,10 @@ struct Portable {
             m[i] += step[i];
             step[i] -= chord[i] * m[i];
         }
+    }
+
+    static bool rans_run(kvk::RansStream* stream, int64_t lane, int64_t stop, const uint32_t* slots, uint8_t* out) {
+        return kvk::rans_run(stream, lane, stop, slots, out);
     }
 };
 

@@ -98,6 +98,11 @@ def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
     return _best() if x.device.type == "cpu" else None
 
 
+def host_kernel() -> CpuKernel | None:
+    """The compiled kernel, for who has no tensor at hand."""
+    return _best()
+
+
 def make_ready() -> None:
     """Try the kernel now: a log says at the start if it is not used, and no put takes the time."""
     _best()

@@ -11,13 +11,16 @@ import importlib
 import logging
 import threading
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kvstore.kernels.tables import table
 
 log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 ABI = 7
 THREADED_NBYTES = 4 << 20
@@ -86,6 +89,17 @@ class Turns(NamedTuple):
     turning: torch.Tensor
 
 
+class LearnedGroup(ctypes.Structure):
+    """`kvk_learned` of kernel/src/kvstored_kernel.h: a group of layers of kv-learned, and where its values go."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "d", "tokens", "stride", "live")),
+        *((name, ctypes.c_void_p) for name in ("values", "matrix", "mean", "cosine", "sine", "of")),
+        ("pairs", ctypes.c_int32),
+        ("interleaved", ctypes.c_int32),
+    )
+
+
 class _Turns(ctypes.Structure):
     """`kvk_turns` of kernel/src/kvstored_kernel.h."""
 
@@ -136,9 +150,10 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, turns, p, p, p, p)
     library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, turns, rows, p)
-    if hasattr(library, "kvk_rans_decode"):  # came later, without another ABI: nothing that was there has changed
-        library.kvk_rans_decode.argtypes = (p, n, n, n, p, n, p, p, p, n, p)
-        library.kvk_rans_encode.argtypes = (p, n, n, p, n, p, p, n, p, ctypes.POINTER(n))
+    library.kvk_rans_decode.argtypes = (i, p, n, n, n, p, n, p, n, p)
+    library.kvk_rans_encode.argtypes = (p, n, n, p, n, p, p, n, p, ctypes.POINTER(n))
+    learned = ctypes.POINTER(LearnedGroup)
+    library.kvk_learned_decode.argtypes = (i, i, learned, p, p, p, p, n, p, ctypes.POINTER(n))
     return library
 
 
@@ -319,6 +334,46 @@ class CpuKernel:
         mean = 0 if means is None else means.data_ptr()
         how = (self.isa, _threads(out), DTYPES[out.dtype])
         _checked(self.library.kvk_kv_decode(*how, *parts, mean, _turning(turns), rows, out.data_ptr()))
+
+    def rans_encode(self, columns: Array, classes: Array, counts: Array, starts: Array, lanes: int) -> bytes | None:
+        """`codecs.rans.encode` of symbols + 128, uint8 (rows, width); None for a symbol of frequency 0.
+
+        classes: uint8 (rows,); counts, starts: uint16 (tables, 256).
+        """
+        rows, width = columns.shape
+        columns, classes, counts, starts = map(np.ascontiguousarray, (columns, classes, counts, starts))
+        out, written = np.empty(2 * rows * width + 4 * lanes, np.uint8), ctypes.c_int64()
+        status = self.library.kvk_rans_encode(
+            columns.ctypes.data, rows, max(width, 1), classes.ctypes.data, len(counts),
+            counts.ctypes.data, starts.ctypes.data, lanes, out.ctypes.data, ctypes.byref(written),
+        )  # fmt: skip
+        return out[out.size - written.value :].tobytes() if status == OK else None
+
+    def rans_decode(
+        self, data: Array, shape: tuple[int, int], classes: Array, slots: Array, lanes: int
+    ) -> Array | None:
+        """Symbols + 128, uint8 (rows * width,), of a stream uint8 (nbytes,); None for what is no stream.
+
+        classes: uint8 (rows,); slots: `codecs.rans.Tables.packed`.
+        """
+        data, classes, slots = map(np.ascontiguousarray, (data, classes, slots))
+        out = np.empty(shape[0] * shape[1], np.uint8)
+        how = (classes.ctypes.data, len(slots), slots.ctypes.data, lanes, out.ctypes.data)
+        status = self.library.kvk_rans_decode(self.isa, data.ctypes.data, data.size, *shape, *how)
+        return out if status == OK else None
+
+    def learned_decode(
+        self, group: LearnedGroup, columns: Array, live: Array, classes: Array, escapes: Array, out: torch.Tensor
+    ) -> int | None:
+        """Values of a group of layers into `out`, whose first one is the group's. Returns how many escapes were taken.
+
+        None where they do not suffice or a value is not finite. columns: symbols + 128, uint8 (live, tokens); live:
+        int32, which coefficients they are of; classes: uint8 (live,); escapes: int16.
+        """
+        used = ctypes.c_int64()
+        where = (columns.ctypes.data, live.ctypes.data, classes.ctypes.data, escapes.ctypes.data, escapes.size)
+        how = (self.isa, DTYPES[out.dtype], group, *where, out.data_ptr(), ctypes.byref(used))
+        return used.value if self.library.kvk_learned_decode(*how) == OK else None
 
 
 class _Calling(threading.local):

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.clock import ManualClock
-from kvstore.codecs import codec_for, codec_named, decode_entry, encode_entry, encode_measured
+from kvstore.codecs import codec_for, codec_named, decode_entry, encode_entry, encode_measured, rans
+from kvstore.codecs import kv_learned as module
 from kvstore.codecs.basis import Basis, from_bytes, made, read_basis, use, with_digest
 from kvstore.codecs.choice import CodecChoice
 from kvstore.codecs.hints import Hints
@@ -23,6 +24,7 @@ from kvstore.config import CodecPolicy, ColdConfig, HotConfig, LayerCodec, Store
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError, ConfigError, UnknownEncoding
+from kvstore.kernels import cpu
 from kvstore.keys import Key
 from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
@@ -69,6 +71,25 @@ def test_keys_and_values_take_half_the_bits_of_nf4_and_lose_less(basis: Basis, d
         decoded = codec_named("kv-learned").decode(found)
         assert (decoded.dtype, decoded.shape) == (x.dtype, x.shape)
         assert 0 < found.relative_error < 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 300])
+def test_every_instruction_set_and_torch_read_the_same_bits(
+    basis: Basis, dtype: torch.dtype, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escapes, kept tokens and a number of tokens that no tile divides among them."""
+    paths: list[cpu.CpuKernel | None] = [None, *cpu.kernels()]
+    for name, whole in (("k", tiny.keys(77, first, seed=3)), ("v", tiny.values(77, seed=3))):
+        x = whole.clone()
+        x[1, 40, 0] *= 30
+        encoded = encoded_in(basis, name, x.to(dtype), Hints(prefix_start=first == 0, position=first))
+        found = []
+        for kernel in paths:
+            monkeypatch.setattr(module, "cpu_kernel", lambda _x, kernel=kernel: kernel)
+            monkeypatch.setattr(rans, "host_kernel", lambda kernel=kernel: kernel)
+            found.append(raw_bits(KVLearned().decode(encoded)))
+        assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("first", [0, 64, 256, 5000, 100_000, 131_071])
