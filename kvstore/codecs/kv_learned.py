@@ -9,6 +9,8 @@ of the machine's, so values in the middle of two may be coded as either.
 Pure, any thread.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -98,17 +100,18 @@ class Learned:
     name = KVLearned.name
     lossy = True
 
-    def __init__(self, basis: Basis, rest: Codec) -> None:
-        self.basis, self._rest = basis, rest
+    def __init__(self, basis: Basis, rest: Codec, others: Sequence[Basis] = ()) -> None:
+        """others: bases of the same model; a copy that was decoded from one of them is encoded in that one again."""
+        self.basis, self._rest, self._others = basis, rest, tuple(others)
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor. Raises CodecError if neither can."""
         if not bool(torch.isfinite(x).all()):
             raise CodecError(_FINITE)
-        try:
-            return encoded_in(self.basis, name, x, hints)
-        except CodecError:
-            return self._rest.encode(name, x, hints)
+        for basis in (self.basis, *(self._others if hints.decoded else ())):
+            with suppress(CodecError):
+                return encoded_in(basis, name, x, hints)
+        return self._rest.encode(name, x, hints)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Decode by the name that was stored."""
