@@ -113,5 +113,6 @@ clean:  ## Remove what these targets made, the model's cache aside
 	rm -rf .venv .venv-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .PHONY: fidelity
-fidelity: $(SETUP)  ## What the codecs do to answers, on models of the registry (fetches 0.7 GB; an hour)
-	@$(BIN)/python bench/fidelity.py --model smollm2-135m qwen2.5-0.5b gemma3-270m --continuation 256
+fidelity: $(SETUP)  ## What the codecs do to answers, on models of the registry (fetches 1.9 GB; hours)
+	@$(BIN)/python bench/fidelity.py --model smollm2-135m gemma3-270m qwen2.5-0.5b qwen2.5-1.5b \
+	  --continuation 256 --needles 8

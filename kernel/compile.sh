@@ -17,9 +17,11 @@ x86_64*)
     # shellcheck disable=SC2086
     $cxx $flags -DKVK_USE_AVX2 -mavx2 -mfma -mf16c -c "$here/src/isa.cpp" -o "$work/avx2.o"
     # -Wno-*: GCC 12 warns inside its own avx512fintrin.h.
+    wide="-Wno-uninitialized -Wno-maybe-uninitialized -Wno-array-bounds -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
     # shellcheck disable=SC2086
-    $cxx $flags -Wno-uninitialized -Wno-maybe-uninitialized -DKVK_USE_AVX512 -mavx2 -mfma -mf16c \
-        -mavx512f -mavx512bw -mavx512dq -mavx512vl -c "$here/src/isa.cpp" -o "$work/avx512.o"
+    $cxx $flags $wide -DKVK_USE_AVX512 -c "$here/src/isa.cpp" -o "$work/avx512.o"
+    # shellcheck disable=SC2086
+    $cxx $flags $wide -mavx512vbmi -mavx512vnni -DKVK_USE_AVX512VBMI -c "$here/src/isa.cpp" -o "$work/avx512vbmi.o"
     ;;
 esac
 # shellcheck disable=SC2086

@@ -79,21 +79,24 @@ class CodecPolicy:
     codec: "auto" is nf4-kv2 for keys and values and nf4 for the rest. max_relative_error: with "auto", layers whose
     receipt is over this become int8 or stay exact; a fraction of the content (docs/codecs.md); 0: no bound.
     layers: other codecs by layer, "3" or "0-3", for keys and values of (layers, tokens, heads, dim) tensors and for
-    names such as "layers.3.k".
+    names such as "layers.3.k". bits, max_kl: with "kv-learned", of all bases of the model the finest of at most so many
+    bits a value, or the coarsest of at most so many nats a token, as measured when it was learned; 0: the basis named.
     """
 
     codec: str = "auto"
     max_relative_error: float = MAX_RELATIVE_ERROR
     layers: Mapping[str, LayerCodec] = field(default_factory=dict)
+    bits: float = 0.0
+    max_kl: float = 0.0
 
 
 @dataclass(frozen=True)
 class WarmConfig:
     """The warm tier: encoded tensors in memory. 0 bytes: no warm tier.
 
-    codec, max_relative_error, layers: the store's `CodecPolicy`. namespaces: the policies of namespaces, by the name
-    that the caller gave, or by the part before its "@". bases: the file of the basis of each namespace, by the same
-    names or "*", that "kv-learned" encodes with; every one of them decodes.
+    codec, max_relative_error, layers, bits, max_kl: the store's `CodecPolicy`. namespaces: the policies of namespaces,
+    by the name that the caller gave, or by the part before its "@". bases: the file of the basis of each namespace, by
+    the same names or "*", that "kv-learned" encodes with; every one of them decodes.
     """
 
     capacity_nbytes: int = 2 * GIB
@@ -102,6 +105,8 @@ class WarmConfig:
     layers: Mapping[str, LayerCodec] = field(default_factory=dict)
     namespaces: Mapping[str, CodecPolicy] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
+    bits: float = 0.0
+    max_kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -389,6 +394,15 @@ def _check_learned(name: str, policy: CodecPolicy | WarmConfig, bases: Mapping[s
     if policy.codec == LEARNED and not bases:
         raise ConfigError(
             f'{name}.codec is {LEARNED} and warm.bases is empty: kvstored learn makes a basis, bases = {{ "*" = FILE }}'
+        )
+    check_range(f"{name}.bits", policy.bits, 0, 16)
+    check_range(f"{name}.max_kl", policy.max_kl, 0, 100)
+    if policy.bits and policy.max_kl:
+        raise ConfigError(f"{name}.bits and {name}.max_kl contradict each other: one of them chooses the basis")
+    if (policy.bits or policy.max_kl) and policy.codec != LEARNED:
+        raise ConfigError(
+            f"{name}.{'bits' if policy.bits else 'max_kl'} needs {name}.codec = {LEARNED!r}, got {policy.codec!r}: "
+            "other codecs have one rate each"
         )
 
 

@@ -7,140 +7,224 @@
 namespace {
 
 typedef float Eight __attribute__((vector_size(32)));
+typedef float Lanes __attribute__((vector_size(4 * ThisIsa::kLanes)));
 
 template <class Isa>
 struct Content {
     static constexpr int kMost = 2 * kvk::kGroup;  // tokens of a group: at most 95
     static constexpr int kShort = 4;               // fewer tokens have no mean to speak of
-
-    static constexpr int kWide = 2;                // eights at a time: a cache line of float32
+    static constexpr int kLanes = Isa::kLanes;
+    static constexpr int kChunk = 32;              // channels at a time, or pairs of them
+    static constexpr int kWide = kChunk / kLanes;
+    static constexpr int kTwo = 2;                 // vectors side by side: what turns waits for itself otherwise
+    static constexpr int kSide = kTwo * kLanes;
 
     struct Run {
-        Eight re[kWide][kMost], im[kWide][kMost];
+        Lanes re[kWide][kMost], im[kWide][kMost];
     };
 
-    template <int kDtype>
-    __attribute__((always_inline)) static inline void eight(const void* x, int64_t at, Eight* out) {
+    template <class Vector, int kDtype>
+    __attribute__((always_inline)) static inline void get(const void* x, int64_t at, Vector* out) {
         if constexpr (kDtype == KVK_F32) {
             memcpy(out, static_cast<const float*>(x) + at, sizeof *out);
         } else {
-            alignas(32) float some[8];
+            constexpr int n = sizeof *out / 4;
+            alignas(64) float some[n];
             if constexpr (kDtype == KVK_F16)
-                Isa::load_f16(static_cast<const uint16_t*>(x) + at, some, 8);
+                Isa::load_f16(static_cast<const uint16_t*>(x) + at, some, n);
             else
-                Isa::load_bf16(static_cast<const uint16_t*>(x) + at, some, 8);
+                Isa::load_bf16(static_cast<const uint16_t*>(x) + at, some, n);
             memcpy(out, some, sizeof *out);
         }
     }
 
-    // `count` channels of n tokens, `step` values apart, the first one at `at`; zeros up to a multiple of eight.
+    // `count` channels of n tokens, `step` values apart, the first one at `at`; zeros behind them, up to kSide.
     template <int kDtype>
-    static void gather(const void* x, int64_t at, int64_t width, int n, int step, int count, Eight (*out)[kMost]) {
-        if (step == 1 && count == 8 * kWide) {
-            for (int t = 0; t < n; ++t, at += width)
-                for (int w = 0; w < kWide; ++w) eight<kDtype>(x, at + 8 * w, &out[w][t]);
-            return;
+    static void gather(const void* x, int64_t at, int64_t width, int n, int step, int count, Lanes (*out)[kMost]) {
+        const int whole = step == 1 ? count / kLanes : 0;
+        for (int w = 0; w < whole; ++w)
+            for (int t = 0; t < n; ++t) get<Lanes, kDtype>(x, at + t * width + kLanes * w, &out[w][t]);
+        const int left = count - whole * kLanes, end = (count + kSide - 1) / kSide * kTwo;
+        alignas(64) float some[2 * kChunk], ordered[kChunk] = {};
+        for (int t = 0; left && t < n; ++t) {
+            Kv<Isa>::load(kDtype, x, at + t * width + whole * kLanes * step, some, (left - 1) * step + 1);
+            for (int i = 0; i < left; ++i) ordered[i] = some[i * step];
+            for (int w = whole; w * kLanes < count; ++w) memcpy(&out[w][t], ordered + (w - whole) * kLanes, sizeof out[w][t]);
         }
-        alignas(32) float some[16 * kWide];
-        for (int t = 0; t < n; ++t, at += width) {
-            Kv<Isa>::load(kDtype, x, at, some, (count - 1) * step + 1);
-            for (int w = 0; w < kWide; ++w)
-                for (int i = 0; i < 8; ++i) out[w][t][i] = 8 * w + i < count ? some[(8 * w + i) * step] : 0.0f;
+        for (int w = (count + kLanes - 1) / kLanes; w < end; ++w)
+            for (int t = 0; t < n; ++t) out[w][t] = Lanes{};
+    }
+    static void gather(int dtype, const void* x, int64_t at, int64_t width, int n, int step, int count,
+                       Lanes (*out)[kMost]) {
+        const auto some = dtype == KVK_F32 ? gather<KVK_F32> : dtype == KVK_F16 ? gather<KVK_F16> : gather<KVK_BF16>;
+        some(x, at, width, n, step, count, out);
+    }
+    // The pairs c to c + count of a head whose first value is at `at`.
+    static void gather_pairs(int dtype, const void* x, int64_t at, int64_t width, int n, int pairs, bool interleaved, int c,
+                             int count, Run* z) {
+        if (!interleaved) {
+            gather(dtype, x, at + c, width, n, 1, count, z->re);
+            gather(dtype, x, at + c + pairs, width, n, 1, count, z->im);
+        } else if (count == kChunk) {
+            const auto some = dtype == KVK_F32 ? apart<KVK_F32> : dtype == KVK_F16 ? apart<KVK_F16> : apart<KVK_BF16>;
+            some(x, at + 2 * c, width, n, z);
+        } else {
+            gather(dtype, x, at + 2 * c, width, n, 2, count, z->re);
+            gather(dtype, x, at + 2 * c + 1, width, n, 2, count, z->im);
+        }
+    }
+    // kChunk pairs of neighbours.
+    template <int kDtype>
+    static void apart(const void* x, int64_t at, int64_t width, int n, Run* z) {
+        for (int w = 0; w < kWide; ++w)
+            for (int t = 0; t < n; ++t) {
+                alignas(64) float both[2 * kLanes], re[kLanes], im[kLanes];
+                Lanes some[2];
+                get<Lanes, kDtype>(x, at + t * width + 2 * kLanes * w, some);
+                get<Lanes, kDtype>(x, at + t * width + 2 * kLanes * w + kLanes, some + 1);
+                memcpy(both, some, sizeof both);
+                for (int i = 0; i < kLanes; ++i) {
+                    re[i] = both[2 * i];
+                    im[i] = both[2 * i + 1];
+                }
+                memcpy(&z->re[w][t], re, sizeof re);
+                memcpy(&z->im[w][t], im, sizeof im);
+            }
+    }
+
+    // Sums of eight lanes after the other: the same on every instruction set.
+    template <class Vector>
+    static void add_to(double* to, const Vector& v) {
+        constexpr int n = sizeof v / 4;
+        for (int e = 0; e < n; e += 8) {
+            double total = 0.0;
+            for (int i = 0; i < 8; ++i) total += static_cast<double>(v[e + i]);
+            *to += total;
         }
     }
 
-    static double sum(const Eight& v) {
-        double total = 0.0;
-        for (int i = 0; i < 8; ++i) total += static_cast<double>(v[i]);
-        return total;
+    template <class Vector>
+    static void finish(const Vector& first, const Vector& s, const Vector& e, int n, Vector* left, Vector* whole) {
+        const float count = static_cast<float>(n);
+        *whole = e + (s + s) * first + first * first * count;
+        const Vector about = (e - s * s / count) * (count / static_cast<float>(n - 1));
+        *left = *whole < about ? *whole : about;
     }
 
     // What is left of channels without their mean, counted about the first token: exact where the mean is large.
-    static void still(const Eight* x, int n, Eight* left, Eight* whole) {
-        const Eight first = x[0];
-        Eight s = {}, e = {};
+    static void still(const Lanes* x, int n, Lanes* left, Lanes* whole) {
+        const Lanes first = x[0];
+        Lanes s = {}, e = {};
         for (int t = 1; t < n; ++t) {
-            const Eight v = x[t] - first;
+            const Lanes v = x[t] - first;
             s += v;
             e += v * v;
         }
         finish(first, s, e, n, left, whole);
     }
 
-    static void finish(const Eight& first, const Eight& s, const Eight& e, int n, Eight* left, Eight* whole) {
-        const float count = static_cast<float>(n);
-        *whole = e + (s + s) * first + first * first * count;
-        const Eight about = (e - s * s / count) * (count / static_cast<float>(n - 1));
-        *left = *whole < about ? *whole : about;
+    // The cosine and sine of the phase of sum z[t+1] conj z[t], and whether a mean that turns by it promises to leave less
+    // than three quarters of what a still one does: where none does, none is looked for.
+    static constexpr float kPromise = 1.25f;
+    struct Phase {
+        Lanes cosine, sine;
+        decltype(Lanes{} < Lanes{}) worth;
+        int any;
+    };
+    // The same for pairs, in one pass, with their phases.
+    static void still_pairs(const Lanes* re, const Lanes* im, int n, Lanes* left, Lanes* whole, Phase* out) {
+        const Lanes first = re[0], other = im[0];
+        Lanes s = {}, e = {}, s2 = {}, e2 = {}, a = {}, b = {}, x = first, y = other;
+        for (int t = 1; t < n; ++t) {
+            const Lanes u = re[t], v = im[t], du = u - first, dv = v - other;
+            s += du;
+            e += du * du;
+            s2 += dv;
+            e2 += dv * dv;
+            a += u * x + v * y;
+            b += v * x - u * y;
+            x = u;
+            y = v;
+        }
+        Lanes more, all;
+        finish(first, s, e, n, left, whole);
+        finish(other, s2, e2, n, &more, &all);
+        *left += more;
+        *whole += all;
+        const Lanes square = a * a + b * b;
+        Lanes length;
+        for (int i = 0; i < kLanes; ++i) length[i] = __builtin_sqrtf(square[i]);
+        const Lanes promised = *whole - length * kPromise;
+        out->worth = promised < *left * 0.75f;
+        out->any = 0;
+        for (int i = 0; i < kLanes; ++i) out->any |= out->worth[i];
+        out->cosine = length > 0.0f ? a / length : Lanes{} + 1.0f;
+        out->sine = length > 0.0f ? b / length : Lanes{};
     }
 
-    // What is left of pairs without their mean in the frame that turns by the phase of sum z[t+1] conj z[t].
-    static constexpr float kPromise = 1.25f;
-    static void turning(const Eight* re, const Eight* im, int n, const Eight& whole, Eight* left) {
-        Eight a = {}, b = {};
-        for (int t = 1; t < n; ++t) {
-            a += re[t] * re[t - 1] + im[t] * im[t - 1];
-            b += im[t] * re[t - 1] - re[t] * im[t - 1];
+    // What is left of pairs without their mean in the frame that turns by their phases.
+    static void turning(const Lanes (*re)[kMost], const Lanes (*im)[kMost], int n, const Phase* by, Lanes* left) {
+        Lanes c[kTwo], s[kTwo], sr[kTwo] = {}, si[kTwo] = {}, e[kTwo] = {};
+        for (int w = 0; w < kTwo; ++w) {
+            c[w] = by[w].cosine;
+            s[w] = by[w].sine;
         }
-        const Eight square = a * a + b * b;
-        Eight length;
-        for (int i = 0; i < 8; ++i) length[i] = __builtin_sqrtf(square[i]);
-        // Where a turning mean would leave no less than three quarters of `left`, none is looked for.
-        const Eight promised = whole - length * kPromise;
-        const auto worth = promised < *left * 0.75f;
-        int any = 0;
-        for (int i = 0; i < 8; ++i) any |= worth[i];
-        if (!any) return;
-        const Eight cosine = length > 0.0f ? a / length : Eight{} + 1.0f, sine = length > 0.0f ? b / length : Eight{};
-        const Eight re0 = re[0], im0 = im[0];
-        Eight c = cosine, s = sine, sr = {}, si = {}, e = {};
-        for (int t = 1; t < n; ++t) {
-            const Eight u = re[t] * c + im[t] * s - re0, v = im[t] * c - re[t] * s - im0;
-            sr += u;
-            si += v;
-            e += u * u + v * v;
-            const Eight next = c * cosine - s * sine;
-            s = c * sine + s * cosine;
-            c = next;
-        }
+        for (int t = 1; t < n; ++t)
+#pragma GCC unroll 2
+            for (int w = 0; w < kTwo; ++w) {
+                const Lanes u = re[w][t] * c[w] + im[w][t] * s[w] - re[w][0], v = im[w][t] * c[w] - re[w][t] * s[w] - im[w][0];
+                sr[w] += u;
+                si[w] += v;
+                e[w] += u * u + v * v;
+                const Lanes next = c[w] * by[w].cosine - s[w] * by[w].sine;
+                s[w] = c[w] * by[w].sine + s[w] * by[w].cosine;
+                c[w] = next;
+            }
         const float count = static_cast<float>(n);
-        const Eight turned = (e - (sr * sr + si * si) / count) * (2.0f * count / (2.0f * count - 3.0f));
-        *left = worth & (turned < *left) ? turned : *left;
+        for (int w = 0; w < kTwo; ++w) {
+            const Lanes turned = (e[w] - (sr[w] * sr[w] + si[w] * si[w]) / count) * (2.0f * count / (2.0f * count - 3.0f));
+            left[w] = by[w].worth & (turned < left[w]) ? turned : left[w];
+        }
+    }
+
+    // What `count` pairs, or channels where pairs is false, add to (left, whole) of their head.
+    static void add_energies(const Run& z, int n, int count, bool pairs, double* out) {
+        for (int w = 0; kLanes * w < count; w += kTwo) {
+            Lanes left[kTwo], whole[kTwo];
+            Phase by[kTwo];
+            int any = 0;
+            for (int i = 0; i < kTwo; ++i) {
+                if (!pairs) {
+                    still(z.re[w + i], n, left + i, whole + i);
+                    continue;
+                }
+                still_pairs(z.re[w + i], z.im[w + i], n, left + i, whole + i, by + i);
+                any |= by[i].any;
+            }
+            if (any) turning(z.re + w, z.im + w, n, by, left);
+            for (int i = 0; i < kTwo; ++i) {
+                add_to(out, left[i]);
+                add_to(out + 1, whole[i]);
+            }
+        }
     }
 
     // One group of tokens of one head: (left, whole).
-    template <int kDtype>
-    static void head(const void* x, int64_t at, int64_t width, int n, int d, int rotary, bool interleaved, double* out) {
+    static void head(int dtype, const void* x, int64_t at, int64_t width, int n, int d, int rotary, bool interleaved,
+                     double* out) {
         Run z;
-        double left = 0.0, whole = 0.0;
-        const int pairs = rotary / 2, step = interleaved ? 2 : 1;
+        const int pairs = rotary / 2;
+        out[0] = out[1] = 0.0;
         for (int c = 0, count; c < pairs; c += count) {
-            count = pairs - c < 8 * kWide ? pairs - c : 8 * kWide;
-            gather<kDtype>(x, at + c * step, width, n, step, count, z.re);
-            gather<kDtype>(x, at + (interleaved ? 2 * c + 1 : c + pairs), width, n, step, count, z.im);
-            for (int w = 0; 8 * w < count; ++w) {
-                Eight l, l2, whole1, whole2;
-                still(z.re[w], n, &l, &whole1);
-                still(z.im[w], n, &l2, &whole2);
-                l += l2;
-                whole1 += whole2;
-                turning(z.re[w], z.im[w], n, whole1, &l);
-                left += sum(l);
-                whole += sum(whole1);
-            }
+            count = pairs - c < kChunk ? pairs - c : kChunk;
+            gather_pairs(dtype, x, at, width, n, pairs, interleaved, c, count, &z);
+            add_energies(z, n, count, true, out);
         }
         for (int c = rotary, count; c < d; c += count) {  // the channels that turn with nobody
-            count = d - c < 8 * kWide ? d - c : 8 * kWide;
-            gather<kDtype>(x, at + c, width, n, 1, count, z.re);
-            for (int w = 0; 8 * w < count; ++w) {
-                Eight l, all;
-                still(z.re[w], n, &l, &all);
-                left += sum(l);
-                whole += sum(all);
-            }
+            count = d - c < kChunk ? d - c : kChunk;
+            gather(dtype, x, at + c, width, n, 1, count, z.re);
+            add_energies(z, n, count, false, out);
         }
-        out[0] = left;
-        out[1] = whole;
     }
 
     // Heads are read across the rows of a group: the caches are told first, front to back.
@@ -160,13 +244,13 @@ struct Content {
         for (int64_t c = 0; c < width; c += kStrip) {
             const int eights = static_cast<int>(width - c < kStrip ? width - c : kStrip) / 8;
             for (int w = 0; w < eights; ++w) {
-                eight<kDtype>(x, at + c + 8 * w, first + w);
+                get<Eight, kDtype>(x, at + c + 8 * w, first + w);
                 s[w] = e[w] = Eight{};
             }
             for (int t = 1; t < n; ++t)
                 for (int w = 0; w < eights; ++w) {
                     Eight v;
-                    eight<kDtype>(x, at + t * width + c + 8 * w, &v);
+                    get<Eight, kDtype>(x, at + t * width + c + 8 * w, &v);
                     v -= first[w];
                     s[w] += v;
                     e[w] += v * v;
@@ -175,8 +259,8 @@ struct Content {
                 Eight left, whole;
                 finish(first[w], s[w], e[w], n, &left, &whole);
                 double* to = out + 2 * ((c + 8 * w) / d);
-                to[0] += sum(left);
-                to[1] += sum(whole);
+                add_to(to, left);
+                add_to(to + 1, whole);
             }
         }
     }
@@ -185,7 +269,6 @@ struct Content {
     static void energy(int dtype, const void* x, const kvk_rows& rows, int rotary, bool interleaved, int64_t groups,
                        int64_t begin, int64_t end, double* out) {
         const int64_t width = rows.inner * rows.d;
-        const auto one = dtype == KVK_F32 ? head<KVK_F32> : dtype == KVK_F16 ? head<KVK_F16> : head<KVK_BF16>;
         const auto still_of = dtype == KVK_F32 ? flat<KVK_F32> : dtype == KVK_F16 ? flat<KVK_F16> : flat<KVK_BF16>;
         for (int64_t at = begin; at < end; ++at) {
             const int64_t slab = at / groups, group = at % groups, start = group * kvk::kGroup;
@@ -202,49 +285,57 @@ struct Content {
                 if (n < kShort)
                     to[0] = to[1] = squares(dtype, x, nullptr, value, width, n, static_cast<int>(rows.d));
                 else
-                    one(x, value, width, n, static_cast<int>(rows.d), rotary, interleaved, to);
+                    head(dtype, x, value, width, n, static_cast<int>(rows.d), rotary, interleaved, to);
             }
         }
     }
 
+    static constexpr int kRows = 16;  // whose squares are summed as floats
     // Sum of squares of n rows of d values, or of the differences of two tensors.
     static double squares(int dtype, const void* x, const void* y, int64_t at, int64_t width, int64_t n, int d) {
         const auto some = dtype == KVK_F32 ? square<KVK_F32> : dtype == KVK_F16 ? square<KVK_F16> : square<KVK_BF16>;
         double total = 0.0;
-        for (int64_t t = 0; t < n; t += 16)
-            total += some(x, y, at + t * width, width, static_cast<int>(n - t < 16 ? n - t : 16), d);
+        for (int64_t t = 0; t < n; t += kRows)
+            total += some(x, y, at + t * width, width, static_cast<int>(n - t < kRows ? n - t : kRows), d);
         return total;
     }
 
     template <int kDtype>
     static double square(const void* x, const void* y, int64_t at, int64_t width, int n, int d) {
-        Eight total = {}, a, b = {};
+        Eight total[4] = {}, a, b = {};
         const int whole = d & ~7;
         alignas(32) float some[8] = {}, other[8] = {};
         for (int t = 0; t < n; ++t, at += width) {
             for (int i = 0; i < whole; i += 8) {
-                eight<kDtype>(x, at + i, &a);
-                if (y) eight<kDtype>(y, at + i, &b);
-                total += (a - b) * (a - b);
+                get<Eight, kDtype>(x, at + i, &a);
+                if (y) get<Eight, kDtype>(y, at + i, &b);
+                total[i / 8 % 4] += (a - b) * (a - b);
             }
             if (whole == d) continue;
             Kv<Isa>::load(kDtype, x, at + whole, some, d - whole);
             if (y) Kv<Isa>::load(kDtype, y, at + whole, other, d - whole);
             memcpy(&a, some, sizeof a);
             memcpy(&b, other, sizeof b);
-            total += (a - b) * (a - b);
+            total[0] += (a - b) * (a - b);
         }
-        return sum(total);
+        double found = 0.0;
+        for (const Eight& each : total) add_to(&found, each);
+        return found;
     }
 
-    // Squared distance of two tensors of the same rows, slab by slab and head by head.
+    // Squared distance of two tensors of the same rows, slab by slab and head by head: as the rows lie.
     static void distance(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                          double* out) {
+        const auto some = dtype == KVK_F32 ? square<KVK_F32> : dtype == KVK_F16 ? square<KVK_F16> : square<KVK_BF16>;
         const int64_t width = rows.inner * rows.d;
-        for (int64_t slab = begin; slab < end; ++slab)
-            for (int64_t i = 0; i < rows.inner; ++i)
-                out[slab * rows.inner + i] =
-                    squares(dtype, x, y, slab * rows.stride + i * rows.d, width, rows.tokens, static_cast<int>(rows.d));
+        for (int64_t slab = begin; slab < end; ++slab) {
+            double* const to = out + slab * rows.inner;
+            for (int64_t i = 0; i < rows.inner; ++i) to[i] = 0.0;
+            for (int64_t t = 0; t < rows.tokens; t += kRows)
+                for (int64_t i = 0; i < rows.inner; ++i)
+                    to[i] += some(x, y, slab * rows.stride + t * width + i * rows.d, width,
+                                  static_cast<int>(rows.tokens - t < kRows ? rows.tokens - t : kRows), static_cast<int>(rows.d));
+        }
     }
 };
 

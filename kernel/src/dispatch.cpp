@@ -16,6 +16,7 @@ constexpr int64_t kStreamBytes = 4 << 20;
 const Ops* ops_for(int isa) {
 #if defined(__x86_64__)
     if (isa > kvk_isa()) return nullptr;
+    if (isa == KVK_AVX512VBMI) return &kvk::kAvx512Vbmi;
     if (isa == KVK_AVX512) return &kvk::kAvx512;
     if (isa == KVK_AVX2) return &kvk::kAvx2;
 #endif
@@ -87,7 +88,7 @@ int kvk_isa(void) {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return KVK_AVX512;
+        return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") ? KVK_AVX512VBMI : KVK_AVX512;
     if (avx2) return KVK_AVX2;
 #endif
     return KVK_PORTABLE;
@@ -162,15 +163,49 @@ int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales
     return KVK_OK;
 }
 
-int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int rotary, int interleaved,
-                   double* content) {
+int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int pairings,
+                   const int32_t* rotaries, double* content) {
     const Ops* ops = ops_for(isa);
-    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !valid_rotary(rows, rotary)) return KVK_BAD_ARGUMENT;
-    const int64_t groups = groups_of(*rows);
-    split(threads, rows->outer * groups, [&](int64_t begin, int64_t end) {
-        ops->kv_content(dtype, x, *rows, rotary, interleaved != 0, groups, begin, end, content);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || pairings < 1) return KVK_BAD_ARGUMENT;
+    for (int i = 0; i < pairings; ++i)
+        if (!valid_rotary(rows, rotaries[2 * i])) return KVK_BAD_ARGUMENT;
+    const int64_t groups = groups_of(*rows), n = rows->outer * groups;
+    split(threads, n, [&](int64_t begin, int64_t end) {
+        for (int i = 0; i < pairings; ++i)
+            ops->kv_content(dtype, x, *rows, rotaries[2 * i], rotaries[2 * i + 1] != 0, groups, begin, end,
+                            content + 2 * i * n * rows->inner);
     });
     return KVK_OK;
+}
+
+int kvk_kv_missed(const kvk_rows* rows, const float* error, double* missed) {
+    if (!valid_rows(rows) || rows->d % rows->block) return KVK_BAD_ARGUMENT;
+    const int64_t a_row = rows->d / rows->block, width = rows->inner * a_row;
+    constexpr int64_t kStrip = 64;
+    for (int64_t slab = 0; slab < rows->outer; ++slab, error += rows->tokens * width) {
+        double* const to = missed + slab * rows->inner;
+        for (int64_t i = 0; i < rows->inner; ++i) to[i] = 0.0;
+        for (int64_t c = 0; c < width; c += kStrip) {
+            const int64_t n = width - c < kStrip ? width - c : kStrip;
+            double sums[kStrip] = {};
+            for (int64_t t = 0; t < rows->tokens; ++t)
+                for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(error[t * width + c + i]);
+            for (int64_t i = 0; i < n; ++i) to[(c + i) / a_row] += sums[i];
+        }
+    }
+    return KVK_OK;
+}
+
+int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_along* how,
+                 float* distance, float* lacking) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !valid_rows(rows)) return KVK_BAD_ARGUMENT;
+    if (!how || how->every < 1 || how->first < 0 || how->first > rows->tokens - 2) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> good{true};
+    split(threads, rows->outer, [&](int64_t begin, int64_t end) {
+        if (!ops->kv_along(dtype, x, *rows, *how, begin, end, distance, lacking)) good = false;
+    });
+    return good ? KVK_OK : KVK_NO_MEMORY;
 }
 
 int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,
@@ -183,44 +218,44 @@ int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* 
     return KVK_OK;
 }
 
-int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, int sampled,
-                const int32_t* lags, float* sums) {
+int kvk_kv_phases(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
+                  const kvk_phases* how, double* power, double* pooled, uint8_t* shown, int32_t* heads) {
     const Ops* ops = ops_for(isa);
     if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !grouped(rows) || !valid_turns(rows, turns)) return KVK_BAD_ARGUMENT;
-    if (sampled < 1 || sampled > rows->groups) return KVK_BAD_ARGUMENT;
-    for (int i = 0; i < 3; ++i)
-        if (lags[i] < 1) return KVK_BAD_ARGUMENT;
+    if (!how || how->sampled < 1 || how->sampled > rows->groups) return KVK_BAD_ARGUMENT;
+    for (const int32_t lag : how->lags)
+        if (lag < 1) return KVK_BAD_ARGUMENT;
     std::atomic<bool> good{true};
     split(threads, rows->outer, [&](int64_t begin, int64_t end) {
-        if (!ops->kv_lags(dtype, x, *rows, *turns, rows->groups, sampled, lags, begin, end, sums)) good = false;
+        if (!ops->kv_phases(dtype, x, *rows, *turns, rows->groups, *how, begin, end, power, pooled, shown, heads)) good = false;
     });
     return good ? KVK_OK : KVK_NO_MEMORY;
 }
 
 int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns, float* still,
-                float* turned, float* gains, int rotary, int interleaved, double* content) {
+                float* turned, float* gains, double* content) {
     const Ops* ops = ops_for(isa);
     if (!ops || !valid_dtype(dtype) || !valid_rows(rows) || !grouped(rows)) return KVK_BAD_ARGUMENT;
-    if (content && !valid_rotary(rows, rotary)) return KVK_BAD_ARGUMENT;
-    if (turns && (!valid_turns(rows, turns) || !turns->tangents)) return KVK_BAD_ARGUMENT;
-    const kvk_turns told = {nullptr, nullptr, rotary, interleaved != 0};
+    if (!turns || !valid_rotary(rows, turns->rotary) || (turns->tangents && turns->rotary < 2)) return KVK_BAD_ARGUMENT;
     std::atomic<bool> good{true};
     split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
-        if (!ops->kv_sums(dtype, x, *rows, turns, told, begin, end, still, turned, content)) good = false;
+        if (!ops->kv_sums(dtype, x, *rows, *turns, begin, end, still, turned, content)) good = false;
     });
     if (!good) return KVK_NO_MEMORY;
-    if (turns) ops->kv_gains(*rows, *turns, still, turned, gains);
+    if (turns->tangents) ops->kv_gains(*rows, *turns, still, turned, gains);
     return KVK_OK;
 }
 
-int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still, const float* turned,
-                      int8_t* codes, uint8_t* scales) {
-    if (!valid_rows(rows) || !grouped(rows) || (turns && (!valid_turns(rows, turns) || !turns->turning || !turned)))
-        return KVK_BAD_ARGUMENT;
+int kvk_kv_code_means(int isa, int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still, const float* turned,
+                      int8_t* codes, uint8_t* scales, float* means) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_rows(rows) || !grouped(rows)) return KVK_BAD_ARGUMENT;
+    if (turns && (!valid_turns(rows, turns) || !turns->turning || !turned)) return KVK_BAD_ARGUMENT;
+    std::atomic<bool> good{true};
     split(threads, rows->outer * rows->groups, [&](int64_t begin, int64_t end) {
-        kvk::kPortable.kv_code_means(*rows, turns, still, turned, begin, end, codes, scales);
+        if (!ops->kv_code_means(*rows, turns, still, turned, begin, end, codes, scales, means)) good = false;
     });
-    return KVK_OK;
+    return good ? KVK_OK : KVK_NO_MEMORY;
 }
 
 int kvk_kv_expand_eights(const kvk_rows* rows, const int8_t* codes, const uint8_t* scales, float* means) {
@@ -260,19 +295,32 @@ int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const u
     return worst;
 }
 
-int kvk_rans_decode(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
-                    int64_t tables, const uint16_t* counts, const uint16_t* starts, const uint8_t* slots, int64_t lanes,
-                    uint8_t* out) {
-    if (!kvk::rans_fits(rows, width, lanes, tables, classes) || nbytes < 0) return KVK_BAD_ARGUMENT;
-    const bool whole = kvk::rans_decode(data, nbytes, rows, width, classes, {counts, starts, slots}, lanes, out);
-    return whole ? KVK_OK : KVK_BAD_ARGUMENT;
+int kvk_learned_decode(int isa, int dtype, const kvk_learned* how, const uint8_t* symbols, const int32_t* columns,
+                       const uint8_t* classes, const int16_t* escapes, int64_t escaped, void* out, int64_t* used) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !valid_dtype(dtype) || !how || how->layers < 1 || how->heads < 1 || how->d < 1 || how->d > 1024)
+        return KVK_BAD_ARGUMENT;
+    const int64_t n = how->layers * how->heads * how->d;
+    if (how->tokens < 1 || how->stride < how->tokens * how->heads * how->d || how->live < 0 || how->live > n || escaped < 0)
+        return KVK_BAD_ARGUMENT;
+    if (how->pairs < 0 || 2 * how->pairs > how->d) return KVK_BAD_ARGUMENT;
+    for (int64_t k = 0; k < how->live; ++k)
+        if (columns[k] < 0 || columns[k] >= n || classes[k] >= 40) return KVK_BAD_ARGUMENT;
+    return ops->learned_decode(dtype, *how, symbols, columns, classes, escapes, escaped, out, used);
+}
+
+int kvk_rans_decode(int isa, const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                    int64_t tables, const uint32_t* slots, int64_t lanes, uint8_t* out) {
+    const Ops* ops = ops_for(isa);
+    if (!ops || !kvk::rans_fits(rows, width, lanes, tables, classes) || nbytes < 0) return KVK_BAD_ARGUMENT;
+    return ops->rans_decode(data, nbytes, rows, width, classes, slots, lanes, out) ? KVK_OK : KVK_BAD_ARGUMENT;
 }
 
 int kvk_rans_encode(const uint8_t* symbols, int64_t rows, int64_t width, const uint8_t* classes, int64_t tables,
                     const uint16_t* counts, const uint16_t* starts, int64_t lanes, uint8_t* out, int64_t* written) {
     if (!kvk::rans_fits(rows, width, lanes, tables, classes)) return KVK_BAD_ARGUMENT;
     uint8_t* end = out + 2 * rows * width + 4 * lanes;
-    *written = kvk::rans_encode(symbols, rows, width, classes, {counts, starts, nullptr}, lanes, end);
+    *written = kvk::rans_encode(symbols, rows, width, classes, counts, starts, lanes, end);
     return *written < 0 ? KVK_BAD_ARGUMENT : KVK_OK;
 }
 

@@ -164,49 +164,57 @@ struct Kv {
     }
 
     // Codes of a piece's blocks, step by step for all of them: no block waits for its own sums and divisions.
-    static bool encode_piece(const float* v, int n, int block, uint8_t* codes, Sums* sums) {
+    static bool encode_piece(const float* v, int n, int block, uint8_t* codes, const kvk::BlockSums& sums) {
         constexpr int kMost = kPiece / 32;
         alignas(64) float most[kMost], by[kMost];
+        alignas(64) int clips[kMost];
         const int blocks = (n + block - 1) / block;
+        Isa::absmaxes(v, blocks, block, most);
         bool usual = true;
-        for (int b = 0; b < blocks; ++b) {
-            const uint32_t bits = Isa::absmax_bits(v + b * block, block);
-            most[b] = from_bits(bits);
-            usual &= bits < 0x7f800000u && most[b] >= 1e-15f;
-        }
+        for (int b = 0; b < blocks; ++b) usual &= to_bits(most[b]) < 0x7f800000u && most[b] >= 1e-15f;
         if (!usual) {
-            for (int b = 0; b < blocks; ++b)
-                if (!encode_block(v + b * block, block, codes + b * block / 2, sums + b)) return false;
+            for (int b = 0; b < blocks; ++b) {
+                Sums own;
+                if (!encode_block(v + b * block, block, codes + b * block / 2, &own)) return false;
+                sums.set(b, own);
+            }
             return true;
         }
         for (int b = 0; b < blocks; ++b) by[b] = 127.0f / most[b];
-        for (int b = 0; b < blocks; ++b) most[b] *= from_bits(kvk::kClipBits[Isa::best_clip(v + b * block, block, by[b])]);
-        for (int b = 0; b < blocks; ++b) by[b] = 1.0f / most[b];
+        Isa::best_clips(v, blocks, block, by, clips);
+        for (int b = 0; b < blocks; ++b) by[b] = 1.0f / (most[b] * from_bits(kvk::kClipBits[clips[b]]));
         if (block == 32)
-            for (int b = 0; b < blocks; ++b) sums[b] = Isa::template code_block<32>(v + 32 * b, by[b], codes + 16 * b);
+            Isa::template code_blocks<32>(v, blocks, by, codes, sums);
         else
-            for (int b = 0; b < blocks; ++b) sums[b] = Isa::template code_block<64>(v + 64 * b, by[b], codes + 32 * b);
+            Isa::template code_blocks<64>(v, blocks, by, codes, sums);
         return true;
     }
 
     // Scales of a tile as bytes under its top, and each block's squared error. False where one is not finite.
-    static bool code_scales(const Sums* sums, int n, uint8_t* scales, int16_t* top_out, float* error) {
-        int32_t rounded[kvk::kScaleGroup];
+    static bool code_scales(const kvk::BlockSums& sums, int n, uint8_t* scales, int16_t* top_out, float* error) {
+        alignas(64) int32_t rounded[kvk::kScaleGroup], code[kvk::kScaleGroup];
         int32_t top = 0;
         for (int i = 0; i < n; ++i) {
-            const uint32_t bits = to_bits(sums[i].energy / sums[i].cross);
-            if (bits >= 0x7f800000u - (1u << 16)) return false;
+            const uint32_t bits = to_bits(sums.energy[i] / sums.cross[i]);
             rounded[i] = static_cast<int32_t>((bits + (1u << 16)) >> 17);
             top = rounded[i] > top ? rounded[i] : top;
         }
+        // Of all bits of floats that are not negative: those that round to no finite scale are the largest.
+        if (top >= 0x7f800000 >> 17) return false;
         for (int i = 0; i < n; ++i) {
             const int32_t steps = top - rounded[i];
-            const int32_t code = steps < 192 ? 255 - steps : 63 - ((steps - 192 + 2) >> 2);
-            scales[i] = static_cast<uint8_t>(rounded[i] == 0 ? 0 : code < 1 ? 1 : code);
-            const float scale = kvk::scale_of(scales[i], top);
-            const float saved = scale * (sums[i].cross - scale * sums[i].size);
-            const float left = sums[i].energy - scale * sums[i].cross - saved;
-            error[i] = left > 0.0f ? left : 0.0f;
+            const int32_t coarse = 63 - ((steps - 192 + 2) >> 2), fine = 255 - steps;
+            const int32_t found = steps < 192 ? fine : coarse < 1 ? 1 : coarse;
+            code[i] = rounded[i] == 0 ? 0 : found;
+        }
+        for (int i = 0; i < n; ++i) scales[i] = static_cast<uint8_t>(code[i]);
+        for (int i = 0; i < n; ++i) {
+            const int32_t steps = code[i] >= 64 ? 255 - code[i] : 192 + ((63 - code[i]) << 2);
+            const int32_t left = top - steps;
+            const float scale = from_bits(code[i] == 0 || left < 0 ? 0u : static_cast<uint32_t>(left) << 17);
+            const float saved = scale * (sums.cross[i] - scale * sums.size[i]);
+            const float missed = sums.energy[i] - scale * sums.cross[i] - saved;
+            error[i] = missed > 0.0f ? missed : 0.0f;
         }
         *top_out = static_cast<int16_t>(top);
         return true;
@@ -216,7 +224,8 @@ struct Kv {
                       int64_t begin, int64_t end, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error) {
         const int64_t total = kvk::values_of(rows), tile = int64_t{kvk::kScaleGroup} * rows.block;
         alignas(64) float piece[kPiece];
-        Sums sums[kvk::kScaleGroup];
+        alignas(64) float energy[kvk::kScaleGroup], cross[kvk::kScaleGroup], size[kvk::kScaleGroup];
+        const kvk::BlockSums sums = {energy, cross, size};
         const Turned<Isa> turned(rows, turns, means, false);
         if (!turned.ready()) return KVK_NO_MEMORY;
         for (int64_t t = begin; t < end; ++t) {
@@ -228,7 +237,7 @@ struct Kv {
                 gather(dtype, x, means, turned.get(), n, &walk, piece);
                 Isa::rotate(piece, n, rows.size);
                 for (int i = n; i % rows.block; ++i) piece[i] = 0.0f;
-                if (!encode_piece(piece, n, rows.block, codes + at / 2, sums + done)) return KVK_NOT_FINITE;
+                if (!encode_piece(piece, n, rows.block, codes + at / 2, sums.from(done))) return KVK_NOT_FINITE;
                 done += (n + rows.block - 1) / rows.block;
             }
             const int64_t first = t * kvk::kScaleGroup;
@@ -249,14 +258,21 @@ struct Kv {
             run = walk->run(n - i);
             const int itemsize = dtype == KVK_F32 ? 4 : 2;
             page_ahead(static_cast<const char*>(x) + walk->value() * itemsize, run * itemsize);
-            const float* mean = mean_at(means, turner, *walk);
+            const bool centred = walk->rows.groups && !turner;
+            const float* mean = centred ? means + walk->mean() : nullptr;
             int done = 0;
-            if (dtype == KVK_F32 && walk->rows.groups) {
+            if (dtype == KVK_F32 && centred) {
                 done = run & ~7;
                 Isa::load_difference(static_cast<const float*>(x) + walk->value(), mean, piece + i, done);
             }
+            if (turner && dtype == KVK_F32) {
+                const float* from = static_cast<const float*>(x) + walk->value();
+                turner->subtract(walk->slab, walk->token, walk->column, run, from, piece + i);
+                continue;
+            }
             load(dtype, x, walk->value() + done, piece + i + done, run - done);
-            if (!walk->rows.groups) continue;
+            if (turner) turner->subtract(walk->slab, walk->token, walk->column, run, piece + i, piece + i);
+            if (!centred) continue;
             const int whole = done ? done : run & ~7;
             if (!done) Isa::sub(piece + i, mean, whole);
             for (int j = whole; j < run; ++j) piece[i + j] -= mean[j];

@@ -11,13 +11,13 @@
 extern "C" {
 #endif
 
-#define KVK_ABI 6
+#define KVK_ABI 7
 #define KVK_API __attribute__((visibility("default")))
 
 // Element types. Do not renumber: Python passes them.
 enum { KVK_F32 = 0, KVK_F16 = 1, KVK_BF16 = 2 };
 // Instruction sets, in order of preference. Do not renumber.
-enum { KVK_PORTABLE = 0, KVK_AVX2 = 1, KVK_AVX512 = 2 };
+enum { KVK_PORTABLE = 0, KVK_AVX2 = 1, KVK_AVX512 = 2, KVK_AVX512VBMI = 3 };
 enum { KVK_OK = 0, KVK_NOT_FINITE = 1, KVK_BAD_ARGUMENT = 2, KVK_NO_MEMORY = 3 };
 
 KVK_API int kvk_abi(void);
@@ -54,11 +54,26 @@ KVK_API int kvk_kv_means(int isa, int threads, int dtype, const void* x, const k
 KVK_API int kvk_kv_expand(const kvk_rows* rows, const int8_t* codes, const float* scales, float* means);
 
 // The energy of each head in each of g groups of tokens (64, a rest below 32 joining the last; one group below 8 tokens):
-// without the least of its means, one that stands still or one that turns, and as it is. rotary: channels that turn in
-// pairs, an even number up to d; interleaved: whether pairs are neighbours or half of `rotary` apart.
-// rows->groups is not looked at. content: 2*outer*g*inner.
-KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int rotary, int interleaved,
-                   double* content);
+// without the least of its means, one that stands still or one that turns, and as it is. For each of `pairings` ways of
+// pairing channels, rotaries: how many turn in pairs, an even number up to d, and whether pairs are neighbours or half of
+// those apart. rows->groups is not looked at. content: pairings*outer*g*inner*2.
+KVK_API int kvk_kv_content(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, int pairings,
+                   const int32_t* rotaries, double* content);
+
+// The squared error of each head, from those of blocks as kvk_kv_encode leaves them: d is a multiple of block.
+// missed: outer*inner.
+KVK_API int kvk_kv_missed(const kvk_rows* rows, const float* error, double* missed);
+
+// How each token of a slab lies to the means of its heads, taken over every `every`-th token from `first` on, at least two.
+// distance: squared, from all of them together. lacking: what its key lacks of a mean, along it, in standard deviations of
+// that head where that is most, of heads whose deviation is below `sure` and where it is over `most`; else 0. Both:
+// outer*tokens. rows->groups is not looked at.
+typedef struct {
+    int64_t first, every;
+    float sure, most;
+} kvk_along;
+KVK_API int kvk_kv_along(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_along* how,
+                 float* distance, float* lacking);
 
 // Squared distance of two tensors of these rows, head by head. squares: outer*inner; not finite where a value is not.
 KVK_API int kvk_kv_distance(int isa, int threads, int dtype, const void* x, const void* y, const kvk_rows* rows,
@@ -73,21 +88,28 @@ typedef struct {
     int32_t rotary, interleaved;
 } kvk_turns;
 
-// For each pair of each head, over the first `sampled` groups of tokens: energy without a still mean, energy, and the real
-// and imaginary parts of sum z[t] conj z[t - lag] for three lags. Of turns, rotary and interleaved are read.
-// sums: outer*inner*rotary/2*8. rows->groups: at least 1.
-KVK_API int kvk_kv_lags(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
-                int sampled, const int32_t* lags, float* sums);
-// Sums over each group of tokens. still: outer*groups*inner*d. With turns also: turned, the same sums in the frame that
-// turns by the tangents, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
-// beyond still ones. content: null, or what kvk_kv_content gives for rotary and interleaved.
+// What keys show of how they turn. For each pair of each head, over the first `sampled` groups of tokens: energy e without a
+// still mean, energy E, and sums L of z[t] conj z[t - lag] for three lags, in floats. From these, in doubles in the order of
+// heads and pairs: power, outer*inner, the sum of min(e, |E - whole |L3||) over the pairs of a head; pooled,
+// outer*rotary/2*3*2, the sum of L / power over heads; shown, outer*rotary/2, whether some head's |L3| > seen E and
+// whole |L3| - (E - e) > worth power; heads, outer, how many heads show it of a pair. Of turns, rotary and interleaved are
+// read. rows->groups: at least 1.
+typedef struct {
+    int32_t sampled, lags[3];
+    double whole, seen, worth;
+} kvk_phases;
+KVK_API int kvk_kv_phases(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
+                const kvk_phases* how, double* power, double* pooled, uint8_t* shown, int32_t* heads);
+// Sums over each group of tokens. still: outer*groups*inner*d. With turns->tangents also: turned, the same sums in the frame
+// that turns by them, written in the channels of pairs; gains: outer*inner*rotary/2, the energy that turning means take
+// beyond still ones. content: null, or what kvk_kv_content gives for this pairing. Of turns, `turning` is not read.
 KVK_API int kvk_kv_sums(int isa, int threads, int dtype, const void* x, const kvk_rows* rows, const kvk_turns* turns,
-                float* still, float* turned, float* gains, int rotary, int interleaved, double* content);
+                float* still, float* turned, float* gains, double* content);
 // Means of those sums, turned ones where a bit of turns->turning is set. codes: outer*groups*inner*d; scales:
-// outer*groups*inner*ceil(d/8), a mean is code * 2^(scale - 127), or 0 where scale is 0.
-KVK_API int kvk_kv_code_means(int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still,
-                const float* turned, int8_t* codes, uint8_t* scales);
-// Floats of the means.
+// outer*groups*inner*ceil(d/8), a mean is code * 2^(scale - 127), or 0 where scale is 0. means: these as floats.
+KVK_API int kvk_kv_code_means(int isa, int threads, const kvk_rows* rows, const kvk_turns* turns, const float* still,
+                const float* turned, int8_t* codes, uint8_t* scales, float* means);
+// Floats of the means, as kvk_kv_code_means leaves them.
 KVK_API int kvk_kv_expand_eights(const kvk_rows* rows, const int8_t* codes, const uint8_t* scales, float* means);
 
 // b = ceil(outer*tokens*inner*d / block) blocks. codes: b*block/2; scales: b; tops: ceil(b/256); error: b.
@@ -97,17 +119,31 @@ KVK_API int kvk_kv_encode(int isa, int threads, int dtype, const void* x, const 
 KVK_API int kvk_kv_decode(int isa, int threads, int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops,
                   const float* means, const kvk_turns* turns, const kvk_rows* rows, void* out);
 
-// Interleaved rANS (kv-learned). Looked for by name: a kernel of this ABI may lack both. rows * width symbols + 128 as
-// bytes; classes: rows, each below `tables`; counts, starts: tables*256, frequencies that sum to 4,096 and what lies
-// before each; slots: tables*4096, the symbol of each slot; lanes: 1 to 4,096.
+// Interleaved rANS (kv-learned). rows * width symbols + 128 as bytes; classes: rows, each below `tables`; lanes: 1 to 4,096.
+// slots: tables*4096, of each slot the symbol in 8 bits, then its frequency less 1, then the slot less what lies before the
+// symbol, 12 bits each, low ones first.
 // Decode: KVK_BAD_ARGUMENT where the bytes are no stream of so many symbols.
-KVK_API int kvk_rans_decode(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
-                    int64_t tables, const uint16_t* counts, const uint16_t* starts, const uint8_t* slots, int64_t lanes,
-                    uint8_t* out);
-// out: 2*rows*width + 4*lanes bytes, filled from its end. written: how many bytes of it. KVK_BAD_ARGUMENT for a symbol
-// without a frequency.
+KVK_API int kvk_rans_decode(int isa, const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                    int64_t tables, const uint32_t* slots, int64_t lanes, uint8_t* out);
+// counts, starts: tables*256, frequencies that sum to 4,096 and what lies before each. out: 2*rows*width + 4*lanes bytes,
+// filled from its end. written: how many bytes of it. KVK_BAD_ARGUMENT for a symbol without a frequency.
 KVK_API int kvk_rans_encode(const uint8_t* symbols, int64_t rows, int64_t width, const uint8_t* classes, int64_t tables,
                     const uint16_t* counts, const uint16_t* starts, int64_t lanes, uint8_t* out, int64_t* written);
+
+// A group of layers of kv-learned: n = layers*heads*d coefficients, of which `live` have symbols. values: 40*256, what each
+// symbol + 128 of each class stands for; matrix: n*n; mean: n. pairs: channels that turn in pairs, 0 where none do, up to
+// d / 2; cosine, sine: tables*tokens*pairs; of: layers, the table of each. stride: values from one layer to the next in
+// `out`, whose tokens lie heads*d apart.
+typedef struct {
+    int64_t layers, heads, d, tokens, stride, live;
+    const float *values, *matrix, *mean, *cosine, *sine;
+    const int32_t* of;
+    int32_t pairs, interleaved;
+} kvk_learned;
+// symbols: live*tokens; columns: live, each below n; classes: live, each below 40. Symbol 0 takes the next of the escapes.
+// used: how many it took. KVK_BAD_ARGUMENT where there are too few; KVK_NOT_FINITE where a value of `out` is not finite.
+KVK_API int kvk_learned_decode(int isa, int dtype, const kvk_learned* how, const uint8_t* symbols, const int32_t* columns,
+                    const uint8_t* classes, const int16_t* escapes, int64_t escaped, void* out, int64_t* used);
 
 #ifdef __cplusplus
 }

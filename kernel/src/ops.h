@@ -26,25 +26,37 @@ struct Ops {
     void (*kv_distance)(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                         double* squares);
     // Slabs [begin, end). False where there is no memory.
-    bool (*kv_lags)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups, int64_t sampled,
-                    const int32_t* lag, int64_t begin, int64_t end, float* sums);
-    // Groups of tokens [begin, end) of outer * groups; turns may be null. told: rotary and interleaved of content.
-    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns* turns, const kvk_turns& told,
-                    int64_t begin, int64_t end, float* still, float* turned, double* content);
+    bool (*kv_phases)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t groups,
+                      const kvk_phases& how, int64_t begin, int64_t end, double* power, double* pooled, uint8_t* shown,
+                      int32_t* heads);
+    // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
+    bool (*kv_sums)(int dtype, const void* x, const kvk_rows& rows, const kvk_turns& turns, int64_t begin, int64_t end,
+                    float* still, float* turned, double* content);
+    // Slabs [begin, end). False where there is no memory.
+    bool (*kv_along)(int dtype, const void* x, const kvk_rows& rows, const kvk_along& how, int64_t begin, int64_t end,
+                     float* distance, float* lacking);
     void (*kv_gains)(const kvk_rows& rows, const kvk_turns& turns, const float* still, const float* turned, float* gains);
-    void (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,
-                          int64_t begin, int64_t end, int8_t* codes, uint8_t* scales);
+    // Groups of tokens [begin, end) of outer * groups. False where there is no memory.
+    bool (*kv_code_means)(const kvk_rows& rows, const kvk_turns* turns, const float* still, const float* turned,
+                          int64_t begin, int64_t end, int8_t* codes, uint8_t* scales, float* means);
     // Tiles of 256 blocks [begin, end); turns may be null. A status.
     int (*kv_encode)(int dtype, const void* x, const kvk_rows& rows, const float* means, const kvk_turns* turns,
                      int64_t begin, int64_t end, uint8_t* codes, uint8_t* scales, int16_t* tops, float* error);
     int (*kv_decode)(int dtype, const uint8_t* codes, const uint8_t* scales, const int16_t* tops, const float* means,
                      const kvk_turns* turns, const kvk_rows& rows, int64_t begin, int64_t end, bool stream, void* out);
+    // A status.
+    int (*learned_decode)(int dtype, const kvk_learned& how, const uint8_t* symbols, const int32_t* columns,
+                          const uint8_t* classes, const int16_t* escapes, int64_t escaped, void* out, int64_t* used);
+    // False where the bytes are no stream of so many symbols.
+    bool (*rans_decode)(const uint8_t* data, int64_t nbytes, int64_t rows, int64_t width, const uint8_t* classes,
+                        const uint32_t* slots, int64_t lanes, uint8_t* out);
 };
 
 extern const Ops kPortable;
 #if defined(__x86_64__)
 extern const Ops kAvx2;
 extern const Ops kAvx512;
+extern const Ops kAvx512Vbmi;
 #endif
 
 constexpr int kScaleGroup = 256;

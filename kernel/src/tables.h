@@ -31,6 +31,17 @@ struct Sums {
     float energy, cross, size;
 };
 
+// The same of many blocks.
+struct BlockSums {
+    float *energy, *cross, *size;
+    void set(int b, const Sums& sums) const {
+        energy[b] = sums.energy;
+        cross[b] = sums.cross;
+        size[b] = sums.size;
+    }
+    BlockSums from(int b) const { return {energy + b, cross + b, size + b}; }
+};
+
 static constexpr int kClips = 5;
 static constexpr uint32_t kClipBits[kClips] = {0x3f4ccccd, 0x3f59999a, 0x3f666666, 0x3f733333, 0x3f800000};
 static constexpr int kSearchLevels[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};

@@ -37,7 +37,7 @@ class Turner {
     // by_pairs: rows in the order of Isa::by_pairs. The means are (outer, groups, inner, d).
     Turner(const kvk_rows& rows, const kvk_turns& turns, const float* means, bool by_pairs)
         : rows_(rows), turns_(turns), means_(means), pairs_(by_pairs), width_(rows.inner * rows.d),
-          offsets_{width_, 2 * width_}, room_(5 * width_) {}
+          offsets_{width_, 2 * width_}, room_(5 * width_ + turns.rotary) {}
     explicit operator bool() const { return static_cast<bool>(room_); }
 
     // The row of means of a token. Tokens of a group are asked for in order, or the group begins again.
@@ -48,6 +48,18 @@ class Turner {
         if (slab != slab_ || group != group_ || at < at_ || ahead_) begin(slab, group);
         for (; at_ < at; ++at_) advance(first_, end_);
         return mean();
+    }
+
+    // out = x less the means from a column of its row on, which go on to the next token's. n: up to the row's end.
+    void subtract(int64_t slab, int64_t token, int64_t column, int64_t n, const float* x, float* out) {
+        float* const m = row_from(slab, token, column) + column;
+        Isa::subtract_turning(x, m, offsets_, static_cast<int>(n & ~7), out);
+        for (int64_t i = n & ~7; i < n; ++i) {
+            out[i] = x[i] - m[i];
+            m[i] += m[offsets_[0] + i];
+            m[offsets_[0] + i] -= m[offsets_[1] + i] * m[i];
+        }
+        gone_on(n);
     }
 
     // The same for who moves the means on himself, by `offsets` to their steps and chords, and says so by `gone_on`. Those
@@ -76,24 +88,24 @@ class Turner {
     float* chord() const { return room_.get() + 2 * width_; }
     float* sine() const { return room_.get() + 3 * width_; }
     float* other() const { return room_.get() + 4 * width_; }
+    float* angles() const { return room_.get() + 5 * width_; }  // the sine and the chord of each pair of this slab
 
     // chord and sine of every channel of a slab, the sine negative for the first channel of a pair.
     void turn_to(int64_t slab) {
         const int half = turns_.rotary / 2, bytes = (half + 7) / 8;
         first_ = width_;
         end_ = 0;
+        for (int p = 0; p < half; ++p) angle_of(turns_.tangents[slab * half + p], angles() + p, angles() + half + p);
         for (int64_t i = 0; i < width_; ++i) chord()[i] = sine()[i] = 0.0f;
         for (int64_t head = 0; head < rows_.inner; ++head) {
             const uint8_t* mask = turns_.turning + (slab * rows_.inner + head) * bytes;
             for (int p = 0; p < half; ++p) {
                 if (!(mask[p / 8] >> (p % 8) & 1)) continue;
-                float s, k;
-                angle_of(turns_.tangents[slab * half + p], &s, &k);
                 const int64_t re = head * rows_.d + (turns_.interleaved ? 2 * p : p);
                 const int64_t im = re + (turns_.interleaved ? 1 : half);
-                chord()[re] = chord()[im] = k;
-                sine()[re] = -s;
-                sine()[im] = s;
+                chord()[re] = chord()[im] = angles()[half + p];
+                sine()[re] = -angles()[p];
+                sine()[im] = angles()[p];
                 first_ = re < first_ ? re : first_;
                 end_ = im + 1 > end_ ? im + 1 : end_;
             }
@@ -131,18 +143,12 @@ class Turner {
                 const int64_t re = head * rows_.d + (turns_.interleaved ? 2 * p : p), im = re + apart;
                 const float s = sine()[im];
                 if (s == 0.0f) continue;
-                const float k = half_chord(turns_.tangents[slab_ * half + p]);
+                const float k = angles()[half + p] * 0.5f;
                 to[re] = -(m[re] * k) - m[im] * s;
                 to[im] = m[re] * s - m[im] * k;
             }
         if (pairs_ && end_ > first_) in_order(other() + first_, end_ - first_, step() + first_);
     }
-    static float half_chord(float h) {
-        float s, k;
-        angle_of(h, &s, &k);
-        return k * 0.5f;
-    }
-
     void advance(int64_t from, int64_t to) {
         float *__restrict__ m = mean(), *__restrict__ by = step();
         const float* __restrict__ k = chord();

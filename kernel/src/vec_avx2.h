@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "convert.h"
+#include "rans.h"
 #include "tables.h"
 
 // Calls would pass vectors through memory: the compiler's own limits keep some of these out of line.
@@ -12,6 +13,7 @@ namespace {
 
 struct Avx2 {
     static constexpr bool kFused = true;
+    static constexpr int kLanes = 8;
 
     // x minus y into out.
     static void load_difference(const float* x, const float* y, float* out, int n) {
@@ -518,6 +520,14 @@ struct Avx2 {
     KVK_INLINE void store_sum64(const __m256* v, float* mean, const int64_t* turn, bool stream, char* out) {
         __m256 sum[8];
         if (turn) {
+#if defined(__AVX512F__)
+#pragma GCC unroll 4
+            for (int r = 0; r < 8; r += 2) {
+                const __m512 m = gone_on16(mean + 8 * r, turn);
+                sum[r] = _mm256_add_ps(v[r], _mm512_castps512_ps256(m));
+                sum[r + 1] = _mm256_add_ps(v[r + 1], _mm512_extractf32x8_ps(m, 1));
+            }
+#else
 #pragma GCC unroll 8
             for (int r = 0; r < 8; ++r) {
                 float* const at = mean + 8 * r;
@@ -527,6 +537,7 @@ struct Avx2 {
                 _mm256_storeu_ps(at, next);
                 _mm256_storeu_ps(at + turn[0], _mm256_sub_ps(step, _mm256_mul_ps(_mm256_loadu_ps(at + turn[1]), next)));
             }
+#endif
         } else {
 #pragma GCC unroll 8
             for (int r = 0; r < 8; ++r) sum[r] = mean ? _mm256_add_ps(v[r], _mm256_loadu_ps(mean + 8 * r)) : v[r];
@@ -665,8 +676,49 @@ struct Avx2 {
         const __m256 best = _mm256_broadcastss_ps(most);
         return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(valid, best, _CMP_EQ_OQ))) | 256u);
     }
+    // Bits of the largest magnitude of each block of a piece, as floats.
+    static void absmaxes(const float* x, int blocks, int block, float* most) {
+        for (int b = 0; b < blocks; ++b) most[b] = from_bits(absmax_bits(x + b * block, block));
+    }
+    static void best_clips(const float* x, int blocks, int block, const float* inverse, int* clips) {
+        for (int b = 0; b < blocks; ++b) clips[b] = best_clip(x + b * block, block, inverse[b]);
+    }
+    template <int kSize>
+    static void code_blocks(const float* x, int blocks, const float* inverse, uint8_t* codes, const kvk::BlockSums& sums) {
+        for (int b = 0; b < blocks; ++b)
+            sums.set(b, code_block<kSize>(x + kSize * b, inverse[b], codes + kSize / 2 * b));
+    }
+#if defined(__AVX512F__)
+    // Sixteen means, which then go on to the next token's.
+    KVK_INLINE __m512 gone_on16(float* at, const int64_t* turn) {
+        const __m512 m = _mm512_loadu_ps(at), step = _mm512_loadu_ps(at + turn[0]), next = _mm512_add_ps(m, step);
+        _mm512_storeu_ps(at, next);
+        _mm512_storeu_ps(at + turn[0], _mm512_sub_ps(step, _mm512_mul_ps(_mm512_loadu_ps(at + turn[1]), next)));
+        return m;
+    }
+#endif
+    // x minus turning means into out, and each mean to its next token's (turn.h). turn: offsets of its step and chord.
+    static void subtract_turning(const float* x, float* mean, const int64_t* turn, int n, float* out) {
+        int i = 0;
+#if defined(__AVX512F__)
+        for (; i + 16 <= n; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_sub_ps(_mm512_loadu_ps(x + i), gone_on16(mean + i, turn)));
+#endif
+        for (; i < n; i += 8) {
+            float* const at = mean + i;
+            const __m256 m = _mm256_loadu_ps(at), step = _mm256_loadu_ps(at + turn[0]);
+            _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_loadu_ps(x + i), m));
+            const __m256 next = _mm256_add_ps(m, step);
+            _mm256_storeu_ps(at, next);
+            _mm256_storeu_ps(at + turn[0], _mm256_sub_ps(step, _mm256_mul_ps(_mm256_loadu_ps(at + turn[1]), next)));
+        }
+    }
     static __m128i halves(__m256i v) {
         return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    }
+
+    static bool rans_run(kvk::RansStream* stream, int64_t lane, int64_t stop, const uint32_t* slots, uint8_t* out) {
+        return kvk::rans_run(stream, lane, stop, slots, out);
     }
 };
 

@@ -5,6 +5,23 @@
 namespace {
 
 struct Avx512 : Avx2 {
+    static constexpr int kLanes = 16;
+
+    static void load_f16(const uint16_t* x, float* out, int n) {
+        int i = 0;
+        for (; i + 16 <= n; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+        Avx2::load_f16(x + i, out + i, n - i);
+    }
+    static void load_bf16(const uint16_t* x, float* out, int n) {
+        int i = 0;
+        for (; i + 16 <= n; i += 16) {
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+            _mm512_storeu_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+        }
+        Avx2::load_bf16(x + i, out + i, n - i);
+    }
+
     static uint32_t absmax_bits(const float* x, int n) {
         const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
         __m512i most = _mm512_setzero_si512();
@@ -144,6 +161,129 @@ struct Avx512 : Avx2 {
         const __m512 table = _mm512_loadu_ps(kvk::kCodeBits), by = _mm512_set1_ps(scale);
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_permutexvar_ps(a, table), by));
         _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_permutexvar_ps(b, table), by));
+    }
+
+    // Sixteen vectors reduced at once, each into its lane: halves with halves, as a tree of one vector would be.
+    struct Add {
+        KVK_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+    };
+    struct AddIntegers {
+        KVK_INLINE __m512 of(__m512 a, __m512 b) {
+            return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+        }
+    };
+    struct Most {
+        KVK_INLINE __m512 of(__m512 a, __m512 b) {
+            return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+        }
+    };
+    template <class Op>
+    KVK_INLINE __m512 reduced(const __m512* v) {
+        __m512 half[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i)
+            half[i] = Op::of(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
+                             _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
+        return reduced_halves<Op>(half);
+    }
+    // The same of sixteen halves of vectors.
+    template <class Op>
+    KVK_INLINE __m512 reduced_halves(const __m512* v) {
+        __m512 a[4], b[2];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+            a[i] = Op::of(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                          _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+            b[i] = Op::of(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        }
+        const __m512 mixed = Op::of(_mm512_shuffle_ps(b[0], b[1], 0x88), _mm512_shuffle_ps(b[0], b[1], 0xdd));
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        return _mm512_permutexvar_ps(order, mixed);
+    }
+
+    static void absmaxes(const float* x, int blocks, int block, float* most) {
+        const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+        int b = 0;
+        for (; b + 16 <= blocks; b += 16) {
+            __m512 v[16];
+            for (int i = 0; i < 16; ++i) {
+                const float* at = x + (b + i) * block;
+                v[i] = _mm512_and_ps(_mm512_loadu_ps(at), magnitude);
+                for (int j = 16; j < block; j += 16)
+                    v[i] = Most::of(v[i], _mm512_and_ps(_mm512_loadu_ps(at + j), magnitude));
+            }
+            _mm512_storeu_ps(most + b, reduced<Most>(v));
+        }
+        Avx2::absmaxes(x + b * block, blocks - b, block, most + b);
+    }
+
+    template <int kSize>
+    static void code_blocks(const float* x, int blocks, const float* inverse, uint8_t* codes, const kvk::BlockSums& sums) {
+        const __m512 table = _mm512_loadu_ps(kvk::kCodeBits);
+        int b = 0;
+        for (; b + 16 <= blocks; b += 16) {
+            __m512 energy[16], cross[16], size[16];
+            for (int i = 0; i < 16; ++i, x += kSize, codes += kSize / 2) {
+                constexpr int kRegisters = kSize / 16;
+                __m512 e[kRegisters], c[kRegisters], s[kRegisters];
+                const __m512 by = _mm512_set1_ps(inverse[b + i]);
+#pragma GCC unroll 2
+                for (int r = 0; r < kRegisters; r += 2) {
+                    __m512i code[2];
+#pragma GCC unroll 2
+                    for (int h = 0; h < 2; ++h) {
+                        const __m512 v = _mm512_loadu_ps(x + 16 * (r + h));
+                        code[h] = codes16(_mm512_mul_ps(v, by));
+                        const __m512 level = _mm512_permutexvar_ps(code[h], table);
+                        e[r + h] = _mm512_mul_ps(v, v);
+                        c[r + h] = _mm512_mul_ps(v, level);
+                        s[r + h] = _mm512_mul_ps(level, level);
+                    }
+                    store_packed(code[0], code[1], codes + 8 * r);
+                }
+                energy[i] = wide_sum<kRegisters>(e);
+                cross[i] = wide_sum<kRegisters>(c);
+                size[i] = wide_sum<kRegisters>(s);
+            }
+            _mm512_storeu_ps(sums.energy + b, reduced<Add>(energy));
+            _mm512_storeu_ps(sums.cross + b, reduced<Add>(cross));
+            _mm512_storeu_ps(sums.size + b, reduced<Add>(size));
+        }
+        for (; b < blocks; ++b, x += kSize, codes += kSize / 2) sums.set(b, code_block<kSize>(x, inverse[b], codes));
+    }
+    template <int kRegisters>
+    KVK_INLINE __m512 wide_sum(const __m512* v) {
+        if constexpr (kRegisters == 4) return _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3]));
+        return _mm512_add_ps(v[0], v[1]);
+    }
+
+    // Sixteen lanes at a time: a slot each by one gather, words handed out to those lanes that want one, in order.
+    static bool rans_run(kvk::RansStream* stream, int64_t lane, int64_t stop, const uint32_t* slots, uint8_t* out) {
+        const __m512i low = _mm512_set1_epi32((1 << kvk::kRansBits) - 1), one = _mm512_set1_epi32(1);
+        const uint8_t* word = stream->word;
+        for (; lane < stop; lane += 16, out += 16) {
+            const int some = stop - lane < 16 ? static_cast<int>(stop - lane) : 16;
+            const __mmask16 mask = static_cast<__mmask16>((1u << some) - 1);
+            const __m512i x = _mm512_maskz_loadu_epi32(mask, stream->states + lane);
+            const __m512i slot = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, _mm512_and_si512(x, low), slots, 4);
+            _mm512_mask_cvtepi32_storeu_epi8(out, mask, slot);
+            const __m512i count = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(slot, 8), low), one);
+            const __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(count, _mm512_srli_epi32(x, kvk::kRansBits)),
+                                               _mm512_srli_epi32(slot, 20));
+            const __mmask16 wanting = _mm512_mask_cmplt_epu32_mask(mask, y, _mm512_set1_epi32(kvk::kRansLow));
+            const int words = __builtin_popcount(wanting);
+            if (stream->end - word < 2 * words) return false;
+            const __m256i more = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << words) - 1), word);
+            const __m512i given = _mm512_maskz_expand_epi32(wanting, _mm512_cvtepu16_epi32(more));
+            const __m512i next = _mm512_mask_or_epi32(y, wanting, _mm512_slli_epi32(y, 16), given);
+            _mm512_mask_storeu_epi32(stream->states + lane, mask, next);
+            word += 2 * words;
+        }
+        stream->word = word;
+        return true;
     }
 };
 

@@ -3,7 +3,7 @@
 `CodecChoice` is made once from a configuration. A namespace's own policy replaces the store's. Pure, any thread.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,13 +11,13 @@ import torch
 
 from kvstore.codecs import Codec, codec_for
 from kvstore.codecs.adaptive import Adaptive
-from kvstore.codecs.basis import read_basis, use
+from kvstore.codecs.basis import Basis, read_basis, use
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of
 from kvstore.codecs.kv_learned import Learned
 from kvstore.codecs.layers import encode_runs
 from kvstore.config import LEARNED, CodecPolicy, WarmConfig, layer_range
 from kvstore.entries.entry import EncodedTensor
-from kvstore.errors import CodecError
+from kvstore.errors import CodecError, ConfigError
 
 T = TypeVar("T")
 _RANK = 4
@@ -65,8 +65,10 @@ class CodecChoice:
         """Raises ConfigError for a basis that cannot be read."""
         read = {path: use(read_basis(path)) for path in dict.fromkeys(config.bases.values())}
         self._bases = {name: read[path] for name, path in config.bases.items()}
-        self._rest = self._policy_of(config)
-        self._namespaces = {name: self._policy_of(policy) for name, policy in config.namespaces.items()}
+        self._rest = self._policy_of(config, "warm")
+        self._namespaces = {
+            name: self._policy_of(policy, f"warm.namespaces.{name}") for name, policy in config.namespaces.items()
+        }
 
     def codec_of(self, namespace: str) -> Codec:
         """The codec of entries put under a namespace: its own by "MODEL@DIGEST" or by the model, else the store's.
@@ -76,11 +78,16 @@ class CodecChoice:
         policy = _by_name(self._namespaces, namespace) or self._rest
         return _by_name(policy.learned, namespace) or policy.learned.get("*") or policy.codec
 
-    def _policy_of(self, policy: CodecPolicy | WarmConfig) -> "_Policy":
+    def _policy_of(self, policy: CodecPolicy | WarmConfig, where: str) -> "_Policy":
         if policy.codec != LEARNED:
             return _Policy(_codec_of(policy), {})
         rest = codec_for("auto", policy.max_relative_error or None)
-        return _Policy(rest, {name: Learned(basis, rest) for name, basis in self._bases.items()})
+        learned: dict[str, Codec] = {}
+        for name, named in self._bases.items():
+            alike = [basis for basis in dict.fromkeys(self._bases.values()) if _model(basis) == _model(named)]
+            basis = _of_rate(named, alike, policy, where)
+            learned[name] = Learned(basis, rest, [other for other in alike if other is not basis])
+        return _Policy(rest, learned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,38 @@ class _Policy:
 
     codec: Codec
     learned: Mapping[str, Codec]
+
+
+def _of_rate(named: Basis, of: Sequence[Basis], policy: CodecPolicy | WarmConfig, where: str) -> Basis:
+    """Of all bases of a model the one of the rate that a policy states; without one the basis that is named.
+
+    Raises ConfigError where none of them is: what is put would be held otherwise than was asked for.
+    """
+    model = repr(named.about.model)
+    if policy.bits:
+        fitting = [basis for basis in of if basis.about.bits <= policy.bits]
+        if fitting:
+            return max(fitting, key=lambda basis: basis.about.bits)
+        least = min(basis.about.bits for basis in of)
+        raise ConfigError(
+            f"{where}.bits is {policy.bits:g}, and the coarsest basis of {model} in warm.bases has {least:.3g}: "
+            f"kvstored learn --bits {policy.bits:g} makes one"
+        )
+    if policy.max_kl:
+        fitting = [basis for basis in of if basis.about.kl_measured <= policy.max_kl]
+        if fitting:
+            return min(fitting, key=lambda basis: basis.about.bits)
+        least = min(basis.about.kl_measured for basis in of)
+        raise ConfigError(
+            f"{where}.max_kl is {policy.max_kl:g}, and the finest basis of {model} in warm.bases measured "
+            f"{least:.3g}: kvstored learn --max-kl {policy.max_kl:g} makes one"
+        )
+    return named
+
+
+def _model(basis: Basis) -> tuple[object, ...]:
+    about = basis.about
+    return about.model, about.layers, about.heads, about.dim
 
 
 def _by_name(of: Mapping[str, T], namespace: str) -> T | None:

@@ -4,12 +4,16 @@ A basis (`basis`) turns the K or V of a group of layers into coefficients that a
 as harmful when they are wrong, so one step of one rounds all of them. Their symbols are coded by `rans` under the class
 that fits each coefficient in this chunk (`classes`). The same symbols come from what was decoded, so nothing drifts.
 Records carry the digest of the basis: without it they are misses (UnknownEncoding). The format: docs/codecs.md.
-Products are float32: values may differ in their last bits from one machine to another, symbols read never do.
+Values are read alike everywhere: their products are summed in the order of coefficients. Symbols are chosen by products
+of the machine's, so values in the middle of two may be coded as either.
 Pure, any thread.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +31,8 @@ from kvstore.codecs.rotation import FOUND_BELOW, POSITIONS_MAX
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
+from kvstore.kernels import cpu_kernel
+from kvstore.kernels.cpu import CpuKernel, LearnedGroup
 
 TOKENS_MIN, TOKENS_MAX = 8, 1 << 16
 BITS_MAX = 6.0
@@ -38,6 +44,20 @@ _FITS = 0.01
 """Of a step, squared: what values that were decoded in this basis miss their symbols by; fresh ones miss by 0.08."""
 _REACHES = torch.tensor([reach(of) for of in range(CLASSES)], dtype=torch.int32)
 _LENGTH_NBYTES = 4
+_NOTHING = torch.empty(0)
+
+
+class Coded(NamedTuple):
+    """What a tensor's streams say.
+
+    columns: symbols + 128 of the coefficients that have any, uint8 (live, tokens); live: which those are, int64;
+    classes: theirs, uint8; escapes: the values of symbols -128, int16, in order.
+    """
+
+    columns: rans.Array
+    live: rans.Array
+    classes: rans.Array
+    escapes: rans.Array
 
 
 class KVLearned:
@@ -57,14 +77,14 @@ class KVLearned:
         Raises UnknownEncoding without the basis, CodecError where parts, attributes, spec and basis do not agree.
         """
         basis, role, kept, position = _checked(encoded)
-        device = encoded.parts[""].device
-        out = prepared_out(encoded.spec, device, out)
-        transform = basis.planes[role]
-        symbols, classes, escapes = _read(encoded, transform, kept)
-        rows = _values(transform, symbols, classes, escapes)
-        made = _back(basis, role, rows, position + kept)
-        require_finite(encoded, "", made := made.to(out.dtype))
-        out[:, kept:].copy_(made)
+        out = prepared_out(encoded.spec, encoded.parts[""].device, out)
+        body = out[:, kept:]
+        coded = _read(encoded, basis.planes[role], kept)
+        kernel = cpu_kernel(out)
+        if kernel is None:
+            body.copy_(require_finite(encoded, "", _values(basis, role, coded, position + kept).to(out.dtype)))
+        else:
+            _filled(kernel, basis, role, coded, position + kept, body)
         if kept:
             out[:, :kept].copy_(encoded.parts["kept"].view(out[:, :kept].shape))
         return out
@@ -80,17 +100,18 @@ class Learned:
     name = KVLearned.name
     lossy = True
 
-    def __init__(self, basis: Basis, rest: Codec) -> None:
-        self.basis, self._rest = basis, rest
+    def __init__(self, basis: Basis, rest: Codec, others: Sequence[Basis] = ()) -> None:
+        """others: bases of the same model; a copy that was decoded from one of them is encoded in that one again."""
+        self.basis, self._rest, self._others = basis, rest, tuple(others)
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor. Raises CodecError if neither can."""
         if not bool(torch.isfinite(x).all()):
             raise CodecError(_FINITE)
-        try:
-            return encoded_in(self.basis, name, x, hints)
-        except CodecError:
-            return self._rest.encode(name, x, hints)
+        for basis in (self.basis, *(self._others if hints.decoded else ())):
+            with suppress(CodecError):
+                return encoded_in(basis, name, x, hints)
+        return self._rest.encode(name, x, hints)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Decode by the name that was stored."""
@@ -218,8 +239,8 @@ def _checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
     return basis, role, kept, position
 
 
-def _read(encoded: EncodedTensor, transform: Transform, kept: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Symbols int8 (coefficients, tokens), classes uint8 (coefficients,) and escapes int16, all of them checked."""
+def _read(encoded: EncodedTensor, transform: Transform, kept: int) -> Coded:
+    """What a tensor's streams say, all of it checked but how many escapes there are."""
     main = encoded.parts[""]
     data = require_part(encoded, "", torch.uint8, main.numel()).cpu().numpy()
     named, data = _behind_length(data)
@@ -230,13 +251,11 @@ def _read(encoded: EncodedTensor, transform: Transform, kept: int) -> tuple[torc
         raise CodecError(f"kv-learned: a class is 0 to {CLASSES - 1}")
     stream, data = _behind_length(data)
     live = np.flatnonzero(classes)
-    symbols = np.zeros((count, tokens), np.int8)
-    symbols[live] = rans.decode(stream, live.size, tokens, classes[live].astype(np.uint8), transform.tables)
-    escaped = int((symbols == rans.ESCAPE).sum())
-    if data.size != 2 * escaped:
-        raise CodecError(f"kv-learned: {data.size} bytes for {escaped} escapes")
-    escapes = torch.from_numpy(np.frombuffer(data.tobytes(), "<i2").astype(np.int16))
-    return torch.from_numpy(symbols), torch.from_numpy(classes.astype(np.uint8)), escapes
+    of = classes[live].astype(np.uint8)
+    columns = rans.columns(stream, live.size, tokens, of, transform.tables).reshape(live.size, tokens)
+    if data.size % 2:
+        raise CodecError(f"kv-learned: {data.size} bytes of escapes")
+    return Coded(columns, live, of, np.frombuffer(data.tobytes(), "<i2").astype(np.int16))
 
 
 def _behind_length(data: rans.Array) -> tuple[rans.Array, rans.Array]:
@@ -247,22 +266,52 @@ def _behind_length(data: rans.Array) -> tuple[rans.Array, rans.Array]:
     return data[_LENGTH_NBYTES : _LENGTH_NBYTES + length], data[_LENGTH_NBYTES + length :]
 
 
-def _values(transform: Transform, symbols: torch.Tensor, classes: torch.Tensor, escapes: torch.Tensor) -> torch.Tensor:
-    """Keys before RoPE, or values: float32 (layers*heads*dim, tokens)."""
-    y = _dequantized(transform, symbols, classes)
-    if escapes.numel():
-        y[symbols == rans.ESCAPE] = escapes.to(torch.float32)
-    rows, first = torch.empty(y.shape), 0
-    for matrix in transform.inverse:
-        part = slice(first, first + len(matrix))
-        # Coefficients lie by falling variance, so those without symbols are mostly the last: they need no product.
-        live = 1 + int(torch.cat((torch.full((1,), -1), classes[part].nonzero().view(-1)))[-1])
-        torch.matmul(matrix[:, :live], y[part][:live], out=rows[part])
-        first = part.stop
-    return rows.add_(transform.mean[:, None])
+def _too_few(escapes: int) -> CodecError:
+    return CodecError(f"kv-learned: {escapes} escapes are not as many as its symbols name")
 
 
-def _back(basis: Basis, role: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-    about = basis.about
+def _filled(kernel: CpuKernel, basis: Basis, role: str, coded: Coded, first: int, out: torch.Tensor) -> None:
+    """Values into out (layers, tokens, heads, dim), a group of layers at a time. first: their position."""
+    about, transform, rotation = basis.about, basis.planes[role], basis.rotation
+    pairs = rotation.angles.shape[1] if role == "key" else 0
+    cosine, sine = rotation.frame(first, out.shape[1]) if pairs else (_NOTHING, _NOTHING)
+    of = rotation.tables[1].to(torch.int32) if pairs else _NOTHING
+    values, start, taken = transform.values, 0, 0
+    ends = np.searchsorted(coded.live, np.cumsum(transform.sizes))
+    for at, (matrix, end) in enumerate(zip(transform.inverse, ends.tolist(), strict=True)):
+        layer, row = basis.starts[at], sum(transform.sizes[:at])
+        live = (coded.live[start:end] - row).astype(np.int32)
+        group = LearnedGroup(
+            min(about.group, about.layers - layer), about.heads, about.dim, out.shape[1], out.stride(0), live.size,
+            values.data_ptr(), matrix.data_ptr(), transform.mean[row:].data_ptr(), cosine.data_ptr(), sine.data_ptr(),
+            of[layer:].data_ptr(), pairs, basis.rotation.interleaved,
+        )  # fmt: skip
+        symbols = coded.columns[start:end], live, coded.classes[start:end], coded.escapes[taken:]
+        used = kernel.learned_decode(group, *symbols, out[layer:])
+        if used is None:
+            raise CodecError("kv-learned: too few escapes, or values that are not finite")
+        start, taken = end, taken + used
+    if taken != coded.escapes.size:
+        raise _too_few(coded.escapes.size)
+
+
+def _values(basis: Basis, role: str, coded: Coded, first: int) -> torch.Tensor:
+    """As `_filled`, in plain torch, a product and a sum at a time: float32 (layers, tokens, heads, dim)."""
+    about, transform = basis.about, basis.planes[role]
+    symbols = torch.from_numpy(coded.columns.astype(np.int16)) + rans.ESCAPE
+    y = _dequantized(transform, symbols, torch.from_numpy(coded.classes))
+    escaped = symbols == rans.ESCAPE
+    if int(escaped.sum()) != coded.escapes.size:
+        raise _too_few(coded.escapes.size)
+    y[escaped] = torch.from_numpy(coded.escapes).to(torch.float32)
+    rows, start = torch.zeros(sum(transform.sizes), y.shape[1]), 0
+    for at, matrix in enumerate(transform.inverse):
+        first_row = sum(transform.sizes[:at])
+        end = int(np.searchsorted(coded.live, first_row + len(matrix)))
+        part = rows[first_row : first_row + len(matrix)]
+        for k, which in zip(range(start, end), (coded.live[start:end] - first_row).tolist(), strict=True):
+            part += matrix[:, which, None] * y[k]
+        start = end
+    rows += transform.mean[:, None]
     x = rows.view(about.layers, about.heads, about.dim, -1).permute(0, 3, 1, 2)
     return basis.rotation.turned(x, first, back=False) if role == "key" else x

@@ -22,7 +22,7 @@ from kvstore.codecs.planes import HALVES, Part, others, planes_of, standing_apar
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
-from kvstore.kernels import kv_kernel, reference_content, reference_kv
+from kvstore.kernels import KvKernel, kv_kernel, reference_content, reference_kv
 from kvstore.kernels.cpu import STILL, Rows
 
 _TOP_LIMIT = 0x7F800000 >> 17
@@ -33,7 +33,10 @@ JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One role's rows: (outer, tokens, inner, d) of the whole tensor, and which tokens are kept in 16 bits."""
+    """One role's rows: (outer, tokens, inner, d) of the whole tensor, and which tokens are kept in 16 bits.
+
+    coded: how many tokens are coded. groups: means that each of their outer slabs has.
+    """
 
     role: Part
     outer: int
@@ -41,17 +44,26 @@ class Plane:
     inner: int
     d: int
     kept: tuple[int, ...]
+    coded: int
+    groups: int
 
     @classmethod
     def of(cls, role: Part, rows: torch.Tensor, kept: tuple[int, ...]) -> Self:
         """The plane of rows (outer, tokens, inner, d)."""
         outer, tokens, inner, d = rows.shape
-        return cls(role, outer, tokens, inner, d, kept)
+        coded = tokens - cls._left_out(kept)
+        groups = reference_kv.group_count(coded) if role == "key" and coded >= cls._means_min() else 0
+        return cls(role, outer, tokens, inner, d, kept, coded, groups)
 
-    @property
-    def coded(self) -> int:
-        """Tokens that are coded."""
-        return self.tokens - len(self.kept)
+    @staticmethod
+    def _left_out(kept: tuple[int, ...]) -> int:
+        """How many kept tokens are not coded."""
+        return len(kept)
+
+    @staticmethod
+    def _means_min() -> int:
+        """Coded tokens that have a mean, at least."""
+        return 1
 
     @property
     def block(self) -> int:
@@ -64,11 +76,6 @@ class Plane:
         return -(-self.outer * self.coded * self.inner * self.d // self.block)
 
     @property
-    def groups(self) -> int:
-        """Means an outer slab has."""
-        return reference_kv.group_count(self.coded) if self.role == "key" else 0
-
-    @property
     def leading(self) -> bool:
         """Whether the kept tokens are the first ones: then the rest is one view of the tensor."""
         return self.kept == tuple(range(len(self.kept)))
@@ -78,6 +85,10 @@ class Plane:
         size = reference_kv.rotation_size(self.d)
         stride = stride_tokens * self.inner * self.d
         return Rows(self.outer, self.coded, self.inner, self.d, stride, size, self.block, self.groups)
+
+    def kept_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The kept tokens (outer, kept, inner, d), contiguous."""
+        return (rows[:, : len(self.kept)] if self.leading else rows[:, list(self.kept)]).contiguous()
 
     def others(self, device: torch.device) -> torch.Tensor:
         """Indexes of the coded tokens. Returns int64 (coded,)."""
@@ -169,7 +180,7 @@ class NF4KV:
 def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
-        parts[f"{prefix}kept"] = in_halves(rows[:, list(plane.kept)])
+        parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
     kernel = kv_kernel(rows)
     if plane.leading and kernel is not None:
         coded, stride = rows[:, len(plane.kept) :], plane.tokens
@@ -192,7 +203,7 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
             raise CodecError(reference_kv.REFUSED)
         blocks = reference_kv.RotatedBlocks(*found)
         if telling and energies is None:
-            energies = kernel.kv_content(coded, where, rotary)
+            energies = kernel.kv_content(coded, where, rotary)[0]
     else:
         blocks = _encode_reference(coded.to(torch.float32), plane, prefix, parts)
         if telling:
@@ -201,17 +212,19 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
     parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = blocks.scales, blocks.tops
     if not telling or energies is None:
         return None
-    return receipt.from_sums(_missed(rows, plane, prefix, parts, blocks), energies, plane.coded * plane.d)
+    missed = missed_of(rows, plane, parts.get(f"{prefix}kept"), blocks.error, kernel)
+    return receipt.from_sums(missed, energies, plane.coded * plane.d)
 
 
-def _missed(
-    rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor], blocks: reference_kv.RotatedBlocks
+def missed_of(
+    rows: torch.Tensor, plane: Plane, kept: torch.Tensor | None, error: torch.Tensor, kernel: KvKernel | None
 ) -> torch.Tensor:
-    """The squared error of each head (outer, inner): of its blocks, and of its kept tokens."""
-    by_row = blocks.error.view(plane.outer, plane.coded, plane.inner, plane.d // plane.block)
-    missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / reference_kv.rotation_size(plane.d)
-    if plane.kept:
-        missed = missed + reference_content.distances(rows[:, list(plane.kept)], parts[f"{prefix}kept"])
+    """The squared error of each head (outer, inner): of its blocks (`error`), and of its kept tokens."""
+    where = plane.rows(plane.coded)
+    missed = reference_content.missed(error, where) if kernel is None else kernel.kv_missed(where, error)
+    missed /= where.size
+    if kept is not None:
+        missed += receipt.distances(plane.kept_rows(rows), kept.to(rows.dtype), kernel)
     return missed
 
 

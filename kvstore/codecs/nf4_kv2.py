@@ -14,7 +14,6 @@ from math import prod
 from types import ModuleType
 
 import numpy as np
-import numpy.ma  # np.median imports it when first called, and there may be no descriptor left then
 import torch
 
 from kvstore.codecs import receipt
@@ -27,6 +26,7 @@ from kvstore.codecs.nf4_kv import (
     checked_kept,
     in_halves,
     kept_indexes,
+    missed_of,
     split_packed,
     stored_role,
     stored_token_axis,
@@ -37,7 +37,7 @@ from kvstore.codecs.turning import Means, means_of
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
-from kvstore.kernels import KvKernel, kv_kernel, reference_content, reference_kv, reference_turn
+from kvstore.kernels import KvKernel, kv_kernel, reference_kv, reference_turn
 from kvstore.kernels.cpu import STILL, Rotary, Rows, Turns
 from kvstore.kernels.tables import table
 
@@ -63,20 +63,18 @@ Coded = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class Plane2(Plane):
     """Kept tokens that lead are not coded; one elsewhere is, so that positions stay."""
 
+    @staticmethod
+    def _left_out(kept: tuple[int, ...]) -> int:
+        return next((at for at, token in enumerate(kept) if at != token), len(kept))
+
+    @staticmethod
+    def _means_min() -> int:
+        return MEANS_MIN
+
     @property
     def lead(self) -> int:
         """How many of the first tokens are kept."""
-        return next((at for at, token in enumerate(self.kept) if at != token), len(self.kept))
-
-    @property
-    def coded(self) -> int:
-        """Tokens that are coded."""
-        return self.tokens - self.lead
-
-    @property
-    def groups(self) -> int:
-        """Means an outer slab has."""
-        return reference_kv.group_count(self.coded) if self.role == "key" and self.coded >= MEANS_MIN else 0
+        return self.tokens - self.coded
 
 
 class NF4KV2:
@@ -154,9 +152,9 @@ def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
     if part != "key":
         return standing_apart(rows, part, hints)
     if hints.prefix_start is not False:
-        return sinks_of(rows, start=True)
+        return sinks_of(rows, _arithmetic(rows), start=True)
     kept = standing_apart(rows, part, hints)
-    return tuple(sorted({*kept, *sinks_of(rows, start=False)})) if tokens >= KEPT_ALL else kept[:1]
+    return tuple(sorted({*kept, *sinks_of(rows, _arithmetic(rows), start=False)})) if tokens >= KEPT_ALL else kept[:1]
 
 
 def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":
@@ -168,7 +166,7 @@ def _encode_plane(
 ) -> float | None:
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
-        parts[f"{prefix}kept"] = in_halves(rows[:, list(plane.kept)])
+        parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
     kernel = _arithmetic(rows)
     coded, stride = rows[:, plane.lead :], plane.tokens
     if plane.lead < len(plane.kept):
@@ -190,8 +188,10 @@ def _encode_plane(
     if not telling:
         return None
     if energies is None:
-        energies = kernel.kv_content(coded, where, rotary)
-    missed = _missed(rows, plane, parts.get(f"{prefix}kept"), error)
+        energies = kernel.kv_content(coded, where, rotary)[0]
+    for token in plane.kept[plane.lead :]:  # coded too, and decoded from its 16 bits
+        error.view(plane.outer, plane.coded, -1)[:, token - plane.lead] = 0.0
+    missed = missed_of(rows, plane, parts.get(f"{prefix}kept"), error, kernel)
     return receipt.from_sums(missed, energies, plane.coded * plane.d)
 
 
@@ -218,34 +218,31 @@ def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs:
     made = [means.codes, means.scales]
     if means.turns is not None:
         rotary, tangents, turning = means.turns
-        tables, of = torch.unique(tangents, dim=0, return_inverse=True)
-        made += [turning, of.to(torch.int32), tables]
+        of, tables = _tables(tangents.cpu().numpy())
+        made += [turning, of.to(turning.device), tables.to(turning.device)]
         attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
     parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
 
 
-def _missed(rows: torch.Tensor, plane: Plane2, kept: torch.Tensor | None, error: torch.Tensor) -> torch.Tensor:
-    """The squared error of each head (outer, inner): of its blocks, and of its kept tokens."""
-    by_row = error.view(plane.outer, plane.coded, plane.inner, plane.d // plane.block)
-    for token in plane.kept[plane.lead :]:  # coded too, and decoded from its 16 bits
-        by_row[:, token - plane.lead] = 0.0
-    missed = by_row.sum(dim=(1, 3), dtype=torch.float64) / reference_kv.rotation_size(plane.d)
-    if kept is not None:
-        missed = missed + reference_content.distances(rows[:, list(plane.kept)], kept)
-    return missed
+def _tables(tangents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which table each slab has, int32 (outer,), and the tables in order. tangents: float32 (outer, pairs)."""
+    rows = [row.tobytes() for row in tangents]
+    first = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))
+    chosen = sorted(first.values(), key=lambda at: tangents[at].tolist())
+    found = {rows[at]: which for which, at in enumerate(chosen)}
+    of = np.array([found[row] for row in rows], np.int32)
+    return torch.from_numpy(of), torch.from_numpy(tangents[chosen])
 
 
 def _decoded_before(blocks: Coded, block: int) -> bool:
-    """Whether blocks fit their values far better than four bits fit fresh ones: those were decoded before."""
+    """Whether most blocks fit their values far better than four bits fit fresh ones: those were decoded before."""
     codes, scales, tops, error = (part.cpu().numpy() for part in blocks)
     at = np.linspace(0, error.size - 1, min(error.size, _BLOCKS_LOOKED_AT)).astype(np.int64)
-    group = reference_kv.SCALE_GROUP
-    some = torch.from_numpy(scales[at]), torch.from_numpy(tops[at // group])
-    scale = reference_kv.scales_under(*some).numpy()
-    byte = codes.reshape(-1, block // 2)[at]
-    energy = np.square(scale) * _LEVEL_SQUARES[byte].sum(axis=1)
-    ratios = error[at][energy > 0] / energy[energy > 0]
-    return ratios.size > 0 and float(np.median(ratios)) < _DECODED
+    code, top = scales[at].astype(np.int32), tops[at // reference_kv.SCALE_GROUP].astype(np.int32)
+    squares = _LEVEL_SQUARES[codes.reshape(-1, block // 2)[at]].sum(axis=1)
+    energy = np.square(reference_kv.scale_values(code, top)) * squares
+    fitting = (error[at] < _DECODED * energy) & (energy > 0)
+    return bool(2 * np.count_nonzero(fitting) > np.count_nonzero(energy))
 
 
 def _again(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.errors import CodecError
-from kvstore.kernels import coder
+from kvstore.kernels import host_kernel
 
 BITS = 12
 TOTAL = 1 << BITS
@@ -28,6 +28,7 @@ LANES_MAX = 4096
 SYMBOLS_A_LANE = 2048
 """Symbols that a lane codes at least: its state of 32 bits is then at most 1/64 bit of each."""
 _LOW = 1 << 16
+_NO_FREQUENCY = "rans: a symbol has no frequency in its class"
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -58,6 +59,14 @@ class Tables:
         return np.stack([np.repeat(columns, row) for row in self.counts])
 
     @cached_property
+    def packed(self) -> Array:
+        """Each slot for the kernel: its symbol, its frequency less 1, how far in it is. uint32 (classes, 4096)."""
+        rows = np.arange(len(self.counts))[:, None]
+        less = self.counts[rows, self.slots].astype(np.uint32) - 1
+        inside = np.arange(TOTAL, dtype=np.uint32) - self.starts[rows, self.slots]
+        return np.ascontiguousarray(self.slots | less << np.uint32(8) | inside << np.uint32(20))
+
+    @cached_property
     def lengths(self) -> Array:
         """Bits of each symbol, float32 (classes, 256); infinity for a frequency of 0."""
         with np.errstate(divide="ignore"):
@@ -73,10 +82,14 @@ def lanes_of(symbols: int) -> int:
 def encode(symbols: Array, classes: Array, tables: Tables) -> bytes:
     """Rows of symbols int8 (rows, n) under their classes uint8 (rows,). Raises CodecError for one of frequency 0."""
     rows, width = symbols.shape
-    found = coder.encode(
-        (symbols.view(np.uint8) ^ 128), classes, (tables.counts, tables.starts), lanes_of(rows * width)
-    )
-    return _encoded(symbols, classes, tables) if found is None else found
+    kernel = host_kernel()
+    if kernel is None:
+        return _encoded(symbols, classes, tables)
+    given = symbols.view(np.uint8) ^ 128, classes, tables.counts, tables.starts
+    found = kernel.rans_encode(*given, lanes_of(rows * width))
+    if found is None:
+        raise CodecError(_NO_FREQUENCY)
+    return found
 
 
 def _encoded(symbols: Array, classes: Array, tables: Tables) -> bytes:
@@ -89,7 +102,7 @@ def _encoded(symbols: Array, classes: Array, tables: Tables) -> bytes:
     flat = at.reshape(-1)
     counts, starts = tables.counts.reshape(-1)[flat], tables.starts.reshape(-1)[flat]
     if n and not int(counts.min()):
-        raise CodecError("rans: a symbol has no frequency in its class")
+        raise CodecError(_NO_FREQUENCY)
     state = np.full(lanes, _LOW, np.uint64)
     words: list[Array] = []
     for first in range((n - 1) // lanes * lanes, -1, -lanes) if n else ():
@@ -108,11 +121,18 @@ def decode(data: Array, rows: int, width: int, classes: Array, tables: Tables) -
 
     Raises CodecError for a stream that `encode` did not write for so many symbols.
     """
-    lanes = lanes_of(rows * width)
-    how = tables.counts, tables.starts, tables.slots
-    found = coder.decode(data, (rows, width), classes, how, lanes)
-    found = _decoded(data, rows, width, classes, tables) if found is None else found
-    return (found ^ np.uint8(128)).view(np.int8).reshape(rows, width)
+    return (columns(data, rows, width, classes, tables) ^ np.uint8(128)).view(np.int8).reshape(rows, width)
+
+
+def columns(data: Array, rows: int, width: int, classes: Array, tables: Tables) -> Array:
+    """As `decode`, but symbols + 128, uint8 (rows * width,)."""
+    kernel = host_kernel()
+    if kernel is None:
+        return _decoded(data, rows, width, classes, tables)
+    found = kernel.rans_decode(data, (rows, max(width, 1)), classes, tables.packed, lanes_of(rows * width))
+    if found is None:
+        raise CodecError(f"rans: {data.size} bytes are no stream of {rows * width} symbols")
+    return found
 
 
 def _decoded(data: Array, rows: int, width: int, classes: Array, tables: Tables) -> Array:

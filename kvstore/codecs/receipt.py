@@ -114,12 +114,12 @@ def rotary_of(rows: torch.Tensor, kernel: KvKernel | None) -> Rotary:
     usual = Rotary(d - d % 2, interleaved=False)
     if tokens < 8 or d < 8:
         return usual
-    some = rows[:: max(1, -(-outer // _SAMPLE_OUTER)), :_SAMPLE_TOKENS].contiguous()
+    some = rows[:: max(1, -(-outer // _SAMPLE_OUTER)), :_SAMPLE_TOKENS]
     candidates = [Rotary(d // part // 2 * 2, interleaved=near) for part in (1, 2, 4) for near in (False, True)]
+    left, whole = _energies(some, kernel, *candidates).unbind(-1)
+    scores = (left / whole).log().nan_to_num(0.0, 0.0, 0.0).sum(dim=(1, 2)).tolist()
     best, least = usual, float("inf")
-    for rotary in candidates:
-        left, whole = _energies(some, rotary, kernel).unbind(-1)
-        score = float((left / whole).log().nan_to_num(0.0, 0.0, 0.0).sum())
+    for rotary, score in zip(candidates, scores, strict=True):
         if score < least - 1e-3 * abs(least if least < float("inf") else 0.0):
             best, least = rotary, score
     return best
@@ -130,7 +130,7 @@ def _errors(rows: torch.Tensor, got: torch.Tensor, part: Part, kept: tuple[int, 
     coded = _without(rows, kept)
     rotary = rotary_of(coded, kernel) if part == "key" else STILL
     missed = distances(rows, got, kernel)
-    energies = _energies(coded, rotary, kernel) if part != "plain" else _whole(coded, kernel)
+    energies = _energies(coded, kernel, rotary)[0] if part != "plain" else _whole(coded, kernel)
     values = max(1, coded.shape[1] * coded.shape[3])
     if not bool((energies[..., 0] >= _TINY * values).all() & (energies < torch.inf).all() & (missed < torch.inf).all()):
         missed = reference_content.distances(rows, got)
@@ -156,8 +156,11 @@ def distances(rows: torch.Tensor, got: torch.Tensor, kernel: KvKernel | None) ->
     return kernel.kv_distance(rows, got, _place(rows))
 
 
-def _energies(rows: torch.Tensor, rotary: Rotary, kernel: KvKernel | None) -> torch.Tensor:
-    return reference_content.energies(rows, rotary) if kernel is None else kernel.kv_content(rows, _place(rows), rotary)
+def _energies(rows: torch.Tensor, kernel: KvKernel | None, *rotaries: Rotary) -> torch.Tensor:
+    """Float64 (pairings, outer, inner, 2)."""
+    if kernel is None:
+        return torch.stack([reference_content.energies(rows, rotary) for rotary in rotaries])
+    return kernel.kv_content(rows, _place(rows), *rotaries)
 
 
 def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
@@ -169,14 +172,15 @@ def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:
 def _without(rows: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
     if not kept:
         return rows
-    if kept == tuple(range(len(kept))) and rows.device.type == "cpu" and rows.shape[0] == 1:
+    if kept == tuple(range(len(kept))) and rows.device.type == "cpu":
         return rows[:, len(kept) :]
     return rows[:, others(rows.shape[1], kept, rows.device)]
 
 
 def _place(rows: torch.Tensor) -> Rows:
     outer, tokens, inner, d = rows.shape
-    return Rows(outer, tokens, inner, d, tokens * inner * d, 1, 32, 0)
+    stride = rows.stride(0) if outer > 1 else tokens * inner * d
+    return Rows(outer, tokens, inner, d, stride, 1, 32, 0)
 
 
 def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:

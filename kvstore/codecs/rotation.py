@@ -6,6 +6,7 @@ case; they are measured on the model (`measured`), not read from its configurati
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ _NOISE = 1e-5
 """Radians a token: two layers that differ by less turn alike (float32 keys tell angles to 1e-7)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """angles: radians a token, float64 (layers, pairs); no pairs: keys do not turn. interleaved: a pair is two
     neighbours, else channel c and c + pairs.
@@ -41,9 +42,7 @@ class Rotation:
         pairs = self.angles.shape[1]
         if not pairs:
             return x
-        at = torch.arange(first, first + x.shape[1], dtype=torch.float64)
-        angle = (at[None, :, None] * self.angles[:, None, :])[:, :, None, :]
-        cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+        cos, sin = (part[self.tables[1]][:, :, None] for part in self.frame(first, x.shape[1]))
         if back:
             sin = -sin
         out = x.clone()
@@ -52,6 +51,18 @@ class Rotation:
         to_a.copy_(a * cos - b * sin)
         to_b.copy_(a * sin + b * cos)
         return out
+
+    @cached_property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The angles that layers differ by, (tables, pairs), and the table of each layer, int64 (layers,)."""
+        tables, of = torch.unique(self.angles, dim=0, return_inverse=True)
+        return tables, of
+
+    def frame(self, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of each table at each position: float32 (tables, tokens, pairs)."""
+        at = torch.arange(first, first + tokens, dtype=torch.float64)
+        angle = at[None, :, None] * self.tables[0][:, None, :]
+        return angle.cos().to(torch.float32), angle.sin().to(torch.float32)
 
     def pairs_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the two channels of each pair, (..., pairs)."""
@@ -72,7 +83,7 @@ class Rotation:
         (a, b), (m, n), (s, t) = self.pairs_of(here), self.pairs_of(mean), self.pairs_of(spread)
         met = torch.complex(a.double(), b.double()) * torch.complex(m.double(), -n.double()) / (s + t).double()
         by_layer = met.sum(dim=1)
-        angles, of = torch.unique(self.angles, dim=0, return_inverse=True)
+        angles, of = self.tables
         summed = torch.zeros(angles.shape, dtype=torch.complex128).index_add_(0, of, by_layer).reshape(-1).numpy()
         turn = angles.reshape(-1).numpy()
         far = summed * np.exp(-1j * np.arange(0, FOUND_BELOW, _STEP)[:, None] * turn)

@@ -8,7 +8,11 @@ Rejected: tokens far from the mean (a sixth of the harm on SmolLM2). Rows of one
 quarter of the bits on SmolLM2, but a tenth of it on Gemma 3, and another form of record.
 """
 
+import numpy as np
 import torch
+
+from kvstore.kernels import KvKernel
+from kvstore.kernels.cpu import Along, Rows
 
 TOKENS_EACH = 256
 """Tokens of a chunk for each that is kept beyond the first: 0.06 bits a key."""
@@ -24,36 +28,26 @@ _FAR = 4.0
 """Times the median energy about the mean: one of the first tokens that is as far is kept, whatever it lacks."""
 
 
-def sinks_of(rows: torch.Tensor, *, start: bool) -> tuple[int, ...]:
+@np.errstate(over="ignore")  # energies that are not finite: such values are refused when they are coded
+def sinks_of(rows: torch.Tensor, kernel: KvKernel, *, start: bool) -> tuple[int, ...]:
     """Tokens to keep in 16 bits, ascending. rows: (outer, tokens, inner, d); start: the first is a prompt's first."""
-    outer, tokens, _inner, _d = rows.shape
+    outer, tokens, inner, d = rows.shape
     most, first = tokens // TOKENS_EACH, _FIRST if start else 0
     if not most and not start:
         return ()
-    some = rows[:: max(1, -(-outer // _SLABS))].to(torch.float32)
-    sampled = some[:, first::_EACH]
-    mean = sampled.mean(dim=1)
-    kept = {0, *_far(some[:, :first], sampled, mean)} if start else set()
+    some = rows[:: max(1, -(-outer // _SLABS))]
+    where = Rows(len(some), tokens, inner, d, some.stride(0) if len(some) > 1 else tokens * inner * d, 1, 32, 0)
+    apart, lacking = (x.cpu().numpy() for x in kernel.kv_along(some, where, Along(first, _EACH, _SURE, LACKING)))
+    kept = {0, *_far(apart.sum(axis=0), first)} if start else set()
     if most:
-        deviations = _lacking(some, mean, first)
-        deviations[list(kept)] = 0.0
-        best, at = torch.topk(deviations, most)
-        kept |= set(at[best > 0].tolist())
+        lacks = lacking.max(axis=0)
+        lacks[list(kept)] = 0.0
+        best = np.argsort(-lacks, kind="stable")[:most]
+        kept |= set(best[lacks[best] > 0].tolist())
     return tuple(sorted(kept))
 
 
-def _far(firsts: torch.Tensor, sampled: torch.Tensor, mean: torch.Tensor) -> list[int]:
-    usual, far = ((x - mean[:, None]).square().sum(dim=(0, 2, 3)) for x in (sampled, firsts))
-    return [int(at) for at in (far > _FAR * usual.median()).nonzero().view(-1)]
-
-
-def _lacking(some: torch.Tensor, mean: torch.Tensor, first: int) -> torch.Tensor:
-    """How far each token lacks the mean, in standard deviations of the head where that is most; 0 if nowhere by much.
-
-    Returns float32 (tokens,) on the CPU.
-    """
-    along = (some * mean[:, None]).sum(dim=-1)  # five times as fast as a batch of products with vectors
-    lacks = 1.0 - along / mean.square().sum(dim=-1).clamp(min=1e-30)[:, None]
-    spread = lacks[:, first:].std(dim=1, keepdim=True)
-    counts = (spread < _SURE) & (lacks > LACKING)
-    return torch.where(counts, lacks / spread.clamp(min=1e-6), 0.0).amax(dim=(0, 2)).cpu()
+def _far(apart: np.ndarray, first: int) -> list[int]:
+    """Of the first tokens those that are far from the means. apart: squared distances (tokens,)."""
+    usual = np.sort(apart[first::_EACH])
+    return np.flatnonzero(apart[:first] > _FAR * usual[(usual.size - 1) // 2]).tolist()

@@ -10,12 +10,13 @@ Qwen2.5-0.5B), need no configuration, and hold for YaRN, partial rotary and unkn
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kvstore.kernels import KvKernel
-from kvstore.kernels.cpu import Rotary, Rows, Turns
+from kvstore.kernels.cpu import Phases, Rotary, Rows, Turns
 from kvstore.kernels.reference_kv import GROUP
 from kvstore.kernels.reference_turn import bytes_of
 
@@ -35,7 +36,6 @@ _MISFIT = 0.02
 """Of a head's energy: what a table of angles may leave."""
 _TABLES_BITS, _TABLE_BITS, _SHORT_BITS = 0.0625, 0.18, 0.05
 """Bits a value that several tables of angles may cost, a single one, and one in a chunk of less than a group."""
-_TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +53,18 @@ class Means:
     energies: torch.Tensor | None
 
 
+class Seen(NamedTuple):
+    """What `kv_phases` found.
+
+    power: (outer, inner); pooled: (outer, pairs, lags, 2); shown: (outer, pairs); heads: (outer,).
+    """
+
+    power: np.ndarray
+    pooled: np.ndarray
+    shown: np.ndarray
+    heads: np.ndarray
+
+
 def means_of(
     x: torch.Tensor, rows: Rows, rotary: Rotary, kernel: KvKernel, *, content: bool = False, like: Means | None = None
 ) -> Means:
@@ -60,26 +72,23 @@ def means_of(
 
     content: whether the energies are wanted. like: means of nearly the same values, whose angles are taken if known.
     """
-    tangents, known, sampled, power = None, False, 1, np.empty(0)
+    tangents, known, sampled, power = None, False, min(SAMPLED, rows.groups), np.empty(0)
     if _may_turn(rows, rotary):
-        sampled, n = min(SAMPLED, rows.groups), min(rows.tokens, GROUP)
-        lags = (1, max(2, n // 8), n // 2)
-        seen = kernel.kv_lags(x, rows, rotary, sampled, lags).cpu().numpy().astype(np.float64)
-        power = _left(seen, lags, n)
+        seen = Seen(*(part.cpu().numpy() for part in kernel.kv_phases(x, rows, rotary, _phases(rows, rotary))))
+        power = seen.power
         if like is not None and like.known and like.turns is not None:
             tangents, known = like.turns.tangents, True
-        elif np.isfinite(seen).all():  # where not, coding refuses the values
-            found, known = _tangents(seen, power, lags, rows)
+        elif np.isfinite(seen.pooled).all():  # where not, coding refuses the values
+            found, known = _tangents(seen, rows)
             tangents = None if found is None else torch.from_numpy(found).to(x.device)
     still, sums, gains, energies = kernel.kv_sums(x, rows, rotary, tangents, content=content)
     turns = None
     if tangents is not None:
         heads = _turning(gains.sum(dim=2).cpu().numpy(), power, rows, _tokens(rows, sampled))
         if heads.any():
-            mask = torch.from_numpy(heads).to(x.device)[..., None].expand(gains.shape)
-            turns = Turns(rotary, tangents, bytes_of(mask))
-    codes, scales = kernel.kv_code_means(rows, turns, still, sums)
-    return Means(codes, scales, kernel.kv_expand_eights(rows, codes, scales), turns, known, energies)
+            mask = np.broadcast_to(heads[..., None], gains.shape)
+            turns = Turns(rotary, tangents, torch.from_numpy(bytes_of(mask)).to(x.device))
+    return Means(*kernel.kv_code_means(rows, turns, still, sums), turns, known, energies)
 
 
 def _may_turn(rows: Rows, rotary: Rotary) -> bool:
@@ -104,39 +113,39 @@ def _tokens(rows: Rows, sampled: int) -> int:
     return rows.tokens if sampled == rows.groups else sampled * GROUP
 
 
-def _left(seen: np.ndarray, lags: tuple[int, ...], n: int) -> np.ndarray:
-    """The energy of each head (outer, inner) in the sampled groups without its means, still or turning."""
-    last = np.hypot(seen[..., -2], seen[..., -1]) * (n / (n - lags[-1]))
-    left: np.ndarray = np.maximum(np.minimum(seen[..., 0], np.abs(seen[..., 1] - last)).sum(axis=2), _TINY)
-    return left
+def _lags(rows: Rows) -> tuple[int, int, int]:
+    n = min(rows.tokens, GROUP)
+    return 1, max(2, n // 8), n // 2
 
 
-def _tangents(seen: np.ndarray, power: np.ndarray, lags: tuple[int, ...], rows: Rows) -> tuple[np.ndarray | None, bool]:
+def _phases(rows: Rows, rotary: Rotary) -> Phases:
+    """What is looked at, and what shows that a pair turns."""
+    n, sampled, lags = min(rows.tokens, GROUP), min(SAMPLED, rows.groups), _lags(rows)
+    values = n * sampled
+    seen = _SEEN * np.sqrt((n - lags[-1]) * sampled) / values
+    return Phases(sampled, lags, n / (n - lags[-1]), seen, _CANDIDATE / (values * rotary.channels))
+
+
+def _tangents(seen: "Seen", rows: Rows) -> tuple[np.ndarray | None, bool]:
     """tan(w/2) for each pair of each slab, float32 (outer, pairs), 0 where nothing turns; None where none does.
 
-    And whether they are all those of a common RoPE. seen: `kv_lags`, float64 (outer, inner, pairs, 8); power: `_left`.
+    And whether they are all those of a common RoPE.
     """
-    n, sampled = min(rows.tokens, GROUP), min(SAMPLED, rows.groups)
-    power = power[..., None]
-    sums = seen[..., 2::2] + 1j * seen[..., 3::2]
-    last = np.abs(sums[..., -1])
-    counted = (n - lags[-1]) * sampled
-    turned = last * (n / (n - lags[-1])) - (seen[..., 1] - seen[..., 0])  # beyond what a still mean takes
-    heads = (last > _SEEN * np.sqrt(counted) * seen[..., 1] / (n * sampled)) & (
-        turned > power * (_CANDIDATE / (n * sampled * 2 * seen.shape[2]))
-    )
-    if not heads.any():
+    n, lags = min(rows.tokens, GROUP), _lags(rows)
+    if not seen.shown.any():
         return None, False
-    pooled = (sums / power[..., None]).sum(axis=1)  # (outer, pairs, lags)
-    weight = np.where(heads.any(axis=1), np.abs(pooled[..., -1]) * (n / (n - lags[-1])), 0.0)
-    turns, own = heads.any(axis=(1, 2)), _angles(pooled, lags)
-    least = _MISFIT * np.maximum(heads.any(axis=2).sum(axis=1), 1)
+    pooled = seen.pooled.view(np.complex128)[..., 0]  # (outer, pairs, lags)
+    length = np.sqrt(np.square(seen.pooled[..., -1, :]).sum(axis=-1)) * (n / (n - lags[-1]))
+    weight = np.where(seen.shown, length, 0.0)
+    turns: np.ndarray = np.logical_or.reduce(seen.shown, axis=1)
+    own = _angles(pooled, lags)
+    least = _MISFIT * np.maximum(seen.heads, 1)
     table = _common(own, weight, n)
     fit = _misfits(own, table, weight, n) <= least
     if (fit | ~turns).all():
         return _halved(np.where(turns[:, None], table, 0.0)), True
-    tables = np.concatenate((_known(seen.shape[2]), _angles(pooled.sum(axis=0, keepdims=True), lags)))
-    misfits = np.stack([_misfits(own, some, weight, n) for some in tables], axis=1)
+    tables = np.concatenate((_known(own.shape[1]), _angles(pooled.sum(axis=0, keepdims=True), lags)))
+    misfits = _misfits(own, tables[:, None], weight, n).T
     fits = misfits <= least[:, None]
     chosen = fits.argmax(axis=1)
     angles = np.where(fit[:, None], table, np.where(fits.any(axis=1)[:, None], tables[chosen], own))
@@ -154,14 +163,16 @@ def _halved(angles: np.ndarray) -> np.ndarray:
 def _common(own: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
     """The known table that leaves least of all slabs together. Returns (pairs,)."""
     known = _known(own.shape[1])
-    return known[int(np.argmin([_misfits(own, table, weight, n).sum() for table in known]))]  # type: ignore[no-any-return]
+    return known[int(np.argmin(_misfits(own, known[:, None], weight, n).sum(axis=-1)))]  # type: ignore[no-any-return]
 
 
 def _angles(sums: np.ndarray, lags: tuple[int, ...]) -> np.ndarray:
     """The angle a token of each pair, each longer lag making the one before finer. sums: complex (..., pairs, lags)."""
-    found: np.ndarray = np.angle(sums[..., 0])
+    re, im = np.moveaxis(sums.real, -1, 0), np.moveaxis(sums.imag, -1, 0)
+    found: np.ndarray = np.arctan2(im[0], re[0])
     for at, lag in enumerate(lags[1:], start=1):
-        found = found + np.angle(sums[..., at] * np.exp(-1j * lag * found)) / lag
+        c, s = np.cos(lag * found), np.sin(lag * found)
+        found = found + np.arctan2(im[at] * c - re[at] * s, re[at] * c + im[at] * s) / lag
     return found
 
 
@@ -171,9 +182,17 @@ def _known(pairs: int) -> np.ndarray:
     return np.stack([theta ** (-np.arange(pairs) / pairs) for theta in THETAS])
 
 
-def _misfits(own: np.ndarray, table: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
-    """What a table leaves over n tokens where `own` angles leave none, in energies of a head. Returns (outer,)."""
-    off = own - table
-    off -= np.rint(off * (0.5 / np.pi)) * (2 * np.pi)
-    left: np.ndarray = (weight * np.minimum(1.0, (off * n) ** 2 / 12)).sum(axis=1)
+def _misfits(own: np.ndarray, tables: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
+    """What tables leave over n tokens where `own` angles leave none, in energies of a head. Returns (..., outer).
+
+    own, weight: (outer, pairs); tables: (..., pairs).
+    """
+    off = own - tables
+    turns = off * (0.5 / np.pi)
+    off -= np.rint(turns, out=turns) * (2 * np.pi)
+    off *= n / np.sqrt(12)
+    np.square(off, out=off)
+    np.minimum(off, 1.0, out=off)
+    off *= weight
+    left: np.ndarray = off.sum(axis=-1)
     return left

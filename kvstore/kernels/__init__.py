@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvstore.kernels.cpu import ISAS, STILL, CpuKernel, Rotary, Rows, Turns, kernels
+from kvstore.kernels.cpu import ISAS, Along, CpuKernel, Phases, Rotary, Rows, Turns, kernels
 from kvstore.kernels.trial import agree
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,22 @@ class KvKernel(Protocol):
     def kv_expand(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Decoded means of each group. codes: int8 (outer, groups, inner, d). Returns float32, that shape."""
 
-    def kv_content(self, x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
-        """`content.energies` of rows of x."""
+    def kv_content(self, x: torch.Tensor, rows: Rows, *rotaries: Rotary) -> torch.Tensor:
+        """`reference_content.energies` of rows of x for each pairing. Returns float64 (pairings, outer, inner, 2)."""
+
+    def kv_missed(self, rows: Rows, error: torch.Tensor) -> torch.Tensor:
+        """`reference_content.missed`."""
+
+    def kv_along(self, x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_along`."""
 
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
 
-    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
-        """`reference_turn.kv_lags`."""
+    def kv_phases(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, how: Phases
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_phases`."""
 
     def kv_sums(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
@@ -61,7 +69,7 @@ class KvKernel(Protocol):
 
     def kv_code_means(
         self, rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`reference_turn.kv_code_means`."""
 
     def kv_expand_eights(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -88,6 +96,11 @@ class KvKernel(Protocol):
 def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
     """The compiled kernel, if it is installed, x is on the CPU, and the kernel passed its trial."""
     return _best() if x.device.type == "cpu" else None
+
+
+def host_kernel() -> CpuKernel | None:
+    """The compiled kernel, for who has no tensor at hand."""
+    return _best()
 
 
 def make_ready() -> None:

@@ -11,15 +11,18 @@ import importlib
 import logging
 import threading
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kvstore.kernels.tables import table
 
 log = logging.getLogger(__name__)
 
-ABI = 6
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ABI = 7
 THREADED_NBYTES = 4 << 20
 """Below it one thread is faster: starting another takes about 30 us, as long as 1 MiB."""
 
@@ -42,6 +45,29 @@ class Rows(ctypes.Structure):
     )
 
 
+class Along(ctypes.Structure):
+    """`kvk_along` of kernel/src/kvstored_kernel.h: which tokens means are taken of, and what lacks them."""
+
+    _fields_ = (
+        ("first", ctypes.c_int64),
+        ("every", ctypes.c_int64),
+        ("sure", ctypes.c_float),
+        ("most", ctypes.c_float),
+    )
+
+
+class Phases(ctypes.Structure):
+    """`kvk_phases` of kernel/src/kvstored_kernel.h: what is looked at, and what shows that a pair turns."""
+
+    _fields_ = (
+        ("sampled", ctypes.c_int32),
+        ("lags", ctypes.c_int32 * 3),
+        ("whole", ctypes.c_double),
+        ("seen", ctypes.c_double),
+        ("worth", ctypes.c_double),
+    )
+
+
 class Rotary(NamedTuple):
     """Which channels of a row turn in pairs: the first `channels`, neighbours or half of them apart."""
 
@@ -61,6 +87,17 @@ class Turns(NamedTuple):
     rotary: Rotary
     tangents: torch.Tensor
     turning: torch.Tensor
+
+
+class LearnedGroup(ctypes.Structure):
+    """`kvk_learned` of kernel/src/kvstored_kernel.h: a group of layers of kv-learned, and where its values go."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "d", "tokens", "stride", "live")),
+        *((name, ctypes.c_void_p) for name in ("values", "matrix", "mean", "cosine", "sine", "of")),
+        ("pairs", ctypes.c_int32),
+        ("interleaved", ctypes.c_int32),
+    )
 
 
 class _Turns(ctypes.Structure):
@@ -102,23 +139,26 @@ def _opened() -> ctypes.CDLL | None:
     library.kvk_nf4_scales.argtypes = (i, i, p, n, ctypes.c_float, p, p, p, p, p, p)
     library.kvk_kv_means.argtypes = (i, i, i, p, rows, p, p, p, i, i, p)
     library.kvk_kv_expand.argtypes = (rows, p, p, p)
-    library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, i, p)
+    library.kvk_kv_content.argtypes = (i, i, i, p, rows, i, p, p)
+    library.kvk_kv_missed.argtypes = (rows, p, p)
+    library.kvk_kv_along.argtypes = (i, i, i, p, rows, ctypes.POINTER(Along), p, p)
     library.kvk_kv_distance.argtypes = (i, i, i, p, p, rows, p)
     turns = ctypes.POINTER(_Turns)
-    library.kvk_kv_lags.argtypes = (i, i, i, p, rows, turns, i, p, p)
-    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, i, i, p)
-    library.kvk_kv_code_means.argtypes = (i, rows, turns, p, p, p, p)
+    library.kvk_kv_phases.argtypes = (i, i, i, p, rows, turns, ctypes.POINTER(Phases), p, p, p, p)
+    library.kvk_kv_sums.argtypes = (i, i, i, p, rows, turns, p, p, p, p)
+    library.kvk_kv_code_means.argtypes = (i, i, rows, turns, p, p, p, p, p)
     library.kvk_kv_expand_eights.argtypes = (rows, p, p, p)
     library.kvk_kv_encode.argtypes = (i, i, i, p, rows, p, turns, p, p, p, p)
     library.kvk_kv_decode.argtypes = (i, i, i, p, p, p, p, turns, rows, p)
-    if hasattr(library, "kvk_rans_decode"):  # came later, without another ABI: nothing that was there has changed
-        library.kvk_rans_decode.argtypes = (p, n, n, n, p, n, p, p, p, n, p)
-        library.kvk_rans_encode.argtypes = (p, n, n, p, n, p, p, n, p, ctypes.POINTER(n))
+    library.kvk_rans_decode.argtypes = (i, p, n, n, n, p, n, p, n, p)
+    library.kvk_rans_encode.argtypes = (p, n, n, p, n, p, p, n, p, ctypes.POINTER(n))
+    learned = ctypes.POINTER(LearnedGroup)
+    library.kvk_learned_decode.argtypes = (i, i, learned, p, p, p, p, n, p, ctypes.POINTER(n))
     return library
 
 
 LIBRARY = _opened()
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512vbmi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +222,27 @@ class CpuKernel:
         _checked(self.library.kvk_kv_means(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *where))
         return codes, scales, means, None if content is None else content.sum(dim=1)
 
-    def kv_content(self, x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
-        """`content.energies` of rows of x. Returns float64 (outer, inner, 2)."""
+    def kv_content(self, x: torch.Tensor, rows: Rows, *rotaries: Rotary) -> torch.Tensor:
+        """`reference_content.energies` of rows of x for each pairing. Returns float64 (pairings, outer, inner, 2)."""
         groups = max(1, (rows.tokens + 32) // 64)
-        content = torch.empty(rows.outer, groups, rows.inner, 2, dtype=torch.float64, device="cpu")
-        where = (x.data_ptr(), rows, *rotary, content.data_ptr())
+        content = torch.empty(len(rotaries), rows.outer, groups, rows.inner, 2, dtype=torch.float64, device="cpu")
+        told = (ctypes.c_int32 * (2 * len(rotaries)))(*(number for rotary in rotaries for number in rotary))
+        where = (x.data_ptr(), rows, len(rotaries), told, content.data_ptr())
         _checked(self.library.kvk_kv_content(self.isa, _threads(x), DTYPES[x.dtype], *where))
-        return content.sum(dim=1)
+        return content.sum(dim=2)
+
+    def kv_missed(self, rows: Rows, error: torch.Tensor) -> torch.Tensor:
+        """`reference_content.missed`."""
+        missed = torch.empty(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+        _checked(self.library.kvk_kv_missed(rows, error.data_ptr(), missed.data_ptr()))
+        return missed
+
+    def kv_along(self, x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_along`."""
+        distance, lacking = torch.empty(2, rows.outer, rows.tokens, dtype=torch.float32, device="cpu")
+        where = (x.data_ptr(), rows, how, distance.data_ptr(), lacking.data_ptr())
+        _checked(self.library.kvk_kv_along(self.isa, _threads(x), DTYPES[x.dtype], *where))
+        return distance, lacking
 
     def kv_distance(self, x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Squared distance of two tensors of one type, head by head. Returns float64 (outer, inner)."""
@@ -203,12 +257,19 @@ class CpuKernel:
         _checked(self.library.kvk_kv_expand(rows, codes.data_ptr(), scales.data_ptr(), means.data_ptr()))
         return means
 
-    def kv_lags(self, x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
-        """`reference_turn.kv_lags`."""
-        sums = torch.empty(rows.outer, rows.inner, rotary.channels // 2, 8, dtype=torch.float32, device="cpu")
-        how = (_Turns(None, None, *rotary), sampled, (ctypes.c_int32 * 3)(*lags), sums.data_ptr())
-        _checked(self.library.kvk_kv_lags(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, *how))
-        return sums
+    def kv_phases(
+        self, x: torch.Tensor, rows: Rows, rotary: Rotary, how: Phases
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`reference_turn.kv_phases`."""
+        pairs = rotary.channels // 2
+        power = torch.empty(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+        pooled = torch.empty(rows.outer, pairs, len(how.lags), 2, dtype=torch.float64, device="cpu")
+        shown = torch.empty(rows.outer, pairs, dtype=torch.bool, device="cpu")
+        heads = torch.empty(rows.outer, dtype=torch.int32, device="cpu")
+        where = (x.data_ptr(), rows, _Turns(None, None, *rotary), how)
+        out = (power.data_ptr(), pooled.data_ptr(), shown.data_ptr(), heads.data_ptr())
+        _checked(self.library.kvk_kv_phases(self.isa, _threads(x), DTYPES[x.dtype], *where, *out))
+        return power, pooled, shown, heads
 
     def kv_sums(
         self, x: torch.Tensor, rows: Rows, rotary: Rotary, tangents: torch.Tensor | None, *, content: bool = False
@@ -216,25 +277,27 @@ class CpuKernel:
         """`reference_turn.kv_sums`."""
         still = torch.empty(rows.outer, rows.groups, rows.inner, rows.d, dtype=torch.float32, device="cpu")
         gains = torch.empty(rows.outer, rows.inner, rotary.channels // 2, dtype=torch.float32, device="cpu")
-        turned, turns = still, None
+        turned, turns = still, _Turns(None, None, *rotary)
         if tangents is not None:
             turned = torch.zeros_like(still)
-            turns = _Turns(tangents.data_ptr(), None, *rotary)
+            turns.tangents = tangents.data_ptr()
         shape = (rows.outer, rows.groups, rows.inner, 2)
         energies = torch.empty(shape, dtype=torch.float64, device="cpu") if content else None
-        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr(), *rotary, _place(energies))
+        where = (still.data_ptr(), turned.data_ptr(), gains.data_ptr(), _place(energies))
         _checked(self.library.kvk_kv_sums(self.isa, _threads(x), DTYPES[x.dtype], x.data_ptr(), rows, turns, *where))
         return still, turned, gains, None if energies is None else energies.sum(dim=1)
 
     def kv_code_means(
         self, rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`reference_turn.kv_code_means`."""
         codes = torch.empty(still.shape, dtype=torch.int8, device="cpu")
         scales = torch.empty(*still.shape[:3], -(-rows.d // 8), dtype=torch.uint8, device="cpu")
-        where = (still.data_ptr(), turned.data_ptr(), codes.data_ptr(), scales.data_ptr())
-        _checked(self.library.kvk_kv_code_means(_threads(still), rows, _turning(turns), *where))
-        return codes, scales
+        means = torch.empty_like(still)
+        where = (still, turned, codes, scales, means)
+        how = (self.isa, _threads(still), rows, _turning(turns))
+        _checked(self.library.kvk_kv_code_means(*how, *(part.data_ptr() for part in where)))
+        return codes, scales, means
 
     def kv_expand_eights(self, rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """`reference_turn.kv_expand_eights`."""
@@ -271,6 +334,46 @@ class CpuKernel:
         mean = 0 if means is None else means.data_ptr()
         how = (self.isa, _threads(out), DTYPES[out.dtype])
         _checked(self.library.kvk_kv_decode(*how, *parts, mean, _turning(turns), rows, out.data_ptr()))
+
+    def rans_encode(self, columns: Array, classes: Array, counts: Array, starts: Array, lanes: int) -> bytes | None:
+        """`codecs.rans.encode` of symbols + 128, uint8 (rows, width); None for a symbol of frequency 0.
+
+        classes: uint8 (rows,); counts, starts: uint16 (tables, 256).
+        """
+        rows, width = columns.shape
+        columns, classes, counts, starts = map(np.ascontiguousarray, (columns, classes, counts, starts))
+        out, written = np.empty(2 * rows * width + 4 * lanes, np.uint8), ctypes.c_int64()
+        status = self.library.kvk_rans_encode(
+            columns.ctypes.data, rows, max(width, 1), classes.ctypes.data, len(counts),
+            counts.ctypes.data, starts.ctypes.data, lanes, out.ctypes.data, ctypes.byref(written),
+        )  # fmt: skip
+        return out[out.size - written.value :].tobytes() if status == OK else None
+
+    def rans_decode(
+        self, data: Array, shape: tuple[int, int], classes: Array, slots: Array, lanes: int
+    ) -> Array | None:
+        """Symbols + 128, uint8 (rows * width,), of a stream uint8 (nbytes,); None for what is no stream.
+
+        classes: uint8 (rows,); slots: `codecs.rans.Tables.packed`.
+        """
+        data, classes, slots = map(np.ascontiguousarray, (data, classes, slots))
+        out = np.empty(shape[0] * shape[1], np.uint8)
+        how = (classes.ctypes.data, len(slots), slots.ctypes.data, lanes, out.ctypes.data)
+        status = self.library.kvk_rans_decode(self.isa, data.ctypes.data, data.size, *shape, *how)
+        return out if status == OK else None
+
+    def learned_decode(
+        self, group: LearnedGroup, columns: Array, live: Array, classes: Array, escapes: Array, out: torch.Tensor
+    ) -> int | None:
+        """Values of a group of layers into `out`, whose first one is the group's. Returns how many escapes were taken.
+
+        None where they do not suffice or a value is not finite. columns: symbols + 128, uint8 (live, tokens); live:
+        int32, which coefficients they are of; classes: uint8 (live,); escapes: int16.
+        """
+        used = ctypes.c_int64()
+        where = (columns.ctypes.data, live.ctypes.data, classes.ctypes.data, escapes.ctypes.data, escapes.size)
+        how = (self.isa, DTYPES[out.dtype], group, *where, out.data_ptr(), ctypes.byref(used))
+        return used.value if self.library.kvk_learned_decode(*how) == OK else None
 
 
 class _Calling(threading.local):

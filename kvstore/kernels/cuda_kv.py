@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from kvstore.kernels import reference_kv, reference_turn
-from kvstore.kernels.cpu import STILL, Rotary, Rows, Turns
+from kvstore.kernels.cpu import Rotary, Rows, Turns
 from kvstore.kernels.cuda import EXACT, _codes, _rounded
-from kvstore.kernels.reference_content import distances, energies
+from kvstore.kernels.reference_content import energies
 from kvstore.kernels.tables import table
 
 TILE = 2048
@@ -178,7 +178,7 @@ def kv_means(
         _means[(scales.numel(),)](
             x, codes, scales, means, *place, D=triton.next_power_of_2(rows.d), num_warps=1, **EXACT
         )
-    return codes, scales, means, None if rotary is None else kv_content(x, rows, rotary)
+    return codes, scales, means, None if rotary is None else energies(reference_turn.seen(x, rows), rotary)
 
 
 def kv_expand(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -187,23 +187,9 @@ def kv_expand(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Te
     return codes.to(torch.float32) * scales[..., None]
 
 
-def kv_content(x: torch.Tensor, rows: Rows, rotary: Rotary = STILL) -> torch.Tensor:
-    """`content.energies` of rows of x, by torch on the device."""
-    return energies(_seen(x, rows), rotary)
-
-
-def kv_distance(x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Squared distance of two tensors, head by head, by torch on the device."""
-    return distances(_seen(x, rows), _seen(y, rows))
-
-
-def _seen(x: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """The rows that `rows` names, as a view (outer, tokens, inner, d)."""
-    width = rows.inner * rows.d
-    return x.as_strided((rows.outer, rows.tokens, rows.inner, rows.d), (rows.stride, width, rows.d, 1))
-
-
-kv_lags, kv_sums = reference_turn.kv_lags, reference_turn.kv_sums
+kv_content, kv_distance, kv_missed = reference_turn.kv_content, reference_turn.kv_distance, reference_turn.kv_missed
+kv_along = reference_turn.kv_along
+kv_phases, kv_sums = reference_turn.kv_phases, reference_turn.kv_sums
 kv_code_means, kv_expand_eights = reference_turn.kv_code_means, reference_turn.kv_expand_eights
 """By torch on the device, operation by operation, so the reference's bytes; means that turn are unrolled by it, too."""
 

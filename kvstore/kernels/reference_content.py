@@ -9,7 +9,7 @@ The reference of the kernels: equal to them within 1e-3, sums being taken in oth
 
 import torch
 
-from kvstore.kernels.cpu import STILL, Rotary
+from kvstore.kernels.cpu import STILL, Rotary, Rows
 
 GROUP = 64
 """Tokens with one mean, as in `reference_kv`; a rest below 32 joins the last group."""
@@ -56,6 +56,12 @@ def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     slabs = max(1, _CHUNK_NUMEL // max(1, x[0].numel()))
     both = zip(torch.split(x, slabs), torch.split(y, slabs), strict=True)
     return torch.cat([(a.double() - b.double()).square_().sum(dim=(1, 3)) for a, b in both])
+
+
+def missed(error: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The squared error of each head, from those of blocks that each lie in one. Returns float64 (outer, inner)."""
+    by_row = error.view(rows.outer, rows.tokens, rows.inner, rows.d // rows.block)
+    return by_row.sum(dim=(1, 3), dtype=torch.float64)
 
 
 def _paired(x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ StreamingLLM (Xiao et al. 2024) for the first tokens; the combination and its fi
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from kvstore.errors import CodecError
@@ -170,6 +171,13 @@ def scales_under(codes: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
     steps = torch.where(code >= 256 - FINE, 255 - code, FINE + ((63 - code) << 2))
     bits = (tops.to(torch.int32) - steps).clamp_(min=0) << _SCALE_SHIFT
     return torch.where(code == 0, torch.zeros_like(bits), bits).view(torch.float32)
+
+
+def scale_values(codes: np.ndarray, tops: np.ndarray) -> np.ndarray:
+    """`scales_under` of a few, in numpy, which is faster there. codes, tops: int32. Returns float32."""
+    steps = np.where(codes >= 256 - FINE, 255 - codes, FINE + ((63 - codes) << 2))
+    bits: np.ndarray = np.where(codes == 0, 0, np.maximum(tops - steps, 0) << _SCALE_SHIFT)
+    return bits.astype(np.int32).view(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

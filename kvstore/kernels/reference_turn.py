@@ -7,10 +7,11 @@ then one division, on every machine alike. Each step is one IEEE float32 operati
 The functions have the signatures of a kernel (`kernels.KvKernel`). Pure, any thread.
 """
 
+import numpy as np
 import torch
 
-from kvstore.kernels.cpu import Rotary, Rows, Turns
-from kvstore.kernels.reference_content import energies
+from kvstore.kernels.cpu import Along, Phases, Rotary, Rows, Turns
+from kvstore.kernels.reference_content import distances, energies, missed
 from kvstore.kernels.reference_kv import (
     GROUP,
     RotatedBlocks,
@@ -55,7 +56,7 @@ def angles(tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (tangents + tangents) * inverse, tangents * tangents * 4.0 * inverse
 
 
-def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
+def lag_sums(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tuple[int, ...]) -> torch.Tensor:
     """Of each pair over the first `sampled` groups: energy without a still mean, energy, sums of z[t] conj z[t-lag].
 
     Returns float32 (outer, inner, pairs, 8): the sums as real and imaginary parts, lag by lag.
@@ -78,6 +79,33 @@ def kv_lags(x: torch.Tensor, rows: Rows, rotary: Rotary, sampled: int, lags: tup
             found[..., 2 + 2 * at] += a
             found[..., 3 + 2 * at] += b
     return found
+
+
+def kv_phases(
+    x: torch.Tensor, rows: Rows, rotary: Rotary, how: Phases
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What keys show of how they turn, from `lag_sums`: energy e without a still mean, energy E, sums L of three lags.
+
+    On the CPU, each sum in the order of pairs or heads: power float64 (outer, inner): of min(e, |E - whole |L3||) over
+    the pairs of a head; pooled float64 (outer, pairs, 3, 2): of L / power over heads; shown bool (outer, pairs):
+    whether some head's |L3| > seen E and whole |L3| - (E - e) > worth power; heads int32 (outer,): how many show it of
+    a pair.
+    """
+    sums = lag_sums(x, rows, rotary, how.sampled, tuple(how.lags)).cpu().to(torch.float64)
+    still, whole = sums[..., 0], sums[..., 1]
+    square = sums[..., -2] * sums[..., -2] + sums[..., -1] * sums[..., -1]
+    last = torch.from_numpy(np.sqrt(square.numpy()))  # torch's may be off by a unit in the last place
+    turned = (whole - last * how.whole).abs()
+    power = torch.zeros(rows.outer, rows.inner, dtype=torch.float64, device="cpu")
+    for least in torch.where(still < turned, still, turned).unbind(-1):
+        power += least
+    power = torch.where(power > 1e-30, power, 1e-30)
+    shown = (last > whole * how.seen) & (last * how.whole - (whole - still) > power[..., None] * how.worth)
+    pooled = torch.zeros(sums[:, 0, :, 2:].shape, dtype=torch.float64, device="cpu")
+    for head in range(rows.inner):
+        pooled += sums[:, head, :, 2:] / power[:, head, None, None]
+    heads = shown.any(dim=2).sum(dim=1).to(torch.int32)
+    return power, pooled.view(*pooled.shape[:2], -1, 2), shown.any(dim=1), heads
 
 
 def kv_sums(
@@ -128,19 +156,17 @@ def bits_of(turning: torch.Tensor, pairs: int) -> torch.Tensor:
     return ((turning[..., None] >> at) & 1).flatten(-2)[..., :pairs].bool()
 
 
-def bytes_of(mask: torch.Tensor) -> torch.Tensor:
+def bytes_of(mask: np.ndarray) -> np.ndarray:
     """The bytes that `bits_of` reads."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    at = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return (padded.view(*mask.shape[:-1], -1, 8) << at).sum(dim=-1).to(torch.uint8)
+    return np.packbits(mask, axis=-1, bitorder="little")
 
 
 def kv_code_means(
     rows: Rows, turns: Turns | None, still: torch.Tensor, turned: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means of 8 bits under a power of two for each 8 channels, of the frame that each pair takes.
 
-    Returns codes int8 (outer, groups, inner, d), and exponents uint8 (outer, groups, inner, ceil(d/8)).
+    Returns codes int8 (outer, groups, inner, d), exponents uint8 (outer, groups, inner, ceil(d/8)), and the means.
     """
     total = still
     if turns is not None:
@@ -158,7 +184,8 @@ def kv_code_means(
     inverse = torch.where(exponent > 0, (254 - exponent) << 23, torch.zeros_like(exponent)).view(torch.float32)
     scaled = torch.nan_to_num(eights * inverse[..., None], nan=-127.0)
     codes = torch.round(scaled.clamp(-127, 127)).to(torch.int8)
-    return codes.flatten(-2)[..., : rows.d].contiguous(), exponent.to(torch.uint8)
+    codes, scales = codes.flatten(-2)[..., : rows.d].contiguous(), exponent.to(torch.uint8)
+    return codes, scales, kv_expand_eights(rows, codes, scales)
 
 
 def kv_expand_eights(rows: Rows, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -226,6 +253,52 @@ def kv_decode(
     seen(out, rows).copy_(values if means is None else values + unrolled(rows, means, turns))
 
 
-def kv_content(x: torch.Tensor, rows: Rows, rotary: Rotary) -> torch.Tensor:
-    """`reference_content.energies` of rows of x."""
-    return energies(seen(x, rows), rotary)
+def kv_content(x: torch.Tensor, rows: Rows, *rotaries: Rotary) -> torch.Tensor:
+    """`reference_content.energies` of rows of x for each pairing. Returns float64 (pairings, outer, inner, 2)."""
+    return torch.stack([energies(seen(x, rows), rotary) for rotary in rotaries])
+
+
+def kv_distance(x: torch.Tensor, y: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Squared distance of two tensors, head by head. Returns float64 (outer, inner)."""
+    return distances(seen(x, rows), seen(y, rows))
+
+
+def kv_missed(rows: Rows, error: torch.Tensor) -> torch.Tensor:
+    """`reference_content.missed`."""
+    return missed(error, rows)
+
+
+def kv_along(x: torch.Tensor, rows: Rows, how: Along) -> tuple[torch.Tensor, torch.Tensor]:
+    """How each token of a slab lies to the means of its heads, taken over every `every`-th token from `first` on.
+
+    Returns float32 (outer, tokens) twice: the squared distance from all of them together, and what the token's key
+    lacks of a mean, along it, in standard deviations of that head where that is most: of heads whose deviation is below
+    `sure` and where it is over `most`, else 0.
+    """
+    values = seen(x, rows).to(torch.float32)
+    mean = torch.zeros(rows.outer, rows.inner, rows.d, dtype=torch.float32, device=x.device)
+    sampled = range(how.first, rows.tokens, how.every)
+    for t in sampled:
+        mean += values[:, t]
+    mean = (mean * float(np.float32(1.0) / np.float32(len(sampled))))[:, None]
+    off = values - mean
+    distance = torch.zeros(rows.outer, rows.tokens, dtype=torch.float32, device=x.device)
+    for head in _in_eights(off * off).unbind(-1):
+        distance += head
+    energy = _in_eights(mean * mean).clamp(min=1e-30)
+    lacks = 1.0 - _in_eights(values * mean) / energy
+    spread = lacks[:, how.first :].double().std(dim=1, keepdim=True).to(torch.float32)
+    counts = (spread < how.sure) & (lacks > how.most)
+    return distance, torch.where(counts, lacks / spread.clamp(min=1e-6), 0.0).amax(dim=2)
+
+
+def _in_eights(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension: eight of them, channel by channel, and these one by one."""
+    eights = torch.nn.functional.pad(x, (0, -x.shape[-1] % EIGHT)).view(*x.shape[:-1], -1, EIGHT)
+    lanes = torch.zeros_like(eights[..., 0, :])
+    for at in range(eights.shape[-2]):
+        lanes = lanes + eights[..., at, :]
+    total = lanes[..., 0].clone()
+    for at in range(1, EIGHT):
+        total += lanes[..., at]
+    return total

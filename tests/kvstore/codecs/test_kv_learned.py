@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.clock import ManualClock
-from kvstore.codecs import codec_for, codec_named, decode_entry, encode_entry, encode_measured
+from kvstore.codecs import codec_for, codec_named, decode_entry, encode_entry, encode_measured, rans
+from kvstore.codecs import kv_learned as module
 from kvstore.codecs.basis import Basis, from_bytes, made, read_basis, use, with_digest
 from kvstore.codecs.choice import CodecChoice
 from kvstore.codecs.hints import Hints
@@ -23,6 +24,7 @@ from kvstore.config import CodecPolicy, ColdConfig, HotConfig, LayerCodec, Store
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError, ConfigError, UnknownEncoding
+from kvstore.kernels import cpu
 from kvstore.keys import Key
 from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
@@ -69,6 +71,25 @@ def test_keys_and_values_take_half_the_bits_of_nf4_and_lose_less(basis: Basis, d
         decoded = codec_named("kv-learned").decode(found)
         assert (decoded.dtype, decoded.shape) == (x.dtype, x.shape)
         assert 0 < found.relative_error < 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 300])
+def test_every_instruction_set_and_torch_read_the_same_bits(
+    basis: Basis, dtype: torch.dtype, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escapes, kept tokens and a number of tokens that no tile divides among them."""
+    paths: list[cpu.CpuKernel | None] = [None, *cpu.kernels()]
+    for name, whole in (("k", tiny.keys(77, first, seed=3)), ("v", tiny.values(77, seed=3))):
+        x = whole.clone()
+        x[1, 40, 0] *= 30
+        encoded = encoded_in(basis, name, x.to(dtype), Hints(prefix_start=first == 0, position=first))
+        found = []
+        for kernel in paths:
+            monkeypatch.setattr(module, "cpu_kernel", lambda _x, kernel=kernel: kernel)
+            monkeypatch.setattr(rans, "host_kernel", lambda kernel=kernel: kernel)
+            found.append(raw_bits(KVLearned().decode(encoded)))
+        assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("first", [0, 64, 256, 5000, 100_000, 131_071])
@@ -411,12 +432,68 @@ def test_a_basis_is_found_by_the_namespace_s_name(tmp_path: Path) -> None:
     assert some.codec_of("other").encode("k", x).encoding == "nf4-kv2"
 
 
+def rated(bits: float, kl: float, path: Path) -> str:
+    """The file of a basis of the tiny model that says it was learned at a rate."""
+    own = tiny.basis(bits)
+    path.write_bytes(made(replace(own.about, bits=bits, kl_measured=kl), own._tensors).to_bytes())
+    return str(path)
+
+
+def test_a_namespace_states_bits_or_harm_and_its_basis_is_chosen_by_that(tmp_path: Path) -> None:
+    coarse, fine = rated(2.5, 2e-3, tmp_path / "coarse"), rated(3.5, 3e-4, tmp_path / "fine")
+    digests = {path: read_basis(path).digest for path in (coarse, fine)}
+    x = tiny.keys(64)
+    for named, other in ((coarse, fine), (fine, coarse)):
+        for policy, due in (
+            (CodecPolicy("kv-learned"), named),
+            (CodecPolicy("kv-learned", bits=2.6), coarse),
+            (CodecPolicy("kv-learned", bits=16), fine),
+            (CodecPolicy("kv-learned", max_kl=5e-4), fine),
+            (CodecPolicy("kv-learned", max_kl=0.1), coarse),
+        ):
+            choice = CodecChoice(WarmConfig(bases={"m": named, "another": other}, namespaces={"m": policy}))
+            assert choice.codec_of("m@00").encode("k", x).attrs["basis"] == digests[due]
+
+
+def test_a_rate_that_no_basis_keeps_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = rated(2.5, 2e-3, tmp_path / "basis")
+    for policy, match in (
+        (CodecPolicy("kv-learned", bits=2), r"warm\.namespaces\.m\.bits is 2, and the coarsest .* has 2\.5"),
+        (CodecPolicy("kv-learned", max_kl=1e-3), r"max_kl is 0\.001, and the finest .* measured 0\.002"),
+    ):
+        held = config(tmp_path / "store", {"m": path})
+        held = replace(held, warm=replace(held.warm, codec="auto", namespaces={"m": policy}))
+        with pytest.raises(ConfigError, match=match):
+            Store.open(held, background=False)
+
+
+def test_what_was_decoded_from_one_rate_is_never_coded_at_another(tmp_path: Path) -> None:
+    coarse, fine = (use(read_basis(rated(bits, 1e-3, tmp_path / str(bits)))) for bits in (2.5, 3.5))
+    x = tiny.keys(64)
+    first = encode_measured(learned(fine), "k", x)
+    assert first is not None
+    entry = raw_entry(KEY, {"k": KVLearned().decode(first)}, receipt={"k": first.relative_error})
+    again = encode_entry(entry, learned(fine)).tensors["k"]
+    assert parts_of(again) == parts_of(first)
+    for rest in (Learned(coarse, codec_for("auto"), [fine]), Learned(fine, codec_for("auto"), [coarse])):
+        assert parts_of(encode_entry(entry, rest).tensors["k"]) == parts_of(first)
+        assert encode_entry(entry, rest).tensors["k"].attrs["basis"] == fine.digest
+    alone = encode_entry(entry, learned(coarse)).tensors["k"]
+    assert alone.encoding != "kv-learned", "without its basis it takes no second form of this kind"
+    fresh = encode_entry(raw_entry(KEY, {"k": x}), Learned(coarse, codec_for("auto"), [fine])).tensors["k"]
+    assert fresh.attrs["basis"] == coarse.digest
+
+
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     layer = {"0-1": LayerCodec("int8")}
     for warm, match in (
         (WarmConfig(codec="kv-learned"), "warm.bases is empty"),
         (WarmConfig(namespaces={"m": CodecPolicy("kv-learned")}), r"warm\.namespaces\.m\.codec"),
         (WarmConfig(codec="kv-learned", bases={"*": "f"}, layers=layer), "contradict"),
+        (WarmConfig(codec="kv-learned", bases={"*": "f"}, bits=2, max_kl=0.1), "contradict"),
+        (WarmConfig(codec="kv-learned", bases={"*": "f"}, bits=17), r"warm\.bits must be from 0 to 16"),
+        (WarmConfig(codec="kv-learned", bases={"*": "f"}, max_kl=-1), r"warm\.max_kl must be from 0 to 100"),
+        (WarmConfig(bits=3), r"warm\.bits needs warm\.codec = 'kv-learned', got 'auto'"),
         (WarmConfig(bases={"*": "f"}, layers={"0": LayerCodec("kv-learned")}), "codes layers together"),
     ):
         with pytest.raises(ConfigError, match=match):

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from kvstore.codecs import rans
 from kvstore.codecs.classes import CLASSES, DELTA, expected, reach, tables_of
 from kvstore.errors import CodecError
-from kvstore.kernels import coder
+from kvstore.kernels import cpu
 
 TABLES = tables_of(np.zeros((CLASSES, 256)), np.zeros(256))
 
 
-@pytest.fixture(params=["reference", "kernel"])
+PATHS = {"reference": None, **{cpu.ISAS[kernel.isa]: kernel for kernel in cpu.kernels()}}
+
+
+@pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "reference":
-        monkeypatch.setattr(coder, "_there", lambda: False)
-    elif not coder._there():
-        pytest.skip("the compiled kernel is not installed, or older (make kernel)")
+    monkeypatch.setattr(rans, "host_kernel", lambda: PATHS[request.param])
     return str(request.param)
 
 

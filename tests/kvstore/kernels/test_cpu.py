@@ -12,6 +12,7 @@ import torch
 
 from kvstore.kernels import best, cpu, reference, reference_content
 from kvstore.kernels import reference_kv as kv
+from kvstore.kernels import reference_turn as turn
 from kvstore.kernels.tables import table
 
 KERNELS = cpu.kernels()
@@ -146,6 +147,40 @@ def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
     assert (out[:, :skip] == 7).all()
 
 
+@pytest.mark.parametrize("shape", [*(of for of in SHAPES if of[1] >= 8), (2, 90, 2, 160), (1, 65, 1, 256)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_keys_show_of_their_means_is_the_reference_s(kernel, dtype, shape):
+    """Bit for bit, but for deviations over all tokens: which are kept and how pairs turn decides bytes."""
+    g = torch.Generator().manual_seed(shape[1])
+    outer, tokens, inner, d = shape
+    t = torch.arange(tokens, dtype=torch.float32)[:, None, None]
+    x = (torch.randn(shape, generator=g) + 9 * torch.cos(0.7 * t + torch.arange(d))).to(dtype)
+    rows = cpu.Rows(
+        outer, tokens, inner, d, tokens * inner * d, kv.rotation_size(d), kv.KEY_BLOCK, kv.group_count(tokens)
+    )
+    lag = max(1, min(tokens, 64) // 2)
+    for rotary in (cpu.Rotary(d // 2 * 2, interleaved=False), cpu.Rotary(d // 4 * 2, interleaved=True)):
+        how = cpu.Phases(1, (1, max(1, lag // 4), lag), 2.0, 0.4, 0.001)
+        mine, expected = kernel.kv_phases(x, rows, rotary, how), turn.kv_phases(x, rows, rotary, how)
+        assert [bits(part) for part in mine] == [bits(part) for part in expected]
+        tangents = torch.rand(outer, rotary.channels // 2, generator=g)
+        mine, expected = kernel.kv_sums(x, rows, rotary, tangents), turn.kv_sums(x, rows, rotary, tangents)
+        assert [bits(part) for part in mine[:3]] == [bits(part) for part in expected[:3]]
+    how = cpu.Along(1, 3, 1e3, 0.1)
+    mine, expected = kernel.kv_along(x, rows, how), turn.kv_along(x, rows, how)
+    assert bits(mine[0]) == bits(expected[0])
+    assert bool((mine[1] > 0).any())
+    assert torch.allclose(mine[1], expected[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 3, 64), (1, 9, 2, 256), (3, 8, 40, 128)], ids=str)
+def test_errors_of_blocks_are_summed_head_by_head(kernel, shape):
+    outer, tokens, inner, d = shape
+    rows = cpu.Rows(outer, tokens, inner, d, tokens * inner * d, kv.rotation_size(d), kv.KEY_BLOCK, 1)
+    error = torch.rand(outer * tokens * inner * d // kv.KEY_BLOCK, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(kernel.kv_missed(rows, error), turn.kv_missed(rows, error), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 1, 64), (1, 150, 2, 200)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_content_and_distance_are_the_reference_s(kernel, dtype, shape):
@@ -158,11 +193,11 @@ def test_content_and_distance_are_the_reference_s(kernel, dtype, shape):
     groups = kv.group_count(tokens)
     rows = cpu.Rows(outer, tokens, inner, d, tokens * inner * d, kv.rotation_size(d), kv.KEY_BLOCK, groups)
     for rotary in (cpu.STILL, cpu.Rotary(d // 2 * 2, interleaved=False), cpu.Rotary(d // 4 * 2, interleaved=True)):
-        mine, expected = kernel.kv_content(x, rows, rotary), reference_content.energies(x, rotary)
-        assert torch.allclose(mine, expected, rtol=1e-3)
-        assert bits(mine) == bits(KERNELS[0].kv_content(x, rows, rotary))
+        mine, expected = kernel.kv_content(x, rows, cpu.STILL, rotary), reference_content.energies(x, rotary)
+        assert torch.allclose(mine[1], expected, rtol=1e-3)
+        assert bits(mine) == bits(KERNELS[0].kv_content(x, rows, cpu.STILL, rotary))
         if groups:
-            assert bits(kernel.kv_means(x, rows, rotary)[3]) == bits(mine)
+            assert bits(kernel.kv_means(x, rows, rotary)[3]) == bits(mine[1])
     assert torch.allclose(kernel.kv_distance(x, y, rows), reference_content.distances(x, y), rtol=1e-5)
     assert bits(kernel.kv_distance(x, y, rows)) == bits(KERNELS[0].kv_distance(x, y, rows))
 
@@ -239,16 +274,22 @@ def test_arguments_that_make_no_sense_are_refused():
     for rotary in (0, 1, 63, 66, -2):
         turns = cpu._Turns(sums.data_ptr(), sums.data_ptr(), rotary, 0)
         at = (x.data_ptr(), good, turns)
-        assert library.kvk_kv_lags(0, 1, 0, *at, 1, (ctypes.c_int32 * 3)(1, 2, 3), sums.data_ptr()) == 2
-        assert library.kvk_kv_sums(0, 1, 0, *at, 0, 0, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_phases(0, 1, 0, *at, cpu.Phases(1, (1, 2, 3)), 0, 0, 0, 0) == 2
+        assert library.kvk_kv_sums(0, 1, 0, *at, 0, 0, 0, 0) == 2
         assert library.kvk_kv_encode(0, 1, 0, x.data_ptr(), good, 0, turns, 0, 0, 0, 0) == 2
         assert library.kvk_kv_decode(0, 1, 0, 0, 0, 0, 0, turns, good, 0) == 2
-        assert library.kvk_kv_code_means(1, good, turns, 0, 0, 0, 0) == 2
+        assert library.kvk_kv_code_means(0, 1, good, turns, 0, 0, 0, 0, 0) == 2
     many = cpu.Rows(1, 300, 2, 64, 300 * 128, 64, 32, 1)
-    assert library.kvk_kv_sums(0, 1, 0, 0, many, None, 0, 0, 0, 0, 0, 0) == 2, "a last group of 300 tokens"
-    assert (
-        library.kvk_kv_lags(0, 1, 0, 0, good, cpu._Turns(None, None, 64, 0), 2, (ctypes.c_int32 * 3)(1, 2, 3), 0) == 2
-    )
+    still = cpu._Turns(None, None, 64, 0)
+    assert library.kvk_kv_sums(0, 1, 0, 0, many, still, 0, 0, 0, 0) == 2, "a last group of 300 tokens"
+    assert library.kvk_kv_sums(0, 1, 0, 0, good, None, 0, 0, 0, 0) == 2
+    for sampled, lags in ((2, (1, 2, 3)), (0, (1, 2, 3)), (1, (1, 0, 3))):
+        assert library.kvk_kv_phases(0, 1, 0, 0, good, still, cpu.Phases(sampled, lags), 0, 0, 0, 0) == 2
+    for first, every in ((-1, 1), (69, 1), (0, 0)):
+        assert library.kvk_kv_along(0, 1, 0, 0, good, cpu.Along(first, every, 1, 1), 0, 0) == 2
+    assert library.kvk_kv_missed(cpu.Rows(1, 8, 1, 48, 8 * 48, 16, 32, 1), 0, 0) == 2, "blocks over two heads"
+    for rotary in (65, 66, -2):
+        assert library.kvk_kv_content(0, 1, 0, 0, good, 2, (ctypes.c_int32 * 4)(64, 0, rotary, 0), 0) == 2
     assert library.kvk_nf4_encode(99, 1, 0, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 9, 0, 64, 0, 0, 0) == 2
     assert library.kvk_nf4_encode(0, 1, 0, 0, -1, 0, 0, 0) == 2
@@ -272,7 +313,15 @@ def test_a_kernel_with_wrong_bytes_is_not_used(caplog):
     assert best([]) is None
 
 
-OUTPUTS = {"kv_lags": 1, "kv_sums": 4, "kv_code_means": 2, "kv_expand_eights": 1, "kv_encode": 4, "kv_decode": 1}
+OUTPUTS = {
+    "kv_phases": 4,
+    "kv_along": 2,
+    "kv_sums": 4,
+    "kv_code_means": 3,
+    "kv_expand_eights": 1,
+    "kv_encode": 4,
+    "kv_decode": 1,
+}
 
 
 def with_a_wrong_byte(operation, at, applies):
@@ -287,7 +336,7 @@ def with_a_wrong_byte(operation, at, applies):
         x = args[3] if operation == "kv_decode" else tensors[0]
         if applies(rows, x.dtype, turning):
             given = x if made is None else made if isinstance(made, torch.Tensor) else made[at]
-            given.view(torch.uint8).view(-1)[-2 if given.element_size() > 1 else -1] ^= 1
+            given.view(torch.uint8).view(-1)[-2 if given.element_size() > 1 else -1] ^= 1  # of a bool too
         return made
 
     return type("Wrong", (cpu.CpuKernel,), {operation: wrong})(KERNELS[-1].library, KERNELS[-1].isa)
