@@ -22,9 +22,7 @@ Never raises into the engine.
 import hashlib
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +45,7 @@ from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
 from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
+from kvstored_client.integrations.vllm_saving import Saving
 from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
 from kvstored_client.integrations.wishes import Wishes, wishes_of
 
@@ -57,8 +56,6 @@ CHUNK_TOKENS = 256
 more costs a tenth of one."""
 SYNC_LOAD_NBYTES = 16 << 20
 """Copied in some milliseconds, for which the other requests of the batch wait."""
-_BROKEN_MAX = 10_000
-"""Requests remembered whose chain is broken; they are forgotten when they end."""
 _SAID_MAX = 1000
 """Reasons that are logged, once each."""
 
@@ -111,13 +108,11 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("running without the store: %s", error)
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec if self._on else None
         self._shards = shards_of(vllm_config.parallel_config, spec)
-        self._namespace = _namespace(vllm_config)
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Load] = []
         self._ended: list[str] = []
         self._buffers = GroupedBuffers({}, Groups())
         self._loading = Loading(self._load)
-        self._broken: OrderedDict[str, None] = OrderedDict()
         self._said: set[str] = set()
         self._time = PrefillTime()
         self._loaded_at = 0.0
@@ -127,6 +122,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             from kvstored_client.integrations.vllm_events import Announced, Reported
 
             self._announced, self._reported = Announced(self._shards.count), Reported()
+        self._saving = Saving(self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -299,13 +295,14 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The paged buffers: block is their first dimension."""
         self._buffers = GroupedBuffers(kv_caches, self._groups)
+        self._saving.over(self._buffers, self._chunk_nbytes())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill this step's blocks, or begin to; those that are gone are reported as load errors."""
         del forward_context, kwargs
         work = self._work()
         for request_id in work.ended:
-            self._broken.pop(request_id, None)
+            self._saving.ended(request_id)
         for load in work.loads:
             if load.alone:
                 self._loading.begin(load)
@@ -387,50 +384,11 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         work = self._work()
         if not self._shards.writes:
             return
-        for save in work.saves:
-            before = None if save.before is None else self._key(save.before, self._shards.mine)
-            told = save.told or [[] for _ in save.chunks]
-            for some in pieces(list(zip(save.chunks, told, strict=True)), self._chunk_nbytes()):
-                if save.request_id in self._broken:
-                    break  # what continues a chunk that was not kept could never be found
-                copied = [
-                    (self._key(found, self._shards.mine), self._buffers.gather(places)) for (found, places), _ in some
-                ]
-                if work.prefill:  # the copy has waited for the device, so the forward pass has ended
-                    self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
-                    work.prefill = 0
-                self._put_later(save, copied, before, [fact for _, facts in some for fact in facts])
-                before = copied[-1][0]
-
-    def _put_later(
-        self, save: Save, copied: list[tuple[bytes, list[list[torch.Tensor]]]], before: bytes | None, told: list[Any]
-    ) -> None:
-        def put() -> None:
-            if save.request_id in self._broken:
-                return
-            stored = 0
-            try:
-                entries = [(key, self._buffers.entry(gathered)) for key, gathered in copied]
-                stored = self._guard.cache.put_many(
-                    entries, chain=True, parent=before, fidelity=self._fidelity, namespace=self._namespace,
-                    **save.options,
-                )  # fmt: skip
-            finally:
-                if stored < len(copied):
-                    self._break(save.request_id)
-            if stored == len(copied) and self._reported is not None:
-                for fact in told:
-                    self._reported.stored(*fact)
-
-        if not self._guard.later(put, self._chunk_nbytes() * len(copied)):
-            self._break(save.request_id)
-
-    def _break(self, request_id: str) -> None:
-        """A chunk of it was not kept, so none that follows is."""
-        self._broken[request_id] = None
-        if len(self._broken) > _BROKEN_MAX:
-            with suppress(KeyError):  # two threads
-                self._broken.popitem(last=False)
+        try:
+            mine = self._shards.mine
+            self._saving.keep(work, lambda found: self._key(found, mine), self._loaded_at)
+        except Exception:
+            logger.exception("what a step has filled was not kept")
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads beside the steps have ended."""
