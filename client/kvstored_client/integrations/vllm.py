@@ -34,15 +34,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvstore.errors import KvstoreError
-from kvstore.hit import Fidelity, Hit
+from kvstore.hit import Fidelity
 from kvstore.keys import NAMESPACE_MAX_NBYTES
 from kvstore.lookup import ELSEWHERE, Lookup
-from kvstore.packed import specs_of
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
+from kvstored_client.integrations.vllm_filling import Filling
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
 from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
 from kvstored_client.integrations.vllm_saving import Saving
@@ -78,9 +77,6 @@ class _Tracked:
 class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     """One object in the scheduler, one in each worker."""
 
-    _worst = 0.0
-    """The largest relative error of what came back."""
-
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config or {}
@@ -112,6 +108,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._loads: list[Load] = []
         self._ended: list[str] = []
         self._buffers = GroupedBuffers({}, Groups())
+        self._filling = Filling(self._guard, self._buffers, self._chunk_blocks)
         self._loading = Loading(self._load)
         self._said: set[str] = set()
         self._time = PrefillTime()
@@ -295,6 +292,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The paged buffers: block is their first dimension."""
         self._buffers = GroupedBuffers(kv_caches, self._groups)
+        self._filling = Filling(self._guard, self._buffers, self._chunk_blocks)
         self._saving.over(self._buffers, self._chunk_nbytes())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -318,57 +316,14 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _load(self, load: Load) -> list[int]:
         """The blocks that could not be filled."""
-        began, failed = self._time.clock(), list[int]()
+        began, failed, mine = self._time.clock(), list[int](), self._shards.mine
         for some in pieces(load.chunks, self._chunk_nbytes()):
-            filled = self._filled_from(some)
+            filled = self._filling.filled([(self._key(name, mine), first, places) for name, first, places in some])
             failed += [block for (_, _, places), ok in zip(some, filled, strict=True) if not ok for block in places[0]]
         tokens = (len(load.blocks()) - len(failed)) * self._block_size
         if tokens and not self._shards.mine and self._shards.writes:  # the ranks compute side by side
             self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._time.clock() - began))
         return failed
-
-    def _filled_from(self, some: Sequence[tuple[bytes, int, Places]]) -> list[bool]:
-        """Whether the blocks of each of these chunks were filled, right out of the store's memory."""
-        keys = [self._key(found, self._shards.mine) for found, _, _ in some]
-        filled = [False] * len(some)
-        try:
-            # In four bits over the bus, where the engine's own GPU decodes them.
-            there = self._buffers.on_gpu and self._guard.unpacks([self._buffers.empty(0)])
-            with self._guard.lease_many(keys, lookup=ELSEWHERE, **({"packed": True} if there else {})) as hits:
-                found = [hits[at] for at in range(len(some))]
-                tensors = self._decoded(found) if there else [None if hit is None else hit.tensors for hit in found]
-                for at, ((_, first, places), chunk) in enumerate(zip(some, tensors, strict=True)):
-                    filled[at] = chunk is not None and self._buffers.fill(places, chunk, self._chunk_blocks, first)
-                self._say_lossy(found)
-                del hits, found, tensors
-                chunk = None
-            self._buffers.settle()
-        except KvstoreError as error:  # a block was used again while it was read
-            logger.debug("a lease failed: %s", error)
-            return [False] * len(some)
-        return filled
-
-    def _decoded(self, hits: Sequence[Hit | None]) -> list[dict[str, torch.Tensor] | None]:
-        """The tensors of chunks on the engine's GPU: what is held encoded crossed the bus so. One batch of copies."""
-        chunks: list[dict[str, torch.Tensor] | None] = []
-        pairs: list[tuple[Any, Any]] = []
-        for hit in hits:
-            room = self._buffers.empty(self._chunk_blocks)
-            if hit is None or specs_of(hit.tensors) != specs_of(room):
-                chunks.append(None)
-                continue
-            pairs += [(x, hit.tensors[name]) for name, x in room.items()]
-            chunks.append(room)
-        if pairs:
-            self._guard.fill(pairs)
-        return chunks
-
-    def _say_lossy(self, hits: Sequence[Hit | None]) -> None:
-        """The receipt of what came back in fewer bits: a line whenever it is worse than any before."""
-        for hit in hits:
-            if hit is not None and hit.lossy and hit.relative_error > self._worst:
-                self._worst = hit.relative_error
-                logger.info("chunks come back in %s: relative error %.3f at most so far", hit.encoding, self._worst)
 
     def _chunk_nbytes(self) -> int:
         return max(1, self._buffers.block_nbytes() * self._chunk_blocks)

@@ -138,7 +138,7 @@ def test_lossy_blocks_cross_the_bus_as_they_are_held_and_their_receipt_is_in_the
         on_device = daemon.client(framework="torch", driver=driver)
         assert "raw" not in {entry.encoding for entry in near.entries()}
         COPIES.clear()
-        caplog.set_level(logging.INFO, "kvstored_client.integrations.vllm")
+        caplog.set_level(logging.INFO, "kvstored_client.integrations.vllm_filling")
         layer = loaded_into(on_device, hashes, on_gpu, budget)
         copied, receipt = COPIES.copy(), max(near.inspect(entry.key).receipt["kv"] for entry in near.entries())
     assert torch.equal(layer.numbers[1:4], due[1:4])
