@@ -11,6 +11,7 @@ left, the same for heads of any size.
                     1,512 in vLLM itself, from hot and from 4 bits in RAM; ratio `recompute`
     decode.stall    the same: ms that a request which decodes is late because another one's prefix is loaded, beside
                     the steps (1,512 tokens) and before one (300); the least of 15 rounds, and the median
+    gpu.*           where there is a GPU: see `bench/gpu.py`
 """
 
 import argparse
@@ -199,6 +200,10 @@ def main() -> None:
             raise SystemExit(missing)
     path = os.pathsep.join([*sys.path[:3], str(side() / "shared"), str(side() / "vllm")])
     if os.environ.get("PYTHONPATH") != path:  # vLLM's wheel lies beside the environment
+        subprocess.run(
+            [sys.executable, str(ROOT / "bench/gpu.py"), "--no-tests", *(["--json"] if options.json else [])],
+            check=False,
+        )
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=env, check=False).returncode)
     for found in measure():

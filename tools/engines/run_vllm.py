@@ -88,13 +88,13 @@ def stall(python: str, model: Path, ids: list[int], address: str) -> dict[str, A
 
 
 @contextmanager
-def serving() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A daemon: its address, and its process."""
+def serving(**settings: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A daemon: its address, and its process. settings: of its environment."""
     with tempfile.TemporaryDirectory(prefix="kvv-") as top:
         address = f"unix:{top}/k.sock"
         serve = [sys.executable, "-m", "kvstored", "serve", "--address", address, "--data-dir", f"{top}/data"]
         path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))
-        daemon = subprocess.Popen(serve, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT)
+        daemon = subprocess.Popen(serve, env={**os.environ, **settings, "PYTHONPATH": path}, cwd=ROOT)
         try:
             while not Path(top, "k.sock").exists() and daemon.poll() is None:
                 time.sleep(0.1)

@@ -41,11 +41,11 @@ from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
-from kvstored_client.integrations.vllm_filling import Filling
+from kvstored_client.integrations.vllm_filling import Filling, pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
 from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
 from kvstored_client.integrations.vllm_saving import Saving
-from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
+from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work
 from kvstored_client.integrations.wishes import Wishes, wishes_of
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ Imports no engine.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,10 @@ from kvstored_client.integrations.vllm_blocks import GroupedBuffers
 from kvstored_client.integrations.vllm_groups import Places
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CALL_NBYTES = 64 << 20
+"""About the bytes of one get or put: a call has a deadline."""
 
 
 class Filling:
@@ -74,3 +78,9 @@ class Filling:
             if hit is not None and hit.lossy and hit.relative_error > self._worst:
                 self._worst = hit.relative_error
                 logger.info("chunks come back in %s: relative error %.3f at most so far", hit.encoding, self._worst)
+
+
+def pieces(items: Sequence[T], nbytes: int) -> Iterator[Sequence[T]]:
+    """About CALL_NBYTES at once, of items of so many bytes."""
+    count = max(1, CALL_NBYTES // nbytes)
+    return (items[start : start + count] for start in range(0, len(items), count))

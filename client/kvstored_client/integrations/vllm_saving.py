@@ -19,8 +19,9 @@ from kvstore.hit import Fidelity
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
+from kvstored_client.integrations.vllm_filling import pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places
-from kvstored_client.integrations.vllm_work import Save, Work, pieces
+from kvstored_client.integrations.vllm_work import Save, Work
 
 ON_GPU_MAX_NBYTES = 256 << 20
 """Copies on the GPU that wait for the bus, beside what the engine has planned for: 10 ms of the bus."""
