@@ -1,4 +1,4 @@
-"""kvstored as a KV connector of vLLM 0.32 and 0.33: chunks of blocks are kept as prompts fill them, loaded before prefill.
+"""kvstored as a KV connector of vLLM 0.32 and 0.33: chunks are kept as prompts fill them and loaded before a prefill.
 
     --kv-transfer-config '{"kv_connector": "KvstoredConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "kvstored_client.integrations.vllm",
