@@ -252,6 +252,10 @@ class Guard:
         """Forget keys."""
         return self.call(lambda: int(self.cache.delete(*keys, keep_shared=keep_shared)), self.fetch_timeout_s, 0)
 
+    def promote(self, *keys: bytes) -> int:
+        """Copy keys to hot. Returns how many were copied, as far as that is known in time."""
+        return self.call(lambda: int(self.cache.promote(*keys)), self.fetch_timeout_s, 0)
+
     def pin(self, *keys: bytes, ttl_s: float | None = None) -> int:
         """Keep keys. Returns how many are held."""
         return self.call(lambda: int(self.cache.pin(*keys, ttl_s=ttl_s)), self.fetch_timeout_s, 0)

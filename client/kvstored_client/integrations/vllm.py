@@ -40,6 +40,7 @@ from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
+from kvstored_client.integrations.vllm_ahead import AFTER_S, Ahead
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
 from kvstored_client.integrations.vllm_filling import Filling, pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
@@ -120,6 +121,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
             self._announced, self._reported = Announced(self._shards.count), Reported()
         self._saving = Saving(self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported)
+        after_s = float(extra.get("prefetch_after_s", AFTER_S)) if self._on and self._fidelity == "exact" else 0.0
+        self._ahead = Ahead(self._guard, after_s, self._groups.block_nbytes * self._chunk_blocks)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -128,18 +131,22 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     # In the scheduler.
 
+    def on_new_request(self, request: Any) -> None:
+        """It waits for its turn: what of it lies on disk is fetched meanwhile."""
+        self._ahead.arrived(request.request_id, lambda: self._keys_of(request))
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed, and whether they are beside the steps.
 
         Never the last token, which must be run.
         """
+        self._ahead.asked(request.request_id)
         before = self._tracked.get(request.request_id)
         if not self._on or (before is not None and before.lost):
             return 0, False
         try:
-            salt = adapters.salt_of(request)
-            per = self._chunk_blocks
-            hashes = [_salted(request, salt, at) for at in range(per - 1, len(request.block_hashes), per)]
+            salt, per = adapters.salt_of(request), self._chunk_blocks
+            hashes = self._hashes(request, salt)
             # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
             held = self._held(hashes, counted=before is None)
         except adapters.Unknown as error:
@@ -217,6 +224,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks may be freed at once: what is being put was copied."""
         del block_ids
+        self._ahead.asked(request.request_id)
         if self._tracked.pop(request.request_id, None) is not None:
             self._ended.append(request.request_id)
         return False, None
@@ -240,12 +248,24 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._said.add(text)
             logger.warning(text)
 
+    def _hashes(self, request: Any, salt: bytes) -> list[bytes]:
+        """Of its chunks."""
+        per = self._chunk_blocks
+        return [_salted(request, salt, at) for at in range(per - 1, len(request.block_hashes), per)]
+
+    def _keys_of(self, request: Any) -> list[bytes]:
+        """Of its chunks' shards. Raises Unknown. Any thread."""
+        return self._shard_keys(self._hashes(request, adapters.salt_of(request)))
+
+    def _shard_keys(self, hashes: Sequence[bytes]) -> list[bytes]:
+        return [self._key(each, shard) for each in hashes for shard in range(self._shards.count)]
+
     def _held(self, hashes: Sequence[bytes], *, counted: bool) -> int:
         """Leading chunks of which every shard is held. One question for all shards."""
         if not hashes:
             return 0
         shards, tokens = self._shards.count, self._chunk_blocks * self._block_size
-        keys = [self._key(each, shard) for each in hashes for shard in range(shards)]
+        keys = self._shard_keys(hashes)
         lookup = Lookup(len(keys), len(hashes) * tokens, tokens // shards) if counted else ELSEWHERE
         return int(self._guard.match(keys, lookup=lookup)) // shards
 
@@ -368,6 +388,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Finish what is waiting."""
+        self._ahead.close()
         self._loading.close()
         self._guard.flush()
 

@@ -3,12 +3,14 @@
 import logging
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kvstore.config import ColdConfig, StoreConfig
 from kvstore.metadata.block_events import CLEARED, KeyRemoved, KeyStored
 from kvstore.store import Store
 from tests.conftest import wait_until
@@ -358,6 +360,57 @@ def cached(scheduler: Any, worker: Any, asked: Any, computed: int, scheduled: in
     worker.wait_for_save()
     worker.clear_connector_metadata()
     assert worker._guard.flush(20)
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Iterator[Any]:
+    """A store with a disk, and three chunks of a prompt that lie on it alone."""
+    with Store.open(StoreConfig(cold=ColdConfig(path=str(tmp_path / "cold"))), background=False) as store:
+        prefilled(store, [b"a", b"b", b"c"])
+        store.drain()
+        assert store.demote(*[entry.key for entry in store.entries()]) == 3
+        assert [entry.tiers for entry in store.entries()] == [("cold",)] * 3
+        yield store
+
+
+def test_what_a_waiting_request_has_on_disk_is_fetched_before_its_turn(on_disk: Any) -> None:
+    scheduler, _ = halves(on_disk, prefetch_after_s=0.001)
+    lookups = on_disk.stats().values["hits"]
+    scheduler.on_new_request(request([b"a", b"b", b"c", b"d"], 28))
+    wait_until(lambda: all(entry.tiers[0] == "hot" for entry in on_disk.entries()))
+    assert on_disk.stats().values["hits"] == lookups, "nobody has looked anything up"
+    scheduler.shutdown()
+
+
+@pytest.mark.parametrize("settings", [{}, {"fidelity": "auto", "prefetch_after_s": 0.001}, {"prefetch_after_s": 0}])
+def test_nothing_is_fetched_for_who_has_his_turn_at_once_or_does_not_want_it(
+    on_disk: Any, settings: dict[str, Any]
+) -> None:
+    scheduler, _ = halves(on_disk, **settings)
+    promoted = []
+    scheduler._guard.promote = lambda *keys: promoted.append(keys)
+    asked = request([b"a", b"b", b"c"], 28)
+    scheduler.on_new_request(asked)
+    scheduler.get_num_new_matched_tokens(asked, 0)
+    scheduler.shutdown()
+    assert (scheduler._ahead._thread is None) == bool(settings)
+    if scheduler._ahead._thread is not None:
+        scheduler._ahead._thread.join(20)
+    assert not promoted
+    assert not scheduler._ahead._waiting
+
+
+def test_a_failure_while_chunks_are_fetched_ahead_ends_nothing(on_disk: Any, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, _ = halves(on_disk, prefetch_after_s=0.001)
+
+    def broken() -> list[bytes]:
+        raise OSError("gone")
+
+    scheduler._ahead.arrived("first", broken)
+    wait_until(lambda: "nothing was fetched ahead" in caplog.text)
+    scheduler.on_new_request(request([b"a", b"b", b"c"], 28, "second"))
+    wait_until(lambda: all(entry.tiers[0] == "hot" for entry in on_disk.entries()))
+    scheduler.shutdown()
 
 
 @pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"offload_prompt_only": False}, 2)])
