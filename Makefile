@@ -85,6 +85,13 @@ format: install  ## Rewrite the sources as `make lint` wants them
 bench: install  ## put and get against Redis, where redis-server is installed
 	$(BIN)/python bench/transport.py $(BENCH_ARGS)
 
+# In .venv torch is the CPU's: a machine with a GPU brings an environment with CUDA's torch, cuda-bindings and our packages.
+GPU_PYTHON ?= $(BIN)/python
+
+.PHONY: gpu
+gpu: install  ## Everything that needs a GPU, under 8 minutes: GPU_PYTHON=PYTHON is one with CUDA's torch and cuda-bindings
+	@$(GPU_PYTHON) bench/gpu.py $(BENCH_ARGS) || [ $$? = 77 ]
+
 proto: .venv-proto/.installed  ## Generate client/kvstored_client/wire/_pb from proto/
 	@tools/proto.sh .venv-proto/bin/python client
 

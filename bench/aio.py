@@ -3,12 +3,15 @@
 A task takes every turn of the loop and notes the longest time between two of its turns, for each call. Beside it, what
 is no fault of the client's: the same with nothing else on the loop, which is the machine's own noise, and the same with
 the blocking client in a thread for each get. `value` is the median over the calls of the longest stall of each; `max`
-is the longest of all, which one interrupt of the machine decides.
+is the longest of all, which one interrupt of the machine decides; `over` calls stalled it for over 2 ms. `alone_max` is
+the longest of the calls in which no thread of this process waited for a processor for longer than 0.1 ms, `alone` of
+them: the others say what the kernel did.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -25,15 +28,35 @@ from rivals import MIB, servers  # noqa: E402 - found by the line above
 from kvstored_client import Client, aio  # noqa: E402
 
 NBYTES = 16 * MIB
-GETS = 60
+GETS = 600
+DUE_MS = 2
+ALONE_MS = 0.1
 KEYS = [b"aio-%d" % i for i in range(8)]
 """More than the last cache of the CPU holds, in rotation."""
 
 
+class Waits:
+    """What the kernel lets the threads of this process wait for a processor, all of them together."""
+
+    def __init__(self) -> None:
+        tasks = Path("/proc/self/task").iterdir()
+        self._files = [os.open(task / "schedstat", os.O_RDONLY) for task in tasks]
+
+    def seconds(self) -> float:
+        """So far."""
+        return sum(int(os.pread(file, 99, 0).split()[1]) for file in self._files) / 1e9
+
+    def close(self) -> None:
+        """Of its files."""
+        for file in self._files:
+            os.close(file)
+
+
 async def stalls(call: Callable[[int], Awaitable[object]]) -> np.ndarray[Any, Any]:
-    """The longest time between two turns of the loop during each call, in ms."""
+    """For each call the longest time between two turns of the loop and what its process waited for a processor, ms."""
     longest = 0.0
     over = False
+    waits = Waits()
 
     async def beat() -> None:
         nonlocal longest
@@ -46,13 +69,15 @@ async def stalls(call: Callable[[int], Awaitable[object]]) -> np.ndarray[Any, An
     found = []
     beating = asyncio.ensure_future(beat())
     for i in range(GETS):
+        waited = waits.seconds()
         await asyncio.sleep(0)
         longest = 0.0
         await call(i)
-        found.append(longest * 1e3)
+        found.append((longest, waits.seconds() - waited))
     over = True
     await beating
-    return np.array(found)
+    waits.close()
+    return np.array(found) * 1e3
 
 
 async def measure(address: str) -> list[dict[str, Any]]:
@@ -82,6 +107,8 @@ async def measure(address: str) -> list[dict[str, Any]]:
 
 def row(name: str, found: np.ndarray[Any, Any]) -> dict[str, Any]:
     """One line of the results."""
+    found, waited = found.T
+    alone = found[waited < ALONE_MS]
     return {
         "name": name,
         "params": {"nbytes": NBYTES, "gets": GETS},
@@ -89,6 +116,9 @@ def row(name: str, found: np.ndarray[Any, Any]) -> dict[str, Any]:
         "unit": "ms",
         "p90": round(float(np.quantile(found, 0.9)), 3),
         "max": round(float(found.max()), 3),
+        "over": int((found > DUE_MS).sum()),
+        "alone": len(alone),
+        "alone_max": round(float(alone.max(initial=0)), 3),
     }
 
 
@@ -102,7 +132,9 @@ def main() -> None:
             if args.json:
                 print(json.dumps(found), flush=True)
             else:
-                print(f"{found['name']:18} {found['value']:8.3f} ms, p90 {found['p90']:8.3f}, max {found['max']:8.3f}")
+                told = f"{found['value']:8.3f} ms, p90 {found['p90']:8.3f}, max {found['max']:8.3f}"
+                told += f", {found['over']} over {DUE_MS} ms; {found['alone']} alone, max {found['alone_max']:.3f}"
+                print(f"{found['name']:18} {told}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ left, the same for heads of any size.
     scheduler.step  CPU ms a request a step, of requests of 32k tokens that decode (params: requests)
     ttft            with --engine-python (`tools/engines/vllm.sh` prints it): ms to the first token after a prompt of
                     1,512 in vLLM itself, from hot and from 4 bits in RAM; ratio `recompute`
+    decode.stall    the same: ms that a request which decodes is late because another one's prefix is loaded, beside
+                    the steps (1,512 tokens) and before one (300); the least of 15 rounds, and the median
+    gpu.*           where there is a GPU: see `bench/gpu.py`
 """
 
 import argparse
@@ -39,6 +42,7 @@ DUE = {"connector.put": 0.25, "connector.get": 0.15, "scheduler.step": 0.05}
 TTFT_TOKENS, TTFT_CASES = 1512, "base,store,load,store auto,nf4"
 TTFT_DUE = {"hot": 8, "warm": 6}
 """Times as fast as computing."""
+STALL_TOKENS, STALL_DUE = (1512, 300), 10
 
 
 def halves(address: str) -> tuple[Any, Any]:
@@ -162,29 +166,44 @@ def measure() -> list[dict[str, Any]]:
             daemon.wait()
 
 
-def ttft(engine_python: str) -> list[dict[str, Any]]:
+def in_engine(engine_python: str) -> list[dict[str, Any]]:
     """In the engine itself."""
-    run = [sys.executable, str(ROOT / "tools/engines/run_vllm.py"), "--engine-python", engine_python]
-    run += ["--tokens", str(TTFT_TOKENS), "--cases", TTFT_CASES, "--json"]
+    return [
+        row
+        for asked in (
+            ["--tokens", str(TTFT_TOKENS), "--cases", TTFT_CASES, "--json"],
+            *(["--tokens", str(tokens), "--stall"] for tokens in STALL_TOKENS),
+        )
+        for row in run_vllm(engine_python, asked)
+        if row["name"] in ("ttft", "decode.stall")
+    ]
+
+
+def run_vllm(engine_python: str, asked: list[str]) -> list[dict[str, Any]]:
+    """What `tools/engines/run_vllm.py` prints."""
+    run = [sys.executable, str(ROOT / "tools/engines/run_vllm.py"), "--engine-python", engine_python, *asked]
     path = os.pathsep.join(sys.path[:3])
     done = subprocess.run(
         run, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
     )
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [row for row in rows if row["name"] == "ttft"]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def main() -> None:
     """From the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--engine-python", help="of a venv with vLLM: measures ttft too, 4 minutes")
+    parser.add_argument("--engine-python", help="of a venv with vLLM: measures ttft and decode.stall too, 6 minutes")
     options = parser.parse_args()
     for folder in ("shared", "vllm"):
         if missing := why_missing(folder):
             raise SystemExit(missing)
     path = os.pathsep.join([*sys.path[:3], str(side() / "shared"), str(side() / "vllm")])
     if os.environ.get("PYTHONPATH") != path:  # vLLM's wheel lies beside the environment
+        subprocess.run(
+            [sys.executable, str(ROOT / "bench/gpu.py"), "--no-tests", *(["--json"] if options.json else [])],
+            check=False,
+        )
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=env, check=False).returncode)
     for found in measure():
@@ -192,9 +211,12 @@ def main() -> None:
             print(json.dumps(found))
         else:
             print(f"{found['name']:15} {found['value']:7.3f} ms  {found['params']}  due {DUE[found['name']]}")
-    for found in ttft(options.engine_python) if options.engine_python else ():
+    for found in in_engine(options.engine_python) if options.engine_python else ():
         if options.json:
             print(json.dumps(found))
+        elif found["name"] == "decode.stall":
+            told = f"{found['value']:7.1f} ms, median {found['median']:.1f}  {found['params']}  due {STALL_DUE}"
+            print(f"{found['name']:15} {told}")
         else:
             times, due = found["ratios"]["recompute"], TTFT_DUE[found["params"]["tier"]]
             print(f"{found['name']:15} {found['value']:7.1f} ms  {found['params']}  {times:.1f}x computing, due {due}x")

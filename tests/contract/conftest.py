@@ -136,18 +136,24 @@ def blocking(address: str) -> Iterator[Blocking]:
             client.close()
 
 
-@pytest.fixture(params=["memory", "disk", "client", "aio", "device", "device client"])
+ON_A_GPU = ["gpu", "gpu client"] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["memory", "disk", "client", "aio", "device", "device client", *ON_A_GPU])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
     """A store in memory, a store with a disk, a client of a daemon, and an asyncio client of one.
 
     device: the hot tier is in the memory of a device that copies as late as it may (`kvstore.device.deferred`).
+    gpu: where there is one, the same in its memory, by CUDA.
     """
     clock = ManualClock()
     config = config_for(tmp_path / "cold" if request.param == "disk" else None)
-    if on_device := request.param.startswith("device"):
-        config = replace(config, hot=replace(config.hot, device="cuda:1"))
-    with Store.open(config, clock=clock, background=False, driver=Deferred() if on_device else None) as store:
-        if request.param in ("memory", "disk", "device"):
+    device = {"device": "cuda:1", "gpu": "cuda:0"}.get(request.param.removesuffix(" client"))
+    if device is not None:
+        config = replace(config, hot=replace(config.hot, device=device))
+    driver = Deferred() if device == "cuda:1" else None
+    with Store.open(config, clock=clock, background=False, driver=driver) as store:
+        if request.param in ("memory", "disk", "device", "gpu"):
             yield Harness(store, clock, config.hot.capacity_nbytes, config.entry_max_nbytes)
             return
         address = f"unix:{tmp_path / 'kv.sock'}"

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ CASES = ("base", "store", "load", "beside", "store auto", "nf4", "lose", "lose b
 RUNS = {"base": 3, "load": 3, "beside": 3, "nf4": 3}
 """Of the prompt, for the median; the others run once: the first run decides what they meet."""
 LOSSY = ("store auto", "nf4")
+STALL_ROUNDS = 15
 TIERS = {"load": "hot", "nf4": "warm"}
 
 PATIENT = {"lookup_timeout_s": 1.0, "fetch_timeout_s": 10.0}
@@ -48,23 +51,57 @@ def connector(case: str, address: str) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def run_case(python: str, case: str, model: Path, ids: list[int], address: str) -> dict[str, Any]:
-    """One engine process. Exits with its log where it fails."""
+def engine(python: str, script: str, *args: str) -> tuple[dict[str, Any], str]:
+    """(what one engine process found, its log). Exits with its log where it found nothing."""
     env = {
         **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client"))), "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    command = [
-        python, str(ROOT / "tools/engines/vllm_case.py"), str(model), json.dumps(ids),
-        json.dumps(connector(case, address)), str(RUNS.get(case, 1)),
-    ]  # fmt: skip
+    command = [python, str(ROOT / "tools/engines" / script), *args]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False, cwd=ROOT)
     line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
     if line is None:
-        raise SystemExit(f"{case}: the engine gave no result\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
-    found: dict[str, Any] = json.loads(line[7:])
-    found["recovered"] = "Recovered from KV load failure" in done.stdout + done.stderr
+        raise SystemExit(f"the engine gave no result: {command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+    return json.loads(line[7:]), done.stdout + done.stderr
+
+
+def run_case(python: str, case: str, model: Path, ids: list[int], address: str) -> dict[str, Any]:
+    """One engine process of `vllm_case.py`."""
+    asked = (str(model), json.dumps(ids), json.dumps(connector(case, address)), str(RUNS.get(case, 1)))
+    found, log = engine(python, "vllm_case.py", *asked)
+    found["recovered"] = "Recovered from KV load failure" in log
     return found
+
+
+def stall(python: str, model: Path, ids: list[int], address: str) -> dict[str, Any]:
+    """The row of a bench: ms that a request which decodes is late because another one's prefix is loaded."""
+    settings = connector("load", address)
+    assert settings is not None
+    settings["kv_connector_extra_config"].pop("sync_load_budget_bytes")  # the default's choice is what users meet
+    found, _ = engine(python, "vllm_stall.py", str(model), json.dumps(ids), json.dumps(settings), str(STALL_ROUNDS))
+    assert found["cached"], "nothing was loaded"
+    params = {"engine": "vllm", "tokens": len(ids), "cached": found["cached"], "step_ms": round(found["step_ms"], 1)}
+    return {
+        "name": "decode.stall", "params": params, "value": found["stall_ms"], "median": found["median_stall_ms"],
+        "unit": "ms", "ratios": {},
+    }  # fmt: skip
+
+
+@contextmanager
+def serving(**settings: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A daemon: its address, and its process. settings: of its environment."""
+    with tempfile.TemporaryDirectory(prefix="kvv-") as top:
+        address = f"unix:{top}/k.sock"
+        serve = [sys.executable, "-m", "kvstored", "serve", "--address", address, "--data-dir", f"{top}/data"]
+        path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))
+        daemon = subprocess.Popen(serve, env={**os.environ, **settings, "PYTHONPATH": path}, cwd=ROOT)
+        try:
+            while not Path(top, "k.sock").exists() and daemon.poll() is None:
+                time.sleep(0.1)
+            yield address, daemon
+        finally:
+            daemon.kill()
+            daemon.wait()
 
 
 def prompt(tokens: int) -> tuple[Path, list[int]]:
@@ -89,34 +126,28 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--cases", default=",".join(CASES), help="some of them, separated by commas, base among them")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--stall", action="store_true", help="only: how late a load makes a request that decodes")
     parser.add_argument("--record", type=Path, help="where `kvstored experiments` reads its row of vLLM from")
     options = parser.parse_args()
     cases = options.cases.split(",")
     if cases[0] != "base" or not set(cases) <= set(CASES):
         parser.error(f"--cases begins with base and has some of {', '.join(CASES)}")
     home, ids = prompt(options.tokens)
-    with tempfile.TemporaryDirectory(prefix="kvv-") as top:
-        address = f"unix:{top}/k.sock"
-        serve = [sys.executable, "-m", "kvstored", "serve", "--address", address, "--data-dir", f"{top}/data"]
-        path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))
-        daemon = subprocess.Popen(serve, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT)
-        while not Path(top, "k.sock").exists() and daemon.poll() is None:
-            time.sleep(0.1)
-        found = {}
-        try:
-            for case in cases:
-                if case == "nf4":
-                    demote(address)
-                if case == "stopped":
-                    daemon.send_signal(signal.SIGSTOP)
-                if case == "down":
-                    daemon.kill()
-                    daemon.wait()
-                found[case] = run_case(options.engine_python, case, home, ids, address)
-                show(case, found[case], as_json=options.json)
-        finally:
-            daemon.kill()
-            daemon.wait()
+    found: dict[str, dict[str, Any]] = {}
+    with serving() as (address, daemon):
+        if options.stall:
+            print(json.dumps(stall(options.engine_python, home, ids, address)))
+            return 0
+        for case in cases:
+            if case == "nf4":
+                demote(address)
+            if case == "stopped":
+                daemon.send_signal(signal.SIGSTOP)
+            if case == "down":
+                daemon.kill()
+                daemon.wait()
+            found[case] = run_case(options.engine_python, case, home, ids, address)
+            show(case, found[case], as_json=options.json)
     if options.json:
         for case in filter(found.__contains__, TIERS):
             print(json.dumps(ttft(found, case, len(ids))))

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from kvstore.pieces import in_pieces
 from kvstore.ready import fill
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
+from kvstored_client.device import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,11 @@ class Guard:
         """Whether tensors are filled best from what is held encoded: see `Client.unpacks`."""
         asked = getattr(self.cache, "unpacks", None)
         return asked is not None and bool(asked(out))
+
+    def before(self, entries: Iterable[Mapping[str, Any]]) -> Callable[[], None] | None:
+        """What waits for all that this thread's streams are to do with tensors on a GPU: see `Transfers.before`."""
+        found = getattr(self.cache, "transfers", None)
+        return (found if isinstance(found, Transfers) else Transfers(None)).before(entries)
 
     def fill(self, pairs: list[tuple[Any, Any]]) -> None:
         """Copy (target, source) pairs, sources that were leased: see `Client.fill`."""

@@ -229,7 +229,7 @@ class KvstoredHiCache(HiCacheStorage):
     def _leading(self, keys: list[str]) -> int:
         """Leading KV pages held: the lookup of a prompt, as SGLang makes it."""
         tokens = self._page_tokens()
-        lookup = Lookup(len(keys), len(keys) * tokens, tokens, prefetch=True)
+        lookup = Lookup(len(keys), len(keys) * tokens, tokens)
         return int(self._guard.match(self._keys(_KV, keys), lookup=lookup))
 
     def _page_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""kvstored as a KV connector of vLLM 0.32: chunks of blocks are kept as prompts fill them and loaded before a prefill.
+"""kvstored as a KV connector of vLLM 0.32 and 0.33: chunks are kept as prompts fill them and loaded before a prefill.
 
     --kv-transfer-config '{"kv_connector": "KvstoredConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "kvstored_client.integrations.vllm",
@@ -22,9 +22,7 @@ Never raises into the engine.
 import hashlib
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,18 +34,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvstore.errors import KvstoreError
-from kvstore.hit import Fidelity, Hit
+from kvstore.hit import Fidelity
 from kvstore.keys import NAMESPACE_MAX_NBYTES
 from kvstore.lookup import ELSEWHERE, Lookup
-from kvstore.packed import specs_of
 from kvstored_client.integrations import adapters, configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
+from kvstored_client.integrations.vllm_ahead import AFTER_S, Ahead
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
+from kvstored_client.integrations.vllm_filling import Filling, pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
 from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
-from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work, pieces
+from kvstored_client.integrations.vllm_saving import Saving
+from kvstored_client.integrations.vllm_work import Load, Loading, Save, Work
 from kvstored_client.integrations.wishes import Wishes, wishes_of
 
 logger = logging.getLogger(__name__)
@@ -57,8 +56,6 @@ CHUNK_TOKENS = 256
 more costs a tenth of one."""
 SYNC_LOAD_NBYTES = 16 << 20
 """Copied in some milliseconds, for which the other requests of the batch wait."""
-_BROKEN_MAX = 10_000
-"""Requests remembered whose chain is broken; they are forgotten when they end."""
 _SAID_MAX = 1000
 """Reasons that are logged, once each."""
 
@@ -80,9 +77,6 @@ class _Tracked:
 
 class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     """One object in the scheduler, one in each worker."""
-
-    _worst = 0.0
-    """The largest relative error of what came back."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
@@ -111,13 +105,12 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("running without the store: %s", error)
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec if self._on else None
         self._shards = shards_of(vllm_config.parallel_config, spec)
-        self._namespace = _namespace(vllm_config)
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Load] = []
         self._ended: list[str] = []
         self._buffers = GroupedBuffers({}, Groups())
+        self._filling = Filling(self._guard, self._buffers, self._chunk_blocks)
         self._loading = Loading(self._load)
-        self._broken: OrderedDict[str, None] = OrderedDict()
         self._said: set[str] = set()
         self._time = PrefillTime()
         self._loaded_at = 0.0
@@ -127,6 +120,9 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             from kvstored_client.integrations.vllm_events import Announced, Reported
 
             self._announced, self._reported = Announced(self._shards.count), Reported()
+        self._saving = Saving(self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported)
+        after_s = float(extra.get("prefetch_after_s", AFTER_S)) if self._on else 0.0
+        self._ahead = Ahead(self._guard, after_s, self._groups.block_nbytes * self._chunk_blocks)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -135,18 +131,22 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     # In the scheduler.
 
+    def on_new_request(self, request: Any) -> None:
+        """It waits for its turn: what of it lies on disk is fetched meanwhile."""
+        self._ahead.arrived(request.request_id, lambda: self._keys_of(request))
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed, and whether they are beside the steps.
 
         Never the last token, which must be run.
         """
+        self._ahead.asked(request.request_id)
         before = self._tracked.get(request.request_id)
         if not self._on or (before is not None and before.lost):
             return 0, False
         try:
-            salt = adapters.salt_of(request)
-            per = self._chunk_blocks
-            hashes = [_salted(request, salt, at) for at in range(per - 1, len(request.block_hashes), per)]
+            salt, per = adapters.salt_of(request), self._chunk_blocks
+            hashes = self._hashes(request, salt)
             # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
             held = self._held(hashes, counted=before is None)
         except adapters.Unknown as error:
@@ -224,6 +224,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks may be freed at once: what is being put was copied."""
         del block_ids
+        self._ahead.asked(request.request_id)
         if self._tracked.pop(request.request_id, None) is not None:
             self._ended.append(request.request_id)
         return False, None
@@ -247,14 +248,25 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._said.add(text)
             logger.warning(text)
 
+    def _hashes(self, request: Any, salt: bytes) -> list[bytes]:
+        """Of its chunks."""
+        per = self._chunk_blocks
+        return [_salted(request, salt, at) for at in range(per - 1, len(request.block_hashes), per)]
+
+    def _keys_of(self, request: Any) -> list[bytes]:
+        """Of its chunks' shards. Raises Unknown. Any thread."""
+        return self._shard_keys(self._hashes(request, adapters.salt_of(request)))
+
+    def _shard_keys(self, hashes: Sequence[bytes]) -> list[bytes]:
+        return [self._key(each, shard) for each in hashes for shard in range(self._shards.count)]
+
     def _held(self, hashes: Sequence[bytes], *, counted: bool) -> int:
         """Leading chunks of which every shard is held. One question for all shards."""
         if not hashes:
             return 0
         shards, tokens = self._shards.count, self._chunk_blocks * self._block_size
-        keys = [self._key(each, shard) for each in hashes for shard in range(shards)]
-        # The first question of a request: what it finds is loaded once the request is scheduled.
-        lookup = Lookup(len(keys), len(hashes) * tokens, tokens // shards, prefetch=True) if counted else ELSEWHERE
+        keys = self._shard_keys(hashes)
+        lookup = Lookup(len(keys), len(hashes) * tokens, tokens // shards) if counted else ELSEWHERE
         return int(self._guard.match(keys, lookup=lookup)) // shards
 
     def _note(self, name: str, block_ids: Any, *, fresh: bool) -> None:
@@ -300,13 +312,15 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The paged buffers: block is their first dimension."""
         self._buffers = GroupedBuffers(kv_caches, self._groups)
+        self._filling = Filling(self._guard, self._buffers, self._chunk_blocks)
+        self._saving.over(self._buffers, self._chunk_nbytes())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Fill this step's blocks, or begin to; those that are gone are reported as load errors."""
         del forward_context, kwargs
         work = self._work()
         for request_id in work.ended:
-            self._broken.pop(request_id, None)
+            self._saving.ended(request_id)
         for load in work.loads:
             if load.alone:
                 self._loading.begin(load)
@@ -322,57 +336,14 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _load(self, load: Load) -> list[int]:
         """The blocks that could not be filled."""
-        began, failed = self._time.clock(), list[int]()
+        began, failed, mine = self._time.clock(), list[int](), self._shards.mine
         for some in pieces(load.chunks, self._chunk_nbytes()):
-            filled = self._filled_from(some)
+            filled = self._filling.filled([(self._key(name, mine), first, places) for name, first, places in some])
             failed += [block for (_, _, places), ok in zip(some, filled, strict=True) if not ok for block in places[0]]
         tokens = (len(load.blocks()) - len(failed)) * self._block_size
         if tokens and not self._shards.mine and self._shards.writes:  # the ranks compute side by side
             self._guard.report(prefill_saved_s=self._time.restored(1, tokens, tokens, self._time.clock() - began))
         return failed
-
-    def _filled_from(self, some: Sequence[tuple[bytes, int, Places]]) -> list[bool]:
-        """Whether the blocks of each of these chunks were filled, right out of the store's memory."""
-        keys = [self._key(found, self._shards.mine) for found, _, _ in some]
-        filled = [False] * len(some)
-        try:
-            # In four bits over the bus, where the engine's own GPU decodes them.
-            there = self._buffers.on_gpu and self._guard.unpacks([self._buffers.empty(0)])
-            with self._guard.lease_many(keys, lookup=ELSEWHERE, **({"packed": True} if there else {})) as hits:
-                found = [hits[at] for at in range(len(some))]
-                tensors = self._decoded(found) if there else [None if hit is None else hit.tensors for hit in found]
-                for at, ((_, first, places), chunk) in enumerate(zip(some, tensors, strict=True)):
-                    filled[at] = chunk is not None and self._buffers.fill(places, chunk, self._chunk_blocks, first)
-                self._say_lossy(found)
-                del hits, found, tensors
-                chunk = None
-            self._buffers.settle()
-        except KvstoreError as error:  # a block was used again while it was read
-            logger.debug("a lease failed: %s", error)
-            return [False] * len(some)
-        return filled
-
-    def _decoded(self, hits: Sequence[Hit | None]) -> list[dict[str, torch.Tensor] | None]:
-        """The tensors of chunks on the engine's GPU: what is held encoded crossed the bus so. One batch of copies."""
-        chunks: list[dict[str, torch.Tensor] | None] = []
-        pairs: list[tuple[Any, Any]] = []
-        for hit in hits:
-            room = self._buffers.empty(self._chunk_blocks)
-            if hit is None or specs_of(hit.tensors) != specs_of(room):
-                chunks.append(None)
-                continue
-            pairs += [(x, hit.tensors[name]) for name, x in room.items()]
-            chunks.append(room)
-        if pairs:
-            self._guard.fill(pairs)
-        return chunks
-
-    def _say_lossy(self, hits: Sequence[Hit | None]) -> None:
-        """The receipt of what came back in fewer bits: a line whenever it is worse than any before."""
-        for hit in hits:
-            if hit is not None and hit.lossy and hit.relative_error > self._worst:
-                self._worst = hit.relative_error
-                logger.info("chunks come back in %s: relative error %.3f at most so far", hit.encoding, self._worst)
 
     def _chunk_nbytes(self) -> int:
         return max(1, self._buffers.block_nbytes() * self._chunk_blocks)
@@ -388,50 +359,11 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         work = self._work()
         if not self._shards.writes:
             return
-        for save in work.saves:
-            before = None if save.before is None else self._key(save.before, self._shards.mine)
-            told = save.told or [[] for _ in save.chunks]
-            for some in pieces(list(zip(save.chunks, told, strict=True)), self._chunk_nbytes()):
-                if save.request_id in self._broken:
-                    break  # what continues a chunk that was not kept could never be found
-                copied = [
-                    (self._key(found, self._shards.mine), self._buffers.gather(places)) for (found, places), _ in some
-                ]
-                if work.prefill:  # the copy has waited for the device, so the forward pass has ended
-                    self._time.observe(1, work.prefill, self._time.clock() - self._loaded_at)
-                    work.prefill = 0
-                self._put_later(save, copied, before, [fact for _, facts in some for fact in facts])
-                before = copied[-1][0]
-
-    def _put_later(
-        self, save: Save, copied: list[tuple[bytes, list[list[torch.Tensor]]]], before: bytes | None, told: list[Any]
-    ) -> None:
-        def put() -> None:
-            if save.request_id in self._broken:
-                return
-            stored = 0
-            try:
-                entries = [(key, self._buffers.entry(gathered)) for key, gathered in copied]
-                stored = self._guard.cache.put_many(
-                    entries, chain=True, parent=before, fidelity=self._fidelity, namespace=self._namespace,
-                    **save.options,
-                )  # fmt: skip
-            finally:
-                if stored < len(copied):
-                    self._break(save.request_id)
-            if stored == len(copied) and self._reported is not None:
-                for fact in told:
-                    self._reported.stored(*fact)
-
-        if not self._guard.later(put, self._chunk_nbytes() * len(copied)):
-            self._break(save.request_id)
-
-    def _break(self, request_id: str) -> None:
-        """A chunk of it was not kept, so none that follows is."""
-        self._broken[request_id] = None
-        if len(self._broken) > _BROKEN_MAX:
-            with suppress(KeyError):  # two threads
-                self._broken.popitem(last=False)
+        try:
+            mine = self._shards.mine
+            self._saving.keep(work, lambda found: self._key(found, mine), self._loaded_at)
+        except Exception:
+            logger.exception("what a step has filled was not kept")
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads beside the steps have ended."""
@@ -456,6 +388,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Finish what is waiting."""
+        self._ahead.close()
         self._loading.close()
         self._guard.flush()
 

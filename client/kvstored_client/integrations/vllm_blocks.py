@@ -60,9 +60,11 @@ class _Kind:
         """Of each tensor of an entry, views of where it lies in each layer."""
 
     def gather(self, blocks: Sequence[int]) -> torch.Tensor:
-        """(layers, blocks, ...), in CPU memory. Waits for the device."""
+        """(layers, blocks, ...), a copy where they are. On a device it is there when its stream comes to it."""
+        if self.device.type != "cpu":
+            return self._gather_there(blocks)
         shape = (len(self.layers), len(blocks), *self.layers[0].shape[1:])
-        whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+        whole = torch.empty(shape, dtype=self.dtype)
         runs = list(_runs(blocks))
         if self._stripes and len(runs) <= _RUNS_MAX:
             into = _array(whole)
@@ -74,10 +76,27 @@ class _Kind:
             for out, array in zip(_array(whole), self.arrays, strict=True):
                 array.take(at, 0, out, "clip")  # "raise", the default, copies once more
             return whole
-        index = torch.tensor(blocks, device=self.device)
+        index = torch.tensor(blocks)
         for one, layer in zip(whole, self.layers, strict=True):
             torch.index_select(layer, 0, index, out=one)
-        return whole.cpu()
+        return whole
+
+    def _gather_there(self, blocks: Sequence[int]) -> torch.Tensor:
+        """Each tensor of the entry lies dense, so that it crosses the bus as it is."""
+        shape = (len(self.names), len(self.layers), len(blocks), *self.block_shape)
+        whole, runs = self.layers[0].new_empty(shape), list(_runs(blocks))
+        index = _index(blocks, self.layers[0]) if len(runs) > _RUNS_MAX else None
+        for x, layers in zip(whole, self._targets, strict=True):
+            if index is not None:
+                for one, layer in zip(x, layers, strict=True):
+                    torch.index_select(layer, 0, index, out=one)
+                continue
+            for start, end in runs:
+                place = blocks[start]
+                torch._foreach_copy_(
+                    list(x[:, start:end].unbind(0)), [layer[place : place + end - start] for layer in layers]
+                )
+        return whole.movedim(0, 2) if len(self.names) > 1 else whole[0]
 
     def parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
         """What was gathered, as an entry has it."""
@@ -106,7 +125,7 @@ class _Kind:
             whole = tensors[name].view(len(layers), of, *self.block_shape)[:, first : first + len(blocks)]
             whole = whole if whole.device == self.device else whole.to(self.device)
             if len(runs) > _RUNS_MAX:
-                index = torch.tensor(blocks, device=self.device)
+                index = _index(blocks, self.layers[0])
                 for layer, x in zip(layers, whole, strict=True):
                     layer.index_copy_(0, index, x)
                 continue
@@ -148,7 +167,7 @@ class PagedBuffers:
         return self._block_nbytes
 
     def gather(self, blocks: Sequence[int]) -> list[torch.Tensor]:
-        """A chunk, copied to CPU memory: the blocks may be used anew at once. Waits for the device."""
+        """A chunk, copied: the blocks may be used anew at once, on a device by what its stream is to do later."""
         return [kind.gather(blocks) for kind in self._kinds]
 
     def entry(self, gathered: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -207,7 +226,7 @@ class GroupedBuffers:
         return sum(buffers.block_nbytes() for buffers, _ in self._groups)
 
     def gather(self, places: Places) -> list[list[torch.Tensor]]:
-        """A chunk, copied to CPU memory: see `PagedBuffers.gather`."""
+        """A chunk, copied: see `PagedBuffers.gather`."""
         found = []
         for (buffers, windowed), blocks in zip(self._groups, places, strict=True):
             whole = buffers.gather(blocks)
@@ -248,6 +267,11 @@ class GroupedBuffers:
             if not buffers.fill(blocks[gone:], own, of, first + gone):
                 return False
         return True
+
+
+def _index(blocks: Sequence[int], beside: torch.Tensor) -> torch.Tensor:
+    """Their numbers where a tensor is. Does not wait for its device, as `torch.tensor(device=)` does."""
+    return beside.new_empty(len(blocks), dtype=torch.int64).copy_(torch.tensor(blocks), non_blocking=True)
 
 
 def _array(tensor: torch.Tensor) -> Any:

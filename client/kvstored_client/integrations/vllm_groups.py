@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import vllm.distributed.kv_transfer.kv_connector.v1.base as connector_base
-
 NO_BLOCK = 0
 """The engine's null block: never a request's own."""
 _WINDOW = "SlidingWindowSpec"
@@ -96,6 +94,8 @@ def groups_of(kv_cache_config: Any) -> Groups:
         raise ValueError(f"this model's cache is not of full attention and windows: {', '.join(kinds) or 'unknown'}")
     if len({int(group.kv_cache_spec.block_size) for group in groups}) > 1:
         raise ValueError("the blocks of this model's groups have different numbers of tokens")
+    import vllm.distributed.kv_transfer.kv_connector.v1.base as connector_base  # where there are groups, there is vLLM
+
     if not hasattr(connector_base, "KVConnectorTransferResults"):
         raise ValueError("this vLLM cannot be told that a load of several groups has failed: 0.32 can")
     return Groups(tuple(map(_group, groups)))

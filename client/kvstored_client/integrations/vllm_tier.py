@@ -112,7 +112,7 @@ class KvstoredTier(SecondaryTierManager):
         with self._lock:
             asked = self._asked[:4096]
         # Each chunk once while its answer is known; a prompt's chunks are not told apart from another's.
-        held = self._guard.locate(asked, lookup=Lookup(len(asked), prefetch=True))
+        held = self._guard.locate(asked, lookup=Lookup(len(asked)))
         with self._lock:
             for key, at in zip(asked, held, strict=True):
                 self._learn(key, held=at is not None)

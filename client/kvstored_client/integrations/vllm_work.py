@@ -2,20 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from kvstored_client.integrations.vllm_groups import Places
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-CALL_NBYTES = 64 << 20
-"""About the bytes of one get or put: a call has a deadline."""
 
 
 @dataclass
@@ -111,9 +107,3 @@ class Loading:
         """Wait for the load in progress; the others are given up."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-
-
-def pieces(items: Sequence[T], nbytes: int) -> Iterator[Sequence[T]]:
-    """About CALL_NBYTES at once, of items of so many bytes."""
-    count = max(1, CALL_NBYTES // nbytes)
-    return (items[start : start + count] for start in range(0, len(items), count))

@@ -283,7 +283,8 @@ class Connection:
         if not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
         lookup = read_lookup(asked)
-        if self._shares and self._store.ends_here(keys):  # this client's own thread: nobody else waits for what is shared
+        # On this client's own thread: nobody else waits for the shared store.
+        if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)
         reading: Reading | None = None
 

@@ -3,12 +3,14 @@
 import logging
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kvstore.config import ColdConfig, StoreConfig
 from kvstore.metadata.block_events import CLEARED, KeyRemoved, KeyStored
 from kvstore.store import Store
 from tests.conftest import wait_until
@@ -138,7 +140,7 @@ def test_lossy_blocks_cross_the_bus_as_they_are_held_and_their_receipt_is_in_the
         on_device = daemon.client(framework="torch", driver=driver)
         assert "raw" not in {entry.encoding for entry in near.entries()}
         COPIES.clear()
-        caplog.set_level(logging.INFO, "kvstored_client.integrations.vllm")
+        caplog.set_level(logging.INFO, "kvstored_client.integrations.vllm_filling")
         layer = loaded_into(on_device, hashes, on_gpu, budget)
         copied, receipt = COPIES.copy(), max(near.inspect(entry.key).receipt["kv"] for entry in near.entries())
     assert torch.equal(layer.numbers[1:4], due[1:4])
@@ -146,6 +148,124 @@ def test_lossy_blocks_cross_the_bus_as_they_are_held_and_their_receipt_is_in_the
     assert (driver.batches, driver.pending, driver.early) == (1, 0, 0)
     assert not copied["h2d"] and not copied["d2h"]
     assert f"relative error {receipt:.3f} at most" in caplog.text
+
+
+class Ordered(Counting):
+    """Has the steps of one request be seen: what was waited for, and what crossed the bus, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(kernels=True)
+        self.seen: list[str] = []
+
+    def synchronize(self, event: Any) -> None:
+        self.seen.append("waited")
+        super().synchronize(event)
+
+    def copy(self, *runs: Any, store: bool, **how: Any) -> None:
+        self.seen.append("stored" if store else "loaded")
+        super().copy(*runs, store=store, **how)
+
+
+def on_a_gpu(client: Any, layers: int, blocks: int) -> tuple[Any, Any]:
+    """Both halves over paged buffers on a GPU, with two blocks in a chunk, and numbers in the buffers."""
+    scheduler, worker = halves(client, chunk_tokens=2 * BLOCK)
+    shape, generator = (blocks, 2, BLOCK, 2, 16), torch.Generator().manual_seed(3)
+    made = {f"l{i}": on_gpu(torch.randn(shape, generator=generator)) for i in range(layers)}
+    worker.register_kv_caches(made)
+    worker.layers = made
+    return scheduler, worker
+
+
+def kept_from_a_gpu(client: Any, scheduler: Any, worker: Any, tokens: int, places: list[int]) -> list[Any]:
+    """A step that fills a prompt; what is held of it then, from the root on."""
+    asked = request([bytes([i]) for i in range(tokens // BLOCK)], tokens)
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+    step(scheduler, worker, asked, places, 0, tokens)
+    keys = [worker._key(found, 0) for found in asked.block_hashes[1::2]]
+    return [client.get(key) for key in keys]
+
+
+def test_a_step_on_a_gpu_waits_for_no_copy_and_its_chunks_cross_the_bus_in_one_batch() -> None:
+    driver = Ordered()
+    with daemon_inside() as daemon, daemon.client(framework="torch", driver=driver) as client:
+        scheduler, worker = on_a_gpu(client, 3, 12)
+        waited, later = [], worker._guard.later
+        worker._guard.later = lambda put, nbytes: waited.append(list(driver.seen)) or later(put, nbytes)
+        COPIES.clear()
+        places = [7, 2, 3, 9]
+        hits = kept_from_a_gpu(client, scheduler, worker, 32, places)
+        assert waited == [[]], "the forward's thread has waited for nothing"
+        assert driver.seen[:2] == ["waited", "stored"], "the copies are there before they cross the bus"
+        assert (driver.seen.count("stored"), driver.early, driver.pending) == (1, 0, 0)
+        assert not COPIES["d2h"]
+        for at, hit in enumerate(hits):
+            for i, name in enumerate(("k", "v")):
+                due = torch.stack([x.numbers[places[2 * at : 2 * at + 2], i] for x in worker.layers.values()])
+                assert torch.equal(hit.tensors[name], due.flatten(1, 2))
+        assert worker._saving._on_gpu == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "places"),
+    [
+        ((12, 2, 4, 3, 16), [9, 3, 7, 1, 5, 11]), ((12, 2, 4, 3, 16), [2, 3, 4, 8, 9, 10]),
+        ((12, 3, 4, 32), [9, 3, 7, 1, 5, 11]), ((12, 4, 40), [2, 3, 8, 9]),
+    ],
+    ids=["apart, scattered", "apart, in runs", "packed", "mla"],
+)  # fmt: skip
+def test_blocks_on_a_gpu_are_gathered_there_as_on_the_host_and_lie_dense(
+    shape: tuple[int, ...], places: list[int]
+) -> None:
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations.vllm_blocks import PagedBuffers
+
+    layers = {f"l{i}": torch.randn(shape) for i in range(3)}
+    here, there = PagedBuffers(layers, 16), PagedBuffers({name: on_gpu(x) for name, x in layers.items()}, 16)
+    COPIES.clear()
+    due, chunk = here.entry(here.gather(places)), there.entry(there.gather(places))
+    assert not COPIES["d2h"]
+    assert chunk.keys() == due.keys()
+    for name, x in due.items():
+        assert chunk[name].is_cuda
+        assert chunk[name].is_contiguous()
+        assert torch.equal(chunk[name].numbers, x)
+
+
+def test_what_waits_on_the_gpu_is_bounded_and_the_rest_goes_to_the_host_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_connector({}, worker=False)
+    from kvstored_client.integrations import vllm_saving
+
+    with daemon_inside() as daemon, daemon.client(framework="torch", driver=Ordered()) as client:
+        scheduler, worker = on_a_gpu(client, 2, 12)
+        chunk_nbytes = 2 * sum(x[0].nbytes for x in worker.layers.values())
+        monkeypatch.setattr(vllm_saving, "ON_GPU_MAX_NBYTES", 2 * chunk_nbytes)
+        COPIES.clear()
+        hits = kept_from_a_gpu(client, scheduler, worker, 64, list(range(8)))
+        assert COPIES["d2h"] == 2, "of four chunks two wait on the GPU, each other is one copy"
+        assert [hit.tensors["k"].shape for hit in hits] == [(2, 16, 2, 16)] * 4
+        due = torch.stack([x.numbers[6:8, 1] for x in worker.layers.values()]).flatten(1, 2)
+        assert torch.equal(hits[3].tensors["v"], due)
+        assert worker._saving._on_gpu == [2, 2]
+
+
+def test_a_gpu_without_memory_for_a_copy_costs_the_chunk_and_not_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with daemon_inside() as daemon, daemon.client(framework="torch", driver=Ordered()) as client:
+        scheduler, worker = on_a_gpu(client, 2, 12)
+
+        def full(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(type(worker._buffers), "gather", full)
+        assert kept_from_a_gpu(client, scheduler, worker, 32, [0, 1, 2, 3]) == [None, None]
+        monkeypatch.undo()
+        asked = request([b"x", b"y"], 16, "another")
+        scheduler.get_num_new_matched_tokens(asked, 0)
+        step(scheduler, worker, asked, [0, 1], 0, 16)
+        assert client.get(worker._key(b"y", 0)) is not None, "what comes later is kept"
 
 
 def loaded_into(cache: Any, hashes: list[bytes], made: Any, budget: int) -> Any:
@@ -240,6 +360,55 @@ def cached(scheduler: Any, worker: Any, asked: Any, computed: int, scheduled: in
     worker.wait_for_save()
     worker.clear_connector_metadata()
     assert worker._guard.flush(20)
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Iterator[Any]:
+    """A store with a disk, and three chunks of a prompt that lie on it alone."""
+    with Store.open(StoreConfig(cold=ColdConfig(path=str(tmp_path / "cold"))), background=False) as store:
+        prefilled(store, [b"a", b"b", b"c"])
+        store.drain()
+        assert store.demote(*[entry.key for entry in store.entries()]) == 3
+        assert [entry.tiers for entry in store.entries()] == [("cold",)] * 3
+        yield store
+
+
+def test_what_a_waiting_request_has_on_disk_is_fetched_before_its_turn(on_disk: Any) -> None:
+    scheduler, _ = halves(on_disk, prefetch_after_s=0.001)
+    lookups = on_disk.stats().values["hits"]
+    scheduler.on_new_request(request([b"a", b"b", b"c", b"d"], 28))
+    wait_until(lambda: on_disk.maintain() or all(entry.tiers[0] == "hot" for entry in on_disk.entries()))
+    assert on_disk.stats().values["hits"] == lookups, "nobody has looked anything up"
+    scheduler.shutdown()
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefetch_after_s": 0}])
+def test_nothing_is_fetched_for_who_has_his_turn_at_once_or_does_not_want_it(
+    on_disk: Any, settings: dict[str, Any]
+) -> None:
+    scheduler, _ = halves(on_disk, **settings)
+    asked = request([b"a", b"b", b"c"], 28)
+    scheduler.on_new_request(asked)
+    scheduler.get_num_new_matched_tokens(asked, 0)
+    scheduler.shutdown()
+    assert (scheduler._ahead._thread is None) == bool(settings)
+    if scheduler._ahead._thread is not None:
+        scheduler._ahead._thread.join(20)
+    assert not on_disk._maintainer.waiting
+    assert not scheduler._ahead._waiting
+
+
+def test_a_failure_while_chunks_are_fetched_ahead_ends_nothing(on_disk: Any, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler, _ = halves(on_disk, prefetch_after_s=0.001)
+
+    def broken() -> list[bytes]:
+        raise OSError("gone")
+
+    scheduler._ahead.arrived("first", broken)
+    wait_until(lambda: "nothing was fetched ahead" in caplog.text)
+    scheduler.on_new_request(request([b"a", b"b", b"c"], 28, "second"))
+    wait_until(lambda: on_disk.maintain() or all(entry.tiers[0] == "hot" for entry in on_disk.entries()))
+    scheduler.shutdown()
 
 
 @pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"offload_prompt_only": False}, 2)])
@@ -495,10 +664,12 @@ def test_no_request_is_computed_anew_for_a_put(store: Store) -> None:
 def real_config() -> Any:
     """vLLM's own configuration classes, with a model that nobody has to load."""
     from transformers import LlamaConfig
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import DeviceConfig, ModelConfig, VllmConfig
 
     hf = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, rope_theta=10_000.0)
-    config = VllmConfig()
+    config = VllmConfig(
+        device_config=DeviceConfig(device="cpu")
+    )  # else vLLM looks for one: its GPU wheel finds none here
     config.model_config = flips.of_defaults(
         ModelConfig, model="m", tokenizer="m", dtype=torch.bfloat16, hf_config=hf, hf_text_config=hf, max_model_len=4096
     )
@@ -714,6 +885,7 @@ def telling(store: Store, monkeypatch: pytest.MonkeyPatch, ranks: int = 1) -> tu
     events = pytest.importorskip("kvstored_client.integrations.vllm_events")
     for each in (scheduler, worker):
         each._announced, each._reported = events.Announced(ranks), events.Reported()
+        each._saving._reported = each._reported
     return scheduler, worker
 
 
@@ -838,10 +1010,13 @@ def test_what_the_daemon_publishes_is_read_by_vllms_own_classes(store: Store, mo
     events = [CLEARED, KeyStored(b"a", None, 256), KeyStored(b"b", b"a", 7), KeyRemoved(b"b"), KeyRemoved(b"a")]
     ours = msgpack.encode([1.5, written(events), 0])
     stored = {"token_ids": [], "lora_id": None, "medium": kv_events.MEDIUM_STORAGE, "lora_name": None}
-    assert ours == msgpack.encode(kv_events.KVEventBatch(1.5, [
+    theirs = msgpack.encode(kv_events.KVEventBatch(1.5, [
         kv_events.AllBlocksCleared(),
         kv_events.BlockStored(block_hashes=[b"a"], parent_block_hash=None, block_size=256, **stored),
         kv_events.BlockStored(block_hashes=[b"b"], parent_block_hash=b"a", block_size=7, **stored),
         kv_events.BlockRemoved(block_hashes=[b"b", b"a"], medium=kv_events.MEDIUM_STORAGE),
     ], 0))  # fmt: skip
+    # By what they say: of a class with over 15 fields msgspec writes a longer head of the map, whatever is left out.
+    assert msgpack.decode(ours) == msgpack.decode(theirs)
+    assert [list(event) for event in msgpack.decode(ours)[1]] == [list(event) for event in msgpack.decode(theirs)[1]]
     assert msgpack.decode(ours, type=kv_events.KVEventBatch).data_parallel_rank == 0

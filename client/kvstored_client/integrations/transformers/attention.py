@@ -14,7 +14,6 @@ import torch
 from kvstore.keys import Identity
 from kvstore.lookup import ELSEWHERE
 from kvstore.prefix import Namespace
-from kvstored_client.device import Transfers
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
 from kvstored_client.integrations.transformers.probe import Shape
@@ -90,7 +89,7 @@ class Attention:
         if copy:
             layers = [(k.clone(), v.clone()) for k, v in layers]
         nbytes = sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in layers)
-        computed = self._transfers().before({"k": k, "v": v} for k, v in layers)
+        computed = self._guard.before({"k": k, "v": v} for k, v in layers)
 
         def put() -> None:
             if computed is not None:
@@ -98,10 +97,6 @@ class Attention:
             self._put(prompt, whole, layers, length)
 
         self._guard.later(put, nbytes)
-
-    def _transfers(self) -> Transfers:
-        found = getattr(self._guard.cache, "transfers", None)
-        return found if isinstance(found, Transfers) else Transfers(None)
 
     @torch.no_grad()
     def _put(self, prompt: Rows, whole: Rows, layers: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
