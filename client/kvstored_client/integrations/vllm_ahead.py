@@ -1,8 +1,8 @@
 """What a request's prefix has on disk is fetched to RAM while the request waits for its turn in the engine.
 
 One that is scheduled at once is loaded at once: nothing is fetched for it. The daemon fetches chunks in the form they
-have on disk, so those in 4 bits stay so. `arrived` and `asked` are of the scheduler's thread and wait for nothing; keys are
-made, and the daemon is asked, on a thread of its own.
+have on disk, so those in 4 bits stay so. `arrived` and `asked` are of the scheduler's thread and wait for nothing; keys
+are made, and the daemon is asked, on a thread of its own.
 """
 
 import logging
