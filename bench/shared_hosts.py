@@ -173,7 +173,8 @@ class Limit:
             if not self._limits[at]:
                 info = client.info("memory")
                 self._limits[at] = info["used_memory"] - info["mem_not_counted_for_evict"]
-            self._limits[at] -= over * client.memory_usage(held[0])
+            nbytes = next(filter(None, map(client.memory_usage, held)))  # None: it has been evicted meanwhile
+            self._limits[at] -= over * nbytes
             client.config_set("maxmemory", self._limits[at])
         return len(held)
 
