@@ -38,7 +38,6 @@ from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
 from lmcache.v1.distributed.serde.base import Deserializer, Serializer
 from lmcache.v1.distributed.serde.factory import register_serde_factory
 from lmcache.v1.platform import create_event_notifier
-from lmcache.v1.protocol import RemoteMetadata
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
@@ -46,6 +45,11 @@ from kvstore.lookup import ELSEWHERE, Lookup
 from kvstored_client.integrations import configured
 from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S, Guard
 from kvstored_client.integrations.wishes import NAME, Wishes, wishes_in
+
+try:
+    from lmcache.v1.protocol import RemoteMetadata
+except ImportError:  # where 0.5.7 has it
+    from lmcache.inprocess.v1.protocol import RemoteMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +209,12 @@ class KvstoredL2Adapter(L2AdapterInterface):
     def delete(self, keys: list[Any]) -> None:
         """Forget keys."""
         self._guard.delete(*self._keys(keys))
+
+    def get_memory_tags(self) -> Any:
+        """Where the bytes are, as LMCache 0.5.7 asks: in a store on this host."""
+        from lmcache.v1.distributed.api import MemoryResidency, MemorySegment, MemoryTags
+
+        return MemoryTags(MemorySegment.STORAGE, MemoryResidency.LOCAL)
 
     def report_status(self) -> dict[str, Any]:
         """What LMCache shows of this adapter."""

@@ -7,6 +7,8 @@ import os
 import re
 import runpy
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,11 @@ def run(module: str, *words: str) -> None:
         runpy.run_module(module, run_name="__main__")
 
 
+def in_process(name: str) -> str:
+    """A module of LMCache's engine, where this version has it: 0.5.7 has a package of its own for it."""
+    return f"lmcache.{'inprocess.' if find_spec('lmcache.inprocess') is not None else ''}v1.{name}"
+
+
 @pytest.fixture(autouse=True)
 def _argv(monkeypatch: pytest.MonkeyPatch) -> None:
     stubs.install()
@@ -50,7 +57,7 @@ def test_basic_check_of_the_l2_adapter_passes_and_fails_where_it_must(
 ) -> None:
     """It exits 0 whatever it found, so its lines are read, and it is run once with no daemon."""
     run(
-        "lmcache.v1.basic_check",
+        in_process("basic_check"),
         "--mode",
         "test_l2_adapter",
         "--l2-adapter",
@@ -86,7 +93,7 @@ extra_config:
 """)
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(config))
     monkeypatch.setattr("lmcache.integration.vllm.utils._config_instance", None)  # it is read once a process
-    run("lmcache.v1.basic_check", "--mode", "test_remote", "--num-keys", "3", "--model", f"m-{up}")
+    run(in_process("basic_check"), "--mode", "test_remote", "--num-keys", "3", "--model", f"m-{up}")
     lines = capsys.readouterr().out
     absent, put, exists, _, content = re.findall(r"Validation.*?: (\d)/3", lines)
     # A put that nobody takes passes: it may not raise, and it tells nobody.
@@ -97,7 +104,8 @@ extra_config:
 def test_what_a_request_wishes_for_its_chunks_is_heard(store: Store) -> None:
     """All but a pin, which anybody could write; a wish that cannot be is left out, and the chunk is kept."""
     from lmcache.utils import CacheEngineKey
-    from lmcache.v1.protocol import init_remote_metadata_info
+
+    init_remote_metadata_info = import_module(in_process("protocol")).init_remote_metadata_info
 
     from kvstored_client.integrations.guard import Guard
     from kvstored_client.integrations.lmcache import KvstoredConnector
@@ -130,7 +138,8 @@ def test_what_hits_save_is_reported_where_the_prefill_s_speed_was_said(store: St
     from types import SimpleNamespace
 
     from lmcache.utils import CacheEngineKey
-    from lmcache.v1.protocol import init_remote_metadata_info
+
+    init_remote_metadata_info = import_module(in_process("protocol")).init_remote_metadata_info
 
     from kvstored_client.integrations.lmcache import KvstoredConnector, _guard_of
 
