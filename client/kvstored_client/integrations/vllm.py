@@ -73,6 +73,8 @@ class _Tracked:
     lost: bool = False
     """A load of it has failed: it is computed."""
     blocks: Places = ()
+    loading: frozenset[int] = frozenset()
+    """What it waits for: blocks that are loaded beside the steps."""
 
 
 class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
@@ -186,6 +188,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             load.chunks.append((name, at % per, tuple(list(own[at:end]) for own in ids)))
             at = end
         self._loads.append(load)
+        if load.alone:
+            tracked.loading = frozenset(load.blocks())
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """This step's loads, and the chunks that it fills."""
@@ -210,9 +214,16 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
 
         What the store still holds and cannot give would else be waited for again and again.
         """
-        for name in getattr(connector_output, "failed_recving", None) or ():
+        failed = set(getattr(connector_output, "failed_recving", None) or ())
+        invalid = getattr(connector_output, "invalid_block_ids", None)
+        if invalid:  # of a running request vLLM computes these blocks at once, and does not ask again
+            failed.update(name for name, each in self._tracked.items() if not each.loading.isdisjoint(invalid))
+        for name in failed:
             if name in self._tracked:
                 self._tracked[name].lost, self._tracked[name].saved = True, 0
+        for name in getattr(connector_output, "finished_recving", None) or ():
+            if name in self._tracked:
+                self._tracked[name].loading = frozenset()
         events = getattr(connector_output, "kv_cache_events", None)
         if self._announced is not None and events is not None:
             self._announced.reported(events.get_all_events())

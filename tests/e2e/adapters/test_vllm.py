@@ -4,6 +4,7 @@ import logging
 import threading
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,35 @@ def test_a_large_load_runs_beside_the_steps_and_the_request_waits_for_it(store: 
     assert worker.get_block_ids_with_load_errors() == {2, 3}
     assert torch.equal(worker.layer[1], memory[5])
     assert worker.get_finished(set()) == (None, None)
+
+
+def test_what_is_held_and_cannot_be_loaded_beside_the_steps_is_not_offered_again(store: Store) -> None:
+    """vLLM asks anew for a request that lost all it waited for, and had waited for the same chunks without end."""
+    hashes = [b"a", b"b", b"c"]
+    prefilled(store, hashes)
+    scheduler, worker = halves(store, sync_load_budget_bytes=0)
+    asked, other = request(hashes, 28), request(hashes, 28, "other")
+    for each, ids in ((asked, [1, 2, 3]), (other, [4, 5, 6])):
+        assert scheduler.get_num_new_matched_tokens(each, 0) == (24, True)
+        scheduler.update_state_after_alloc(each, some(get_block_ids=lambda ids=ids: (ids,)), 24)
+    lease_many, lost = worker._guard.lease_many, [b"a", b"b", b"c"]
+
+    @contextmanager
+    def gone(keys: Any, **how: Any) -> Iterator[Any]:
+        with lease_many(keys, **how) as hits:
+            yield [None if lost and lost.pop() else hit for hit in hits]
+
+    worker._guard.lease_many = gone
+    nothing(scheduler, worker)
+    done: set[str] = set()
+    wait_until(lambda: done.update(worker.get_finished(set())[1] or ()) or done == {"r", "other"})
+    failed = worker.get_block_ids_with_load_errors()
+    assert failed == {1, 2, 3}
+    scheduler.update_connector_output(some(finished_recving=done, invalid_block_ids=failed))
+    assert scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+    # The blocks are another request's by now: what fails there is nothing of this one.
+    scheduler.update_connector_output(some(finished_recving=set(), invalid_block_ids={4}))
+    assert scheduler.get_num_new_matched_tokens(other, 0) == (24, True)
 
 
 def nothing(scheduler: Any, worker: Any) -> None:
