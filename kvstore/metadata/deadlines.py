@@ -61,7 +61,7 @@ class Deadlines:
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
-        deadline, bucket = meta.pinned_until if meta.pinned else meta.expires_at, meta.due_in
+        deadline, bucket = meta.deadline, meta.due_in
         if bucket is not None:
             if bucket.starts <= deadline:
                 return

@@ -58,13 +58,8 @@ class KeyOrder:
 
     def append(self, key: Key) -> None:
         """Make a key the last one, new or not."""
-        # `_at` and `_part` inline: every put and every hit comes here.
-        at = hash(key) % (2 * self._half)
-        if at >= len(self._parts):
-            at -= self._half
-        part = self._parts[at]
-        if part is None:
-            part = self._part(at)
+        at = self._at(key)
+        part = self._part(at)
         self._last += 1
         before = len(part)
         part[key] = self._last
@@ -136,14 +131,9 @@ class KeyOrder:
 
     def touch(self, keys: Iterable[Key]) -> list[Key]:
         """Make known keys the last ones, in the order given. Returns those known."""
-        parts, half, known = self._parts, self._half, list[Key]()
+        known: list[Key] = []
         for key in keys:
-            at = hash(key) % (2 * half)
-            if at >= len(parts):
-                at -= half
-            part = parts[at]
-            if part is None:
-                part = self._part(at)
+            part = self._part(self._at(key))
             if key in part:
                 self._last += 1
                 part[key] = self._last

@@ -24,7 +24,7 @@ from kvstore.residency.answers import Answers, as_torch, to_numpy
 from kvstore.residency.device_hot import DeviceHot, raw_nbytes
 from kvstore.residency.read_path import Found
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Room, TensorTranscoder, empty_tensors
+from kvstore.residency.transcode import Room, TensorTranscoder, empty_tensors, made_in
 from kvstore.tiers.device_memory import DeviceTensors, tensors_on_device
 
 
@@ -124,7 +124,7 @@ class DeviceAnswers(Answers):
         if room is not None and held is not None:
             tensors = self._hot.host(held, room(held.specs))
         elif room is not None and entry.encoding != "raw":
-            tensors = self._transcoder.decode(entry, room(entry.specs) or empty_tensors(entry.specs))
+            tensors = self._transcoder.decode(entry, made_in(room, entry.specs))
         elif out is not None:
             tensors = self._into(entry, held, out)
         elif held is not None:

@@ -361,7 +361,7 @@ class ReadPath:
         nbytes, hot, now = plan.nbytes, plan.hot, plan.now
         for key in keys:
             meta = r.index.get(key)
-            if meta is not None and now >= (meta.pinned_until if meta.pinned else meta.expires_at):
+            if meta is not None and now >= meta.deadline:
                 meta = r.live(key)  # which forgets it, or only unpins it
             place = r.lookup(key) if meta is not None else None
             if meta is None or place is None:

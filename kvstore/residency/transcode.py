@@ -86,6 +86,11 @@ def empty_tensors(specs: Mapping[str, TensorSpec], device: torch.device = _RAM) 
     }
 
 
+def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """Tensors to fill: in `room` if there is any, else in ordinary memory."""
+    return room(specs) or empty_tensors(specs)
+
+
 class TensorTranscoder:
     """Forms of real tensors, under the policies of one configuration and one hot device."""
 

@@ -152,7 +152,7 @@ class TenantView:
 
     def __getattr__(self, verb: str) -> NoReturn:
         # A verb that is added to the store later is refused until it is mapped here: it fails closed.
-        raise PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
+        raise _refused(verb)
 
 
 class TenantViews:
@@ -175,7 +175,7 @@ class TenantViews:
     def whole(self) -> Store:
         """The whole store, for an operator. Raises PermissionDenied where the running call is a tenant's."""
         if CALLER.get().tenant is not None:
-            raise PermissionDenied("a tenant's token cannot use this verb: that needs a token without a tenant")
+            raise _refused("this verb")
         return self._store
 
     def of(self, identity: Identity) -> StoreView:
@@ -188,6 +188,10 @@ class TenantViews:
             found = self._by_tenant[tenant] = TenantView(self._store, self._secret, tenant)
             self._store.register_tenant(tenant, found.prefixes)
         return found
+
+
+def _refused(verb: str) -> PermissionDenied:
+    return PermissionDenied(f"a tenant's token cannot use {verb}: that needs a token without a tenant")
 
 
 def tenant_prefixes(secret: bytes, tenant: str) -> tuple[bytes, bytes]:

@@ -13,13 +13,12 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.codecs.packing import checked_entry
-from kvstore.dtypes import TensorSpec
 from kvstore.entries.arriving import ArrivingTensors
 from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
-from kvstore.residency.transcode import Room, empty_tensors, made_entry
+from kvstore.residency.transcode import Room, empty_tensors, made_entry, made_in
 from kvstore.shm.layout import spans
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
@@ -120,7 +119,7 @@ class Incoming:
         if self._packed:
             self.tensors = empty_tensors(parts_of(coded for coded, _ in self._packed.values()))
         else:
-            self.tensors = room(self.specs) or empty_tensors(self.specs)
+            self.tensors = made_in(room, self.specs)
         self._scatter = None
 
     def fill(self, room: Room, sources: Sequence[Bytes]) -> None:
@@ -149,8 +148,9 @@ class Incoming:
 
         def copy() -> Mapping[str, torch.Tensor]:
             if room is None:
-                return {name: _over(spec, x) for (name, spec), x in zip(specs.items(), sources, strict=True)}
-            tensors = room(specs) or empty_tensors(specs)
+                pairs = zip(specs.items(), sources, strict=True)
+                return {name: arrays.from_bytes(spec, x, "torch") for (name, spec), x in pairs}
+            tensors = made_in(room, specs)
             _copy(tensors, sources)
             return tensors
 
@@ -281,10 +281,6 @@ def _copy(tensors: Mapping[str, torch.Tensor], sources: Sequence[Bytes]) -> None
         targets = [block[at : at + nbytes] for at, nbytes in spans(source.size for source in sources)]
     for target, source in zip(targets, sources, strict=True):
         np.copyto(target, source)
-
-
-def _over(spec: TensorSpec, source: Bytes) -> torch.Tensor:
-    return arrays.from_bytes(spec, source, "torch")  # type: ignore[no-any-return]
 
 
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
