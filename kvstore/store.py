@@ -315,8 +315,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         touched = 0
         for part in slices(leading_first(dict.fromkeys(CheckedKeys(keys)))):
             with self._r.lock:
-                now = self._r.clock.now()
-                live = [(key, meta) for key in part if (meta := self._r.live(key)) is not None]
+                now, live = self._r.clock.now(), self._r.live_of(part)
                 for key, meta in live:
                     meta.refresh(now, ttl)
                     self._r.deadlines.watch(key, meta)

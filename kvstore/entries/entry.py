@@ -7,7 +7,7 @@ Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), an
 (`record`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from types import MappingProxyType
@@ -65,9 +65,14 @@ class EncodedTensor:
         return Described(self.spec, self.encoding, self.relative_error)
 
 
-def untrack_tensors(tensors: Mapping[str, EncodedTensor], *also: object) -> None:
-    """As `Entry.untrack`, of its tensors. A mapping that makes them when they are asked for is not asked."""
-    held = list(also)
+def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
+    """As `untrack_all`, of the tensors of one entry."""
+    untrack(*_parts_of(tensors))
+
+
+def _parts_of(tensors: Mapping[str, EncodedTensor]) -> list[object]:
+    """What the collector would look at. A mapping that makes its tensors when they are asked for is not asked."""
+    held: list[object] = []
     if not isinstance(tensors, MappingProxyType):
         held.append(tensors)
         if isinstance(tensors, dict):
@@ -75,7 +80,7 @@ def untrack_tensors(tensors: Mapping[str, EncodedTensor], *also: object) -> None
                 held += (tensor, tensor.spec, *tensor.parts.values())
                 if isinstance(tensor.parts, dict):
                     held.append(tensor.parts)
-    untrack(*held)
+    return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +143,6 @@ class Entry:
         """Keep a reply. The fields it is built from never change, so two threads that build it build equal replies."""
         object.__setattr__(self, "kept_reply", kept_reply)
 
-    def untrack(self) -> None:
-        """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
-        untrack_tensors(self.tensors, self)
-
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device; the same entry if they are there already."""
         if getattr(self.tensors, "device", None) == device:
@@ -183,3 +184,11 @@ class Entry:
         """Bytes of the tensors once decoded."""
         known: int | None = getattr(self.tensors, "value_nbytes", None)
         return sum(spec.nbytes for spec in self.specs.values()) if known is None else known
+
+
+def untrack_all(entries: Iterable[Entry]) -> None:
+    """Have the garbage collector look no more at entries and what belongs to them: they are to be held for long."""
+    held: list[object] = []
+    for entry in entries:
+        held += (entry, *_parts_of(entry.tensors))
+    untrack(*held)

@@ -9,7 +9,7 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable, UnknownEncoding
@@ -71,6 +71,25 @@ class Mover:
                 self._count_put(meta)
         if replaced is not None and r.cold is not None:
             r.cold.wait(replaced)
+
+    def admit_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Hold new values in hot, all or none; False: one is encoded or replaces another, or there is no room for all.
+
+        Under the lock, for values of one owner. A chain comes deepest first, with its parent held: all of it is there
+        when this returns.
+        """
+        r = self._r
+        metas = {entry.key: meta for entry, meta in reversed(held)}
+        if len(metas) < len(held) or any(entry.encoding != "raw" for entry, _ in held):
+            return False
+        if any(map(r.index.get, metas)) or not r.hot.takes_new(held):
+            return False
+        r.install_new(metas)
+        r.hot.put_new(held)
+        r.counters.tiers["hot"].puts += len(held)
+        for meta in metas.values():
+            self._count_put(meta)
+        return True
 
     def _count_put(self, meta: Meta) -> None:
         self._r.counters.puts += 1

@@ -349,7 +349,7 @@ class Cold:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
         with self._changed:
             held = self._order.touch(keys)
-            if self._pinned:
+            if self._pinned.nbytes:
                 held += filter(self._pinned.__contains__, keys)
             self._records.touch(held)
 

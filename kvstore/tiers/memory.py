@@ -5,9 +5,9 @@ Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capaci
 holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from kvstore.entries.entry import Entry
+from kvstore.entries.entry import Entry, untrack_all
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -30,6 +30,8 @@ class MemoryTier:
         pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
         self._order = Order(tier=name, pin_max_nbytes=pin_max_nbytes) if order is None else order
         self._used_nbytes = 0
+        self.touch: Callable[[Collection[Key]], object] = self._order.touch
+        """Count as use, in the order given."""
 
     @property
     def used_nbytes(self) -> int:
@@ -89,6 +91,13 @@ class MemoryTier:
         """Whether an entry of this size fits if all unpinned entries leave, within its owner's quotas."""
         return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(owner, nbytes)
 
+    def takes_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Whether all of these can be put now. They are one owner's, and none replaces another one."""
+        nbytes, owner = sum(entry.nbytes for entry, _ in held), held[0][1].owner
+        return self._used_nbytes + nbytes <= self.capacity_nbytes and (
+            not owner.limited or self._order.within_quota(owner, nbytes)
+        )
+
     def has_room(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size can be put now; it replaces the entry of the same key, if there is one."""
         replaced = self._entries.get(key)
@@ -128,16 +137,20 @@ class MemoryTier:
             self.remove(key)
         if self._used_nbytes + nbytes > self.capacity_nbytes:
             raise OverQuota(f"the {self.name} tier has no room for {nbytes} bytes: displace first")
-        entry.untrack()
+        untrack_all((entry,))
         self._entries[key] = entry
         self._used_nbytes += nbytes
         self._order.track(key, nbytes, soon=soon, meta=meta)
         if pinned:
             self._order.pin(entry.key, entry.nbytes)
 
-    def touch(self, keys: Collection[Key]) -> None:
-        """Count as use, in the order given."""
-        self._order.touch(keys)
+    def put_new(self, held: Sequence[tuple[Entry, Meta]]) -> None:
+        """`put` of entries that are not held and have room, the last one as the most recently used."""
+        untrack_all([entry for entry, _ in held])
+        for entry, _ in held:
+            self._entries[entry.key] = entry
+            self._used_nbytes += entry.nbytes
+        self._order.track_all([(entry.key, entry.nbytes, meta) for entry, meta in held])
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""

@@ -138,6 +138,20 @@ class Order:
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
+    def track_all(self, held: Sequence[tuple[Key, int, Meta]]) -> None:
+        """`track` of new keys of one owner: each with its bytes and its Meta."""
+        owner = held[0][2].owner
+        lane = self._lanes.get(owner.lane)
+        if lane is None:
+            lane = self._open_lane(owner)
+        for key, nbytes, meta in held:
+            lane.track(key, soon=meta.soon)
+            self._used[owner.lane] += nbytes
+            owner.nbytes[self._at] += nbytes
+        for key, _, meta in held:
+            if meta.parent is not None:
+                self._branches.add(key, meta.parent)
+
     def _meta(self, key: Key) -> Meta | None:
         """The key's Meta, where this order knows of chains."""
         return None if self._index is None else self._index.get(key)
