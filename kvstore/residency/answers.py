@@ -21,8 +21,8 @@ from kvstore.packed import ENCODINGS, PackedTensor
 from kvstore.printable import printable
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Room, TensorTranscoder
-from kvstore.shm.arena import BlockTensors, Place
+from kvstore.residency.transcode import TensorTranscoder
+from kvstore.shm.arena import BlockTensors, Place, Room
 
 log = logging.getLogger(__name__)
 

@@ -141,7 +141,7 @@ class ReadPath:
                 refused: EntryTooLarge | None = None
                 counted = False
                 try:
-                    if charge is not None:
+                    if charge is not None and not (whole_if_hot and plan.hot):
                         charge(plan)
                 except EntryTooLarge as error:
                     refused = error

@@ -10,7 +10,7 @@ from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import Lookup
 from kvstore.residency.read_path import Found, Plan
-from kvstore.residency.transcode import Room
+from kvstore.shm.arena import Room
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply

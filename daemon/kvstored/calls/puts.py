@@ -13,13 +13,12 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.codecs.packing import checked_entry
-from kvstore.entries.arriving import ArrivingTensors
-from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.entry import ArrivingTensors, EncodedTensor, Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, check_key
 from kvstore.options import PutOptions
-from kvstore.residency.transcode import Room, empty_tensors, made_entry, made_in
-from kvstore.shm.layout import spans
+from kvstore.residency.transcode import made_entry
+from kvstore.shm.arena import BlockTensors, Room, empty_tensors, made_in
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -273,12 +272,11 @@ class PutStream:
 
 def _copy(tensors: Mapping[str, torch.Tensor], sources: Sequence[Bytes]) -> None:
     """Copy bytes into tensors just made, without the GIL."""
-    place = getattr(tensors, "place", None)
-    if place is None:
-        targets: Iterable[Bytes] = map(arrays.as_bytes, tensors.values())
+    if isinstance(tensors, BlockTensors) and tensors.place is not None:
+        block = tensors.place.segment.bytes[tensors.place.start :]
+        targets: Iterable[Bytes] = [block[at : at + nbytes] for at, nbytes in tensors.spans]
     else:
-        block = place.segment.bytes[place.start :]
-        targets = [block[at : at + nbytes] for at, nbytes in spans(source.size for source in sources)]
+        targets = map(arrays.as_bytes, tensors.values())
     for target, source in zip(targets, sources, strict=True):
         np.copyto(target, source)
 

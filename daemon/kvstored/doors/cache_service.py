@@ -20,7 +20,7 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import check_saved
-from kvstore.residency.transcode import Room
+from kvstore.shm.arena import Room
 from kvstore.view import StoreView
 from kvstored.access.shares import Shares, charged
 from kvstored.access.tenant_view import CALLER, TenantViews
