@@ -264,8 +264,9 @@ def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], t
             suffix: arrays.from_bytes(spec, part, "torch")
             for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
         }
+        out = arrays.from_bytes(coded.spec, target, "torch")
         encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, attrs)
-        codec_named(coded.encoding).decode(encoded, arrays.from_bytes(coded.spec, target, "torch"))
+        codec_named(coded.encoding).decode(encoded, out)
     except KvstoreError as error:
         raise CodecError(str(error)) from None
     except Exception as error:

@@ -128,6 +128,7 @@ class Entry:
     nbytes: int = field(init=False)
     encoding: str = field(init=False)
     kept_reply: object = field(init=False, repr=False)
+    _value_nbytes: int | None = field(default=None, init=False, repr=False)
     block: object = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -184,9 +185,13 @@ class Entry:
 
     @property
     def value_nbytes(self) -> int:
-        """Bytes of the tensors once decoded."""
-        known: int | None = getattr(self.tensors, "value_nbytes", None)
-        return sum(spec.nbytes for spec in self.specs.values()) if known is None else known
+        """Bytes of the tensors once decoded. Summed when it is first asked for."""
+        known = self._value_nbytes
+        if known is None:
+            known = getattr(self.tensors, "value_nbytes", None)
+            known = sum(spec.nbytes for spec in self.specs.values()) if known is None else known
+            object.__setattr__(self, "_value_nbytes", known)
+        return known
 
 
 def untrack_all(entries: Iterable[Entry]) -> None:

@@ -110,7 +110,6 @@ class Answers:
         entry = found.entry
         return Hit(found.key, tensors, found.tier, entry.encoding, entry.lossy, found.age_s, entry.receipt)
 
-    @without_torch_modes
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:

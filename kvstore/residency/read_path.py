@@ -127,16 +127,13 @@ class ReadPath:
         lookup: Lookup | None = None,
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
-        hot_nbytes = inf if whole_if_hot else at_most_nbytes
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
                 plan = self._find_in_slices(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
             with self._r.lock:
                 if plan is None:
-                    plan = self._all_hot(keys, hot_nbytes) or self._looked(
-                        keys, _Lot(leading, at_most_nbytes, whole_if_hot)
-                    )
+                    plan = self._find(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
                 refused: EntryTooLarge | None = None
                 counted = False
@@ -209,9 +206,11 @@ class ReadPath:
         plan.nbytes += more.nbytes
         return True
 
-    def _looked(self, keys: Sequence[Key], how: "_Lot") -> Plan:
-        plan = self._nothing_yet()
-        self._look(plan, keys, how)
+    def _find(self, keys: Sequence[Key], how: "_Lot") -> Plan:
+        plan = self._all_hot(keys, inf if how.whole_if_hot else how.at_most_nbytes)
+        if plan is None:
+            plan = self._nothing_yet()
+            self._look(plan, keys, how)
         return plan
 
     def _nothing_yet(self) -> Plan:

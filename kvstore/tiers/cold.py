@@ -235,7 +235,7 @@ class Cold:
 
     def holds(self, key: object) -> bool:
         """Whether the tier holds a key. With the lock held."""
-        return key in self._pinned or key in self._order
+        return key in self._order or key in self._pinned
 
     def owner_of(self, key: Key) -> Owner:
         """Whose a key is."""

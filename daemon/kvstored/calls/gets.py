@@ -108,7 +108,8 @@ class Reading:
         for hit in hits:
             if isinstance(hit, EncodedReply):  # charged as if it were decoded
                 self._give_back(hit.contents.value_nbytes - hit.contents.nbytes)
-        self._charge_nbytes(min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes))
+        if self._frames_nbytes:
+            self._charge_nbytes(min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes))
         return list(enumerate(hits, start))
 
     def close(self) -> None:
@@ -133,7 +134,8 @@ class Reading:
     def _give_back(self, nbytes: int) -> None:
         nbytes = min(nbytes, self._counted_nbytes)
         self._counted_nbytes -= nbytes
-        self._budget.give_back(nbytes)
+        if nbytes:
+            self._budget.give_back(nbytes)
 
 
 def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:

@@ -71,7 +71,7 @@ VERBS = {
 """Fields of a LeaseCall, and the method each of them is: rights are the method's."""
 _CHARGED = frozenset(VERBS) - {"get", "put"}
 """Verbs that may name thousands of keys and write a line a call; gets and puts are bytes, copied beside others."""
-SEEN_S = CONTENDED_S / 8
+SEEN_S = CONTENDED_S / 4
 """How often a connection says that its caller is active: callers compete that were within `CONTENDED_S`."""
 LEASE_CALL_S = 0.00005
 """Of the interpreter for a call, beside its verb."""
@@ -295,7 +295,7 @@ class Connection:
         shared, keys = self._shared, CheckedKeys(asked.keys)
         if not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
-        lookup = read_lookup(asked)
+        lookup = read_lookup(asked) if asked.HasField("lookup") else None
         # On this client's own thread: nobody else waits for the shared store.
         if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)

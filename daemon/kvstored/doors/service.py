@@ -72,5 +72,6 @@ class Service:
         """The store as the caller may see it. Only on the event loop: the caller is the running task's."""
         return self._views.current()
 
-    async def _run(self, work: Callable[..., R], *args: Any) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
+    def _run(self, work: Callable[..., R], *args: Any) -> Awaitable[R]:
+        """Work that may block, on a worker thread."""
+        return asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
