@@ -86,7 +86,7 @@ class Asking:
         else:
             self._transport.on_fork = self.transfers.forget
         self.failures = 0
-        self._epoch = 0  # the last one seen over shared memory
+        self._epoch = 0  # the last one seen
 
     def _transport_to(self, address: str, timeout_s: float) -> Transport:
         return Transport(address, timeout_s, log_change)
@@ -163,7 +163,8 @@ class Asking:
         self._epoch = epoch
 
     def _noted(self, reply: Any) -> Any:
-        self._transport.saw_epoch(reply.boot_epoch)
+        if reply.boot_epoch != self._epoch:
+            self._saw_epoch(reply.boot_epoch)
         return reply
 
     def _check_open(self) -> None:
@@ -349,7 +350,7 @@ class Asking:
         return None if self._pool is None else self._pool.segments.at(address)
 
     def _touch(self, keys: Sequence[bytes], ttl_s: float | None = None) -> int:
-        request = pb.TouchRequest(keys=keys, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
+        request = pb.TouchRequest(keys=keys, ttl_s=0.0 if ttl_s is None else PutOptions(ttl_s).ttl_s)
         return self._asked("Touch", request, pb.TouchReply, lambda reply: self._at_most(len(keys), reply.touched), 0)
 
     def _held(self, request: pb.MatchRequest, reply: pb.MatchReply) -> list[Held | None]:

@@ -254,9 +254,9 @@ class ReadPath:
         for part in slices(keys, LOOK_MAX):
             before = len(held)
             with r.lock:
-                for key in part:
-                    meta = r.peek(key)
-                    place = r.lookup(key) if meta is not None else None
+                now, metas = r.clock.now(), list(map(r.index.get, part))
+                for key, meta in zip(part, metas, strict=True):
+                    place = None if meta is None or meta.expired(now) else r.lookup(key)
                     held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
                 if lookup is not None:
                     missing = held.index(None, before) if None in held[before:] else None
