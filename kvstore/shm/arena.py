@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvstore import arrays
 from kvstore.dtypes import TensorSpec
 from kvstore.shm.freelist import FreeList
 from kvstore.shm.layout import CLOSED, aligned, layout
@@ -53,6 +54,8 @@ Owner = int | str
 
 Room = Callable[[Mapping[str, TensorSpec]], dict[str, torch.Tensor] | None]
 """Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 Register = Callable[[int, int], Callable[[], None] | None]
 """Registers memory, (address, bytes), with a device. Returns what undoes it; None: it was not registered."""
@@ -171,6 +174,18 @@ def empty_tensors(specs: Mapping[str, TensorSpec], device: torch.device = _RAM) 
 def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
     """Tensors to fill: in `room` if there is any, else in ordinary memory."""
     return room(specs) or empty_tensors(specs)
+
+
+def filled_from(sources: Sequence[Bytes], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Tensors just made, filled with the bytes of each, in order, without the GIL."""
+    if isinstance(tensors, BlockTensors) and tensors.place is not None:
+        block = tensors.place.segment.bytes[tensors.place.start :]
+        targets: Iterable[Bytes] = [block[at : at + nbytes] for at, nbytes in tensors.spans]
+    else:
+        targets = map(arrays.as_bytes, tensors.values())
+    for target, source in zip(targets, sources, strict=True):
+        np.copyto(target, source)
+    return tensors
 
 
 class Arena:

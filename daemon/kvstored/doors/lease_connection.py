@@ -36,7 +36,7 @@ from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
 from kvstored.access.shares import CONTENDED_S, charged
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_header, on_device
-from kvstored.calls.puts import Incoming, put_ready
+from kvstored.calls.puts import Incoming, incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Waiting
@@ -447,7 +447,7 @@ class Connection:
     def _put(self, asked: pb.LeasePut) -> pb.PutReply:
         shared = self._shared
         limit_nbytes = shared.store.config.entry_max_nbytes
-        ready = [Incoming(item.header, limit_nbytes) for item in asked.entries]
+        ready = incoming([item.header for item in asked.entries], limit_nbytes)
         nbytes = sum(entry.nbytes for entry in ready)
         arriving: list[ArrivingTensors] = []
         stored = 0

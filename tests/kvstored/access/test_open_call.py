@@ -7,8 +7,8 @@ import logging
 import grpc
 import pytest
 
+from kvstored.access.interceptor import answering
 from kvstored.access.open_call import OpenCall
-from kvstored.doors.service import answering
 
 
 class BrokenConnection:
