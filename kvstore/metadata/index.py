@@ -83,9 +83,11 @@ class Index(MutableMapping[Key, Meta]):
 
     def add(self, metas: Mapping[Key, Meta]) -> None:
         """Set the Metas of several keys."""
-        untrack(*metas.values())
         for key, meta in metas.items():
-            self._part(hash(key) % PARTS)[key] = meta
+            at = hash(key) % PARTS
+            part = self._parts[at]
+            (self._part(at) if part is None else part)[key] = meta
+        untrack(*metas.values())
 
     def __delitem__(self, key: Key) -> None:
         del self._part(hash(key) % PARTS)[key]

@@ -87,8 +87,8 @@ class Mover:
         r.install_new(metas)
         r.hot.put_new(held)
         r.counters.tiers["hot"].puts += len(held)
-        for meta in metas.values():
-            self._count_put(meta)
+        r.counters.puts += len(held)
+        r.counters.put_nbytes += sum(meta.value_nbytes for meta in metas.values())
         return True
 
     def _count_put(self, meta: Meta) -> None:

@@ -115,7 +115,8 @@ class WritePath:
             for entry, meta in chained:
                 if not whole:
                     self._take(entry, meta)
-                self._pin_put(entry.key, meta, pin=pin)
+                if pin or meta.pinned_children:  # or a pinned chunk continues it
+                    self._pin(entry.key, asked=pin)
                 nbytes += meta.value_nbytes
                 rooted = rooted and meta.rooted
         finally:
@@ -184,7 +185,8 @@ class WritePath:
             new = self._device_hot is None and self._mover.admit_new([(entry, meta)])
         if not new:
             self._take(entry, meta)
-        self._pin_put(entry.key, meta, pin=options.pin)
+        if options.pin or meta.pinned_children:
+            self._pin(entry.key, asked=options.pin)
         # A root is linked when it is taken; in a chain its parent may have left meanwhile.
         rooted = meta.parent is None or (new and meta.rooted)
         stored = (rooted and self._r.events is None) or not self._settle((entry.key,))
@@ -196,10 +198,6 @@ class WritePath:
         if self._device_hot is not None and entry.encoding == "raw":
             entry = self._device_hot.place(entry, meta.owner)
         self._mover.admit(entry, meta)
-
-    def _pin_put(self, key: Key, meta: Meta, *, pin: bool) -> None:
-        if pin or meta.pinned_children:  # or a pinned chunk continues it
-            self._pin(key, asked=pin)
 
     def _pin(self, key: Key, *, asked: bool) -> None:
         """Pin what was put, because that was asked for, or because a pinned chunk continues it."""

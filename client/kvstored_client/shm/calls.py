@@ -361,9 +361,9 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
     connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
     window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
+    data = window.array
     copies = commit.copies(segment, start)
     batch = pool.transfers.batch_for([entry.tensors for entry in entries])
-    data = window.array
     if batch is None:
         for of_entry in copies:
             copy_in(pool.copier, data, of_entry)
