@@ -150,6 +150,9 @@ def test_a_chain_that_is_not_new_or_does_not_fit_is_taken_as_any_other(why: str)
         values = store.stats().values
         assert values["entries"] == stored
         assert values["puts"] == stored + (why == "replaces")
+        r = store._r
+        assert r.hot.used_nbytes == sum(r.hot.get(key).nbytes for key in r.hot.keys_now())  # type: ignore[union-attr]
+        assert sum(owner.entries for owner in r.tenants) == stored
         for name in "abcd" if stored else "":
             hit = store.get(name.encode())
             assert hit is not None
