@@ -178,8 +178,10 @@ class Residency:
     def lookup(self, key: Key) -> tuple[TierName, Entry | None] | None:
         """The uppermost place of a live key, and the entry there: None for cold, which is read outside the lock."""
         entry = self.hot.get(key)
-        if entry is not None:
-            return "hot", entry
+        return self.lookup_below(key) if entry is None else ("hot", entry)
+
+    def lookup_below(self, key: Key) -> tuple[TierName, Entry | None] | None:
+        """The same of a key that is not in hot."""
         moving = self.transit.get(key)
         if moving is not None:
             return moving

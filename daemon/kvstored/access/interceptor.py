@@ -253,18 +253,17 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _admit(self, call: OpenCall) -> float:
         """Identify the caller and give the call a place. Returns for how long it may be silent. Raises Refusal."""
-        group = peer_group(call.peer)
         call.place = None
         if call.method.startswith("Health/"):
             silence_s = min(self._silence_s, STRANGER_SILENCE_S)
-            caller = group
+            caller = call.group
         else:
             identity = call.identity = self._access.identify(call)
             self._access.check(identity, call.method)
             CALLER.set(identity)  # a variable of the call's task: it ends with the call
             silence_s = self._silence_s
             # Of one tenant all tokens together. Who needs none is an address: over a unix socket, all of its users.
-            caller = f"local {group}" if identity is LOCAL else identity.account
+            caller = f"local {call.group}" if identity is LOCAL else identity.account
         call.place = self._admission.enter(call.method, caller, call.end)
         self._open.add(call)
         return silence_s
@@ -273,7 +272,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """End a call, when its caller's refusals have their turn. Raises."""
         call.over()
         identity = call.identity
-        delay_s = self._pace.delay_s(peer_group(call.peer) if identity is None else identity.account)
+        delay_s = self._pace.delay_s(call.group if identity is None else identity.account)
         if delay_s:
             with self._pace:
                 await asyncio.sleep(delay_s)
@@ -289,12 +288,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _leave(self, call: OpenCall, code: str, began: float, request: Any) -> None:
         call.over()
         self._open.discard(call)
+        if not call.method.startswith("Health/"):  # a watch that ends after a day would be the slowest call of all
+            asked = request if isinstance(request, bytes) else b""
+            sent = (call.invocation_metadata() or ()) if self._records.traced else ()
+            self._records.ended(call.method, code, began, call.identity, call.peer, asked, sent)
         self._meter.leave(call.method)
-        if call.method.startswith("Health/"):
-            return  # a watch that ends after a day would be the slowest call of all
-        asked = request if isinstance(request, bytes) else b""
-        sent = (call.invocation_metadata() or ()) if self._records.traced else ()
-        self._records.ended(call.method, code, began, call.identity, call.peer, asked, sent)
 
 
 def answering(handler: Handler) -> Handler:

@@ -32,6 +32,7 @@ class OpenCall:
         self._first: asyncio.Future[None] | None = None
         """The first message's way out."""
         self.peer = str(context.peer())
+        self.group = peer_group(self.peer)
         context.add_done_callback(self.left)
 
     async def read(self) -> Any:

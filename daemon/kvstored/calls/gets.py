@@ -101,7 +101,7 @@ class Reading:
         found = self._store.read(plan, room=self._room)
         hits = [encoded_reply(hit) if isinstance(hit, Found) else hit for hit in found]
         self._at = start + len(hits)
-        ended = plan.ended or len(hits) < len(plan)  # a chain ends at its first miss
+        ended = plan.ended or len(hits) < len(plan.keys)  # a chain ends at its first miss
         self.done = ended or self._at == len(self._keys)
         if ended:
             hits.append(None)
@@ -109,7 +109,9 @@ class Reading:
             if isinstance(hit, EncodedReply):  # charged as if it were decoded
                 self._give_back(hit.contents.value_nbytes - hit.contents.nbytes)
         if self._frames_nbytes:
-            self._charge_nbytes(min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes))
+            frames_nbytes = min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes)
+            self._budget.take(frames_nbytes)
+            self._counted_nbytes += frames_nbytes
         return list(enumerate(hits, start))
 
     def close(self) -> None:
@@ -125,11 +127,8 @@ class Reading:
 
     def charge(self, plan: Plan) -> None:
         """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
-        self._charge_nbytes(plan.nbytes)
-
-    def _charge_nbytes(self, nbytes: int) -> None:
-        self._budget.take(nbytes)
-        self._counted_nbytes += nbytes
+        self._budget.take(plan.nbytes)
+        self._counted_nbytes += plan.nbytes
 
     def _give_back(self, nbytes: int) -> None:
         nbytes = min(nbytes, self._counted_nbytes)

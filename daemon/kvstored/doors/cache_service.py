@@ -138,13 +138,13 @@ class CacheService(Service):
             asked = read_request(pb.GetRequest, request)
         else:
             asked = await self._run_charged(read_request, pb.GetRequest, request)
-        keys, store = CheckedKeys(asked.keys), self._store
+        lookup, keys, store = read_lookup(asked), CheckedKeys(asked.keys), self._store
         if store.shares:
             await self._bring(store, asked, keys, context)
         # From a device bytes come faster to shared memory, which is registered with it.
         room = self._room if on_device(store) else None
         reading = Reading(
-            store, self._budget, asked, keys, lookup=read_lookup(asked), room=room,
+            store, self._budget, asked, keys, lookup=lookup, room=room,
             frames_nbytes=self._budget.call_nbytes,
         )  # fmt: skip
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
