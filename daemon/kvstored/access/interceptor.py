@@ -291,7 +291,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if not call.method.startswith("Health/"):  # a watch that ends after a day would be the slowest call of all
             asked = request if isinstance(request, bytes) else b""
             sent = (call.invocation_metadata() or ()) if self._records.traced else ()
-            self._records.ended(call.method, code, began, call.identity, call.peer, asked, sent)
+            self._records.ended(call.method, code, began, call.identity, call.peer_name, asked, sent)
         self._meter.leave(call.method)
 
 

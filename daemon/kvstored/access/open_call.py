@@ -31,8 +31,8 @@ class OpenCall:
         """Why it was ended from outside."""
         self._first: asyncio.Future[None] | None = None
         """The first message's way out."""
-        self.peer = str(context.peer())
-        self.group = peer_group(self.peer)
+        self.peer_name = str(context.peer())
+        self.group = peer_group(self.peer_name)
         context.add_done_callback(self.left)
 
     async def read(self) -> Any:
