@@ -14,6 +14,12 @@ from kvstored.access.open_call import OpenCall
 class BrokenConnection:
     """gRPC's context after the connection broke under a batch."""
 
+    def peer(self):
+        return "unix:"
+
+    def add_done_callback(self, callback):
+        pass
+
     async def read(self):
         raise grpc.aio.InternalError("batch failed")
 
