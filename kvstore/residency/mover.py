@@ -47,49 +47,56 @@ class Mover:
         back. Raises OverQuota when no tier can hold the new one.
         """
         r = self._r
-        replaced: int | None = None
-        encoded = entry.encoding != "raw"
-
-        def install() -> bool:
-            nonlocal replaced
-            replaced = r.install(entry.key, meta)
-            if encoded:
-                meta.lossy, meta.encoding = entry.lossy, entry.encoding
-            else:
-                r.counters.tiers["hot"].puts += 1
-            return True
-
         with r.lock:
-            fits = not encoded and r.hot.has_room(entry.nbytes, entry.key, meta.owner)
-            if fits:
-                install()
-                r.hot.put(entry, soon=meta.soon, meta=meta)
-                self._count_put(meta)
-        if not fits:
+            tickets = self.admit_at_once([(entry, meta)])
+        if tickets is None:
+            replaced: list[int] = []
+            encoded = entry.encoding != "raw"
+
+            def install() -> bool:
+                ticket = r.install(entry.key, meta)
+                if ticket is not None:
+                    replaced.append(ticket)
+                if encoded:
+                    meta.lossy, meta.encoding = entry.lossy, entry.encoding
+                else:
+                    r.counters.tiers["hot"].puts += 1
+                return True
+
             (self._admit_encoded if encoded else self._admit_by_moving)(entry, meta, install)
             with r.lock:
                 self._count_put(meta)
-        if replaced is not None and r.cold is not None:
-            r.cold.wait(replaced)
+            tickets = replaced
+        self.wait(tickets)
 
-    def admit_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
-        """Hold new values in hot, all or none; False: one is encoded or replaces another, or there is no room for all.
+    def admit_at_once(self, held: Sequence[tuple[Entry, Meta]]) -> list[int] | None:
+        """Hold one value in hot, or several whose keys are new; None: one is encoded, or there is no room for all.
 
         Under the lock, for values of one owner. A chain comes deepest first, with its parent held: all of it is there
-        when this returns.
+        when this returns. Returns what to `wait` for, without the lock.
         """
         r = self._r
         metas = {entry.key: meta for entry, meta in reversed(held)}
         if len(metas) < len(held) or any(entry.encoding != "raw" for entry, _ in held):
-            return False
-        if any(map(r.index.get, metas)) or not r.hot.takes_new(held):
-            return False
-        r.install_new(metas)
+            return None
+        replaced = [key for key, old in zip(metas, list(map(r.index.get, metas)), strict=True) if old is not None]
+        if (replaced and len(held) > 1) or not r.hot.takes(held, replaced):
+            return None
+        ticket = None
+        if replaced:
+            ticket = r.install(held[0][0].key, held[0][1])
+        else:
+            r.install_new(metas)
         r.hot.put_new(held)
         r.counters.tiers["hot"].puts += len(held)
         r.counters.puts += len(held)
         r.counters.put_nbytes += sum(meta.value_nbytes for meta in metas.values())
-        return True
+        return [] if ticket is None else [ticket]
+
+    def wait(self, tickets: Sequence[int]) -> None:
+        """Return when the records that were replaced are gone from the disk for good. Without the lock."""
+        if tickets and self._r.cold is not None:
+            self._r.cold.wait(tickets[-1])
 
     def _count_put(self, meta: Meta) -> None:
         self._r.counters.puts += 1

@@ -104,16 +104,16 @@ class WritePath:
                 return 0
             # A chain is one namespace's, whatever its later chunks are put under.
             owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
-            chained = _chained(deepest_first, keys, parent, owner)
+            chained, tickets = _chained(deepest_first, keys, parent, owner), None
             if whole:
                 chained = list(chained)
-                whole = self._mover.admit_new(chained)
+                tickets = self._mover.admit_at_once(chained)
         lost: list[Key] = []
         nbytes = 0
-        rooted = whole and r.events is None
+        rooted = tickets is not None and r.events is None
         try:
             for entry, meta in chained:
-                if not whole:
+                if tickets is None:
                     self._take(entry, meta)
                 if pin or meta.pinned_children:  # or a pinned chunk continues it
                     self._pin(entry.key, asked=pin)
@@ -182,13 +182,15 @@ class WritePath:
         with self._r.lock:
             above = None if parent is None else self._r.index.get(parent)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
-            new = self._device_hot is None and self._mover.admit_new([(entry, meta)])
-        if not new:
+            tickets = self._mover.admit_at_once([(entry, meta)]) if self._device_hot is None else None
+        if tickets is None:
             self._take(entry, meta)
+        elif tickets:
+            self._mover.wait(tickets)
         if options.pin or meta.pinned_children:
             self._pin(entry.key, asked=options.pin)
         # A root is linked when it is taken; in a chain its parent may have left meanwhile.
-        rooted = meta.parent is None or (new and meta.rooted)
+        rooted = meta.parent is None or (tickets is not None and meta.rooted)
         stored = (rooted and self._r.events is None) or not self._settle((entry.key,))
         if stored and parent is not None and self.offer is not None:
             self.offer((entry.key,), meta.value_nbytes)
