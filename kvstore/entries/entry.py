@@ -69,7 +69,7 @@ class EncodedTensor:
 
 
 def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
-    """As `untrack_all`, of the tensors of one entry."""
+    """As `Entry.untrack`, of its tensors."""
     untrack(*_parts_of(tensors))
 
 
@@ -147,6 +147,10 @@ class Entry:
         """Keep a reply. The fields it is built from never change, so two threads that build it build equal replies."""
         object.__setattr__(self, "kept_reply", kept_reply)
 
+    def untrack(self) -> None:
+        """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
+        untrack(self, *_parts_of(self.tensors))
+
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device; the same entry if they are there already."""
         if getattr(self.tensors, "device", None) == device:
@@ -195,7 +199,7 @@ class Entry:
 
 
 def untrack_all(entries: Iterable[Entry]) -> None:
-    """Have the garbage collector look no more at entries and what belongs to them: they are to be held for long."""
+    """`Entry.untrack` of several."""
     held: list[object] = []
     for entry in entries:
         held += (entry, *_parts_of(entry.tensors))

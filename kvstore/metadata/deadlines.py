@@ -62,7 +62,7 @@ class Deadlines:
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
-        self.watch_all({key: meta})
+        self._watch(key, meta, meta.deadline)
 
     def watch_all(self, metas: Mapping[Key, Meta]) -> None:
         """`watch` of several keys."""

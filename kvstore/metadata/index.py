@@ -79,7 +79,10 @@ class Index(MutableMapping[Key, Meta]):
             return part
 
     def __setitem__(self, key: Key, meta: Meta) -> None:
-        self.add({key: meta})
+        at = hash(key) % PARTS
+        part = self._parts[at]
+        (self._part(at) if part is None else part)[key] = meta
+        untrack(meta)
 
     def add(self, metas: Mapping[Key, Meta]) -> None:
         """Set the Metas of several keys."""

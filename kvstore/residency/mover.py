@@ -48,7 +48,7 @@ class Mover:
         """
         r = self._r
         with r.lock:
-            tickets = self.admit_at_once([(entry, meta)])
+            tickets = self.admit_at_once(entry, meta)
         if tickets is None:
             replaced: list[int] = []
             encoded = entry.encoding != "raw"
@@ -69,29 +69,37 @@ class Mover:
             tickets = replaced
         self.wait(tickets)
 
-    def admit_at_once(self, held: Sequence[tuple[Entry, Meta]]) -> list[int] | None:
-        """Hold one value in hot, or several whose keys are new; None: one is encoded, or there is no room for all.
+    def admit_at_once(self, entry: Entry, meta: Meta) -> list[int] | None:
+        """Hold a new value in hot; None: it is encoded, or there is no room. Under the lock.
 
-        Under the lock, for values of one owner. A chain comes deepest first, with its parent held: all of it is there
-        when this returns. Returns what to `wait` for, without the lock.
+        Returns what to `wait` for, without the lock.
+        """
+        r = self._r
+        if entry.encoding != "raw" or not r.hot.has_room(entry.nbytes, entry.key, meta.owner):
+            return None
+        ticket = r.install(entry.key, meta)
+        r.counters.tiers["hot"].puts += 1
+        r.hot.put(entry, soon=meta.soon, meta=meta)
+        self._count_put(meta)
+        return [] if ticket is None else [ticket]
+
+    def admit_chain(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Hold a chain in hot, deepest first, whose parent is held; False: not all of it is new, raw and has room.
+
+        Under the lock. All of it is there when this returns.
         """
         r = self._r
         metas = {entry.key: meta for entry, meta in reversed(held)}
         if len(metas) < len(held) or any(entry.encoding != "raw" for entry, _ in held):
-            return None
-        replaced = [key for key, old in zip(metas, list(map(r.index.get, metas)), strict=True) if old is not None]
-        if (replaced and len(held) > 1) or not r.hot.takes(held, replaced):
-            return None
-        ticket = None
-        if replaced:
-            ticket = r.install(held[0][0].key, held[0][1])
-        else:
-            r.install_new(metas)
+            return False
+        if any(map(r.index.get, metas)) or not r.hot.takes_new(held):
+            return False
+        r.install_new(metas)
         r.hot.put_new(held)
         r.counters.tiers["hot"].puts += len(held)
-        r.counters.puts += len(held)
-        r.counters.put_nbytes += sum(meta.value_nbytes for meta in metas.values())
-        return [] if ticket is None else [ticket]
+        for meta in metas.values():
+            self._count_put(meta)
+        return True
 
     def wait(self, tickets: Sequence[int]) -> None:
         """Return when the records that were replaced are gone from the disk for good. Without the lock."""

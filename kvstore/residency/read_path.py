@@ -142,7 +142,7 @@ class ReadPath:
                 plan = self._find_in_slices(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
             with self._r.lock:
                 if plan is None:
-                    plan = self._find(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
+                    plan = self._find(keys, leading, at_most_nbytes, whole_if_hot)
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
                 refused: EntryTooLarge | None = None
                 counted = False
@@ -217,12 +217,12 @@ class ReadPath:
         plan.nbytes += more.nbytes
         return True
 
-    def _find(self, keys: Sequence[Key], how: "_Lot") -> Plan:
+    def _find(self, keys: Sequence[Key], leading: bool, at_most_nbytes: float, whole_if_hot: bool) -> Plan:  # noqa: FBT001 - a private one's
         now, entries = self._r.clock.now(), self._r.hot.held(keys)
-        plan = self._all_hot(keys, entries, now, how.hot_nbytes)
+        plan = self._all_hot(keys, entries, now, inf if whole_if_hot else at_most_nbytes)
         if plan is None:
             plan = _nothing_yet(now)
-            self._look(plan, keys, entries, how)
+            self._look(plan, keys, entries, _Lot(leading, at_most_nbytes, whole_if_hot))
         return plan
 
     def _dropped_what_lies(self, plan: Plan) -> bool:

@@ -161,11 +161,15 @@ class Residency:
 
     def live_of(self, keys: Sequence[Key]) -> list[tuple[Key, Meta]]:
         """Those of the keys that are `live`, with their Metas."""
-        now, metas = self.clock.now(), list(map(self.index.get, keys))
-        if any(meta is not None and now >= meta.deadline for meta in metas):
-            # One by one: a key that is forgotten takes along what continues it.
-            return [(key, meta) for key in keys if (meta := self.live(key)) is not None]
-        return [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta is not None]
+        now, found = self.clock.now(), list[tuple[Key, Meta]]()
+        for key, meta in zip(keys, list(map(self.index.get, keys)), strict=True):
+            if meta is None:
+                continue
+            if now >= meta.deadline:
+                # One by one: a key that is forgotten takes along what continues it.
+                return [(key, meta) for key in keys if (meta := self.live(key)) is not None]
+            found.append((key, meta))
+        return found
 
     def first_missing(self, keys: Sequence[Key]) -> int:
         """How many of the leading keys are held and have not expired. Any thread, without the lock; forgets nothing."""

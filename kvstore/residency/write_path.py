@@ -104,16 +104,16 @@ class WritePath:
                 return 0
             # A chain is one namespace's, whatever its later chunks are put under.
             owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
-            chained, tickets = _chained(deepest_first, keys, parent, owner), None
+            chained = _chained(deepest_first, keys, parent, owner)
             if whole:
                 chained = list(chained)
-                tickets = self._mover.admit_at_once(chained)
+                whole = self._mover.admit_chain(chained)
         lost: list[Key] = []
         nbytes = 0
-        rooted = tickets is not None and r.events is None
+        rooted = whole and r.events is None
         try:
             for entry, meta in chained:
-                if tickets is None:
+                if not whole:
                     self._take(entry, meta)
                 if pin or meta.pinned_children:  # or a pinned chunk continues it
                     self._pin(entry.key, asked=pin)
@@ -182,7 +182,7 @@ class WritePath:
         with self._r.lock:
             above = None if parent is None else self._r.index.get(parent)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
-            tickets = self._mover.admit_at_once([(entry, meta)]) if self._device_hot is None else None
+            tickets = self._mover.admit_at_once(entry, meta) if self._device_hot is None else None
         if tickets is None:
             self._take(entry, meta)
         elif tickets:

@@ -91,10 +91,9 @@ class MemoryTier:
         """Whether an entry of this size fits if all unpinned entries leave, within its owner's quotas."""
         return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(owner, nbytes)
 
-    def takes(self, held: Sequence[tuple[Entry, Meta]], replaced: Sequence[Key]) -> bool:
-        """Whether all of these can be put now, in place of what is held under some of the keys. One owner's."""
+    def takes_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Whether all of these can be put now. They are one owner's, and none replaces another one."""
         nbytes, owner = sum(entry.nbytes for entry, _ in held), held[0][1].owner
-        nbytes -= sum(entry.nbytes for entry in self.held(replaced) if entry is not None)
         return self._used_nbytes + nbytes <= self.capacity_nbytes and (
             not owner.limited or self._order.within_quota(owner, nbytes)
         )
@@ -138,7 +137,7 @@ class MemoryTier:
             self.remove(key)
         if self._used_nbytes + nbytes > self.capacity_nbytes:
             raise OverQuota(f"the {self.name} tier has no room for {nbytes} bytes: displace first")
-        untrack_all((entry,))
+        entry.untrack()
         self._entries[key] = entry
         self._used_nbytes += nbytes
         self._order.track(key, nbytes, soon=soon, meta=meta)
