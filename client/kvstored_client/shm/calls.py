@@ -144,9 +144,12 @@ class LeasedHits(Sequence[Hit | None]):
     def __getitem__(self, at: int | slice) -> Hit | list[Hit | None] | None:
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        if not -len(self._items) <= at < len(self._items):
-            raise IndexError(at)
-        return self._made_of((at % len(self._items),))[0]
+        if self._items[at] is None:
+            return None
+        if at < 0:
+            at += len(self._items)
+        hit = self._made.get(at)
+        return self._made_of((at,))[0] if hit is None else hit
 
     def __iter__(self) -> Iterator[Hit | None]:
         runs = (range(at, min(at + HITS_AT_ONCE, len(self))) for at in range(0, len(self), HITS_AT_ONCE))
@@ -173,9 +176,10 @@ class LeasedHits(Sequence[Hit | None]):
     def __exit__(self, kind: object, *_: object) -> None:
         lease, self._lease = self._lease, None
         made = [cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()]
-        if lease is not None and lease.framework == "torch":  # they become empty, whoever holds them
-            for x in chain.from_iterable(map(arrays_in, made)):
-                x.set_()
+        if lease is not None and lease.framework == "torch":
+            for tensors in made:
+                for x in arrays_in(tensors) if tensors else ():
+                    x.set_()  # it becomes empty, whoever holds it
         made.clear()
         if kind is None and lease is not None:
             lease.end()
