@@ -278,10 +278,11 @@ class Asking:
         lookup: Lookup | None,
         packed: bool,
     ) -> None:
-        there = self.unpacks(out)
+        on_gpu = out is not None and self.transfers.serves(out)
+        there = on_gpu and self.unpacks(out)
         how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
         try:
-            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed)
+            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed, on_gpu)
         except UseStream:
             Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None).read_from(
                 self._transport, how.request(keys)

@@ -201,10 +201,12 @@ def get(
     framework: str,
     out: Out = None,
     packed: bool = False,  # noqa: FBT001, FBT002 - handed on by position
+    on_gpu: bool = False,  # noqa: FBT001, FBT002 - as above
 ) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
-    out: for each key tensors to fill, or None. packed: what is held encoded comes as it is held.
+    out: for each key tensors to fill, or None; on_gpu: some of them are on a GPU that a driver serves. packed: what is
+    held encoded comes as it is held.
     """
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
@@ -213,7 +215,7 @@ def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
-        batch = None if out is None else pool.transfers.batch_for(out)
+        batch = pool.transfers.batch_for(out) if on_gpu and out is not None else None
         late = []
         try:
             for at, item, block in found_in(reply, len(part), connection.segments):
