@@ -207,8 +207,8 @@ class Residency:
         keys = list(keys_deepest_first)
         if not keys:
             return
-        self.hot.touch(keys)
-        self.warm.touch(keys)
+        self.hot.order.touch(keys)
+        self.warm.order.touch(keys)
         if self.cold is not None:
             self.cold.touch(keys)
 

@@ -43,7 +43,7 @@ class Tier(Protocol):
         """Hold an entry as the most recently used; it replaces an entry of the same key. Needs room: displace first."""
         ...
 
-    def touch(self, keys: Collection[Key]) -> object:
+    def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given: the last one becomes the most recently used."""
         ...
 

@@ -67,6 +67,8 @@ class Order:
         self._used: dict[str, int] = {"": 0}
         self._tenant_of: dict[str, str] = {"": ""}
         self._alone = True  # one lane, as in most stores: `owner_of` is not called
+        self.touch: Callable[[Iterable[Key]], list[Key]] = self._first.touch
+        """Count as use, in the order given. Returns the held keys without the pinned ones."""
         self.tenants = tenants
         self._pinned = Pinned(pin_max_nbytes, tier, tenants)
 
@@ -111,7 +113,7 @@ class Order:
     def _open_lane(self, owner: Owner) -> Policy:
         self._used[owner.lane] = 0
         self._tenant_of[owner.lane] = owner.tenant
-        self._alone = False
+        self._alone, self.touch = False, self._touch_each
         lane = self._lanes[owner.lane] = self._policy()
         return lane
 
@@ -175,10 +177,7 @@ class Order:
                 for row in own.tolist():
                     lane.track(keys[row])
 
-    def touch(self, keys: Iterable[Key]) -> list[Key]:
-        """Count as use, in the order given. Returns the held keys without the pinned ones."""
-        if self._alone:
-            return self._first.touch(keys)
+    def _touch_each(self, keys: Iterable[Key]) -> list[Key]:
         return [key for key in keys if self._lane_of(key).touch((key,))]
 
     def forget(self, key: Key, nbytes: int = 0) -> None:

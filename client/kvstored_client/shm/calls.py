@@ -146,10 +146,8 @@ class LeasedHits(Sequence[Hit | None]):
             return [self[i] for i in range(*at.indices(len(self)))]
         if self._items[at] is None:
             return None
-        if at < 0:
-            at += len(self._items)
-        hit = self._made.get(at)
-        return self._made_of((at,))[0] if hit is None else hit
+        at %= len(self._items)
+        return self._made.get(at) or self._made_of((at,))[0]
 
     def __iter__(self) -> Iterator[Hit | None]:
         runs = (range(at, min(at + HITS_AT_ONCE, len(self))) for at in range(0, len(self), HITS_AT_ONCE))
@@ -176,10 +174,9 @@ class LeasedHits(Sequence[Hit | None]):
     def __exit__(self, kind: object, *_: object) -> None:
         lease, self._lease = self._lease, None
         made = [cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()]
-        if lease is not None and lease.framework == "torch":
-            for tensors in made:
-                for x in arrays_in(tensors) if tensors else ():
-                    x.set_()  # it becomes empty, whoever holds it
+        for tensors in made if lease is not None and lease.framework == "torch" else ():
+            for x in arrays_in(tensors) if tensors else ():
+                x.set_()  # it becomes empty, whoever holds it
         made.clear()
         if kind is None and lease is not None:
             lease.end()
