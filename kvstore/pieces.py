@@ -6,7 +6,7 @@ summed, a chain is put root first and its pieces are linked, and a touch goes de
 most recently used. Each verb says what is no longer atomic. Holds no state. As thread-safe as the cache.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain as joined
 from typing import Any
@@ -20,6 +20,12 @@ from kvstore.ready import Ready, now
 def in_pieces(cache: Any) -> "Pieces":
     """The cache with calls of any length; the cache itself if it has them already."""
     return cache if getattr(cache, "cuts_calls", False) is True else Pieces(cache)
+
+
+def awaited(cache: Any) -> Any:
+    """The verbs of a cache that blocks, with calls of any length, to be awaited (see `ready`)."""
+    pieces: Any = in_pieces(cache)
+    return pieces.awaited if isinstance(pieces, Pieces) else Ready(pieces)
 
 
 def cut(items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -155,6 +161,18 @@ class AwaitedPieces:
         return joined(*found)
 
 
+class _ReadyPieces(AwaitedPieces):
+    """Over a cache that blocks. leased: its `lease_many` of any number of keys."""
+
+    def __init__(self, cache: Any, leased: Callable[..., AbstractContextManager[Iterable[Hit | None]]]) -> None:
+        super().__init__(Ready(cache))
+        self._leased = leased
+
+    async def lease_into(self, leases: ExitStack, keys: Sequence[bytes], **how: Any) -> Iterable[Hit | None]:
+        """The hits of `lease_many`, leased until `leases` are closed."""
+        return leases.enter_context(self._leased(keys, **how))
+
+
 class Pieces:
     """The same for callers that block. All other attributes are the cache's."""
 
@@ -162,7 +180,7 @@ class Pieces:
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
-        self.awaited = AwaitedPieces(Ready(cache))
+        self.awaited = _ReadyPieces(cache, self.lease_many)
 
     def __repr__(self) -> str:
         return repr(self._cache)

@@ -22,11 +22,13 @@ from kvstore.keys import (
 )
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstore.packed import PackedTensor
-from kvstore.pieces import in_pieces
-from kvstore.ready import Ready, now
+from kvstore.pieces import awaited
+from kvstore.ready import now
 
 TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
+BREATH_CHUNKS = 16
+"""Chunks looked at between two turns of an event loop: some 0.2 ms."""
 
 
 class Cache(Protocol):
@@ -104,7 +106,8 @@ class _Joined:
         before = len(self._parts)
         for hit, _ in whole:
             self._parts.append(hit.tensors)
-            await cache.breathe()
+            if not len(self._parts) % BREATH_CHUNKS:
+                await cache.breathe()
         return len(self._parts) - before
 
     async def result(self, cache: Any) -> tuple[int, Any, Any]:
@@ -138,7 +141,8 @@ class _Filled:
                 self._pairs.append((at, hit.tensors[name]))
             self._tokens += tokens
             taken += 1
-            await cache.breathe()
+            if not taken % BREATH_CHUNKS:
+                await cache.breathe()
         return taken
 
     async def result(self, cache: Any) -> tuple[int, Any, Any]:
@@ -201,8 +205,7 @@ class Prefixes:
         identity's.
         """
         tokens = len(token_ids)
-        self._check("k", k, tokens)
-        self._check("v", v, tokens)
+        self._check(k, v, tokens)
         keys = self.keys(token_ids)
         # All of them or none, as a rule: then this one question was all. A count between says not which.
         held: int = await self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
@@ -277,10 +280,7 @@ class Prefixes:
             yield hit, tokens
 
     def _check_out(self, out: tuple[Any, Any], tokens: int) -> None:
-        for name, x in zip(("k", "v"), out, strict=True):
-            info = arrays.describe(name, x)
-            room = info.shape[TOKEN_AXIS] if len(info.shape) > TOKEN_AXIS else 0
-            self._check(name, x, max(room, tokens))
+        self._check(*out, tokens, longer=True)
 
     async def get_prefix_hits(self, token_ids: Sequence[int]) -> tuple[int, list[Hit]]:
         """Like `get_prefix`, as the hits of its chunks, root first: for tier, encoding and age of each."""
@@ -387,8 +387,14 @@ class Prefixes:
     def _tokens_of(self, hit: Hit) -> int | None:
         # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.
         tensors = hit.tensors
+        specs = getattr(tensors, "specs", None)  # of what is leased they are known, and no view is made for them
         try:
-            k, v = (x.spec if isinstance(x, PackedTensor) else arrays.describe("", x) for x in map(tensors.get, "kv"))
+            if specs is not None:
+                k, v = specs["k"], specs["v"]
+            else:
+                k, v = (
+                    x.spec if isinstance(x, PackedTensor) else arrays.describe("", x) for x in map(tensors.get, "kv")
+                )
             tokens = int(k.shape[TOKEN_AXIS])
         except (KeyError, IndexError, InvalidEntry):
             return None
@@ -396,22 +402,24 @@ class Prefixes:
         due = TensorSpec(own.dtype, (own.layers, tokens, own.kv_heads, own.head_dim))
         return tokens if k == v == due else None
 
-    def _check(self, name: str, x: Any, tokens: int) -> None:
-        info = arrays.describe(name, x)
+    def _check(self, k: Any, v: Any, tokens: int, *, longer: bool = False) -> None:
+        """Raise InvalidEntry unless they are this namespace's, of so many tokens; `longer`: or of more."""
         own = self.identity
-        due = (own.layers, tokens, own.kv_heads, own.head_dim)
-        if info.shape != due or info.dtype != own.dtype:
-            raise InvalidEntry(
-                f"{name}: this namespace holds {own.dtype} (layers, tokens, kv_heads, head_dim) = {due}, "
-                f"got {info.dtype} {info.shape}"
-            )
+        for name, info in arrays.describe_all({"k": k, "v": v}):
+            there = info.shape[TOKEN_AXIS] if len(info.shape) > TOKEN_AXIS else 0
+            due = (own.layers, max(there, tokens) if longer else tokens, own.kv_heads, own.head_dim)
+            if info.shape != due or info.dtype != own.dtype:
+                raise InvalidEntry(
+                    f"{name}: this namespace holds {own.dtype} (layers, tokens, kv_heads, head_dim) = {due}, "
+                    f"got {info.dtype} {info.shape}"
+                )
 
 
 class Namespace:
     """Prefixes of one model (one `Identity`) in a cache. name: what its chunks are counted under."""
 
     def __init__(self, cache: Cache, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        self.awaited = Prefixes(Ready(in_pieces(cache)), identity, chunk_tokens)
+        self.awaited = Prefixes(awaited(cache), identity, chunk_tokens)
         self.identity = identity
         self.chunk_tokens = chunk_tokens
         self.digest = self.awaited.digest

@@ -43,9 +43,9 @@ from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_
 from kvstore.residency.shared_verbs import SharedVerbs
 from kvstore.residency.sharing import opened as sharing_of
 from kvstore.residency.state import open_cold, residency_of
-from kvstore.residency.transcode import Room
 from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.shared import Engine
+from kvstore.shm.arena import Room
 from kvstore.stats import Fill, Stats, fills_html, fills_text, ratio_text
 
 
@@ -265,8 +265,9 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         dropped, and the look made again. leading: a chain, root first, up to the first miss. accept: encodings
         that the caller decodes itself, from `from_nbytes` decoded bytes on. at_most_nbytes: of one lot, once decoded:
         the plan covers the first key, and as many more as fit; ask again for the rest. whole_if_hot: what lies in hot
-        and needs no copy is no lot. count_later: where all is in hot, whoever is waiting is answered first; it is
-        counted as soon as anybody takes the lock, or by `settle`. lookup: checked; the plan's own for the rest.
+        and needs no copy is no lot, and `charge` is not called for it. count_later: where all is in hot, whoever is
+        waiting is answered first; it is counted as soon as anybody takes the lock, or by `settle`. lookup: checked; the
+        plan's own for the rest.
         """
         self._check_open()
         return self._read_path.plan(
@@ -315,8 +316,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         touched = 0
         for part in slices(leading_first(dict.fromkeys(CheckedKeys(keys)))):
             with self._r.lock:
-                now = self._r.clock.now()
-                live = [(key, meta) for key in part if (meta := self._r.live(key)) is not None]
+                now, live = self._r.clock.now(), self._r.live_of(part)
                 for key, meta in live:
                     meta.refresh(now, ttl)
                     self._r.deadlines.watch(key, meta)

@@ -17,7 +17,7 @@ from kvstore.options import PutOptions
 if TYPE_CHECKING:
     from kvstore.entries.entry import Entry
     from kvstore.residency.read_path import Found, Plan
-    from kvstore.residency.transcode import Room
+    from kvstore.shm.arena import Room
     from kvstore.store import Store
 
 

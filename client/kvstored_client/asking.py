@@ -86,7 +86,7 @@ class Asking:
         else:
             self._transport.on_fork = self.transfers.forget
         self.failures = 0
-        self._epoch = 0  # the last one seen over shared memory
+        self._epoch = 0  # the last one seen
 
     def _transport_to(self, address: str, timeout_s: float) -> Transport:
         return Transport(address, timeout_s, log_change)
@@ -163,7 +163,8 @@ class Asking:
         self._epoch = epoch
 
     def _noted(self, reply: Any) -> Any:
-        self._transport.saw_epoch(reply.boot_epoch)
+        if reply.boot_epoch != self._epoch:
+            self._saw_epoch(reply.boot_epoch)
         return reply
 
     def _check_open(self) -> None:
@@ -277,10 +278,11 @@ class Asking:
         lookup: Lookup | None,
         packed: bool,
     ) -> None:
-        there = self.unpacks(out)
+        on_gpu = out is not None and self.transfers.serves(out)
+        there = on_gpu and self.unpacks(out)
         how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
         try:
-            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed)
+            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed, on_gpu)
         except UseStream:
             Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None).read_from(
                 self._transport, how.request(keys)
@@ -349,7 +351,7 @@ class Asking:
         return None if self._pool is None else self._pool.segments.at(address)
 
     def _touch(self, keys: Sequence[bytes], ttl_s: float | None = None) -> int:
-        request = pb.TouchRequest(keys=keys, ttl_s=PutOptions(ttl_s).ttl_s or 0.0)
+        request = pb.TouchRequest(keys=keys, ttl_s=0.0 if ttl_s is None else PutOptions(ttl_s).ttl_s)
         return self._asked("Touch", request, pb.TouchReply, lambda reply: self._at_most(len(keys), reply.touched), 0)
 
     def _held(self, request: pb.MatchRequest, reply: pb.MatchReply) -> list[Held | None]:

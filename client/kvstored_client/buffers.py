@@ -35,7 +35,8 @@ class Target:
         self.tensors: dict[str, Any] = {}
         if out is not None:
             check_out(specs, out)
-        for name, spec in specs.items():
+        sizes = [spec.nbytes for spec in specs.values()]
+        for (name, spec), nbytes in zip(specs.items(), sizes, strict=True):
             given = None if out is None else out[name]
             if batch is not None and given is not None and Runs.of(given) is not None:
                 self.direct[name] = self.tensors[name] = given
@@ -45,7 +46,7 @@ class Target:
                 self.bytes[name] = direct
                 self.tensors[name] = given
                 continue
-            data = self.bytes[name] = np.empty(spec.nbytes, dtype=np.uint8)
+            data = self.bytes[name] = np.empty(nbytes, dtype=np.uint8)
             fresh = arrays.from_bytes(spec, data, framework if given is None else "torch")
             self.tensors[name] = fresh if given is None else given
             if given is not None:  # on another device, or strided: filled through a tensor aside

@@ -27,7 +27,7 @@ from kvstore.stats import Setting, Stats
 from kvstored_client.asking import Asking, OnError
 from kvstored_client.decoding import Decode
 from kvstored_client.leasing import Leases, OneLease, leading_hits
-from kvstored_client.puts import Outgoing, put_options
+from kvstored_client.puts import outgoing, put_options
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import (
     lookup_message,
@@ -95,8 +95,7 @@ class Client(Asking):
         """
         options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
         before = None if parent is None else check_key(parent)
-        batch = [Outgoing(check_key(key), tensors, options, before)]
-        return self._sent(batch, bool)
+        return self._sent(outgoing([(check_key(key), tensors, before)], options), bool)
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -122,10 +121,7 @@ class Client(Asking):
         before_first = check_key(parent) if chain and parent is not None else None
         held = dict(zip(keys, (tensors for _, tensors in pairs), strict=True))
         parents = [before_first, *held][:-1] if chain else [None] * len(held)
-        batch = [
-            Outgoing(key, tensors, options, before, root=chain)
-            for (key, tensors), before in zip(held.items(), parents, strict=True)
-        ]
+        batch = outgoing(list(zip(held.keys(), held.values(), parents, strict=True)), options, root=chain)
         return self._sent(batch, lambda stored: len(keys) if stored == len(batch) else stored)
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None, packed: bool = False) -> Hit | None:

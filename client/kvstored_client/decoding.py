@@ -179,8 +179,7 @@ class Unpacking:
         """targets: as for `Packed.decode`."""
         self._due = deque((*coded, targets[name]) for name, coded in packed.tensors.items())
         self._left_nbytes = packed.nbytes
-        self._filling: Bytes | None = None
-        self._scatter = Scatter([])
+        self._filling: tuple[Bytes, Scatter] | None = None
         self._running: list[Job] = []
         self._damage: CodecError | None = None
 
@@ -189,20 +188,24 @@ class Unpacking:
         if len(chunk) > self._left_nbytes:
             raise BadFrame(f"{len(chunk)} more bytes where {self._left_nbytes} are due")
         self._left_nbytes -= len(chunk)
+        lent: Bytes | None = None  # the rest of the chunk, from the first tensor that is whole in it
         while self._due and (chunk or not self._due[0][0].nbytes):
             nbytes = self._due[0][0].nbytes
             if self._filling is None and len(chunk) >= nbytes:
-                self._begin(_borrowed(chunk[:nbytes]))
-                chunk = chunk[nbytes:]
+                lent = _borrowed(chunk) if lent is None else lent
+                self._begin(lent[:nbytes])
+                chunk, lent = chunk[nbytes:], lent[nbytes:]
                 continue
             if self._filling is None:
-                self._filling = np.empty(nbytes, dtype=np.uint8)
-                self._scatter = Scatter([self._filling])
-            piece = chunk[: self._scatter.due_nbytes - self._scatter.filled_nbytes]
-            self._scatter.write(piece)
+                data = np.empty(nbytes, dtype=np.uint8)
+                self._filling = data, Scatter([data])
+            data, scatter = self._filling
+            piece = chunk[: nbytes - scatter.filled_nbytes]
+            scatter.write(piece)
             chunk = chunk[len(piece) :]
-            if self._scatter.filled_nbytes == nbytes:
-                self._begin(self._filling)
+            lent = None
+            if scatter.filled_nbytes == nbytes:
+                self._begin(data)
                 self._filling = None
 
     def _begin(self, data: Bytes) -> None:
@@ -264,8 +267,9 @@ def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], t
             suffix: arrays.from_bytes(spec, part, "torch")
             for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
         }
+        out = arrays.from_bytes(coded.spec, target, "torch")
         encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, attrs)
-        codec_named(coded.encoding).decode(encoded, arrays.from_bytes(coded.spec, target, "torch"))
+        codec_named(coded.encoding).decode(encoded, out)
     except KvstoreError as error:
         raise CodecError(str(error)) from None
     except Exception as error:

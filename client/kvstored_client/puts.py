@@ -1,6 +1,6 @@
 """Cuts an entry into the frames of a Put. Checks everything that can be refused before anything is sent."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -98,39 +98,20 @@ def _describe_packed(tensors: Mapping[str, Any], options: PutOptions, root: bool
     return _described(specs, nbytes, parts_of(coded), packed, options, root=root)
 
 
+@dataclass(slots=True)
 class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile.
 
-    key, parent: checked. header: a PutHeader, serialized. tensors: of a packed entry its parts, numbered.
+    header: a PutHeader, serialized. tensors: of a packed entry its parts, numbered. places, block_nbytes: as in its
+    `Description`.
     """
 
-    __slots__ = ("block_nbytes", "header", "key", "nbytes", "places", "tensors")
-
-    def __init__(
-        self,
-        key: bytes,
-        tensors: Mapping[str, Any],
-        options: PutOptions,
-        parent: bytes | None = None,
-        *,
-        root: bool = False,
-    ) -> None:
-        if not isinstance(tensors, Mapping):
-            raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
-        self.tensors = dict(tensors)  # asked once: a mapping that makes its tensors may make others the second time
-        first = root and parent is None
-        if any(isinstance(x, PackedTensor) for x in self.tensors.values()):
-            found = _describe_packed(self.tensors, options, first)
-            self.tensors = {str(i): part for i, part in enumerate(arrays_in(self.tensors))}
-        else:
-            specs = arrays.describe_all(self.tensors)
-            # A name that is no plain string may say that it equals another one: it is not looked up.
-            plain = all(type(name) is str for name, _ in specs)
-            found = (_known if plain else _describe)(specs, options, first)
-        self.key, self.nbytes = key, found.nbytes
-        self.places, self.block_nbytes = found.places, found.block_nbytes
-        before = b"" if parent is None else submessage(_PARENT, parent)
-        self.header = b"".join((submessage(_KEY, key), before, found.serialized))
+    key: bytes
+    tensors: Mapping[str, Any]
+    header: bytes
+    nbytes: int
+    places: tuple[tuple[int, int], ...]
+    block_nbytes: int
 
     def single_frame(self) -> bytes | None:
         """The whole entry as one frame; None if it needs more than one."""
@@ -141,3 +122,37 @@ class Outgoing:
         # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
         payload = Gather([arrays.as_bytes(x) for x in self.tensors.values()])
         return cut_frames(self.header, payload)
+
+
+def outgoing(
+    entries: Sequence[tuple[bytes, Mapping[str, Any], bytes | None]], options: PutOptions, *, root: bool = False
+) -> list[Outgoing]:
+    """Entries to send: for each its key and the key that it continues, both checked, and its tensors.
+
+    root: what continues nothing begins a chain. Raises InvalidEntry, EntryTooLarge.
+    """
+    for _, tensors, _ in entries:
+        if not isinstance(tensors, Mapping):
+            raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
+    # Asked once: a mapping that makes its tensors may make others the second time.
+    held: list[Mapping[str, Any]] = [dict(tensors) for _, tensors, _ in entries]
+    packed = [any(isinstance(x, PackedTensor) for x in tensors.values()) for tensors in held]
+    specs = [() if one else arrays.describe_all(tensors) for one, tensors in zip(packed, held, strict=True)]
+    found = []
+    for at, (_, _, parent) in enumerate(entries):
+        first = root and parent is None
+        if packed[at]:
+            found.append(_describe_packed(held[at], options, first))
+            held[at] = {str(i): part for i, part in enumerate(arrays_in(held[at]))}
+        else:
+            # A name that is no plain string may say that it equals another one: it is not looked up.
+            plain = all(type(name) is str for name, _ in specs[at])
+            found.append((_known if plain else _describe)(specs[at], options, first))
+    headers = [
+        submessage(_KEY, key) + (b"" if parent is None else submessage(_PARENT, parent)) + description.serialized
+        for (key, _, parent), description in zip(entries, found, strict=True)
+    ]
+    return [
+        Outgoing(key, tensors, header, of.nbytes, of.places, of.block_nbytes)
+        for (key, _, _), tensors, header, of in zip(entries, held, headers, found, strict=True)
+    ]

@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.nf4 import prepared_out, require_finite, require_names, require_part
+from kvstore.codecs.parts import prepared_out, require_finite, require_names, require_part
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError

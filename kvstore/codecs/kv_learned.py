@@ -22,10 +22,9 @@ from kvstore.codecs import Codec, codec_named, rans
 from kvstore.codecs.basis import Basis, Transform, with_digest
 from kvstore.codecs.classes import CLASSES, DELTA, chosen, histograms_of, reach
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.nf4 import prepared_out, require_finite, require_names, require_part
 from kvstore.codecs.nf4_kv import in_halves
 from kvstore.codecs.nf4_kv2 import kept_of
-from kvstore.codecs.planes import Part
+from kvstore.codecs.parts import Part, prepared_out, require_finite, require_names, require_part
 from kvstore.codecs.receipt import role_in
 from kvstore.codecs.rotation import FOUND_BELOW, POSITIONS_MAX
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec

@@ -12,7 +12,7 @@ import torch
 
 from kvstore.codecs import Codec, codec_named, decode_tensor, encode_measured
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.nf4 import prepared_out
+from kvstore.codecs.parts import prepared_out
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.receipt import with_receipt
 from kvstore.config import LAYER_RUNS_MAX as RUNS_MAX

@@ -16,7 +16,7 @@ import torch
 from kvstore.codecs.basis import LEVELS, About, Basis, made
 from kvstore.codecs.classes import CLASSES, DELTA, chosen, expected, histograms_of, lengths, tables_of
 from kvstore.codecs.kv_learned import coefficients
-from kvstore.codecs.planes import KEPT_KEYS
+from kvstore.codecs.parts import KEPT_KEYS
 from kvstore.codecs.rans import ESCAPE, Tables
 from kvstore.codecs.rotation import Rotation
 from kvstore.errors import ConfigError

@@ -8,14 +8,14 @@ itself (`reference`; `kvstore.kernels` repeats it faster).
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod, sqrt
 
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED, TensorSpec
+from kvstore.codecs.parts import prepared_out, require_names, require_part
+from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import cpu_kernel, reference
@@ -149,47 +149,11 @@ def _checked(encoded: EncodedTensor) -> Scales:
     return scales
 
 
-def require_names(encoded: EncodedTensor, names: Collection[str]) -> None:
-    """CodecError unless the parts are these and no others: whoever takes an entry as it is held takes all of them."""
-    if encoded.parts.keys() != set(names):
-        raise CodecError(f"{encoded.encoding} has the parts {sorted(names)}, not {sorted(encoded.parts)!r:.200}")
-
-
-def require_finite(encoded: EncodedTensor, suffix: str, part: torch.Tensor) -> torch.Tensor:
-    """The part; CodecError where a scale or a value in it is not finite. No codec writes such a one."""
-    if not bool(torch.isfinite(part).all()):
-        raise CodecError(f"{encoded.encoding} part {suffix!r} holds what is not finite")
-    return part
-
-
-def require_part(encoded: EncodedTensor, suffix: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
-    """A part, flat and contiguous, of exactly this type and length; CodecError otherwise."""
-    part = encoded.parts.get(suffix)
-    if part is None or part.dtype != dtype or part.numel() != numel or not part.is_contiguous():
-        found = "nothing" if part is None else f"{part.dtype} {tuple(part.shape)}"
-        raise CodecError(f"{encoded.encoding} part {suffix!r}: {found}, expected {dtype} ({numel},)")
-    return part.view(-1)
-
-
 def relative_error(x: torch.Tensor, decoded: torch.Tensor) -> float:
     """|x - decoded| / |x|, Euclidean, in float32; 0 where both are zero."""
     norm = float(torch.linalg.vector_norm(x, dtype=torch.float32))
     error = float(torch.linalg.vector_norm(x.to(torch.float32) - decoded.to(torch.float32)))
     return error / norm if norm else (0.0 if error == 0.0 else float("inf"))
-
-
-def prepared_out(spec: TensorSpec, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:
-    """Where a decoded tensor goes: `out` when it fits the spec, fresh memory when None; else CodecError."""
-    if spec.dtype not in BY_NAME:
-        raise CodecError(f"unknown dtype {spec.dtype!r}")
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if out is None:
-        return torch.empty(spec.shape, dtype=dtype, device=device)
-    if out.dtype != dtype or tuple(out.shape) != spec.shape or out.device != device or not out.is_contiguous():
-        raise CodecError(
-            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected contiguous {spec} on {device}"
-        )
-    return out
 
 
 def bitsandbytes_tensors(name: str, encoded: EncodedTensor) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ A model with a bias in its key projection has most of |K| in a part that all key
 frame does (`turning`). Short chunks have no means and no 16-bit tokens where those cost more than they save, and what
 was decoded is encoded into the same bytes again (`_again`).
 Invariant: the bytes are those of `reference_turn`, whichever kernel wrote them. Pure, any thread.
-The format and its figures: docs/codecs.md. Shares its blocks and its checks with `nf4_kv`.
+The format and its figures: docs/codecs.md. Its blocks are those of `nf4_kv`, and so is how they are stored (`parts`).
 """
 
 from collections.abc import Mapping
@@ -18,20 +18,19 @@ import torch
 
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
-from kvstore.codecs.nf4 import prepared_out, require_names, require_part
-from kvstore.codecs.nf4_kv import (
+from kvstore.codecs.nf4_kv import in_halves, missed_of
+from kvstore.codecs.parts import (
     JOINED,
+    Part,
     Plane,
-    checked_blocks,
-    checked_kept,
-    in_halves,
-    kept_indexes,
-    missed_of,
-    split_packed,
-    stored_role,
-    stored_token_axis,
+    Stored,
+    planes_of,
+    require_part,
+    room_for,
+    shape_only,
+    standing_apart,
+    stored_planes,
 )
-from kvstore.codecs.planes import Part, planes_of, standing_apart
 from kvstore.codecs.sinks import sinks_of
 from kvstore.codecs.turning import Means, means_of
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
@@ -63,13 +62,10 @@ Coded = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class Plane2(Plane):
     """Kept tokens that lead are not coded; one elsewhere is, so that positions stay."""
 
-    @staticmethod
-    def _left_out(kept: tuple[int, ...]) -> int:
-        return next((at for at, token in enumerate(kept) if at != token), len(kept))
-
-    @staticmethod
-    def _means_min() -> int:
-        return MEANS_MIN
+    means_min = MEANS_MIN
+    means = ("mean",)
+    codes_inside = True
+    tops_joined = True
 
     @property
     def lead(self) -> int:
@@ -117,31 +113,20 @@ class NF4KV2:
 
         Raises CodecError when parts, attributes and spec do not belong together.
         """
-        role, token_axis = _checked_spec(encoded)
-        main = encoded.parts.get("")
-        if main is None:
-            raise CodecError("nf4-kv2 without codes")
-        if 2 * sum(part.numel() for part in encoded.parts.values()) < prod(encoded.spec.shape):
-            raise CodecError(f"nf4-kv2 has too few codes for {encoded.spec}")  # before memory is made for them
-        out = prepared_out(encoded.spec, main.device, out)
-        for plane, prefix, rows, tensor in _planes(encoded, out, role, token_axis):
-            _decode_plane(tensor, plane, prefix, rows)
-            if role == "packed":
+        out = room_for(encoded, out)
+        for stored in stored_planes(encoded, out, Plane2):
+            _decode_plane(stored)
+            if encoded.attrs["role"] == "packed":
                 half = out.shape[-1] // 2
-                target = out[..., :half] if plane.role == "key" else out[..., half:]
-                target.copy_(rows.view(target.shape))
+                target = out[..., :half] if stored.plane.role == "key" else out[..., half:]
+                target.copy_(stored.rows.view(target.shape))
         return out
 
     def check(self, encoded: EncodedTensor) -> None:
         """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
-        role, token_axis = _checked_spec(encoded)
-        like = torch.empty(encoded.spec.shape, dtype=getattr(torch, encoded.spec.dtype), device="meta")
-        for plane, prefix, _rows, tensor in _planes(encoded, like, role, token_axis):
-            checked_blocks(tensor, plane, prefix)
-            if plane.kept:
-                checked_kept(tensor, plane, prefix)
-            if plane.groups:
-                _checked_means(tensor, plane, prefix)
+        for stored in stored_planes(encoded, shape_only(encoded), Plane2):
+            if stored.plane.groups:
+                _checked_means(stored)
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
@@ -271,71 +256,24 @@ def _again(
     return found
 
 
-def _decode_plane(encoded: EncodedTensor, plane: Plane2, prefix: str, out: torch.Tensor) -> None:
-    """Fill rows (outer, tokens, inner, d), contiguous, from one plane's parts."""
-    blocks = checked_blocks(encoded, plane, prefix)
-    kept = checked_kept(encoded, plane, prefix) if plane.kept else None
+def _decode_plane(stored: Stored[Plane2]) -> None:
+    """Fill the rows (outer, tokens, inner, d), contiguous, of one plane."""
+    plane, blocks, out, lead = stored.plane, stored.blocks, stored.rows, stored.plane.lead
     kernel, where = _arithmetic(out), plane.rows(plane.tokens)
     means, turns = None, None
     if plane.groups:
-        codes, scales, turns = _checked_means(encoded, plane, prefix)
+        codes, scales, turns = _checked_means(stored)
         means = kernel.kv_expand_eights(where, codes, scales)
-    kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, plane.lead :], turns)
-    if kept is not None:  # slices: an index costs 40 us
-        out[:, : plane.lead].copy_(kept[:, : plane.lead])
-        for at in range(plane.lead, len(plane.kept)):
-            out[:, plane.kept[at]].copy_(kept[:, at])
+    kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, lead:], turns)
+    if stored.kept is not None:  # slices: an index costs 40 us
+        out[:, :lead].copy_(stored.kept[:, :lead])
+        for at in range(lead, len(plane.kept)):
+            out[:, plane.kept[at]].copy_(stored.kept[:, at])
 
 
-def _checked_spec(encoded: EncodedTensor) -> tuple[str, int]:
-    """Role and token axis; CodecError for a spec that no tensor of this codec has."""
-    role, token_axis = stored_role(encoded.attrs), stored_token_axis(encoded.attrs)
-    spec = encoded.spec
-    if spec.dtype not in LOSSY_ALLOWED or prod(spec.shape) == 0:
-        raise CodecError(f"nf4-kv2 decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
-    if role == "packed" and (not spec.shape or spec.shape[-1] % 2):
-        raise CodecError(f"nf4-kv2 packs keys and values in an even last dimension, not {spec.shape}")
-    return role, token_axis
-
-
-def _planes(
-    encoded: EncodedTensor, like: torch.Tensor, role: str, token_axis: int
-) -> list[tuple[Plane2, str, torch.Tensor, EncodedTensor]]:
-    """Plane, prefix, rows, and the tensor that has their parts; CodecError unless it has these and no others."""
-    halves = planes_of(like, role, token_axis)
-    planes = [
-        Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
-        for prefix, part, rows in halves
-    ]
-    encoded = _with_tops(encoded, planes)
-    if role == "packed":
-        encoded = split_packed(encoded, [rows for _prefix, _part, rows in halves], Plane2)
-    found = []
-    names: list[str] = []
-    for plane, (prefix, _part, rows) in zip(planes, halves, strict=True):
-        names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
-        names += [f"{prefix}kept"] * bool(plane.kept)
-        names += [f"{prefix}mean"] * bool(plane.groups)
-        found.append((plane, prefix, rows, encoded))
-    require_names(encoded, names)
-    return found
-
-
-def _with_tops(encoded: EncodedTensor, planes: list[Plane2]) -> EncodedTensor:
-    """The tensor with the tops, which lie behind the scales, as a part of their own."""
-    scales = sum(plane.blocks for plane in planes)
-    tops = 2 * sum(-(-plane.blocks // reference_kv.SCALE_GROUP) for plane in planes)
-    if "scale_top" in encoded.parts:
-        raise CodecError("nf4-kv2 has its tops behind its scales")
-    both = require_part(encoded, "scale", torch.uint8, scales + tops)
-    parts = {**encoded.parts, "scale": both[:scales], "scale_top": both[scales:].clone().view(torch.int16)}
-    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
-
-
-def _checked_means(
-    encoded: EncodedTensor, plane: Plane2, prefix: str
-) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+def _checked_means(stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
     """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means, and which turn."""
+    encoded, plane, prefix = stored.encoded, stored.plane, stored.prefix
     shape = (plane.outer, plane.groups, plane.inner)
     eights = -(-plane.d // reference_turn.EIGHT)
     n, more = prod(shape) * plane.d, prod(shape) * eights

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from kvstore.codecs.hints import Hints, role_of, token_axis_of
-from kvstore.codecs.planes import Part, others, planes_of, standing_apart
+from kvstore.codecs.parts import Part, others, planes_of, standing_apart
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import KvKernel, kv_kernel, reference_content

@@ -7,14 +7,17 @@ Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), an
 (`record`).
 """
 
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from types import MappingProxyType
 
 import torch
 
+from kvstore.arrays import CheckedSpecs
 from kvstore.dtypes import BY_NAME, TensorSpec
+from kvstore.errors import CodecError
 from kvstore.keys import Key
 from kvstore.untracked import untrack
 
@@ -65,9 +68,14 @@ class EncodedTensor:
         return Described(self.spec, self.encoding, self.relative_error)
 
 
-def untrack_tensors(tensors: Mapping[str, EncodedTensor], *also: object) -> None:
-    """As `Entry.untrack`, of its tensors. A mapping that makes them when they are asked for is not asked."""
-    held = list(also)
+def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
+    """As `Entry.untrack`, of its tensors."""
+    untrack(*_parts_of(tensors))
+
+
+def _parts_of(tensors: Mapping[str, EncodedTensor]) -> list[object]:
+    """What the collector would look at. A mapping that makes its tensors when they are asked for is not asked."""
+    held: list[object] = []
     if not isinstance(tensors, MappingProxyType):
         held.append(tensors)
         if isinstance(tensors, dict):
@@ -75,7 +83,7 @@ def untrack_tensors(tensors: Mapping[str, EncodedTensor], *also: object) -> None
                 held += (tensor, tensor.spec, *tensor.parts.values())
                 if isinstance(tensor.parts, dict):
                     held.append(tensor.parts)
-    untrack(*held)
+    return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,7 @@ class Entry:
     nbytes: int = field(init=False)
     encoding: str = field(init=False)
     kept_reply: object = field(init=False, repr=False)
+    _value_nbytes: int | None = field(default=None, init=False, repr=False)
     block: object = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +149,7 @@ class Entry:
 
     def untrack(self) -> None:
         """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
-        untrack_tensors(self.tensors, self)
+        untrack(self, *_parts_of(self.tensors))
 
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device; the same entry if they are there already."""
@@ -180,6 +189,85 @@ class Entry:
 
     @property
     def value_nbytes(self) -> int:
-        """Bytes of the tensors once decoded."""
-        known: int | None = getattr(self.tensors, "value_nbytes", None)
-        return sum(spec.nbytes for spec in self.specs.values()) if known is None else known
+        """Bytes of the tensors once decoded. Summed when it is first asked for."""
+        known = self._value_nbytes
+        if known is None:
+            known = getattr(self.tensors, "value_nbytes", None)
+            known = sum(spec.nbytes for spec in self.specs.values()) if known is None else known
+            object.__setattr__(self, "_value_nbytes", known)
+        return known
+
+
+def untrack_all(entries: Iterable[Entry]) -> None:
+    """`Entry.untrack` of several."""
+    held: list[object] = []
+    for entry in entries:
+        held += (entry, *_parts_of(entry.tensors))
+    untrack(*held)
+
+
+class ArrivingTensors(Mapping[str, EncodedTensor]):
+    """Raw tensors whose bytes are still being copied: whoever reads an entry of them waits for the copy, or makes it.
+
+    A put is answered before its bytes lie where they are kept. Until then nobody sees them: the first look at a tensor
+    makes the copy, and what is read, encoded, summed or written afterwards is that copy. So what the sender does to its
+    own memory later changes nothing, and no two readers see different bytes. Thread-safe.
+    copy: makes the tensors in memory that nobody else can write to; called once.
+    """
+
+    __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "specs", "value_nbytes")
+    device = torch.device("cpu")
+    encoding = "raw"
+
+    def __init__(self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self.specs = specs
+        self.value_nbytes = specs.nbytes
+        self.nbytes = self.value_nbytes + sum(len(name) + TENSOR_OVERHEAD_NBYTES for name in specs)
+        self._copy: Callable[[], Mapping[str, torch.Tensor]] | None = copy
+        self._tensors: Mapping[str, EncodedTensor] | None = None
+        self._place: object = None
+        self._lock = threading.Lock()
+
+    @property
+    def encodings(self) -> list[str]:
+        """`Entry.encodings`, without waiting."""
+        return ["raw"] * len(self.specs)
+
+    @property
+    def receipt(self) -> dict[str, float]:
+        """`Entry.receipt`, without waiting."""
+        return dict.fromkeys(self.specs, 0.0)
+
+    @property
+    def place(self) -> object:
+        """Where in shared memory the copy lies (`shm.arena.Place`); None: in ordinary memory."""
+        self.arrive()
+        return self._place
+
+    def arrive(self) -> Mapping[str, EncodedTensor]:
+        """The tensors; the copy is made before this returns. Raises CodecError where it could not be made."""
+        tensors = self._tensors
+        if tensors is not None:
+            return tensors
+        with self._lock:
+            if self._tensors is None:
+                copy, self._copy = self._copy, None
+                if copy is None:
+                    raise CodecError("the bytes of this entry could not be copied when it was put")
+                made = copy()
+                self._place = getattr(made, "place", None)
+                tensors = {
+                    name: EncodedTensor(spec, "raw", {"": made[name]}, NO_ATTRS) for name, spec in self.specs.items()
+                }
+                untrack_tensors(tensors)
+                self._tensors = tensors
+            return self._tensors
+
+    def __getitem__(self, name: str) -> EncodedTensor:
+        return self.arrive()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)

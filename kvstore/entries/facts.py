@@ -70,8 +70,10 @@ def _view(part: Part, slots: Mapping[str, Slot], data: torch.Tensor) -> torch.Te
     slot = slots.get(part.slot)
     if slot is None:
         raise RecordCorrupt(f"part {part.slot!r:.80} is missing")
-    spec = part.spec or TensorSpec(_BY_CODE[slot.dtype], slot.shape)
-    if spec.nbytes != slot.end - slot.begin:
+    spec = part.spec
+    if spec is None:  # as the slot says, whose size `parse_header` has checked
+        spec = TensorSpec(_BY_CODE[slot.dtype], slot.shape)
+    elif spec.nbytes != slot.end - slot.begin:
         raise RecordCorrupt(f"part {part.slot!r:.80} of {slot.end - slot.begin} bytes is not {spec}")
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if slot.begin == slot.end:
@@ -90,12 +92,13 @@ def tensor_rows(facts: Mapping[str, str]) -> list[Row]:
         rows = json.loads(facts["kvstored.tensors"], object_pairs_hook=no_duplicates)
         if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
             raise ValueError(f"expected 1 to {TENSORS_MAX} tensors")
-        return [_row(row) for row in rows]
+        names = [check_name(row["name"]) for row in rows]
+        return [_row(name, row) for name, row in zip(names, rows, strict=True)]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, InvalidEntry) as error:
         raise RecordCorrupt(f"kvstored.tensors cannot be read: {printable(repr(error)):.120}") from None
 
 
-def _row(row: dict[str, Any]) -> Row:
+def _row(name: str, row: dict[str, Any]) -> Row:
     parts = {suffix: _part_of(p) for suffix, p in row["parts"].items()}
     attrs, encoding = row.get("attrs", {}), row["encoding"]
     if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
@@ -107,7 +110,7 @@ def _row(row: dict[str, Any]) -> Row:
         raise ValueError(f"bad encoding {encoding!r:.40}")
     if not 1 <= len(encoding) <= _ENCODING_MAX_NBYTES:
         raise ValueError(f"an encoding's name has 1 to {_ENCODING_MAX_NBYTES} characters, got {len(encoding)}")
-    return Row(check_name(row["name"]), _spec_of(row["dtype"], row["shape"]), encoding, parts, attrs)
+    return Row(name, _spec_of(row["dtype"], row["shape"]), encoding, parts, attrs)
 
 
 def _part_of(part: object) -> Part:

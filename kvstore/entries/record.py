@@ -207,7 +207,8 @@ def unpack(
     if head.stored_nbytes:
         np.copyto(stored, np.frombuffer(view[head.nbytes :], np.uint8))
     digest = xxhash.xxh3_64_intdigest(stored.data)
-    return assemble(head, bytes(view[: head.nbytes]), stored, key, digest, seals)
+    with Blaming(RecordCorrupt, "record"):  # the boundary: a checksum keeps damage out, not an author who computes it
+        return assemble(head, bytes(view[: head.nbytes]), stored, key, digest, seals)
 
 
 def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES) -> Head:
@@ -243,15 +244,11 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
     """The entry of a checked head and its data section; uses `stored` itself if it is not compressed.
 
     head_bytes: the record's first `head.nbytes` bytes. stored: `head.stored_nbytes` bytes that nothing else uses,
-    aligned to 16. data_xxh3: the xxh3_64 computed over them. Raises RecordCorrupt.
+    aligned to 16. data_xxh3: the xxh3_64 computed over them. Raises RecordCorrupt, and whatever parsing what a stranger
+    has written raises: `Blaming` is its caller's.
     """
     if data_xxh3 != head.data_xxh3:
         raise RecordCorrupt("checksum of the data does not match")
-    with Blaming(RecordCorrupt, "record"):  # the boundary: a checksum keeps damage out, not an author who computes it
-        return _assembled(head, head_bytes, stored, key, seals)
-
-
-def _assembled(head: Head, head_bytes: bytes, stored: Bytes, key: Key, seals: Seals) -> Entry:
     slots, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
     rows = tensor_rows(facts)
     if head.flags & _SEALED:
@@ -299,7 +296,7 @@ def _from_safetensors(file: bytes) -> Entry:
 
 def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
     """The tensors' descriptions, from a checked head alone. Raises RecordCorrupt."""
-    with Blaming(RecordCorrupt, "record"):  # the boundary, as in `assemble`
+    with Blaming(RecordCorrupt, "record"):  # the boundary, as in `unpack`
         _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
         rows = tensor_rows(facts)
         nbytes = sum(row.spec.nbytes for row in rows)

@@ -11,7 +11,7 @@ No method walks more than `WALK_MAX` links, but for the iterators, whose callers
 Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -46,12 +46,21 @@ class Chains:
 
     def link(self, key: Key, meta: Meta) -> None:
         """Link a key that is new in the index to its parent, and to the children that waited for it."""
+        self._link(key, meta, None if meta.parent is None else self.index.get(meta.parent))
+
+    def link_all(self, metas: Mapping[Key, Meta]) -> None:
+        """Link keys that are new in the index, what is continued before what continues it: nothing waits for these."""
+        for key, meta in metas.items():
+            before = None if meta.parent is None else metas.get(meta.parent) or self.index.get(meta.parent)
+            self._link(key, meta, before)
+
+    def _link(self, key: Key, meta: Meta, before: Meta | None) -> None:
+        """before: the Meta of its parent, if that is there."""
         if self._awaited:
             meta.first_child = self._awaited.pop(key, None)
             meta.pinned_children = self._awaited_pins.pop(key, 0)
         below = key in self._awaited_below
         self._awaited_below.discard(key)
-        before = None if meta.parent is None else self.index.get(meta.parent)
         # A rooted parent continues no key that was not there. One that is not rooted may continue this one, and one
         # that is not there yet, as a rule since chains are put deepest first, continues nothing.
         if before is not None and (below or not before.rooted) and self._closes_a_ring(key, meta):

@@ -26,14 +26,15 @@ Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Bucket:
-    """The keys due from `starts` on, for `width` seconds; `first` is the newest."""
+    """The keys due from `starts` on, for `width` seconds; `first` is the newest, and `newest` its Meta."""
 
-    __slots__ = ("first", "starts", "width")
+    __slots__ = ("first", "newest", "starts", "width")
 
     def __init__(self, starts: float, width: float) -> None:
         self.starts = starts
         self.width = width
         self.first: Key | None = None
+        self.newest: Meta | None = None
 
 
 class Deadlines:
@@ -61,7 +62,15 @@ class Deadlines:
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
-        deadline, bucket = meta.deadline, meta.due_in
+        self._watch(key, meta, meta.deadline)
+
+    def watch_all(self, metas: Mapping[Key, Meta]) -> None:
+        """`watch` of several keys."""
+        for (key, meta), deadline in zip(metas.items(), [meta.deadline for meta in metas.values()], strict=True):
+            self._watch(key, meta, deadline)
+
+    def _watch(self, key: Key, meta: Meta, deadline: float) -> None:
+        bucket = meta.due_in
         if bucket is not None:
             if bucket.starts <= deadline:
                 return
@@ -77,9 +86,9 @@ class Deadlines:
         if bucket is None:
             bucket = self._buckets[width, starts] = Bucket(starts, width)
         meta.due_in, meta.due_previous, meta.due_next = bucket, None, bucket.first
-        if bucket.first is not None:
-            self._index[bucket.first].due_previous = key
-        bucket.first = key
+        if bucket.newest is not None:
+            bucket.newest.due_previous = key
+        bucket.first, bucket.newest = key, meta
         self._watched += 1
 
     def unwatch(self, meta: Meta) -> None:
@@ -87,14 +96,15 @@ class Deadlines:
         bucket = meta.due_in
         if bucket is None:
             return
+        later = None if meta.due_next is None else self._index[meta.due_next]
         if meta.due_previous is not None:
             self._index[meta.due_previous].due_next = meta.due_next
         else:
-            bucket.first = meta.due_next
-            if bucket.first is None:
+            bucket.first, bucket.newest = meta.due_next, later
+            if later is None:
                 del self._buckets[bucket.width, bucket.starts]
-        if meta.due_next is not None:
-            self._index[meta.due_next].due_previous = meta.due_previous
+        if later is not None:
+            later.due_previous = meta.due_previous
         meta.due_in = meta.due_previous = meta.due_next = None
         self._watched -= 1
 

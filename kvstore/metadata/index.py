@@ -6,7 +6,7 @@ Not thread-safe but for `get` and `keys_now`: the store's lock covers the other 
 """
 
 import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -42,7 +42,7 @@ class Index(MutableMapping[Key, Meta]):
         """Take over the keys that a restart found, row by row. Before any other key is held."""
         self._resting = resting
         self._grouped = Grouped(keys, np.arange(len(keys)), hashes_of(keys) % PARTS, PARTS)
-        self._parts = [None] * PARTS
+        self._parts = [None if self._grouped.size(at) else {} for at in range(PARTS)]
 
     def get(self, key: Key) -> Meta | None:  # type: ignore[override]  # nobody names a default
         """The Meta of a key, None for one that is not held. Any thread, without the lock."""
@@ -79,8 +79,18 @@ class Index(MutableMapping[Key, Meta]):
             return part
 
     def __setitem__(self, key: Key, meta: Meta) -> None:
+        at = hash(key) % PARTS
+        part = self._parts[at]
+        (self._part(at) if part is None else part)[key] = meta
         untrack(meta)
-        self._part(hash(key) % PARTS)[key] = meta
+
+    def add(self, metas: Mapping[Key, Meta]) -> None:
+        """Set the Metas of several keys."""
+        for key, meta in metas.items():
+            at = hash(key) % PARTS
+            part = self._parts[at]
+            (self._part(at) if part is None else part)[key] = meta
+        untrack(*metas.values())
 
     def __delitem__(self, key: Key) -> None:
         del self._part(hash(key) % PARTS)[key]

@@ -4,7 +4,7 @@ Thread rule: no lock is held here. Who goes by slices looks again, under the loc
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 SLICE = 128
@@ -17,11 +17,12 @@ PAUSE_S = 0.0001
 T = TypeVar("T")
 
 
-def slices(items: Sequence[T], most: int = SLICE) -> Iterator[Sequence[T]]:
+def slices(items: Sequence[T], most: int = SLICE) -> Iterable[Sequence[T]]:
     """The items, so many at a time, with a pause between. Ask for the next one without the lock."""
-    if len(items) <= most:
-        yield items
-        return
+    return (items,) if len(items) <= most else _cut(items, most)
+
+
+def _cut(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), most):
         if start:
             pause()

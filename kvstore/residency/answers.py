@@ -21,8 +21,8 @@ from kvstore.packed import ENCODINGS, PackedTensor
 from kvstore.printable import printable
 from kvstore.residency.read_path import Found, Plan
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Room, TensorTranscoder
-from kvstore.shm.arena import BlockTensors, Place
+from kvstore.residency.transcode import TensorTranscoder
+from kvstore.shm.arena import BlockTensors, Place, Room
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,6 @@ class Answers:
         entry = found.entry
         return Hit(found.key, tensors, found.tier, entry.encoding, entry.lossy, found.age_s, entry.receipt)
 
-    @without_torch_modes
     def _as_held(self, found: Found) -> Found | None:
         """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:

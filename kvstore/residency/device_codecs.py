@@ -24,7 +24,8 @@ from kvstore.residency.answers import Answers, as_torch, to_numpy
 from kvstore.residency.device_hot import DeviceHot, raw_nbytes
 from kvstore.residency.read_path import Found
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import Room, TensorTranscoder, empty_tensors, made_in
+from kvstore.residency.transcode import TensorTranscoder
+from kvstore.shm.arena import Room, empty_tensors, made_in
 from kvstore.tiers.device_memory import DeviceTensors, tensors_on_device
 
 

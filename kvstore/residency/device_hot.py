@@ -27,8 +27,7 @@ from kvstore.errors import CodecError, ConfigError, OverQuota, TierUnavailable
 from kvstore.keys import Key
 from kvstore.metadata.owner import Owner
 from kvstore.residency.state import Residency
-from kvstore.residency.transcode import empty_tensors
-from kvstore.shm.arena import Register
+from kvstore.shm.arena import Register, empty_tensors
 from kvstore.shm.layout import layout
 from kvstore.tiers.device_memory import Block, DeviceArena, DeviceTensors, tensors_on_device
 

@@ -9,7 +9,7 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable, UnknownEncoding
@@ -47,30 +47,64 @@ class Mover:
         back. Raises OverQuota when no tier can hold the new one.
         """
         r = self._r
-        replaced: int | None = None
-        encoded = entry.encoding != "raw"
-
-        def install() -> bool:
-            nonlocal replaced
-            replaced = r.install(entry.key, meta)
-            if encoded:
-                meta.lossy, meta.encoding = entry.lossy, entry.encoding
-            else:
-                r.counters.tiers["hot"].puts += 1
-            return True
-
         with r.lock:
-            fits = not encoded and r.hot.has_room(entry.nbytes, entry.key, meta.owner)
-            if fits:
-                install()
-                r.hot.put(entry, soon=meta.soon, meta=meta)
-                self._count_put(meta)
-        if not fits:
+            tickets = self.admit_at_once(entry, meta)
+        if tickets is None:
+            replaced: list[int] = []
+            encoded = entry.encoding != "raw"
+
+            def install() -> bool:
+                ticket = r.install(entry.key, meta)
+                if ticket is not None:
+                    replaced.append(ticket)
+                if encoded:
+                    meta.lossy, meta.encoding = entry.lossy, entry.encoding
+                else:
+                    r.counters.tiers["hot"].puts += 1
+                return True
+
             (self._admit_encoded if encoded else self._admit_by_moving)(entry, meta, install)
             with r.lock:
                 self._count_put(meta)
-        if replaced is not None and r.cold is not None:
-            r.cold.wait(replaced)
+            tickets = replaced
+        self.wait(tickets)
+
+    def admit_at_once(self, entry: Entry, meta: Meta) -> list[int] | None:
+        """Hold a new value in hot; None: it is encoded, or there is no room. Under the lock.
+
+        Returns what to `wait` for, without the lock.
+        """
+        r = self._r
+        if entry.encoding != "raw" or not r.hot.has_room(entry.nbytes, entry.key, meta.owner):
+            return None
+        ticket = r.install(entry.key, meta)
+        r.counters.tiers["hot"].puts += 1
+        r.hot.put(entry, soon=meta.soon, meta=meta)
+        self._count_put(meta)
+        return [] if ticket is None else [ticket]
+
+    def admit_chain(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Hold a chain in hot, deepest first, whose parent is held; False: not all of it is new, raw and has room.
+
+        Under the lock. All of it is there when this returns.
+        """
+        r = self._r
+        metas = {entry.key: meta for entry, meta in reversed(held)}
+        if len(metas) < len(held) or any(entry.encoding != "raw" for entry, _ in held):
+            return False
+        if any(map(r.index.get, metas)) or not r.hot.takes_new(held):
+            return False
+        r.install_new(metas)
+        r.hot.put_new(held)
+        r.counters.tiers["hot"].puts += len(held)
+        for meta in metas.values():
+            self._count_put(meta)
+        return True
+
+    def wait(self, tickets: Sequence[int]) -> None:
+        """Return when the records that were replaced are gone from the disk for good. Without the lock."""
+        if tickets and self._r.cold is not None:
+            self._r.cold.wait(tickets[-1])
 
     def _count_put(self, meta: Meta) -> None:
         self._r.counters.puts += 1

@@ -96,12 +96,21 @@ class Plan:
         return bool(self.accept) and entry.value_nbytes >= self.from_nbytes and entry.is_encoded_in(self.accept)
 
 
+def _nothing_yet(now: float) -> Plan:
+    return Plan([], [], [], [], now, 0, hot=True, misses=[])
+
+
 class _Lot(NamedTuple):
     """How many of a get's keys a plan covers; `Store.plan` says what the fields mean."""
 
     leading: bool
     at_most_nbytes: float
     whole_if_hot: bool
+
+    @property
+    def hot_nbytes(self) -> float:
+        """Bytes of one lot where all is in hot."""
+        return inf if self.whole_if_hot else self.at_most_nbytes
 
 
 class ReadPath:
@@ -127,21 +136,18 @@ class ReadPath:
         lookup: Lookup | None = None,
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
-        hot_nbytes = inf if whole_if_hot else at_most_nbytes
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
                 plan = self._find_in_slices(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
             with self._r.lock:
                 if plan is None:
-                    plan = self._all_hot(keys, hot_nbytes) or self._looked(
-                        keys, _Lot(leading, at_most_nbytes, whole_if_hot)
-                    )
+                    plan = self._find(keys, leading, at_most_nbytes, whole_if_hot)
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
                 refused: EntryTooLarge | None = None
                 counted = False
                 try:
-                    if charge is not None:
+                    if charge is not None and not (whole_if_hot and plan.hot):
                         charge(plan)
                 except EntryTooLarge as error:
                     refused = error
@@ -186,21 +192,23 @@ class ReadPath:
                 pause()
 
     def _find_in_slices(self, keys: Sequence[Key], how: "_Lot") -> Plan:
+        r = self._r
         if len(keys) <= HOT_MAX:
-            with self._r.lock:
-                found = self._all_hot(keys, inf if how.whole_if_hot else how.at_most_nbytes)
+            with r.lock:
+                found = self._all_hot(keys, r.hot.held(keys), r.clock.now(), how.hot_nbytes)
             if found is not None:
                 return found
-        plan = self._nothing_yet()
+        plan = _nothing_yet(r.clock.now())
         for part in slices(keys, LOOK_MAX):
-            with self._r.lock:
-                if not self._extend_hot(plan, part, how) and not self._look(plan, part, how):
+            with r.lock:
+                entries = r.hot.held(part)
+                if not self._extend_hot(plan, part, entries, how) and not self._look(plan, part, entries, how):
                     break
         return plan
 
-    def _extend_hot(self, plan: Plan, keys: Sequence[Key], how: "_Lot") -> bool:
+    def _extend_hot(self, plan: Plan, keys: Sequence[Key], entries: Sequence[Entry | None], how: "_Lot") -> bool:
         """Extend a plan by keys that are all in hot and fit its lot, in one step. Else False, with nothing changed."""
-        more = self._all_hot(keys, inf)
+        more = self._all_hot(keys, entries, self._r.clock.now(), inf)
         if more is None or not (plan.nbytes + more.nbytes <= how.at_most_nbytes or (how.whole_if_hot and plan.hot)):
             return False
         for have, found in ((plan.keys, more.keys), (plan.tiers, more.tiers), (plan.entries, more.entries),
@@ -209,13 +217,13 @@ class ReadPath:
         plan.nbytes += more.nbytes
         return True
 
-    def _looked(self, keys: Sequence[Key], how: "_Lot") -> Plan:
-        plan = self._nothing_yet()
-        self._look(plan, keys, how)
+    def _find(self, keys: Sequence[Key], leading: bool, at_most_nbytes: float, whole_if_hot: bool) -> Plan:  # noqa: FBT001 - a private one's
+        now, entries = self._r.clock.now(), self._r.hot.held(keys)
+        plan = self._all_hot(keys, entries, now, inf if whole_if_hot else at_most_nbytes)
+        if plan is None:
+            plan = _nothing_yet(now)
+            self._look(plan, keys, entries, _Lot(leading, at_most_nbytes, whole_if_hot))
         return plan
-
-    def _nothing_yet(self) -> Plan:
-        return Plan([], [], [], [], self._r.clock.now(), 0, hot=True, misses=[])
 
     def _dropped_what_lies(self, plan: Plan) -> bool:
         """Whether a plan refused for its size held a record that only said so, which is dropped. Without the lock.
@@ -255,9 +263,9 @@ class ReadPath:
         for part in slices(keys, LOOK_MAX):
             before = len(held)
             with r.lock:
-                for key in part:
-                    meta = r.peek(key)
-                    place = r.lookup(key) if meta is not None else None
+                now, metas = r.clock.now(), list(map(r.index.get, part))
+                for key, meta in zip(part, metas, strict=True):
+                    place = None if meta is None or meta.expired(now) else r.lookup(key)
                     held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
                 if lookup is not None:
                     missing = held.index(None, before) if None in held[before:] else None
@@ -330,17 +338,17 @@ class ReadPath:
             held.append(found)
         return True
 
-    def _all_hot(self, keys: Sequence[Key], at_most_nbytes: float) -> Plan | None:
+    def _all_hot(
+        self, keys: Sequence[Key], entries: Sequence[Entry | None], now: float, at_most_nbytes: float
+    ) -> Plan | None:
         """The plan where hot holds all of the keys and they are one lot. Else None, with nothing changed.
 
-        The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
+        entries: what hot holds under them. The commonest get of all, so each step goes over all keys at once: a call
+        for each of them costs ten times this.
         """
-        r = self._r
-        entries = r.hot.held(keys)
         if not all(entries):
             return None
-        now = r.clock.now()
-        metas = list(map(r.index.__getitem__, keys))
+        metas = list(map(self._r.index.__getitem__, keys))
         for meta in metas:
             if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                 return None  # `_look` forgets it
@@ -349,21 +357,21 @@ class ReadPath:
             return None
         return Plan(keys, _HOT * len(keys), entries, metas, now, nbytes, hot=True)
 
-    def _look(self, plan: Plan, keys: Sequence[Key], how: "_Lot") -> bool:
+    def _look(self, plan: Plan, keys: Sequence[Key], entries_in_hot: Sequence[Entry | None], how: "_Lot") -> bool:
         """Extend a plan by any keys, as many as make one lot. Forgets those whose deadline has passed.
 
-        False: the plan ends here, before the last of them.
+        entries_in_hot: what hot holds under them. False: the plan ends here, before the last of them.
         """
         r = self._r
         found_keys, tiers, entries, metas, misses = cast("_Lists", (
             plan.keys, plan.tiers, plan.entries, plan.metas, plan.misses,
         ))  # fmt: skip
         nbytes, hot, now = plan.nbytes, plan.hot, plan.now
-        for key in keys:
+        for key, in_hot in zip(keys, entries_in_hot, strict=True):
             meta = r.index.get(key)
             if meta is not None and now >= meta.deadline:
                 meta = r.live(key)  # which forgets it, or only unpins it
-            place = r.lookup(key) if meta is not None else None
+            place = None if meta is None else r.lookup_below(key) if in_hot is None else ("hot", in_hot)
             if meta is None or place is None:
                 misses.append(r.miss_cause(key))
                 if how.leading:

@@ -15,7 +15,7 @@ with more chunks leaves in slices, the deepest chunks first, so that there are n
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf
@@ -159,6 +159,18 @@ class Residency:
             return None
         return meta
 
+    def live_of(self, keys: Sequence[Key]) -> list[tuple[Key, Meta]]:
+        """Those of the keys that are `live`, with their Metas."""
+        now, found = self.clock.now(), list[tuple[Key, Meta]]()
+        for key, meta in zip(keys, list(map(self.index.get, keys)), strict=True):
+            if meta is None:
+                continue
+            if now >= meta.deadline:
+                # One by one: a key that is forgotten takes along what continues it.
+                return [(key, meta) for key in keys if (meta := self.live(key)) is not None]
+            found.append((key, meta))
+        return found
+
     def first_missing(self, keys: Sequence[Key]) -> int:
         """How many of the leading keys are held and have not expired. Any thread, without the lock; forgets nothing."""
         index, now = self.index, self.clock.now()
@@ -170,8 +182,10 @@ class Residency:
     def lookup(self, key: Key) -> tuple[TierName, Entry | None] | None:
         """The uppermost place of a live key, and the entry there: None for cold, which is read outside the lock."""
         entry = self.hot.get(key)
-        if entry is not None:
-            return "hot", entry
+        return self.lookup_below(key) if entry is None else ("hot", entry)
+
+    def lookup_below(self, key: Key) -> tuple[TierName, Entry | None] | None:
+        """The same of a key that is not in hot."""
         moving = self.transit.get(key)
         if moving is not None:
             return moving
@@ -191,8 +205,10 @@ class Residency:
     def touch(self, keys_deepest_first: Iterable[Key]) -> None:
         """Count as use, in every tier that holds them."""
         keys = list(keys_deepest_first)
-        self.hot.touch(keys)
-        self.warm.touch(keys)
+        if not keys:
+            return
+        self.hot.order.touch(keys)
+        self.warm.order.touch(keys)
         if self.cold is not None:
             self.cold.touch(keys)
 
@@ -262,6 +278,18 @@ class Residency:
             self.chains.replace(key, meta, old)
         self.deadlines.watch(key, meta)
         return ticket
+
+    def install_new(self, metas: Mapping[Key, Meta]) -> None:
+        """`install` of keys that are not held, what is continued before what continues it."""
+        self.index.add(metas)
+        self.chains.link_all(metas)
+        for key, meta in metas.items():
+            meta.owner.entries += 1
+            self.tombstones.pop(key, None)
+            self.lookups.asked.discard(key)
+            if self.balance is not None:
+                self.balance.put(key)
+        self.deadlines.watch_all(metas)
 
     def recover(self, found: "Recovered") -> None:
         """Take over the keys that a restart found on disk, with owners and links. Before anything else is held.

@@ -6,7 +6,7 @@ sizes, so the same mover, tiers and policies can be asked what they would do wit
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -21,12 +21,9 @@ from kvstore.entries.compact import packed
 from kvstore.entries.entry import NO_ATTRS, EncodedTensor, Entry
 from kvstore.keys import Key
 from kvstore.residency.state import Residency
+from kvstore.shm.arena import Room
 
 _RAM = torch.device("cpu")
-
-
-Room = Callable[[Mapping[str, TensorSpec]], dict[str, torch.Tensor] | None]
-"""Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
 
 
 class Transcoder(Protocol):
@@ -77,18 +74,6 @@ def raw_entry(
         for name, x in tensors.items()
     }
     return Entry(key, raw, lossy=lossy, block=getattr(tensors, "place", None))
-
-
-def empty_tensors(specs: Mapping[str, TensorSpec], device: torch.device = _RAM) -> dict[str, torch.Tensor]:
-    """Tensors to fill, in ordinary memory or on a device."""
-    return {
-        name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for name, spec in specs.items()
-    }
-
-
-def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
-    """Tensors to fill: in `room` if there is any, else in ordinary memory."""
-    return room(specs) or empty_tensors(specs)
 
 
 class TensorTranscoder:

@@ -21,6 +21,7 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.keys import CHUNK_TOKENS, KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.owner import Owner
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.options import PutOptions
 from kvstore.packed import PackedTensor, any_packed
@@ -76,9 +77,8 @@ class WritePath:
 
     def take_entries(self, entries: Sequence[Entry], options: PutOptions, parent: Key | None) -> int:
         """As `put_chain`, of entries that are made already."""
-        now, deepest_first = self._r.clock.now(), entries[::-1]
-        metas = [self._meta(nbytes, options, now) for nbytes in [entry.value_nbytes for entry in deepest_first]]
-        made = zip(deepest_first, metas, strict=True)
+        now = self._r.clock.now()
+        made = [(entry, self._meta(entry.value_nbytes, options, now)) for entry in reversed(entries)]
         keys = [entry.key for entry in entries]
         return self.take_chain(keys, made, parent, pin=options.pin, namespace=options.namespace)
 
@@ -91,26 +91,37 @@ class WritePath:
         pin: bool = False,
         namespace: str = "",
     ) -> int:
-        """Like `put_chain`, of entries with their Metas. They may be made while they are taken, one at a time."""
+        """Like `put_chain`, of entries with their Metas. They may be made while they are taken, one at a time.
+
+        A short list of new ones for which there is room is taken at once.
+        """
         if not keys:
             return 0
-        r = self._r
+        r, whole = self._r, isinstance(deepest_first, list) and len(keys) <= SLICE and self._device_hot is None
         with r.lock:
             if parent is not None and r.live(parent) is None:
                 r.counters.refused_chunks += len(keys)
                 return 0
             # A chain is one namespace's, whatever its later chunks are put under.
             owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
+            chained = _chained(deepest_first, keys, parent, owner)
+            if whole:
+                chained = list(chained)
+                whole = self._mover.admit_chain(chained)
         lost: list[Key] = []
         nbytes = 0
+        rooted = whole and r.events is None
         try:
-            for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
-                meta.parent, meta.root = before, before is None
-                meta.owner = owner
-                self._take(entry, meta, pin=pin)
+            for entry, meta in chained:
+                if not whole:
+                    self._take(entry, meta)
+                if pin or meta.pinned_children:  # or a pinned chunk continues it
+                    self._pin(entry.key, asked=pin)
                 nbytes += meta.value_nbytes
+                rooted = rooted and meta.rooted
         finally:
-            lost = self._settle(keys)
+            if not rooted:
+                lost = self._settle(keys)
         if self.offer is not None:
             self.offer(keys, nbytes)
         if parent is not None:
@@ -135,8 +146,7 @@ class WritePath:
                 for key in part:
                     r.live(key)  # an expired one leaves now: later it would take along what continues it
         try:
-            for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
-                meta.parent, meta.root, meta.owner = before, before is None, owner
+            for entry, meta in _chained(deepest_first, keys, parent, owner):
                 try:
                     self._mover.admit_below(entry, meta, partial(wanted, entry.key))
                 except OverQuota:
@@ -172,19 +182,24 @@ class WritePath:
         with self._r.lock:
             above = None if parent is None else self._r.index.get(parent)
             meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
-        self._take(entry, meta, pin=options.pin)
+            tickets = self._mover.admit_at_once(entry, meta) if self._device_hot is None else None
+        if tickets is None:
+            self._take(entry, meta)
+        elif tickets:
+            self._mover.wait(tickets)
+        if options.pin or meta.pinned_children:
+            self._pin(entry.key, asked=options.pin)
         # A root is linked when it is taken; in a chain its parent may have left meanwhile.
-        stored = (meta.parent is None and self._r.events is None) or not self._settle((entry.key,))
+        rooted = meta.parent is None or (tickets is not None and meta.rooted)
+        stored = (rooted and self._r.events is None) or not self._settle((entry.key,))
         if stored and parent is not None and self.offer is not None:
             self.offer((entry.key,), meta.value_nbytes)
         return stored
 
-    def _take(self, entry: Entry, meta: Meta, *, pin: bool) -> None:
+    def _take(self, entry: Entry, meta: Meta) -> None:
         if self._device_hot is not None and entry.encoding == "raw":
             entry = self._device_hot.place(entry, meta.owner)
         self._mover.admit(entry, meta)
-        if pin or meta.pinned_children:  # or a pinned chunk continues it
-            self._pin(entry.key, asked=pin)
 
     def _pin(self, key: Key, *, asked: bool) -> None:
         """Pin what was put, because that was asked for, or because a pinned chunk continues it."""
@@ -292,6 +307,15 @@ class WritePath:
         if own and dense.is_contiguous() and dense.device.type == "cpu":
             return dense
         return dense.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _chained(
+    deepest_first: Iterable[tuple[Entry, Meta]], keys: Sequence[Key], parent: Key | None, owner: Owner
+) -> Iterable[tuple[Entry, Meta]]:
+    """The entries of a chain, whose keys are these, root first, each one's Meta naming the chunk that it continues."""
+    for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
+        meta.parent, meta.root, meta.owner = before, before is None, owner
+        yield entry, meta
 
 
 def tokens_of(entry: Entry) -> int:

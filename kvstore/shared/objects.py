@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES
+from kvstore.boundary import Blaming
 from kvstore.entries import record
 from kvstore.entries.entry import Entry
 from kvstore.entries.sealing import Key as SealKey
@@ -132,9 +133,9 @@ def opened(names: Names, alias: Key, key: Key, head: Head, data: bytearray, seal
     if not (found.sealed or clear):
         raise RecordCorrupt("the record is in clear, and store.shared.clear is not true")
     stored = _aligned(inside[found.nbytes :], copied=not found.sealed)
-    entry = record.assemble(
-        found, bytes(inside[: found.nbytes]), stored, alias, xxhash.xxh3_64_intdigest(stored.data), seals
-    )
+    with Blaming(RecordCorrupt, "record"):  # the boundary: another host wrote it, or somebody else
+        digest = xxhash.xxh3_64_intdigest(stored.data)
+        entry = record.assemble(found, bytes(inside[: found.nbytes]), stored, alias, digest, seals)
     own = Entry(key, entry.tensors, lossy=entry.lossy)
     return Arrived(own, head.ttl_s, found.exact, namespace)
 

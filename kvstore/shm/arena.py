@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvstore import arrays
 from kvstore.dtypes import TensorSpec
 from kvstore.shm.freelist import FreeList
 from kvstore.shm.layout import CLOSED, aligned, layout
@@ -41,6 +42,8 @@ _MADV_POPULATE_WRITE = 23
 _F_ADD_SEALS = 1033
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 
+_RAM = torch.device("cpu")
+
 _madvise = ctypes.CDLL(None, use_errno=True).madvise  # through ctypes: mmap.madvise would hold the GIL
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -48,6 +51,11 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 Owner = int | str
 """A user id, or a name for one user's processes as what they are to the daemon now."""
 
+
+Room = Callable[[Mapping[str, TensorSpec]], dict[str, torch.Tensor] | None]
+"""Where tensors are made: room for an entry of these specs, or None where ordinary memory must do."""
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 Register = Callable[[int, int], Callable[[], None] | None]
 """Registers memory, (address, bytes), with a device. Returns what undoes it; None: it was not registered."""
@@ -142,13 +150,42 @@ class _Given(weakref.ref["np.ndarray[Any, np.dtype[np.uint8]]"]):
 
 
 class BlockTensors(dict[str, torch.Tensor]):
-    """The tensors of one entry in one block. place: where that is; None where no tensor has a byte to hold it by."""
+    """The tensors of one entry in one block.
 
-    __slots__ = ("place",)
+    place: where that is; None where no tensor has a byte to hold it by. spans: (start, bytes) of each, from there.
+    """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], place: Place | None) -> None:
+    __slots__ = ("place", "spans")
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], place: Place | None, spans: Sequence[tuple[int, int]] = ()
+    ) -> None:
         super().__init__(tensors)
-        self.place = place
+        self.place, self.spans = place, spans
+
+
+def empty_tensors(specs: Mapping[str, TensorSpec], device: torch.device = _RAM) -> dict[str, torch.Tensor]:
+    """Tensors to fill, in ordinary memory or on a device."""
+    return {
+        name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for name, spec in specs.items()
+    }
+
+
+def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """Tensors to fill: in `room` if there is any, else in ordinary memory."""
+    return room(specs) or empty_tensors(specs)
+
+
+def filled_from(sources: Sequence[Bytes], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Tensors just made, filled with the bytes of each, in order, without the GIL."""
+    if isinstance(tensors, BlockTensors) and tensors.place is not None:
+        block = tensors.place.segment.bytes[tensors.place.start :]
+        targets: Iterable[Bytes] = [block[at : at + nbytes] for at, nbytes in tensors.spans]
+    else:
+        targets = map(arrays.as_bytes, tensors.values())
+    for target, source in zip(targets, sources, strict=True):
+        np.copyto(target, source)
+    return tensors
 
 
 class Arena:
@@ -223,8 +260,9 @@ class Arena:
                 else torch.empty(0, dtype=dtype, device="cpu")
             )
             tensors[name] = flat.reshape(spec.shape)
-        holds = any(size for _, size in places.values())
-        return BlockTensors(tensors, Place(segment, start, generation) if holds else None)
+        spans = tuple(places.values())
+        holds = any(size for _, size in spans)
+        return BlockTensors(tensors, Place(segment, start, generation) if holds else None, spans)
 
     def place_in(
         self, tensors: Mapping[str, Any], places: Mapping[str, tuple[int, int]], nbytes: int, owner: Owner

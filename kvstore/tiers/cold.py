@@ -235,7 +235,7 @@ class Cold:
 
     def holds(self, key: object) -> bool:
         """Whether the tier holds a key. With the lock held."""
-        return key in self._pinned or key in self._order
+        return key in self._order or key in self._pinned
 
     def owner_of(self, key: Key) -> Owner:
         """Whose a key is."""
@@ -349,7 +349,7 @@ class Cold:
         """Count as use, in the order given. Written down by the next `flush_meta`."""
         with self._changed:
             held = self._order.touch(keys)
-            if self._pinned:
+            if self._pinned.nbytes:
                 held += filter(self._pinned.__contains__, keys)
             self._records.touch(held)
 

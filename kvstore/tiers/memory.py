@@ -5,9 +5,9 @@ Invariants: `used_nbytes` is the sum of `entry.nbytes` held, and at most `capaci
 holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from kvstore.entries.entry import Entry
+from kvstore.entries.entry import Entry, untrack_all
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -18,7 +18,7 @@ from kvstore.tiers.order import Order
 
 
 class MemoryTier:
-    """A bounded dictionary of entries."""
+    """A bounded dictionary of entries. order: who leaves next; it is told of use without a word to the tier."""
 
     def __init__(
         self, name: TierName, capacity_nbytes: int, *, pin_max_fraction: float = 0.5, order: Order | None = None
@@ -28,7 +28,7 @@ class MemoryTier:
         self.capacity_nbytes = capacity_nbytes
         self._entries: Spread[Entry] = Spread()
         pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
-        self._order = Order(tier=name, pin_max_nbytes=pin_max_nbytes) if order is None else order
+        self.order = Order(tier=name, pin_max_nbytes=pin_max_nbytes) if order is None else order
         self._used_nbytes = 0
 
     @property
@@ -44,38 +44,38 @@ class MemoryTier:
 
     def keys(self) -> Iterator[Key]:
         """Keys, least recently used first; pinned ones last."""
-        return iter(self._order)
+        return iter(self.order)
 
     def keys_now(self) -> list[Key]:
         """A copy of `keys`. Any thread, without the lock: a million take some milliseconds."""
-        return self._order.keys_now()
+        return self.order.keys_now()
 
     def tenants(self) -> dict[str, int]:
         """Bytes held by tenant."""
-        return self._order.used()
+        return self.order.used()
 
     def leaf(self, key: Key) -> Key:
         """A chunk that continues a key, that this tier holds unpinned, and that none in it continues; or the key."""
-        return self._order.leaf(key)
+        return self.order.leaf(key)
 
     def let_go(self, keys: Iterable[Key]) -> list[tuple[Key, bool, int]]:
         """Take keys out of the order, not out of the tier: their owner changes. Returns (key, if pinned, bytes)."""
-        found = [(key, self._order.is_pinned(key), self._entries[key].nbytes) for key in keys if key in self._entries]
+        found = [(key, self.order.is_pinned(key), self._entries[key].nbytes) for key in keys if key in self._entries]
         for key, _, nbytes in found:
-            self._order.forget(key, nbytes)
+            self.order.forget(key, nbytes)
         return found
 
     def take_back(self, keys: Iterable[tuple[Key, bool, int]]) -> None:
         """Put the keys that `let_go` returned back into the order, under their present owners."""
         for key, pinned, nbytes in keys:
-            self._order.track(key, nbytes)
+            self.order.track(key, nbytes)
             if pinned:
-                self._order.pin(key, nbytes)
+                self.order.pin(key, nbytes)
 
     def resize(self, nbytes: int, pin_max_nbytes: int) -> None:
         """Another budget, and another limit of pins. It may hold more until somebody displaces the rest."""
         self.capacity_nbytes = nbytes
-        self._order.set_pin_limit(pin_max_nbytes)
+        self.order.set_pin_limit(pin_max_nbytes)
 
     def get(self, key: Key) -> Entry | None:
         """The entry; this does not count as use."""
@@ -87,14 +87,21 @@ class MemoryTier:
 
     def admits(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size fits if all unpinned entries leave, within its owner's quotas."""
-        return nbytes <= self.capacity_nbytes - self._order.pinned_beside(key) and self._order.admits(owner, nbytes)
+        return nbytes <= self.capacity_nbytes - self.order.pinned_beside(key) and self.order.admits(owner, nbytes)
+
+    def takes_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Whether all of these can be put now. They are one owner's, and none replaces another one."""
+        nbytes, owner = sum(entry.nbytes for entry, _ in held), held[0][1].owner
+        return self._used_nbytes + nbytes <= self.capacity_nbytes and (
+            not owner.limited or self.order.within_quota(owner, nbytes)
+        )
 
     def has_room(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size can be put now; it replaces the entry of the same key, if there is one."""
         replaced = self._entries.get(key)
         more = nbytes if replaced is None else nbytes - replaced.nbytes
         return self._used_nbytes + more <= self.capacity_nbytes and (
-            not owner.limited or self._order.within_quota(owner, more)
+            not owner.limited or self.order.within_quota(owner, more)
         )
 
     def displace(self, nbytes: int, key: Key, owner: Owner = NOBODY) -> Entry | None:
@@ -106,15 +113,15 @@ class MemoryTier:
 
     def take_next(self, nbytes: int, owner: Owner) -> Entry:
         """The entry that is the next to leave for `nbytes` of an owner, taken out. Raises OverQuota as `displace`."""
-        victim = self._order.victim(owner, nbytes)
+        victim = self.order.victim(owner, nbytes)
         if victim is None:
             raise OverQuota(
-                f"{nbytes} bytes do not fit the {self.name} tier: {self._order.pinned_nbytes} of its "
+                f"{nbytes} bytes do not fit the {self.name} tier: {self.order.pinned_nbytes} of its "
                 f"{self.capacity_nbytes} bytes are pinned; unpin something or enlarge the tier"
             )
         entry = self._entries.pop(victim)
         self._used_nbytes -= entry.nbytes
-        self._order.evict(victim, entry.nbytes)
+        self.order.evict(victim, entry.nbytes)
         return entry
 
     def put(self, entry: Entry, *, soon: bool = False, meta: Meta | None = None) -> None:
@@ -124,41 +131,49 @@ class MemoryTier:
         """
         key, nbytes, pinned = entry.key, entry.nbytes, False
         if key in self._entries:
-            pinned = self._order.is_pinned(key)
+            pinned = self.order.is_pinned(key)
             self.remove(key)
         if self._used_nbytes + nbytes > self.capacity_nbytes:
             raise OverQuota(f"the {self.name} tier has no room for {nbytes} bytes: displace first")
         entry.untrack()
         self._entries[key] = entry
         self._used_nbytes += nbytes
-        self._order.track(key, nbytes, soon=soon, meta=meta)
+        self.order.track(key, nbytes, soon=soon, meta=meta)
         if pinned:
-            self._order.pin(entry.key, entry.nbytes)
+            self.order.pin(entry.key, entry.nbytes)
+
+    def put_new(self, held: Sequence[tuple[Entry, Meta]]) -> None:
+        """`put` of entries that are not held and have room, the last one as the most recently used."""
+        untrack_all([entry for entry, _ in held])
+        for entry, _ in held:
+            self._entries[entry.key] = entry
+            self._used_nbytes += entry.nbytes
+        self.order.track_all([(entry.key, entry.nbytes, meta) for entry, meta in held])
 
     def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given."""
-        self._order.touch(keys)
+        self.order.touch(keys)
 
     def remove(self, key: Key) -> bool:
         """Forget a key and its pin."""
         entry = self._entries.take(key)
         if entry is None:
             return False
-        self._order.forget(key, entry.nbytes)
+        self.order.forget(key, entry.nbytes)
         self._used_nbytes -= entry.nbytes
         return True
 
     def pin(self, key: Key) -> None:
         """Keep a held key from `displace`. Does nothing if it is pinned. Raises OverQuota over the share for pins."""
         entry = self._entries.get(key)
-        if entry is None or self._order.is_pinned(key):
+        if entry is None or self.order.is_pinned(key):
             return
-        self._order.check_pin(key, entry.nbytes)
-        self._order.pin(key, entry.nbytes)
+        self.order.check_pin(key, entry.nbytes)
+        self.order.pin(key, entry.nbytes)
 
     def unpin(self, key: Key) -> None:
         """Allow `displace` to take a key again; it counts as the most recently used."""
-        self._order.unpin(key)
+        self.order.unpin(key)
 
     def close(self) -> None:
         """Drop every entry."""

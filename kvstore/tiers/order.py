@@ -67,6 +67,8 @@ class Order:
         self._used: dict[str, int] = {"": 0}
         self._tenant_of: dict[str, str] = {"": ""}
         self._alone = True  # one lane, as in most stores: `owner_of` is not called
+        self.touch: Callable[[Iterable[Key]], list[Key]] = self._first.touch
+        """Count as use, in the order given. Returns the held keys without the pinned ones."""
         self.tenants = tenants
         self._pinned = Pinned(pin_max_nbytes, tier, tenants)
 
@@ -111,7 +113,7 @@ class Order:
     def _open_lane(self, owner: Owner) -> Policy:
         self._used[owner.lane] = 0
         self._tenant_of[owner.lane] = owner.tenant
-        self._alone = False
+        self._alone, self.touch = False, self._touch_each
         lane = self._lanes[owner.lane] = self._policy()
         return lane
 
@@ -138,6 +140,20 @@ class Order:
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
+    def track_all(self, held: Sequence[tuple[Key, int, Meta]]) -> None:
+        """`track` of new keys of one owner: each with its bytes and its Meta."""
+        owner = held[0][2].owner
+        lane = self._lanes.get(owner.lane)
+        if lane is None:
+            lane = self._open_lane(owner)
+        for key, nbytes, meta in held:
+            lane.track(key, soon=meta.soon)
+            self._used[owner.lane] += nbytes
+            owner.nbytes[self._at] += nbytes
+        for key, _, meta in held:
+            if meta.parent is not None:
+                self._branches.add(key, meta.parent)
+
     def _meta(self, key: Key) -> Meta | None:
         """The key's Meta, where this order knows of chains."""
         return None if self._index is None else self._index.get(key)
@@ -161,10 +177,7 @@ class Order:
                 for row in own.tolist():
                     lane.track(keys[row])
 
-    def touch(self, keys: Iterable[Key]) -> list[Key]:
-        """Count as use, in the order given. Returns the held keys without the pinned ones."""
-        if self._alone:
-            return self._first.touch(keys)
+    def _touch_each(self, keys: Iterable[Key]) -> list[Key]:
         return [key for key in keys if self._lane_of(key).touch((key,))]
 
     def forget(self, key: Key, nbytes: int = 0) -> None:

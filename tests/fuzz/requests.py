@@ -26,7 +26,7 @@ from kvstore.arrays import as_bytes
 from kvstore.options import PutOptions
 from kvstored.access.tokens import digest, make_token
 from kvstored_client import Client
-from kvstored_client.puts import Outgoing
+from kvstored_client.puts import outgoing
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import DaemonProcess, wait_until
 
@@ -61,7 +61,8 @@ IN_FLIGHT = 32
 def _packed(codec: str) -> tuple[pb.PutHeader, bytes]:
     """The header and the bytes of an entry that its client has encoded."""
     numbers = np.random.default_rng(1).standard_normal((2, 33, 2, 32), dtype=np.float32)
-    entry = Outgoing(POOL[0], encode({"k": numbers, "n": np.arange(5)}, codec=codec), PutOptions(ttl_s=60))
+    put = (POOL[0], encode({"k": numbers, "n": np.arange(5)}, codec=codec), None)
+    entry = outgoing([put], PutOptions(ttl_s=60))[0]
     return pb.PutHeader.FromString(entry.header), b"".join(as_bytes(x).tobytes() for x in entry.tensors.values())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from kvstore.store import Store
 from kvstore.tiers.cold import Cold
+from kvstore.tiers.order import Order
 
 ANYBODY = {
     "__init__",
@@ -111,7 +112,7 @@ def guard_store(guard: Guard, store: Store) -> None:
     for thing in (r, r.hot, r.warm, r.chains, r.tombstones, r.flights, r.deadlines, r.tenants):
         guard.methods(thing, lock)
     # Only where it changes or is walked: `meta_of` and `owner_of` look a key up from any thread.
-    guard.methods(r.index, lock, "__setitem__", "__delitem__", "__iter__", "__getitem__", "take", "clear", "rest")
+    guard.methods(r.index, lock, "__setitem__", "__delitem__", "__iter__", "__getitem__", "add", "clear", "rest")
     for thing in (r.counters, *r.counters.tiers.values()):
         guard.attributes(thing, lock)
     r.transit = guard.mapping(r.transit, lock, "transit")
@@ -119,12 +120,19 @@ def guard_store(guard: Guard, store: Store) -> None:
     _set(r.counters, "hits_in", guard.mapping(Counter(), lock, "hits_in"))
     if r.balance is not None:
         guard.methods(r.balance, lock)
-    guard.methods(r.hot._order, lock)
-    guard.methods(r.warm._order, lock)
+    guard_order(guard, r.hot.order, lock)
+    guard_order(guard, r.warm.order, lock)
     moving: Held = store._mover._moving.locked
     guard.methods(store._mover, moving, "_place", "_sink", "_demote_one", "_copy_to_cold")
     if isinstance(r.cold, Cold):
         guard_cold(guard, r.cold)
+
+
+def guard_order(guard: Guard, order: Order, lock: Held) -> None:
+    """An order of keys: of use its only lane is told itself."""
+    guard.methods(order, lock)
+    guard.methods(order._first, lock, "touch")
+    order.touch = order._first.touch
 
 
 def _set(thing: object, name: str, value: Any) -> Any:
@@ -135,7 +143,7 @@ def _set(thing: object, name: str, value: Any) -> Any:
 def guard_cold(guard: Guard, cold: Cold) -> None:
     """A disk's: its order, what waits for the writer, pins, and what is to be written down."""
     lock: Held = cold._changed._is_owned  # type: ignore[attr-defined]
-    guard.methods(cold._order, lock)
+    guard_order(guard, cold._order, lock)
     guard.methods(cold._records._pending, lock)
     guard.methods(cold._pinned, lock)
     writer = cold._records._writer

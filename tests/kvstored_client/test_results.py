@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from kvstore.errors import InvalidEntry, RecordCorrupt
+from kvstore.errors import InvalidEntry, LeaseKept, RecordCorrupt
 from kvstored_client import Client
 from kvstored_client.stream.receiver import Receiver
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -73,6 +73,26 @@ def test_a_lease_from_nobody_is_a_miss(tmp_path):
             assert hit is None
         with client.lease_many([b"k", b"l"]) as hits:
             assert not any(hits)
+
+
+def test_hits_of_a_lease_are_the_same_by_position_and_in_turn(shared_daemon):
+    """More than are made together, with misses among them; each is made once."""
+    client = shared_daemon.client(framework="numpy")
+    keys = [b"hit %d" % i for i in range(40)]
+    client.put_many([(key, {"x": np.full(10, i)}) for i, key in enumerate(keys) if i % 7])
+    with client.lease_many(keys) as hits:
+        third = hits[3]
+        seen = [None if hit is None else int(hit.tensors["x"][0]) for hit in hits]
+        assert seen == [i if i % 7 else None for i in range(40)]
+        assert third is hits[3]
+        assert hits[-1] is hits[39]
+        assert [hit is None for hit in hits[:2]] == [True, False]
+        for outside in (40, -41):
+            with pytest.raises(IndexError):
+                hits[outside]
+        del third
+    with pytest.raises(LeaseKept):
+        hits[1].tensors["x"]
 
 
 def test_strided_conjugated_and_empty_tensors_are_put_as_their_values(shared_daemon):

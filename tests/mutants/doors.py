@@ -134,8 +134,8 @@ DOORS = (
         "held = dict(reversed(list(zip(keys, (tensors for _, tensors in pairs), strict=True))))",
         "of two entries under one key the first is kept",
     ),
-    ("kvstore/codecs/nf4.py", "if encoded.parts.keys() != set(names):", "if False:", "parts that no client takes"),
-    ("kvstore/codecs/nf4.py", "if not bool(torch.isfinite(part).all()):", "if False:", "values that are no numbers"),
+    ("kvstore/codecs/parts.py", "if encoded.parts.keys() != set(names):", "if False:", "parts that no client takes"),
+    ("kvstore/codecs/parts.py", "if not bool(torch.isfinite(part).all()):", "if False:", "values that are no numbers"),
     (
         "kvstore/entries/facts.py",
         "if attrs and len(json.dumps(attrs)) > ATTRS_MAX_NBYTES:",

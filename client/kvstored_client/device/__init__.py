@@ -64,6 +64,10 @@ class Transfers:
             self._opened = [open_driver()]
         return self._opened[0]
 
+    def serves(self, entries: Iterable[Mapping[str, Any] | None]) -> bool:
+        """Whether any of these tensors is on a GPU that a driver serves."""
+        return bool(_devices(entries)) and self.driver is not None
+
     def batch_for(self, entries: Iterable[Mapping[str, Any] | None]) -> Batch | None:
         """A request's copies to or from these tensors; None: none of them is on a GPU that a driver serves."""
         devices = _devices(entries)

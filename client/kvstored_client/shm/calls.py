@@ -8,6 +8,7 @@ interrupted, and is abandoned.
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Self, cast, overload
 
 from kvstore import arrays
@@ -31,17 +32,20 @@ KEYS_PER_PACKET = 512
 _PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
 _HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
 _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
+HITS_AT_ONCE = 16
+"""Hits of a lease that are made together where all are looked at in turn."""
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
 
 
 class LeasedTensors(Mapping[str, Any]):
-    """The tensors of a leased hit, made when first looked at, until the lease ends."""
+    """The tensors of a leased hit, made when first looked at, until the lease ends. specs: of them, once decoded."""
 
     def __init__(self, lease: "Lease", block: "Block") -> None:
         self._lease: Lease | None = lease
         self._block = block
         self._made: dict[str, Any] | None = None
+        self.specs = block.specs
 
     def _held(self) -> dict[str, Any]:
         if self._lease is None:
@@ -62,12 +66,10 @@ class LeasedTensors(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._held())
 
-    def end(self) -> None:
-        """Let go of the tensors; torch tensors handed out become empty, whoever holds them."""
-        if self._made is not None and self._lease is not None and self._lease.framework == "torch":
-            for x in arrays_in(self._made):
-                x.set_()
-        self._lease = self._made = None
+    def end(self) -> dict[str, Any]:
+        """Let go of the tensors. Returns those that were made."""
+        made, self._lease, self._made = self._made, None, None
+        return {} if made is None else made
 
 
 class Lease:
@@ -142,29 +144,40 @@ class LeasedHits(Sequence[Hit | None]):
     def __getitem__(self, at: int | slice) -> Hit | list[Hit | None] | None:
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        item = self._items[at]
-        if item is None:
+        if self._items[at] is None:
             return None
-        if at < 0:
-            at += len(self._items)
-        hit = self._made.get(at)
-        if hit is None:
+        at %= len(self._items)
+        return self._made.get(at) or self._made_of((at,))[0]
+
+    def __iter__(self) -> Iterator[Hit | None]:
+        runs = (range(at, min(at + HITS_AT_ONCE, len(self))) for at in range(0, len(self), HITS_AT_ONCE))
+        return chain.from_iterable(map(self._made_of, runs))
+
+    def _made_of(self, positions: Sequence[int]) -> list[Hit | None]:
+        """The hits at positions; those that were not looked at yet are made."""
+        items = [(at, item) for at in positions if at not in self._made and (item := self._items[at]) is not None]
+        if items:
             if self._lease is None:
                 raise LeaseKept("this lease has ended: its hits are only there inside the block")
             try:
-                block = block_of(self._segments, item)
+                blocks = [block_of(self._segments, item) for _, item in items]
             except UseStream as error:
                 raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
-            hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, block))
-        return hit
+            tensors = [LeasedTensors(self._lease, block) for block in blocks]
+            for (at, item), block, own in zip(items, blocks, tensors, strict=True):
+                self._made[at] = block.hit(self._reply, item, self._keys[at], own)
+        return [self._made.get(at) for at in positions]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         lease, self._lease = self._lease, None
-        for hit in self._made.values():
-            cast("LeasedTensors", hit.tensors).end()
+        made = [cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()]
+        for tensors in made if lease is not None and lease.framework == "torch" else ():
+            for x in arrays_in(tensors) if tensors else ():
+                x.set_()  # it becomes empty, whoever holds it
+        made.clear()
         if kind is None and lease is not None:
             lease.end()
 
@@ -185,10 +198,12 @@ def get(
     framework: str,
     out: Out = None,
     packed: bool = False,  # noqa: FBT001, FBT002 - handed on by position
+    on_gpu: bool = False,  # noqa: FBT001, FBT002 - as above
 ) -> tuple[list[Hit | None], int, int]:
     """(hits by position, stale blocks, boot epoch). Raises UseStream, Silent, OutMismatch or the daemon's error.
 
-    out: for each key tensors to fill, or None. packed: what is held encoded comes as it is held.
+    out: for each key tensors to fill, or None; on_gpu: some of them are on a GPU that a driver serves. packed: what is
+    held encoded comes as it is held.
     """
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
@@ -197,7 +212,7 @@ def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
-        batch = None if out is None else pool.transfers.batch_for(out)
+        batch = pool.transfers.batch_for(out) if on_gpu and out is not None else None
         late = []
         try:
             for at, item, block in found_in(reply, len(part), connection.segments):
@@ -349,13 +364,14 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
     connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
     window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
+    data = window.array
     copies = commit.copies(segment, start)
     batch = pool.transfers.batch_for([entry.tensors for entry in entries])
     if batch is None:
         for of_entry in copies:
-            copy_in(pool.copier, window.array, of_entry)
+            copy_in(pool.copier, data, of_entry)
     else:
-        store_in(pool, connection, batch, window.array, copies)
+        store_in(pool, connection, batch, data, copies)
     reply = connection.exchange(commit.message, commit.timeout_s)
     connection.uncopied = window
     connection.give_back(reply.lease)

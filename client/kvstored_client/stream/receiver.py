@@ -143,11 +143,14 @@ class _Incoming:
             self._target = Target(shape.specs, framework, out)
             if header.packed:
                 self._unpacking = Unpacking(Packed(header, shape), self._target.bytes)
-        self._scatter = Scatter([] if self._unpacking else list(self._target.bytes.values()))
+        self._scatter = None if self._unpacking else Scatter(list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
     def take(self, chunk: memoryview) -> None:
-        (self._scatter.write if self._unpacking is None else self._unpacking.take)(chunk)
+        if self._unpacking is not None:
+            self._unpacking.take(chunk)
+        elif self._scatter is not None:
+            self._scatter.write(chunk)
         self._sum.update(chunk)
 
     def call_off(self) -> None:
@@ -163,7 +166,7 @@ class _Incoming:
                 self._unpacking.finish()
             except CodecError:
                 damaged = True
-        elif self._scatter.filled_nbytes != self._scatter.due_nbytes:
+        elif self._scatter is not None and self._scatter.filled_nbytes != self._scatter.due_nbytes:
             raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
         if damaged or (xxh3 and self._sum.intdigest() != xxh3):
             return False

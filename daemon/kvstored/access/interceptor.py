@@ -2,19 +2,22 @@
 
 It decides on the metadata, before the request is read: who is not known costs no place and no memory. Health checking
 stays open, with places of its own. A refusal says what to do, and nothing about the entries held. A verb that deletes,
-pins or administers leaves a line in the audit log, and so does whatever is refused, through either door.
+pins or administers leaves a line in the audit log, and so does whatever is refused, through either door. An error of
+the engine becomes a call's status here, once (`answering`).
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import wraps
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvstore.errors import InvalidEntry
+from kvstore import errors
+from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.ownership import overflow_uid
 from kvstored.access.admission import Admission, Refusal
 from kvstored.access.open_call import OpenCall, peer_group
@@ -24,9 +27,11 @@ from kvstored.access.tenant_view import CALLER
 from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
 from kvstored.telemetry.spans import Metadata, Spans
+from kvstored_client.wire.frames import BadFrame
 from kvstored_client.wire.requests import keys_named
 
 audit = logging.getLogger("kvstored.audit")
+logger = logging.getLogger(__name__)
 
 PREFIX = "/kvstored.v1."
 HEALTH_PREFIX = "/grpc.health.v1."
@@ -55,6 +60,7 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Behavior = Callable[[Any, Any], Awaitable[Any]]
+Handler = Callable[[Any, bytes, Any], Awaitable[Any]]
 
 
 class Access:
@@ -247,20 +253,18 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _admit(self, call: OpenCall) -> float:
         """Identify the caller and give the call a place. Returns for how long it may be silent. Raises Refusal."""
-        group = peer_group(str(call.peer()))
         call.place = None
         if call.method.startswith("Health/"):
             silence_s = min(self._silence_s, STRANGER_SILENCE_S)
-            caller = group
+            caller = call.group
         else:
             identity = call.identity = self._access.identify(call)
             self._access.check(identity, call.method)
             CALLER.set(identity)  # a variable of the call's task: it ends with the call
             silence_s = self._silence_s
             # Of one tenant all tokens together. Who needs none is an address: over a unix socket, all of its users.
-            caller = f"local {group}" if identity is LOCAL else identity.account
+            caller = f"local {call.group}" if identity is LOCAL else identity.account
         call.place = self._admission.enter(call.method, caller, call.end)
-        call.add_done_callback(call.left)
         self._open.add(call)
         return silence_s
 
@@ -268,7 +272,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """End a call, when its caller's refusals have their turn. Raises."""
         call.over()
         identity = call.identity
-        delay_s = self._pace.delay_s(peer_group(str(call.peer())) if identity is None else identity.account)
+        delay_s = self._pace.delay_s(call.group if identity is None else identity.account)
         if delay_s:
             with self._pace:
                 await asyncio.sleep(delay_s)
@@ -284,12 +288,42 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _leave(self, call: OpenCall, code: str, began: float, request: Any) -> None:
         call.over()
         self._open.discard(call)
+        if not call.method.startswith("Health/"):  # a watch that ends after a day would be the slowest call of all
+            asked = request if isinstance(request, bytes) else b""
+            sent = (call.invocation_metadata() or ()) if self._records.traced else ()
+            self._records.ended(call.method, code, began, call.identity, call.peer_name, asked, sent)
         self._meter.leave(call.method)
-        if call.method.startswith("Health/"):
-            return  # a watch that ends after a day would be the slowest call of all
-        asked = request if isinstance(request, bytes) else b""
-        sent = (call.invocation_metadata() or ()) if self._records.traced else ()
-        self._records.ended(call.method, code, began, call.identity, str(call.peer()), asked, sent)
+
+
+def answering(handler: Handler) -> Handler:
+    """The boundary: an error of the engine becomes its status, any other one INTERNAL with a line in the log."""
+
+    @wraps(handler)
+    async def answer(self: Any, request: bytes, context: Any) -> Any:
+        try:
+            return await handler(self, request, context)
+        except KvstoreError as error:
+            refusal = error
+        except (BadFrame, DecodeError) as error:
+            refusal = InvalidEntry(str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            logger.exception("call failed method=%s", handler.__name__)
+            refusal = KvstoreError("internal error, see the daemon's log")
+        return await refuse(context, refusal)
+
+    return answer
+
+
+async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: KvstoreError) -> NoReturn:
+    """End a call with an error's status; its class travels in the trailing metadata."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    metadata = [("kvstored-error", name)]
+    retry_after_ms = getattr(error, "retry_after_ms", None)
+    if retry_after_ms is not None:
+        metadata.append(("retry-after-ms", str(retry_after_ms)))
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), tuple(metadata))
 
 
 def _name(code: Any) -> str:

@@ -31,6 +31,9 @@ class OpenCall:
         """Why it was ended from outside."""
         self._first: asyncio.Future[None] | None = None
         """The first message's way out."""
+        self.peer_name = str(context.peer())
+        self.group = peer_group(self.peer_name)
+        context.add_done_callback(self.left)
 
     async def read(self) -> Any:
         """The peer's next message, or grpc.aio.EOF. Raises CancelledError where the peer is gone."""

@@ -23,8 +23,8 @@ from kvstore.keys import KEY_MAX_NBYTES, CheckedKeys, Key
 from kvstore.options import PutOptions
 from kvstore.ownership import open_own
 from kvstore.residency.read_path import Found, Plan
-from kvstore.residency.transcode import Room
 from kvstore.shared.names import read_secret as read_shared_secret
+from kvstore.shm.arena import Room
 from kvstore.store import Store
 from kvstore.view import StoreView
 from kvstored.access.tokens import LOCAL, Identity

@@ -41,16 +41,16 @@ _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
 @dataclass(frozen=True)
 class Identity:
-    """A caller. tenant: None sees all keys."""
+    """A caller. tenant: None sees all keys. account: under whose name it counts: all tokens of a tenant together."""
 
     name: str
     rights: frozenset[str]
     tenant: str | None = None
+    account: str = field(init=False)
 
-    @property
-    def account(self) -> str:
-        """Under whose name it counts, beside others: all tokens of a tenant together."""
-        return f"caller {self.name}" if self.tenant is None else f"tenant {self.tenant}"
+    def __post_init__(self) -> None:
+        account = f"caller {self.name}" if self.tenant is None else f"tenant {self.tenant}"
+        object.__setattr__(self, "account", account)
 
 
 LOCAL = Identity("local", frozenset(RIGHTS))

@@ -10,7 +10,7 @@ from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import Lookup
 from kvstore.residency.read_path import Found, Plan
-from kvstore.residency.transcode import Room
+from kvstore.shm.arena import Room
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
@@ -101,14 +101,17 @@ class Reading:
         found = self._store.read(plan, room=self._room)
         hits = [encoded_reply(hit) if isinstance(hit, Found) else hit for hit in found]
         self._at = start + len(hits)
-        ended = plan.ended or len(hits) < len(plan)  # a chain ends at its first miss
+        ended = plan.ended or len(hits) < len(plan.keys)  # a chain ends at its first miss
         self.done = ended or self._at == len(self._keys)
         if ended:
             hits.append(None)
         for hit in hits:
             if isinstance(hit, EncodedReply):  # charged as if it were decoded
                 self._give_back(hit.contents.value_nbytes - hit.contents.nbytes)
-        self._charge_nbytes(min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes))
+        if self._frames_nbytes:
+            frames_nbytes = min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes)
+            self._budget.take(frames_nbytes)
+            self._counted_nbytes += frames_nbytes
         return list(enumerate(hits, start))
 
     def close(self) -> None:
@@ -124,16 +127,14 @@ class Reading:
 
     def charge(self, plan: Plan) -> None:
         """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
-        self._charge_nbytes(plan.nbytes)
-
-    def _charge_nbytes(self, nbytes: int) -> None:
-        self._budget.take(nbytes)
-        self._counted_nbytes += nbytes
+        self._budget.take(plan.nbytes)
+        self._counted_nbytes += plan.nbytes
 
     def _give_back(self, nbytes: int) -> None:
         nbytes = min(nbytes, self._counted_nbytes)
         self._counted_nbytes -= nbytes
-        self._budget.give_back(nbytes)
+        if nbytes:
+            self._budget.give_back(nbytes)
 
 
 def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:

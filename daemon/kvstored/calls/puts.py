@@ -3,23 +3,21 @@
 `Incoming` is one entry by any door; `PutStream` reads the frames of a Put. Each belongs to one call. Knows no gRPC.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 import xxhash
 
 from kvstore import arrays
 from kvstore.codecs.packing import checked_entry
-from kvstore.entries.arriving import ArrivingTensors
-from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.entry import ArrivingTensors, EncodedTensor, Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
-from kvstore.keys import KEYS_PER_CALL_MAX, check_key
+from kvstore.keys import KEYS_PER_CALL_MAX, Key, check_key
 from kvstore.options import PutOptions
-from kvstore.residency.transcode import Room, empty_tensors, made_entry, made_in
-from kvstore.shm.layout import spans
+from kvstore.residency.transcode import made_entry
+from kvstore.shm.arena import Room, empty_tensors, filled_from, made_in
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -69,10 +67,9 @@ _known_description = lru_cache(maxsize=256)(_read_description)
 class Incoming:
     """One entry being received. `nbytes` is what it will hold; nothing is allocated before `begin` or `arriving`."""
 
-    def __init__(self, header: pb.PutHeader, limit_nbytes: int) -> None:
-        """Check a header, and take it over. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
-        self.key = check_key(header.key)
-        self.parent = check_key(header.parent) if header.parent else None
+    def __init__(self, header: pb.PutHeader, key: Key, parent: Key | None, limit_nbytes: int) -> None:
+        """Check a header, and take it over: see `incoming`."""
+        self.key, self.parent = key, parent
         said_nbytes, packed = header.nbytes, tuple(header.packed)
         for field in ("key", "parent", "nbytes", "packed"):
             header.ClearField(field)
@@ -128,7 +125,7 @@ class Incoming:
         Nobody can change the copy, so what was checked is what is kept. Raises InvalidEntry.
         """
         self.begin(room)
-        _copy(self.tensors, sources)
+        filled_from(sources, self.tensors)
         self._made = self._checked()
 
     def _checked(self) -> Entry:
@@ -150,9 +147,7 @@ class Incoming:
             if room is None:
                 pairs = zip(specs.items(), sources, strict=True)
                 return {name: arrays.from_bytes(spec, x, "torch") for (name, spec), x in pairs}
-            tensors = made_in(room, specs)
-            _copy(tensors, sources)
-            return tensors
+            return filled_from(sources, made_in(room, specs))
 
         tensors = ArrivingTensors(specs, copy)
         self._entry = Entry(self.key, tensors)
@@ -190,6 +185,12 @@ class Incoming:
     def progress(self) -> str:
         """For a message about an entry that is not whole."""
         return f"received {self._filled_nbytes} of {self.nbytes} bytes of key {self.key.hex():.32}"
+
+
+def incoming(headers: Sequence[pb.PutHeader], limit_nbytes: int) -> list[Incoming]:
+    """Check headers, and take them over. Raises InvalidEntry or EntryTooLarge, with the value and the limit."""
+    keys = [(check_key(header.key), check_key(header.parent) if header.parent else None) for header in headers]
+    return [Incoming(header, *named, limit_nbytes) for header, named in zip(headers, keys, strict=True)]
 
 
 class PutStream:
@@ -232,7 +233,7 @@ class PutStream:
         self._keys += 1
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
-        entry = Incoming(header, self._limit_nbytes)
+        (entry,) = incoming((header,), self._limit_nbytes)
         self._expect_frames(self._budget.frames_of(entry.nbytes))
         self._budget.take(entry.nbytes)
         self._taken_nbytes += entry.nbytes
@@ -269,18 +270,6 @@ class PutStream:
         """Give back what is still counted, whatever happened."""
         self._budget.give_back(self._taken_nbytes)
         self._taken_nbytes = 0
-
-
-def _copy(tensors: Mapping[str, torch.Tensor], sources: Sequence[Bytes]) -> None:
-    """Copy bytes into tensors just made, without the GIL."""
-    place = getattr(tensors, "place", None)
-    if place is None:
-        targets: Iterable[Bytes] = map(arrays.as_bytes, tensors.values())
-    else:
-        block = place.segment.bytes[place.start :]
-        targets = [block[at : at + nbytes] for at, nbytes in spans(source.size for source in sources)]
-    for target, source in zip(targets, sources, strict=True):
-        np.copyto(target, source)
 
 
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:

@@ -14,9 +14,10 @@ from kvstore.hit import Copied
 from kvstore.keys import check_key, check_keys
 from kvstore.stats import Stats
 from kvstore.store import Store
+from kvstored.access.interceptor import answering
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.snapshot import Snapshot, last_within
-from kvstored.doors.service import Context, Service, answering
+from kvstored.doors.service import Context, Service
 from kvstored.live import LiveSettings
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import (

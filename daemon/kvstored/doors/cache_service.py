@@ -20,8 +20,9 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import check_saved
-from kvstore.residency.transcode import Room
+from kvstore.shm.arena import Room
 from kvstore.view import StoreView
+from kvstored.access.interceptor import answering
 from kvstored.access.shares import Shares, charged
 from kvstored.access.tenant_view import CALLER, TenantViews
 from kvstored.calls.budget import Budget
@@ -30,7 +31,7 @@ from kvstored.calls.gets import Reading, hit_frames, on_device
 from kvstored.calls.puts import PutStream, put_ready
 from kvstored.calls.shared_reads import SharedReads
 from kvstored.calls.verbs import Verbs
-from kvstored.doors.service import Context, Service, answering
+from kvstored.doors.service import Context, Service
 from kvstored.telemetry.metrics import Meter
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import build_miss, parse_frame
@@ -88,7 +89,8 @@ class CacheService(Service):
     @answering
     async def put(self, _: bytes, context: Context) -> bytes:
         """Frames in, checked one by one; whole entries go to the store in groups."""
-        stream = PutStream(self._store.config.entry_max_nbytes, self._budget, self._room)
+        store = self._store
+        stream = PutStream(store.config.entry_max_nbytes, self._budget, self._room)
         stored = 0
         keys: list[bytes] = []
         try:
@@ -96,11 +98,11 @@ class CacheService(Service):
                 stream.take(parse_frame(message, pb.PutFrame))
                 if stream.ready_nbytes >= PUT_GROUP_NBYTES:
                     keys += [entry.key for entry in stream.ready]
-                    stored += await self._store_ready(stream)
+                    stored += await self._store_ready(stream, store)
             stream.check_whole()
-            stored += await self._store_ready(stream)
+            stored += await self._store_ready(stream, store)
             if keys:
-                await self._run(self._store.touch, keys)  # the last group is used already: root first, as one chain
+                await self._run(store.touch, keys)  # the last group is used already: root first, as one chain
         finally:
             stream.close()
         return pb.PutReply(stored=stored, boot_epoch=self._epoch).SerializeToString()
@@ -112,10 +114,10 @@ class CacheService(Service):
         except TimeoutError:
             raise InvalidEntry(f"no frame for {self._silence_s} s (server.silence_s); {stream.progress}") from None
 
-    async def _store_ready(self, stream: PutStream) -> int:
+    async def _store_ready(self, stream: PutStream, store: StoreView) -> int:
         ready, stream.ready = stream.ready, []
         try:
-            return await self._run(put_ready, self._store, ready) if ready else 0
+            return await self._run(put_ready, store, ready) if ready else 0
         finally:
             stream.release(ready)
 
@@ -136,13 +138,13 @@ class CacheService(Service):
             asked = read_request(pb.GetRequest, request)
         else:
             asked = await self._run_charged(read_request, pb.GetRequest, request)
-        keys, store = CheckedKeys(asked.keys), self._store
+        lookup, keys, store = read_lookup(asked), CheckedKeys(asked.keys), self._store
         if store.shares:
             await self._bring(store, asked, keys, context)
         # From a device bytes come faster to shared memory, which is registered with it.
         room = self._room if on_device(store) else None
         reading = Reading(
-            store, self._budget, asked, keys, lookup=read_lookup(asked), room=room,
+            store, self._budget, asked, keys, lookup=lookup, room=room,
             frames_nbytes=self._budget.call_nbytes,
         )  # fmt: skip
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import arrays, errors
 from kvstore.dtypes import TensorSpec
-from kvstore.entries.arriving import ArrivingTensors
+from kvstore.entries.entry import ArrivingTensors
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
@@ -32,10 +33,10 @@ from kvstore.shm.layout import layout
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
 from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
-from kvstored.access.shares import charged
+from kvstored.access.shares import CONTENDED_S, charged
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_header, on_device
-from kvstored.calls.puts import Incoming, put_ready
+from kvstored.calls.puts import Incoming, incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Waiting
@@ -70,6 +71,8 @@ VERBS = {
 """Fields of a LeaseCall, and the method each of them is: rights are the method's."""
 _CHARGED = frozenset(VERBS) - {"get", "put"}
 """Verbs that may name thousands of keys and write a line a call; gets and puts are bytes, copied beside others."""
+SEEN_S = CONTENDED_S / 4
+"""How often a connection says that its caller is active: callers compete that were within `CONTENDED_S`."""
 LEASE_CALL_S = 0.00005
 """Of the interpreter for a call, beside its verb."""
 _LEASE = "Lease/"
@@ -92,7 +95,8 @@ class Connection:
         self._sock = sock
         self._shared = shared
         self.uid = peer_uid(sock)
-        identity = shared.identify(self.uid)
+        self._tokens = shared.access.tokens
+        identity = shared.access.of_user(self.uid)
         if identity is None:
             raise PermissionError(f"user {self.uid} has no entry in the tokens file")
         self._identity = identity
@@ -116,6 +120,7 @@ class Connection:
         self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
         self._wait_s = 0.0
+        self._seen_at = -inf
         self._room = partial(shared.arena.empty, owner=self._owner)
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._serialized_always = always.SerializeToString()
@@ -166,8 +171,14 @@ class Connection:
 
     def is_current(self) -> bool:
         """Whether this client's user is still the caller that it was: the tokens may have been replaced."""
-        identity = self._shared.identify(self.uid)
-        return identity is self._identity or identity == self._identity
+        access = self._shared.access
+        tokens = access.tokens
+        if tokens is self._tokens:
+            return True
+        if access.of_user(self.uid) != self._identity:
+            return False
+        self._tokens = tokens
+        return True
 
     def expire(self, now: float) -> None:
         """Drop leases over their age: a client that was stopped must not hold memory for ever."""
@@ -203,7 +214,7 @@ class Connection:
             if not call.ingest_nbytes and not any(map(call.HasField, VERBS)):
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
-        code, reply = self._charged(verb, call)
+        code, reply = self._charged(verb, call, began)
         observe = self._observers.get(verb) if code == "OK" else None
         if observe is not None:
             observe(time.perf_counter() - began)
@@ -225,10 +236,12 @@ class Connection:
         self._fds.clear()
         return numbered(reply, call.number)
 
-    def _charged(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
+    def _charged(self, verb: str, call: pb.LeaseCall, now: float) -> tuple[str, bytes]:
         """The outcome; of a verb in Python also how long its caller's next call has to wait (`access.shares`)."""
         if verb not in _CHARGED:
-            self._shared.shares.seen(self._account)
+            if now - self._seen_at > SEEN_S:
+                self._seen_at = now
+                self._shared.shares.seen(self._account)
             return self._outcome(verb, call)
         return charged(self._spent, self._outcome, verb, call)
 
@@ -282,7 +295,7 @@ class Connection:
         shared, keys = self._shared, CheckedKeys(asked.keys)
         if not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
-        lookup = read_lookup(asked)
+        lookup = read_lookup(asked) if asked.HasField("lookup") else None
         # On this client's own thread: nobody else waits for the shared store.
         if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)
@@ -290,17 +303,16 @@ class Connection:
 
         def charge(plan: Plan) -> None:
             nonlocal reading
-            if not plan.hot:  # what hot holds is read where it lies
-                charged = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
-                charged.charge(plan)
-                reading = charged  # not one that was refused: another plan may follow it
+            charged = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
+            charged.charge(plan)
+            reading = charged  # not one that was refused: another plan may follow it
 
         plan = self._store.plan(
             keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
             from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
             whole_if_hot=not self._on_device, charge=charge, count_later=True, lookup=lookup,
         )  # fmt: skip
-        kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
+        kept_replies = self._kept_replies(plan) if reading is None and not plan.ended else None
         if kept_replies is not None:
             return self._hot_reply(plan, kept_replies)
         if reading is None:  # hot, and to be copied: it may let go of it before that is done
@@ -435,7 +447,7 @@ class Connection:
     def _put(self, asked: pb.LeasePut) -> pb.PutReply:
         shared = self._shared
         limit_nbytes = shared.store.config.entry_max_nbytes
-        ready = [Incoming(item.header, limit_nbytes) for item in asked.entries]
+        ready = incoming([item.header for item in asked.entries], limit_nbytes)
         nbytes = sum(entry.nbytes for entry in ready)
         arriving: list[ArrivingTensors] = []
         stored = 0

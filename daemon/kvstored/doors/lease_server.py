@@ -214,7 +214,7 @@ class LeaseServer:
             try:
                 connection = Connection(sock, self._shared)
             except PermissionError:
-                self._shared.refuse(peer_uid(sock))
+                self._shared.access.refuse_user(peer_uid(sock))
                 return "no_entry"
             if sum(other.uid == connection.uid for other in self._connections) >= USER_CONNECTIONS_MAX:
                 return "full"

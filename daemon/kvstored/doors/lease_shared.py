@@ -1,17 +1,15 @@
 """What all connections of the lease socket work on."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
-from kvstored.access.interceptor import Records
+from kvstored.access.interceptor import Access, Records
 from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.shares import Shares
 from kvstored.access.tenant_view import TenantViews
-from kvstored.access.tokens import Identity
 from kvstored.calls.budget import Budget
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Callers
@@ -33,9 +31,7 @@ class Shared:
     lease_max_s: float
     records: Records
     views: TenantViews
-    identify: Callable[[int], Identity | None]
-    refuse: Callable[[int], None]
-    """Write down that a user was refused."""
+    access: Access
     owners: SegmentOwners
     reads: threading.Semaphore
     """For gets that are not answered out of hot: what reading and decoding take beside the bytes that are counted."""

@@ -5,8 +5,8 @@ import torch
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.store import Store
-from kvstored.calls.puts import Incoming, put_ready
-from kvstored_client.puts import Outgoing, PutOptions
+from kvstored.calls.puts import incoming, put_ready
+from kvstored_client.puts import PutOptions, outgoing
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 KEYS = [b"first", b"second", b"third"]
@@ -40,8 +40,8 @@ def test_a_put_over_the_wire_says_which_chunk_is_the_first() -> None:
             ready = []
             parents = [None, *KEYS]
             for key, parent in zip(KEYS[:count], parents, strict=False):
-                sent = Outgoing(key, {"k": K}, PutOptions(), parent, root=True)
-                entry = Incoming(pb.PutHeader.FromString(sent.header), 1 << 24)
+                sent = outgoing([(key, {"k": K}, parent)], PutOptions(), root=True)[0]
+                (entry,) = incoming([pb.PutHeader.FromString(sent.header)], 1 << 24)
                 entry.begin(lambda _: None)
                 entry.tensors["k"].copy_(K)
                 ready.append(entry)

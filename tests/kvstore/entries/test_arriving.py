@@ -9,8 +9,7 @@ from kvstore.arrays import CheckedSpecs
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.dtypes import TensorSpec
-from kvstore.entries.arriving import ArrivingTensors
-from kvstore.entries.entry import Entry
+from kvstore.entries.entry import ArrivingTensors, Entry
 from kvstore.errors import CodecError
 from kvstore.hit import Fidelity
 from kvstore.keys import Key

@@ -61,7 +61,7 @@ def test_the_lowest_form_is_what_is_pinned(tmp_path: Path) -> None:
         store.drain()
         store.pin(b"k")
         assert store._r.cold is not None
-        assert not store._r.hot._order.is_pinned(Key(b"k"))
+        assert not store._r.hot.order.is_pinned(Key(b"k"))
         assert Key(b"k") in store._r.cold._pinned  # type: ignore[attr-defined]
     with open_store(tmp_path) as store:
         assert until(store, b"k") == float("inf")

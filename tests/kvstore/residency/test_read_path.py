@@ -98,6 +98,13 @@ def test_a_get_that_the_budget_refuses_is_not_counted_and_moves_no_deadline(stor
     assert [store._r.index[Key(key)].expires_at for key in (b"hot", b"warm", b"cold")] == deadlines
 
 
+def test_what_is_read_where_it_lies_in_hot_is_not_charged_for(store: Store) -> None:
+    asked: list[int] = []
+    for keys in ([b"hot", b"h1"], [b"hot", b"warm"], [b"absent"]):
+        store.plan(keys, whole_if_hot=True, charge=lambda plan: asked.append(plan.nbytes))
+    assert asked == [2 * NBYTES, 0]
+
+
 def test_a_plan_ends_where_a_lot_is_full_and_the_rest_is_counted_when_it_is_asked_for(store: Store) -> None:
     keys = CheckedKeys([b"absent", b"h1", b"h2", b"warm", b"h3"])
     lots = []

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore.arrays import CheckedSpecs, describe
 from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
-from kvstore.errors import EntryTooLarge, InvalidEntry
+from kvstore.entries.entry import Entry
+from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
+from kvstore.keys import Key
+from kvstore.options import PutOptions
+from kvstore.residency.transcode import made_entry
 from kvstore.store import Store
 
 MIB = 1 << 20
@@ -94,3 +99,76 @@ def test_a_chunk_whose_parent_leaves_while_the_chain_is_put_is_not_kept() -> Non
         assert store.stats().values["entries"] == 0
         assert store._r.chains.awaited == 0
         assert store.put(b"c", VALUE, parent=b"parent") is False
+
+
+def chain_of(names: str, value: Mapping[str, torch.Tensor] = VALUE) -> list[Entry]:
+    """Entries as a door makes them, root first."""
+    specs = CheckedSpecs({name: describe(name, x) for name, x in value.items()})
+    return [made_entry(Key(name.encode()), specs, {n: x.clone() for n, x in value.items()}) for name in names]
+
+
+def count_holds(store: Store) -> Any:
+    """A lock in place of the store's, which counts how often it is taken (`holds`)."""
+    lock = store._r.lock
+
+    class Counting(type(lock)):  # type: ignore[misc]
+        holds = 0
+
+        def __enter__(self) -> bool:
+            self.holds += 1
+            return super().__enter__()
+
+    store._r.lock = counting = Counting()
+    return counting
+
+
+def test_a_new_chain_that_fits_is_taken_in_one_hold_of_the_lock() -> None:
+    with open_store() as store:
+        lock = count_holds(store)
+        assert store.put_entries(chain_of("abcdef"), PutOptions(), chain=True) == 6
+        assert lock.holds == 1
+        assert int(store.match(list(map(bytes, zip(b"abcdef"))))) == 6
+        assert store._r.chains.awaited == 0
+        assert store._r.hot.keys_now() == [b"f", b"e", b"d", b"c", b"b", b"a"]
+        # What continues it later continues a rooted chain, in one hold and one more for its use.
+        assert store.put_entries(chain_of("gh"), PutOptions(), chain=True, parent=Key(b"f")) == 2
+        assert int(store.match([b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"h"])) == 8
+        assert store._r.hot.keys_now()[0] == b"h"
+        store.delete(b"c")
+        assert store.stats().values["entries"] == 2
+
+
+@pytest.mark.parametrize("why", ["replaces", "no room", "no parent"])
+def test_a_chain_that_is_not_new_or_does_not_fit_is_taken_as_any_other(why: str) -> None:
+    value = VALUE if why != "no room" else {"k": torch.ones(MIB // 12)}
+    with open_store() as store:
+        parent = Key(b"p") if why == "no parent" else None
+        if why == "replaces":
+            store.put(b"b", {"k": torch.zeros(8, 8)})
+        stored = store.put_entries(chain_of("abcd", value), PutOptions(), chain=True, parent=parent)
+        assert stored == (0 if parent else 4)
+        values = store.stats().values
+        assert values["entries"] == stored
+        assert values["puts"] == stored + (why == "replaces")
+        r = store._r
+        assert r.hot.used_nbytes == sum(r.hot.get(key).nbytes for key in r.hot.keys_now())  # type: ignore[union-attr]
+        assert sum(owner.entries for owner in r.tenants) == stored
+        for name in "abcd" if stored else "":
+            hit = store.get(name.encode())
+            assert hit is not None
+            assert hit.tensors["k"].shape == value["k"].shape
+        assert store._r.chains.awaited == 0
+
+
+def test_a_pinned_chain_is_pinned_whole_and_what_may_not_be_pinned_is_not_kept() -> None:
+    with open_store() as store:
+        assert store.put_entries(chain_of("ab"), PutOptions(pin=True), chain=True) == 2
+        assert all(store._r.index[Key(key)].pinned for key in (b"a", b"b"))
+        large = {"k": torch.ones(MIB // 12)}
+        with pytest.raises(OverQuota):
+            store.put_entries(chain_of("xyz", large), PutOptions(pin=True), chain=True)
+        assert int(store.match([b"a", b"b"])) == 2
+        assert store._r.chains.awaited == 0
+        for key in store._r.keys_now():
+            assert key in {b"a", b"b", b"x", b"y", b"z"}
+            assert store._r.index[key].parent is None or store._r.index[key].parent in store._r.index

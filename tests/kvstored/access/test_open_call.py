@@ -7,12 +7,18 @@ import logging
 import grpc
 import pytest
 
+from kvstored.access.interceptor import answering
 from kvstored.access.open_call import OpenCall
-from kvstored.doors.service import answering
 
 
 class BrokenConnection:
     """gRPC's context after the connection broke under a batch."""
+
+    def peer(self):
+        return "unix:"
+
+    def add_done_callback(self, callback):
+        pass
 
     async def read(self):
         raise grpc.aio.InternalError("batch failed")
