@@ -135,6 +135,14 @@ class MemoryTier:
         if pinned:
             self._order.pin(entry.key, entry.nbytes)
 
+    def replace(self, held: Entry, other: Entry) -> bool:
+        """Hold another object of the same value in an entry's place. False: it is held no more, and nothing changes."""
+        if self._entries.get(held.key) is not held or other.nbytes != held.nbytes:
+            return False
+        other.untrack()
+        self._entries[held.key] = other
+        return True
+
     def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given."""
         self._order.touch(keys)
