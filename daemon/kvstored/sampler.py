@@ -36,8 +36,8 @@ STATUS_SCHEMA = 1
 class Sampler:
     """The observers of a store and its daemon. settings: those in force, for the page."""
 
-    def __init__(self, store: Store, settings: ServerSettings, version: str, arena: Arena) -> None:
-        """arena: the shared memory that the store's entries lie in."""
+    def __init__(self, store: Store, settings: ServerSettings, version: str, arena: Arena, encoded: Arena) -> None:
+        """arena, encoded: the shared memory that the entries of hot, and of warm, lie in."""
         self._store = store
         self.settings = settings
         self._version = version
@@ -50,7 +50,11 @@ class Sampler:
         self.sources: list[Callable[[], Mapping[str, float]]] = []
         self.history = History(time.monotonic)
         self._valve = PressureValve(store, settings.pressure_percent) if settings.pressure_percent else None
-        self._shared_memory = SharedMemory(store, arena)
+        # Of hot by its budget, so that room stays for the next puts; what warm has no use for is other memory's room.
+        self._shared_memory = (
+            SharedMemory(store, arena, lambda: store.hot_capacity_nbytes),
+            SharedMemory(store, encoded, lambda: encoded.used_nbytes),
+        )
         self._heap = Heap(settings.in_flight_nbytes // 2)
         registry = self.meter.registry
         registry.register(StoreCollector(self.snapshot))
@@ -140,7 +144,8 @@ class Sampler:
                     pressed_at = time.monotonic()
                     if self._valve is not None:
                         self._valve.turn()
-                    self._shared_memory.turn()
+                    for shared_memory in self._shared_memory:
+                        shared_memory.turn()
                 self._heap.turn()
             except Exception:  # the boundary of the thread: one failed turn must not prevent the next
                 log.exception("watch turn failed")

@@ -45,7 +45,7 @@ from kvstored.doors.lease_shared import Shared
 from kvstored.doors.lending import Lending
 from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
-from kvstored.host.shared_memory import arena_limit_nbytes
+from kvstored.host.shared_memory import arena_limit_nbytes, encoded_limit_nbytes
 from kvstored.live import LiveSettings
 from kvstored.sampler import Sampler
 from kvstored.settings import ServerSettings, Settings, Source
@@ -249,10 +249,11 @@ class Daemon:
         self._settings = settings
         self._arena = Arena(arena_limit_nbytes(store.config)) if arena is None else arena
         self._own_arena = arena is None
+        self._encoded = Arena(encoded_limit_nbytes(store.config), numbers=self._arena.numbers)
         self._shares = Shares()
         self._arena.register = store.serve_from_device()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
-        self.watch = Sampler(store, settings, own_version(), self._arena)
+        self.watch = Sampler(store, settings, own_version(), self._arena, self._encoded)
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
         self._admission = Admission(settings.calls_max, self.watch.meter.turn_away)
@@ -269,6 +270,7 @@ class Daemon:
         self._shared = Shared(
             store,
             self._arena,
+            self._encoded,
             self.watch.budget,
             Lending(Budget(settings.in_flight_nbytes)),
             Verbs(store, epoch),
@@ -284,7 +286,7 @@ class Daemon:
         self._leases: list[LeaseServer] = []
         self._bound: list[str] = []
         self.watch.sources += (
-            self._arena.gauges,
+            lambda: self._arena.gauges(self._encoded),
             self._shared.gauges,
             lambda: {"calls_waiting": self._threads.waiting, "calls_delayed": self._shares.delayed},
         )
@@ -377,6 +379,7 @@ class Daemon:
         self._arena.limit_nbytes = max(self._arena.limit_nbytes, arena_limit_nbytes(settings.store))
         self._shared.store.reconfigure(settings.store)
         self._arena.limit_nbytes = arena_limit_nbytes(settings.store)
+        self._encoded.limit_nbytes = encoded_limit_nbytes(settings.store)
 
     def closed_doors(self) -> list[str]:
         """Which addresses take no clients any more, in words. Blocks for a moment."""
@@ -394,7 +397,7 @@ class Daemon:
             await loop.run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
         ends = [self._close_services, self._spans.close, *([] if self._events is None else [self._events.close])]
-        for end in (*ends, self._arena.close) if self._own_arena else ends:
+        for end in (*ends, self._encoded.close, *([self._arena.close] if self._own_arena else [])):
             await loop.run_in_executor(None, end)
         for target in self._settings.targets:
             path = socket_path(target)

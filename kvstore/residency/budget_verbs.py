@@ -1,14 +1,16 @@
 """The verbs of a `Store` that change its budgets while it is open, and what a server needs for a device. Any thread."""
 
 from kvstore.config import LIVE, StoreConfig, check_live
+from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.residency.device_hot import DeviceHot
-from kvstore.residency.gathering import gather
+from kvstore.residency.gathering import gather, move
 from kvstore.residency.mover import Mover
 from kvstore.residency.resizing import set_budgets
 from kvstore.residency.state import Residency
 from kvstore.residency.write_path import WritePath
 from kvstore.shm.arena import Arena, Register
+from kvstore.shm.arena import Owner as SegmentOwner
 
 
 class BudgetVerbs:
@@ -57,6 +59,11 @@ class BudgetVerbs:
     def gather(self, arena: Arena) -> int:
         """Give back shared memory that a smaller budget left nearly empty. Returns its bytes."""
         return gather(self._r, arena)
+
+    @without_torch_modes
+    def move(self, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:
+        """Hold an encoded entry of warm's in a user's shared memory, and return it there. None: no room."""
+        return move(self._r, entry, arena, owner)
 
     def serve_from_device(self) -> Register | None:
         """For a server, whose process is its own: bound what torch holds beside the hot tier on its device.

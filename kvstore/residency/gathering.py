@@ -1,7 +1,8 @@
 """What lies in nearly empty segments of shared memory is moved together, so that they run empty and are given back.
 
 A smaller budget leaves holes everywhere: what was used least recently lies anywhere. The pages of a hole cannot be
-given back, because segments are sealed against their clients; whole segments can.
+given back, because segments are sealed against their clients; whole segments can. And what warm holds in ordinary
+memory moves to shared memory when a client asks for it as it is held: the next one needs no copy.
 Thread rule: no lock is held while bytes are copied. Whoever reads the old copy keeps it until done.
 """
 
@@ -14,6 +15,7 @@ from kvstore.keys import Key
 from kvstore.metadata.slices import slices
 from kvstore.residency.state import Residency
 from kvstore.shm.arena import Arena, Place, Segment
+from kvstore.shm.arena import Owner as SegmentOwner
 from kvstore.tiers.memory import MemoryTier
 
 
@@ -27,10 +29,22 @@ def gather(r: Residency, arena: Arena) -> int:
     return max(0, before - arena.nbytes)
 
 
+def move(r: Residency, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:
+    """What warm holds encoded in ordinary memory is held in a user's shared memory from now on. Returns it there.
+
+    The copy is good for reading whether or not it was still held. None: no room.
+    """
+    copy = _copy(entry, arena, owner)
+    if copy is not None:
+        with r.lock:
+            r.warm.replace(entry, copy)
+    return copy
+
+
 def _move(r: Residency, tier: MemoryTier, keys: Sequence[Key], leaving: AbstractSet[Segment], arena: Arena) -> None:
     with r.lock:
         found = [entry for entry in tier.held(keys) if entry is not None and _lies_in(entry, leaving)]
-    moved = [(entry, copy) for entry in found if (copy := _copy(entry, arena)) is not None]
+    moved = [(entry, copy) for entry in found if (copy := _beside(entry, arena)) is not None]
     with r.lock:
         for entry, copy in moved:
             tier.replace(entry, copy)
@@ -46,15 +60,19 @@ def _lies_in(entry: Entry, segments: AbstractSet[Segment]) -> bool:
     return place is not None and place.segment in segments
 
 
-def _copy(entry: Entry, arena: Arena) -> Entry | None:
-    """The same entry in another block of its user's. None: no room."""
+def _beside(entry: Entry, arena: Arena) -> Entry | None:
     place = _place(entry)
     assert place is not None
+    return _copy(entry, arena, place.segment.owner, grow=False)
+
+
+def _copy(entry: Entry, arena: Arena, owner: SegmentOwner, *, grow: bool = True) -> Entry | None:
+    """The same entry in a block of a user's. None: no room."""
     parts = [part for tensor in entry.tensors.values() for part in tensor.parts.values()]
     specs = {
         str(i): TensorSpec(str(part.dtype).removeprefix("torch."), tuple(part.shape)) for i, part in enumerate(parts)
     }
-    room = arena.empty(specs, place.segment.owner, grow=False)
+    room = arena.empty(specs, owner, grow=grow)
     if room is None:
         return None
     for target, source in zip(room.values(), parts, strict=True):

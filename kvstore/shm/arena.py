@@ -154,7 +154,8 @@ class BlockTensors(dict[str, torch.Tensor]):
 class Arena:
     """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory.
 
-    register: of a device that copies from and to segments; set before the first one is made.
+    register: of a device that copies from and to segments; set before the first one is made. numbers: of the segments;
+    two arenas of one daemon share them.
     """
 
     def __init__(
@@ -163,11 +164,12 @@ class Arena:
         *,
         segment_nbytes: int = SEGMENT_NBYTES,
         clock: Callable[[], float] = time.monotonic,
+        numbers: Iterator[int] | None = None,
     ) -> None:
+        self.numbers = count(1) if numbers is None else numbers
         self.limit_nbytes = limit_nbytes
         self.register: Register | None = None
         self._clock = clock
-        self._numbers = count(1)
         self._refused: dict[Owner, float] = {}
         self._segment_nbytes = min(segment_nbytes, limit_nbytes)
         self._lock = threading.Lock()
@@ -186,18 +188,32 @@ class Arena:
         """Bytes of all segments."""
         return sum(segment.nbytes for segment in self._segments)
 
-    def gauges(self) -> dict[str, float]:
-        """Numbers for the statistics. arena_fragmentation: share of the free room that is not in largest holes."""
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of all blocks in use."""
         with self._lock:
             self._reclaim()
-            free = sum(s.free.nbytes - s.free.used_nbytes for s in self._segments)
-            largest = sum(s.free.largest_nbytes for s in self._segments)
-            return {
-                "arena_nbytes": self.nbytes,
-                "arena_used_nbytes": sum(s.free.used_nbytes for s in self._segments),
-                "arena_segments": len(self._segments),
-                "arena_fragmentation": 1 - largest / free if free else 0.0,
-            }
+            return sum(segment.free.used_nbytes for segment in self._segments)
+
+    def gauges(self, *others: "Arena") -> dict[str, float]:
+        """Numbers for the statistics, of this and others together.
+
+        arena_fragmentation: share of the free room that is not in largest holes.
+        """
+        used = sum(arena.used_nbytes for arena in (self, *others))
+        frees = [segment.free for arena in (self, *others) for segment in arena.segments()]
+        free, largest = sum(f.nbytes - f.used_nbytes for f in frees), sum(f.largest_nbytes for f in frees)
+        return {
+            "arena_nbytes": sum(f.nbytes for f in frees),
+            "arena_used_nbytes": used,
+            "arena_segments": len(frees),
+            "arena_fragmentation": max(0.0, 1 - largest / free) if free else 0.0,
+        }
+
+    def segments(self) -> list[Segment]:
+        """Those there are now."""
+        with self._lock:
+            return self._segments.copy()
 
     def empty(
         self, specs: Mapping[str, TensorSpec], owner: Owner | None = None, *, grow: bool = True
@@ -319,7 +335,7 @@ class Arena:
         if size > room:
             return None
         try:
-            made = Segment(next(self._numbers), owner, size)
+            made = Segment(next(self.numbers), owner, size)
         except OSError:  # out of descriptors or memory: tensors lie in ordinary memory, as without room
             return None
         self._segments.append(made)

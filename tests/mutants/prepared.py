@@ -141,8 +141,8 @@ PREPARED = (
     ),
     (
         "daemon/kvstored/sampler.py",
-        "                    self._shared_memory.turn()\n",
-        "",
+        "                        shared_memory.turn()\n",
+        "                        pass\n",
         "a smaller hot tier keeps its shared memory",
     ),
     (

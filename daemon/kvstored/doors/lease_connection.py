@@ -383,6 +383,9 @@ class Connection:
                 return sources, known  # decoded into room of this user's
             specs = {name: arrays.describe(name, x) for name, x in sources.items()}
         else:
+            entry = self._shared.placed(hit, self._owner)
+            if entry is not None:
+                return entry.tensors, entry.block  # type: ignore[return-value]
             sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
             specs = {name: TensorSpec("uint8", (x.numel(),)) for name, x in sources.items()}
         places, nbytes = layout(specs)

@@ -1,4 +1,4 @@
-"""How much shared memory the daemon may have, and its way back to the kernel when the hot tier's budget is smaller.
+"""How much shared memory the daemon may have, and its way back to the kernel when there is more than is due.
 
 A budget shrinks by a setting, under memory pressure, or because the border to warm was learned anew. What left hot may
 lie in memory a while longer, on its way to the disk or leased; so it is looked at every few seconds, not only then.
@@ -34,20 +34,28 @@ def arena_limit_nbytes(store: StoreConfig) -> int:
     return _with_slack(store.hot.capacity_nbytes + (store.warm.capacity_nbytes if store.split == "auto" else 0))
 
 
-class SharedMemory:
-    """Gives back what the arena has beyond the hot tier's budget of now."""
+def encoded_limit_nbytes(store: StoreConfig) -> int:
+    """The limit of the shared memory for what warm holds: all of it, and an eighth more for holes."""
+    hot_nbytes = store.hot.capacity_nbytes if store.split == "auto" else 0
+    return _with_slack(store.warm.capacity_nbytes + hot_nbytes)
 
-    def __init__(self, store: Store, arena: Arena, now: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._arena, self._now = store, arena, now
+
+class SharedMemory:
+    """Gives back what an arena has beyond what is due to it."""
+
+    def __init__(
+        self, store: Store, arena: Arena, due: Callable[[], int], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """due: bytes that entries may take in it now, or do."""
+        self._store, self._arena, self._due, self._now = store, arena, due, now
         self._not_before = now()
 
     def turn(self) -> None:
         """Check once, and act."""
-        store, arena = self._store, self._arena
-        now = self._now()
-        if arena.nbytes <= _with_slack(store.hot_capacity_nbytes) or now < self._not_before:
+        arena, now = self._arena, self._now()
+        if arena.nbytes <= _with_slack(self._due()) or now < self._not_before:
             return
-        given_back = store.gather(arena)
+        given_back = self._store.gather(arena)
         if given_back:
             log.info("shared memory event=given_back nbytes=%d left_nbytes=%d", given_back, arena.nbytes)
         else:

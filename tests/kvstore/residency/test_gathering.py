@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from kvstore.arrays import CheckedSpecs
-from kvstore.config import HotConfig, StoreConfig, WarmConfig
+from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.dtypes import TensorSpec
 from kvstore.keys import Key
 from kvstore.options import PutOptions
 from kvstore.residency import gathering
 from kvstore.residency.transcode import made_entry
-from kvstore.shm.arena import Arena, Segment
+from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.store import Store
+from tests.conftest import wait_until
 
 MIB = 1 << 20
 ENTRIES = 24
@@ -123,7 +124,7 @@ def test_what_changes_while_bytes_are_copied_is_not_undone(
 ) -> None:
     fill(store, arena)
     store.set_hot_capacity(9 * MIB)
-    copy = gathering._copy
+    copy = gathering._beside
 
     def and_then(entry: Any, to: Arena) -> Any:
         made = copy(entry, to)
@@ -133,7 +134,7 @@ def test_what_changes_while_bytes_are_copied_is_not_undone(
             store.delete(key(3))
         return made
 
-    monkeypatch.setattr(gathering, "_copy", and_then)
+    monkeypatch.setattr(gathering, "_beside", and_then)
     store.gather(arena)
     hit = store.get(key(3))
     assert hit is None if what == "delete" else hit is not None and np.array_equal(hit.tensors["x"], value(77))
@@ -188,3 +189,32 @@ def test_torch_sees_the_moved_copy_alike(store: Store, arena: Arena) -> None:
         assert (new.nbytes, new.encoding, new.specs) == (old.nbytes, old.encoding, old.specs)
         assert torch.equal(new.tensors["x"].parts[""], old.tensors["x"].parts[""])
     assert moved == 5
+
+
+def test_what_was_written_to_the_disk_is_kept_in_memory_no_longer(arena: Arena, tmp_path: Path) -> None:
+    """The thread that writes held the last batch until there was another one: up to 32 MiB, for a minute and more."""
+    config = StoreConfig(hot=HotConfig(40 * MIB), warm=WarmConfig(0), cold=ColdConfig(path=str(tmp_path)))
+    with Store.open(config, background=False, framework="numpy", room=arena.empty) as store:
+        for i in range(6):
+            put(store, arena, i)
+        store.set_hot_capacity(2 * MIB)
+        store.drain()
+        wait_until(lambda: arena.used_nbytes < 2 * MIB)
+        assert held(store) == list(range(6))
+
+
+def test_what_moves_to_shared_memory_is_not_undone_either(store: Store, arena: Arena) -> None:
+    """As above, for what warm holds: put anew while it is copied."""
+    store.set_warm_capacity(8 * MIB)
+    x = {"x": np.random.default_rng(0).standard_normal(MIB // 4, dtype=np.float32)}
+    store.put(key(0), x)
+    store.demote(key(0))
+    entry = store._r.warm.get(key(0))
+    assert entry is not None
+    store.delete(key(0))
+    moved = store.move(entry, arena, 2001)
+    assert moved is not None
+    assert store.get(key(0)) is None
+    assert isinstance(moved.block, Place)
+    assert moved.block.segment.owner == 2001
+    assert moved.nbytes == entry.nbytes
