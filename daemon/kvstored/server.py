@@ -250,6 +250,7 @@ class Daemon:
         self._arena = Arena(arena_limit_nbytes(store.config)) if arena is None else arena
         self._own_arena = arena is None
         self._encoded = Arena(encoded_limit_nbytes(store.config), numbers=self._arena.numbers)
+        store.share_encoded(self._encoded)
         self._shares = Shares()
         self._arena.register = store.serve_from_device()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")

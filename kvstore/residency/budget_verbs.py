@@ -8,6 +8,7 @@ from kvstore.residency.gathering import gather, move
 from kvstore.residency.mover import Mover
 from kvstore.residency.resizing import set_budgets
 from kvstore.residency.state import Residency
+from kvstore.residency.transcode import TensorTranscoder
 from kvstore.residency.write_path import WritePath
 from kvstore.shm.arena import Arena, Register
 from kvstore.shm.arena import Owner as SegmentOwner
@@ -20,6 +21,7 @@ class BudgetVerbs:
     _r: Residency
     _device_hot: DeviceHot | None
     _mover: Mover
+    _transcoder: TensorTranscoder
     _write_path: WritePath
 
     def _check_open(self) -> None:
@@ -59,6 +61,10 @@ class BudgetVerbs:
     def gather(self, arena: Arena) -> int:
         """Give back shared memory that a smaller budget left nearly empty. Returns its bytes."""
         return gather(self._r, arena)
+
+    def share_encoded(self, arena: Arena) -> None:
+        """For a server: encoded entries are made in its users' shared memory from now on."""
+        self._transcoder.encoded = arena
 
     @without_torch_modes
     def move(self, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:

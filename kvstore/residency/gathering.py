@@ -2,20 +2,19 @@
 
 A smaller budget leaves holes everywhere: what was used least recently lies anywhere. The pages of a hole cannot be
 given back, because segments are sealed against their clients; whole segments can. And what warm holds in ordinary
-memory moves to shared memory when a client asks for it as it is held: the next one needs no copy.
+memory moves to shared memory when clients ask for it as it is held: the next one needs no copy.
 Thread rule: no lock is held while bytes are copied. Whoever reads the old copy keeps it until done.
 """
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from kvstore.dtypes import TensorSpec
-from kvstore.entries.entry import EncodedTensor, Entry
+from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.slices import slices
+from kvstore.residency.placing import copied, place_of
 from kvstore.residency.state import Residency
-from kvstore.shm.arena import Arena, Place, Segment
-from kvstore.shm.arena import Owner as SegmentOwner
+from kvstore.shm.arena import Arena, Owner, Segment
 from kvstore.tiers.memory import MemoryTier
 
 
@@ -29,12 +28,12 @@ def gather(r: Residency, arena: Arena) -> int:
     return max(0, before - arena.nbytes)
 
 
-def move(r: Residency, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:
+def move(r: Residency, entry: Entry, arena: Arena, owner: Owner) -> Entry | None:
     """What warm holds encoded in ordinary memory is held in a user's shared memory from now on. Returns it there.
 
     The copy is good for reading whether or not it was still held. None: no room.
     """
-    copy = _copy(entry, arena, owner)
+    copy = copied(entry, arena, owner)
     if copy is not None:
         with r.lock:
             r.warm.replace(entry, copy)
@@ -50,36 +49,12 @@ def _move(r: Residency, tier: MemoryTier, keys: Sequence[Key], leaving: Abstract
             tier.replace(entry, copy)
 
 
-def _place(entry: Entry) -> Place | None:
-    found = entry.block or getattr(entry.tensors, "place", None)
-    return found if isinstance(found, Place) else None
-
-
 def _lies_in(entry: Entry, segments: AbstractSet[Segment]) -> bool:
-    place = _place(entry)
+    place = place_of(entry)
     return place is not None and place.segment in segments
 
 
 def _beside(entry: Entry, arena: Arena) -> Entry | None:
-    place = _place(entry)
+    place = place_of(entry)
     assert place is not None
-    return _copy(entry, arena, place.segment.owner, grow=False)
-
-
-def _copy(entry: Entry, arena: Arena, owner: SegmentOwner, *, grow: bool = True) -> Entry | None:
-    """The same entry in a block of a user's. None: no room."""
-    parts = [part for tensor in entry.tensors.values() for part in tensor.parts.values()]
-    specs = {
-        str(i): TensorSpec(str(part.dtype).removeprefix("torch."), tuple(part.shape)) for i, part in enumerate(parts)
-    }
-    room = arena.empty(specs, owner, grow=grow)
-    if room is None:
-        return None
-    for target, source in zip(room.values(), parts, strict=True):
-        target.copy_(source)
-    made = iter(room.values())
-    tensors = {
-        name: EncodedTensor(t.spec, t.encoding, {suffix: next(made) for suffix in t.parts}, t.attrs)
-        for name, t in entry.tensors.items()
-    }
-    return Entry(entry.key, tensors, lossy=entry.lossy, block=room.place)
+    return copied(entry, arena, place.segment.owner, grow=False)

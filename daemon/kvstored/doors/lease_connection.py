@@ -447,7 +447,7 @@ class Connection:
             all_sources = [self._sources(entry, item.places) for entry, item in zip(ready, asked.entries, strict=True)]
             for entry, sources in zip(ready, all_sources, strict=True):
                 if entry.packed:
-                    entry.fill(self._room, sources)
+                    entry.fill(partial(shared.encoded.empty, owner=self._owner), sources)
                 else:
                     room = None if self._on_device else self._room  # to a device: from where it lies
                     arriving.append(entry.arriving(room, sources))

@@ -15,6 +15,7 @@ from kvstore.dtypes import TensorSpec
 from kvstore.keys import Key
 from kvstore.options import PutOptions
 from kvstore.residency import gathering
+from kvstore.residency.placing import place_of
 from kvstore.residency.transcode import made_entry
 from kvstore.shm.arena import Arena, Place, Segment
 from kvstore.store import Store
@@ -73,7 +74,7 @@ def held(store: Store) -> list[int]:
 def segment_of(store: Store, i: int) -> Segment:
     entry = store._r.hot.get(key(i))
     assert entry is not None
-    place = gathering._place(entry)
+    place = place_of(entry)
     assert place is not None
     return place.segment
 
@@ -206,7 +207,7 @@ def test_what_was_written_to_the_disk_is_kept_in_memory_no_longer(arena: Arena, 
 def test_what_moves_to_shared_memory_is_not_undone_either(store: Store, arena: Arena) -> None:
     """As above, for what warm holds: put anew while it is copied."""
     store.set_warm_capacity(8 * MIB)
-    x = {"x": np.random.default_rng(0).standard_normal(MIB // 4, dtype=np.float32)}
+    x = {"x": np.random.default_rng(0).standard_normal(2 * MIB, dtype=np.float32)}
     store.put(key(0), x)
     store.demote(key(0))
     entry = store._r.warm.get(key(0))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore import encode
 from kvstore.hit import Hit
 from kvstore.packed import PackedTensor
 from kvstore.shm.arena import Place
@@ -51,6 +52,12 @@ def bytes_of(hit: Hit | None) -> dict[str, bytes]:
     return found
 
 
+def in_ordinary_memory(inside: InsideDaemon, key: bytes, seed: int = 1) -> None:
+    """As what came from the disk or another host."""
+    inside.store.put(key, encode(tensors(seed)))
+    assert inside.store.locate([key])[0].tier == "warm"
+
+
 def place_of(inside: InsideDaemon, key: bytes) -> Place:
     entry = inside.store._r.warm.get(key)  # type: ignore[arg-type]
     assert entry is not None
@@ -58,8 +65,16 @@ def place_of(inside: InsideDaemon, key: bytes) -> Place:
     return entry.block
 
 
-def test_it_is_copied_once_and_then_leased_where_it_lies(inside: InsideDaemon, client: Client) -> None:
-    in_warm(inside, client, KEY)
+@pytest.mark.parametrize("how", ["it sank", "it was put packed", "it was asked for twice"])
+def test_it_is_leased_where_it_lies(inside: InsideDaemon, client: Client, how: str) -> None:
+    if how == "it sank":
+        in_warm(inside, client, KEY)
+    elif how == "it was put packed":
+        client.put(KEY, encode(tensors(1)))
+    else:
+        in_ordinary_memory(inside, KEY)
+        assert client.get(KEY, packed=True) is not None
+        assert client.get(KEY, packed=True) is not None
     due = bytes_of(inside.store.get(KEY, packed=True))
     assert bytes_of(client.get(KEY, packed=True)) == due
     place, used = place_of(inside, KEY), inside.daemon._encoded.used_nbytes
@@ -114,10 +129,10 @@ def test_it_sinks_and_comes_back_as_it_was(inside: InsideDaemon, client: Client)
 
 
 def test_without_room_it_is_copied_each_time(inside: InsideDaemon, client: Client) -> None:
-    in_warm(inside, client, KEY)
     inside.daemon._encoded.limit_nbytes = 1000
+    in_warm(inside, client, KEY)
     due = bytes_of(inside.store.get(KEY, packed=True))
-    for _ in range(2):
+    for _ in range(3):
         assert bytes_of(client.get(KEY, packed=True)) == due
     entry = inside.store._r.warm.get(KEY)  # type: ignore[arg-type]
     assert entry is not None
