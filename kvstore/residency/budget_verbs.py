@@ -67,8 +67,8 @@ class BudgetVerbs:
         self._transcoder.encoded = arena
 
     @without_torch_modes
-    def move(self, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:
-        """Hold an encoded entry of warm's in a user's shared memory, and return it there. None: no room."""
+    def move_encoded(self, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:
+        """For a server: hold an encoded entry of warm's in a user's shared memory. Returns it there; None: no room."""
         return move(self._r, entry, arena, owner)
 
     def serve_from_device(self) -> Register | None:

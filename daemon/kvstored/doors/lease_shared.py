@@ -61,7 +61,7 @@ class Shared:
         """
         entry = hit.entry
         if hit.again and hit.tier == "warm" and entry.block is None and hit.contents.nbytes > PACK_MAX_NBYTES:
-            entry = self.store.move(entry, self.encoded, owner) or entry
+            entry = self.store.move_encoded(entry, self.encoded, owner) or entry
         return entry if isinstance(entry.block, Place) and entry.block.segment.owner == owner else None
 
     def gauges(self) -> dict[str, float]:

@@ -213,7 +213,7 @@ def test_what_moves_to_shared_memory_is_not_undone_either(store: Store, arena: A
     entry = store._r.warm.get(key(0))
     assert entry is not None
     store.delete(key(0))
-    moved = store.move(entry, arena, 2001)
+    moved = store.move_encoded(entry, arena, 2001)
     assert moved is not None
     assert store.get(key(0)) is None
     assert isinstance(moved.block, Place)
