@@ -5,8 +5,8 @@
 
 A chunk of 256 tokens of 32 layers, 8 KV heads of 128, bfloat16, through shared memory. `decoded`: the daemon decodes.
 `packed`: as it is held. `device`: into tensors on a device that is host memory (`kvstore.device.deferred`), decoded
-there, by the CPU's kernel: what counts of that row is its bytes. `lease`: where it lies, the second time. `encode`: what
-a client pays beside a packed put.
+there, by the CPU's kernel: what counts of that row is its bytes. `lease`: where it lies, the second time. `encode`:
+what a client pays beside a packed put.
 """
 
 import argparse
