@@ -5,7 +5,8 @@
 
 A chunk of 256 tokens of 32 layers, 8 KV heads of 128, bfloat16, through shared memory. `decoded`: the daemon decodes.
 `packed`: as it is held. `device`: into tensors on a device that is host memory (`kvstore.device.deferred`), decoded
-there, by the CPU's kernel: what counts of that row is its bytes. `encode`: what a client pays beside a packed put.
+there, by the CPU's kernel: what counts of that row is its bytes. `lease`: where it lies, the second time. `encode`:
+what a client pays beside a packed put.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,9 +40,21 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def timed(name: str, form: str, pid: int, moved: Callable[[], int], act: Callable[[], Any]) -> dict[str, Any]:
-    """One row: medians of a call, CPU of both processes as an average of ROUNDS. moved: bytes of one call."""
-    act()
+def leased(client: Client, key: bytes) -> None:
+    """A lease of an entry as it is held, begun and ended."""
+    with client.lease(key, packed=True) as hit:
+        assert hit is not None
+
+
+def timed(
+    name: str, form: str, pid: int, moved: Callable[[], int], act: Callable[[], Any], *, warm: int = 1
+) -> dict[str, Any]:
+    """One row: medians of a call, CPU of both processes as an average of ROUNDS. moved: bytes of one call.
+
+    warm: calls before that do not count.
+    """
+    for _ in range(warm):
+        act()
     before, began, times = cpu_s(pid), time.process_time(), []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -81,6 +95,10 @@ def measure(address: str, pid: int) -> list[dict[str, Any]]:
         get_there = fresh(lambda key: there.get(key, out=out))
         rows.append(timed("get", "decoded", pid, lambda: decoded_nbytes, get_there))
         rows.append(timed("get", "packed", pid, lambda: packed_nbytes, fresh(lambda key: here.get(key, packed=True))))
+        held = [next(keys) for _ in range(ROUNDS)]
+        here.put_many([(key, packed) for key in held])
+        turn = cycle(held)
+        rows.append(timed("lease", "packed", pid, lambda: packed_nbytes, lambda: leased(here, next(turn)), warm=ROUNDS))
         got = fresh(lambda key: here.get(key, out=on_device))
         driver.loaded_nbytes = 0
         rows.append(timed("get", "device", pid, lambda: driver.loaded_nbytes // (ROUNDS + 1), got))

@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 
+from kvstore.shm.arena import Arena
 from kvstore.stats import Stats
 from kvstore.store import Store
 from kvstored.calls.budget import Budget
@@ -19,6 +20,7 @@ from kvstored.host.heap import INTERVAL_S as HEAP_INTERVAL_S
 from kvstored.host.heap import Heap
 from kvstored.host.pressure import INTERVAL_S as PRESSURE_INTERVAL_S
 from kvstored.host.pressure import PressureValve
+from kvstored.host.shared_memory import SharedMemory
 from kvstored.settings import ServerSettings
 from kvstored.telemetry.alarms import alarms
 from kvstored.telemetry.history import INTERVAL_S, History
@@ -34,7 +36,8 @@ STATUS_SCHEMA = 1
 class Sampler:
     """The observers of a store and its daemon. settings: those in force, for the page."""
 
-    def __init__(self, store: Store, settings: ServerSettings, version: str) -> None:
+    def __init__(self, store: Store, settings: ServerSettings, version: str, arena: Arena, encoded: Arena) -> None:
+        """arena, encoded: the shared memory that the entries of hot, and of warm, lie in."""
         self._store = store
         self.settings = settings
         self._version = version
@@ -47,6 +50,11 @@ class Sampler:
         self.sources: list[Callable[[], Mapping[str, float]]] = []
         self.history = History(time.monotonic)
         self._valve = PressureValve(store, settings.pressure_percent) if settings.pressure_percent else None
+        # Of hot by its budget, so that room stays for the next puts; what warm has no use for is other memory's room.
+        self._shared_memory = (
+            SharedMemory(store, arena, lambda: store.hot_capacity_nbytes),
+            SharedMemory(store, encoded, lambda: encoded.used_nbytes),
+        )
         self._heap = Heap(settings.in_flight_nbytes // 2)
         registry = self.meter.registry
         registry.register(StoreCollector(self.snapshot))
@@ -132,9 +140,12 @@ class Sampler:
                 if time.monotonic() - sampled_at >= INTERVAL_S:
                     sampled_at = time.monotonic()
                     self.history.take(self.snapshot())
-                if self._valve is not None and time.monotonic() - pressed_at >= PRESSURE_INTERVAL_S:
+                if time.monotonic() - pressed_at >= PRESSURE_INTERVAL_S:
                     pressed_at = time.monotonic()
-                    self._valve.turn()
+                    if self._valve is not None:
+                        self._valve.turn()
+                    for shared_memory in self._shared_memory:
+                        shared_memory.turn()
                 self._heap.turn()
             except Exception:  # the boundary of the thread: one failed turn must not prevent the next
                 log.exception("watch turn failed")

@@ -24,10 +24,8 @@ from types import MappingProxyType
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.config import StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.kernels.cpu import installed, kernels
-from kvstore.residency.device_hot import arena_nbytes as device_nbytes
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission
@@ -47,9 +45,10 @@ from kvstored.doors.lease_shared import Shared
 from kvstored.doors.lending import Lending
 from kvstored.host.process import DirectoryLock, raise_descriptor_limit, settle, tune
 from kvstored.host.sdnotify import notify, watchdog_interval_s
+from kvstored.host.shared_memory import arena_limit_nbytes, encoded_limit_nbytes
 from kvstored.live import LiveSettings
 from kvstored.sampler import Sampler
-from kvstored.settings import STAGING_NBYTES, ServerSettings, Settings, Source
+from kvstored.settings import ServerSettings, Settings, Source
 from kvstored.telemetry.router_events import open_events
 from kvstored.telemetry.spans import Spans, open_spans
 from kvstored_client.wire.address import lease_path, socket_path
@@ -250,10 +249,12 @@ class Daemon:
         self._settings = settings
         self._arena = Arena(arena_limit_nbytes(store.config)) if arena is None else arena
         self._own_arena = arena is None
+        self._encoded = Arena(encoded_limit_nbytes(store.config), numbers=self._arena.numbers)
+        store.share_encoded(self._encoded)
         self._shares = Shares()
         self._arena.register = store.serve_from_device()
         self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
-        self.watch = Sampler(store, settings, own_version())
+        self.watch = Sampler(store, settings, own_version(), self._arena, self._encoded)
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
         self._admission = Admission(settings.calls_max, self.watch.meter.turn_away)
@@ -270,6 +271,7 @@ class Daemon:
         self._shared = Shared(
             store,
             self._arena,
+            self._encoded,
             self.watch.budget,
             Lending(Budget(settings.in_flight_nbytes)),
             Verbs(store, epoch),
@@ -284,7 +286,7 @@ class Daemon:
         self._leases: list[LeaseServer] = []
         self._bound: list[str] = []
         self.watch.sources += (
-            self._arena.gauges,
+            lambda: self._arena.gauges(self._encoded),
             self._shared.gauges,
             lambda: {"calls_waiting": self._threads.waiting, "calls_delayed": self._shares.delayed},
         )
@@ -372,12 +374,12 @@ class Daemon:
 
     def _apply(self, settings: Settings) -> None:
         """Make the live settings of these take effect."""
-        store = self._shared.store
         logging.getLogger().setLevel(settings.server.log_level.upper())
         self.watch.settings = settings.server
         self._arena.limit_nbytes = max(self._arena.limit_nbytes, arena_limit_nbytes(settings.store))
-        store.reconfigure(settings.store)
+        self._shared.store.reconfigure(settings.store)
         self._arena.limit_nbytes = arena_limit_nbytes(settings.store)
+        self._encoded.limit_nbytes = encoded_limit_nbytes(settings.store)
 
     def closed_doors(self) -> list[str]:
         """Which addresses take no clients any more, in words. Blocks for a moment."""
@@ -395,7 +397,7 @@ class Daemon:
             await loop.run_in_executor(None, leases.stop)
         self._threads.shutdown(wait=True)
         ends = [self._close_services, self._spans.close, *([] if self._events is None else [self._events.close])]
-        for end in (*ends, self._arena.close) if self._own_arena else ends:
+        for end in (*ends, self._encoded.close, *([self._arena.close] if self._own_arena else [])):
             await loop.run_in_executor(None, end)
         for target in self._settings.targets:
             path = socket_path(target)
@@ -414,18 +416,6 @@ class Daemon:
 def connections_max(descriptors: int, listeners: int) -> int:
     """How many connections each address takes: together half of the descriptors that are not the daemon's own."""
     return max(CONNECTIONS_MIN, min(CONNECTIONS_MAX, (descriptors - DESCRIPTORS_KEPT) // (2 * max(listeners, 1))))
-
-
-def arena_limit_nbytes(store: StoreConfig) -> int:
-    """The limit of shared memory: the hot tier, and an eighth more for leased blocks and for holes.
-
-    With a learned border between hot and warm, hot may get nearly all of both budgets. With hot on a device: what is
-    on its way there and back.
-    """
-    if store.hot.device != "cpu":
-        return min(STAGING_NBYTES, device_nbytes(store.hot.capacity_nbytes))
-    hot_nbytes = store.hot.capacity_nbytes + (store.warm.capacity_nbytes if store.split == "auto" else 0)
-    return hot_nbytes + max(hot_nbytes // 8, 64 << 20)
 
 
 def _tenants(settings: Settings) -> dict[str, tuple[bytes, bytes]]:

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from kvstore.config import GIB, MIB, StoreConfig, check_range, from_mapping, leaves, read_toml
+from kvstore.config import MIB, StoreConfig, check_range, from_mapping, leaves, read_toml
 from kvstore.errors import ConfigError
 from kvstored_client.wire.address import listening_address, parse_address, socket_path, wants_tls
 
@@ -23,8 +23,6 @@ ENVIRONMENT_PREFIX = "KVSTORED_"
 IPC, TCP = "ipc://", "tcp://"
 IPC_PATH_MAX = 107
 """Bytes of a unix socket's path."""
-STAGING_NBYTES = GIB
-"""Shared memory of a daemon whose hot tier is on a device, registered with it: 20 ms of a PCIe bus."""
 
 
 @dataclass(frozen=True)

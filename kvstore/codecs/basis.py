@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,17 @@ class About:
     version: int = VERSION
 
 
+class Placed(NamedTuple):
+    """What decoding multiplies by, on one device. matrices: float16 (n, n) for each group, scales: float32 (n,) of
+    their rows; values: as `Transform.values`.
+    """
+
+    matrices: list[torch.Tensor]
+    scales: list[torch.Tensor]
+    mean: torch.Tensor
+    values: torch.Tensor
+
+
 class Transform:
     """K or V of a model as coefficients in units of one step: by groups of layers, and back."""
 
@@ -69,6 +80,7 @@ class Transform:
         """Raises CodecError unless the tensors are those of groups of so many coefficients."""
         whole = sum(sizes)
         self.sizes = sizes
+        self._placed: dict[torch.device, Placed] = {}
         self._narrow = [_tensor(tensors, f"{plane}.{at}", torch.float16, (n, n)) for at, n in enumerate(sizes)]
         self._scales = [_tensor(tensors, f"{plane}.{at}.scale", torch.float32, (n,)) for at, n in enumerate(sizes)]
         self.mean = _tensor(tensors, f"{plane}.mean", torch.float32, (whole,))
@@ -95,6 +107,15 @@ class Transform:
             raise CodecError(f"a basis whose matrix has no inverse: {error}") from None
         if not all(bool(torch.isfinite(m).all()) for m in found):
             raise CodecError("a basis whose matrix has no finite inverse")
+        return found
+
+    def on(self, where: torch.device) -> Placed:
+        """What decoding needs, on a device: copied there once, and kept as long as this is."""
+        found = self._placed.get(where)
+        if found is None:
+            matrices, scales = ([x.to(where) for x in parts] for parts in (self._narrow, self._scales))
+            found = Placed(matrices, scales, self.mean.to(where), self.values.to(where))
+            self._placed[where] = found
         return found
 
     @cached_property

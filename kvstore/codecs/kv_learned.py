@@ -30,8 +30,9 @@ from kvstore.codecs.rotation import FOUND_BELOW, POSITIONS_MAX
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
-from kvstore.kernels import cpu_kernel
+from kvstore.kernels import Products, cpu_kernel, host_kernel, products_on
 from kvstore.kernels.cpu import CpuKernel, LearnedGroup
+from kvstore.kernels.reference_learned import learned_products
 
 TOKENS_MIN, TOKENS_MAX = 8, 1 << 16
 BITS_MAX = 6.0
@@ -79,11 +80,16 @@ class KVLearned:
         out = prepared_out(encoded.spec, encoded.parts[""].device, out)
         body = out[:, kept:]
         coded = _read(encoded, basis.planes[role], kept)
-        kernel = cpu_kernel(out)
-        if kernel is None:
-            body.copy_(require_finite(encoded, "", _values(basis, role, coded, position + kept).to(out.dtype)))
-        else:
+        kernel, products = cpu_kernel(out), products_on(out)
+        if kernel is not None:
             _filled(kernel, basis, role, coded, position + kept, body)
+        elif products is None and (kernel := host_kernel()) is not None:  # a device without a compiler
+            here = torch.empty(body.shape, dtype=out.dtype)
+            _filled(kernel, basis, role, coded, position + kept, here)
+            body.copy_(here)
+        else:
+            values = _values(basis, role, coded, position + kept, products or learned_products, out.device)
+            body.copy_(require_finite(encoded, "", values.to(out.dtype)))
         if kept:
             out[:, :kept].copy_(encoded.parts["kept"].view(out[:, :kept].shape))
         return out
@@ -205,13 +211,13 @@ def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: boo
 
 
 def _fits(transform: Transform, y: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> bool:
-    missed = (y - _dequantized(transform, symbols, classes)).square()
+    missed = (y - _dequantized(transform.values, symbols, classes)).square()
     return float(missed[symbols != rans.ESCAPE].mean()) < _FITS
 
 
-def _dequantized(transform: Transform, symbols: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+def _dequantized(values: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     at = symbols.to(torch.int32) - rans.ESCAPE + classes.to(torch.int32)[:, None] * rans.SYMBOLS
-    return transform.values.view(-1)[at]
+    return values.view(-1)[at]
 
 
 def _checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
@@ -294,23 +300,23 @@ def _filled(kernel: CpuKernel, basis: Basis, role: str, coded: Coded, first: int
         raise _too_few(coded.escapes.size)
 
 
-def _values(basis: Basis, role: str, coded: Coded, first: int) -> torch.Tensor:
-    """As `_filled`, in plain torch, a product and a sum at a time: float32 (layers, tokens, heads, dim)."""
+def _values(basis: Basis, role: str, coded: Coded, first: int, products: Products, where: torch.device) -> torch.Tensor:
+    """As `_filled`, in plain torch beside the products: float32 (layers, tokens, heads, dim) on a device."""
     about, transform = basis.about, basis.planes[role]
-    symbols = torch.from_numpy(coded.columns.astype(np.int16)) + rans.ESCAPE
-    y = _dequantized(transform, symbols, torch.from_numpy(coded.classes))
+    placed = transform.on(where)
+    classes, columns, live = (torch.from_numpy(of).to(where) for of in (coded.classes, coded.columns, coded.live))
+    symbols = columns.to(torch.int32) + rans.ESCAPE
+    y = _dequantized(placed.values, symbols, classes)
     escaped = symbols == rans.ESCAPE
     if int(escaped.sum()) != coded.escapes.size:
         raise _too_few(coded.escapes.size)
-    y[escaped] = torch.from_numpy(coded.escapes).to(torch.float32)
-    rows, start = torch.zeros(sum(transform.sizes), y.shape[1]), 0
-    for at, matrix in enumerate(transform.inverse):
-        first_row = sum(transform.sizes[:at])
-        end = int(np.searchsorted(coded.live, first_row + len(matrix)))
-        part = rows[first_row : first_row + len(matrix)]
-        for k, which in zip(range(start, end), (coded.live[start:end] - first_row).tolist(), strict=True):
-            part += matrix[:, which, None] * y[k]
-        start = end
-    rows += transform.mean[:, None]
+    y[escaped] = torch.from_numpy(coded.escapes).to(where, torch.float32)
+    rows = torch.empty(sum(transform.sizes), y.shape[1], device=where)
+    ends = [0, *np.searchsorted(coded.live, np.cumsum(transform.sizes)).tolist()]
+    for at, (matrix, scale) in enumerate(zip(placed.matrices, placed.scales, strict=True)):
+        row, mine = sum(transform.sizes[:at]), slice(ends[at], ends[at + 1])
+        live_ = matrix[:, live[mine] - row].to(torch.float32) * scale[:, None]
+        products(live_, y[mine], rows[row : row + len(matrix)])
+    rows += placed.mean[:, None]
     x = rows.view(about.layers, about.heads, about.dim, -1).permute(0, 3, 1, 2)
     return basis.rotation.turned(x, first, back=False) if role == "key" else x

@@ -107,17 +107,19 @@ def _copy(name: str, x: Any) -> torch.Tensor:
 
 
 @without_torch_modes
-def checked_entry(key: Key, tensors: Mapping[str, EncodedTensor]) -> Entry:
+def checked_entry(key: Key, tensors: Mapping[str, EncodedTensor], *, block: object = None) -> Entry:
     """An entry of tensors that somebody else encoded, checked in full. They are handed over: nobody else writes.
 
-    Raises InvalidEntry for what no codec that travels wrote, and for one without a receipt.
+    block: where in shared memory they lie. Raises InvalidEntry for what no codec that travels wrote, and for one
+    without a receipt.
     """
     arrays.check_specs({name: tensor.spec for name, tensor in tensors.items()})
     if all(tensor.encoding == "raw" for tensor in tensors.values()):
         raise InvalidEntry("a packed entry has a tensor that is packed: put the tensors as they are")
     for name, tensor in tensors.items():
         _check_told(name, tensor)
-    entry = Entry(key, tensors, lossy=any(codec_named(t.encoding).lossy for t in tensors.values()))
+    lossy = any(codec_named(t.encoding).lossy for t in tensors.values())
+    entry = Entry(key, tensors, lossy=lossy, block=block)
     try:
         check_entry(entry)
     except CodecError as error:

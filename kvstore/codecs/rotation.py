@@ -42,7 +42,8 @@ class Rotation:
         pairs = self.angles.shape[1]
         if not pairs:
             return x
-        cos, sin = (part[self.tables[1]][:, :, None] for part in self.frame(first, x.shape[1]))
+        of = self.tables[1].to(x.device)
+        cos, sin = (part.to(x.device)[of][:, :, None] for part in self.frame(first, x.shape[1]))
         if back:
             sin = -sin
         out = x.clone()

@@ -128,38 +128,43 @@ class Writer:
         )
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(self._has_work)
-                if self._closing:
-                    return
-                due = self._rows_due
-                batch = self._pending.take(
-                    self.batch_nbytes, BATCH_MAX, deletes_only=self._failures > 0 and self._pending.has_deletes()
-                )
-            try:
-                if not self._rows.readable:
-                    self._rows.reopen()
-                if batch:
-                    self._commit(batch)
-                    if self._segments.slack_nbytes > BEHIND * self._pending.used_nbytes:
-                        self._gather()
-                elif due > self._rows_done:
-                    self._write_dirty_rows()
-                    with self._changed:
-                        self._rows_done = due
-                        self._changed.notify_all()
-                elif self.room_due:
-                    self.room_due = False
-                    self._callbacks.make_room(0)
-                elif self._freed:
-                    self._free_durably()
-                else:
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Wait for work and do it. False: closing. A turn ends between two works: none keeps what it wrote alive."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            if self._closing:
+                return False
+            due = self._rows_due
+            batch = self._pending.take(
+                self.batch_nbytes, BATCH_MAX, deletes_only=self._failures > 0 and self._pending.has_deletes()
+            )
+        try:
+            if not self._rows.readable:
+                self._rows.reopen()
+            if batch:
+                self._commit(batch)
+                if self._segments.slack_nbytes > BEHIND * self._pending.used_nbytes:
                     self._gather()
-                self._failures = 0
-                self.healthy = True
-            except (OSError, lmdb.Error) as error:
-                self._fail(error)
+            elif due > self._rows_done:
+                self._write_dirty_rows()
+                with self._changed:
+                    self._rows_done = due
+                    self._changed.notify_all()
+            elif self.room_due:
+                self.room_due = False
+                self._callbacks.make_room(0)
+            elif self._freed:
+                self._free_durably()
+            else:
+                self._gather()
+            self._failures = 0
+            self.healthy = True
+        except (OSError, lmdb.Error) as error:
+            self._fail(error)
+        return True
 
     def _has_work(self) -> bool:
         return bool(

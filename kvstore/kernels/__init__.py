@@ -5,7 +5,7 @@ speed, and a codec works without any kernel.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -119,6 +119,16 @@ def kv_kernel(x: torch.Tensor) -> KvKernel | None:
         found: KvKernel | None = _imported("kvstore.kernels.cuda_kv")
         return found
     return cpu_kernel(x)
+
+
+Products = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""`reference_learned.learned_products`."""
+
+
+def products_on(x: torch.Tensor) -> Products | None:
+    """kv-learned's products on x's device, if that is CUDA and Triton is installed."""
+    found = _imported("kvstore.kernels.cuda_learned") if x.device.type == "cuda" else None
+    return None if found is None else found.learned_products
 
 
 def _imported(name: str) -> Any:

@@ -1,13 +1,17 @@
 """The verbs of a `Store` that change its budgets while it is open, and what a server needs for a device. Any thread."""
 
 from kvstore.config import LIVE, StoreConfig, check_live
+from kvstore.entries.entry import Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.residency.device_hot import DeviceHot
+from kvstore.residency.gathering import gather, move
 from kvstore.residency.mover import Mover
-from kvstore.residency.resizing import set_budgets, set_hot_capacity
+from kvstore.residency.resizing import set_budgets
 from kvstore.residency.state import Residency
+from kvstore.residency.transcode import TensorTranscoder
 from kvstore.residency.write_path import WritePath
-from kvstore.shm.arena import Register
+from kvstore.shm.arena import Arena, Register
+from kvstore.shm.arena import Owner as SegmentOwner
 
 
 class BudgetVerbs:
@@ -17,6 +21,7 @@ class BudgetVerbs:
     _r: Residency
     _device_hot: DeviceHot | None
     _mover: Mover
+    _transcoder: TensorTranscoder
     _write_path: WritePath
 
     def _check_open(self) -> None:
@@ -35,8 +40,10 @@ class BudgetVerbs:
 
     @without_torch_modes
     def set_hot_capacity(self, nbytes: int) -> int:
-        """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank to the tier below."""
-        return set_hot_capacity(self._r, self._mover, nbytes)
+        """Shrink or grow the hot tier's budget while it runs. Returns how many entries sank or left."""
+        with self._r.lock:
+            self._r.hot.capacity_nbytes = nbytes
+        return self._mover.trim(self._r.hot)
 
     @property
     def warm_capacity_nbytes(self) -> int:
@@ -49,6 +56,20 @@ class BudgetVerbs:
         with self._r.lock:
             self._r.warm.capacity_nbytes = nbytes
         return self._mover.trim(self._r.warm)
+
+    @without_torch_modes
+    def gather(self, arena: Arena) -> int:
+        """Give back shared memory that a smaller budget left nearly empty. Returns its bytes."""
+        return gather(self._r, arena)
+
+    def share_encoded(self, arena: Arena) -> None:
+        """For a server: encoded entries are made in its users' shared memory from now on."""
+        self._transcoder.encoded = arena
+
+    @without_torch_modes
+    def move_encoded(self, entry: Entry, arena: Arena, owner: SegmentOwner) -> Entry | None:
+        """For a server: hold an encoded entry of warm's in a user's shared memory. Returns it there; None: no room."""
+        return move(self._r, entry, arena, owner)
 
     def serve_from_device(self) -> Register | None:
         """For a server, whose process is its own: bound what torch holds beside the hot tier on its device.

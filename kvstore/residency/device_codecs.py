@@ -22,6 +22,7 @@ from kvstore.keys import Key
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.residency.answers import Answers, as_torch, to_numpy
 from kvstore.residency.device_hot import DeviceHot, raw_nbytes
+from kvstore.residency.placing import beside
 from kvstore.residency.read_path import Found
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import TensorTranscoder
@@ -42,9 +43,10 @@ class DeviceTranscoder(TensorTranscoder):
         hot = self._hot
         if tensors_on_device(entry) is not None and hot.computes(entry.value_nbytes):
             try:
-                return self._off_the_block(
+                below = self._off_the_block(
                     self._there.encode(hot.viewed(entry), prefix_start=prefix_start, namespace=namespace)
                 )
+                return below if self.encoded is None else beside(below, entry, self.encoded)
             except Exception as error:  # noqa: BLE001 - Triton raises whatever its compiler does
                 hot.failed("encode", error)
             finally:

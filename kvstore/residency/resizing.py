@@ -31,21 +31,6 @@ def rebalance(r: Residency, mover: Mover) -> int:
     return mover.trim(shrunk)
 
 
-def set_hot_capacity(r: Residency, mover: Mover, nbytes: int) -> int:
-    """Set the hot tier's budget in bytes. Returns how many entries sank."""
-    with r.lock:
-        r.hot.capacity_nbytes = nbytes
-        over = r.hot.used_nbytes > nbytes
-    keys = r.hot.keys_now() if over else []
-    moved = 0
-    for key in keys:
-        with r.lock:
-            if r.hot.used_nbytes <= nbytes:
-                break
-        moved += mover.demote(key)
-    return moved
-
-
 def set_budgets(r: Residency, mover: Mover, config: StoreConfig) -> int:
     """Give each tier the budget, and the limit of pins, of a configuration. Returns how many entries sank or left.
 

@@ -20,8 +20,9 @@ from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed
 from kvstore.entries.entry import NO_ATTRS, EncodedTensor, Entry
 from kvstore.keys import Key
+from kvstore.residency.placing import beside
 from kvstore.residency.state import Residency
-from kvstore.shm.arena import Room
+from kvstore.shm.arena import Arena, Room
 
 _RAM = torch.device("cpu")
 
@@ -77,7 +78,12 @@ def raw_entry(
 
 
 class TensorTranscoder:
-    """Forms of real tensors, under the policies of one configuration and one hot device."""
+    """Forms of real tensors, under the policies of one configuration and one hot device.
+
+    encoded: the shared memory that encoded entries are made in; None: ordinary memory.
+    """
+
+    encoded: Arena | None = None
 
     def __init__(
         self, policies: CodecChoice, device: torch.device, residency: Residency, room: Room | None = None
@@ -99,7 +105,8 @@ class TensorTranscoder:
                 self._r.counters.encode_s += time.perf_counter() - start
                 for tensor in encoded.tensors.values():
                     self._r.counters.errors[tensor.encoding].observe(tensor.relative_error)
-        return packed(encoded.to(_RAM))
+        below = packed(encoded.to(_RAM))
+        return below if self.encoded is None else beside(below, entry, self.encoded)
 
     def exact(self, entry: Entry) -> Entry:
         """The same tensors in RAM."""

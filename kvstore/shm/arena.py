@@ -16,9 +16,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -191,7 +191,8 @@ def filled_from(sources: Sequence[Bytes], tensors: Mapping[str, torch.Tensor]) -
 class Arena:
     """All segments. `limit_nbytes` bounds their sum; beyond it tensors lie in ordinary memory.
 
-    register: of a device that copies from and to segments; set before the first one is made.
+    register: of a device that copies from and to segments; set before the first one is made. numbers: of the segments;
+    two arenas of one daemon share them.
     """
 
     def __init__(
@@ -200,15 +201,18 @@ class Arena:
         *,
         segment_nbytes: int = SEGMENT_NBYTES,
         clock: Callable[[], float] = time.monotonic,
+        numbers: Iterator[int] | None = None,
     ) -> None:
+        self.numbers = count(1) if numbers is None else numbers
         self.limit_nbytes = limit_nbytes
         self.register: Register | None = None
         self._clock = clock
-        self._numbers = count(1)
         self._refused: dict[Owner, float] = {}
         self._segment_nbytes = min(segment_nbytes, limit_nbytes)
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
+        self._leaving: set[Segment] = set()
+        self._thinning = threading.Lock()
         self._generation = 0
         # A callback runs where the last reference dies, even inside a garbage collection in the middle of `take`. So
         # it only appends, which needs no lock; the next allocation takes the room back.
@@ -221,26 +225,43 @@ class Arena:
         """Bytes of all segments."""
         return sum(segment.nbytes for segment in self._segments)
 
-    def gauges(self) -> dict[str, float]:
-        """Numbers for the statistics. arena_fragmentation: share of the free room that is not in largest holes."""
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of all blocks in use."""
         with self._lock:
             self._reclaim()
-            free = sum(s.free.nbytes - s.free.used_nbytes for s in self._segments)
-            largest = sum(s.free.largest_nbytes for s in self._segments)
-            return {
-                "arena_nbytes": self.nbytes,
-                "arena_used_nbytes": sum(s.free.used_nbytes for s in self._segments),
-                "arena_segments": len(self._segments),
-                "arena_fragmentation": 1 - largest / free if free else 0.0,
-            }
+            return sum(segment.free.used_nbytes for segment in self._segments)
 
-    def empty(self, specs: Mapping[str, TensorSpec], owner: Owner | None = None) -> BlockTensors | None:
+    def gauges(self, *others: "Arena") -> dict[str, float]:
+        """Numbers for the statistics, of this and others together.
+
+        arena_fragmentation: share of the free room that is not in largest holes.
+        """
+        used = sum(arena.used_nbytes for arena in (self, *others))
+        frees = [segment.free for arena in (self, *others) for segment in arena.segments()]
+        free, largest = sum(f.nbytes - f.used_nbytes for f in frees), sum(f.largest_nbytes for f in frees)
+        return {
+            "arena_nbytes": sum(f.nbytes for f in frees),
+            "arena_used_nbytes": used,
+            "arena_segments": len(frees),
+            "arena_fragmentation": max(0.0, 1 - largest / free) if free else 0.0,
+        }
+
+    def segments(self) -> list[Segment]:
+        """Those there are now."""
+        with self._lock:
+            return self._segments.copy()
+
+    def empty(
+        self, specs: Mapping[str, TensorSpec], owner: Owner | None = None, *, grow: bool = True
+    ) -> BlockTensors | None:
         """Tensors of one entry in one block of a user's own segments (this process's by default). None: no room.
 
         What is returned says where the block is (`place`), so that nobody has to look for it afterwards.
+        grow: make a new segment where there is no room.
         """
         places, nbytes = layout(specs)
-        found = self._take(os.geteuid() if owner is None else owner, nbytes)
+        found = self._take(os.geteuid() if owner is None else owner, nbytes, grow=grow)
         if found is None:
             return None
         segment, start, generation = found
@@ -290,6 +311,26 @@ class Arena:
                 return Place(segment, start, int.from_bytes(segment.bytes[start : start + 8], "little"))
         return None
 
+    @contextmanager
+    def thinning(self) -> Iterator[frozenset[Segment]]:
+        """The segments whose blocks the others of their users have room for, for the caller to move them there.
+
+        No block is made in these meanwhile. At the end every empty segment is closed: this process keeps its pages no
+        longer, and a client only until it looks. One caller at a time.
+        """
+        with self._thinning:
+            with self._lock:
+                self._reclaim()
+                self._leaving = self._spare()
+            try:
+                yield frozenset(self._leaving)
+            finally:
+                with self._lock:
+                    self._leaving = set()
+                    self._reclaim()
+                    for segment in self._empty():
+                        self._close(segment)
+
     def close(self) -> None:
         """Stop prefaulting and close the descriptors."""
         self._ahead.shutdown(cancel_futures=True)
@@ -298,15 +339,18 @@ class Arena:
                 segment.close()
             self._segments.clear()
 
-    def _take(self, owner: Owner, nbytes: int) -> tuple[Segment, int, int] | None:
+    def _take(self, owner: Owner, nbytes: int, *, grow: bool) -> tuple[Segment, int, int] | None:
         with self._lock:
             self._reclaim()
             if self._refused and self._gives_way(owner):
                 return None
             for segment in self._segments:
-                found = self._from(segment, nbytes) if segment.owner == owner else None
+                mine = segment.owner == owner and segment not in self._leaving
+                found = self._from(segment, nbytes) if mine else None
                 if found is not None:
                     return found
+            if not grow:
+                return None
             made = self._make(owner, nbytes)
             if made is not None:
                 self._refused.pop(owner, None)
@@ -320,17 +364,16 @@ class Arena:
         """A new segment, in place of empty ones where they are in the way; None: no room."""
         room = self.limit_nbytes - self.nbytes
         wanted = aligned(nbytes) if room >= aligned(nbytes) else max(nbytes, self._segment_nbytes)
-        for segment in [s for s in self._segments if not s.free.used_nbytes]:
+        for segment in self._empty():
             if room >= wanted:
                 break
-            self._segments.remove(segment)
-            segment.close_empty()
+            self._close(segment)
             room += segment.nbytes
         size = -(-max(nbytes, min(self._segment_nbytes, room)) // mmap.PAGESIZE) * mmap.PAGESIZE
         if size > room:
             return None
         try:
-            made = Segment(next(self._numbers), owner, size)
+            made = Segment(next(self.numbers), owner, size)
         except OSError:  # out of descriptors or memory: tensors lie in ordinary memory, as without room
             return None
         self._segments.append(made)
@@ -338,6 +381,27 @@ class Arena:
             with suppress(RuntimeError):  # out of threads: it is copied more slowly
                 self._ahead.submit(made.register, self.register)
         return made
+
+    def _empty(self) -> list[Segment]:
+        return [s for s in self._segments if not s.free.used_nbytes]
+
+    def _close(self, segment: Segment) -> None:
+        self._segments.remove(segment)
+        segment.close_empty()
+
+    def _spare(self) -> set[Segment]:
+        """Of each user's segments the emptiest, as long as the free room of the rest is as large as what they hold."""
+        spare: set[Segment] = set()
+        for owner in {segment.owner for segment in self._segments}:
+            mine = sorted((s for s in self._segments if s.owner == owner), key=lambda s: s.free.used_nbytes)
+            room, held = sum(s.free.nbytes - s.free.used_nbytes for s in mine), 0
+            for segment in mine:
+                room -= segment.free.nbytes - segment.free.used_nbytes
+                held += segment.free.used_nbytes
+                if held > room:
+                    break
+                spare.add(segment)
+        return spare
 
     def _gives_way(self, owner: Owner) -> bool:
         """Whether a user has more than its share while another one, that has less, was refused lately."""

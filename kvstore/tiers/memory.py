@@ -150,6 +150,14 @@ class MemoryTier:
             self._used_nbytes += entry.nbytes
         self.order.track_all([(entry.key, entry.nbytes, meta) for entry, meta in held])
 
+    def replace(self, held: Entry, other: Entry) -> bool:
+        """Hold another object of the same value in an entry's place. False: it is held no more, and nothing changes."""
+        if self._entries.get(held.key) is not held or other.nbytes != held.nbytes:
+            return False
+        other.untrack()
+        self._entries[held.key] = other
+        return True
+
     def touch(self, keys: Collection[Key]) -> None:
         """Count as use, in the order given."""
         self.order.touch(keys)

@@ -35,7 +35,7 @@ class InsideDaemon:
         self.store = Store.open(
             StoreConfig(
                 hot=HotConfig(arena.limit_nbytes, device="cuda:0" if "driver" in outside else "cpu"), cold=cold,
-                shared=outside.get("shared", SharedConfig()),
+                shared=outside.get("shared", SharedConfig()), promote_after=outside.get("promote_after", 2),
             ),
             room=arena.empty, engine=outside.get("engine"), driver=outside.get("driver"),
         )  # fmt: skip
@@ -86,7 +86,7 @@ def daemon_inside(
     **server: Any,
 ) -> Iterator[InsideDaemon]:
     """A running daemon. tokens: the text of its tokens file; outside: `shared`, the settings of the shared store, and
-    its `engine`; `driver`: hot is on its device; server: its settings.
+    its `engine`; `driver`: hot is on its device; `promote_after`; server: its settings.
     """
     with tempfile.TemporaryDirectory(prefix="kvi-") as top:
         directory = Path(top)

@@ -14,8 +14,8 @@ from kvstore.residency.device_hot import WORK_NBYTES
 from kvstore.store import Store
 from kvstored.cli import doctor
 from kvstored.host.pressure import PressureValve
-from kvstored.server import arena_limit_nbytes
-from kvstored.settings import STAGING_NBYTES, ServerSettings, Settings
+from kvstored.host.shared_memory import STAGING_NBYTES, arena_limit_nbytes
+from kvstored.settings import ServerSettings, Settings
 from kvstored.telemetry.metrics import StoreCollector
 from tests.conftest import environment
 from tests.kvstored.inside import daemon_inside

@@ -4,12 +4,14 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from kvstore.hit import TensorInfo
 from kvstore.shm.arena import Arena
 from kvstored_client.shm.connection import Segments, UseStream
 from kvstored_client.shm.mapping import MappedSegment
+from tests.kvstored.inside import daemon_inside
 
 MIB = 1 << 20
 
@@ -72,3 +74,22 @@ def test_a_segment_in_use_is_not_let_go_of(arena):
     for one in held:
         segments.add(one.place.segment.number, mapped(one.place.segment))
     assert len(segments._mappings) == 2
+
+
+def test_what_a_smaller_budget_gives_back_a_client_lets_go_of_with_a_call(monkeypatch):
+    """Without being handed another segment: else a worker would keep the pages of what is no longer there."""
+    monkeypatch.setattr("kvstored_client.shm.connection.LET_GO_S", 0.0)
+    with daemon_inside(segment_nbytes=2 * MIB) as inside:
+        client = inside.client()
+        value = np.arange(MIB // 4, dtype=np.float32)
+        keys = [b"%d" % i for i in range(12)]
+        for key in keys:
+            assert client.put(key, {"x": value}, fidelity="exact")
+            assert client.get(key) is not None
+        known = client._pool.segments._mappings
+        assert len(known) == inside.arena.nbytes // (2 * MIB) == 12
+        for key in keys[:-1]:
+            inside.store.delete(key)
+        assert inside.store.gather(inside.arena) == 22 * MIB
+        assert np.array_equal(client.get(keys[-1]).tensors["x"], value)
+        assert len(known) == inside.arena.nbytes // (2 * MIB)

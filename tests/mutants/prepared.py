@@ -123,9 +123,33 @@ PREPARED = (
     ),
     (
         "kvstore/shm/arena.py",
-        "if segment.owner == owner else None\n                if found",
-        "if True else None\n                if found",
+        "mine = segment.owner == owner and",
+        "mine =",
         "two users in one segment",
+    ),
+    (
+        "kvstore/shm/arena.py",
+        " and segment not in self._leaving",
+        "",
+        "a block is made in a segment that is to run empty",
+    ),
+    (
+        "kvstore/tiers/memory.py",
+        "if self._entries.get(held.key) is not held or other.nbytes != held.nbytes:",
+        "if other.nbytes != held.nbytes:",
+        "what was deleted or put anew while it was moved is back",
+    ),
+    (
+        "daemon/kvstored/sampler.py",
+        "                        shared_memory.turn()\n",
+        "                        pass\n",
+        "a smaller hot tier keeps its shared memory",
+    ),
+    (
+        "client/kvstored_client/shm/connection.py",
+        "            self.segments.look(until)\n",
+        "            pass\n",
+        "a client keeps the pages of segments that the daemon closed",
     ),
     (
         "kvstore/keys.py",

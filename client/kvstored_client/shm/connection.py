@@ -43,6 +43,8 @@ HEAD_NBYTES = _NUMBER.size + 8 * RELEASES_MAX + 8
 """What a number and releases add to a call, at most."""
 _NUMBER_TAG = 9 << 3 | 1  # LeaseCall's fields
 _RELEASE = 1
+LET_GO_S = 1.0
+"""How often to look for segments that the daemon has closed."""
 LOOK_S = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0
 """How long to look for an answer before sleeping on it: a hot one comes by then, and waking an idle core takes as long
 again. Not with sched_yield: on a busy machine it costs a whole slice."""
@@ -227,6 +229,8 @@ class Connection:
         """Put the next packet into `_packets`."""
         poll, clock = self._poll.poll, time.perf_counter
         until = clock() + LOOK_S
+        if until > self.segments.look_at:
+            self.segments.look(until)
         # Looked for by poll, not by receiving what is not there: an exception each time took longer than the look.
         while not poll(0):
             if clock() >= until:
@@ -447,10 +451,12 @@ class Segments:
     """The daemon's segments, mapped once for all connections of one daemon's life.
 
     blocks: what is known of blocks, by segment, start and generation, or by all that is said of one.
+    look_at: when `look` is due.
     """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        self.look_at = 0.0
         self._mappings: dict[int, MappedSegment] = {}
         self.blocks: dict[tuple[int, int, int] | bytes, Any] = {}
 
@@ -458,12 +464,18 @@ class Segments:
         return number in self._mappings
 
     def add(self, number: int, mapping: MappedSegment) -> None:
-        """Keep a mapping, unless another connection was handed the segment meanwhile. Lets go of closed ones.
-
-        The daemon makes a segment in place of closed ones: so all that are mapped are at most twice what it may have.
-        """
+        """Keep a mapping, unless another connection was handed the segment meanwhile."""
         if self._mappings.setdefault(number, mapping) is mapping:
             mapping.populate()
+        self.let_go()  # it may be in place of closed ones
+
+    def look(self, now: float) -> None:
+        """Let go of what the daemon has closed, once in `LET_GO_S`."""
+        self.look_at = now + LET_GO_S
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of what the daemon has closed: whoever maps it keeps its pages from the system."""
         for known, kept in list(self._mappings.items()):
             if kept.words[0] == CLOSED:
                 self._mappings.pop(known, None)

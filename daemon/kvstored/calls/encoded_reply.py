@@ -42,25 +42,28 @@ class Contents:
 
 
 class EncodedReply(NamedTuple):
-    """An entry found, to be sent as it is held."""
+    """An entry found, to be sent as it is held. again: it was before."""
 
     tier: str
     age_s: float
     contents: Contents
+    entry: Entry
+    again: bool
 
 
 def encoded_reply(found: Found) -> EncodedReply:
     """The reply for an entry found. A large entry keeps it; for a small one it would cost a third of its size."""
     entry = found.entry
     if isinstance(entry.kept_reply, Contents):
-        return EncodedReply(found.tier, found.age_s, entry.kept_reply)
+        return EncodedReply(found.tier, found.age_s, entry.kept_reply, entry, again=True)
     if isinstance(entry.tensors, PackedTensors):
-        return EncodedReply(found.tier, found.age_s, _contents(entry, entry.tensors.payload, entry.tensors.attrs))
+        contents = _contents(entry, entry.tensors.payload, entry.tensors.attrs)
+        return EncodedReply(found.tier, found.age_s, contents, entry, again=False)
     tensors = entry.tensors.values()
     payload = [arrays.as_bytes(part) for held in tensors for part in held.parts.values()]
     contents = _contents(entry, payload, [dict(held.attrs) for held in tensors])
     entry.keep_reply(contents)
-    return EncodedReply(found.tier, found.age_s, contents)
+    return EncodedReply(found.tier, found.age_s, contents, entry, again=False)
 
 
 def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, object]]) -> Contents:

@@ -12,6 +12,7 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.codecs.packing import checked_entry
+from kvstore.entries.compact import PACK_MAX_NBYTES
 from kvstore.entries.entry import ArrivingTensors, EncodedTensor, Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, Key, check_key
@@ -122,9 +123,11 @@ class Incoming:
     def fill(self, room: Room, sources: Sequence[Bytes]) -> None:
         """Copy all of it from `sources`, as for `arriving`, at once: what comes packed is checked before it is kept.
 
-        Nobody can change the copy, so what was checked is what is kept. Raises InvalidEntry.
+        room: shared memory for encoded entries. Nobody can change the copy, so what was checked is what is kept.
+        Raises InvalidEntry.
         """
-        self.begin(room)
+        parts = parts_of(coded for coded, _ in self._packed.values())
+        self.tensors = made_in(room, parts) if self.nbytes > PACK_MAX_NBYTES else empty_tensors(parts)
         filled_from(sources, self.tensors)
         self._made = self._checked()
 
@@ -134,7 +137,7 @@ class Incoming:
             name: EncodedTensor(coded.spec, coded.encoding, {suffix: next(parts) for suffix in coded.parts}, attrs)
             for name, (coded, attrs) in self._packed.items()
         }
-        return checked_entry(self.key, tensors)
+        return checked_entry(self.key, tensors, block=getattr(self.tensors, "place", None))
 
     def arriving(self, room: Room | None, sources: Sequence[Bytes]) -> ArrivingTensors:
         """Tensors that will be copied from `sources`, the bytes of each in the order of the specs.

@@ -253,7 +253,7 @@ def _file_system(path: Path) -> str:
 
 
 def _memory(settings: "Settings") -> Iterator[Finding]:
-    from kvstored.settings import STAGING_NBYTES
+    from kvstored.host.shared_memory import STAGING_NBYTES
 
     s = settings.store
     hot = s.hot.capacity_nbytes if s.hot.device == "cpu" else min(STAGING_NBYTES, s.hot.capacity_nbytes)

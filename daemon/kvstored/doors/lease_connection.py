@@ -395,6 +395,9 @@ class Connection:
                 return sources, known  # decoded into room of this user's
             specs = {name: arrays.describe(name, x) for name, x in sources.items()}
         else:
+            entry = self._shared.placed(hit, self._owner)
+            if entry is not None:
+                return entry.tensors, entry.block  # type: ignore[return-value]
             sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
             specs = {name: TensorSpec("uint8", (x.numel(),)) for name, x in sources.items()}
         places, nbytes = layout(specs)
@@ -456,7 +459,7 @@ class Connection:
             all_sources = [self._sources(entry, item.places) for entry, item in zip(ready, asked.entries, strict=True)]
             for entry, sources in zip(ready, all_sources, strict=True):
                 if entry.packed:
-                    entry.fill(self._room, sources)
+                    entry.fill(partial(shared.encoded.empty, owner=self._owner), sources)
                 else:
                     room = None if self._on_device else self._room  # to a device: from where it lies
                     arriving.append(entry.arriving(room, sources))

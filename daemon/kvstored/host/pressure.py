@@ -2,7 +2,8 @@
 
 Every few seconds it reads the kernel's pressure stall information (how long tasks waited for memory) and the memory
 limit of this process's control group, if it has one. Under pressure the hot budget shrinks by a quarter, down to an
-eighth of the configured one; entries that no longer fit are demoted as usual, and freed pages go back to the kernel.
+eighth of the configured one; entries that no longer fit sink or leave as usual, and freed pages go back to the kernel:
+here those of malloc, in `shared_memory` those that clients map.
 With hot on a GPU it is warm that shrinks: what left the GPU would come into the memory that is short. Afterwards the
 budget grows back slowly, so that a host at its limit settles and does not oscillate.
 """
@@ -54,19 +55,16 @@ class Sensor:
             return 0.0
 
     def limit_ratio(self) -> float:
-        """Anonymous memory as a share of the control group's limit; 0 if there is no limit."""
+        """Memory that the kernel cannot drop as a share of the control group's limit; 0 if there is no limit."""
         if self._group is None:
             return 0.0
         try:
             limit = min(self._limit("memory.max"), self._limit("memory.high"))
-            # Not memory.current: that counts the page cache, which the kernel drops by itself.
-            for line in (self._group / "memory.stat").read_text().splitlines():
-                name, _, value = line.partition(" ")
-                if name == "anon":
-                    return int(value) / limit
+            # Not memory.current: that counts the page cache, which the kernel drops by itself. The hot tier is shmem.
+            lines = (line.partition(" ") for line in (self._group / "memory.stat").read_text().splitlines())
+            return sum(int(value) for name, _, value in lines if name in ("anon", "shmem")) / limit
         except (OSError, ValueError):
             return 0.0
-        return 0.0
 
     def _limit(self, name: str) -> float:
         assert self._group is not None
@@ -124,7 +122,7 @@ class PressureValve:
                 _return_pages()
                 self.shrinks += 1
                 log.warning(
-                    "pressure event=shrunk stall_percent=%.1f limit_ratio=%.2f %s_capacity_nbytes=%d demoted=%d",
+                    "pressure event=shrunk stall_percent=%.1f limit_ratio=%.2f %s_capacity_nbytes=%d left=%d",
                     stall, ratio, self._tier, wanted, moved,
                 )  # fmt: skip
         elif have < full_nbytes and now - self._calm_since >= CALM_S:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,11 +25,17 @@ from kvstore.config import CodecPolicy, ColdConfig, HotConfig, LayerCodec, Store
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.errors import CodecError, ConfigError, UnknownEncoding
-from kvstore.kernels import cpu
+from kvstore.kernels import Products, cpu
 from kvstore.keys import Key
 from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
 from tests.kvstore.codecs import tiny_model as tiny
+
+TRITON: list[tuple[None, None, Products]] = []
+if os.environ.get("TRITON_INTERPRET") == "1":  # as tests/kvstore/kernels/test_triton.py runs this file
+    from kvstore.kernels.cuda_learned import learned_products
+
+    TRITON.append((None, None, learned_products))
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MIB = 1 << 20
@@ -79,17 +86,34 @@ def test_every_instruction_set_and_torch_read_the_same_bits(
     basis: Basis, dtype: torch.dtype, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Escapes, kept tokens and a number of tokens that no tile divides among them."""
-    paths: list[cpu.CpuKernel | None] = [None, *cpu.kernels()]
+    best = cpu.kernels()[-1] if cpu.kernels() else None
+    # On the CPU without a kernel, on a device whose decoding the CPU must do, and by each kernel.
+    paths: list[tuple[cpu.CpuKernel | None, cpu.CpuKernel | None, Products | None]] = [
+        (None, None, None), (None, best, None), *((kernel, kernel, None) for kernel in cpu.kernels()), *TRITON
+    ]  # fmt: skip
     for name, whole in (("k", tiny.keys(77, first, seed=3)), ("v", tiny.values(77, seed=3))):
         x = whole.clone()
         x[1, 40, 0] *= 30
         encoded = encoded_in(basis, name, x.to(dtype), Hints(prefix_start=first == 0, position=first))
         found = []
-        for kernel in paths:
+        for kernel, host, products in paths:
             monkeypatch.setattr(module, "cpu_kernel", lambda _x, kernel=kernel: kernel)
-            monkeypatch.setattr(rans, "host_kernel", lambda kernel=kernel: kernel)
+            monkeypatch.setattr(module, "products_on", lambda _x, products=products: products)
+            for of in (module, rans):
+                monkeypatch.setattr(of, "host_kernel", lambda host=host: host)
             found.append(raw_bits(KVLearned().decode(encoded)))
         assert len(set(found)) == 1
+
+
+@pytest.mark.skipif(not cpu.kernels(), reason="no compiled kernel here")
+def test_what_goes_to_a_device_without_a_compiler_is_decoded_by_the_kernel_of_the_host(
+    basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In plain torch a chunk takes seconds: a step for each coefficient."""
+    encoded = encoded_in(basis, "v", tiny.values(64), Hints(prefix_start=False))
+    monkeypatch.setattr(module, "cpu_kernel", lambda _x: None)
+    monkeypatch.setattr(module, "_values", lambda *_: pytest.fail("in plain torch"))
+    assert KVLearned().decode(encoded).shape == (4, 64, 2, 8)
 
 
 @pytest.mark.parametrize("first", [0, 64, 256, 5000, 100_000, 131_071])

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from kvstore.codecs import nf4_kv
+from kvstore.codecs import kv_learned, nf4_kv
+from kvstore.codecs.basis import use
 from kvstore.codecs.hints import Hints
+from kvstore.codecs.kv_learned import KVLearned, encoded_in
 from kvstore.codecs.nf4_kv import NF4KV
+from kvstore.entries.entry import EncodedTensor
 from kvstore.kernels import reference
+from tests.kvstore.codecs import tiny_model
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here: the Triton kernels are not run", allow_module_level=True)
@@ -41,3 +45,19 @@ def test_nf4_kv_on_cuda_writes_the_bytes_of_the_cpu(name, dtype, shape):
         plain = NF4KV().encode(name, x.cuda(), Hints(prefix_start=True))
         assert {s: bits(p) for s, p in here.parts.items()} == {s: bits(p) for s, p in plain.parts.items()}
         assert bits(NF4KV().decode(here)) == bits(NF4KV().decode(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_kv_learned_on_cuda_reads_the_bits_of_the_cpu(name, dtype):
+    """By Triton, and by the host's kernel, which is what answers without it."""
+    basis = use(tiny_model.basis())
+    x = tiny_model.keys(77, 300) if name == "k" else tiny_model.values(77)
+    x[1, 40, 0] *= 30
+    here = encoded_in(basis, name, x.to(dtype), Hints(prefix_start=False))
+    there = EncodedTensor(here.spec, here.encoding, {s: p.cuda() for s, p in here.parts.items()}, here.attrs)
+    due = bits(KVLearned().decode(here))
+    assert bits(KVLearned().decode(there)) == due
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_learned, "products_on", lambda _x: None)
+        assert bits(KVLearned().decode(there)) == due

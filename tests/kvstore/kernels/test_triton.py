@@ -44,29 +44,31 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvstore.kernels import cuda, cuda_kv
+from kvstore.kernels import cuda, cuda_kv, cuda_learned
 
 POINTERS = {"codes": "u8", "scales": "u8", "tops": "i16", "means": "fp32", "sums": "fp32", "thresholds": "fp32",
-            "levels": "fp32", "search": "i16", "clips": "fp32", "absmax": "fp32"}
+            "levels": "fp32", "search": "i16", "clips": "fp32", "absmax": "fp32", "matrix": "fp32", "y": "fp32"}
 CASES = [(cuda._encode, {"B": 16}), (cuda._decode, {"B": 16}), (cuda_kv._means, {"D": 64})]
 for rotation, block, centred in ((6, 5, True), (7, 6, False), (0, 6, False)):
     sizes = {"TILE": cuda_kv.TILE, "ROTATION": rotation, "BLOCK": block, "CENTRED": centred,
              "GROUP": 64 if rotation == 6 else 1}
     CASES += [(cuda_kv._encode, sizes), (cuda_kv._decode, sizes)]
+CASES.append((cuda_learned._products, {"ROWS": cuda_learned.TILE, "TOKENS": cuda_learned.TILE}))
 for kernel, sizes in CASES:
-    for dtype in ("fp32", "fp16", "bf16"):
+    for dtype in ("fp32",) if kernel is cuda_learned._products else ("fp32", "fp16", "bf16"):
         pointers = {**POINTERS, "x": dtype, "out": dtype}
         if kernel is cuda_kv._means:
             pointers.update(codes="i8", scales="fp32")
         types = {name: "*" + pointers[name] if name in pointers else "i32" for name in kernel.arg_names}
         constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
         source = ASTSource(kernel, types | dict.fromkeys(sizes, "constexpr"), constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=cuda.EXACT)
-        assert made.asm["cubin"]
-        inexact = re.findall(r"fma[.]rn|div[.]full|[.]approx|[.]ftz", made.asm["ptx"])
-        assert not inexact, (kernel, sizes, dtype, inexact[:3])
-        rounds = "0f4B400000" in made.asm["ptx"]
-        assert rounds or kernel not in (cuda_kv._means, cuda_kv._encode), (kernel, "rounding was optimized away")
+        for capability in (80, 90):
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=cuda.EXACT)
+            assert made.asm["cubin"]
+            inexact = re.findall(r"fma[.]rn|div[.]full|[.]approx|[.]ftz|mma", made.asm["ptx"])
+            assert not inexact, (kernel, sizes, dtype, inexact[:3])
+            rounds = "0f4B400000" in made.asm["ptx"]
+            assert rounds or kernel not in (cuda_kv._means, cuda_kv._encode), (kernel, "rounding was optimized away")
 print("exact")
 """
 
@@ -98,6 +100,10 @@ def test_nf4_kv2_passes_the_codec_s_own_tests() -> None:
     codec_s_own_tests_pass("test_nf4_kv2.py", "triton")
 
 
+def test_kv_learned_reads_the_reference_s_bits() -> None:
+    codec_s_own_tests_pass("test_kv_learned.py", "every_instruction_set_and_torch")
+
+
 def codec_s_own_tests_pass(file: str, chosen: str) -> None:
     found = in_a_process(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib",
@@ -110,6 +116,6 @@ def codec_s_own_tests_pass(file: str, chosen: str) -> None:
 
 
 def test_all_kernels_compile_for_a_gpu_without_an_inexact_operation() -> None:
-    """To machine code of compute capability 8.0, which needs no GPU: nothing fused, approximate or flushed to zero."""
+    """Compute capabilities 8.0 and 9.0, which need no GPU: nothing fused, approximate or flushed to zero."""
     found = in_a_process("-c", COMPILED, interpreted=False)
     assert found.stdout == "exact\n", found.stderr[-3000:]

@@ -87,7 +87,7 @@ def test_the_kernels_files_are_read_as_they_are(tmp_path):
     assert sensor.limit_ratio() == 0.0
     (group / "memory.max").write_text("1000\n")
     (group / "memory.high").write_text("max\n")
-    (group / "memory.stat").write_text("anon 950\nfile 5000\n")
+    (group / "memory.stat").write_text("anon 650\nfile 5000\nshmem 300\nshmem_thp 7\n")
     (group / "memory.pressure").write_text(text)
     sensor = Sensor(proc, groups)
     assert sensor.limit_ratio() == 0.95
