@@ -244,6 +244,11 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
         self.arrive()
         return self._place
 
+    @property
+    def place_now(self) -> object:
+        """As `place`, without waiting: None also before the copy is made."""
+        return self._place
+
     def arrive(self) -> Mapping[str, EncodedTensor]:
         """The tensors; the copy is made before this returns. Raises CodecError where it could not be made."""
         tensors = self._tensors

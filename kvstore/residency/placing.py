@@ -9,8 +9,8 @@ from kvstore.shm.arena import Arena, Owner, Place
 
 
 def place_of(entry: Entry) -> Place | None:
-    """Where in shared memory an entry lies; None: in ordinary memory."""
-    found = entry.block or getattr(entry.tensors, "place", None)
+    """Where in shared memory an entry lies; None: in ordinary memory, or its bytes are still on their way."""
+    found = entry.block or getattr(entry.tensors, "place_now", None)
     return found if isinstance(found, Place) else None
 
 

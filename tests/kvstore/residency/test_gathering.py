@@ -12,6 +12,7 @@ import torch
 from kvstore.arrays import CheckedSpecs
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
 from kvstore.dtypes import TensorSpec
+from kvstore.entries.entry import ArrivingTensors, Entry
 from kvstore.keys import Key
 from kvstore.options import PutOptions
 from kvstore.residency import gathering
@@ -219,3 +220,15 @@ def test_what_moves_to_shared_memory_is_not_undone_either(store: Store, arena: A
     assert isinstance(moved.block, Place)
     assert moved.block.segment.owner == 2001
     assert moved.nbytes == entry.nbytes
+
+
+def test_bytes_that_are_still_on_their_way_are_not_waited_for_under_the_lock(store: Store, arena: Arena) -> None:
+    spec = CheckedSpecs({"x": TensorSpec("float32", (MIB // 4,))})
+
+    def copy() -> dict[str, torch.Tensor]:
+        pytest.fail("the copy was made for somebody who only looks")
+
+    fill(store, arena)
+    store.put_entries([Entry(key(99), ArrivingTensors(spec, copy))], PutOptions())
+    store.delete(key(0), key(3), key(6), key(9))
+    assert store.gather(arena) > 0
