@@ -131,28 +131,24 @@ def outgoing(
 
     root: what continues nothing begins a chain. Raises InvalidEntry, EntryTooLarge.
     """
-    for _, tensors, _ in entries:
+    described: list[tuple[Mapping[str, Any], Description]] = []
+    for _, tensors, parent in entries:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
-    # Asked once: a mapping that makes its tensors may make others the second time.
-    held: list[Mapping[str, Any]] = [dict(tensors) for _, tensors, _ in entries]
-    packed = [any(isinstance(x, PackedTensor) for x in tensors.values()) for tensors in held]
-    specs = [() if one else arrays.describe_all(tensors) for one, tensors in zip(packed, held, strict=True)]
-    found = []
-    for at, (_, _, parent) in enumerate(entries):
+        held: Mapping[str, Any] = dict(tensors)  # asked once: it may make its tensors, and others the second time
         first = root and parent is None
-        if packed[at]:
-            found.append(_describe_packed(held[at], options, first))
-            held[at] = {str(i): part for i, part in enumerate(arrays_in(held[at]))}
+        if any(isinstance(x, PackedTensor) for x in held.values()):
+            found = _describe_packed(held, options, first)
+            held = {str(i): part for i, part in enumerate(arrays_in(held))}
         else:
+            specs = arrays.describe_all(held)
             # A name that is no plain string may say that it equals another one: it is not looked up.
-            plain = all(type(name) is str for name, _ in specs[at])
-            found.append((_known if plain else _describe)(specs[at], options, first))
-    headers = [
-        submessage(_KEY, key) + (b"" if parent is None else submessage(_PARENT, parent)) + description.serialized
-        for (key, _, parent), description in zip(entries, found, strict=True)
-    ]
-    return [
-        Outgoing(key, tensors, header, of.nbytes, of.places, of.block_nbytes)
-        for (key, _, _), tensors, header, of in zip(entries, held, headers, found, strict=True)
-    ]
+            plain = all(type(name) is str for name, _ in specs)
+            found = (_known if plain else _describe)(specs, options, first)
+        described.append((held, found))
+    made: list[Outgoing] = []
+    for (key, _, parent), (held, found) in zip(entries, described, strict=True):
+        before = b"" if parent is None else submessage(_PARENT, parent)
+        header = b"".join((submessage(_KEY, key), before, found.serialized))
+        made.append(Outgoing(key, held, header, found.nbytes, found.places, found.block_nbytes))
+    return made

@@ -17,8 +17,6 @@ from kvstored_client.shm.blocks import Block, found_in
 from kvstored_client.shm.calls import (
     KEYS_PER_PACKET,
     Commit,
-    Lease,
-    LeasedHits,
     commits_of,
     copy_in,
     filled,
@@ -27,6 +25,7 @@ from kvstored_client.shm.calls import (
     store_in,
     target_for,
 )
+from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes

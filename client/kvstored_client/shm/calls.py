@@ -6,24 +6,23 @@ A call takes its connections into a hand, which its caller puts back whatever ha
 interrupted, and is abandoned.
 """
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
-from typing import Any, Self, cast, overload
+from typing import Any
 
 from kvstore import arrays
 from kvstore.device import DriverError
 from kvstore.device.copies import Batch
-from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import Hit, TensorInfo
-from kvstore.packed import PackedTensor, arrays_in
-from kvstored_client.buffers import Out, Target, Window
+from kvstore.packed import PackedTensor
+from kvstored_client.buffers import Out, Target
 from kvstored_client.decoding import Parts, unpacked
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart
+from kvstored_client.shm.blocks import Block, found_in
+from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.mapping import Copying
-from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
+from kvstored_client.shm.pool import Connection, ConnectionPool
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
@@ -32,154 +31,8 @@ KEYS_PER_PACKET = 512
 _PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
 _HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
 _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
-HITS_AT_ONCE = 16
-"""Hits of a lease that are made together where all are looked at in turn."""
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
-
-
-class LeasedTensors(Mapping[str, Any]):
-    """The tensors of a leased hit, made when first looked at, until the lease ends. specs: of them, once decoded."""
-
-    def __init__(self, lease: "Lease", block: "Block") -> None:
-        self._lease: Lease | None = lease
-        self._block = block
-        self._made: dict[str, Any] | None = None
-        self.specs = block.specs
-
-    def _held(self) -> dict[str, Any]:
-        if self._lease is None:
-            raise LeaseKept("this lease has ended: its tensors are only there inside the block")
-        if self._made is None:
-            try:
-                self._made = self._lease.view(self._block)
-            except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
-                raise damage(error, "a block") from None
-        return self._made
-
-    def __getitem__(self, name: str) -> Any:
-        return self._held()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held())
-
-    def __len__(self) -> int:
-        return len(self._held())
-
-    def end(self) -> dict[str, Any]:
-        """Let go of the tensors. Returns those that were made."""
-        made, self._lease, self._made = self._made, None, None
-        return {} if made is None else made
-
-
-class Lease:
-    """What one reply holds. Given back with the last reference to this: the block's, or a window's over its bytes."""
-
-    __slots__ = ("__weakref__", "_connection", "_viewed", "framework")
-
-    def __init__(self, connection: Connection, framework: str) -> None:
-        self._connection = connection
-        self.framework = framework
-        self._viewed: list[tuple[Block, weakref.ref[Window]]] = []
-
-    def view(self, block: "Block") -> dict[str, Any]:
-        """Tensors over a leased block."""
-        framework = self.framework
-        window = block.mapping.window(block.start, block.nbytes, self, writable=framework == "torch")
-        self._viewed.append((block, weakref.ref(window)))
-        data = window.array
-        tensors = {
-            name: arrays.from_bytes(spec, data[at : at + nbytes], framework)
-            for name, (spec, at, nbytes) in block.tensors.items()
-        }
-        if framework == "torch":
-            # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
-            tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
-        return tensors if block.packed is None else block.packed.given_out(tensors.values())
-
-    def end(self) -> None:
-        """Raise RecordCorrupt where a block was used again while it was read, LeaseKept where one still is."""
-        for block, _ in self._viewed:
-            if block.is_gone():
-                raise RecordCorrupt(
-                    "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
-                )
-        for _, window in self._viewed:
-            if window() is not None:
-                raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
-
-    def __del__(self) -> None:
-        # Only so that it is soon: that it ended is known to the connection already.
-        self._connection.wake()
-
-
-class LeasedHits(Sequence[Hit | None]):
-    """The hits of a lease, by position, each made when it is looked at: who reads one of a hundred pays for one."""
-
-    def __init__(
-        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: Sequence[bytes], *, leading: bool
-    ) -> None:
-        self._lease: Lease | None = lease
-        self._segments = segments
-        self._reply = reply
-        self._keys = keys
-        self._made: dict[int, Hit] = {}
-        check_count(reply, len(keys))
-        self._items: Sequence[pb.Leased | bytes | None] = reply.leased
-        if not reply.complete:
-            items: list[pb.Leased | None] = [None] * len(keys)
-            for item in map(taken_apart, reply.leased):
-                items[index_of(item.header.index, len(keys))] = item
-            self._items = items[: items.index(None)] if leading and None in items else items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, at: int) -> Hit | None: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Hit | None]: ...
-
-    def __getitem__(self, at: int | slice) -> Hit | list[Hit | None] | None:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if self._items[at] is None:
-            return None
-        at %= len(self._items)
-        return self._made.get(at) or self._made_of((at,))[0]
-
-    def __iter__(self) -> Iterator[Hit | None]:
-        runs = (range(at, min(at + HITS_AT_ONCE, len(self))) for at in range(0, len(self), HITS_AT_ONCE))
-        return chain.from_iterable(map(self._made_of, runs))
-
-    def _made_of(self, positions: Sequence[int]) -> list[Hit | None]:
-        """The hits at positions; those that were not looked at yet are made."""
-        items = [(at, item) for at in positions if at not in self._made and (item := self._items[at]) is not None]
-        if items:
-            if self._lease is None:
-                raise LeaseKept("this lease has ended: its hits are only there inside the block")
-            try:
-                blocks = [block_of(self._segments, item) for _, item in items]
-            except UseStream as error:
-                raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
-            tensors = [LeasedTensors(self._lease, block) for block in blocks]
-            for (at, item), block, own in zip(items, blocks, tensors, strict=True):
-                self._made[at] = block.hit(self._reply, item, self._keys[at], own)
-        return [self._made.get(at) for at in positions]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        lease, self._lease = self._lease, None
-        made = [cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()]
-        for tensors in made if lease is not None and lease.framework == "torch" else ():
-            for x in arrays_in(tensors) if tensors else ():
-                x.set_()  # it becomes empty, whoever holds it
-        made.clear()
-        if kind is None and lease is not None:
-            lease.end()
 
 
 def ask(pool: ConnectionPool, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
