@@ -16,13 +16,19 @@ from kvstore.errors import CodecError
 
 
 class ArrivingTensors(Mapping[str, EncodedTensor]):
-    """The tensors of an entry, by name. copy: makes them in memory that nobody else can write to; called once."""
+    """The tensors of an entry, by name. copy: makes them in memory that nobody else can write to; called once.
 
-    __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "specs", "value_nbytes")
+    owner: whose segments on a device the store's copy is to lie in; None: its own.
+    """
+
+    __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "owner", "specs", "value_nbytes")
     device = torch.device("cpu")
     encoding = "raw"
 
-    def __init__(self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    def __init__(
+        self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]], owner: int | str | None = None
+    ) -> None:
+        self.owner = owner
         self.specs = specs
         self.value_nbytes = specs.nbytes
         self.nbytes = self.value_nbytes + sum(len(name) + TENSOR_OVERHEAD_NBYTES for name in specs)

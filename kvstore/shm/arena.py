@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,40 @@ Register = Callable[[int, int], Callable[[], None] | None]
 """Registers memory, (address, bytes), with a device. Returns what undoes it; None: it was not registered."""
 
 
+class Handed(Protocol):
+    """What a client is told of a segment, and the descriptors that come along."""
+
+    @property
+    def number(self) -> int:
+        """By which blocks name it."""
+        ...
+
+    @property
+    def owner(self) -> Owner:
+        """Whose it is."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of its memory."""
+        ...
+
+    @property
+    def device(self) -> bytes:
+        """The UUID of the GPU in whose memory it lies; b"": in RAM."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is given back."""
+        ...
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Of its memory, and of the table where its blocks' generations are elsewhere."""
+        ...
+
+
 class Segment:
     """One memfd, mapped writable in this process and read-only in clients."""
 
@@ -63,6 +97,7 @@ class Segment:
         self.number = number
         self.owner = owner
         self.nbytes = nbytes
+        self.device = b""
         self.fd = os.memfd_create(f"kvstored-{owner}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, nbytes)
@@ -84,6 +119,11 @@ class Segment:
         self._registering = threading.Lock()
         if register is not None:
             self.register(register)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a client is handed of it."""
+        return (self.fd,)
 
     def register(self, register: Register) -> None:
         """Have a device copy from and to this memory directly, until it is closed."""
@@ -127,7 +167,7 @@ class Segment:
 class Place:
     """Where a block lies."""
 
-    segment: Segment
+    segment: Handed
     start: int
     generation: int
 

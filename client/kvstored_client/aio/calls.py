@@ -17,8 +17,6 @@ from kvstored_client.shm.blocks import Block, found_in
 from kvstored_client.shm.calls import (
     KEYS_PER_PACKET,
     Commit,
-    Lease,
-    LeasedHits,
     commits_of,
     copy_in,
     filled,
@@ -27,6 +25,7 @@ from kvstored_client.shm.calls import (
     store_in,
     target_for,
 )
+from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes
@@ -61,6 +60,7 @@ async def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = await connection.ask(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
+        connection.segments.answered(how)
         try:
             found = []
             batch = None if out is None else pool.transfers.batch_for(out)
@@ -106,6 +106,7 @@ async def lease(
     """As `shm.calls.lease`."""
     connection = await pool.get(hand)
     reply = await connection.ask(get_call(keys, how), pool.timeout_s)
+    connection.segments.answered(how)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)

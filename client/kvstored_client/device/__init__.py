@@ -36,6 +36,7 @@ class Segment(Protocol):
     address: int
     nbytes: int
     writable: bool
+    device: int | None
 
 
 class Transfers:
@@ -56,6 +57,8 @@ class Transfers:
         self._left_nbytes = [self._register_max_nbytes]
         self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._aside = Aside()
+        self._by_uuid: dict[bytes, int] = {}
+        self._maps = True
 
     @property
     def driver(self) -> Driver | None:
@@ -93,6 +96,39 @@ class Transfers:
                 event.synchronize()
 
         return wait
+
+    def there(self, entries: Iterable[Mapping[str, Any] | None]) -> bytes:
+        """The UUID of the GPU on which all of these tensors are, which are filled there; b"": there is none.
+
+        What a daemon holds in that GPU's memory is then copied within it, out of segments that this client maps.
+        """
+        entries = list(entries)
+        devices = _devices(entries) if self._maps else set()
+        driver = self.driver if len(devices) == 1 else None
+        if driver is None or not all(lands(x) for tensors in entries if tensors is not None for x in tensors.values()):
+            return b""
+        device = devices.pop()
+        try:
+            uuid = driver.uuid(device)
+        except DriverError as error:
+            self.map_no_more(str(error))
+            return b""
+        self._by_uuid[uuid] = device
+        return uuid
+
+    def maps(self, uuid: bytes) -> tuple[Driver, int] | None:
+        """The driver and its number of a GPU that was asked for; None: nothing is mapped there."""
+        driver, device = self.driver, self._by_uuid.get(uuid)
+        return None if driver is None or device is None else (driver, device)
+
+    def map_no_more(self, why: str) -> None:
+        """Ask for nothing that lies in a GPU's memory: of this life of the daemon."""
+        logger.warning("the daemon's memory on the GPU is not mapped, what lies there comes through RAM: %s", why)
+        self._maps = False
+
+    def map_again(self) -> None:
+        """Another life of the daemon."""
+        self._maps = True
 
     def unpacks(self, entries: Iterable[Mapping[str, Any] | None]) -> bool:
         """Whether what is held encoded may come as it is held: all of these tensors are on GPUs that decode it."""
@@ -135,24 +171,27 @@ class Transfers:
                         self.uses(segment)
                         break
                 continue
-            data = arrays.bytes_in_place(source) if getattr(target, "is_cuda", False) else None
-            fits = data is not None and data.size == target.nbytes and arrays.same_kind(target, source)
-            if data is None or not fits or not batch.load(target, data.ctypes.data):
+            address = _lies_at(source) if getattr(target, "is_cuda", False) else None
+            fits = address is not None and arrays.same_kind(target, source)
+            if address is None or not fits or not batch.load(target, address):
                 rest.append((target, source))
                 continue
             direct.append((target, source))
-            segment = segment_at(data.ctypes.data)
+            segment = segment_at(address)
             if segment is not None:
                 self.uses(segment)
-            del data, segment
+            del segment
         try:
             return [*rest, *self.run(batch, packed)]
         except DriverError:
             return pairs
 
     def uses(self, mapping: Segment) -> None:
-        """A segment is copied from or to: it is registered beside the calls, once, if there is room for it."""
-        if mapping in self._known:
+        """A segment is copied from or to: it is registered beside the calls, once, if there is room for it.
+
+        One in a GPU's memory needs no registering.
+        """
+        if mapping in self._known or mapping.device is not None:
             return
         self._known[mapping] = False
         self._aside.start([], self._register, weakref.ref(mapping))
@@ -194,6 +233,15 @@ def _devices(entries: Iterable[Mapping[str, Any] | None]) -> set[int]:
         for x in tensors.values()
         if getattr(x, "is_cuda", False)
     }
+
+
+def _lies_at(source: Any) -> int | None:
+    """Where the bytes of a dense tensor begin, on the host or on a GPU; None: they do not lie one behind the other."""
+    if getattr(source, "is_cuda", False):
+        dense = source.is_contiguous() and not source.is_conj() and not source.is_neg()
+        return int(source.data_ptr()) if dense else None
+    data = arrays.bytes_in_place(source)
+    return None if data is None else int(data.ctypes.data)
 
 
 def _unregister(driver: Driver, address: int, nbytes: int, left_nbytes: list[int]) -> None:

@@ -40,18 +40,17 @@ class Filling:
         """Whether each chunk was filled: of its key, the first of its blocks that is wanted, and their places."""
         filled = [False] * len(some)
         try:
-            # In four bits over the bus, where the engine's own GPU decodes them.
-            there = self._buffers.on_gpu and self._guard.unpacks([self._buffers.empty(0)])
-            how = {"packed": True} if there else {}
+            # In four bits over the bus, where the engine's own GPU decodes them; or not over the bus at all.
+            how = self._guard.how_to_lease([self._buffers.empty(0)]) if self._buffers.on_gpu else {}
             with self._guard.lease_many([key for key, _, _ in some], lookup=ELSEWHERE, **how) as hits:
                 found = [hits[at] for at in range(len(some))]
-                tensors = self._decoded(found) if there else [None if hit is None else hit.tensors for hit in found]
+                tensors = self._decoded(found) if how else [None if hit is None else hit.tensors for hit in found]
                 for at, ((_, first, places), chunk) in enumerate(zip(some, tensors, strict=True)):
                     filled[at] = chunk is not None and self._buffers.fill(places, chunk, self._chunk_blocks, first)
                 self._say_lossy(found)
+                self._buffers.settle()  # before the lease ends: chunks in the GPU's memory are read by its stream
                 del hits, found, tensors
                 chunk = None
-            self._buffers.settle()
         except KvstoreError as error:  # a block was used again while it was read
             logger.debug("a lease failed: %s", error)
             return [False] * len(some)
@@ -65,6 +64,9 @@ class Filling:
             room = self._buffers.empty(self._chunk_blocks)
             if hit is None or specs_of(hit.tensors) != specs_of(room):
                 chunks.append(None)
+                continue
+            if all(getattr(x, "is_cuda", False) for x in hit.tensors.values()):
+                chunks.append(dict(hit.tensors))
                 continue
             pairs += [(x, hit.tensors[name]) for name, x in room.items()]
             chunks.append(room)

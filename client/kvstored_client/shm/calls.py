@@ -6,23 +6,23 @@ A call takes its connections into a hand, which its caller puts back whatever ha
 interrupted, and is abandoned.
 """
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, cast, overload
+from typing import Any
 
 from kvstore import arrays
 from kvstore.device import DriverError
 from kvstore.device.copies import Batch
-from kvstore.errors import CodecError, InvalidEntry, LeaseKept, RecordCorrupt
+from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import Hit, TensorInfo
-from kvstore.packed import PackedTensor, arrays_in
-from kvstored_client.buffers import Out, Target, Window
+from kvstore.packed import PackedTensor
+from kvstored_client.buffers import Out, Target
 from kvstored_client.decoding import Parts, unpacked
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.blocks import Block, block_of, check_count, found_in, index_of, taken_apart
-from kvstored_client.shm.mapping import Copying
-from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
+from kvstored_client.shm.blocks import Block, found_in
+from kvstored_client.shm.leases import Lease, LeasedHits
+from kvstored_client.shm.mapping import Copying, MappedSegment
+from kvstored_client.shm.pool import Connection, ConnectionPool, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
@@ -33,140 +33,6 @@ _HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
 _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
-
-
-class LeasedTensors(Mapping[str, Any]):
-    """The tensors of a leased hit, made when first looked at, until the lease ends."""
-
-    def __init__(self, lease: "Lease", block: "Block") -> None:
-        self._lease: Lease | None = lease
-        self._block = block
-        self._made: dict[str, Any] | None = None
-
-    def _held(self) -> dict[str, Any]:
-        if self._lease is None:
-            raise LeaseKept("this lease has ended: its tensors are only there inside the block")
-        if self._made is None:
-            try:
-                self._made = self._lease.view(self._block)
-            except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
-                raise damage(error, "a block") from None
-        return self._made
-
-    def __getitem__(self, name: str) -> Any:
-        return self._held()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held())
-
-    def __len__(self) -> int:
-        return len(self._held())
-
-    def end(self) -> None:
-        """Let go of the tensors; torch tensors handed out become empty, whoever holds them."""
-        if self._made is not None and self._lease is not None and self._lease.framework == "torch":
-            for x in arrays_in(self._made):
-                x.set_()
-        self._lease = self._made = None
-
-
-class Lease:
-    """What one reply holds. Given back with the last reference to this: the block's, or a window's over its bytes."""
-
-    __slots__ = ("__weakref__", "_connection", "_viewed", "framework")
-
-    def __init__(self, connection: Connection, framework: str) -> None:
-        self._connection = connection
-        self.framework = framework
-        self._viewed: list[tuple[Block, weakref.ref[Window]]] = []
-
-    def view(self, block: "Block") -> dict[str, Any]:
-        """Tensors over a leased block."""
-        framework = self.framework
-        window = block.mapping.window(block.start, block.nbytes, self, writable=framework == "torch")
-        self._viewed.append((block, weakref.ref(window)))
-        data = window.array
-        tensors = {
-            name: arrays.from_bytes(spec, data[at : at + nbytes], framework)
-            for name, (spec, at, nbytes) in block.tensors.items()
-        }
-        if framework == "torch":
-            # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
-            tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
-        return tensors if block.packed is None else block.packed.given_out(tensors.values())
-
-    def end(self) -> None:
-        """Raise RecordCorrupt where a block was used again while it was read, LeaseKept where one still is."""
-        for block, _ in self._viewed:
-            if block.is_gone():
-                raise RecordCorrupt(
-                    "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
-                )
-        for _, window in self._viewed:
-            if window() is not None:
-                raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
-
-    def __del__(self) -> None:
-        # Only so that it is soon: that it ended is known to the connection already.
-        self._connection.wake()
-
-
-class LeasedHits(Sequence[Hit | None]):
-    """The hits of a lease, by position, each made when it is looked at: who reads one of a hundred pays for one."""
-
-    def __init__(
-        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: Sequence[bytes], *, leading: bool
-    ) -> None:
-        self._lease: Lease | None = lease
-        self._segments = segments
-        self._reply = reply
-        self._keys = keys
-        self._made: dict[int, Hit] = {}
-        check_count(reply, len(keys))
-        self._items: Sequence[pb.Leased | bytes | None] = reply.leased
-        if not reply.complete:
-            items: list[pb.Leased | None] = [None] * len(keys)
-            for item in map(taken_apart, reply.leased):
-                items[index_of(item.header.index, len(keys))] = item
-            self._items = items[: items.index(None)] if leading and None in items else items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, at: int) -> Hit | None: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Hit | None]: ...
-
-    def __getitem__(self, at: int | slice) -> Hit | list[Hit | None] | None:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        item = self._items[at]
-        if item is None:
-            return None
-        if at < 0:
-            at += len(self._items)
-        hit = self._made.get(at)
-        if hit is None:
-            if self._lease is None:
-                raise LeaseKept("this lease has ended: its hits are only there inside the block")
-            try:
-                block = block_of(self._segments, item)
-            except UseStream as error:
-                raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
-            hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(self._lease, block))
-        return hit
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        lease, self._lease = self._lease, None
-        for hit in self._made.values():
-            cast("LeasedTensors", hit.tensors).end()
-        if kind is None and lease is not None:
-            lease.end()
 
 
 def ask(pool: ConnectionPool, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
@@ -197,6 +63,7 @@ def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
+        connection.segments.answered(how)
         batch = None if out is None else pool.transfers.batch_for(out)
         late = []
         try:
@@ -244,7 +111,9 @@ def target_for(
 
 
 def filled(copier: Copying, block: "Block", target: Target) -> bool:
-    """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile."""
+    """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile. Raises UseStream."""
+    if block.on_device and target.bytes:
+        raise UseStream("what lies in a GPU's memory is no answer for tensors that do not")
     if block.packed is not None and not isinstance(target, Parts):
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
@@ -264,10 +133,13 @@ def filled(copier: Copying, block: "Block", target: Target) -> bool:
 
 
 def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "Block", Target]]) -> list[bool]:
-    """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards."""
+    """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards.
+
+    Raises UseStream where a copy within the GPU fails: what the host has no bytes of comes another way.
+    """
     packed: list[tuple[Any, Any]] = []
     for _, _, block, target in late:
-        if target.direct:
+        if target.direct and isinstance(block.mapping, MappedSegment):
             pool.transfers.uses(block.mapping)
         held = _held_packed(block) if target.direct else {}
         for name, x in target.direct.items():
@@ -278,7 +150,10 @@ def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "B
                 batch.load(x, block.mapping.address + block.start + at)
     try:
         left = pool.transfers.run(batch, packed)
-    except DriverError:
+    except DriverError as error:
+        if any(block.on_device for _, _, block, _ in late):
+            pool.transfers.map_no_more(str(error))
+            raise UseStream(str(error)) from None
         left = [pair for _, _, block, target in late for pair in _from_host(block, target)]
     damaged = {id(x) for x, source in left if not _decoded_into(x, source)}
     # After the copies: see `filled`.
@@ -318,6 +193,7 @@ def lease(
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
     connection = pool.take(hand)
     reply = connection.exchange(get_call(keys, how), pool.timeout_s)
+    connection.segments.answered(how)
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)

@@ -25,11 +25,11 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import KvstoreError
-from kvstore.shm.layout import CLOSED
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
 from kvstored_client.shm.ingest import Ended, IngestSegment, Mark
 from kvstored_client.shm.mapping import MappedSegment
+from kvstored_client.shm.segments import Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import fixed64s
 from kvstored_client.wire.trust import Place
@@ -59,10 +59,6 @@ _AT_ONCE = (socket.MSG_DONTWAIT,)
 GREETING = pb.LeaseCall(match=pb.MatchRequest())
 """What a connection asks first: its answer has the daemon's boot epoch."""
 _CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
-
-
-class UseStream(Exception):
-    """This call cannot be served through shared memory."""
 
 
 class MoreSegments(UseStream):
@@ -269,13 +265,18 @@ class Connection:
     def _map(self, reply: pb.LeaseReply) -> None:
         """Map the segments whose descriptors came with the packet. Any other number of them is a broken connection."""
         descriptors = self._take_descriptors()
-        if len(descriptors) != len(reply.segments):
+        if len(descriptors) != sum(2 if segment.device else 1 for segment in reply.segments):
             found = len(descriptors)
             self.abandon()
             raise UseStream(f"{found} descriptors came with {len(reply.segments)} segments")
         try:
             for segment in reply.segments:
                 mapping = None
+                if segment.device:
+                    self.segments.add_device(segment, descriptors[0], descriptors[1])
+                    close_first(descriptors)
+                    close_first(descriptors)
+                    continue
                 if segment.writable or segment.number not in self.segments:
                     mapping = MappedSegment(descriptors[0], segment.nbytes, writable=segment.writable)
                 close_first(descriptors)
@@ -441,46 +442,3 @@ def _error_of(error: pb.LeaseError) -> Exception:
     if isinstance(kind, type) and issubclass(kind, KvstoreError):
         return kind(error.message)
     return UseStream(error.message)
-
-
-class Segments:
-    """The daemon's segments, mapped once for all connections of one daemon's life.
-
-    blocks: what is known of blocks, by segment, start and generation, or by all that is said of one.
-    """
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self._mappings: dict[int, MappedSegment] = {}
-        self.blocks: dict[tuple[int, int, int] | bytes, Any] = {}
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._mappings
-
-    def add(self, number: int, mapping: MappedSegment) -> None:
-        """Keep a mapping, unless another connection was handed the segment meanwhile. Lets go of closed ones.
-
-        The daemon makes a segment in place of closed ones: so all that are mapped are at most twice what it may have.
-        """
-        if self._mappings.setdefault(number, mapping) is mapping:
-            mapping.populate()
-        for known, kept in list(self._mappings.items()):
-            if kept.words[0] == CLOSED:
-                self._mappings.pop(known, None)
-                for key, block in list(self.blocks.items()):
-                    if block.mapping is kept:
-                        self.blocks.pop(key, None)
-
-    def at(self, address: int) -> MappedSegment | None:
-        """The mapping in which an address lies."""
-        for mapping in list(self._mappings.values()):
-            if mapping.address <= address < mapping.address + mapping.nbytes:
-                return mapping
-        return None
-
-    def get(self, number: int) -> MappedSegment:
-        """The mapping of a segment. Raises UseStream for one that was never handed over."""
-        mapping = self._mappings.get(number)
-        if mapping is None:
-            raise UseStream(f"segment {number} was not handed over")
-        return mapping

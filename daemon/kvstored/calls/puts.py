@@ -139,10 +139,11 @@ class Incoming:
         }
         return checked_entry(self.key, tensors)
 
-    def arriving(self, room: Room | None, sources: Sequence[Bytes]) -> ArrivingTensors:
+    def arriving(self, room: Room | None, sources: Sequence[Bytes], owner: int | str | None = None) -> ArrivingTensors:
         """Tensors that will be copied from `sources`, the bytes of each in the order of the specs.
 
-        room: None where the store copies them itself, to a device: once, before it can be found.
+        room: None where the store copies them itself, to a device: once, before it can be found. owner: whose segments
+        they are to lie in there.
         """
         specs = self.specs
 
@@ -154,7 +155,7 @@ class Incoming:
             _copy(tensors, sources)
             return tensors
 
-        tensors = ArrivingTensors(specs, copy)
+        tensors = ArrivingTensors(specs, copy, owner)
         self._entry = Entry(self.key, tensors)
         return tensors
 

@@ -26,8 +26,8 @@ from kvstore.entries.arriving import ArrivingTensors
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
-from kvstore.residency.read_path import NOTHING, Plan
-from kvstore.shm.arena import Place, Segment
+from kvstore.residency.read_path import NOTHING, Found, Plan
+from kvstore.shm.arena import Handed, Place, Segment
 from kvstore.shm.layout import layout
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
@@ -36,7 +36,7 @@ from kvstored.access.shares import charged
 from kvstored.calls.encoded_reply import EncodedReply
 from kvstored.calls.gets import Reading, hit_header, on_device
 from kvstored.calls.puts import Incoming, put_ready
-from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
+from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply, raw_header
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Waiting
 from kvstored.doors.lease_packets import (
@@ -110,9 +110,9 @@ class Connection:
         self.ingest_nbytes = 0
         self._next = 1
         self._number = 0
-        self._handed: set[Segment] = set()
+        self._handed: set[Handed] = set()
         self._ingest: dict[int, Segment] = {}
-        self._fds: dict[Segment, int] = {}
+        self._fds: dict[Handed, tuple[int, ...]] = {}
         self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
         self._wait_s = 0.0
@@ -184,7 +184,7 @@ class Connection:
     def _send(self, data: bytes) -> None:
         if self._fds:
             fds, self._fds = self._fds, {}
-            socket.send_fds(self._sock, [data], list(fds.values()))
+            socket.send_fds(self._sock, [data], [fd for of_segment in fds.values() for fd in of_segment])
         else:
             self._sock.send(data)
 
@@ -242,7 +242,7 @@ class Connection:
         except Refusal as refused:
             return refused.code.name, refusal("PermissionDenied", str(refused))
         except MoreSegments as error:
-            handed = [pb.Segment(number=segment.number, nbytes=segment.nbytes) for segment in self._fds]
+            handed = [_told(segment) for segment in self._fds]
             reply = pb.LeaseReply(error=pb.LeaseError(kind="UseStream", message=str(error)), segments=handed)
             return _MORE, reply.SerializeToString()
         except UseStream as error:
@@ -286,28 +286,28 @@ class Connection:
         # On this client's own thread: nobody else waits for the shared store.
         if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)
-        reading: Reading | None = None
+        # What hot holds is read where it lies; on a device by a client that maps it.
+        in_place = not self._on_device or bool(shared.device and asked.device == shared.device)
+        maps = self._owner if self._on_device and in_place else None
+        reading = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room, maps=maps)
 
         def charge(plan: Plan) -> None:
-            nonlocal reading
-            if not plan.hot:  # what hot holds is read where it lies
-                charged = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
-                charged.charge(plan)
-                reading = charged  # not one that was refused: another plan may follow it
+            if not (plan.hot and in_place):
+                reading.charge(plan)
 
-        plan = self._store.plan(
-            keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
-            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
-            whole_if_hot=not self._on_device, charge=charge, count_later=True, lookup=lookup,
-        )  # fmt: skip
-        kept_replies = self._kept_replies(plan) if plan.hot and not plan.ended else None
-        if kept_replies is not None:
-            return self._hot_reply(plan, kept_replies)
-        if reading is None:  # hot, and to be copied: it may let go of it before that is done
-            reading = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
-            reading.charge(plan)
         try:
-            reading.begin(plan)
+            plan = self._store.plan(
+                keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
+                from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
+                whole_if_hot=in_place, charge=charge, count_later=True, lookup=lookup,
+            )  # fmt: skip
+            if not (plan.hot and in_place):
+                reading.begin(plan)
+                return self._read(reading)
+            kept_replies = None if plan.ended else self._kept_replies(plan)
+            if kept_replies is not None:
+                return self._hot_reply(plan, kept_replies)
+            reading.begin_whole(plan)  # to be copied, or no complete answer: hot may let go of it before that is done
             return self._read(reading)
         finally:
             reading.close()
@@ -315,7 +315,7 @@ class Connection:
     def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
         """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""
         new = set(map(_SEGMENT, kept_replies)) - self._handed
-        if len(new) > SEGMENTS_MAX:
+        if sum(len(segment.descriptors) for segment in new) > SEGMENTS_MAX:
             self._hand_some(new)
         now = _GIVEN.pack(_LEASE_TAG, self._hold(plan.entries), _NOW_TAG, plan.now, NUMBER_TAG, self._number)
         if new:
@@ -361,11 +361,18 @@ class Connection:
             with shared.reads:
                 lot = reading.read()
             for index, hit in lot:
-                if hit is not None:
-                    tensors, place = self._placed(hit)
-                    held.append(tensors)
-                    self._hand(reply, place.segment)
-                    reply.leased.append(leased(hit_header(index, hit), place))
+                if isinstance(hit, Found):  # on a device, in a segment that this client maps
+                    kept: object = hit.entry
+                    place = hit.entry.tensors.place  # type: ignore[attr-defined]  # else it had not been left there
+                    header = raw_header(hit.entry, pb.GetHeader(index=index, age_s=hit.age_s))
+                elif hit is not None:
+                    kept, place = self._placed(hit)
+                    header = hit_header(index, hit)
+                else:
+                    continue
+                held.append(kept)
+                self._hand(reply, place.segment)
+                reply.leased.append(leased(header, place))
             if reading.done:
                 break
             reading.plan()
@@ -396,17 +403,17 @@ class Connection:
             room[name].copy_(x)
         return room, room.place
 
-    def _hand(self, reply: pb.LeaseReply, segment: Segment, *, writable: bool = False) -> None:
+    def _hand(self, reply: pb.LeaseReply, segment: Handed, *, writable: bool = False) -> None:
         if segment in self._handed:
             return
-        if len(self._fds) >= SEGMENTS_MAX:
+        if sum(map(len, self._fds.values())) + len(segment.descriptors) > SEGMENTS_MAX:
             raise MoreSegments(f"the answer lies in more segments than {SEGMENTS_MAX}, which is a packet's limit")
         self._handed = {known for known in self._handed if not known.closed}
         self._handed.add(segment)
-        reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
-        self._fds[segment] = segment.fd
+        reply.segments.append(_told(segment, writable=writable))
+        self._fds[segment] = segment.descriptors
 
-    def _hand_some(self, segments: Iterable[Segment]) -> NoReturn:
+    def _hand_some(self, segments: Iterable[Handed]) -> NoReturn:
         """Hand over as many as a packet brings, instead of an answer. Raises MoreSegments."""
         unsaid = pb.LeaseReply()  # the refusal says it
         for segment in sorted(segments, key=attrgetter("number")):
@@ -447,7 +454,7 @@ class Connection:
                     entry.fill(self._room, sources)
                 else:
                     room = None if self._on_device else self._room  # to a device: from where it lies
-                    arriving.append(entry.arriving(room, sources))
+                    arriving.append(entry.arriving(room, sources, self._owner))
             self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
             stored = put_ready(self._store, ready)
         finally:
@@ -480,3 +487,8 @@ class Connection:
             else:
                 sources.append(segment.bytes[start : start + nbytes])
         return sources
+
+
+def _told(segment: Handed, *, writable: bool = False) -> pb.Segment:
+    """What is said of a segment whose descriptors come along."""
+    return pb.Segment(number=segment.number, nbytes=segment.nbytes, writable=writable, device=segment.device)

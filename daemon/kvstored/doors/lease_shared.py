@@ -46,6 +46,10 @@ class Shared:
     accept_failures: int = 0
     refused: dict[str, int] = field(default_factory=lambda: {"full": 0, "no_entry": 0})
 
+    def __post_init__(self) -> None:
+        self.device = self.store.device_uuid
+        """The UUID of the GPU in whose memory hot lies; b"": in RAM, or nobody can map it."""
+
     def gauges(self) -> dict[str, float]:
         """For the statistics."""
         connections = self.connections.copy()
