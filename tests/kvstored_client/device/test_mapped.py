@@ -241,6 +241,8 @@ def test_a_client_on_another_gpu_is_answered_through_ram(daemon):
         assert client.get(b"elsewhere", out=out) is not None
         assert torch.equal(out["x"].numbers, x)
         assert client.failures == 0
+        handed = {segment for connection in daemon.daemon._shared.connections for segment in connection._handed}
+        assert handed and not any(segment.device for segment in handed)
     assert other.mapped == set()
     assert daemon.store._device_hot.driver.batches == before + 1
 
