@@ -129,6 +129,7 @@ class DeviceArena:
         self._segment_nbytes = segment_nbytes
         self._lock = threading.Lock()
         self._segments: list[DeviceSegment] = []
+        self._closed = False
         self._numbers = count(NUMBERS_FROM)
         self._generations = count(1)
         # As in `shm.arena`: a finalizer may run in the middle of `take`, so it only appends.
@@ -165,11 +166,13 @@ class DeviceArena:
 
     def given_back(self, segment: DeviceSegment, start: int) -> None:
         """The last reference to a block is gone."""
-        self._dead.append((segment, start))
+        if not self._closed:  # else its segment goes with it
+            self._dead.append((segment, start))
 
     def close(self) -> None:
         """Let go of all segments: those that blocks lie in are given back with the last of these."""
         with self._lock:
+            self._closed = True
             self._segments.clear()
             self._dead.clear()
 
