@@ -23,10 +23,10 @@ from kvstore.hit import Held, Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
 from kvstore.packed import ENCODINGS
-from kvstore.ready import fill
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted, unpacked
 from kvstored_client.device import Transfers, settle_stream
+from kvstored_client.device.paged import Paged
 from kvstored_client.interrupts import damage
 from kvstored_client.leasing import NOTHING_LEASED, Wanted, leading_hits
 from kvstored_client.puts import Outgoing
@@ -347,9 +347,14 @@ class Asking:
     def _fill_now(self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None = None) -> None:
         left = self.transfers.fill(pairs, batch or self._fill_batch(pairs), self._segment_at)
         try:
-            fill((target, unpacked(source)) for target, source in left)
             for target, source in left:
-                if getattr(source, "is_cuda", False):  # torch copies within a GPU when its stream comes to it
+                dense = unpacked(source)
+                if isinstance(target, Paged):
+                    target.write(dense)
+                else:
+                    arrays.copy_into(target, dense)
+            for target, source in left:  # torch copies within a GPU when its stream comes to it
+                if isinstance(target, Paged) or getattr(source, "is_cuda", False):
                     settle_stream(target.device)
         except CodecError as error:
             raise RecordCorrupt(f"what {self.address} sent cannot be decoded: {error}") from None

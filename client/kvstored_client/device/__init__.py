@@ -22,6 +22,7 @@ from kvstore.device.copies import Batch, Streams
 from kvstore.packed import PackedTensor
 from kvstored_client.aside import Aside
 from kvstored_client.device.landing import Landing, lands
+from kvstored_client.device.paged import Paged, Scatter
 
 logger = logging.getLogger(__name__)
 
@@ -140,17 +141,20 @@ class Transfers:
         return all(lands(x) for tensors in entries if tensors is not None for x in tensors.values())
 
     def run(self, batch: Batch, packed: Sequence[tuple[Any, Any]]) -> Sequence[tuple[Any, Any]]:
-        """Run a batch with what is packed added to it, which is decoded there. Returns those left to the host.
+        """Run a batch with what is packed added to it, which is decoded there, also into paged blocks.
 
-        Nothing is copied or computed afterwards. Raises DriverError.
+        Returns those left to the host. Nothing is copied or computed afterwards. Raises DriverError.
         """
         if not packed or self.driver is None or self._streams is None:
             batch.run()
             return packed
-        landing = Landing(self.driver, self._streams, packed)
+        paged = [(target, source) for target, source in packed if isinstance(target, Paged)]
+        scatter = Scatter(self.driver, paged)
+        landing = Landing(self.driver, self._streams, [pair for pair in packed if not isinstance(pair[0], Paged)])
         landing.bring(batch)
+        scatter.bring(batch)
         batch.run()
-        return landing.decode()
+        return [*landing.decode(), *scatter.decode()]
 
     def fill(
         self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None, segment_at: Callable[[int], Any]
@@ -163,7 +167,8 @@ class Transfers:
         packed: list[tuple[Any, Any]] = []
         for target, source in pairs:
             if isinstance(source, PackedTensor):
-                (packed if lands(target) and batch.decodes else rest).append((target, source))
+                there = batch.decodes and (isinstance(target, Paged) or lands(target))
+                (packed if there else rest).append((target, source))
                 for part in source.parts.values():
                     data = arrays.bytes_in_place(part)
                     segment = None if data is None else segment_at(data.ctypes.data)
@@ -171,7 +176,8 @@ class Transfers:
                         self.uses(segment)
                         break
                 continue
-            address = _lies_at(source) if getattr(target, "is_cuda", False) else None
+            direct_to = getattr(target, "is_cuda", False) and not isinstance(target, Paged)
+            address = _lies_at(source) if direct_to else None
             fits = address is not None and arrays.same_kind(target, source)
             if address is None or not fits or not batch.load(target, address):
                 rest.append((target, source))

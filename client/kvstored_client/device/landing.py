@@ -40,7 +40,7 @@ class Landing:
         try:
             self._there = [self._brought(batch, target, packed) for target, packed in self._due]
         except Exception as error:  # noqa: BLE001 - no memory, by whatever name
-            _told(error)
+            told(error)
 
     def _brought(self, batch: Batch, target: Any, packed: PackedTensor) -> PackedTensor:
         torch: Any = sys.modules["torch"]
@@ -68,7 +68,7 @@ class Landing:
                     self._scatter(scatter)
             self._scatter(scatter)
         except Exception as error:  # noqa: BLE001 - Triton raises whatever its compiler does; also CodecError
-            _told(error)
+            told(error)
             return self._due
         finally:  # kernels that were begun still read what was brought
             for device in {target.device.index or 0 for target, _ in self._due}:
@@ -106,5 +106,7 @@ def lands(x: Any) -> bool:
     return Runs.of(x) is not None
 
 
-def _told(error: Exception) -> None:
-    logger.warning("decoded on the host, as the GPU did not: %s: %s", type(error).__name__, error)
+def told(error: Exception) -> None:
+    """Note that the device could not decode something, which the host does then. As text: an error keeps frames, and
+    they keep what is leased."""
+    logger.warning("decoded on the host, as the GPU did not: %s: %s", type(error).__name__, str(error))
