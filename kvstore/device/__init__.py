@@ -9,6 +9,7 @@ Light: imports neither torch nor CUDA. Whoever wants `cuda` imports it.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 
@@ -36,6 +37,10 @@ class Driver(Protocol):
 
         to, of: addresses on the host and the stream's device, registered or not. store: from the device to the host.
         """
+        ...
+
+    def computing(self, device: int) -> AbstractContextManager[object]:
+        """Inside, the calling thread's work for a device is on a stream that others' work does not hold up."""
         ...
 
     def record(self, stream: Any) -> Any:

@@ -6,6 +6,7 @@ memory is mapped by the driver's virtual memory calls, beside torch's allocator:
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,11 @@ class Cuda:
     def current(self, device: int) -> Any:
         """The one of torch in this thread."""
         return self._torch.cuda.current_stream(device)
+
+    def computing(self, device: int) -> AbstractContextManager[object]:
+        """A stream of torch's pool."""
+        context: AbstractContextManager[object] = self._torch.cuda.stream(self._torch.cuda.Stream(device=device))
+        return context
 
     def copy(self, to: Sequence[int], of: Sequence[int], nbytes: Sequence[int], stream: Any, *, store: bool) -> None:
         """One call of the driver's for all runs."""

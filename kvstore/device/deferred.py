@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,10 @@ class Deferred:
     def current(self, device: int) -> Any:
         """One for a device, whatever the thread."""
         return self._current.setdefault(device, _Stream(device))
+
+    def computing(self, device: int) -> AbstractContextManager[object]:  # noqa: ARG002 - what computes does so at once
+        """There is nothing to set apart."""
+        return nullcontext()
 
     def compute(self, device: int, work: Callable[[], None]) -> None:
         """A kernel: work on the current stream, to be done when it must be."""

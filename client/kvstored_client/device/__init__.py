@@ -21,7 +21,7 @@ from kvstore.device import Driver, DriverError
 from kvstore.device.copies import Batch, Streams
 from kvstore.packed import PackedTensor
 from kvstored_client.aside import Aside
-from kvstored_client.device.landing import Landing, lands
+from kvstored_client.device.landing import Landing, encoded_there, lands
 from kvstored_client.device.paged import Paged, Scatter
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,20 @@ class Transfers:
         scatter.bring(batch)
         batch.run()
         return [*landing.decode(), *scatter.decode()]
+
+    def encoded(self, tensors: Mapping[str, Any], *, prefix_start: bool) -> dict[str, Any] | None:
+        """Dense tensors on a GPU encoded there, as a store would below hot; None: it has no kernels for them.
+
+        Their bytes must be there already. By a stream of its own. Raises whatever the device does.
+        """
+        devices = _devices([tensors])
+        driver = self.driver if len(devices) == 1 else None
+        if driver is None or not all(getattr(x, "is_cuda", False) and x.is_contiguous() for x in tensors.values()):
+            return None
+        device = devices.pop()
+        if not driver.computes(device):
+            return None
+        return encoded_there(driver, device, tensors, prefix_start=prefix_start)
 
     def fill(
         self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None, segment_at: Callable[[int], Any]

@@ -42,6 +42,7 @@ from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_ahead import AFTER_S, Ahead
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
+from kvstored_client.integrations.vllm_encoding import encoding_of
 from kvstored_client.integrations.vllm_filling import CALL_NBYTES, GPU_CALL_NBYTES, Filling, pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
 from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
@@ -122,7 +123,10 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             from kvstored_client.integrations.vllm_events import Announced, Reported
 
             self._announced, self._reported = Announced(self._shards.count), Reported()
-        self._saving = Saving(self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported)
+        encoding = encoding_of(extra, self._fidelity, self._guard)
+        self._saving = Saving(
+            self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported, encoding
+        )
         after_s = float(extra.get("prefetch_after_s", AFTER_S)) if self._on else 0.0
         self._ahead = Ahead(self._guard, after_s, self._groups.block_nbytes * self._chunk_blocks)
 
