@@ -254,6 +254,13 @@ def checks(bench: Bench) -> Iterator[tuple[str, bool]]:
     client.put(b"part", {"x": whole[:, 5:45]})
     hit = client.get(b"part")
     yield "a part of a larger tensor is put", hit is not None and torch.equal(hit.tensors["x"], x)
+    yield from packed_checks(bench)
+    yield from hot_checks(machine)
+
+
+def packed_checks(bench: Bench) -> Iterator[tuple[str, bool]]:
+    """The same of chunks in 4 bits."""
+    machine, client = bench.machine, bench.client
     bench.put_packed("nf4")
     first = client.get(bench.keys("nf4")[0], packed=True)
     assert first is not None
@@ -282,7 +289,6 @@ def checks(bench: Bench) -> Iterator[tuple[str, bool]]:
         for name, x in bench.packed(bench.places[0]).items() for suffix, part in x.parts.items()
     ]  # fmt: skip
     yield "4 bits are encoded on the GPU to the CPU's bytes", all(parts)
-    yield from hot_checks(machine)
 
 
 def hot_checks(machine: Machine) -> Iterator[tuple[str, bool]]:
