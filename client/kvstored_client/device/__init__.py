@@ -109,6 +109,9 @@ class Transfers:
         if driver is None or not all(lands(x) for tensors in entries if tensors is not None for x in tensors.values()):
             return b""
         device = devices.pop()
+        known = next((uuid for uuid, number in self._by_uuid.items() if number == device), None)
+        if known is not None:
+            return known
         try:
             uuid = driver.uuid(device)
         except DriverError as error:

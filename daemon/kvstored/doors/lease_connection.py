@@ -286,8 +286,10 @@ class Connection:
         # On this client's own thread: nobody else waits for the shared store.
         if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)
-        # What hot holds is read where it lies; on a device by a client that maps it.
-        in_place = not self._on_device or bool(shared.device and asked.device == shared.device)
+        # What hot holds is read where it lies; on a device by a client that maps it. A GPU's memory cannot be sealed as
+        # that of the host is: who has it could write to it, so only who may put gets it.
+        there = bool(shared.device) and asked.device == shared.device and "put" in self._rights
+        in_place = there or not self._on_device
         maps = self._owner if self._on_device and in_place else None
         reading = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room, maps=maps)
 

@@ -395,6 +395,19 @@ def test_a_tenant_is_handed_no_segment_but_its_own(driver, tmp_path, monkeypatch
             assert len(driver.mapped) == 1
 
 
+def test_who_may_not_put_is_handed_no_memory_of_the_gpu(driver):
+    """CUDA has no seal: what is mapped for reading here another program could map for writing."""
+    reader = TENANTS.replace('rights = ["read", "write"]', 'rights = ["read"]').replace('tenant = "a"', "")
+    with hot_on_device(tokens=reader) as daemon, daemon.client(framework="torch", driver=driver) as client:
+        x = torch.randn(3, 40, 8)
+        daemon.store.put(b"k", {"x": x})
+        out = {"x": on_gpu(torch.zeros(3, 40, 8))}
+        assert client.get(b"k", out=out) is not None
+        assert torch.equal(out["x"].numbers, x)
+        handed = {segment for connection in daemon.daemon._shared.connections for segment in connection._handed}
+        assert handed and not any(segment.device for segment in handed)
+
+
 def client_view(memory):
     return torch.from_numpy(memory._bytes[: 64 + 3 * 40 * 8 * 4][64:].view(np.float32).copy())
 
