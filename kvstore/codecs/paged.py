@@ -6,6 +6,7 @@ codec, both in one tensor, latents) is decoded densely first. Pure, any thread.
 
 import torch
 
+from kvstore.codecs.nf4_kv import checked_blocks, checked_kept
 from kvstore.codecs.nf4_kv2 import NF4KV2, _checked_means, _checked_spec, _planes
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -32,7 +33,9 @@ def job_of(encoded: EncodedTensor) -> Job | None:
     ((plane, prefix, rows, tensor),) = _planes(encoded, like, role, token_axis)
     if tuple(rows.shape) != tuple(shape):
         return None
-    NF4KV2().check(encoded)
+    checked_blocks(tensor, plane, prefix)  # as `NF4KV2.check`, and what is needed of it kept
+    if plane.kept:
+        checked_kept(tensor, plane, prefix)
     turns = _checked_means(tensor, plane, prefix)[2] if plane.groups else None
     kept = tensor.parts.get(f"{prefix}kept")
     if plane.tokens > 1 << 15:
