@@ -68,26 +68,40 @@ class Filling:
         wanted, of = self._buffers.specs(self._chunk_blocks), self._chunk_blocks
         filled = [False] * len(some)
         pairs: list[tuple[Any, Any]] = []
-        chunks: dict[int, Mapping[str, Any]] = {}
+        dense: dict[int, Mapping[str, Any]] = {}
         for at, (hit, (_, first, places)) in enumerate(zip(hits, some, strict=True)):
             if hit is None or specs_of(hit.tensors) != wanted:
                 continue
             if all(getattr(x, "is_cuda", False) for x in hit.tensors.values()):
-                chunks[at] = hit.tensors
+                filled[at] = self._buffers.fill(places, hit.tensors, of, first)
                 continue
             paged = self._buffers.paged(places, of, first)
             if wanted.keys() == paged.keys() and all(isinstance(x, PackedTensor) for x in hit.tensors.values()):
                 pairs += [(paged[name], x) for name, x in hit.tensors.items()]
                 filled[at] = True
                 continue
-            chunks[at] = room = self._buffers.empty(of)
-            pairs += [(x, hit.tensors[name]) for name, x in room.items()]
+            dense[at] = hit.tensors
+            if (len(dense) + 1) * of * self._buffers.block_nbytes() > CALL_NBYTES:
+                self._fill_densely(dense, some, filled, [])
+        self._fill_densely(dense, some, filled, pairs)
+        return filled
+
+    def _fill_densely(
+        self,
+        dense: dict[int, Mapping[str, Any]],
+        some: Sequence[tuple[bytes, int, Places]],
+        filled: list[bool],
+        pairs: list[tuple[Any, Any]],
+    ) -> None:
+        """Bring chunks to the GPU as they are, beside the engine's memory, and write their blocks; and fill `pairs`."""
+        rooms = {at: self._buffers.empty(self._chunk_blocks) for at in dense}
+        pairs = pairs + [(x, dense[at][name]) for at, room in rooms.items() for name, x in room.items()]
         if pairs:
             self._guard.fill(pairs)
-        for at, chunk in chunks.items():
+        for at, room in rooms.items():
             _, first, places = some[at]
-            filled[at] = self._buffers.fill(places, chunk, of, first)
-        return filled
+            filled[at] = self._buffers.fill(places, room, self._chunk_blocks, first)
+        dense.clear()
 
     def _say_lossy(self, hits: Sequence[Hit | None]) -> None:
         """The receipt of what came back in fewer bits: a line whenever it is worse than any before."""

@@ -125,6 +125,18 @@ def test_what_is_held_raw_or_gone_or_of_another_shape_is_told_apart(guard):
     assert same(layers, due_in(caches(), [([0, 1, 2, 3], raw), ([8, 9, 10, 11], decode(packed))]))
 
 
+def test_raw_chunks_of_a_large_load_lie_beside_the_engine_s_memory_a_few_at_a_time(guard, driver, monkeypatch):
+    nbytes = sum(x.nbytes for x in chunk(0).values())
+    monkeypatch.setattr("kvstored_client.integrations.vllm_filling.CALL_NBYTES", 2 * nbytes)
+    chunks, layers = {b"r%d" % n: chunk(20 + n) for n in range(5)}, caches()
+    guard.cache.put_many(list(chunks.items()), fidelity="exact")
+    driver.batches = 0
+    wanted = [(key, 0, (list(range(4 * n, 4 * n + 4)),)) for n, key in enumerate(chunks)]
+    assert Filling(guard, GroupedBuffers(layers, GROUPS), BLOCKS).filled(wanted) == [True] * 5
+    assert same(layers, due_in(caches(), [(own, x) for (_, _, (own,)), x in zip(wanted, chunks.values(), strict=True)]))
+    assert driver.batches == 3
+
+
 @pytest.mark.parametrize("broken", ["launch", "memory", "batch"])
 def test_where_the_gpu_does_not_the_host_decodes_the_same_bits(guard, driver, monkeypatch, broken):
     packed, layers = encode(chunk(9), codec="nf4-kv2"), caches()
