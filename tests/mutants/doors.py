@@ -82,8 +82,8 @@ DOORS = (
     ),
     (
         "daemon/kvstored/doors/lease_connection.py",
-        ' and "put" in self._rights\n',
-        "\n",
+        'bool(shared.device) and "put" in self._rights',
+        "bool(shared.device)",
         "who may not put is handed memory that it could write to",
     ),
     (

@@ -48,6 +48,7 @@ from kvstored.doors.lease_packets import (
     number_of,
     numbered,
     refusal,
+    told,
 )
 from kvstored.doors.lease_shared import Shared
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -104,6 +105,8 @@ class Connection:
         self._shares = self._store.shares
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._on_device = on_device(self._store)
+        # A GPU's memory cannot be sealed as the host's is: who has it could write to it, so only who may put gets it.
+        self._may_map = bool(shared.device) and "put" in self._rights
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._holding = threading.Lock()
         self.held = 0
@@ -242,7 +245,7 @@ class Connection:
         except Refusal as refused:
             return refused.code.name, refusal("PermissionDenied", str(refused))
         except MoreSegments as error:
-            handed = [_told(segment) for segment in self._fds]
+            handed = [told(segment) for segment in self._fds]
             reply = pb.LeaseReply(error=pb.LeaseError(kind="UseStream", message=str(error)), segments=handed)
             return _MORE, reply.SerializeToString()
         except UseStream as error:
@@ -286,16 +289,20 @@ class Connection:
         # On this client's own thread: nobody else waits for the shared store.
         if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)
-        # What hot holds is read where it lies; on a device by a client that maps it. A GPU's memory cannot be sealed as
-        # that of the host is: who has it could write to it, so only who may put gets it.
-        there = bool(shared.device) and asked.device == shared.device and "put" in self._rights
-        in_place = there or not self._on_device
-        maps = self._owner if self._on_device and in_place else None
-        reading = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room, maps=maps)
+        # What hot holds is read where it lies; on a device by a client that maps it.
+        in_place = not self._on_device or (self._may_map and asked.device == shared.device)
+        reading: Reading | None = None  # a hot answer, the commonest, needs none
+
+        def begun() -> Reading:
+            maps = self._owner if self._on_device and in_place else None
+            return Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room, maps=maps)
 
         def charge(plan: Plan) -> None:
+            nonlocal reading
             if not (plan.hot and in_place):
-                reading.charge(plan)
+                charged = begun()
+                charged.charge(plan)
+                reading = charged  # not one that was refused: another plan may follow it
 
         try:
             plan = self._store.plan(
@@ -303,16 +310,18 @@ class Connection:
                 from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
                 whole_if_hot=in_place, charge=charge, count_later=True, lookup=lookup,
             )  # fmt: skip
-            if not (plan.hot and in_place):
+            if reading is not None:
                 reading.begin(plan)
                 return self._read(reading)
             kept_replies = None if plan.ended else self._kept_replies(plan)
             if kept_replies is not None:
                 return self._hot_reply(plan, kept_replies)
+            reading = begun()
             reading.begin_whole(plan)  # to be copied, or no complete answer: hot may let go of it before that is done
             return self._read(reading)
         finally:
-            reading.close()
+            if reading is not None:
+                reading.close()
 
     def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
         """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""
@@ -363,24 +372,24 @@ class Connection:
             with shared.reads:
                 lot = reading.read()
             for index, hit in lot:
-                if isinstance(hit, Found):  # on a device, in a segment that this client maps
-                    kept: object = hit.entry
-                    place = hit.entry.tensors.place  # type: ignore[attr-defined]  # else it had not been left there
-                    header = raw_header(hit.entry, pb.GetHeader(index=index, age_s=hit.age_s))
-                elif hit is not None:
-                    kept, place = self._placed(hit)
-                    header = hit_header(index, hit)
-                else:
-                    continue
-                held.append(kept)
-                self._hand(reply, place.segment)
-                reply.leased.append(leased(header, place))
+                if hit is not None:
+                    tensors, place, header = self._found(index, hit)
+                    held.append(tensors)
+                    self._hand(reply, place.segment)
+                    reply.leased.append(leased(header, place))
             if reading.done:
                 break
             reading.plan()
         reply.lease = self._hold(held)
         reply.number = self._number
         return reply.SerializeToString()
+
+    def _found(self, index: int, hit: Hit | EncodedReply | Found) -> tuple[object, Place, bytes]:
+        """What is to be held of a hit, where it lies, and what is said of it."""
+        if isinstance(hit, Found):  # on a device, in a segment that this client maps
+            header = raw_header(hit.entry, pb.GetHeader(index=index, age_s=hit.age_s))
+            return hit.entry, hit.entry.tensors.place, header  # type: ignore[attr-defined]  # else it was not left there
+        return *self._placed(hit), hit_header(index, hit)
 
     def _placed(self, hit: Hit | EncodedReply) -> tuple[Mapping[str, Any], Place]:
         """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
@@ -412,7 +421,7 @@ class Connection:
             raise MoreSegments(f"the answer lies in more segments than {SEGMENTS_MAX}, which is a packet's limit")
         self._handed = {known for known in self._handed if not known.closed}
         self._handed.add(segment)
-        reply.segments.append(_told(segment, writable=writable))
+        reply.segments.append(told(segment, writable=writable))
         self._fds[segment] = segment.descriptors
 
     def _hand_some(self, segments: Iterable[Handed]) -> NoReturn:
@@ -489,8 +498,3 @@ class Connection:
             else:
                 sources.append(segment.bytes[start : start + nbytes])
         return sources
-
-
-def _told(segment: Handed, *, writable: bool = False) -> pb.Segment:
-    """What is said of a segment whose descriptors come along."""
-    return pb.Segment(number=segment.number, nbytes=segment.nbytes, writable=writable, device=segment.device)
