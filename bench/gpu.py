@@ -8,10 +8,11 @@ not hold. Then the rows, GB/s of decoded bytes with the best of the rounds; rati
 
     gpu.copy        bare copies: pinned memory to the GPU and back (params: to), and within it
     gpu.get         chunks of 256 tokens, 32 layers, 8 heads of 128, bfloat16, into paged blocks, as vLLM's connector
-                    does it (params: form); ratio `pinned_copy`, of the bytes that cross the bus; due 0.9 for raw
-    gpu.put         from paged blocks into the daemon, ratio `pinned_copy`, due 0.85
-    gpu.nf4.decode  packed parts on the GPU into paged blocks, ratio `hbm_copy`, due 0.7
-    gpu.nf4.encode  paged blocks to packed parts, ratio `hbm_copy`
+                    does it (params: form); ratio `pinned_copy`, of the bytes that cross the bus; due 0.9 for raw.
+                    Form hot: out of a daemon's hot tier in the same GPU's memory, which is mapped; ratio `hbm_copy`
+    gpu.put         from paged blocks into the daemon, ratio `pinned_copy`, due 0.85; form nf4: encoded there before
+    gpu.nf4.decode  packed parts on the GPU into paged blocks, one launch for all of them; ratio `hbm_copy`, due 0.7
+    gpu.nf4.encode  paged blocks to packed parts, as puts do it; ratio `hbm_copy`
 """
 
 import argparse
@@ -20,8 +21,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,9 +36,11 @@ from kvstore import HotConfig, Store, StoreConfig, encode  # noqa: E402 - found 
 from kvstore.codecs.packing import decoded  # noqa: E402
 from kvstore.device import DriverError, MemoryDriver  # noqa: E402
 from kvstored_client import Client  # noqa: E402
+from kvstored_client.device.paged import Paged, Scatter  # noqa: E402
 from kvstored_client.integrations.guard import Guard  # noqa: E402
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers  # noqa: E402
-from kvstored_client.integrations.vllm_filling import Filling, pieces  # noqa: E402
+from kvstored_client.integrations.vllm_encoding import Encoding  # noqa: E402
+from kvstored_client.integrations.vllm_filling import GPU_CALL_NBYTES, Filling, pieces  # noqa: E402
 from kvstored_client.integrations.vllm_groups import Group, Groups  # noqa: E402
 from tools.engines.run_vllm import serving  # noqa: E402
 
@@ -45,6 +49,8 @@ ROUNDS = 5
 DUE = {"gpu.get": 0.9, "gpu.put": 0.85, "gpu.nf4.decode": 0.7}
 TESTS = ("tests/kvstore/kernels/test_cuda.py", "tests/contract")
 TESTS_TIMEOUT_S = 300
+HOT_CHUNKS = 16
+"""Of a daemon's hot tier on the GPU: 512 MiB, beside the buffers and what encoding takes."""
 
 
 class Machine(Protocol):
@@ -67,6 +73,10 @@ class Machine(Protocol):
 
     def settle(self) -> None:
         """Return once the GPU has done all."""
+        ...
+
+    def hot_daemon(self, nbytes: int) -> AbstractContextManager[str]:
+        """The address of a daemon whose hot tier, of so many bytes, is in this GPU's memory."""
         ...
 
 
@@ -94,6 +104,13 @@ class Card:
     def settle(self) -> None:
         """All of its streams."""
         torch.cuda.synchronize(0)
+
+    @contextmanager
+    def hot_daemon(self, nbytes: int) -> Iterator[str]:
+        """A process of its own."""
+        hot = {"KVSTORED_STORE__HOT__DEVICE": "cuda:0", "KVSTORED_STORE__HOT__CAPACITY_NBYTES": str(nbytes)}
+        with serving(**hot, KVSTORED_STORE__PROMOTE_AFTER="0") as (address, _):
+            yield address
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,7 @@ class Bench:
         groups = Groups((Group(names, size.dim, 0, None),))
         self.buffers = GroupedBuffers(dict(zip(names, self.layers, strict=True)), groups)
         self.filling = Filling(self.guard, self.buffers, size.blocks)
+        self.encoding = Encoding(self.guard)
         # Scattered, as after hours of serving: no two blocks of a chunk lie side by side.
         order = [1 + (7919 * at) % total for at in range(total)]
         self.places = [order[i * size.blocks : (i + 1) * size.blocks] for i in range(size.chunks)]
@@ -152,30 +170,42 @@ class Bench:
 
     def put_packed(self, name: str) -> None:
         """The same in 4 bits, encoded on the GPU."""
-        for key, packed in zip(self.keys(name), map(self.packed, self.places), strict=True):
-            assert self.client.put(key, packed), "a put was not stored"
+        for some in pieces(list(zip(self.keys(name), self.places, strict=True)), self.size.chunk_nbytes):
+            entries = self.encoded(some)
+            assert self.client.put_many(entries) == len(entries), "a put was not stored"
+
+    def encoded(self, some: Sequence[tuple[bytes, list[int]]]) -> list[tuple[bytes, Mapping[str, Any]]]:
+        """Chunks of the paged blocks in 4 bits, encoded where they lie, as the connector does it."""
+        entries = [(key, self.buffers.entry(self.buffers.gather((places,)))) for key, places in some]
+        self.machine.settle()
+        made = self.encoding.packed(entries, starts=True)
+        assert made is not None, "the GPU did not encode"
+        return made
 
     def get(self, name: str) -> None:
         """All chunks into the paged blocks, as the connector does it."""
         wanted = [(key, 0, (places,)) for key, places in zip(self.keys(name), self.places, strict=True)]
-        for some in pieces(wanted, self.size.chunk_nbytes):
+        for some in pieces(wanted, self.size.chunk_nbytes, GPU_CALL_NBYTES):
             assert all(self.filling.filled(some)), "a chunk was not filled"
 
     def packed(self, places: list[int]) -> dict[str, Any]:
-        """A chunk of the paged blocks in 4 bits, encoded where it lies."""
-        return encode({name: self.there(x) for name, x in self.buffers.entry(self.buffers.gather((places,))).items()})
+        """A chunk in 4 bits."""
+        return dict(self.encoded([(b"", places)])[0][1])
 
-    def unpack(self, packed: dict[str, Any], places: list[int]) -> None:
-        """Back into the paged blocks."""
-        room = self.buffers.empty(self.size.blocks)
-        for name, x in room.items():
-            decoded(packed[name], self.there(x))
-        assert self.buffers.fill((places,), room, self.size.blocks)
-
-    def there(self, x: Any) -> Any:
-        """A dense tensor on the GPU as the codecs compute with it."""
-        flat = self.machine.driver.tensor(0, x.data_ptr(), x.nbytes, x)
-        return flat.view(x.dtype).reshape(x.shape)
+    def landed(self, name: str) -> Scatter:
+        """All chunks in 4 bits on the GPU, to be decoded right into their places."""
+        pairs: list[tuple[Paged, Any]] = []
+        for key, places in zip(self.keys(name), self.places, strict=True):
+            hit = self.client.get(key, packed=True)
+            assert hit is not None
+            paged = self.buffers.paged((places,), self.size.blocks)
+            pairs += [(paged[one], x) for one, x in hit.tensors.items()]
+        batch = self.client.transfers.batch_for({"": target} for target, _ in pairs)
+        assert batch is not None
+        scatter = Scatter(self.machine.driver, pairs)
+        scatter.bring(batch)
+        batch.run()
+        return scatter
 
     def blank(self) -> None:
         """Nothing is in the paged blocks any more."""
@@ -224,6 +254,13 @@ def checks(bench: Bench) -> Iterator[tuple[str, bool]]:
     client.put(b"part", {"x": whole[:, 5:45]})
     hit = client.get(b"part")
     yield "a part of a larger tensor is put", hit is not None and torch.equal(hit.tensors["x"], x)
+    yield from packed_checks(bench)
+    yield from hot_checks(machine)
+
+
+def packed_checks(bench: Bench) -> Iterator[tuple[str, bool]]:
+    """The same of chunks in 4 bits."""
+    machine, client = bench.machine, bench.client
     bench.put_packed("nf4")
     first = client.get(bench.keys("nf4")[0], packed=True)
     assert first is not None
@@ -232,6 +269,13 @@ def checks(bench: Bench) -> Iterator[tuple[str, bool]]:
     machine.settle()
     same = [torch.equal(machine.numbers(out[name]), decoded(x)) for name, x in first.tensors.items()]
     yield "4 bits are decoded on the GPU to the CPU's bits", all(same)
+    bench.blank()
+    left = bench.landed("nf4").decode()
+    there = bench.buffers.entry(bench.buffers.gather((bench.places[0],)))
+    machine.settle()
+    same = [torch.equal(machine.numbers(there[name]), decoded(x)) for name, x in first.tensors.items()]
+    yield "4 bits are decoded right into paged blocks, all of them, to the CPU's bits", not left and all(same)
+    yield "and are what they were at a relative error of at most 0.1", 0.0 < bench.worst() <= 0.1
     bench.blank()
     bench.get("nf4")
     yield "4 bits come back at a relative error of at most 0.1", 0.0 < bench.worst() <= 0.1
@@ -245,7 +289,6 @@ def checks(bench: Bench) -> Iterator[tuple[str, bool]]:
         for name, x in bench.packed(bench.places[0]).items() for suffix, part in x.parts.items()
     ]  # fmt: skip
     yield "4 bits are encoded on the GPU to the CPU's bytes", all(parts)
-    yield from hot_checks(machine)
 
 
 def hot_checks(machine: Machine) -> Iterator[tuple[str, bool]]:
@@ -270,8 +313,8 @@ def hot_checks(machine: Machine) -> Iterator[tuple[str, bool]]:
         yield "and in 4 bits below", 0.0 < error <= 0.1
 
 
-def rows(bench: Bench) -> list[dict[str, Any]]:
-    """The figures."""
+def rows(bench: Bench) -> tuple[list[dict[str, Any]], float]:
+    """The figures, and the seconds that a byte takes within the GPU."""
     machine, size = bench.machine, bench.size
     total = size.chunks * size.chunk_nbytes
     host = machine.pinned(size.chunk_nbytes)
@@ -299,11 +342,13 @@ def rows(bench: Bench) -> list[dict[str, Any]]:
     found.append(row("gpu.put", total, put, form="raw", pinned_copy=stores / put))
     put = bench.best(lambda: bench.put_packed("nf4"))
     found.append(row("gpu.put", total, put, form="nf4", pinned_copy=share * stores / put))
-    unpack = bench.best(lambda: [bench.unpack(one, places) for places in bench.places])
+    landed = bench.landed("nf4")
+    unpack = bench.best(landed.decode)
     found.append(row("gpu.nf4.decode", total, unpack, hbm_copy=within / unpack))
+    del landed
     pack = bench.best(lambda: list(map(bench.packed, bench.places)))
     found.append(row("gpu.nf4.encode", total, pack, hbm_copy=within / pack))
-    return found
+    return found, within / total
 
 
 def row(name: str, nbytes: int, seconds: float, to: str = "", form: str = "", **ratios: float) -> dict[str, Any]:
@@ -324,8 +369,33 @@ def measure(machine: Machine, size: Size) -> Iterator[dict[str, Any]]:
             for name, holds in checks(bench):
                 good = good and holds
                 yield {"name": "gpu.holds", "params": {"what": name}, "value": int(holds), "unit": "", "ratios": {}}
-            if good:
-                yield from rows(bench)
+            if not good:
+                return
+            found, within_s = rows(bench)
+            yield from found
+    yield from hot_rows(machine, size, within_s)
+
+
+def hot_rows(machine: Machine, size: Size, within_s: float) -> Iterator[dict[str, Any]]:
+    """What a daemon's hot tier in this GPU's memory must do, and if it does, its figure. within_s: of a byte."""
+    few = replace(size, chunks=min(size.chunks, HOT_CHUNKS))
+    total = few.chunks * few.chunk_nbytes
+    with machine.hot_daemon(total + (64 << 20)) as address:
+        bench = Bench(machine, address, few)
+        with bench.client as client:
+            bench.put("hot")
+            bench.blank()
+            bench.get("hot")
+            segments = client._pool.segments  # noqa: SLF001 - what is mapped is nobody else's business
+            mapped = any(block.on_device for block in segments.blocks.values())
+            for what, holds in (
+                ("a daemon's hot tier on the GPU is mapped", mapped),
+                ("and its chunks come back bit for bit", bench.worst() == 0.0),
+            ):
+                yield {"name": "gpu.holds", "params": {"what": what}, "value": int(holds), "unit": "", "ratios": {}}
+            if mapped and bench.worst() == 0.0:
+                seconds = bench.best(lambda: bench.get("hot"))
+                yield row("gpu.get", total, seconds, form="hot", hbm_copy=within_s * total / seconds)
 
 
 def tests_pass() -> bool:
@@ -341,7 +411,7 @@ def told(found: dict[str, Any]) -> str:
     """A row, for a reader."""
     if found["name"] == "gpu.holds":
         return f"{'holds' if found['value'] else 'DOES NOT HOLD'}: {found['params']['what']}"
-    due = DUE.get(found["name"]) if found["params"].get("form") != "nf4" else None
+    due = DUE.get(found["name"]) if found["params"].get("form") in (None, "raw") else None
     ratios = "  ".join(f"{ratio:.2f} of {name}" for name, ratio in found["ratios"].items())
     params = " ".join(found["params"].values())
     return f"{found['name']:15} {params:5} {found['value']:8.1f} GB/s  {ratios}" + (f"  (due {due})" if due else "")

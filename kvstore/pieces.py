@@ -132,9 +132,10 @@ class AwaitedPieces:
         """Unpin keys, the deepest first."""
         return sum([int(await self._cache.unpin(*piece)) for piece in reversed(cut(keys))])
 
-    async def unpacks(self, out: Any) -> bool:
+    async def how_to_lease(self, out: Any) -> dict[str, Any]:
         """As the cache says."""
-        return bool(await self._cache.unpacks(out))
+        found: dict[str, Any] = await self._cache.how_to_lease(out)
+        return found
 
     async def lease_into(
         self,
@@ -143,7 +144,7 @@ class AwaitedPieces:
         *,
         leading: bool = False,
         lookup: Lookup | None = None,
-        **how: bool,
+        **how: Any,
     ) -> Iterable[Hit | None]:
         """The hits of `lease_many`, leased until `leases` are closed."""
         pieces = cut(keys)

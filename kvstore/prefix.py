@@ -266,10 +266,12 @@ class Prefixes:
         finally:
             taken.let_go()
 
-    async def _how_to_lease(self, out: tuple[Any, Any] | None) -> dict[str, bool]:
+    async def _how_to_lease(self, out: tuple[Any, Any] | None) -> dict[str, Any]:
         """Into tensors on a GPU chunks go as they are held, and are decoded there."""
-        there = out is not None and await self._cache.unpacks([dict(zip(("k", "v"), out, strict=True))])
-        return {"packed": True} if there else {}
+        if out is None:
+            return {}
+        found: dict[str, Any] = await self._cache.how_to_lease([dict(zip(("k", "v"), out, strict=True))])
+        return found
 
     def _whole(self, hits: Iterable[Hit | None]) -> Iterator[tuple[Hit, int]]:
         """Hits with their tokens, up to the first that is missing or is not this namespace's."""

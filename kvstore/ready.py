@@ -64,10 +64,10 @@ class Ready:
         """Copy (target, source) pairs."""
         self._fill(pairs)
 
-    async def unpacks(self, out: Any) -> bool:
-        """Whether the cache fills these tensors best from what it holds encoded."""
-        asked = getattr(self.cache, "unpacks", None)
-        return asked is not None and bool(asked(out))
+    async def how_to_lease(self, out: Any) -> dict[str, Any]:
+        """How the cache is best asked for what is to fill these tensors."""
+        asked = getattr(self.cache, "how_to_lease", None)
+        return {} if asked is None else asked(out)
 
     async def breathe(self) -> None:
         """Between two chunks: an event loop has its turn here."""

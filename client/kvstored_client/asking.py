@@ -23,12 +23,12 @@ from kvstore.hit import Held, Hit, TensorInfo
 from kvstore.lookup import Lookup
 from kvstore.options import PutOptions
 from kvstore.packed import ENCODINGS
-from kvstore.ready import fill
 from kvstored_client.buffers import Out
 from kvstored_client.decoding import DECODES, SHM_FROM_NBYTES, Decode, accepted, unpacked
-from kvstored_client.device import Transfers
+from kvstored_client.device import Transfers, settle_stream
+from kvstored_client.device.paged import Paged
 from kvstored_client.interrupts import damage
-from kvstored_client.leasing import NOTHING_LEASED, leading_hits
+from kvstored_client.leasing import NOTHING_LEASED, Wanted, leading_hits
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm import calls
 from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
@@ -257,7 +257,7 @@ class Asking:
         return self._at_most(asked, int(reply.stored))
 
     def _how_to_read(
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
+        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool, device: bytes
     ) -> tuple[GetOptions, str]:
         """The options of a get, and the framework of what it returns. packed: all that travels is to come encoded."""
         framework, accept = self._resolved()
@@ -266,7 +266,7 @@ class Asking:
             accept, from_nbytes = ENCODINGS, 0
         if lookup is None and leading and len(keys) > calls.KEYS_PER_PACKET:
             lookup = Lookup(len(keys))  # what lies behind the first miss is in no packet
-        return _how_to_get(leading, accept, from_nbytes, lookup), framework
+        return _how_to_get(leading, accept, from_nbytes, lookup, device), framework
 
     def _read(
         self,
@@ -279,8 +279,9 @@ class Asking:
         packed: bool,
     ) -> None:
         on_gpu = out is not None and self.transfers.serves(out)
-        there = on_gpu and self.unpacks(out)
-        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
+        there = on_gpu and self._unpacks(out)
+        device = self._there(out) if on_gpu else b""
+        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there, device=device)
         try:
             hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed, on_gpu)
         except UseStream:
@@ -302,33 +303,40 @@ class Asking:
             self._resolved_for = torch_there, resolved
         return resolved
 
-    def _lease(
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
-    ) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(self._leased, NOTHING_LEASED, keys, leading=leading, lookup=lookup, packed=packed)
+    def _lease(self, keys: Sequence[bytes], asked: Wanted) -> AbstractContextManager[Sequence[Hit | None]]:
+        return self._data(self._leased, NOTHING_LEASED, keys, asked)
 
-    def _leased(
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
-    ) -> AbstractContextManager[Sequence[Hit | None]]:
-        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup, packed=packed)
+    def _leased(self, keys: Sequence[bytes], asked: Wanted) -> AbstractContextManager[Sequence[Hit | None]]:
+        how, stream, framework = self._how_leased(asked)
         try:
             return self._through_shared_memory(calls.lease, keys, how, framework)
         except UseStream:
-            receiver = Receiver(keys, framework, packed=packed)
+            receiver = Receiver(keys, framework, packed=asked.packed)
             receiver.read_from(self._transport, stream.request(keys))
-            return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
+            return nullcontext(leading_hits(receiver.hits) if asked.leading else receiver.hits)
 
-    def _how_to_lease(
-        self, *, leading: bool, lookup: Lookup | None, packed: bool
-    ) -> tuple[GetOptions, GetOptions, str]:
+    def _how_leased(self, asked: Wanted) -> tuple[GetOptions, GetOptions, str]:
         """The options over shared memory and over the stream, and the framework."""
+        leading, lookup, packed, device = asked
         framework, accept = self._resolved()
         near, far = (ENCODINGS, ENCODINGS) if packed else ((), accept)
-        return _how_to_get(leading, near, 0, lookup), _how_to_get(leading, far, 0, lookup), framework
+        return _how_to_get(leading, near, 0, lookup, device), _how_to_get(leading, far, 0, lookup), framework
 
-    def unpacks(self, out: Out) -> bool:
-        """Whether what is held encoded is best asked for as it is held, to fill these tensors on GPUs: see `fill`."""
+    def how_to_lease(self, out: Out) -> dict[str, Any]:
+        """How `lease_many` is best asked for what is to fill these tensors: see `fill`.
+
+        To tensors on GPUs what is held encoded best comes as it is held, and what is held in their GPU's memory as
+        tensors there.
+        """
+        how: dict[str, Any] = {"packed": True} if self._unpacks(out) else {}
+        device = self._there(out)
+        return {**how, "device": device} if device else how
+
+    def _unpacks(self, out: Out) -> bool:
         return out is not None and self._decode != "daemon" and self.transfers.unpacks(out)
+
+    def _there(self, out: Out) -> bytes:
+        return b"" if out is None or self._pool is None else self.transfers.there(out)
 
     def fill(self, pairs: list[tuple[Any, Any]]) -> None:
         """Copy (target, source) pairs, sources that this client has leased: those to a GPU all at once.
@@ -340,7 +348,15 @@ class Asking:
     def _fill_now(self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None = None) -> None:
         left = self.transfers.fill(pairs, batch or self._fill_batch(pairs), self._segment_at)
         try:
-            fill((target, unpacked(source)) for target, source in left)
+            for target, source in left:
+                dense = unpacked(source)
+                if isinstance(target, Paged):
+                    target.write(dense)
+                else:
+                    arrays.copy_into(target, dense)
+            for target, source in left:  # torch copies within a GPU when its stream comes to it
+                if isinstance(target, Paged) or getattr(source, "is_cuda", False):
+                    settle_stream(target.device)
         except CodecError as error:
             raise RecordCorrupt(f"what {self.address} sent cannot be decoded: {error}") from None
 

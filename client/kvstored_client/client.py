@@ -26,7 +26,7 @@ from kvstore.prefix import Namespace
 from kvstore.stats import Setting, Stats
 from kvstored_client.asking import Asking, OnError
 from kvstored_client.decoding import Decode
-from kvstored_client.leasing import Leases, OneLease, leading_hits
+from kvstored_client.leasing import Leases, OneLease, Wanted, leading_hits
 from kvstored_client.puts import outgoing, put_options
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import (
@@ -200,13 +200,23 @@ class Client(Asking):
         `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         packed: as for `get`.
         """
-        return OneLease(self._lease, [check_key(key)], leading=False, packed=packed)
+        return OneLease(self._lease, [check_key(key)], Wanted(packed=packed))
 
     def lease_many(
-        self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False
+        self,
+        keys: Sequence[bytes],
+        *,
+        leading: bool = False,
+        lookup: Lookup | None = None,
+        packed: bool = False,
+        device: bytes = b"",
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        """Like `get_many` without copies: see `lease`. Hits are made when they are looked at."""
-        return Leases(self._lease, check_keys(keys), leading=leading, lookup=lookup, packed=packed)
+        """Like `get_many` without copies: see `lease`. Hits are made when they are looked at.
+
+        device: a GPU of this process's, by its UUID: what a daemon holds in its memory may come as tensors there, which
+        are only to be read, and not after the block. `how_to_lease` says it.
+        """
+        return Leases(self._lease, check_keys(keys), Wanted(leading, lookup, packed, device))
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvstore.hit import Hit
 from kvstore.lookup import Lookup
@@ -11,27 +11,31 @@ from kvstore.lookup import Lookup
 NOTHING_LEASED: AbstractContextManager[Sequence[Hit | None]] = nullcontext(())
 
 
+class Wanted(NamedTuple):
+    """How a lease is asked for: see `Client.lease_many`."""
+
+    leading: bool = False
+    lookup: Lookup | None = None
+    packed: bool = False
+    device: bytes = b""
+
+
 class Leases:
     """A lease that begins with its block."""
 
     def __init__(
         self,
-        begin: Callable[..., AbstractContextManager[Sequence[Hit | None]]],
+        begin: Callable[[Sequence[bytes], Wanted], AbstractContextManager[Sequence[Hit | None]]],
         keys: Sequence[bytes],
-        *,
-        leading: bool,
-        lookup: Lookup | None = None,
-        packed: bool = False,
+        wanted: Wanted,
     ) -> None:
         self._begin = begin
         self._keys = keys
-        self._leading = leading
-        self._lookup = lookup
-        self._packed = packed
+        self._wanted = wanted
 
     def begin(self) -> AbstractContextManager[Sequence[Hit | None]]:
         """Ask for it. The block that is leased is to be entered and left; of an asyncio client, one to await."""
-        return self._begin(self._keys, leading=self._leading, lookup=self._lookup, packed=self._packed)
+        return self._begin(self._keys, self._wanted)
 
     def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Any:
         """What the block of `begin` holds; it ends with this lease."""

@@ -126,7 +126,7 @@ class NF4KV2:
         """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
         for stored in stored_planes(encoded, shape_only(encoded), Plane2):
             if stored.plane.groups:
-                _checked_means(stored)
+                checked_means(stored)
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
@@ -262,7 +262,7 @@ def _decode_plane(stored: Stored[Plane2]) -> None:
     kernel, where = _arithmetic(out), plane.rows(plane.tokens)
     means, turns = None, None
     if plane.groups:
-        codes, scales, turns = _checked_means(stored)
+        codes, scales, turns = checked_means(stored)
         means = kernel.kv_expand_eights(where, codes, scales)
     kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, lead:], turns)
     if stored.kept is not None:  # slices: an index costs 40 us
@@ -271,7 +271,7 @@ def _decode_plane(stored: Stored[Plane2]) -> None:
             out[:, plane.kept[at]].copy_(stored.kept[:, at])
 
 
-def _checked_means(stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+def checked_means(stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
     """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means, and which turn."""
     encoded, plane, prefix = stored.encoded, stored.plane, stored.prefix
     shape = (plane.outer, plane.groups, plane.inner)

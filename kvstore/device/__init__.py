@@ -9,6 +9,7 @@ Light: imports neither torch nor CUDA. Whoever wants `cuda` imports it.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 
@@ -36,6 +37,10 @@ class Driver(Protocol):
 
         to, of: addresses on the host and the stream's device, registered or not. store: from the device to the host.
         """
+        ...
+
+    def computing(self, device: int) -> AbstractContextManager[object]:
+        """Inside, the calling thread's work for a device is on a stream that others' work does not hold up."""
         ...
 
     def record(self, stream: Any) -> Any:
@@ -66,6 +71,21 @@ class Driver(Protocol):
         """Whether the codecs have kernels there, which write the bytes that the CPU's write."""
         ...
 
+    def uuid(self, device: int) -> bytes:
+        """The device's name to every process of this host, 16 bytes: numbers of devices are each process's own."""
+        ...
+
+    def map(self, device: int, descriptor: int, nbytes: int) -> Any:
+        """Another process's memory on a device, by what it exported, only to be read. The descriptor is not kept.
+
+        Memory as `MemoryDriver.allocate` returns it. It lives until all that map it have let go of it.
+        """
+        ...
+
+    def unmap(self, memory: Any) -> None:
+        """Let go of what was mapped: nothing that was started with it is under way any more."""
+        ...
+
 
 class DriverError(Exception):
     """CUDA refused a call."""
@@ -88,6 +108,10 @@ class MemoryDriver(Driver, Protocol):
 
     def free(self, memory: Any) -> None:
         """Give it back: nothing that was started with it is under way any more."""
+        ...
+
+    def export(self, memory: Any) -> int:
+        """A new descriptor by which other processes map it. Whoever has one keeps the memory."""
         ...
 
     def bound(self, device: int, nbytes: int) -> None:

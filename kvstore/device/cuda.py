@@ -6,6 +6,7 @@ memory is mapped by the driver's virtual memory calls, beside torch's allocator:
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,14 @@ class Cuda:
 
     def __init__(self) -> None:
         import torch
-        from cuda.bindings import runtime
+        from cuda.bindings import driver, runtime
 
         if not torch.cuda.is_available():
             raise DriverError("torch sees no GPU")
         self._torch: Any = torch
         self._cuda = runtime
+        self._driver = driver
+        self._posix = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         self._batches = hasattr(runtime, "cudaMemcpyBatchAsync")
 
     def _check(self, answer: tuple[Any, ...], what: str) -> None:
@@ -68,6 +71,11 @@ class Cuda:
     def current(self, device: int) -> Any:
         """The one of torch in this thread."""
         return self._torch.cuda.current_stream(device)
+
+    def computing(self, device: int) -> AbstractContextManager[object]:
+        """A stream of torch's pool."""
+        context: AbstractContextManager[object] = self._torch.cuda.stream(self._torch.cuda.Stream(device=device))
+        return context
 
     def copy(self, to: Sequence[int], of: Sequence[int], nbytes: Sequence[int], stream: Any, *, store: bool) -> None:
         """One call of the driver's for all runs."""
@@ -126,32 +134,44 @@ class Cuda:
 
     def allocate(self, device: int, nbytes: int) -> _Memory:
         """Mapped for this device alone. Not of torch's allocator, which would keep it after it is given back."""
-        from cuda.bindings import driver
-
-        made = driver.CUmemAllocationProp()
-        made.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        made.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        made.location.id = device
-        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        driver = self._driver
         with self._torch.cuda.device(device):
-            (granule,) = self._done(driver.cuMemGetAllocationGranularity(made, least), "cuMemGetAllocationGranularity")
-            size = -(-nbytes // granule) * granule
+            made, size = self._kind_of(device, nbytes)
             (handle,) = self._done(driver.cuMemCreate(size, made, 0), f"cuMemCreate of {size} bytes")
             try:
-                address = self._mapped(driver, handle, size, made.location)
+                flag = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+                address = self._mapped(handle, size, made.location, flag)
             except BaseException:
                 driver.cuMemRelease(handle)
                 raise
         return _Memory(address, nbytes, handle, size)
 
-    def _mapped(self, driver: Any, handle: Any, size: int, location: Any) -> int:
+    def _kind_of(self, device: int, nbytes: int) -> tuple[Any, int]:
+        """What is asked of the driver for memory there, and its size in whole granules."""
+        driver = self._driver
+        made = driver.CUmemAllocationProp()
+        made.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        made.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        made.location.id = device
+        may = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+        if self._done(driver.cuDeviceGetAttribute(may, self._named(device)), "cuDeviceGetAttribute")[0]:
+            made.requestedHandleTypes = self._posix
+        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        (granule,) = self._done(driver.cuMemGetAllocationGranularity(made, least), "cuMemGetAllocationGranularity")
+        return made, -(-nbytes // granule) * granule
+
+    def _named(self, device: int) -> Any:
+        return self._done(self._driver.cuDeviceGet(device), "cuDeviceGet")[0]
+
+    def _mapped(self, handle: Any, size: int, location: Any, flag: Any) -> int:
+        driver = self._driver
         (address,) = self._done(driver.cuMemAddressReserve(size, 0, 0, 0), "cuMemAddressReserve")
         try:
             self._done(driver.cuMemMap(address, size, 0, handle, 0), "cuMemMap")
             try:
                 access = driver.CUmemAccessDesc()
                 access.location = location
-                access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+                access.flags = flag
                 self._done(driver.cuMemSetAccess(address, size, [access], 1), "cuMemSetAccess")
             except BaseException:
                 driver.cuMemUnmap(address, size)
@@ -162,21 +182,48 @@ class Cuda:
         return int(address)
 
     def _done(self, answer: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-        from cuda.bindings import driver
-
-        if answer[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        results = self._driver.CUresult
+        if answer[0] == results.CUDA_ERROR_OUT_OF_MEMORY:
             raise OutOfMemory(what)
-        if answer[0] != driver.CUresult.CUDA_SUCCESS:
+        if answer[0] != results.CUDA_SUCCESS:
             raise DriverError(f"{what}: {answer[0].name}")
         return answer[1:]
 
     def free(self, memory: _Memory) -> None:
         """Unmapped, so that a late access is an error and no other's bytes."""
-        from cuda.bindings import driver
-
+        driver = self._driver
         self._done(driver.cuMemUnmap(memory.address, memory.size), "cuMemUnmap")
         self._done(driver.cuMemAddressFree(memory.address, memory.size), "cuMemAddressFree")
         self._done(driver.cuMemRelease(memory.handle), "cuMemRelease")
+
+    def uuid(self, device: int) -> bytes:
+        """Of the MIG instance, where there is one."""
+        (found,) = self._done(self._driver.cuDeviceGetUuid(self._named(device)), "cuDeviceGetUuid")
+        return bytes(found.bytes)
+
+    def export(self, memory: _Memory) -> int:
+        """A POSIX descriptor, which may travel over a unix socket. Refused where the device has none of that kind."""
+        what = "cuMemExportToShareableHandle"
+        return int(self._done(self._driver.cuMemExportToShareableHandle(memory.handle, self._posix, 0), what)[0])
+
+    def map(self, device: int, descriptor: int, nbytes: int) -> _Memory:
+        """For reading alone: where the driver grants no such access, nothing is mapped."""
+        driver = self._driver
+        with self._torch.cuda.device(device):
+            made, size = self._kind_of(device, nbytes)
+            what = "cuMemImportFromShareableHandle"
+            (handle,) = self._done(driver.cuMemImportFromShareableHandle(descriptor, self._posix), what)
+            try:
+                flag = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+                address = self._mapped(handle, size, made.location, flag)
+            except BaseException:
+                driver.cuMemRelease(handle)
+                raise
+        return _Memory(address, nbytes, handle, size)
+
+    def unmap(self, memory: _Memory) -> None:
+        """As it is freed: the memory itself is its owner's."""
+        self.free(memory)
 
     def where(self, device: int) -> Any:
         """By torch's name."""

@@ -1,15 +1,20 @@
 """A driver without a GPU, for tests: it copies as late as CUDA may, in the worst order, and notices what ended early.
 
-Device memory is host memory. What a stream is to do is kept and done only when an event is waited for, then only what
-that event needs: what no stream was told to wait for is not done before. The copies of a batch are done in an order
-that `shuffle` chooses. `released` says that memory was given back: a copy that is still to be done with it is counted
-in `early`; `poison` also fills it with 0xDB. Thread-safe: one lock.
+Device memory is host memory, and what is exported of it a memfd, so that another process can map it. What a stream is
+to do is kept and done only when an event is waited for, then only what that event needs: what no stream was told to
+wait for is not done before. The copies of a batch are done in an order that `shuffle` chooses. `released` says that
+memory was given back: a copy that is still to be done with it is counted in `early`; `poison` also fills it with 0xDB.
+Thread-safe: one lock.
 """
 
 import ctypes
+import hashlib
 import mmap
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +42,18 @@ class _Event:
 
 
 class _Memory:
-    """Host memory that stands for a device's."""
+    """Host memory that stands for a device's: this process's own, or another one's, only to be read."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, descriptor: int | None = None) -> None:
+        """descriptor: of another process's, which stays the caller's. Raises ValueError or OSError."""
         self.nbytes = nbytes
-        self._bytes = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+        own = os.memfd_create("kvstored-deferred", os.MFD_CLOEXEC) if descriptor is None else os.dup(descriptor)
+        weakref.finalize(self, os.close, own)
+        self.descriptor = own
+        if descriptor is None:
+            os.ftruncate(own, nbytes)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if descriptor is None else 0)
+        self._bytes = np.frombuffer(mmap.mmap(own, nbytes, mmap.MAP_SHARED, protection), dtype=np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
 
@@ -63,7 +75,7 @@ class Deferred:
 
     registered: bytes by address. before_copy: called before each run is copied. memory_nbytes: what each device has;
     others_nbytes: what others have taken of it. kernels: whether the codecs are said to have kernels for it, which are
-    the CPU's then.
+    the CPU's then. host: all drivers of one name have the same devices. exports, maps: whether it does.
     """
 
     def __init__(
@@ -74,7 +86,11 @@ class Deferred:
         devices: int = 2,
         memory_nbytes: int = MEMORY_NBYTES,
         kernels: bool = False,
+        host: str = "",
     ) -> None:
+        self._host = host
+        self.exports = self.maps = True
+        self.mapped: set[_Memory] = set()
         self._devices = devices
         self.memory_nbytes = memory_nbytes
         self.others_nbytes = 0
@@ -111,6 +127,10 @@ class Deferred:
     def current(self, device: int) -> Any:
         """One for a device, whatever the thread."""
         return self._current.setdefault(device, _Stream(device))
+
+    def computing(self, device: int) -> AbstractContextManager[object]:  # noqa: ARG002 - what computes does so at once
+        """There is nothing to set apart."""
+        return nullcontext()
 
     def compute(self, device: int, work: Callable[[], None]) -> None:
         """A kernel: work on the current stream, to be done when it must be."""
@@ -200,6 +220,32 @@ class Deferred:
     def computes(self, device: int) -> bool:  # noqa: ARG002 - as above
         """As it was said when this was made."""
         return self.kernels
+
+    def uuid(self, device: int) -> bytes:
+        """By the host's name and the number."""
+        return hashlib.blake2b(f"{self._host} {device}".encode(), digest_size=16).digest()
+
+    def export(self, memory: Any) -> int:
+        """Of the memfd."""
+        if not self.exports:
+            raise DriverError("exports nothing, as it was asked to")
+        return os.dup(memory.descriptor)
+
+    def map(self, device: int, descriptor: int, nbytes: int) -> Any:
+        """Its pages, for reading."""
+        if not self.maps or device >= self._devices:
+            raise DriverError("maps nothing, as it was asked to")
+        try:
+            made = _Memory(nbytes, descriptor)
+        except (OSError, ValueError) as error:
+            raise DriverError(f"{nbytes} bytes cannot be mapped: {error}") from None
+        self.mapped.add(made)
+        return made
+
+    def unmap(self, memory: Any) -> None:
+        """The pages go with the last tensor over them."""
+        self.released(memory.address, memory.nbytes)
+        self.mapped.remove(memory)
 
     def bound(self, device: int, nbytes: int) -> None:
         """Noted."""

@@ -212,14 +212,18 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
     A put is answered before its bytes lie where they are kept. Until then nobody sees them: the first look at a tensor
     makes the copy, and what is read, encoded, summed or written afterwards is that copy. So what the sender does to its
     own memory later changes nothing, and no two readers see different bytes. Thread-safe.
-    copy: makes the tensors in memory that nobody else can write to; called once.
+    copy: makes the tensors in memory that nobody else can write to; called once. owner: whose segments on a device the
+    store's copy is to lie in; None: its own.
     """
 
-    __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "specs", "value_nbytes")
+    __slots__ = ("_copy", "_lock", "_place", "_tensors", "nbytes", "owner", "specs", "value_nbytes")
     device = torch.device("cpu")
     encoding = "raw"
 
-    def __init__(self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    def __init__(
+        self, specs: CheckedSpecs, copy: Callable[[], Mapping[str, torch.Tensor]], owner: int | str | None = None
+    ) -> None:
+        self.owner = owner
         self.specs = specs
         self.value_nbytes = specs.nbytes
         self.nbytes = self.value_nbytes + sum(len(name) + TENSOR_OVERHEAD_NBYTES for name in specs)

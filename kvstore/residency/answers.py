@@ -65,10 +65,12 @@ class Answers:
             yield hit
 
     def of_plan(self, plan: Plan, found: Iterable[Found | None], room: Room | None) -> Iterator[Hit | Found | None]:
-        """As `hits`, not copied; what its plan says may stay encoded is given out as it is held."""
+        """As `hits`, not copied; what its plan says may stay encoded, or where it lies, is given out as it is held."""
         for place in found:
             hit: Hit | Found | None = None
-            if place is not None:
+            if place is not None and plan.stays_in_place(place.entry):
+                hit = place
+            elif place is not None:
                 stays = place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
                 hit = self._as_held(place) if stays else self.hit(place, copy=False, room=room)
             if hit is None and plan.leading:

@@ -78,6 +78,11 @@ class BudgetVerbs:
         """
         return None if self._device_hot is None else self._device_hot.serve()
 
+    @property
+    def device_uuid(self) -> bytes:
+        """Of the GPU in whose memory hot lies, by which other processes on it know it; b"": hot is in RAM."""
+        return b"" if self._device_hot is None else self._device_hot.uuid
+
     @without_torch_modes
     def reconfigure(self, config: StoreConfig) -> list[str]:
         """Take other settings while open: the tiers' budgets and the default TTL. Returns the names of what changed.

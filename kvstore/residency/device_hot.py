@@ -27,6 +27,7 @@ from kvstore.errors import CodecError, ConfigError, OverQuota, TierUnavailable
 from kvstore.keys import Key
 from kvstore.metadata.owner import Owner
 from kvstore.residency.state import Residency
+from kvstore.shm.arena import Owner as SegmentOwner
 from kvstore.shm.arena import Register, empty_tensors
 from kvstore.shm.layout import layout
 from kvstore.tiers.device_memory import Block, DeviceArena, DeviceTensors, tensors_on_device
@@ -67,20 +68,31 @@ class DeviceHot:
 
         Raises OverQuota where the device has no room and none can be made, TierUnavailable where it does not work.
         """
+        user = getattr(entry.tensors, "owner", None)
         tensors = {name: tensor.parts[""] for name, tensor in entry.tensors.items()}
         if not self._admits(entry.key, entry.nbytes, owner):
             return _entry_of(entry, {name: _copy_on_host(x) for name, x in tensors.items()})
-        block = self.room(entry.specs, entry.key, entry.nbytes, owner)
+        block = self.room(entry.specs, entry.key, entry.nbytes, owner, user)
         return self.filled(block, entry, tensors)
 
-    def room(self, specs: Mapping[str, TensorSpec], key: Key, entry_nbytes: int, owner: Owner) -> Block:
-        """A block for tensors of these specs. Raises OverQuota where none can be made."""
+    def room(
+        self,
+        specs: Mapping[str, TensorSpec],
+        key: Key,
+        entry_nbytes: int,
+        owner: Owner,
+        user: SegmentOwner | None = None,
+    ) -> Block:
+        """A block for tensors of these specs. Raises OverQuota where none can be made.
+
+        user: whose processes may be handed the segment; None: this process's user's.
+        """
         if not self._admits(key, entry_nbytes, owner):
             raise OverQuota(f"an entry of {entry_nbytes} bytes does not fit the hot tier beside what is pinned")
         nbytes, found = layout(specs)[1], list[Block]()
 
         def enough() -> bool:
-            block = self.arena.take(nbytes)
+            block = self.arena.take(nbytes, user)
             found.extend(() if block is None else (block,))
             return bool(found)
 
@@ -163,7 +175,11 @@ class DeviceHot:
             log.warning("done on the CPU instead what=%s device=%s error=%r", what, self.name, error)
 
     def serve(self) -> Register:
-        """Bound what torch holds there to what is kept free for it. Returns what registers host memory."""
+        """Bound what torch holds there to what is kept free for it, and share what is allocated from now on.
+
+        Returns what registers host memory.
+        """
+        self.arena.shares = True
         self.driver.bound(self.device, WORK_NBYTES)
         return self._register
 
@@ -178,6 +194,14 @@ class DeviceHot:
     def _unregister(self, address: int) -> None:
         with suppress(DriverError):
             self.driver.unregister(address)
+
+    @property
+    def uuid(self) -> bytes:
+        """The device's, by which other processes know it; b"": it has none to tell."""
+        try:
+            return self.driver.uuid(self.device)
+        except DriverError:
+            return b""
 
     def settle(self) -> None:
         """Return once this thread's stream has done what it was to do there."""

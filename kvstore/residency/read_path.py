@@ -7,8 +7,8 @@ in memory is in the plan, and what is on disk is read by `fetch`, without the lo
 a miss. Knows no tensors: `simulation` reads through it as well.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from operator import attrgetter
@@ -56,8 +56,9 @@ class Plan:
     keys: those covered, from the first on: fewer than asked for where a lot is full, or a chain ends. entries: as held;
     None on disk. now: the store's clock, Unix seconds. nbytes: of all tensors once decoded. hot: all that was found
     lies in hot as it was put, and nothing was missing but the end of a chain. ended: a chain ended at a miss, which is
-    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told. lookup: what the next keys
-    of the same get count as.
+    not in `keys`. accept, from_nbytes: what need not be decoded, as `Store.plan` was told. maps: whose segments on a
+    device the caller reads in place, set by who has `Store.read` leave what lies there. lookup: what the next keys of
+    the same get count as.
     The entries live as long as the plan does, whatever happens to their keys.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     misses: Sequence[MissCause] = ()
     accept: Collection[str] = field(default=NOTHING)
     from_nbytes: int = 0
+    maps: object = None
     lookup: Lookup | None = None
 
     def __len__(self) -> int:
@@ -94,6 +96,28 @@ class Plan:
     def stays_encoded(self, entry: Entry) -> bool:
         """Whether an entry is given out encoded: large enough, and every tensor in an encoding the caller accepts."""
         return bool(self.accept) and entry.value_nbytes >= self.from_nbytes and entry.is_encoded_in(self.accept)
+
+    def stays_in_place(self, entry: Entry) -> bool:
+        """Whether an entry lies on a device in a segment that the caller reads in place."""
+        if self.maps is None or entry.encoding != "raw":
+            return False
+        place = getattr(entry.tensors, "place", None)
+        return place is not None and bool(place.segment.device) and place.segment.owner == self.maps
+
+    def cut(self, at_most_nbytes: float) -> "Iterator[Plan]":
+        """A plan of what is hot, of any size, in lots: each has an entry, and as many more as fit."""
+        start = nbytes = 0
+        for at, meta in enumerate(self.metas):
+            more = 0 if meta is None else meta.value_nbytes
+            if nbytes and nbytes + more > at_most_nbytes:
+                yield self._lot(start, at, nbytes)
+                start, nbytes = at, 0
+            nbytes += more
+        yield replace(self._lot(start, len(self), nbytes), ended=self.ended)
+
+    def _lot(self, start: int, stop: int, nbytes: int) -> "Plan":
+        lists = (self.keys[start:stop], self.tiers[start:stop], self.entries[start:stop], self.metas[start:stop])
+        return Plan(*lists, self.now, nbytes, hot=True, leading=self.leading, lookup=self.lookup)
 
 
 def _nothing_yet(now: float) -> Plan:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,6 +61,40 @@ Register = Callable[[int, int], Callable[[], None] | None]
 """Registers memory, (address, bytes), with a device. Returns what undoes it; None: it was not registered."""
 
 
+class Handed(Protocol):
+    """What a client is told of a segment, and the descriptors that come along."""
+
+    @property
+    def number(self) -> int:
+        """By which blocks name it."""
+        ...
+
+    @property
+    def owner(self) -> Owner:
+        """Whose it is."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of its memory."""
+        ...
+
+    @property
+    def device(self) -> bytes:
+        """The UUID of the GPU in whose memory it lies; b"": in RAM."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is given back."""
+        ...
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Of its memory, and of the table where its blocks' generations are elsewhere."""
+        ...
+
+
 class Segment:
     """One memfd, mapped writable in this process and read-only in clients."""
 
@@ -71,6 +105,7 @@ class Segment:
         self.number = number
         self.owner = owner
         self.nbytes = nbytes
+        self.device = b""
         self.fd = os.memfd_create(f"kvstored-{owner}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, nbytes)
@@ -92,6 +127,11 @@ class Segment:
         self._registering = threading.Lock()
         if register is not None:
             self.register(register)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a client is handed of it."""
+        return (self.fd,)
 
     def register(self, register: Register) -> None:
         """Have a device copy from and to this memory directly, until it is closed."""
@@ -135,7 +175,7 @@ class Segment:
 class Place:
     """Where a block lies."""
 
-    segment: Segment
+    segment: Handed
     start: int
     generation: int
 
@@ -178,7 +218,7 @@ def made_in(room: Room, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tens
 
 def filled_from(sources: Sequence[Bytes], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Tensors just made, filled with the bytes of each, in order, without the GIL."""
-    if isinstance(tensors, BlockTensors) and tensors.place is not None:
+    if isinstance(tensors, BlockTensors) and tensors.place is not None and isinstance(tensors.place.segment, Segment):
         block = tensors.place.segment.bytes[tensors.place.start :]
         targets: Iterable[Bytes] = [block[at : at + nbytes] for at, nbytes in tensors.spans]
     else:

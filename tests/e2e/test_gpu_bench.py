@@ -7,6 +7,8 @@ client, the connector's buffers and the codecs are what a GPU machine runs.
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,13 +16,14 @@ import torch
 from bench import gpu
 from kvstore.device.deferred import Deferred
 from tests.conftest import ROOT
+from tests.kvstored.inside import daemon_inside
 from tests.kvstored_client.device.tensors import FakeCuda, on_gpu
 
 SMALL = gpu.Size(layers=2, heads=1, dim=64, block=4, blocks=6, chunks=3, rounds=1)
 ROWS = [
     ("gpu.copy", {"to": "gpu"}), ("gpu.copy", {"to": "host"}), ("gpu.copy", {"to": "hbm"}),
     ("gpu.get", {"form": "raw"}), ("gpu.get", {"form": "nf4"}), ("gpu.put", {"form": "raw"}),
-    ("gpu.put", {"form": "nf4"}), ("gpu.nf4.decode", {}), ("gpu.nf4.encode", {}),
+    ("gpu.put", {"form": "nf4"}), ("gpu.nf4.decode", {}), ("gpu.nf4.encode", {}), ("gpu.get", {"form": "hot"}),
 ]  # fmt: skip
 
 
@@ -44,6 +47,12 @@ class Stand:
     def settle(self) -> None:
         self.driver.settle()
 
+    @contextmanager
+    def hot_daemon(self, nbytes: int) -> Iterator[str]:
+        outside = {"driver": Deferred(memory_nbytes=4 << 30)}
+        with daemon_inside(segment_nbytes=8 << 20, outside=outside) as daemon:
+            yield f"unix:{daemon.socket_path}"
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -52,7 +61,7 @@ def found():
 
 def test_all_that_must_hold_is_looked_at_and_holds(found):
     held = [(row["params"]["what"], row["value"]) for row in found if row["name"] == "gpu.holds"]
-    assert len(held) == 11
+    assert len(held) == 15
     assert [what for what, value in held if not value] == []
 
 
@@ -61,6 +70,7 @@ def test_there_is_a_row_for_each_figure_with_its_ratio_to_a_bare_copy(found):
     assert [(row["name"], row["params"]) for row in rows] == ROWS
     for row in rows:
         due = {"gpu.copy": [], "gpu.get": ["pinned_copy"], "gpu.put": ["pinned_copy"]}.get(row["name"], ["hbm_copy"])
+        due = ["hbm_copy"] if row["params"].get("form") == "hot" else due
         assert list(row["ratios"]) == due
         assert row["value"] > 0
         assert all(value > 0 for value in row["ratios"].values())
@@ -87,7 +97,7 @@ def test_a_gpu_that_is_there_is_asked_for_its_figures_and_the_exit_code_says_whe
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", "--no-tests"])
     monkeypatch.setattr(gpu, "Size", lambda: SMALL)
     assert gpu.main() == 0
-    assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()][-1] == "gpu.nf4.encode"
+    assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()][-1] == "gpu.get"
     monkeypatch.setattr(gpu.Bench, "worst", lambda _: 0.5)
     assert gpu.main() == 1
     monkeypatch.setattr(gpu, "at_hand", gpu.Card)

@@ -78,7 +78,7 @@ def test_a_segment_in_use_is_not_let_go_of(arena):
 
 def test_what_a_smaller_budget_gives_back_a_client_lets_go_of_with_a_call(monkeypatch):
     """Without being handed another segment: else a worker would keep the pages of what is no longer there."""
-    monkeypatch.setattr("kvstored_client.shm.connection.LET_GO_S", 0.0)
+    monkeypatch.setattr("kvstored_client.shm.segments.LET_GO_S", 0.0)
     with daemon_inside(segment_nbytes=2 * MIB) as inside:
         client = inside.client()
         value = np.arange(MIB // 4, dtype=np.float32)

@@ -64,9 +64,27 @@ DOORS = (
     ),
     (
         "client/kvstored_client/shm/blocks.py",
-        "return self.mapping.words[self.start >> 3] != self.generation",
+        "return self.mapping.words[self.start >> self.mapping.shift] != self.generation",
         "return False",
         "a block that was used again is a value",
+    ),
+    (
+        "kvstore/tiers/device_memory.py",
+        "segment.shared.set_generation(start, 0)",
+        "pass",
+        "a late reader of a GPU's memory keeps what was freed under him",
+    ),
+    (
+        "kvstore/residency/read_path.py",
+        " and place.segment.owner == self.maps",
+        "",
+        "a user is handed another one's memory on a GPU",
+    ),
+    (
+        "daemon/kvstored/doors/lease_connection.py",
+        'bool(shared.device) and "put" in self._rights',
+        "bool(shared.device)",
+        "who may not put is handed memory that it could write to",
     ),
     (
         "client/kvstored_client/shm/connection.py",

@@ -22,7 +22,7 @@ from kvstored_client.aio.worker import INLINE_NBYTES, Worker
 from kvstored_client.asking import SOFT
 from kvstored_client.buffers import Out
 from kvstored_client.client import Client
-from kvstored_client.leasing import NOTHING_LEASED, leading_hits
+from kvstored_client.leasing import NOTHING_LEASED, Wanted, leading_hits
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.pool import Connection, Silent, UseStream
 from kvstored_client.stream.receiver import Receiver
@@ -176,8 +176,10 @@ class LoopAsking(Client):
         lookup: Lookup | None,
         packed: bool,
     ) -> None:
-        there = self.unpacks(out)
-        how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there)
+        there = self._unpacks(out)
+        how, framework = self._how_to_read(
+            keys, leading=leading, lookup=lookup, packed=packed or there, device=self._there(out)
+        )
         if out is not None and self.transfers.batch_for(out) is None:
             await self._wait_for_caller(out)
         try:
@@ -215,20 +217,20 @@ class LoopAsking(Client):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
     async def _lease(  # type: ignore[override]
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
+        self, keys: Sequence[bytes], asked: Wanted
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        return await self._waited(self._leased(keys, leading=leading, lookup=lookup, packed=packed), NOTHING_LEASED)
+        return await self._waited(self._leased(keys, asked), NOTHING_LEASED)
 
     async def _leased(  # type: ignore[override]
-        self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool
+        self, keys: Sequence[bytes], asked: Wanted
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        how, stream, framework = self._how_to_lease(leading=leading, lookup=lookup, packed=packed)
+        how, stream, framework = self._how_leased(asked)
         try:
             return await self._shared(calls.lease, keys, how, framework)
         except UseStream:
-            receiver = Receiver(keys, framework, packed=packed)
+            receiver = Receiver(keys, framework, packed=asked.packed)
             await self._receive(receiver, stream.request(keys))
-            return nullcontext(leading_hits(receiver.hits) if leading else receiver.hits)
+            return nullcontext(leading_hits(receiver.hits) if asked.leading else receiver.hits)
 
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:  # type: ignore[override]
         """Copy (target, source) pairs beside the loop."""

@@ -60,6 +60,7 @@ async def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = await connection.ask(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
+        connection.segments.look(time.perf_counter(), at_once=bool(how.device))
         try:
             found = []
             batch = None if out is None else pool.transfers.batch_for(out)
@@ -105,6 +106,7 @@ async def lease(
     """As `shm.calls.lease`."""
     connection = await pool.get(hand)
     reply = await connection.ask(get_call(keys, how), pool.timeout_s)
+    connection.segments.look(time.perf_counter(), at_once=bool(how.device))
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)

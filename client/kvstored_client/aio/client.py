@@ -187,17 +187,17 @@ class _Prefixed:
         *,
         leading: bool = False,
         lookup: Lookup | None = None,
-        packed: bool = False,
+        **how: Any,
     ) -> Iterable[Hit | None]:
-        lease = cast("Leases", self._client.asking.lease_many(keys, leading=leading, lookup=lookup, packed=packed))
+        lease = cast("Leases", self._client.asking.lease_many(keys, leading=leading, lookup=lookup, **how))
         block = await cast("Any", lease.begin())
         return cast("Iterable[Hit | None]", leases.enter_context(block))
 
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:
         await self._client.asking.fill(pairs)
 
-    async def unpacks(self, out: Any) -> bool:
-        return self._client.asking.unpacks(out)
+    async def how_to_lease(self, out: Any) -> dict[str, Any]:
+        return self._client.asking.how_to_lease(out)
 
     async def breathe(self) -> None:
         if time.perf_counter() - self._since > BREATH_S:

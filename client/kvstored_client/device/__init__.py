@@ -21,7 +21,8 @@ from kvstore.device import Driver, DriverError
 from kvstore.device.copies import Batch, Streams
 from kvstore.packed import PackedTensor
 from kvstored_client.aside import Aside
-from kvstored_client.device.landing import Landing, lands
+from kvstored_client.device.landing import Landing, encoded_there, lands
+from kvstored_client.device.paged import Paged, Scatter
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Segment(Protocol):
     address: int
     nbytes: int
     writable: bool
+    device: int | None
 
 
 class Transfers:
@@ -56,6 +58,8 @@ class Transfers:
         self._left_nbytes = [self._register_max_nbytes]
         self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._aside = Aside()
+        self._by_uuid: dict[bytes, int] = {}
+        self._maps = True
 
     @property
     def driver(self) -> Driver | None:
@@ -98,6 +102,42 @@ class Transfers:
 
         return wait
 
+    def there(self, entries: Iterable[Mapping[str, Any] | None]) -> bytes:
+        """The UUID of the GPU on which all of these tensors are, which are filled there; b"": there is none.
+
+        What a daemon holds in that GPU's memory is then copied within it, out of segments that this client maps.
+        """
+        entries = list(entries)
+        devices = _devices(entries) if self._maps else set()
+        driver = self.driver if len(devices) == 1 else None
+        if driver is None or not all(lands(x) for tensors in entries if tensors is not None for x in tensors.values()):
+            return b""
+        device = devices.pop()
+        known = next((uuid for uuid, number in self._by_uuid.items() if number == device), None)
+        if known is not None:
+            return known
+        try:
+            uuid = driver.uuid(device)
+        except DriverError as error:
+            self.map_no_more(str(error))
+            return b""
+        self._by_uuid[uuid] = device
+        return uuid
+
+    def maps(self, uuid: bytes) -> tuple[Driver, int] | None:
+        """The driver and its number of a GPU that was asked for; None: nothing is mapped there."""
+        driver, device = self.driver, self._by_uuid.get(uuid)
+        return None if driver is None or device is None else (driver, device)
+
+    def map_no_more(self, why: str) -> None:
+        """Ask for nothing that lies in a GPU's memory: of this life of the daemon."""
+        logger.warning("the daemon's memory on the GPU is not mapped, what lies there comes through RAM: %s", why)
+        self._maps = False
+
+    def map_again(self) -> None:
+        """Another life of the daemon."""
+        self._maps = True
+
     def unpacks(self, entries: Iterable[Mapping[str, Any] | None]) -> bool:
         """Whether what is held encoded may come as it is held: all of these tensors are on GPUs that decode it."""
         entries = list(entries)
@@ -108,17 +148,34 @@ class Transfers:
         return all(lands(x) for tensors in entries if tensors is not None for x in tensors.values())
 
     def run(self, batch: Batch, packed: Sequence[tuple[Any, Any]]) -> Sequence[tuple[Any, Any]]:
-        """Run a batch with what is packed added to it, which is decoded there. Returns those left to the host.
+        """Run a batch with what is packed added to it, which is decoded there, also into paged blocks.
 
-        Nothing is copied or computed afterwards. Raises DriverError.
+        Returns those left to the host. Nothing is copied or computed afterwards. Raises DriverError.
         """
         if not packed or self.driver is None or self._streams is None:
             batch.run()
             return packed
-        landing = Landing(self.driver, self._streams, packed)
+        paged = [(target, source) for target, source in packed if isinstance(target, Paged)]
+        scatter = Scatter(self.driver, paged)
+        landing = Landing(self.driver, self._streams, [pair for pair in packed if not isinstance(pair[0], Paged)])
         landing.bring(batch)
+        scatter.bring(batch)
         batch.run()
-        return landing.decode()
+        return [*landing.decode(), *scatter.decode()]
+
+    def encoded(self, tensors: Mapping[str, Any], *, prefix_start: bool) -> dict[str, Any] | None:
+        """Dense tensors on a GPU encoded there, as a store would below hot; None: it has no kernels for them.
+
+        Their bytes must be there already. By a stream of its own. Raises whatever the device does.
+        """
+        devices = _devices([tensors])
+        driver = self.driver if len(devices) == 1 else None
+        if driver is None or not all(getattr(x, "is_cuda", False) and x.is_contiguous() for x in tensors.values()):
+            return None
+        device = devices.pop()
+        if not driver.computes(device):
+            return None
+        return encoded_there(driver, device, tensors, prefix_start=prefix_start)
 
     def fill(
         self, pairs: Sequence[tuple[Any, Any]], batch: Batch | None, segment_at: Callable[[int], Any]
@@ -131,7 +188,8 @@ class Transfers:
         packed: list[tuple[Any, Any]] = []
         for target, source in pairs:
             if isinstance(source, PackedTensor):
-                (packed if lands(target) and batch.decodes else rest).append((target, source))
+                there = batch.decodes and (isinstance(target, Paged) or lands(target))
+                (packed if there else rest).append((target, source))
                 for part in source.parts.values():
                     data = arrays.bytes_in_place(part)
                     segment = None if data is None else segment_at(data.ctypes.data)
@@ -139,24 +197,28 @@ class Transfers:
                         self.uses(segment)
                         break
                 continue
-            data = arrays.bytes_in_place(source) if getattr(target, "is_cuda", False) else None
-            fits = data is not None and data.size == target.nbytes and arrays.same_kind(target, source)
-            if data is None or not fits or not batch.load(target, data.ctypes.data):
+            direct_to = getattr(target, "is_cuda", False) and not isinstance(target, Paged)
+            address = _lies_at(source) if direct_to else None
+            fits = address is not None and arrays.same_kind(target, source)
+            if address is None or not fits or not batch.load(target, address):
                 rest.append((target, source))
                 continue
             direct.append((target, source))
-            segment = segment_at(data.ctypes.data)
+            segment = segment_at(address)
             if segment is not None:
                 self.uses(segment)
-            del data, segment
+            del segment
         try:
             return [*rest, *self.run(batch, packed)]
         except DriverError:
             return pairs
 
     def uses(self, mapping: Segment) -> None:
-        """A segment is copied from or to: it is registered beside the calls, once, if there is room for it."""
-        if mapping in self._known:
+        """A segment is copied from or to: it is registered beside the calls, once, if there is room for it.
+
+        One in a GPU's memory needs no registering.
+        """
+        if mapping in self._known or mapping.device is not None:
             return
         self._known[mapping] = False
         self._aside.start([], self._register, weakref.ref(mapping))
@@ -198,6 +260,15 @@ def _devices(entries: Iterable[Mapping[str, Any] | None]) -> set[int]:
         for x in tensors.values()
         if getattr(x, "is_cuda", False)
     }
+
+
+def _lies_at(source: Any) -> int | None:
+    """Where the bytes of a dense tensor begin, on the host or on a GPU; None: they do not lie one behind the other."""
+    if getattr(source, "is_cuda", False):
+        dense = source.is_contiguous() and not source.is_conj() and not source.is_neg()
+        return int(source.data_ptr()) if dense else None
+    data = arrays.bytes_in_place(source)
+    return None if data is None else int(data.ctypes.data)
 
 
 def _unregister(driver: Driver, address: int, nbytes: int, left_nbytes: list[int]) -> None:

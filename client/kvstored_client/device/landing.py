@@ -1,4 +1,4 @@
-"""Packed tensors on their way to a GPU: their parts cross the bus, a quarter of the bytes, and are decoded there.
+"""Packed tensors on their way to a GPU and from it: parts cross the bus, a quarter of the bytes; the GPU (de)codes.
 
 Whatever goes wrong on the device (no compiler, no memory, a kernel that fails) is left to the host, whose verdict
 counts: the bits are the same. The codecs are the store's own. A Landing belongs to one call. Imports no torch: whoever
@@ -7,7 +7,7 @@ has a tensor on a GPU has done so.
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvstore import arrays
@@ -40,7 +40,7 @@ class Landing:
         try:
             self._there = [self._brought(batch, target, packed) for target, packed in self._due]
         except Exception as error:  # noqa: BLE001 - no memory, by whatever name
-            _told(error)
+            told(error)
 
     def _brought(self, batch: Batch, target: Any, packed: PackedTensor) -> PackedTensor:
         torch: Any = sys.modules["torch"]
@@ -68,7 +68,7 @@ class Landing:
                     self._scatter(scatter)
             self._scatter(scatter)
         except Exception as error:  # noqa: BLE001 - Triton raises whatever its compiler does; also CodecError
-            _told(error)
+            told(error)
             return self._due
         finally:  # kernels that were begun still read what was brought
             for device in {target.device.index or 0 for target, _ in self._due}:
@@ -101,10 +101,30 @@ class Landing:
         pairs.clear()
 
 
+def encoded_there(driver: Driver, device: int, tensors: Mapping[str, Any], *, prefix_start: bool) -> dict[str, Any]:
+    """The way back: dense tensors on a GPU encoded by its kernels, on a stream of their own. Returns when that is done.
+
+    Raises whatever the device does, and CodecError.
+    """
+    from kvstore.codecs.packing import encode
+
+    there = {}
+    for name, x in tensors.items():
+        flat = driver.tensor(device, x.data_ptr(), x.nbytes, x)
+        there[name] = flat.view(x.dtype).reshape(x.shape)
+    with driver.computing(device):
+        made = encode(there, codec="nf4-kv2", prefix_start=prefix_start)
+        driver.synchronize(driver.record(driver.current(device)))
+    return made
+
+
 def lands(x: Any) -> bool:
     """Whether a tensor on a GPU can be filled there with what was decoded there."""
     return Runs.of(x) is not None
 
 
-def _told(error: Exception) -> None:
-    logger.warning("decoded on the host, as the GPU did not: %s: %s", type(error).__name__, error)
+def told(error: Exception) -> None:
+    """Note that the device could not decode something, which the host does then. As text: an error keeps frames, and
+    they keep what is leased.
+    """
+    logger.warning("decoded on the host, as the GPU did not: %s: %s", type(error).__name__, str(error))

@@ -187,7 +187,7 @@ class Guard:
         *,
         leading: bool = False,
         lookup: Lookup | None = None,
-        **how: bool,
+        **how: Any,
     ) -> Iterator[list[Hit | None]]:
         """As get_many, without copies. The lease begins within the deadline, and ends in the caller's thread.
 
@@ -208,10 +208,10 @@ class Guard:
             finally:
                 del hits  # a view that this generator held would outlive its lease
 
-    def unpacks(self, out: Any) -> bool:
-        """Whether tensors are filled best from what is held encoded: see `Client.unpacks`."""
-        asked = getattr(self.cache, "unpacks", None)
-        return asked is not None and bool(asked(out))
+    def how_to_lease(self, out: Any) -> dict[str, Any]:
+        """How `lease_many` is best asked for what is to fill these tensors: see `Client.how_to_lease`."""
+        asked = getattr(self.cache, "how_to_lease", None)
+        return {} if asked is None else asked(out)
 
     def before(self, entries: Iterable[Mapping[str, Any]]) -> Callable[[], None] | None:
         """What waits for all that this thread's streams are to do with tensors on a GPU: see `Transfers.before`."""

@@ -42,7 +42,8 @@ from kvstored_client.integrations.guard import FETCH_TIMEOUT_S, LOOKUP_TIMEOUT_S
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_ahead import AFTER_S, Ahead
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
-from kvstored_client.integrations.vllm_filling import Filling, pieces
+from kvstored_client.integrations.vllm_encoding import encoding_of
+from kvstored_client.integrations.vllm_filling import CALL_NBYTES, GPU_CALL_NBYTES, Filling, pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places, groups_of
 from kvstored_client.integrations.vllm_identity import identity, shards_of, tokens_per_block
 from kvstored_client.integrations.vllm_saving import Saving
@@ -122,7 +123,10 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             from kvstored_client.integrations.vllm_events import Announced, Reported
 
             self._announced, self._reported = Announced(self._shards.count), Reported()
-        self._saving = Saving(self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported)
+        encoding = encoding_of(extra, self._fidelity, self._guard)
+        self._saving = Saving(
+            self._guard, self._time, self._fidelity, _namespace(vllm_config), self._reported, encoding
+        )
         after_s = float(extra.get("prefetch_after_s", AFTER_S)) if self._on else 0.0
         self._ahead = Ahead(self._guard, after_s, self._groups.block_nbytes * self._chunk_blocks)
 
@@ -348,7 +352,8 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
     def _load(self, load: Load) -> list[int]:
         """The blocks that could not be filled."""
         began, failed, mine = self._time.clock(), list[int](), self._shards.mine
-        for some in pieces(load.chunks, self._chunk_nbytes()):
+        at_once = GPU_CALL_NBYTES if self._buffers.on_gpu else CALL_NBYTES
+        for some in pieces(load.chunks, self._chunk_nbytes(), at_once):
             filled = self._filling.filled([(self._key(name, mine), first, places) for name, first, places in some])
             failed += [block for (_, _, places), ok in zip(some, filled, strict=True) if not ok for block in places[0]]
         tokens = (len(load.blocks()) - len(failed)) * self._block_size

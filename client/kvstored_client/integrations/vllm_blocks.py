@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvstore.dtypes import TensorSpec
 from kvstored_client.device import settle_stream
+from kvstored_client.device.paged import Paged
 from kvstored_client.integrations.vllm_groups import Groups, Places, leading_gone
 
 _APART_DIM = 5
@@ -113,6 +115,16 @@ class _Kind:
         shape, _ = self.spec(blocks)
         return {name: self.layers[0].new_empty(shape) for name in self.names}
 
+    def paged(self, blocks: Sequence[int], of: int, first: int) -> dict[str, Paged]:
+        """See `PagedBuffers.paged`."""
+        if len(self.names) == 1:
+            return {}
+        shape, dtype = self.spec(of)
+        spec = TensorSpec(str(dtype).removeprefix("torch."), shape)
+        places = [-1] * of
+        places[first : first + len(blocks)] = blocks
+        return {name: Paged(spec, layers, places) for name, layers in zip(self.names, self._targets, strict=True)}
+
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int) -> None:
         """See `PagedBuffers.fill`; the tensors are such a chunk's."""
         if self._stripes:
@@ -193,6 +205,15 @@ class PagedBuffers:
         """Tensors of a chunk of so many blocks, where the layers are: what came encoded is decoded into them."""
         return {name: x for kind in self._kinds for name, x in kind.empty(of).items()}
 
+    def specs(self, of: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of the tensors of a chunk of so many blocks, by name, as `packed.specs_of`."""
+        found = ((name, kind.spec(of)) for kind in self._kinds for name in kind.names)
+        return {name: (str(dtype).removeprefix("torch."), shape) for name, (shape, dtype) in found}
+
+    def paged(self, blocks: Sequence[int], of: int, first: int) -> dict[str, Paged]:
+        """Where the tensors of a chunk go, as for `fill`: those that a GPU can decode right into their places."""
+        return {name: place for kind in self._kinds for name, place in kind.paged(blocks, of, first).items()}
+
     def fill(self, blocks: Sequence[int], tensors: Mapping[str, torch.Tensor], of: int, first: int = 0) -> bool:
         """Write blocks of a chunk, from its `first` one on, to these places. of: how many blocks the chunk has.
 
@@ -253,6 +274,20 @@ class GroupedBuffers:
         """See `PagedBuffers.empty`."""
         both = zip(self._prefixes, self._groups, strict=True)
         return {prefix + name: x for prefix, (buffers, _) in both for name, x in buffers.empty(of).items()}
+
+    def specs(self, of: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `PagedBuffers.specs`."""
+        both = zip(self._prefixes, self._groups, strict=True)
+        return {prefix + name: spec for prefix, (buffers, _) in both for name, spec in buffers.specs(of).items()}
+
+    def paged(self, places: Places, of: int, first: int = 0) -> dict[str, Paged]:
+        """See `PagedBuffers.paged`; but for blocks that a window has let go of."""
+        found: dict[str, Paged] = {}
+        for prefix, (buffers, windowed), blocks in zip(self._prefixes, self._groups, places, strict=True):
+            gone = leading_gone(blocks) if windowed else 0
+            own = buffers.paged(blocks[gone:], of, first + gone)
+            found.update({prefix + name: place for name, place in own.items()})
+        return found
 
     def fill(self, places: Places, tensors: Mapping[str, torch.Tensor], of: int, first: int = 0) -> bool:
         """Write blocks of a chunk, as `PagedBuffers.fill`, but for those that a window has let go of.

@@ -63,6 +63,7 @@ HARMLESS = {
     "kv_connector_extra_config.offload_prompt_only": "which blocks are kept, not what is in them",
     "kv_connector_extra_config.sync_load_budget_bytes": "when a load is waited for",
     "kv_connector_extra_config.prefetch_after_s": "when chunks move, not what is in them",
+    "kv_connector_extra_config.encode_on_gpu": "where chunks become four bits, which `fidelity` lets them",
     "kv_connector_extra_config.allow_pin": "how long blocks are kept",
     "VllmConfig.instance_id": "random, and new at each start",
     "VllmConfig.scheduler_config": _SIZE,

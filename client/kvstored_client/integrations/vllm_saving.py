@@ -8,17 +8,19 @@ All but the puts is called by the forward's thread.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kvstore.errors import KvstoreError
 from kvstore.hit import Fidelity
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
+from kvstored_client.integrations.vllm_encoding import Encoding
 from kvstored_client.integrations.vllm_filling import pieces
 from kvstored_client.integrations.vllm_groups import Groups, Places
 from kvstored_client.integrations.vllm_work import Save, Work
@@ -53,10 +55,19 @@ class _Put:
 
 
 class Saving:
-    """Of one worker. reported: who tells routers what was stored; None: nobody."""
+    """Of one worker. reported: who tells routers what was stored; encoding: encodes chunks on a GPU; None: nobody."""
 
-    def __init__(self, guard: Guard, time: PrefillTime, fidelity: Fidelity, namespace: str, reported: Any) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        time: PrefillTime,
+        fidelity: Fidelity,
+        namespace: str,
+        reported: Any,
+        encoding: Encoding | None = None,
+    ) -> None:
         self._guard = guard
+        self._encoding = encoding
         self._time = time
         self._fidelity: Fidelity = fidelity
         self._namespace = namespace
@@ -137,15 +148,35 @@ class Saving:
             put.computed()
             put.seen()
         entries = [(key, self._buffers.entry(gathered)) for key, gathered in put.copied]
-        stored = self._guard.cache.put_many(
-            entries, chain=True, parent=put.before, fidelity=self._fidelity, namespace=self._namespace,
-            **put.save.options,
-        )  # fmt: skip
-        if stored < len(entries):
+        if not (self._put_encoded(put, entries) or self._stored(put, entries)):
             return False
         for fact in put.facts if self._reported is not None else ():
             self._reported.stored(*fact)
         return True
+
+    def _stored(self, put: _Put, entries: Sequence[tuple[bytes, Mapping[str, Any]]]) -> bool:
+        stored: int = self._guard.cache.put_many(
+            entries, chain=True, parent=put.before, fidelity=self._fidelity, namespace=self._namespace,
+            **put.save.options,
+        )  # fmt: skip
+        return stored >= len(entries)
+
+    def _put_encoded(self, put: _Put, entries: Sequence[tuple[bytes, Mapping[str, Any]]]) -> bool:
+        """Whether all of it was stored in four bits. Where not, it is put as it is: what was stored is replaced."""
+        encoding = self._encoding
+        packed = None if encoding is None else encoding.packed(entries, starts=put.before is None)
+        if encoding is None or packed is None:
+            return False
+        try:
+            stored = self._stored(put, packed)
+        except KvstoreError as error:  # an older daemon, or one without a tier below hot
+            encoding.failed(str(error))
+            return False
+        if stored:
+            encoding.taken()
+        else:
+            encoding.failed("the daemon did not take them")
+        return stored
 
     def _break(self, request_id: str) -> None:
         """A chunk of it was not kept, so none that follows is."""

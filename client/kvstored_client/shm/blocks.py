@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.errors import KvstoreError
@@ -11,12 +12,13 @@ from kvstore.hit import Hit, TensorInfo
 from kvstore.shm.layout import ALIGN
 from kvstored_client.decoding import Packed, shape_of
 from kvstored_client.interrupts import damage
-from kvstored_client.shm.connection import Segments, UseStream
-from kvstored_client.shm.mapping import MappedSegment
+from kvstored_client.shm.mapped_device import MappedDevice
+from kvstored_client.shm.segments import Mapped, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes
 from kvstored_client.wire.messages import TIER_NAMES, read_receipt
 
+_NO_BYTES = np.empty(0, dtype=np.uint8)
 BLOCKS_MAX = 4096
 """Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
 
@@ -51,7 +53,7 @@ class Block:
     packed's parts. put_at: seconds of the daemon's clock, where its reply said that.
     """
 
-    mapping: MappedSegment
+    mapping: Mapped
     start: int
     nbytes: int
     generation: int
@@ -66,7 +68,12 @@ class Block:
 
     def is_gone(self) -> bool:
         """Whether the daemon has used the block again, or is about to."""
-        return self.mapping.words[self.start >> 3] != self.generation
+        return self.mapping.words[self.start >> self.mapping.shift] != self.generation
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it lies in a GPU's memory: then it has no bytes here."""
+        return self.mapping.device is not None
 
     def hit(self, reply: pb.LeaseReply, item: pb.Leased | bytes, key: bytes, tensors: Mapping[str, Any]) -> Hit:
         """The entry as a hit of this reply."""
@@ -113,14 +120,19 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
     mapping = segments.get(item.segment)
     if item.start + nbytes > mapping.nbytes or item.start % ALIGN:
         raise UseStream(f"a block from {item.start} to {item.start + nbytes} in a segment of {mapping.nbytes}")
-    # Decoding goes through torch, which warns of an array that it may not write to.
-    window = mapping.window(item.start, nbytes, None, writable=packed is not None)
+    if isinstance(mapping, MappedDevice):
+        if packed is not None:
+            raise UseStream("an encoded entry in a GPU's memory")
+        data = _NO_BYTES
+    else:
+        # Decoding goes through torch, which warns of an array that it may not write to.
+        data = mapping.window(item.start, nbytes, None, writable=packed is not None).array
     return Block(
         mapping,
         item.start,
         nbytes,
         item.generation,
-        window.array,
+        data,
         shape.specs,
         shape.lying,
         packed,

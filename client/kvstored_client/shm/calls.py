@@ -21,8 +21,8 @@ from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.blocks import Block, found_in
 from kvstored_client.shm.leases import Lease, LeasedHits
-from kvstored_client.shm.mapping import Copying
-from kvstored_client.shm.pool import Connection, ConnectionPool
+from kvstored_client.shm.mapping import Copying, MappedSegment
+from kvstored_client.shm.pool import Connection, ConnectionPool, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, get_request, submessage
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
@@ -65,6 +65,8 @@ def get(
         part = keys[start : start + KEYS_PER_PACKET]
         reply = connection.exchange(get_call(part, how), pool.timeout_s)
         epoch = reply.boot_epoch
+        if how.device:
+            connection.segments.let_go()  # memory of a GPU that the daemon has given back
         batch = pool.transfers.batch_for(out) if on_gpu and out is not None else None
         late = []
         try:
@@ -112,7 +114,9 @@ def target_for(
 
 
 def filled(copier: Copying, block: "Block", target: Target) -> bool:
-    """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile."""
+    """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile. Raises UseStream."""
+    if block.on_device and target.bytes:
+        raise UseStream("what lies in a GPU's memory is no answer for tensors that do not")
     if block.packed is not None and not isinstance(target, Parts):
         parts = [block.data[at : at + nbytes] for _, at, nbytes in block.tensors.values()]
         try:
@@ -132,10 +136,13 @@ def filled(copier: Copying, block: "Block", target: Target) -> bool:
 
 
 def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "Block", Target]]) -> list[bool]:
-    """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards."""
+    """Copy blocks to the GPU, all at once; for each whether it was there to the end. Nothing is copied afterwards.
+
+    Raises UseStream where a copy within the GPU fails: what the host has no bytes of comes another way.
+    """
     packed: list[tuple[Any, Any]] = []
     for _, _, block, target in late:
-        if target.direct:
+        if target.direct and isinstance(block.mapping, MappedSegment):
             pool.transfers.uses(block.mapping)
         held = _held_packed(block) if target.direct else {}
         for name, x in target.direct.items():
@@ -146,7 +153,10 @@ def loaded(pool: ConnectionPool, batch: Batch, late: Sequence[tuple[int, Any, "B
                 batch.load(x, block.mapping.address + block.start + at)
     try:
         left = pool.transfers.run(batch, packed)
-    except DriverError:
+    except DriverError as error:
+        if any(block.on_device for _, _, block, _ in late):
+            pool.transfers.map_no_more(str(error))
+            raise UseStream(str(error)) from None
         left = [pair for _, _, block, target in late for pair in _from_host(block, target)]
     damaged = {id(x) for x, source in left if not _decoded_into(x, source)}
     # After the copies: see `filled`.
@@ -186,6 +196,8 @@ def lease(
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
     connection = pool.take(hand)
     reply = connection.exchange(get_call(keys, how), pool.timeout_s)
+    if how.device:
+        connection.segments.let_go()
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
     return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)

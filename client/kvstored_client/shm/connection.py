@@ -25,11 +25,11 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import KvstoreError
-from kvstore.shm.layout import CLOSED
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
 from kvstored_client.shm.ingest import Ended, IngestSegment, Mark
 from kvstored_client.shm.mapping import MappedSegment
+from kvstored_client.shm.segments import Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import fixed64s
 from kvstored_client.wire.trust import Place
@@ -43,8 +43,6 @@ HEAD_NBYTES = _NUMBER.size + 8 * RELEASES_MAX + 8
 """What a number and releases add to a call, at most."""
 _NUMBER_TAG = 9 << 3 | 1  # LeaseCall's fields
 _RELEASE = 1
-LET_GO_S = 1.0
-"""How often to look for segments that the daemon has closed."""
 LOOK_S = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0
 """How long to look for an answer before sleeping on it: a hot one comes by then, and waking an idle core takes as long
 again. Not with sched_yield: on a busy machine it costs a whole slice."""
@@ -61,10 +59,6 @@ _AT_ONCE = (socket.MSG_DONTWAIT,)
 GREETING = pb.LeaseCall(match=pb.MatchRequest())
 """What a connection asks first: its answer has the daemon's boot epoch."""
 _CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
-
-
-class UseStream(Exception):
-    """This call cannot be served through shared memory."""
 
 
 class MoreSegments(UseStream):
@@ -273,13 +267,18 @@ class Connection:
     def _map(self, reply: pb.LeaseReply) -> None:
         """Map the segments whose descriptors came with the packet. Any other number of them is a broken connection."""
         descriptors = self._take_descriptors()
-        if len(descriptors) != len(reply.segments):
+        if len(descriptors) != sum(2 if segment.device else 1 for segment in reply.segments):
             found = len(descriptors)
             self.abandon()
             raise UseStream(f"{found} descriptors came with {len(reply.segments)} segments")
         try:
             for segment in reply.segments:
                 mapping = None
+                if segment.device:
+                    self.segments.add_device(segment, descriptors[0], descriptors[1])
+                    close_first(descriptors)
+                    close_first(descriptors)
+                    continue
                 if segment.writable or segment.number not in self.segments:
                     mapping = MappedSegment(descriptors[0], segment.nbytes, writable=segment.writable)
                 close_first(descriptors)
@@ -445,54 +444,3 @@ def _error_of(error: pb.LeaseError) -> Exception:
     if isinstance(kind, type) and issubclass(kind, KvstoreError):
         return kind(error.message)
     return UseStream(error.message)
-
-
-class Segments:
-    """The daemon's segments, mapped once for all connections of one daemon's life.
-
-    blocks: what is known of blocks, by segment, start and generation, or by all that is said of one.
-    look_at: when `look` is due.
-    """
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.look_at = 0.0
-        self._mappings: dict[int, MappedSegment] = {}
-        self.blocks: dict[tuple[int, int, int] | bytes, Any] = {}
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._mappings
-
-    def add(self, number: int, mapping: MappedSegment) -> None:
-        """Keep a mapping, unless another connection was handed the segment meanwhile."""
-        if self._mappings.setdefault(number, mapping) is mapping:
-            mapping.populate()
-        self.let_go()  # it may be in place of closed ones
-
-    def look(self, now: float) -> None:
-        """Let go of what the daemon has closed, once in `LET_GO_S`."""
-        self.look_at = now + LET_GO_S
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Of what the daemon has closed: whoever maps it keeps its pages from the system."""
-        for known, kept in list(self._mappings.items()):
-            if kept.words[0] == CLOSED:
-                self._mappings.pop(known, None)
-                for key, block in list(self.blocks.items()):
-                    if block.mapping is kept:
-                        self.blocks.pop(key, None)
-
-    def at(self, address: int) -> MappedSegment | None:
-        """The mapping in which an address lies."""
-        for mapping in list(self._mappings.values()):
-            if mapping.address <= address < mapping.address + mapping.nbytes:
-                return mapping
-        return None
-
-    def get(self, number: int) -> MappedSegment:
-        """The mapping of a segment. Raises UseStream for one that was never handed over."""
-        mapping = self._mappings.get(number)
-        if mapping is None:
-            raise UseStream(f"segment {number} was not handed over")
-        return mapping

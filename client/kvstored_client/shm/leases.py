@@ -15,6 +15,7 @@ from kvstore.packed import arrays_in
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import damage
 from kvstored_client.shm.blocks import Block, block_of, check_count, index_of, taken_apart
+from kvstored_client.shm.mapped_device import MappedDevice
 from kvstored_client.shm.pool import Connection, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 
@@ -56,6 +57,15 @@ class LeasedTensors(Mapping[str, Any]):
         return {} if made is None else made
 
 
+class _Held:
+    """What tensors on a GPU hold of a lease."""
+
+    __slots__ = ("__weakref__", "_lease")
+
+    def __init__(self, lease: "Lease") -> None:
+        self._lease = lease
+
+
 class Lease:
     """What one reply holds. Given back with the last reference to this: the block's, or a window's over its bytes."""
 
@@ -64,11 +74,13 @@ class Lease:
     def __init__(self, connection: Connection, framework: str) -> None:
         self._connection = connection
         self.framework = framework
-        self._viewed: list[tuple[Block, weakref.ref[Window]]] = []
+        self._viewed: list[tuple[Block, weakref.ref[Window] | weakref.ref[_Held]]] = []
 
     def view(self, block: "Block") -> dict[str, Any]:
         """Tensors over a leased block."""
         framework = self.framework
+        if isinstance(block.mapping, MappedDevice):
+            return self._view_there(block, block.mapping)
         window = block.mapping.window(block.start, block.nbytes, self, writable=framework == "torch")
         self._viewed.append((block, weakref.ref(window)))
         data = window.array
@@ -80,6 +92,16 @@ class Lease:
             # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
             tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
         return tensors if block.packed is None else block.packed.given_out(tensors.values())
+
+    def _view_there(self, block: "Block", mapping: MappedDevice) -> dict[str, Any]:
+        """Tensors of torch's on the GPU, whatever the framework: no other has them."""
+        held = _Held(self)
+        self._viewed.append((block, weakref.ref(held)))
+        tensors = {
+            name: mapping.tensor(block.start + at, spec, nbytes, held)
+            for name, (spec, at, nbytes) in block.tensors.items()
+        }
+        return {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
 
     def end(self) -> None:
         """Raise RecordCorrupt where a block was used again while it was read, LeaseKept where one still is."""
@@ -166,8 +188,8 @@ class LeasedHits(Sequence[Hit | None]):
     def __exit__(self, kind: object, *_: object) -> None:
         lease, self._lease = self._lease, None
         made = [cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()]
-        for tensors in made if lease is not None and lease.framework == "torch" else ():
-            for x in arrays_in(tensors) if tensors else ():
+        for tensors in made if lease is not None else ():
+            for x in filter(arrays.is_torch, arrays_in(tensors)) if tensors else ():
                 x.set_()  # it becomes empty, whoever holds it
         made.clear()
         if kind is None and lease is not None:

@@ -21,7 +21,13 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ
 
 
 class MappedSegment:
-    """One segment, mapped. words: all of it, 8 bytes at a time; writable only for an ingest segment."""
+    """One segment, mapped. words: all of it, 8 bytes at a time; writable only for an ingest segment.
+
+    shift: the generation of a block that begins at `start` is word `start >> shift`. device: that of a GPU's memory.
+    """
+
+    shift = 3
+    device: int | None = None
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
         """Map the descriptor, which stays the caller's. Raises ValueError, TypeError or OSError for what cannot be."""

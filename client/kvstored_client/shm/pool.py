@@ -16,8 +16,9 @@ from queue import Empty, SimpleQueue
 from kvstore.errors import KvstoreError
 from kvstored_client.device import Transfers
 from kvstored_client.interrupts import is_foreign, last_of, moved
-from kvstored_client.shm.connection import Connection, Releases, Segments, Silent, UseStream
+from kvstored_client.shm.connection import Connection, Releases, Silent
 from kvstored_client.shm.mapping import Copier
+from kvstored_client.shm.segments import Segments, UseStream
 
 __all__ = ["Connection", "ConnectionPool", "Segments", "Silent", "UseStream"]
 
@@ -153,7 +154,8 @@ class ConnectionPool:
         self._silent_retry_s = RETRY_S
         segments = self.segments
         if epoch != segments.epoch:
-            segments = self.segments = Segments(epoch)
+            self.transfers.map_again()
+            segments = self.segments = Segments(epoch, self.transfers)
         connection.segments = segments
         # Of two threads that connect at once one may be left out of the list: then there is one connection more.
         self._made = [*(ref for ref in self._made if ref() is not None), weakref.ref(connection)]
@@ -198,3 +200,4 @@ class ConnectionPool:
             hand.pop()
         for connection in self.connections():
             connection.hang_up()
+        self.segments.close()

@@ -34,12 +34,13 @@ PAYLOAD_BYTES_PER_S = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class GetOptions:
-    """What a GetRequest says beside its keys. rest: that, serialized."""
+    """What a GetRequest says beside its keys. device: a GPU, in whose memory hits may lie. rest: it, serialized."""
 
     leading: bool = False
     accept: tuple[str, ...] = ()
     accept_from_nbytes: int = 0
     lookup: Lookup | None = None
+    device: bytes = b""
     rest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +54,7 @@ class GetOptions:
             accept=self.accept,
             accept_from_nbytes=self.accept_from_nbytes,
             lookup=lookup_message(self.lookup),
+            device=self.device,
         )
 
     def continued(self) -> "GetOptions":

@@ -32,7 +32,8 @@ class Reading:
     """Hits for a Get, in order of the keys, one bounded lot after the other. Belongs to one call.
 
     `plan` looks and counts, and takes microseconds; `read` blocks, for a worker thread, unless `at_hand`. room: where
-    what is decoded is made. frames_nbytes: what the caller makes of a lot in addition, at most.
+    what is decoded is made. frames_nbytes: what the caller makes of a lot in addition, at most. maps: whose segments on
+    a device the caller reads in place: what lies in them comes as it was found, without a copy.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Reading:
         lookup: Lookup | None = None,
         room: Room | None = None,
         frames_nbytes: int = 0,
+        maps: object = None,
     ) -> None:
         """keys, lookup: those of the request, checked."""
         self._store = store
         self._budget = budget
         self._room = room
         self._frames_nbytes = frames_nbytes
+        self._maps = maps
         self._keys = keys
         self._leading = asked.leading
         self._accept = frozenset(asked.accept)
@@ -61,11 +64,17 @@ class Reading:
         self._lots = 0
         self._counted_nbytes = 0
         self._plan: Plan | None = None
+        self._known: Iterator[Plan] = iter(())
         self.done = not self._keys
 
     def plan(self) -> None:
         """Look for the next lot, charge for it, and count it. The last lot's tensors end here. Raises Busy."""
         self.close_lot()
+        known = next(self._known, None)
+        if known is not None:
+            self.charge(known)
+            self.begin(known)
+            return
         plan = self._store.plan(
             self._keys.part(self._at) if self._at else self._keys,
             leading=self._leading,
@@ -77,8 +86,14 @@ class Reading:
         )
         self.begin(plan)
 
+    def begin_whole(self, plan: Plan) -> None:
+        """Read in lots what a plan found hot, however much that is: nobody looks for it again. Raises Busy."""
+        self._known = plan.cut(self._budget.lot_nbytes)
+        self.plan()
+
     def begin(self, plan: Plan) -> None:
         """Read this lot next; it is charged."""
+        plan.maps = self._maps
         self._plan = plan
         self._lookup = plan.lookup
         self._lots += 1
@@ -93,13 +108,16 @@ class Reading:
             return True
         return len(plan) <= AT_HAND_MAX and plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
 
-    def read(self) -> list[tuple[int, Hit | EncodedReply | None]]:
-        """The positions of the lot planned with their hits, None for a miss."""
+    def read(self) -> list[tuple[int, Hit | EncodedReply | Found | None]]:
+        """The positions of the lot planned with their hits, None for a miss. As found: what the caller `maps`."""
         plan = self._plan
         assert plan is not None
         start = self._at
         found = self._store.read(plan, room=self._room)
-        hits = [encoded_reply(hit) if isinstance(hit, Found) else hit for hit in found]
+        hits = [
+            encoded_reply(hit) if isinstance(hit, Found) and not plan.stays_in_place(hit.entry) else hit
+            for hit in found
+        ]
         self._at = start + len(hits)
         ended = plan.ended or len(hits) < len(plan.keys)  # a chain ends at its first miss
         self.done = ended or self._at == len(self._keys)

@@ -139,10 +139,11 @@ class Incoming:
         }
         return checked_entry(self.key, tensors, block=getattr(self.tensors, "place", None))
 
-    def arriving(self, room: Room | None, sources: Sequence[Bytes]) -> ArrivingTensors:
+    def arriving(self, room: Room | None, sources: Sequence[Bytes], owner: int | str | None = None) -> ArrivingTensors:
         """Tensors that will be copied from `sources`, the bytes of each in the order of the specs.
 
-        room: None where the store copies them itself, to a device: once, before it can be found.
+        room: None where the store copies them itself, to a device: once, before it can be found. owner: whose segments
+        they are to lie in there.
         """
         specs = self.specs
 
@@ -152,7 +153,7 @@ class Incoming:
                 return {name: arrays.from_bytes(spec, x, "torch") for (name, spec), x in pairs}
             return filled_from(sources, made_in(room, specs))
 
-        tensors = ArrivingTensors(specs, copy)
+        tensors = ArrivingTensors(specs, copy, owner)
         self._entry = Entry(self.key, tensors)
         return tensors
 

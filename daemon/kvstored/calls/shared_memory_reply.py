@@ -7,7 +7,7 @@ from functools import lru_cache
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import Entry
 from kvstore.hit import TensorInfo
-from kvstore.shm.arena import Place, Segment
+from kvstore.shm.arena import Handed, Place
 from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import submessage
@@ -18,7 +18,7 @@ from kvstored_client.wire.messages import relative_errors, tensor_specs
 class SharedMemoryReply:
     """The segment an entry lies in, and a serialized LeaseReply with this one block."""
 
-    segment: Segment
+    segment: Handed
     serialized: bytes
 
 
@@ -48,13 +48,17 @@ def new_reply(entry: Entry, put_at: float) -> SharedMemoryReply | None:
     place = entry.block or getattr(entry.tensors, "place", None)
     if not isinstance(place, Place):
         return None
+    header = raw_header(entry, pb.GetHeader(put_at=put_at))
+    return SharedMemoryReply(place.segment, submessage(pb.LeaseReply.LEASED_FIELD_NUMBER, leased(header, place)))
+
+
+def raw_header(entry: Entry, own: pb.GetHeader) -> bytes:
+    """What is said of an entry held raw in hot, serialized. own: what is said of it alone."""
     shape = _shape_of(tuple(entry.specs.items()))
-    own = pb.GetHeader(put_at=put_at)
     if entry.lossy:
         own.lossy = True
         own.relative_errors.extend(relative_errors(entry.receipt, lossy=True))
-    header = shape.serialized + own.SerializeToString()  # messages one behind the other are one message
-    return SharedMemoryReply(place.segment, submessage(pb.LeaseReply.LEASED_FIELD_NUMBER, leased(header, place)))
+    return shape.serialized + own.SerializeToString()  # messages one behind the other are one message
 
 
 def leased(header: bytes, place: Place) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -61,7 +61,7 @@ def _read(reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
     for _, hit in lot:
         if isinstance(hit, EncodedReply):
             _ = hit.contents.xxh3  # summed here: a large one would hold up the event loop
-    return lot
+    return cast("list[tuple[int, Hit | EncodedReply | None]]", lot)  # nobody reads in place through a stream
 
 
 class CacheService(Service):

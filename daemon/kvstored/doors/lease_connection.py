@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -18,24 +18,19 @@ from operator import attrgetter
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from google.protobuf.message import DecodeError
 
-from kvstore import arrays, errors
-from kvstore.dtypes import TensorSpec
+from kvstore import errors
 from kvstore.entries.entry import ArrivingTensors
 from kvstore.errors import InvalidEntry, KvstoreError
-from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.residency.read_path import NOTHING, Plan
-from kvstore.shm.arena import Place, Segment
-from kvstore.shm.layout import layout
+from kvstore.shm.arena import Handed, Segment
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
 from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
 from kvstored.access.shares import CONTENDED_S, charged
-from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import Reading, hit_header, on_device
+from kvstored.calls.gets import Reading, on_device
 from kvstored.calls.puts import Incoming, incoming, put_ready
 from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
 from kvstored.calls.verbs import Verbs
@@ -49,6 +44,7 @@ from kvstored.doors.lease_packets import (
     number_of,
     numbered,
     refusal,
+    told,
 )
 from kvstored.doors.lease_shared import Shared
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -108,15 +104,17 @@ class Connection:
         self._shares = self._store.shares
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._on_device = on_device(self._store)
+        # A GPU's memory cannot be sealed as the host's is: who has it could write to it, so only who may put gets it.
+        self._may_map = bool(shared.device) and "put" in self._rights
         self._leases: dict[int, tuple[float, Sequence[Any]]] = {}
         self._holding = threading.Lock()
         self.held = 0
         self.ingest_nbytes = 0
         self._next = 1
         self._number = 0
-        self._handed: set[Segment] = set()
+        self._handed: set[Handed] = set()
         self._ingest: dict[int, Segment] = {}
-        self._fds: dict[Segment, int] = {}
+        self._fds: dict[Handed, tuple[int, ...]] = {}
         self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
         self._wait_s = 0.0
@@ -195,7 +193,7 @@ class Connection:
     def _send(self, data: bytes) -> None:
         if self._fds:
             fds, self._fds = self._fds, {}
-            socket.send_fds(self._sock, [data], list(fds.values()))
+            socket.send_fds(self._sock, [data], [fd for of_segment in fds.values() for fd in of_segment])
         else:
             self._sock.send(data)
 
@@ -255,7 +253,7 @@ class Connection:
         except Refusal as refused:
             return refused.code.name, refusal("PermissionDenied", str(refused))
         except MoreSegments as error:
-            handed = [pb.Segment(number=segment.number, nbytes=segment.nbytes) for segment in self._fds]
+            handed = [told(segment) for segment in self._fds]
             reply = pb.LeaseReply(error=pb.LeaseError(kind="UseStream", message=str(error)), segments=handed)
             return _MORE, reply.SerializeToString()
         except UseStream as error:
@@ -299,35 +297,44 @@ class Connection:
         # On this client's own thread: nobody else waits for the shared store.
         if self._shares and self._store.ends_here(keys):
             self._store.bring(keys, leading=asked.leading, lookup=lookup)
-        reading: Reading | None = None
+        # What hot holds is read where it lies; on a device by a client that maps it.
+        in_place = not self._on_device or (self._may_map and asked.device == shared.device)
+        reading: Reading | None = None  # a hot answer, the commonest, needs none
+
+        def begun() -> Reading:
+            maps = self._owner if self._on_device and in_place else None
+            return Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room, maps=maps)
 
         def charge(plan: Plan) -> None:
             nonlocal reading
-            charged = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
-            charged.charge(plan)
-            reading = charged  # not one that was refused: another plan may follow it
+            if not (plan.hot and in_place):
+                charged = begun()
+                charged.charge(plan)
+                reading = charged  # not one that was refused: another plan may follow it
 
-        plan = self._store.plan(
-            keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
-            from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
-            whole_if_hot=not self._on_device, charge=charge, count_later=True, lookup=lookup,
-        )  # fmt: skip
-        kept_replies = self._kept_replies(plan) if reading is None and not plan.ended else None
-        if kept_replies is not None:
-            return self._hot_reply(plan, kept_replies)
-        if reading is None:  # hot, and to be copied: it may let go of it before that is done
-            reading = Reading(self._store, shared.budget, asked, keys, lookup=lookup, room=self._room)
-            reading.charge(plan)
         try:
-            reading.begin(plan)
+            plan = self._store.plan(
+                keys, leading=asked.leading, accept=frozenset(asked.accept) if asked.accept else NOTHING,
+                from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
+                whole_if_hot=in_place, charge=charge, count_later=True, lookup=lookup,
+            )  # fmt: skip
+            if reading is not None:
+                reading.begin(plan)
+                return self._read(reading)
+            kept_replies = None if plan.ended else self._kept_replies(plan)
+            if kept_replies is not None:
+                return self._hot_reply(plan, kept_replies)
+            reading = begun()
+            reading.begin_whole(plan)  # to be copied, or no complete answer: hot may let go of it before that is done
             return self._read(reading)
         finally:
-            reading.close()
+            if reading is not None:
+                reading.close()
 
     def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
         """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""
         new = set(map(_SEGMENT, kept_replies)) - self._handed
-        if len(new) > SEGMENTS_MAX:
+        if sum(len(segment.descriptors) for segment in new) > SEGMENTS_MAX:
             self._hand_some(new)
         now = _GIVEN.pack(_LEASE_TAG, self._hold(plan.entries), _NOW_TAG, plan.now, NUMBER_TAG, self._number)
         if new:
@@ -374,10 +381,10 @@ class Connection:
                 lot = reading.read()
             for index, hit in lot:
                 if hit is not None:
-                    tensors, place = self._placed(hit)
+                    tensors, place, header = shared.found(index, hit, self._owner)
                     held.append(tensors)
                     self._hand(reply, place.segment)
-                    reply.leased.append(leased(hit_header(index, hit), place))
+                    reply.leased.append(leased(header, place))
             if reading.done:
                 break
             reading.plan()
@@ -385,43 +392,17 @@ class Connection:
         reply.number = self._number
         return reply.SerializeToString()
 
-    def _placed(self, hit: Hit | EncodedReply) -> tuple[Mapping[str, Any], Place]:
-        """The bytes to send where this client may read them: as they are, or copied to a segment of his user's."""
-        arena = self._shared.arena
-        if isinstance(hit, Hit):
-            sources: Mapping[str, torch.Tensor] = hit.tensors
-            known: Place | None = getattr(sources, "place", None)
-            if known is not None and known.segment.owner == self._owner:
-                return sources, known  # decoded into room of this user's
-            specs = {name: arrays.describe(name, x) for name, x in sources.items()}
-        else:
-            entry = self._shared.placed(hit, self._owner)
-            if entry is not None:
-                return entry.tensors, entry.block  # type: ignore[return-value]
-            sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
-            specs = {name: TensorSpec("uint8", (x.numel(),)) for name, x in sources.items()}
-        places, nbytes = layout(specs)
-        place = arena.place_in(sources, places, nbytes, self._owner)
-        if place is not None:
-            return sources, place
-        room = self._room(specs)
-        if room is None or room.place is None:
-            raise UseStream("no room in shared memory, or nothing to share")
-        for name, x in sources.items():
-            room[name].copy_(x)
-        return room, room.place
-
-    def _hand(self, reply: pb.LeaseReply, segment: Segment, *, writable: bool = False) -> None:
+    def _hand(self, reply: pb.LeaseReply, segment: Handed, *, writable: bool = False) -> None:
         if segment in self._handed:
             return
-        if len(self._fds) >= SEGMENTS_MAX:
+        if sum(map(len, self._fds.values())) + len(segment.descriptors) > SEGMENTS_MAX:
             raise MoreSegments(f"the answer lies in more segments than {SEGMENTS_MAX}, which is a packet's limit")
         self._handed = {known for known in self._handed if not known.closed}
         self._handed.add(segment)
-        reply.segments.add(number=segment.number, nbytes=segment.nbytes, writable=writable)
-        self._fds[segment] = segment.fd
+        reply.segments.append(told(segment, writable=writable))
+        self._fds[segment] = segment.descriptors
 
-    def _hand_some(self, segments: Iterable[Segment]) -> NoReturn:
+    def _hand_some(self, segments: Iterable[Handed]) -> NoReturn:
         """Hand over as many as a packet brings, instead of an answer. Raises MoreSegments."""
         unsaid = pb.LeaseReply()  # the refusal says it
         for segment in sorted(segments, key=attrgetter("number")):
@@ -462,7 +443,7 @@ class Connection:
                     entry.fill(partial(shared.encoded.empty, owner=self._owner), sources)
                 else:
                     room = None if self._on_device else self._room  # to a device: from where it lies
-                    arriving.append(entry.arriving(room, sources))
+                    arriving.append(entry.arriving(room, sources, self._owner))
             self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
             stored = put_ready(self._store, ready)
         finally:

@@ -2,6 +2,7 @@
 
 import struct
 
+from kvstore.shm.arena import Handed
 from kvstored_client.wire._pb import cache_pb2 as pb
 
 _NUMBERED = struct.Struct("<BQ")
@@ -41,3 +42,8 @@ def number_of(packet: bytes) -> int:
         return 0
     tag, number = _NUMBERED.unpack_from(packet)
     return int(number) if tag == _CALL_NUMBER_TAG else 0
+
+
+def told(segment: Handed, *, writable: bool = False) -> pb.Segment:
+    """What is said of a segment whose descriptors come along."""
+    return pb.Segment(number=segment.number, nbytes=segment.nbytes, writable=writable, device=segment.device)

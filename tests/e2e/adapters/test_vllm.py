@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore import PackedTensor
 from kvstore.config import ColdConfig, StoreConfig
+from kvstore.errors import InvalidEntry
 from kvstore.metadata.block_events import CLEARED, KeyRemoved, KeyStored
 from kvstore.store import Store
 from tests.conftest import wait_until
@@ -230,6 +232,61 @@ def test_blocks_on_a_gpu_are_gathered_there_as_on_the_host_and_lie_dense(
         assert chunk[name].is_cuda
         assert chunk[name].is_contiguous()
         assert torch.equal(chunk[name].numbers, x)
+
+
+def encoding_on_a_gpu(client: Any) -> tuple[list[Any], Any, torch.Tensor]:
+    """Two chunks kept by a connector that encodes: the hits, its worker, and the keys of all layers of the first."""
+    scheduler, worker = halves(client, chunk_tokens=2 * BLOCK, fidelity="auto", encode_on_gpu=True)
+    generator = torch.Generator().manual_seed(3)
+    worker.register_kv_caches(
+        made := {f"l{i}": on_gpu(torch.randn((12, 2, BLOCK, 2, 16), generator=generator)) for i in range(2)}
+    )
+    COPIES.clear()
+    hits = kept_from_a_gpu(client, scheduler, worker, 32, [7, 2, 3, 9])
+    assert not COPIES["d2h"]
+    due = torch.stack([x.numbers[[7, 2], 0] for x in made.values()]).flatten(1, 2)
+    return hits, worker, due
+
+
+def test_chunks_are_encoded_on_the_gpu_and_cross_the_bus_in_four_bits_where_that_is_asked_for() -> None:
+    driver = Counting(kernels=True)
+    with daemon_inside() as daemon, daemon.client(framework="torch", driver=driver) as client:
+        hits, worker, due = encoding_on_a_gpu(client)
+        assert [(hit.encoding, hit.lossy) for hit in hits] == [("nf4-kv2", True)] * 2
+        k = hits[0].tensors["k"]
+        assert 0.0 < float((k - due).norm() / due.norm()) < 0.2
+        assert worker._saving._on_gpu == [2, 2]
+
+
+@pytest.mark.parametrize("broken", ["encoder", "an older daemon", "no tier below"])
+def test_an_encoder_that_fails_or_a_daemon_that_refuses_loses_nothing(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Counting(kernels=True)
+    with daemon_inside() as daemon, daemon.client(framework="torch", driver=driver) as client:
+        if broken == "encoder":
+
+            def fails(*_: Any, **_how: Any) -> Any:
+                raise RuntimeError("Failed to find C compiler")
+
+            monkeypatch.setattr("kvstored_client.device.encoded_there", fails)
+        plain, refused = client.put_many, []
+
+        def put_many(entries: Any, **how: Any) -> int:
+            if broken != "encoder" and any(isinstance(x, PackedTensor) for x in entries[0][1].values()):
+                refused.append(len(entries))
+                if broken == "an older daemon":
+                    raise InvalidEntry("a tensor that is no tensor")
+                return 0
+            stored: int = plain(entries, **how)
+            return stored
+
+        monkeypatch.setattr(client, "put_many", put_many)
+        hits, _, due = encoding_on_a_gpu(client)
+        assert [(hit.encoding, hit.lossy) for hit in hits] == [("raw", False)] * 2
+        assert torch.equal(hits[0].tensors["k"], due)
+        assert refused == ([] if broken == "encoder" else [2])
+        assert "put as they are" in caplog.text
 
 
 def test_what_waits_on_the_gpu_is_bounded_and_the_rest_goes_to_the_host_at_once(

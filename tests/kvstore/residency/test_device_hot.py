@@ -17,7 +17,7 @@ from kvstore.metadata.owner import NOBODY
 from kvstore.residency.device_hot import WORK_NBYTES, arena_nbytes
 from kvstore.residency.transcode import raw_entry
 from kvstore.store import Store
-from kvstore.tiers.device_memory import DeviceTensors
+from kvstore.tiers.device_memory import DeviceArena, DeviceTensors
 from tests.kvstored_client.device.tensors import COPIES, on_gpu
 
 GIB = 1 << 30
@@ -354,3 +354,37 @@ def test_a_stop_writes_what_is_on_the_device_to_disk(tmp_path):
         assert torch.equal(store.get(b"exact").tensors["x"], values[b"exact"])
         hit = store.get(b"auto")
         assert hit.tier == "cold" and hit.lossy and hit.receipt["x"] < 0.25
+
+
+def test_a_block_s_generation_is_gone_before_its_room_is_used_again_however_that_is_cut():
+    """A larger block that begins before it says nothing of it."""
+    arena = DeviceArena(Deferred(), 0, 4 * MIB, segment_nbytes=MIB)
+    arena.shares = True
+    first, second = arena.take(64 << 10), arena.take(64 << 10)
+    places = [first.place, second.place]
+    table = places[1].segment._table.words
+    assert [int(table[place.start >> 6]) for place in places] == [place.generation for place in places]
+    del first, second
+    whole = arena.take(128 << 10)
+    assert whole.place.start == places[0].start
+    assert int(table[places[1].start >> 6]) == 0
+    assert int(table[whole.place.start >> 6]) == whole.place.generation > places[1].generation
+
+
+def test_who_gives_all_of_its_memory_back_says_so_and_keeps_no_descriptor():
+    import os
+
+    driver = Deferred()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    arena = DeviceArena(driver, 0, 4 * MIB, segment_nbytes=MIB)
+    arena.shares = True
+    block = arena.take(100)
+    shared = block.place.segment
+    table = os.dup(shared.descriptors[1])
+    arena.close()
+    del block
+    assert shared.closed
+    assert os.pread(table, 8, 0) == b"\xff" * 8
+    os.close(table)
+    assert driver.memory(0)[0] == driver.memory_nbytes
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

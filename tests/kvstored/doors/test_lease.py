@@ -18,6 +18,7 @@ from kvstored_client.shm.mapping import PARALLEL_NBYTES
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import environment, wait_until
+from tests.kvstored.inside import daemon_inside
 
 MIB = 1 << 20
 
@@ -450,3 +451,17 @@ def test_an_entry_that_sank_as_it_is_is_said_to_be_where_it_is(client, monkeypat
             assert client.demote(b"integers") == 1
     assert tiers[0] == "hot" != tiers[1]
     client.delete(b"integers")
+
+
+def test_a_chain_longer_than_the_bytes_in_flight_is_read_in_place_also_where_its_end_is_missing(monkeypatch):
+    """It was refused as an entry too large: a chain that ends is no whole answer, and was charged at once."""
+    with daemon_inside(segment_nbytes=8 * MIB, in_flight_nbytes=32 * MIB) as daemon:
+        client = daemon.client()
+        keys = [b"%d" % n for n in range(48)]
+        for n, key in enumerate(keys):
+            client.put(key, {"x": np.full(MIB, n, np.uint8)}, fidelity="exact")
+        shared_memory_only(client, monkeypatch)
+        for wanted in (keys, [*keys, b"missing"]):
+            hits = client.get_many(wanted, leading=True)
+            assert [int(hit.tensors["x"][-1]) for hit in hits] == list(range(48))
+        assert daemon.daemon.watch.budget.used_nbytes == 0

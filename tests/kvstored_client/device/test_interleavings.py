@@ -6,6 +6,7 @@ again while they are copied from; entries come and go, so that memory is used ag
 its copy has ended, `test_transfers` counts at the copies.
 """
 
+import ctypes
 import random
 
 import numpy as np
@@ -35,10 +36,11 @@ def value(number):
 
 class Interleavings(RuleBasedStateMachine):
     daemon = None
+    host = ""
 
     @initialize(seed=st.integers(0, 2**32))
     def begin(self, seed):
-        self.driver = Deferred(random.Random(seed).shuffle, kernels=True)
+        self.driver = Deferred(random.Random(seed).shuffle, kernels=True, host=self.host)
         self.client = self.daemon.client(framework="torch", driver=self.driver)
         self.client.delete(*(b"%d" % key for key in range(6)))
         self.ns = self.client.namespace(**{**MODEL, "revision": str(seed)}, chunk_tokens=16)
@@ -106,6 +108,9 @@ class Interleavings(RuleBasedStateMachine):
     def use_again(self):
         """The block that the client knows is another entry's from now on."""
         for block in self.client._pool.segments.blocks.values():
+            if block.on_device:
+                self.use_again_there(block)
+                continue
             for segment in self.daemon.arena._segments:
                 words = segment.bytes.view(np.uint64)
                 at = block.start >> 3
@@ -113,6 +118,13 @@ class Interleavings(RuleBasedStateMachine):
                     words[at] += 1 << 40
                     start = block.start + 64
                     segment.bytes[start : block.start + block.nbytes] = 0xDB
+
+    def use_again_there(self, block):
+        for segment in self.daemon.store._device_hot.arena._segments:
+            mapping = self.client._pool.segments._mappings.get(segment.shared.number)
+            if mapping is block.mapping:
+                segment.shared.set_generation(block.start, block.generation + (1 << 40))
+                ctypes.memset(segment.address + block.start + 64, 0xDB, block.nbytes - 64)
 
     @rule(key=KEYS, strided=st.booleans())
     def encoded(self, key, strided):
@@ -171,11 +183,13 @@ class Interleavings(RuleBasedStateMachine):
             self.client.close()
 
 
-@pytest.mark.parametrize("hot", ["in memory", "on a device"])
+@pytest.mark.parametrize("hot", ["in memory", "on a device", "on another device"])
 def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte(hot):
     daemons = Deferred(random.Random(1).shuffle, memory_nbytes=4 << 30)
-    with daemon_inside(segment_nbytes=8 << 20, outside={"driver": daemons} if hot == "on a device" else None) as daemon:
+    outside = None if hot == "in memory" else {"driver": daemons}
+    with daemon_inside(segment_nbytes=8 << 20, outside=outside) as daemon:
         Interleavings.daemon = daemon
+        Interleavings.host = "another" if hot == "on another device" else ""
         case = Interleavings.TestCase
         case.settings = settings(
             max_examples=15, stateful_step_count=20, deadline=None, database=None,
@@ -184,4 +198,4 @@ def test_no_order_of_the_gpu_s_work_gives_a_wrong_byte(hot):
         case().runTest()
         assert daemons.early == 0
         assert daemons.pending == 0
-        assert bool(daemons.runs) == (hot == "on a device")
+        assert bool(daemons.runs) == (hot != "in memory")

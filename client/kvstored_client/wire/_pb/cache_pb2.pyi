@@ -141,18 +141,20 @@ class PutReply(_message.Message):
     def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes", "lookup")
+    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes", "lookup", "device")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEADING_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FROM_NBYTES_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     leading: bool
     accept: _containers.RepeatedScalarFieldContainer[str]
     accept_from_nbytes: int
     lookup: Lookup
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ...) -> None: ...
+    device: bytes
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ..., device: _Optional[bytes] = ...) -> None: ...
 
 class Lookup(_message.Message):
     __slots__ = ("keys", "tokens", "key_tokens", "uncounted", "prefetch")
@@ -691,14 +693,16 @@ class LeaseError(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("number", "nbytes", "writable")
+    __slots__ = ("number", "nbytes", "writable", "device")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     number: int
     nbytes: int
     writable: bool
-    def __init__(self, number: _Optional[int] = ..., nbytes: _Optional[int] = ..., writable: bool = ...) -> None: ...
+    device: bytes
+    def __init__(self, number: _Optional[int] = ..., nbytes: _Optional[int] = ..., writable: bool = ..., device: _Optional[bytes] = ...) -> None: ...
 
 class Leased(_message.Message):
     __slots__ = ("header", "segment", "start", "generation")
