@@ -141,7 +141,7 @@ ABUSE = (
     ),
     (
         "kvstore/disk/writer.py",
-        "                if not self._rows.readable:\n                    self._rows.reopen()\n",
+        "            if not self._rows.readable:\n                self._rows.reopen()\n",
         "",
         "an index that could not be opened once is never opened again",
     ),

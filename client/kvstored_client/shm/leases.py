@@ -187,10 +187,13 @@ class LeasedHits(Sequence[Hit | None]):
 
     def __exit__(self, kind: object, *_: object) -> None:
         lease, self._lease = self._lease, None
-        made = [cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()]
-        for tensors in made if lease is not None else ():
-            for x in filter(arrays.is_torch, arrays_in(tensors)) if tensors else ():
-                x.set_()  # it becomes empty, whoever holds it
-        made.clear()
+        _emptied([cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()])
         if kind is None and lease is not None:
             lease.end()
+
+
+def _emptied(made: Sequence[dict[str, Any]]) -> None:
+    """Tensors of torch's that were handed out become empty, whoever holds them. No name for one is left afterwards."""
+    for tensors in made:
+        for x in filter(arrays.is_torch, arrays_in(tensors)):
+            x.set_()
