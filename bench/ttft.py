@@ -7,6 +7,9 @@ worker that has the model and a client of the daemon, everything included: looku
 cache, the last token's forward. Hot and cold entries are exact, warm ones NF4. The rounds go through the tiers in
 turn, so that a busy moment of the machine hits all of them; the medians are compared.
 Cold reads come from the page cache, as after a restart of the daemon.
+ttft.beside: what a hot hit takes beside the engine's own forward: less `generate` over a full cache that was there
+before, one after the other, PAIRS times; the median of the differences. over: that cache, the engine's own or one of
+our layers, which has room for the next token and costs less.
 ttft.break_even: the prompt length below which a hit does not pay, by a line through the recompute times.
 """
 
@@ -25,12 +28,14 @@ from typing import Any
 
 import torch
 from cold import Report
+from transformers import DynamicCache
 
 from experiments.smollm import convert, gguf_file
 from kvstore.errors import KvstoreError
 from kvstored_client import Client
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers import PrefixCache
+from kvstored_client.integrations.transformers.layer import RoomyLayer
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """
@@ -44,6 +49,7 @@ capacity_nbytes = "512MiB"
 capacity_nbytes = "4GiB"
 """
 TIERS = {"hot": "exact", "warm": "auto", "cold": "exact"}
+PAIRS = 15
 LIMITS = {"hot": 20, "warm": 15, "cold": 10}
 """What must hold at 1,024 tokens: recompute over this tier's time."""
 
@@ -123,6 +129,34 @@ def measure(
     return seconds
 
 
+def beside(client: Client, model: Any, worker: PrefixCache, ids: torch.Tensor) -> dict[str, list[float]]:
+    """Seconds of a hot hit less those of `generate` over a cache that is full: of each pair, by whose cache."""
+    first = {"max_new_tokens": 1, "do_sample": False}
+    computed = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=computed)
+    place(client, worker, ids, "hot")
+    found: dict[str, list[float]] = {"own": [], "ours": []}
+    for _ in range(PAIRS + 1):
+        for whose, differences in found.items():
+            hit, _ = timed(lambda: worker.generate(ids, **first))
+            full = full_cache(computed, roomy=whose == "ours")
+            took, _ = timed(lambda full=full: model.generate(ids, past_key_values=full, **first))  # type: ignore[misc]
+            differences.append(hit - took)
+    return {whose: differences[1:] for whose, differences in found.items()}  # the first finds memory never touched
+
+
+def full_cache(computed: Any, *, roomy: bool) -> Any:
+    """A copy of a cache, made by torch. roomy: of the layers that a restore makes."""
+    if not roomy:
+        return DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in computed.layers])
+    full = DynamicCache()
+    for layer in computed.layers:
+        grown = [torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (layer.keys, layer.values)]
+        full.layers.append(RoomyLayer(*grown, layer.keys.shape[2]))
+    return full
+
+
 def break_even(points: list[tuple[int, float, float]]) -> float:
     """Tokens at which a hot hit and recomputing take the same time, from straight lines through the two shortest."""
     (n0, r0, h0), (n1, r1, h1) = sorted(points)[:2]
@@ -168,6 +202,9 @@ def main() -> int:
                 report.add(f"ttft.{name}", median * 1e3, "ms", ratios, tokens=tokens, runs=len(seconds[name]))
                 if tokens == 1024 and ratios and ratios["recompute"] < LIMITS[name]:
                     missed.append(f"{name}: {ratios['recompute']:.1f} times faster, not {LIMITS[name]}")
+            for whose, differences in beside(client, model, workers["exact"], ids).items():
+                extra = statistics.median(differences)
+                report.add("ttft.beside", extra * 1e3, "ms", tokens=tokens, over=whose, runs=PAIRS)
     if len(points) > 1:
         report.add("ttft.break_even", break_even(points), "tokens")
     for line in missed:

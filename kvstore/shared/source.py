@@ -7,7 +7,6 @@ host unseen for longer than two. A store opened with `background=False` has none
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from kvstore.clock import Clock
@@ -128,12 +127,13 @@ class Source:
                     found.append(f"{verb} of a probe of {len(data)} bytes under {PREFIX}... gave the wrong answer")
             except SharedUnavailable as error:
                 found.append(f"{verb} of a probe failed: {error}")
-        with suppress(SharedUnavailable):
+        try:
             health = out.engine.health(HEALTH_S)
-            if health.nodes_up < health.nodes:
-                found.append(f"{health.nodes - health.nodes_up} of {health.nodes} nodes do not answer")
-            found += health.complaints
-        return found
+        except SharedUnavailable as error:
+            return [*found, f"the servers' settings are not known: {error}"]
+        if health.nodes_up < health.nodes:
+            found.append(f"{health.nodes - health.nodes_up} of {health.nodes} nodes do not answer")
+        return found + health.complaints
 
     def gauges(self) -> dict[str, float]:
         """Everything about it among a store's numbers. Asks no server."""

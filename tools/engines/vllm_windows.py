@@ -10,16 +10,15 @@ than base's, nothing loaded, or nothing lost. Run by `make engines`.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from run_vllm import engine, serving, transfer
+
 VOCABULARY, TOKENS, WINDOW, BLOCK, CHUNK = 1024, 1000, 128, 32, 64
 STEPS = {"base": 512, "store": 512, "load": 200, "lose": 512}
 """Tokens a step at most: the window lets go of blocks at other places."""
@@ -44,7 +43,7 @@ def model(home: Path) -> None:
     made.save_pretrained(home)
 
 
-def engine() -> None:
+def one_engine() -> None:
     """One engine process: MODEL CONNECTOR_JSON STEP. Prints what each of two runs of the prompt gives."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
@@ -71,29 +70,15 @@ def engine() -> None:
 
 def run_case(python: str, case: str, home: Path, address: str) -> list[dict[str, Any]]:
     """One engine process. Exits with its log where it fails."""
-    module, kind = "kvstored_client.integrations.vllm", "KvstoredConnector"
-    if case == "lose":
-        module, kind = "tools.engines.vllm_lossy", "LossyConnector"
-    settings = {"address": address, "chunk_tokens": CHUNK, "lookup_timeout_s": 5.0, "fetch_timeout_s": 10.0}
-    connector = {
-        "kv_connector": kind, "kv_connector_module_path": module, "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute", "kv_connector_extra_config": settings,
-    }  # fmt: skip
-    env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client"))), "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    command = [
-        python, __file__, str(home), json.dumps(None if case == "base" else connector), str(STEPS[case]),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False, cwd=ROOT)
-    line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
-    if line is None or "kv cache group sizes (32, 32)" not in done.stdout + done.stderr:
-        raise SystemExit(f"{case}: no result, or not two groups\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
-    found: list[dict[str, Any]] = json.loads(line[7:])
-    if case == "lose" and "lost " not in done.stdout + done.stderr:
+    settings = {"chunk_tokens": CHUNK, "lookup_timeout_s": 5.0, "fetch_timeout_s": 10.0}
+    connector = None if case == "base" else transfer(address, settings, lossy=case == "lose")
+    found, log = engine(python, "vllm_windows.py", str(home), json.dumps(connector), str(STEPS[case]))
+    if "kv cache group sizes (32, 32)" not in log:
+        raise SystemExit(f"{case}: not two groups\n{log[-8000:]}")
+    if case == "lose" and "lost " not in log:
         raise SystemExit("lose: nothing was asked for that could be lost")
-    return found
+    runs: list[dict[str, Any]] = found
+    return runs
 
 
 def farthest(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
@@ -109,32 +94,23 @@ def main() -> int:
     parser.add_argument("--engine-python", required=True)
     options = parser.parse_args()
     good = True
-    with tempfile.TemporaryDirectory(prefix="kvw-") as top:
-        home, address = Path(top, "model"), f"unix:{top}/k.sock"
+    with tempfile.TemporaryDirectory(prefix="kvw-") as top, serving() as (address, _):
+        home = Path(top)
         model(home)
-        serve = [sys.executable, "-m", "kvstored", "serve", "--address", address, "--data-dir", f"{top}/data"]
-        path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "client"))
-        daemon = subprocess.Popen(serve, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT)
-        while not Path(top, "k.sock").exists() and daemon.poll() is None:
-            time.sleep(0.1)
-        try:
-            base: list[dict[str, float]] = []
-            for case in STEPS:
-                runs = run_case(options.engine_python, case, home, address)
-                base = base or runs[0]["logprobs"]
-                far = max(farthest(base, run["logprobs"]) for run in runs)
-                cached = [run["cached"] for run in runs]
-                wanted = {"store": cached[0] == 0 < cached[1], "load": min(cached) > 0}.get(case, max(cached) == 0)
-                good &= far <= CLOSE and wanted
-                print(f"{case:6} tokens from the store {cached}, farthest log probability {far:.1e}", flush=True)
-        finally:
-            daemon.kill()
-            daemon.wait()
+        base: list[dict[str, float]] = []
+        for case in STEPS:
+            runs = run_case(options.engine_python, case, home, address)
+            base = base or runs[0]["logprobs"]
+            far = max(farthest(base, run["logprobs"]) for run in runs)
+            cached = [run["cached"] for run in runs]
+            wanted = {"store": cached[0] == 0 < cached[1], "load": min(cached) > 0}.get(case, max(cached) == 0)
+            good &= far <= CLOSE and wanted
+            print(f"{case:6} tokens from the store {cached}, farthest log probability {far:.1e}", flush=True)
     return 0 if good else 1
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4 and not sys.argv[1].startswith("--"):
-        engine()
+        one_engine()
     else:
         sys.exit(main())

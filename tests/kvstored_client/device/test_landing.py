@@ -9,7 +9,6 @@ import torch
 from kvstore import PackedTensor, decode, encode
 from kvstore.device.deferred import Deferred
 from kvstored_client import aio
-from tests.kvstored.inside import daemon_inside
 
 from .tensors import COPIES, FakeCuda, on_gpu
 
@@ -29,12 +28,6 @@ class Counting(Deferred):
         self.loaded_nbytes += 0 if store else sum(nbytes)
         self.stored_nbytes += sum(nbytes) if store else 0
         super().copy(to, of, nbytes, stream, store=store)
-
-
-@pytest.fixture(scope="module")
-def daemon():
-    with daemon_inside(segment_nbytes=8 << 20) as found:
-        yield found
 
 
 @pytest.fixture

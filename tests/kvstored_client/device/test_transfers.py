@@ -18,7 +18,6 @@ from kvstored_client import aio
 from kvstored_client.device import Transfers
 from kvstored_client.shm.connection import Connection
 from tests.conftest import wait_until
-from tests.kvstored.inside import daemon_inside
 
 from .tensors import COPIES, FakeCuda, on_gpu
 
@@ -26,12 +25,6 @@ MODEL = {
     "model": "m", "revision": "r1", "dtype": "float32", "layers": 3, "kv_heads": 2, "head_dim": 8, "layout": "lthd",
     "fidelity": "exact",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def daemon():
-    with daemon_inside(segment_nbytes=8 << 20) as found:
-        yield found
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from kvstore.keys import CHUNK_TOKENS
 from kvstored_client.integrations.guard import guarded
 from kvstored_client.integrations.prefill_time import PrefillTime
 from kvstored_client.integrations.transformers import identity
-from kvstored_client.integrations.transformers.attention import Restored
+from kvstored_client.integrations.transformers.attention import NOTHING, Restored
 from kvstored_client.integrations.transformers.calls import (
     Call,
     NotUnderstood,
@@ -165,7 +165,7 @@ class PrefixCache:
         if profile.attention is not None:
             began = time.perf_counter()
             room_tokens = min(ROOM_TOKENS, call.settings.max_new_tokens or ROOM_TOKENS)
-            past, (restored, whole) = self._filled(profile, call.rows, DynamicCache, room_tokens)
+            past, (restored, whole, _) = self._filled(profile, call.rows, DynamicCache, room_tokens)
             spent_s = time.perf_counter() - began
             with passes_of(past) as passes:
                 out = self._generate(call.ids, **(call.options | {"past_key_values": past}))
@@ -272,14 +272,17 @@ class PrefixCache:
         self, profile: Profile, rows: Rows, cache_class: Any, room_tokens: int = ROOM_TOKENS
     ) -> tuple[Any, Restored]:
         """A cache with the longest prefix that is held, and how much that is."""
-        config = identity.text_config(self.model)
-        cache, restored = cache_class(config=config), Restored(0, whole=False)
+        restored = NOTHING
         try:
             assert profile.attention is not None
-            restored = profile.attention.restore(rows, cache, self.model.device, room_tokens)
+            restored = profile.attention.restore(rows, self.model.device, room_tokens)
         except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
             self._say(f"restoring failed, recomputing: {type(error).__name__}: {error}")
-            cache = cache_class(config=config)
+        if restored.length:
+            cache = cache_class()  # a configuration would make layers of its own, of which none stays
+            cache.layers = restored.layers
+        else:
+            cache = cache_class(config=identity.text_config(self.model))
         self.usage.restored_tokens += sum(rows.own(i, restored.length) for i in range(len(rows.pads)))
         return cache, restored
 

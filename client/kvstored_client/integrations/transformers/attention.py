@@ -5,10 +5,8 @@ is (layers, tokens, kv_heads, head_dim), in chunks. Where K and V differ in widt
 rotated part), both stand side by side in the store, cut in two halves of one width, of which it calls the first K.
 """
 
-from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from kvstore.keys import Identity
@@ -16,15 +14,20 @@ from kvstore.lookup import ELSEWHERE
 from kvstore.prefix import Namespace
 from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.transformers.layer import ROOM_TOKENS, RoomyLayer
+from kvstored_client.integrations.transformers.memory import empty_pair
 from kvstored_client.integrations.transformers.probe import Shape
 from kvstored_client.integrations.transformers.rows import Rows
 
 
 class Restored(NamedTuple):
-    """length: padded positions that a cache was filled with. whole: of each row all is held, the last token too."""
+    """length: padded positions that layers hold. whole: of each row all is held, the last token too."""
 
     length: int
     whole: bool
+    layers: list[Any]
+
+
+NOTHING = Restored(0, whole=False, layers=[])
 
 
 class Attention:
@@ -46,25 +49,24 @@ class Attention:
         return Namespace(cache, self._identity, self._chunk_tokens)
 
     @torch.no_grad()
-    def restore(self, rows: Rows, cache: Any, device: torch.device, room_tokens: int = ROOM_TOKENS) -> "Restored":
-        """Fill an empty cache with the longest prefix that all rows have. room_tokens: for what will be added.
+    def restore(self, rows: Rows, device: torch.device, room_tokens: int = ROOM_TOKENS) -> Restored:
+        """The layers of a cache with the longest prefix that all rows have. room_tokens: for what will be added.
 
         Never the last token: a cache over the whole prompt leaves the model nothing to run, and the answer is wrong.
         """
         shape, room = self._shape, rows.width + room_tokens
         size = (shape.layers, len(rows.pads), shape.kv_heads, room)
-        k, v = (_empty((*size, dim), shape.dtype, device) for dim in (shape.k_dim, shape.v_dim))
+        k, v = empty_pair(size, (shape.k_dim, shape.v_dim), shape.dtype, device)
         length, whole = rows.width - 1, True
         for row, (tokens, pad) in enumerate(zip(rows.tokens, rows.pads, strict=True)):
             n = self._fill(tokens, *(x[:, row, :, pad:].transpose(1, 2) for x in (k, v)))
             length, whole = min(length, pad + n), whole and n == len(tokens)
             if length <= min(rows.pads):
-                return Restored(0, whole=False)
+                return NOTHING
             # Padding is masked, but a NaN left in memory times zero would still be one.
             k[:, row, :, :pad] = 0
             v[:, row, :, :pad] = 0
-        cache.layers = [RoomyLayer(*each, length) for each in zip(k, v, strict=True)]
-        return Restored(length, whole)
+        return Restored(length, whole, [RoomyLayer(*each, length) for each in zip(k, v, strict=True)])
 
     def _fill(self, tokens: list[int], k: torch.Tensor, v: torch.Tensor) -> int:
         """Fill (layers, positions, kv_heads, dim) from the front, right out of the store's memory. Returns how many."""
@@ -106,9 +108,8 @@ class Attention:
             n = min(len(prompt.tokens[row]), len(tokens))
             if _held(self._guard.cache, space, [tokens[:n], tokens]):
                 continue
-            k, v = self._halves(
-                *(_on_host([layer[which][row, :, pad : pad + len(tokens)] for layer in layers]) for which in (0, 1))
-            )
+            pairs = [(k[row, :, pad : pad + len(tokens)], v[row, :, pad : pad + len(tokens)]) for k, v in layers]
+            k, v = self._halves(*_on_host(pairs))
             space.put_prefix(tokens[:n], k[:, :n], v[:, :n])
             if len(tokens) > n:
                 space.put_prefix(tokens, k, v)
@@ -132,22 +133,15 @@ def _held(cache: Any, space: Namespace, prefixes: list[list[int]]) -> bool:
     return True
 
 
-def _on_host(layers: list[torch.Tensor]) -> torch.Tensor:
-    """Layers (kv_heads, tokens, dim) as (layers, tokens, kv_heads, dim) in this machine's memory.
+def _on_host(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of layers (kv_heads, tokens, dim) as (layers, tokens, kv_heads, dim) in this machine's memory.
 
-    One after the other: on a GPU all at once would be a second copy of all keys and values there.
+    One layer after the other: on a GPU all at once would be a second copy of all keys and values there.
     """
-    heads, tokens, dim = layers[0].shape
-    whole = _empty((len(layers), tokens, heads, dim), layers[0].dtype, torch.device("cpu"))
-    for to, layer in zip(whole, layers, strict=True):
-        to.copy_(layer.transpose(0, 1))
+    heads, tokens, _ = layers[0][0].shape
+    k_dim, v_dim = (x.shape[-1] for x in layers[0])
+    whole = empty_pair((len(layers), tokens, heads), (k_dim, v_dim), layers[0][0].dtype, torch.device("cpu"))
+    for i, layer in enumerate(layers):
+        for to, x in zip(whole, layer, strict=True):
+            to[i].copy_(x.transpose(0, 1))
     return whole
-
-
-def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory to fill. On the CPU of numpy's: it asks for huge pages, torch does not, and 60 MB in pages of 4 KiB take
-    8 ms to be touched for the first time, as long as they take to be copied.
-    """
-    if device.type != "cpu":
-        return torch.empty(size, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
