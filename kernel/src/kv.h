@@ -340,7 +340,7 @@ struct Kv {
             if (n > stop - at) n = stop - at;
             const float* by = scale + (at - start) / rows.block;
             char* to = static_cast<char*>(out) + walk.value() * (dtype == KVK_F32 ? 4 : 2);
-            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 32 == 0;
+            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
             if constexpr (Isa::kFused) {
                 const bool pairs = dtype == KVK_BF16 && (turner || !row || width <= kTurned);
                 if (pairs && row && !turner) {

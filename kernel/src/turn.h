@@ -110,8 +110,9 @@ class Turner {
                 end_ = im + 1 > end_ ? im + 1 : end_;
             }
         }
-        first_ = first_ / 16 * 16;  // whole sixteens: by_pairs moves values within one
-        end_ = (end_ + 15) / 16 * 16 < width_ ? (end_ + 15) / 16 * 16 : width_;
+        constexpr int64_t kRun = Isa::kJoined;  // by_pairs moves values within one
+        first_ = first_ / kRun * kRun;
+        end_ = (end_ + kRun - 1) / kRun * kRun < width_ ? (end_ + kRun - 1) / kRun * kRun : width_;
         if (pairs_) {
             for (int64_t i = 0; i < width_; ++i) other()[i] = chord()[i];
             in_order(other(), width_, chord());

@@ -507,6 +507,7 @@ struct Avx2 {
         return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b)), 0xd8);
     }
     // The even values of each 16, then the odd ones: means in the order of `rotate_columns` by pairs. n: a multiple of 16.
+    static constexpr int kJoined = 16;
     static void by_pairs(const float* x, int64_t n, float* out) {
         for (int64_t i = 0; i < n; i += 16) {
             const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
@@ -549,7 +550,7 @@ struct Avx2 {
     }
     // Rows of nf4-kv from codes to values without leaving the registers: runs of kSize, 64 or 128, n values in all, that
     // lie one behind the other. scales: one for each block, the rotation's 1/size in it. mean: of the first value, or
-    // null; at `end` the row's means begin again at `row`. stream: out is 32-byte aligned.
+    // null; at `end` the row's means begin again at `row`. stream: out is 64-byte aligned.
     template <int kSize, int kDtype, bool kPairs>
     static void decode_runs(const uint8_t* codes, const float* scales, int block, int64_t n, float* mean, float* row,
                             const float* end, const int64_t* turn, bool stream, char* out) {

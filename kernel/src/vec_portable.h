@@ -10,6 +10,7 @@ namespace {
 
 struct Portable {
     static constexpr bool kFused = false;
+    static constexpr int kJoined = 16;
     static constexpr int kLanes = 8;
 
     static float code(int i) { return from_bits(kvk::kCodeBits[i]); }
