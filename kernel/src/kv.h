@@ -257,7 +257,7 @@ struct Kv {
         for (int i = 0, run; i < n; i += run, walk->advance(run)) {
             run = walk->run(n - i);
             const int itemsize = dtype == KVK_F32 ? 4 : 2;
-            page_ahead(static_cast<const char*>(x) + walk->value() * itemsize, run * itemsize);
+            lines_ahead(static_cast<const char*>(x) + (walk->value() + kPiece) * itemsize, run * itemsize);
             const bool centred = walk->rows.groups && !turner;
             const float* mean = centred ? means + walk->mean() : nullptr;
             int done = 0;

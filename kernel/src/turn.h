@@ -9,17 +9,18 @@
 
 namespace {
 
-// Floats that may not be had: a kernel throws nothing.
+// Floats that may not be had: a kernel throws nothing. They begin with a cache's line.
 class Floats {
   public:
-    explicit Floats(int64_t n) : at_(new (std::nothrow) float[static_cast<size_t>(n > 0 ? n : 1)]) {}
-    ~Floats() { delete[] at_; }
+    explicit Floats(int64_t n) : at_(new (kLine, std::nothrow) float[static_cast<size_t>(n > 0 ? n : 1)]) {}
+    ~Floats() { operator delete[](at_, kLine); }
     Floats(const Floats&) = delete;
     Floats& operator=(const Floats&) = delete;
     float* get() const { return at_; }
     explicit operator bool() const { return at_ != nullptr; }
 
   private:
+    static constexpr std::align_val_t kLine{64};
     float* at_;
 };
 
@@ -37,7 +38,7 @@ class Turner {
     // by_pairs: rows in the order of Isa::by_pairs. The means are (outer, groups, inner, d).
     Turner(const kvk_rows& rows, const kvk_turns& turns, const float* means, bool by_pairs)
         : rows_(rows), turns_(turns), means_(means), pairs_(by_pairs), width_(rows.inner * rows.d),
-          offsets_{width_, 2 * width_}, room_(5 * width_ + turns.rotary) {}
+          apart_((width_ + 15) / 16 * 16 + kApart), offsets_{apart_, 2 * apart_}, room_(5 * apart_ + turns.rotary) {}
     explicit operator bool() const { return static_cast<bool>(room_); }
 
     // The row of means of a token. Tokens of a group are asked for in order, or the group begins again.
@@ -83,12 +84,16 @@ class Turner {
     }
 
   private:
+    // Between rows, so that what is written to one and what is read from the next never lie a multiple of 4 KiB apart: a
+    // processor that compares the low bits of addresses would wait.
+    static constexpr int64_t kApart = 64;
+
     float* mean() const { return room_.get(); }
-    float* step() const { return room_.get() + width_; }
-    float* chord() const { return room_.get() + 2 * width_; }
-    float* sine() const { return room_.get() + 3 * width_; }
-    float* other() const { return room_.get() + 4 * width_; }
-    float* angles() const { return room_.get() + 5 * width_; }  // the sine and the chord of each pair of this slab
+    float* step() const { return room_.get() + apart_; }
+    float* chord() const { return room_.get() + 2 * apart_; }
+    float* sine() const { return room_.get() + 3 * apart_; }
+    float* other() const { return room_.get() + 4 * apart_; }
+    float* angles() const { return room_.get() + 5 * apart_; }  // the sine and the chord of each pair of this slab
 
     // chord and sine of every channel of a slab, the sine negative for the first channel of a pair.
     void turn_to(int64_t slab) {
@@ -163,7 +168,7 @@ class Turner {
     const kvk_turns& turns_;
     const float* means_;
     bool pairs_;
-    int64_t width_, offsets_[2], slab_ = -1, group_ = -1, at_ = 0, ahead_ = 0, first_ = 0, end_ = 0;
+    int64_t width_, apart_, offsets_[2], slab_ = -1, group_ = -1, at_ = 0, ahead_ = 0, first_ = 0, end_ = 0;
     Floats room_;
 };
 

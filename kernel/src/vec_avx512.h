@@ -109,40 +109,52 @@ struct Avx512 : Avx2 {
         return tree8(_mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)));
     }
 
-    // Stages 1, 2, 4 and 8 inside a register: the partner plus the value, negated where it is the second.
-    static __m512 rotate16(__m512 v) {
-        const __m512 n1 = signs(0xaaaa), n2 = signs(0xcccc), n4 = signs(0xf0f0), n8 = signs(0xff00);
-        v = _mm512_add_ps(_mm512_permute_ps(v, 0xb1), _mm512_xor_ps(v, n1));
-        v = _mm512_add_ps(_mm512_permute_ps(v, 0x4e), _mm512_xor_ps(v, n2));
-        v = _mm512_add_ps(_mm512_shuffle_f32x4(v, v, 0xb1), _mm512_xor_ps(v, n4));
-        return _mm512_add_ps(_mm512_shuffle_f32x4(v, v, 0x4e), _mm512_xor_ps(v, n8));
+    // A stage inside registers: the partner plus the value, or minus it where it is the second. One rounding.
+    KVK_INLINE __m512 stage16(__m512 v, __m512 partner, __mmask16 second) {
+        const __m512 one = _mm512_set1_ps(1.0f);
+        return _mm512_fmadd_ps(v, _mm512_mask_sub_ps(one, second, _mm512_setzero_ps(), one), partner);
     }
-    static __m512 signs(__mmask16 negative) {
-        return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(negative, static_cast<int>(0x80000000u)));
-    }
+    // The stages inside registers. One of all registers after the other: so the processor finds operations that wait for
+    // nobody.
     template <int kRegisters>
-    static void rotate_wide(float* x, int n) {
-        for (int i = 0; i < n; i += 16 * kRegisters) {
-            __m512 v[kRegisters];
+    KVK_INLINE void lane_stages(__m512* v) {
 #pragma GCC unroll 16
-            for (int r = 0; r < kRegisters; ++r) v[r] = rotate16(_mm512_loadu_ps(x + i + 16 * r));
-            butterflies_wide<kRegisters, 1>(v);
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_permute_ps(v[r], 0xb1), 0xaaaa);
 #pragma GCC unroll 16
-            for (int r = 0; r < kRegisters; ++r) _mm512_storeu_ps(x + i + 16 * r, v[r]);
-        }
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_permute_ps(v[r], 0x4e), 0xcccc);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_shuffle_f32x4(v[r], v[r], 0xb1), 0xf0f0);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_shuffle_f32x4(v[r], v[r], 0x4e), 0xff00);
     }
+    // The stage of distance kStage registers.
     template <int kRegisters, int kStage>
-    KVK_INLINE void butterflies_wide(__m512* v) {
-        if constexpr (kStage < kRegisters) {
+    KVK_INLINE void pairs_wide(__m512* v) {
 #pragma GCC unroll 16
-            for (int r = 0; r < kRegisters; ++r)
-                if (!(r & kStage)) {
-                    const __m512 a = v[r], b = v[r + kStage];
-                    v[r] = _mm512_add_ps(a, b);
-                    v[r + kStage] = _mm512_sub_ps(a, b);
-                }
-            butterflies_wide<kRegisters, 2 * kStage>(v);
-        }
+        for (int r = 0; r < kRegisters; ++r)
+            if (!(r & kStage)) {
+                const __m512 a = v[r], b = v[r + kStage];
+                v[r] = _mm512_add_ps(a, b);
+                v[r + kStage] = _mm512_sub_ps(a, b);
+            }
+    }
+    template <int kRegisters, int kRun>
+    KVK_INLINE void rotate_some(float* x) {
+        __m512 v[kRegisters];
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = _mm512_loadu_ps(x + 16 * r);
+        lane_stages<kRegisters>(v);
+        if constexpr (kRun > 1) pairs_wide<kRegisters, 1>(v);
+        if constexpr (kRun > 2) pairs_wide<kRegisters, 2>(v);
+        if constexpr (kRun > 4) pairs_wide<kRegisters, 4>(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) _mm512_storeu_ps(x + 16 * r, v[r]);
+    }
+    // Runs of kRun registers.
+    template <int kRun>
+    static void rotate_wide(float* x, int n) {
+        for (; n >= 256; n -= 256, x += 256) rotate_some<16, kRun>(x);
+        for (; n > 0; n -= 16 * kRun, x += 16 * kRun) rotate_some<kRun, kRun>(x);
     }
     static void rotate(float* x, int n, int size) {
         if (size == 64) return rotate_wide<4>(x, n);
@@ -176,36 +188,12 @@ struct Avx512 : Avx2 {
             v[2 * q + 1] = _mm512_permutexvar_ps(bytes, levels);
         }
     }
-    // A stage inside registers: the partner plus the value, or minus it where it is the second. One rounding.
-    KVK_INLINE __m512 stage16(__m512 v, __m512 partner, __mmask16 second) {
-        const __m512 one = _mm512_set1_ps(1.0f);
-        return _mm512_fmadd_ps(v, _mm512_mask_sub_ps(one, second, _mm512_setzero_ps(), one), partner);
-    }
-    // 64 values by halves, 16 kRegisters in all, rotated (stages in the order of `rotate`). A stage of all registers after
-    // the other: so the processor finds operations that wait for nobody.
+    // 64 values by halves, 16 kRegisters in all, rotated (stages in the order of `rotate`).
     template <int kRegisters>
     KVK_INLINE void rotate_halves(__m512* v) {
         pairs_wide<kRegisters, 1>(v);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_permute_ps(v[r], 0xb1), 0xaaaa);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_permute_ps(v[r], 0x4e), 0xcccc);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_shuffle_f32x4(v[r], v[r], 0xb1), 0xf0f0);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_shuffle_f32x4(v[r], v[r], 0x4e), 0xff00);
+        lane_stages<kRegisters>(v);
         pairs_wide<kRegisters, 2>(v);
-    }
-    // The stage of distance kStage registers.
-    template <int kRegisters, int kStage>
-    KVK_INLINE void pairs_wide(__m512* v) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kRegisters; ++r)
-            if (!(r & kStage)) {
-                const __m512 a = v[r], b = v[r + kStage];
-                v[r] = _mm512_add_ps(a, b);
-                v[r + kStage] = _mm512_sub_ps(a, b);
-            }
     }
     // Values by halves in their order.
     KVK_INLINE void in_order(__m512* v) {
