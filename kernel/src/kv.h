@@ -54,6 +54,7 @@ struct Walk {
 template <class Isa>
 struct Kv {
     static constexpr int kPiece = 1024;  // values: 4 KiB of scratch; a multiple of every block and rotation
+    static constexpr int kFar = 4096;    // values ahead that the caches are told of what is read
 
     static void load(int dtype, const void* x, int64_t at, float* out, int n) {
         const int whole = n & ~7;
@@ -98,14 +99,18 @@ struct Kv {
 
     static void means(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
                       float* scales, float* means) {
-        const int64_t width = rows.inner * rows.d;
+        const int64_t width = rows.inner * rows.d, size = dtype == KVK_F32 ? 4 : 2;
         for (int64_t at = begin; at < end; ++at) {
             const int64_t slab = at / rows.groups, group = at % rows.groups;
             const int64_t start = group * kvk::kGroup;
             const int64_t stop = group == rows.groups - 1 ? rows.tokens : start + kvk::kGroup;
             float* total = means + at * width;
             for (int64_t i = 0; i < width; ++i) total[i] = 0.0f;
-            for (int64_t t = start; t < stop; ++t) add_row(dtype, x, slab * rows.stride + t * width, width, total);
+            for (int64_t t = start; t < stop; ++t) {
+                const int64_t value = slab * rows.stride + t * width;
+                lines_ahead(static_cast<const char*>(x) + (value + kFar) * size, width * size);
+                add_row(dtype, x, value, width, total);
+            }
             const float inverse = 1.0f / static_cast<float>(stop - start);
             for (int64_t i = 0; i < rows.inner; ++i)
                 scales[at * rows.inner + i] =
