@@ -330,14 +330,16 @@ struct Kv {
         Walk walk(rows, start);
         for (int64_t at = start, n; at < stop; at += n) {
             int64_t left = rows.tokens - walk.token;
+            const int64_t group = walk.token / kvk::kGroup;
+            if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
+            const int64_t whole = walk.column ? 0 : left * width < stop - at ? left : (stop - at) / width;
+            const bool columns = Isa::kColumns && turner && whole > 1;
             float *row = nullptr, *mean = nullptr;  // written to only where they turn
             if (turner) {
-                left = 1;  // these are one token's means, and become the next one's
+                left = columns ? whole : 1;  // else these are one token's means, and become the next one's
                 row = turner->row_from(walk.slab, walk.token, walk.column);
                 mean = row + walk.column;
             } else if (rows.groups) {
-                const int64_t group = walk.token / kvk::kGroup;
-                if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
                 mean = const_cast<float*>(means) + walk.mean();
                 row = mean - walk.column;
             }
@@ -346,6 +348,12 @@ struct Kv {
             const float* by = scale + (at - start) / rows.block;
             char* to = static_cast<char*>(out) + walk.value() * (dtype == KVK_F32 ? 4 : 2);
             const bool past = stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+            if constexpr (Isa::kColumns) {
+                if (columns) {
+                    const auto decode = rows.size == 64 ? columns_of<64>(dtype) : columns_of<128>(dtype);
+                    decode(codes + at / 2, by, rows.block, left, width, row, turner->offsets(), past, to);
+                }
+            }
             if constexpr (Isa::kFused) {
                 const bool pairs = dtype == KVK_BF16 && (turner || !row || width <= kTurned);
                 if (pairs && row && !turner) {
@@ -354,8 +362,9 @@ struct Kv {
                     mean = turned + walk.column;
                 }
                 const auto decode = rows.size == 64 ? runs_of<64>(dtype, pairs) : runs_of<128>(dtype, pairs);
-                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr,
-                       turner ? turner->offsets() : nullptr, past, to);
+                if (!columns)
+                    decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr,
+                           turner ? turner->offsets() : nullptr, past, to);
             }
             if (turner) turner->gone_on(n);
             walk.skip(n);
@@ -370,6 +379,13 @@ struct Kv {
         if (dtype == KVK_F32) return Isa::template decode_runs<kSize, KVK_F32, false>;
         if (dtype == KVK_F16) return Isa::template decode_runs<kSize, KVK_F16, false>;
         return pairs ? Isa::template decode_runs<kSize, KVK_BF16, true> : Isa::template decode_runs<kSize, KVK_BF16, false>;
+    }
+
+    using Columns = void (*)(const uint8_t*, const float*, int, int64_t, int64_t, float*, const int64_t*, bool, char*);
+    template <int kSize>
+    static Columns columns_of(int dtype) {
+        if (dtype == KVK_F32) return Isa::template decode_turning<kSize, KVK_F32>;
+        return dtype == KVK_F16 ? Isa::template decode_turning<kSize, KVK_F16> : Isa::template decode_turning<kSize, KVK_BF16>;
     }
 
     // Writes the next n values, their means put back.

@@ -79,8 +79,8 @@ class Turner {
     void gone_on(int64_t n) {
         ahead_ += n;
         if (ahead_ < width_) return;
-        ahead_ = 0;
-        ++at_;
+        at_ += ahead_ / width_;
+        ahead_ %= width_;
     }
 
   private:

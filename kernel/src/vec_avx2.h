@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "by_block.h"
 #include "convert.h"
 #include "rans.h"
 #include "tables.h"
@@ -11,9 +12,10 @@
 
 namespace {
 
-struct Avx2 {
+struct Avx2 : ByBlock<Avx2> {
     static constexpr bool kFused = true;
     static constexpr int kLanes = 8;
+    static constexpr bool kColumns = false;
 
     // x minus y into out.
     static void load_difference(const float* x, const float* y, float* out, int n) {
@@ -676,18 +678,6 @@ struct Avx2 {
         most = _mm_max_ss(most, _mm_shuffle_ps(most, most, 1));
         const __m256 best = _mm256_broadcastss_ps(most);
         return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(valid, best, _CMP_EQ_OQ))) | 256u);
-    }
-    // Bits of the largest magnitude of each block of a piece, as floats.
-    static void absmaxes(const float* x, int blocks, int block, float* most) {
-        for (int b = 0; b < blocks; ++b) most[b] = from_bits(absmax_bits(x + b * block, block));
-    }
-    static void best_clips(const float* x, int blocks, int block, const float* inverse, int* clips) {
-        for (int b = 0; b < blocks; ++b) clips[b] = best_clip(x + b * block, block, inverse[b]);
-    }
-    template <int kSize>
-    static void code_blocks(const float* x, int blocks, const float* inverse, uint8_t* codes, const kvk::BlockSums& sums) {
-        for (int b = 0; b < blocks; ++b)
-            sums.set(b, code_block<kSize>(x + kSize * b, inverse[b], codes + kSize / 2 * b));
     }
 #if defined(__AVX512F__)
     // Sixteen means, which then go on to the next token's.

@@ -325,6 +325,70 @@ struct Avx512 : Avx2 {
         for (; n > 0; n -= kSize) decode_some<kSize / 16, kSize, kDtype, kPairs>(&at);
     }
 
+    // Whole rows of tokens one behind the other under means that turn (Avx2::decode_runs says how): a run of all of them
+    // after the other, so that its means are fetched and written once for 256 values.
+    static constexpr bool kColumns = true;
+    template <int kSize, int kDtype>
+    static void decode_turning(const uint8_t* codes, const float* scales, int block, int64_t tokens, int64_t width,
+                               float* mean, const int64_t* turn, bool stream, char* out) {
+        constexpr int kBytes = kDtype == KVK_F32 ? 4 : 2, kTogether = 256 / kSize;
+        for (int64_t t = 0; t < tokens; ++t) page_ahead(out + (tokens + t) * width * kBytes, width * kBytes);
+        for (int64_t c = 0; c < width; c += kSize) {
+            Rows at = {codes + c / 2, scales + c / block, block, width, mean + c, turn, stream, out + c * kBytes};
+            int64_t t = 0;
+            for (; t + kTogether <= tokens; t += kTogether) turning_some<kTogether, kSize, kDtype>(&at);
+            for (; t < tokens; ++t) turning_some<1, kSize, kDtype>(&at);
+        }
+    }
+    struct Rows {
+        const uint8_t* codes;
+        const float* scales;
+        int block;
+        int64_t width;
+        float* mean;
+        const int64_t* turn;
+        bool stream;
+        char* out;
+    };
+    // A run of the next kTokens tokens.
+    template <int kTokens, int kSize, int kDtype>
+    KVK_INLINE void turning_some(Rows* at) {
+        constexpr int kEach = kSize / 16, kBytes = kDtype == KVK_F32 ? 4 : 2;
+        const int per = 64 / at->block;
+        __m512 v[kTokens * kEach];
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j, at->codes += at->width / 2, at->scales += at->width / at->block) {
+#pragma GCC unroll 2
+            for (int r = 0; r < kEach; r += 4)
+                levels_by_halves(at->codes + 8 * r, at->scales[r / 4 * per], at->scales[r / 4 * per + per - 1], v + kEach * j + r);
+        }
+        rotate_halves<kTokens * kEach>(v);
+        if constexpr (kSize == 128) pairs_wide<kTokens * kEach, 4>(v);
+        if constexpr (kDtype != KVK_BF16) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kTokens * kEach; r += 4) in_order(v + r);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kEach; ++r) {
+            float* const to = at->mean + 16 * r;
+            __m512 m = _mm512_loadu_ps(to), step = _mm512_loadu_ps(to + at->turn[0]);
+            const __m512 chord = _mm512_loadu_ps(to + at->turn[1]);
+#pragma GCC unroll 4
+            for (int j = 0; j < kTokens; ++j) {
+                v[kEach * j + r] = _mm512_add_ps(v[kEach * j + r], m);
+                m = _mm512_add_ps(m, step);
+                step = _mm512_sub_ps(step, _mm512_mul_ps(chord, m));
+            }
+            _mm512_storeu_ps(to, m);
+            _mm512_storeu_ps(to + at->turn[0], step);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j, at->out += at->width * kBytes) {
+#pragma GCC unroll 2
+            for (int r = 0; r < kEach; r += 4) store64_wide<kDtype>(v + kEach * j + r, at->stream, at->out + 16 * r * kBytes);
+        }
+    }
+
     // Sixteen vectors reduced at once, each into its lane: halves with halves, as a tree of one vector would be.
     struct Add {
         KVK_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
