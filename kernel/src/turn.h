@@ -144,16 +144,23 @@ class Turner {
         float* const to = pairs_ ? other() : step();
         const int half = turns_.rotary / 2, apart = turns_.interleaved ? 1 : half;
         for (int64_t i = first_; i < end_; ++i) to[i] = 0.0f;
-        for (int64_t head = 0; head < rows_.inner; ++head)
-            for (int p = 0; p < half; ++p) {
-                const int64_t re = head * rows_.d + (turns_.interleaved ? 2 * p : p), im = re + apart;
-                const float s = sine()[im];
-                if (s == 0.0f) continue;
-                const float k = angles()[half + p] * 0.5f;
-                to[re] = -(m[re] * k) - m[im] * s;
-                to[im] = m[re] * s - m[im] * k;
-            }
+        for (int64_t at = 0; at < width_; at += rows_.d)
+            if (turns_.interleaved)
+                first_steps<2>(m + at, m + at + apart, sine() + at + apart, angles() + half, half, to + at, to + at + apart);
+            else
+                first_steps<1>(m + at, m + at + apart, sine() + at + apart, angles() + half, half, to + at, to + at + apart);
         if (pairs_ && end_ > first_) in_order(other() + first_, end_ - first_, step() + first_);
+    }
+    // Of n pairs, kStride apart; nothing where one stands still.
+    template <int kStride>
+    static void first_steps(const float* re, const float* im, const float* sine, const float* chord, int n,
+                            float* __restrict__ to_re, float* __restrict__ to_im) {
+        for (int p = 0; p < n; ++p) {
+            const float a = re[kStride * p], b = im[kStride * p], s = sine[kStride * p], k = chord[p] * 0.5f;
+            const float x = -(a * k) - b * s, y = a * s - b * k;
+            to_re[kStride * p] = s == 0.0f ? 0.0f : x;
+            to_im[kStride * p] = s == 0.0f ? 0.0f : y;
+        }
     }
     void advance(int64_t from, int64_t to) {
         float *__restrict__ m = mean(), *__restrict__ by = step();
