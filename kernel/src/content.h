@@ -2,6 +2,8 @@
 // still or turning. The arithmetic is kvstore/kernels/reference_content.py's; sums are floats, so its last digits are not.
 // Every operation is elementwise over eight channels, so all instruction sets give the same bits.
 #pragma once
+#include <initializer_list>
+
 #include "kv.h"
 
 namespace {
