@@ -2,6 +2,8 @@
 // still or turning. The arithmetic is kvstore/kernels/reference_content.py's; sums are floats, so its last digits are not.
 // Every operation is elementwise over eight channels, so all instruction sets give the same bits.
 #pragma once
+#include <initializer_list>
+
 #include "kv.h"
 
 namespace {
@@ -209,36 +211,54 @@ struct Content {
         }
     }
 
+    // Heads are read across the rows of a group: the caches are told first, front to back, an equal part at each call.
+    class Ahead {
+      public:
+        Ahead(int dtype, const void* x, int64_t at, int64_t count, int64_t calls)
+            : at_(static_cast<const char*>(x) + at * (dtype == KVK_F32 ? 4 : 2)), left_(count * (dtype == KVK_F32 ? 4 : 2)) {
+            left_ = left_ < kAhead ? left_ : kAhead;
+            step_ = (left_ / calls + 64) / 64 * 64;
+        }
+        void operator()() {
+            const int64_t some = left_ < step_ ? left_ : step_;
+            lines_ahead(at_, some);
+            at_ += some;
+            left_ -= some;
+        }
+
+      private:
+        static constexpr int64_t kAhead = 256 << 10;
+        const char* at_;
+        int64_t left_, step_;
+    };
+    static void ahead(int dtype, const void* x, int64_t at, int64_t count) { Ahead(dtype, x, at, count, 1)(); }
     // One group of tokens of one head: (left, whole).
     static void head(int dtype, const void* x, int64_t at, int64_t width, int n, int d, int rotary, bool interleaved,
-                     double* out) {
+                     double* out, Ahead* next) {
         Run z;
         const int pairs = rotary / 2;
         out[0] = out[1] = 0.0;
         for (int c = 0, count; c < pairs; c += count) {
             count = pairs - c < kChunk ? pairs - c : kChunk;
+            (*next)();
             gather_pairs(dtype, x, at, width, n, pairs, interleaved, c, count, &z);
+            (*next)();
             add_energies(z, n, count, true, out);
         }
         for (int c = rotary, count; c < d; c += count) {  // the channels that turn with nobody
             count = d - c < kChunk ? d - c : kChunk;
+            (*next)();
             gather(dtype, x, at + c, width, n, 1, count, z.re);
             add_energies(z, n, count, false, out);
         }
     }
 
-    // Heads are read across the rows of a group: the caches are told first, front to back.
-    static void ahead(int dtype, const void* x, int64_t at, int64_t count) {
-        const int64_t size = dtype == KVK_F32 ? 4 : 2;
-        const char* from = static_cast<const char*>(x) + at * size;
-        for (int64_t i = 0; i < count * size && i < kAhead; i += 64) __builtin_prefetch(from + i, 0, 2);
-    }
-    static constexpr int64_t kAhead = 256 << 10;
-    static constexpr int kStrip = 256;  // channels at a time: their sums stay in L1
+    static constexpr int kStrip = 1024;  // channels at a time: their sums stay in L1
 
     // One group of tokens, all its channels standing still: row after row, as they lie. `d` a multiple of 8.
     template <int kDtype>
     static void flat(const void* x, int64_t at, int64_t width, int n, int64_t inner, int d, double* out) {
+        constexpr int64_t size = kDtype == KVK_F32 ? 4 : 2;
         Eight first[kStrip / 8], s[kStrip / 8], e[kStrip / 8];
         for (int64_t i = 0; i < 2 * inner; ++i) out[i] = 0.0;
         for (int64_t c = 0; c < width; c += kStrip) {
@@ -250,7 +270,9 @@ struct Content {
             for (int t = 1; t < n; ++t)
                 for (int w = 0; w < eights; ++w) {
                     Eight v;
-                    get<Eight, kDtype>(x, at + t * width + c + 8 * w, &v);
+                    const int64_t place = at + t * width + c + 8 * w;
+                    if (w % 2 == 0) lines_ahead(static_cast<const char*>(x) + (place + Kv<Isa>::kFar) * size, 64);
+                    get<Eight, kDtype>(x, place, &v);
                     v -= first[w];
                     s[w] += v;
                     e[w] += v * v;
@@ -278,14 +300,17 @@ struct Content {
                          out + 2 * at * rows.inner);
                 continue;
             }
-            ahead(dtype, x, slab * rows.stride + start * width, n * width);
+            const int64_t first = slab * rows.stride + start * width;
+            if (at == begin) ahead(dtype, x, first, n * width);
+            const int64_t after = group == groups - 1 ? (slab + 1) * rows.stride : first + n * width;
+            Ahead next(dtype, x, after, at + 1 < end ? n * width : 0, rows.inner * ((rows.d + kSide - 1) / kSide));
             for (int64_t i = 0; i < rows.inner; ++i) {
-                const int64_t value = slab * rows.stride + start * width + i * rows.d;
+                const int64_t value = first + i * rows.d;
                 double* to = out + 2 * (at * rows.inner + i);
                 if (n < kShort)
                     to[0] = to[1] = squares(dtype, x, nullptr, value, width, n, static_cast<int>(rows.d));
                 else
-                    head(dtype, x, value, width, n, static_cast<int>(rows.d), rotary, interleaved, to);
+                    head(dtype, x, value, width, n, static_cast<int>(rows.d), rotary, interleaved, to, &next);
             }
         }
     }
@@ -327,14 +352,17 @@ struct Content {
     static void distance(int dtype, const void* x, const void* y, const kvk_rows& rows, int64_t begin, int64_t end,
                          double* out) {
         const auto some = dtype == KVK_F32 ? square<KVK_F32> : dtype == KVK_F16 ? square<KVK_F16> : square<KVK_BF16>;
-        const int64_t width = rows.inner * rows.d;
+        const int64_t width = rows.inner * rows.d, size = dtype == KVK_F32 ? 4 : 2;
         for (int64_t slab = begin; slab < end; ++slab) {
             double* const to = out + slab * rows.inner;
             for (int64_t i = 0; i < rows.inner; ++i) to[i] = 0.0;
             for (int64_t t = 0; t < rows.tokens; t += kRows)
-                for (int64_t i = 0; i < rows.inner; ++i)
+                for (int64_t i = 0; i < rows.inner; ++i) {
+                    const int64_t next = slab * rows.stride + (t + kRows) * width + i * kRows * rows.d;
+                    for (const void* each : {x, y}) lines_ahead(static_cast<const char*>(each) + next * size, kRows * rows.d * size);
                     to[i] += some(x, y, slab * rows.stride + t * width + i * rows.d, width,
                                   static_cast<int>(rows.tokens - t < kRows ? rows.tokens - t : kRows), static_cast<int>(rows.d));
+                }
         }
     }
 };

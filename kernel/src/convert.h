@@ -25,6 +25,11 @@ inline void page_ahead(const void* at, int64_t nbytes) {
         __builtin_prefetch(static_cast<const char*>(at) + kPage);
 }
 
+// Memory that is to be read a while from now.
+inline void lines_ahead(const void* at, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
+}
+
 inline float bf16_to_float(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
 
 inline uint16_t float_to_bf16(float value) {

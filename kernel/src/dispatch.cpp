@@ -260,11 +260,13 @@ int kvk_kv_code_means(int isa, int threads, const kvk_rows* rows, const kvk_turn
 
 int kvk_kv_expand_eights(const kvk_rows* rows, const int8_t* codes, const uint8_t* scales, float* means) {
     if (!valid_rows(rows) || rows->groups < 1) return KVK_BAD_ARGUMENT;
-    const int64_t n = rows->outer * rows->groups * rows->inner, eights = (rows->d + 7) / 8;
+    const int64_t n = rows->outer * rows->groups * rows->inner;
     for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < rows->d; ++c)
-            means[i * rows->d + c] = static_cast<float>(codes[i * rows->d + c]) *
-                                     from_bits(static_cast<uint32_t>(scales[i * eights + c / 8]) << 23);
+        for (int64_t c = 0; c < rows->d; c += 8, ++scales) {
+            const float scale = from_bits(static_cast<uint32_t>(*scales) << 23);
+            const int some = static_cast<int>(rows->d - c < 8 ? rows->d - c : 8);
+            for (int j = 0; j < some; ++j) *means++ = static_cast<float>(*codes++) * scale;
+        }
     return KVK_OK;
 }
 

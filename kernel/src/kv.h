@@ -54,6 +54,7 @@ struct Walk {
 template <class Isa>
 struct Kv {
     static constexpr int kPiece = 1024;  // values: 4 KiB of scratch; a multiple of every block and rotation
+    static constexpr int kFar = 4096;    // values ahead that the caches are told of what is read
 
     static void load(int dtype, const void* x, int64_t at, float* out, int n) {
         const int whole = n & ~7;
@@ -98,14 +99,18 @@ struct Kv {
 
     static void means(int dtype, const void* x, const kvk_rows& rows, int64_t begin, int64_t end, int8_t* codes,
                       float* scales, float* means) {
-        const int64_t width = rows.inner * rows.d;
+        const int64_t width = rows.inner * rows.d, size = dtype == KVK_F32 ? 4 : 2;
         for (int64_t at = begin; at < end; ++at) {
             const int64_t slab = at / rows.groups, group = at % rows.groups;
             const int64_t start = group * kvk::kGroup;
             const int64_t stop = group == rows.groups - 1 ? rows.tokens : start + kvk::kGroup;
             float* total = means + at * width;
             for (int64_t i = 0; i < width; ++i) total[i] = 0.0f;
-            for (int64_t t = start; t < stop; ++t) add_row(dtype, x, slab * rows.stride + t * width, width, total);
+            for (int64_t t = start; t < stop; ++t) {
+                const int64_t value = slab * rows.stride + t * width;
+                lines_ahead(static_cast<const char*>(x) + (value + kFar) * size, width * size);
+                add_row(dtype, x, value, width, total);
+            }
             const float inverse = 1.0f / static_cast<float>(stop - start);
             for (int64_t i = 0; i < rows.inner; ++i)
                 scales[at * rows.inner + i] =
@@ -257,7 +262,7 @@ struct Kv {
         for (int i = 0, run; i < n; i += run, walk->advance(run)) {
             run = walk->run(n - i);
             const int itemsize = dtype == KVK_F32 ? 4 : 2;
-            page_ahead(static_cast<const char*>(x) + walk->value() * itemsize, run * itemsize);
+            lines_ahead(static_cast<const char*>(x) + (walk->value() + kPiece) * itemsize, run * itemsize);
             const bool centred = walk->rows.groups && !turner;
             const float* mean = centred ? means + walk->mean() : nullptr;
             int done = 0;
@@ -325,14 +330,16 @@ struct Kv {
         Walk walk(rows, start);
         for (int64_t at = start, n; at < stop; at += n) {
             int64_t left = rows.tokens - walk.token;
+            const int64_t group = walk.token / kvk::kGroup;
+            if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
+            const int64_t whole = walk.column ? 0 : left * width < stop - at ? left : (stop - at) / width;
+            const bool columns = Isa::kColumns && turner && whole > 1;
             float *row = nullptr, *mean = nullptr;  // written to only where they turn
             if (turner) {
-                left = 1;  // these are one token's means, and become the next one's
+                left = columns ? whole : 1;  // else these are one token's means, and become the next one's
                 row = turner->row_from(walk.slab, walk.token, walk.column);
                 mean = row + walk.column;
             } else if (rows.groups) {
-                const int64_t group = walk.token / kvk::kGroup;
-                if (group < rows.groups - 1) left = (group + 1) * kvk::kGroup - walk.token;
                 mean = const_cast<float*>(means) + walk.mean();
                 row = mean - walk.column;
             }
@@ -340,7 +347,13 @@ struct Kv {
             if (n > stop - at) n = stop - at;
             const float* by = scale + (at - start) / rows.block;
             char* to = static_cast<char*>(out) + walk.value() * (dtype == KVK_F32 ? 4 : 2);
-            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 32 == 0;
+            const bool past = stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+            if constexpr (Isa::kColumns) {
+                if (columns) {
+                    const auto decode = rows.size == 64 ? columns_of<64>(dtype) : columns_of<128>(dtype);
+                    decode(codes + at / 2, by, rows.block, left, width, row, turner->offsets(), past, to);
+                }
+            }
             if constexpr (Isa::kFused) {
                 const bool pairs = dtype == KVK_BF16 && (turner || !row || width <= kTurned);
                 if (pairs && row && !turner) {
@@ -349,8 +362,9 @@ struct Kv {
                     mean = turned + walk.column;
                 }
                 const auto decode = rows.size == 64 ? runs_of<64>(dtype, pairs) : runs_of<128>(dtype, pairs);
-                decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr,
-                       turner ? turner->offsets() : nullptr, past, to);
+                if (!columns)
+                    decode(codes + at / 2, by, rows.block, n, mean, row, row ? row + width : nullptr,
+                           turner ? turner->offsets() : nullptr, past, to);
             }
             if (turner) turner->gone_on(n);
             walk.skip(n);
@@ -365,6 +379,13 @@ struct Kv {
         if (dtype == KVK_F32) return Isa::template decode_runs<kSize, KVK_F32, false>;
         if (dtype == KVK_F16) return Isa::template decode_runs<kSize, KVK_F16, false>;
         return pairs ? Isa::template decode_runs<kSize, KVK_BF16, true> : Isa::template decode_runs<kSize, KVK_BF16, false>;
+    }
+
+    using Columns = void (*)(const uint8_t*, const float*, int, int64_t, int64_t, float*, const int64_t*, bool, char*);
+    template <int kSize>
+    static Columns columns_of(int dtype) {
+        if (dtype == KVK_F32) return Isa::template decode_turning<kSize, KVK_F32>;
+        return dtype == KVK_F16 ? Isa::template decode_turning<kSize, KVK_F16> : Isa::template decode_turning<kSize, KVK_BF16>;
     }
 
     // Writes the next n values, their means put back.

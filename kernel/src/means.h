@@ -14,6 +14,7 @@ struct Turn {
 
     using C = Content<Isa>;
     using Run = typename C::Run;
+    using Next = typename C::Ahead;
     // Runs that may not be had.
     class Runs {
       public:
@@ -42,7 +43,10 @@ struct Turn {
         if (!sums) return false;
         Run z;
         for (int64_t slab = begin; slab < end; ++slab) {
-            C::ahead(dtype, x, slab * rows.stride, tokens_of(rows, 0, groups) * width);
+            const int64_t group = tokens_of(rows, 0, groups) * width;
+            if (slab == begin) C::ahead(dtype, x, slab * rows.stride, group);
+            Next next(dtype, x, (slab + 1) * rows.stride, slab + 1 < end ? group : 0,
+                      rows.inner * how.sampled * (half + C::kLanes - 1) / C::kLanes);
             double* const pool = pooled + slab * half * 2 * kLags;
             uint8_t* const show = shown + slab * half;
             for (int i = 0; i < half * 2 * kLags; ++i) pool[i] = 0.0;
@@ -56,9 +60,11 @@ struct Turn {
                     for (int c = 0, count; c < half; c += count) {
                         count = half - c < C::kChunk ? half - c : C::kChunk;
                         C::gather_pairs(dtype, x, value, width, n, half, turns.interleaved, c, count, &z);
-                        for (int w = 0; w * C::kLanes < count; ++w)
+                        for (int w = 0; w * C::kLanes < count; ++w) {
+                            next();
                             add_lags(z.re[w], z.im[w], n, count - w * C::kLanes, how.lags,
                                      sums.get() + (c + w * C::kLanes) * kSums);
+                        }
                     }
                 }
                 power[slab * rows.inner + head] = pool_head(sums.get(), half, how, pool, show, heads + slab);
@@ -135,9 +141,13 @@ struct Turn {
                 made = tangents;
             }
             const int64_t value = slab * rows.stride + group * kvk::kGroup * width;
-            C::ahead(dtype, x, value, tokens_of(rows, group, rows.groups) * width);
+            if (at == begin) C::ahead(dtype, x, value, tokens_of(rows, group, rows.groups) * width);
             const Group of = {dtype, x, value, rows, turns, tokens_of(rows, group, rows.groups), content != nullptr};
-            of_group(of, frames.get(), still + at * width, turned + at * width, content + 2 * at * rows.inner);
+            const bool last = at + 1 == end, turn = group + 1 == rows.groups;
+            const int64_t next = turn ? (slab + 1) * rows.stride : value + kvk::kGroup * width;
+            Next then(dtype, x, next, last ? 0 : tokens_of(rows, turn ? 0 : group + 1, rows.groups) * width,
+                      chunks > 0 ? 4 * chunks * rows.inner : rows.inner);
+            of_group(of, frames.get(), still + at * width, turned + at * width, content + 2 * at * rows.inner, &then);
         }
         return true;
     }
@@ -153,7 +163,7 @@ struct Turn {
         bool content;
     };
     // A chunk of pairs of all heads after the other: so what turns them stays in L1.
-    static void of_group(const Group& g, const Run* frames, float* still, float* turned, double* content) {
+    static void of_group(const Group& g, const Run* frames, float* still, float* turned, double* content, Next* next) {
         const int half = g.turns.rotary / 2, d = static_cast<int>(g.rows.d), n = g.n;
         const int step = g.turns.interleaved ? 2 : 1, apart = g.turns.interleaved ? 1 : half;
         const int64_t inner = g.rows.inner, width = inner * d;
@@ -164,17 +174,22 @@ struct Turn {
         for (int c = 0, count; c < half; c += count) {
             count = half - c < C::kChunk ? half - c : C::kChunk;
             for (int64_t i = 0; i < inner; ++i) {
+                (*next)();
                 C::gather_pairs(g.dtype, g.x, g.at + i * d, width, n, half, g.turns.interleaved, c, count, &z);
                 for (int w = 0; w * C::kLanes < count; ++w) {
                     const int64_t to = i * d + step * (c + w * C::kLanes);
-                    Lanes re, im;
-                    stand(z.re[w], z.im[w], n, &re, &im);
+                    Lanes re, im, back[2];
+                    (*next)();
+                    if (!g.turns.tangents) {
+                        stand(z.re[w], z.im[w], n, &re, &im);
+                    } else {
+                        const Run& frame = frames[c / C::kChunk];
+                        both(z.re[w], z.im[w], frame.re[w], frame.im[w], n, &re, &im, back);
+                        put(back[0], back[1], count - w * C::kLanes, step, apart, turned + to);
+                    }
                     put(re, im, count - w * C::kLanes, step, apart, still + to);
-                    if (!g.turns.tangents) continue;
-                    const Run& frame = frames[c / C::kChunk];
-                    turn_back(z.re[w], z.im[w], frame.re[w], frame.im[w], n, &re, &im);
-                    put(re, im, count - w * C::kLanes, step, apart, turned + to);
                 }
+                (*next)();
                 if (counted) C::add_energies(z, n, count, true, content + 2 * i);
             }
         }
@@ -206,14 +221,20 @@ struct Turn {
         *a = sr;
         *b = si;
     }
-    static void turn_back(const Lanes* re, const Lanes* im, const Lanes* cosine, const Lanes* sine, int n, Lanes* a, Lanes* b) {
-        Lanes sr = {}, si = {};
+    // Sums of pairs as they stand, and turned back.
+    static void both(const Lanes* re, const Lanes* im, const Lanes* cosine, const Lanes* sine, int n, Lanes* a, Lanes* b,
+                     Lanes* back) {
+        Lanes sr = {}, si = {}, tr = {}, ti = {};
         for (int t = 0; t < n; ++t) {
-            sr += re[t] * cosine[t] + im[t] * sine[t];
-            si += im[t] * cosine[t] - re[t] * sine[t];
+            sr += re[t];
+            si += im[t];
+            tr += re[t] * cosine[t] + im[t] * sine[t];
+            ti += im[t] * cosine[t] - re[t] * sine[t];
         }
         *a = sr;
         *b = si;
+        back[0] = tr;
+        back[1] = ti;
     }
 
     // What turning means take beyond still ones: (outer, inner, pairs).
@@ -259,7 +280,7 @@ struct Turn {
     // eight lanes, then one by one. distance, lacking: (slabs, tokens). Slabs [begin, end).
     static bool along(int dtype, const void* x, const kvk_rows& rows, const kvk_along& how, int64_t begin, int64_t end,
                       float* distance, float* lacking) {
-        const int64_t width = rows.inner * rows.d;
+        const int64_t width = rows.inner * rows.d, size = dtype == KVK_F32 ? 4 : 2;
         Floats mean(width), energy(rows.inner), lacks(rows.inner * rows.tokens);
         if (!mean || !energy || !lacks) return false;
         const auto dot = dtype == KVK_F32 ? product<KVK_F32> : dtype == KVK_F16 ? product<KVK_F16> : product<KVK_BF16>;
@@ -267,8 +288,11 @@ struct Turn {
             float *const far = distance + slab * rows.tokens, *const out = lacking + slab * rows.tokens;
             int64_t count = 0;
             for (int64_t i = 0; i < width; ++i) mean.get()[i] = 0.0f;
-            for (int64_t t = how.first; t < rows.tokens; t += how.every, ++count)
-                Kv<Isa>::add_row(dtype, x, slab * rows.stride + t * width, width, mean.get());
+            for (int64_t t = how.first; t < rows.tokens; t += how.every, ++count) {
+                const int64_t value = slab * rows.stride + t * width;
+                lines_ahead(static_cast<const char*>(x) + (value + how.every * width) * size, width * size);
+                Kv<Isa>::add_row(dtype, x, value, width, mean.get());
+            }
             const float inverse = 1.0f / static_cast<float>(count);
             for (int64_t i = 0; i < width; ++i) mean.get()[i] *= inverse;
             const int d = static_cast<int>(rows.d);
@@ -279,6 +303,7 @@ struct Turn {
             }
             for (int64_t t = 0; t < rows.tokens; ++t) {
                 far[t] = out[t] = 0.0f;
+                lines_ahead(static_cast<const char*>(x) + (slab * rows.stride + t * width + Kv<Isa>::kFar) * size, width * size);
                 for (int64_t head = 0; head < rows.inner; ++head) {
                     float along, away;
                     dot(x, slab * rows.stride + t * width + head * d, mean.get() + head * d, d, &along, &away);

@@ -9,6 +9,7 @@ struct Nf4 {
     static constexpr int kBlock = 64;
 
     static constexpr int kTile = 8;  // blocks coded at once
+    static constexpr int kFar = 64;  // blocks ahead that the caches are told of what is read
 
     // n values as floats: x itself or a copy in scratch, padded with zeros to a whole tile.
     static const float* floats(int dtype, const char* x, int n, float* scratch) {
@@ -33,7 +34,7 @@ struct Nf4 {
         alignas(64) float scratch[kTile * kBlock];
         for (int64_t block = begin; block < end; block += kTile) {
             const int n = static_cast<int>(end - block < kTile ? end - block : kTile);
-            page_ahead(source + block * kBlock * itemsize, kTile * kBlock * itemsize);
+            lines_ahead(source + (block + kFar) * kBlock * itemsize, kTile * kBlock * itemsize);
             const float* v = floats(dtype, source + block * kBlock * itemsize, n * kBlock, scratch);
             uint32_t bits;
             if (n == kTile) {

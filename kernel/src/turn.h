@@ -9,17 +9,18 @@
 
 namespace {
 
-// Floats that may not be had: a kernel throws nothing.
+// Floats that may not be had: a kernel throws nothing. They begin with a cache's line.
 class Floats {
   public:
-    explicit Floats(int64_t n) : at_(new (std::nothrow) float[static_cast<size_t>(n > 0 ? n : 1)]) {}
-    ~Floats() { delete[] at_; }
+    explicit Floats(int64_t n) : at_(new (kLine, std::nothrow) float[static_cast<size_t>(n > 0 ? n : 1)]) {}
+    ~Floats() { operator delete[](at_, kLine); }
     Floats(const Floats&) = delete;
     Floats& operator=(const Floats&) = delete;
     float* get() const { return at_; }
     explicit operator bool() const { return at_ != nullptr; }
 
   private:
+    static constexpr std::align_val_t kLine{64};
     float* at_;
 };
 
@@ -37,7 +38,7 @@ class Turner {
     // by_pairs: rows in the order of Isa::by_pairs. The means are (outer, groups, inner, d).
     Turner(const kvk_rows& rows, const kvk_turns& turns, const float* means, bool by_pairs)
         : rows_(rows), turns_(turns), means_(means), pairs_(by_pairs), width_(rows.inner * rows.d),
-          offsets_{width_, 2 * width_}, room_(5 * width_ + turns.rotary) {}
+          apart_((width_ + 15) / 16 * 16 + kApart), offsets_{apart_, 2 * apart_}, room_(5 * apart_ + turns.rotary) {}
     explicit operator bool() const { return static_cast<bool>(room_); }
 
     // The row of means of a token. Tokens of a group are asked for in order, or the group begins again.
@@ -78,17 +79,21 @@ class Turner {
     void gone_on(int64_t n) {
         ahead_ += n;
         if (ahead_ < width_) return;
-        ahead_ = 0;
-        ++at_;
+        at_ += ahead_ / width_;
+        ahead_ %= width_;
     }
 
   private:
+    // Between rows, so that what is written to one and what is read from the next never lie a multiple of 4 KiB apart: a
+    // processor that compares the low bits of addresses would wait.
+    static constexpr int64_t kApart = 64;
+
     float* mean() const { return room_.get(); }
-    float* step() const { return room_.get() + width_; }
-    float* chord() const { return room_.get() + 2 * width_; }
-    float* sine() const { return room_.get() + 3 * width_; }
-    float* other() const { return room_.get() + 4 * width_; }
-    float* angles() const { return room_.get() + 5 * width_; }  // the sine and the chord of each pair of this slab
+    float* step() const { return room_.get() + apart_; }
+    float* chord() const { return room_.get() + 2 * apart_; }
+    float* sine() const { return room_.get() + 3 * apart_; }
+    float* other() const { return room_.get() + 4 * apart_; }
+    float* angles() const { return room_.get() + 5 * apart_; }  // the sine and the chord of each pair of this slab
 
     // chord and sine of every channel of a slab, the sine negative for the first channel of a pair.
     void turn_to(int64_t slab) {
@@ -110,8 +115,9 @@ class Turner {
                 end_ = im + 1 > end_ ? im + 1 : end_;
             }
         }
-        first_ = first_ / 16 * 16;  // whole sixteens: by_pairs moves values within one
-        end_ = (end_ + 15) / 16 * 16 < width_ ? (end_ + 15) / 16 * 16 : width_;
+        constexpr int64_t kRun = Isa::kJoined;  // by_pairs moves values within one
+        first_ = first_ / kRun * kRun;
+        end_ = (end_ + kRun - 1) / kRun * kRun < width_ ? (end_ + kRun - 1) / kRun * kRun : width_;
         if (pairs_) {
             for (int64_t i = 0; i < width_; ++i) other()[i] = chord()[i];
             in_order(other(), width_, chord());
@@ -138,16 +144,23 @@ class Turner {
         float* const to = pairs_ ? other() : step();
         const int half = turns_.rotary / 2, apart = turns_.interleaved ? 1 : half;
         for (int64_t i = first_; i < end_; ++i) to[i] = 0.0f;
-        for (int64_t head = 0; head < rows_.inner; ++head)
-            for (int p = 0; p < half; ++p) {
-                const int64_t re = head * rows_.d + (turns_.interleaved ? 2 * p : p), im = re + apart;
-                const float s = sine()[im];
-                if (s == 0.0f) continue;
-                const float k = angles()[half + p] * 0.5f;
-                to[re] = -(m[re] * k) - m[im] * s;
-                to[im] = m[re] * s - m[im] * k;
-            }
+        for (int64_t at = 0; at < width_; at += rows_.d)
+            if (turns_.interleaved)
+                first_steps<2>(m + at, m + at + apart, sine() + at + apart, angles() + half, half, to + at, to + at + apart);
+            else
+                first_steps<1>(m + at, m + at + apart, sine() + at + apart, angles() + half, half, to + at, to + at + apart);
         if (pairs_ && end_ > first_) in_order(other() + first_, end_ - first_, step() + first_);
+    }
+    // Of n pairs, kStride apart; nothing where one stands still.
+    template <int kStride>
+    static void first_steps(const float* re, const float* im, const float* sine, const float* chord, int n,
+                            float* __restrict__ to_re, float* __restrict__ to_im) {
+        for (int p = 0; p < n; ++p) {
+            const float a = re[kStride * p], b = im[kStride * p], s = sine[kStride * p], k = chord[p] * 0.5f;
+            const float x = -(a * k) - b * s, y = a * s - b * k;
+            to_re[kStride * p] = s == 0.0f ? 0.0f : x;
+            to_im[kStride * p] = s == 0.0f ? 0.0f : y;
+        }
     }
     void advance(int64_t from, int64_t to) {
         float *__restrict__ m = mean(), *__restrict__ by = step();
@@ -162,7 +175,7 @@ class Turner {
     const kvk_turns& turns_;
     const float* means_;
     bool pairs_;
-    int64_t width_, offsets_[2], slab_ = -1, group_ = -1, at_ = 0, ahead_ = 0, first_ = 0, end_ = 0;
+    int64_t width_, apart_, offsets_[2], slab_ = -1, group_ = -1, at_ = 0, ahead_ = 0, first_ = 0, end_ = 0;
     Floats room_;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "by_block.h"
 #include "convert.h"
 #include "rans.h"
 #include "tables.h"
@@ -11,9 +12,10 @@
 
 namespace {
 
-struct Avx2 {
+struct Avx2 : ByBlock<Avx2> {
     static constexpr bool kFused = true;
     static constexpr int kLanes = 8;
+    static constexpr bool kColumns = false;
 
     // x minus y into out.
     static void load_difference(const float* x, const float* y, float* out, int n) {
@@ -507,6 +509,7 @@ struct Avx2 {
         return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b)), 0xd8);
     }
     // The even values of each 16, then the odd ones: means in the order of `rotate_columns` by pairs. n: a multiple of 16.
+    static constexpr int kJoined = 16;
     static void by_pairs(const float* x, int64_t n, float* out) {
         for (int64_t i = 0; i < n; i += 16) {
             const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
@@ -549,7 +552,7 @@ struct Avx2 {
     }
     // Rows of nf4-kv from codes to values without leaving the registers: runs of kSize, 64 or 128, n values in all, that
     // lie one behind the other. scales: one for each block, the rotation's 1/size in it. mean: of the first value, or
-    // null; at `end` the row's means begin again at `row`. stream: out is 32-byte aligned.
+    // null; at `end` the row's means begin again at `row`. stream: out is 64-byte aligned.
     template <int kSize, int kDtype, bool kPairs>
     static void decode_runs(const uint8_t* codes, const float* scales, int block, int64_t n, float* mean, float* row,
                             const float* end, const int64_t* turn, bool stream, char* out) {
@@ -675,18 +678,6 @@ struct Avx2 {
         most = _mm_max_ss(most, _mm_shuffle_ps(most, most, 1));
         const __m256 best = _mm256_broadcastss_ps(most);
         return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(valid, best, _CMP_EQ_OQ))) | 256u);
-    }
-    // Bits of the largest magnitude of each block of a piece, as floats.
-    static void absmaxes(const float* x, int blocks, int block, float* most) {
-        for (int b = 0; b < blocks; ++b) most[b] = from_bits(absmax_bits(x + b * block, block));
-    }
-    static void best_clips(const float* x, int blocks, int block, const float* inverse, int* clips) {
-        for (int b = 0; b < blocks; ++b) clips[b] = best_clip(x + b * block, block, inverse[b]);
-    }
-    template <int kSize>
-    static void code_blocks(const float* x, int blocks, const float* inverse, uint8_t* codes, const kvk::BlockSums& sums) {
-        for (int b = 0; b < blocks; ++b)
-            sums.set(b, code_block<kSize>(x + kSize * b, inverse[b], codes + kSize / 2 * b));
     }
 #if defined(__AVX512F__)
     // Sixteen means, which then go on to the next token's.

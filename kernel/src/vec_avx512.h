@@ -109,40 +109,52 @@ struct Avx512 : Avx2 {
         return tree8(_mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)));
     }
 
-    // Stages 1, 2, 4 and 8 inside a register: the partner plus the value, negated where it is the second.
-    static __m512 rotate16(__m512 v) {
-        const __m512 n1 = signs(0xaaaa), n2 = signs(0xcccc), n4 = signs(0xf0f0), n8 = signs(0xff00);
-        v = _mm512_add_ps(_mm512_permute_ps(v, 0xb1), _mm512_xor_ps(v, n1));
-        v = _mm512_add_ps(_mm512_permute_ps(v, 0x4e), _mm512_xor_ps(v, n2));
-        v = _mm512_add_ps(_mm512_shuffle_f32x4(v, v, 0xb1), _mm512_xor_ps(v, n4));
-        return _mm512_add_ps(_mm512_shuffle_f32x4(v, v, 0x4e), _mm512_xor_ps(v, n8));
+    // A stage inside registers: the partner plus the value, or minus it where it is the second. One rounding.
+    KVK_INLINE __m512 stage16(__m512 v, __m512 partner, __mmask16 second) {
+        const __m512 one = _mm512_set1_ps(1.0f);
+        return _mm512_fmadd_ps(v, _mm512_mask_sub_ps(one, second, _mm512_setzero_ps(), one), partner);
     }
-    static __m512 signs(__mmask16 negative) {
-        return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(negative, static_cast<int>(0x80000000u)));
-    }
+    // The stages inside registers. One of all registers after the other: so the processor finds operations that wait for
+    // nobody.
     template <int kRegisters>
-    static void rotate_wide(float* x, int n) {
-        for (int i = 0; i < n; i += 16 * kRegisters) {
-            __m512 v[kRegisters];
-#pragma GCC unroll 8
-            for (int r = 0; r < kRegisters; ++r) v[r] = rotate16(_mm512_loadu_ps(x + i + 16 * r));
-            butterflies_wide<kRegisters, 1>(v);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRegisters; ++r) _mm512_storeu_ps(x + i + 16 * r, v[r]);
-        }
+    KVK_INLINE void lane_stages(__m512* v) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_permute_ps(v[r], 0xb1), 0xaaaa);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_permute_ps(v[r], 0x4e), 0xcccc);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_shuffle_f32x4(v[r], v[r], 0xb1), 0xf0f0);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = stage16(v[r], _mm512_shuffle_f32x4(v[r], v[r], 0x4e), 0xff00);
     }
+    // The stage of distance kStage registers.
     template <int kRegisters, int kStage>
-    static void butterflies_wide(__m512* v) {
-        if constexpr (kStage < kRegisters) {
-#pragma GCC unroll 8
-            for (int r = 0; r < kRegisters; ++r)
-                if (!(r & kStage)) {
-                    const __m512 a = v[r], b = v[r + kStage];
-                    v[r] = _mm512_add_ps(a, b);
-                    v[r + kStage] = _mm512_sub_ps(a, b);
-                }
-            butterflies_wide<kRegisters, 2 * kStage>(v);
-        }
+    KVK_INLINE void pairs_wide(__m512* v) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r)
+            if (!(r & kStage)) {
+                const __m512 a = v[r], b = v[r + kStage];
+                v[r] = _mm512_add_ps(a, b);
+                v[r + kStage] = _mm512_sub_ps(a, b);
+            }
+    }
+    template <int kRegisters, int kRun>
+    KVK_INLINE void rotate_some(float* x) {
+        __m512 v[kRegisters];
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) v[r] = _mm512_loadu_ps(x + 16 * r);
+        lane_stages<kRegisters>(v);
+        if constexpr (kRun > 1) pairs_wide<kRegisters, 1>(v);
+        if constexpr (kRun > 2) pairs_wide<kRegisters, 2>(v);
+        if constexpr (kRun > 4) pairs_wide<kRegisters, 4>(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRegisters; ++r) _mm512_storeu_ps(x + 16 * r, v[r]);
+    }
+    // Runs of kRun registers.
+    template <int kRun>
+    static void rotate_wide(float* x, int n) {
+        for (; n >= 256; n -= 256, x += 256) rotate_some<16, kRun>(x);
+        for (; n > 0; n -= 16 * kRun, x += 16 * kRun) rotate_some<kRun, kRun>(x);
     }
     static void rotate(float* x, int n, int size) {
         if (size == 64) return rotate_wide<4>(x, n);
@@ -163,6 +175,220 @@ struct Avx512 : Avx2 {
         _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_permutexvar_ps(b, table), by));
     }
 
+    // 64 levels times their blocks' scales: registers 2q and 2q + 1 have the even and the odd ones of 32q to 32q + 31, as
+    // a byte holds one of each. scales: of 0-31 and of 32-63.
+    KVK_INLINE void levels_by_halves(const uint8_t* codes, float low, float high, __m512* v) {
+        const __m512 table = _mm512_loadu_ps(kvk::kCodeBits);
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; ++q) {
+            const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * q));
+            const __m512i bytes = _mm512_cvtepu8_epi32(packed);  // a permute looks at four bits of each
+            const __m512 levels = _mm512_mul_ps(table, _mm512_set1_ps(q ? high : low));
+            v[2 * q] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels);
+            v[2 * q + 1] = _mm512_permutexvar_ps(bytes, levels);
+        }
+    }
+    // 64 values by halves, 16 kRegisters in all, rotated (stages in the order of `rotate`).
+    template <int kRegisters>
+    KVK_INLINE void rotate_halves(__m512* v) {
+        pairs_wide<kRegisters, 1>(v);
+        lane_stages<kRegisters>(v);
+        pairs_wide<kRegisters, 2>(v);
+    }
+    // Values by halves in their order.
+    KVK_INLINE void in_order(__m512* v) {
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+#pragma GCC unroll 2
+        for (int q = 0; q < 4; q += 2) {
+            const __m512 even = v[q], odd = v[q + 1];
+            v[q] = _mm512_permutex2var_ps(even, low, odd);
+            v[q + 1] = _mm512_permutex2var_ps(even, high, odd);
+        }
+    }
+    KVK_INLINE void put_wide(char* out, __m512i value, bool stream) {
+        if (stream)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(out), value);
+        else
+            _mm512_storeu_si512(out, value);
+    }
+    // 64 values in their order to out as kDtype, by halves where that is bfloat16: half a unit is added, and only where that
+    // hits a tie does the last bit matter.
+    template <int kDtype>
+    KVK_INLINE void store64_wide(const __m512* v, bool stream, char* out) {
+        if constexpr (kDtype == KVK_F32) {
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) put_wide(out + 64 * r, _mm512_castps_si512(v[r]), stream);
+        } else if constexpr (kDtype == KVK_F16) {
+#pragma GCC unroll 2
+            for (int r = 0; r < 4; r += 2) {
+                const __m256i a = _mm512_cvtps_ph(v[r], _MM_FROUND_TO_NEAREST_INT);
+                const __m256i b = _mm512_cvtps_ph(v[r + 1], _MM_FROUND_TO_NEAREST_INT);
+                put_wide(out + 32 * r, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1), stream);
+            }
+        } else {
+            const __m512i half = _mm512_set1_epi32(0x8000), low = _mm512_set1_epi32(0xffff);
+            __m512i x[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) x[r] = _mm512_add_epi32(_mm512_castps_si512(v[r]), half);
+            const __m512i least = _mm512_min_epu16(_mm512_min_epu16(x[0], x[1]), _mm512_min_epu16(x[2], x[3]));
+            if (__builtin_expect(_mm512_testn_epi32_mask(least, low), 0)) {
+                for (int r = 0; r < 4; ++r) {
+                    const __m512i bits = _mm512_castps_si512(v[r]);
+                    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+                    x[r] = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                }
+            }
+#pragma GCC unroll 2
+            for (int r = 0; r < 4; r += 2)  // the even ones' upper halves below the odd ones'
+                put_wide(out + 32 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi32(x[r], 16), x[r + 1], low, 0xf4), stream);
+        }
+    }
+    // One block of nf4.
+    template <int kDtype>
+    static void decode_block(const uint8_t* codes, float scale, bool stream, char* out) {
+        __m512 v[4];
+        levels_by_halves(codes, scale, scale, v);
+        if constexpr (kDtype != KVK_BF16) in_order(v);
+        store64_wide<kDtype>(v, stream, out);
+    }
+    // The even values of each 32, then the odd ones. n: a multiple of 32.
+    static constexpr int kJoined = 32;
+    static void by_pairs(const float* x, int64_t n, float* out) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        for (int64_t i = 0; i < n; i += 32) {
+            const __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16);
+            _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(a, even, b));
+            _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(a, odd, b));
+        }
+    }
+    // 64 rotated values by halves, with their means, which are in their order unless by pairs (Avx2::decode_runs).
+    template <int kDtype, bool kPairs>
+    KVK_INLINE void finish64(__m512* v, float* mean, const int64_t* turn, bool stream, char* out) {
+        if constexpr (!kPairs) in_order(v);
+        if (turn) {
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) v[r] = _mm512_add_ps(v[r], gone_on16(mean + 16 * r, turn));
+        } else if (mean) {
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) v[r] = _mm512_add_ps(v[r], _mm512_loadu_ps(mean + 16 * r));
+        }
+        if constexpr (kDtype == KVK_BF16 && !kPairs) by_halves(v);
+        store64_wide<kDtype>(v, stream, out);
+    }
+    KVK_INLINE void by_halves(__m512* v) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+#pragma GCC unroll 2
+        for (int q = 0; q < 4; q += 2) {
+            const __m512 a = v[q], b = v[q + 1];
+            v[q] = _mm512_permutex2var_ps(a, even, b);
+            v[q + 1] = _mm512_permutex2var_ps(a, odd, b);
+        }
+    }
+    // Where decoding is, and what stays (Avx2::decode_runs).
+    struct Runs {
+        const uint8_t* codes;
+        const float* scales;
+        int block;
+        float *mean, *row;
+        const float* end;
+        const int64_t* turn;
+        bool stream;
+        char* out;
+    };
+    // The next 16 kRegisters values: runs of 64 or 128.
+    template <int kRegisters, int kSize, int kDtype, bool kPairs>
+    KVK_INLINE void decode_some(Runs* at) {
+        constexpr int kBytes = kDtype == KVK_F32 ? 4 : 2;
+        const int per = 64 / at->block;
+        __m512 v[kRegisters];
+        page_ahead(at->out, 16 * kRegisters * kBytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRegisters; r += 4, at->codes += 32, at->scales += per)
+            levels_by_halves(at->codes, at->scales[0], at->scales[per - 1], v + r);
+        rotate_halves<kRegisters>(v);
+        if constexpr (kSize == 128) pairs_wide<kRegisters, 4>(v);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRegisters; r += 4, at->out += 64 * kBytes) {
+            finish64<kDtype, kPairs>(v + r, at->mean, at->turn, at->stream, at->out);
+            if (at->mean) at->mean = at->mean + 64 == at->end ? at->row : at->mean + 64;
+        }
+    }
+    // As Avx2::decode_runs. 256 values at a time: one block's operations wait for each other.
+    template <int kSize, int kDtype, bool kPairs>
+    static void decode_runs(const uint8_t* codes, const float* scales, int block, int64_t n, float* mean, float* row,
+                            const float* end, const int64_t* turn, bool stream, char* out) {
+        Runs at = {codes, scales, block, mean, row, end, turn, stream, out};
+        for (; n >= 256; n -= 256) decode_some<16, kSize, kDtype, kPairs>(&at);
+        for (; n > 0; n -= kSize) decode_some<kSize / 16, kSize, kDtype, kPairs>(&at);
+    }
+
+    // Whole rows of tokens one behind the other under means that turn (Avx2::decode_runs says how): a run of all of them
+    // after the other, so that its means are fetched and written once for 256 values.
+    static constexpr bool kColumns = true;
+    template <int kSize, int kDtype>
+    static void decode_turning(const uint8_t* codes, const float* scales, int block, int64_t tokens, int64_t width,
+                               float* mean, const int64_t* turn, bool stream, char* out) {
+        constexpr int kBytes = kDtype == KVK_F32 ? 4 : 2, kTogether = 256 / kSize;
+        for (int64_t t = 0; t < tokens; ++t) page_ahead(out + (tokens + t) * width * kBytes, width * kBytes);
+        for (int64_t c = 0; c < width; c += kSize) {
+            Rows at = {codes + c / 2, scales + c / block, block, width, mean + c, turn, stream, out + c * kBytes};
+            int64_t t = 0;
+            for (; t + kTogether <= tokens; t += kTogether) turning_some<kTogether, kSize, kDtype>(&at);
+            for (; t < tokens; ++t) turning_some<1, kSize, kDtype>(&at);
+        }
+    }
+    struct Rows {
+        const uint8_t* codes;
+        const float* scales;
+        int block;
+        int64_t width;
+        float* mean;
+        const int64_t* turn;
+        bool stream;
+        char* out;
+    };
+    // A run of the next kTokens tokens.
+    template <int kTokens, int kSize, int kDtype>
+    KVK_INLINE void turning_some(Rows* at) {
+        constexpr int kEach = kSize / 16, kBytes = kDtype == KVK_F32 ? 4 : 2;
+        const int per = 64 / at->block;
+        __m512 v[kTokens * kEach];
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j, at->codes += at->width / 2, at->scales += at->width / at->block) {
+#pragma GCC unroll 2
+            for (int r = 0; r < kEach; r += 4)
+                levels_by_halves(at->codes + 8 * r, at->scales[r / 4 * per], at->scales[r / 4 * per + per - 1], v + kEach * j + r);
+        }
+        rotate_halves<kTokens * kEach>(v);
+        if constexpr (kSize == 128) pairs_wide<kTokens * kEach, 4>(v);
+        if constexpr (kDtype != KVK_BF16) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kTokens * kEach; r += 4) in_order(v + r);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kEach; ++r) {
+            float* const to = at->mean + 16 * r;
+            __m512 m = _mm512_loadu_ps(to), step = _mm512_loadu_ps(to + at->turn[0]);
+            const __m512 chord = _mm512_loadu_ps(to + at->turn[1]);
+#pragma GCC unroll 4
+            for (int j = 0; j < kTokens; ++j) {
+                v[kEach * j + r] = _mm512_add_ps(v[kEach * j + r], m);
+                m = _mm512_add_ps(m, step);
+                step = _mm512_sub_ps(step, _mm512_mul_ps(chord, m));
+            }
+            _mm512_storeu_ps(to, m);
+            _mm512_storeu_ps(to + at->turn[0], step);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j, at->out += at->width * kBytes) {
+#pragma GCC unroll 2
+            for (int r = 0; r < kEach; r += 4) store64_wide<kDtype>(v + kEach * j + r, at->stream, at->out + 16 * r * kBytes);
+        }
+    }
+
     // Sixteen vectors reduced at once, each into its lane: halves with halves, as a tree of one vector would be.
     struct Add {
         KVK_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
@@ -180,7 +406,7 @@ struct Avx512 : Avx2 {
     template <class Op>
     KVK_INLINE __m512 reduced(const __m512* v) {
         __m512 half[8];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < 8; ++i)
             half[i] = Op::of(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
                              _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));

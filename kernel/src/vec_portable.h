@@ -2,15 +2,18 @@
 #pragma once
 #include <math.h>
 
+#include "by_block.h"
 #include "convert.h"
 #include "rans.h"
 #include "tables.h"
 
 namespace {
 
-struct Portable {
+struct Portable : ByBlock<Portable> {
     static constexpr bool kFused = false;
+    static constexpr int kJoined = 16;
     static constexpr int kLanes = 8;
+    static constexpr bool kColumns = false;
 
     static float code(int i) { return from_bits(kvk::kCodeBits[i]); }
 
@@ -160,18 +163,6 @@ struct Portable {
             }
         }
         return found;
-    }
-    // Bits of the largest magnitude of each block of a piece, as floats.
-    static void absmaxes(const float* x, int blocks, int block, float* most) {
-        for (int b = 0; b < blocks; ++b) most[b] = from_bits(absmax_bits(x + b * block, block));
-    }
-    static void best_clips(const float* x, int blocks, int block, const float* inverse, int* clips) {
-        for (int b = 0; b < blocks; ++b) clips[b] = best_clip(x + b * block, block, inverse[b]);
-    }
-    template <int kSize>
-    static void code_blocks(const float* x, int blocks, const float* inverse, uint8_t* codes, const kvk::BlockSums& sums) {
-        for (int b = 0; b < blocks; ++b)
-            sums.set(b, code_block<kSize>(x + kSize * b, inverse[b], codes + kSize / 2 * b));
     }
     // x minus turning means into out, and each mean to its next token's (turn.h). turn: offsets of its step and chord.
     static void subtract_turning(const float* x, float* mean, const int64_t* turn, int n, float* out) {

@@ -94,10 +94,11 @@ class NF4KV2:
         attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
         parts: dict[str, torch.Tensor] = {}
         errors: list[float | None] = []
+        content: dict[str, torch.Tensor] = {}
         for prefix, part, rows in planes_of(x, role, token_axis):
             plane = Plane2.of(part, rows, kept_of(rows, part, hints))
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
-            errors.append(_encode_plane(rows, plane, prefix, parts, attrs))
+            errors.append(_encode_plane(rows, plane, prefix, parts, attrs, content))
         if role == "packed":
             for suffix in JOINED:
                 parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
@@ -106,7 +107,7 @@ class NF4KV2:
         known = [error for error in errors if error is not None]
         if len(known) == len(errors):
             return receipt.with_receipt(encoded, max(known))
-        return receipt.sealed(self, name, x, encoded, hints)
+        return receipt.sealed(self, name, x, encoded, hints, content)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
@@ -147,21 +148,32 @@ def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":
 
 
 def _encode_plane(
-    rows: torch.Tensor, plane: Plane2, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]
+    rows: torch.Tensor,
+    plane: Plane2,
+    prefix: str,
+    parts: dict[str, torch.Tensor],
+    attrs: dict[str, object],
+    content: dict[str, torch.Tensor],
 ) -> float | None:
-    """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
+    """Add the parts of one plane; returns its receipt, or None where only decoding can tell it.
+
+    content: gets what the receipt is a fraction of, where that was counted on all that is coded.
+    """
     if plane.kept:
         parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
     kernel = _arithmetic(rows)
     coded, stride = rows[:, plane.lead :], plane.tokens
-    if plane.lead < len(plane.kept):
+    leading = plane.lead == len(plane.kept)
+    if not leading:
         coded, stride = _without_outliers(coded, plane), plane.coded
     where = plane.rows(stride)
     # Where the sums of coding are to tell the error, each block must lie in one head.
     telling = rows.dtype == torch.float32 and plane.role != "plain" and plane.d % plane.block == 0
     rotary = receipt.rotary_of(coded, kv_kernel(rows)) if plane.role == "key" and (telling or plane.groups) else STILL
-    means = means_of(coded, where, rotary, kernel, content=telling) if plane.groups else None
+    means = means_of(coded, where, rotary, kernel, content=telling or leading) if plane.groups else None
     energies = None if means is None else means.energies
+    if energies is not None and leading:
+        content[prefix] = energies
     blocks = _coded(kernel, coded, where, means)
     if means is not None and _decoded_before(blocks, plane.block):
         means, blocks = _again(kernel, coded, where, rotary, (means, blocks))

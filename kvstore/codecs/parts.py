@@ -7,7 +7,7 @@ Pure, any thread. Leaves out: what the bytes of a part mean (each codec).
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -266,9 +266,17 @@ def require_names(encoded: EncodedTensor, names: Collection[str]) -> None:
 
 def require_finite(encoded: EncodedTensor, suffix: str, part: torch.Tensor) -> torch.Tensor:
     """The part; CodecError where a scale or a value in it is not finite. No codec writes such a one."""
-    if not bool(torch.isfinite(part).all()):
+    if not finite(part):
         raise CodecError(f"{encoded.encoding} part {suffix!r} holds what is not finite")
     return part
+
+
+def finite(x: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN: by the extremes, as torch.isfinite takes twenty times as long on 16 bits."""
+    if not x.numel():
+        return True
+    least, most = torch.aminmax(x)  # NaN where one value is
+    return -inf < float(least) and float(most) < inf
 
 
 def require_part(encoded: EncodedTensor, suffix: str, dtype: torch.dtype, numel: int) -> torch.Tensor:

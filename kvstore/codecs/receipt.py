@@ -8,7 +8,9 @@ Only nf4-kv may measure by itself, for float32, where no rounding follows (`from
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -46,11 +48,24 @@ class Decoder(Protocol):
         ...
 
 
-def sealed(codec: Decoder, name: str, x: torch.Tensor, encoded: EncodedTensor, hints: Hints) -> Measured:
-    """The tensor with its receipt. Raises CodecError if it would decode to a value that is not finite."""
+NOTHING_KNOWN: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+
+def sealed(
+    codec: Decoder,
+    name: str,
+    x: torch.Tensor,
+    encoded: EncodedTensor,
+    hints: Hints,
+    known: Mapping[str, torch.Tensor] = NOTHING_KNOWN,
+) -> Measured:
+    """The tensor with its receipt. known: the content of planes that were counted already, by their prefix.
+
+    Raises CodecError if it would decode to a value that is not finite.
+    """
     if isinstance(encoded, Measured):
         return encoded
-    return with_receipt(encoded, max(float(e.max()) for e in errors_by_head(codec, name, x, encoded, hints)))
+    return with_receipt(encoded, max(float(e.max()) for e in errors_by_head(codec, name, x, encoded, hints, known)))
 
 
 def with_receipt(encoded: EncodedTensor, error: float) -> Measured:
@@ -66,11 +81,16 @@ def role_in(name: str, x: torch.Tensor, hints: Hints) -> str:
 
 
 def errors_by_head(
-    codec: Decoder, name: str, x: torch.Tensor, encoded: EncodedTensor, hints: Hints
+    codec: Decoder,
+    name: str,
+    x: torch.Tensor,
+    encoded: EncodedTensor,
+    hints: Hints,
+    known: Mapping[str, torch.Tensor] = NOTHING_KNOWN,
 ) -> list[torch.Tensor]:
     """The relative error of each head, for each plane (keys, values, or the only one): float64 (outer, inner).
 
-    Raises CodecError if a decoded value is not finite.
+    known: see `sealed`. Raises CodecError if a decoded value is not finite.
     """
     x, decoded, role = x.detach(), codec.decode(encoded), role_in(name, x, hints)
     if role == "plain":
@@ -87,7 +107,7 @@ def errors_by_head(
             if stored is None
             else tuple(map(int, str(stored).split(",") if stored else ()))
         )
-        found.append(_errors(rows, got, part, kept))
+        found.append(_errors(rows, got, part, kept, known.get(prefix)))
     return found
 
 
@@ -125,15 +145,17 @@ def rotary_of(rows: torch.Tensor, kernel: KvKernel | None) -> Rotary:
     return best
 
 
-def _errors(rows: torch.Tensor, got: torch.Tensor, part: Part, kept: tuple[int, ...]) -> torch.Tensor:
+def _errors(
+    rows: torch.Tensor, got: torch.Tensor, part: Part, kept: tuple[int, ...], known: torch.Tensor | None = None
+) -> torch.Tensor:
     kernel = kv_kernel(rows)
     coded = _without(rows, kept)
-    rotary = rotary_of(coded, kernel) if part == "key" else STILL
     missed = distances(rows, got, kernel)
-    energies = _energies(coded, kernel, rotary)[0] if part != "plain" else _whole(coded, kernel)
+    energies = _content(coded, part, kernel) if known is None else known
     values = max(1, coded.shape[1] * coded.shape[3])
     if not bool((energies[..., 0] >= _TINY * values).all() & (energies < torch.inf).all() & (missed < torch.inf).all()):
         missed = reference_content.distances(rows, got)
+        rotary = rotary_of(coded, kernel) if part == "key" else STILL
         energies = reference_content.energies(coded, rotary) if part != "plain" else _whole(coded, None)
     if not bool(torch.isfinite(missed).all()):
         raise CodecError("encoded, finite values would come back as infinities; keep these raw")
@@ -161,6 +183,12 @@ def _energies(rows: torch.Tensor, kernel: KvKernel | None, *rotaries: Rotary) ->
     if kernel is None:
         return torch.stack([reference_content.energies(rows, rotary) for rotary in rotaries])
     return kernel.kv_content(rows, _place(rows), *rotaries)
+
+
+def _content(coded: torch.Tensor, part: Part, kernel: KvKernel | None) -> torch.Tensor:
+    if part == "plain":
+        return _whole(coded, kernel)
+    return _energies(coded, kernel, rotary_of(coded, kernel) if part == "key" else STILL)[0]
 
 
 def _whole(rows: torch.Tensor, kernel: KvKernel | None) -> torch.Tensor:

@@ -265,3 +265,19 @@ def test_any_bytes_and_attributes_decode_or_raise(path: str, monkeypatch: pytest
         except CodecError:
             assert spoiled
     assert decoded > 70
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lost", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("length", [1, 5, 64, 1000, 4099])
+def test_one_value_that_is_not_finite_is_found_wherever_it_lies(dtype: torch.dtype, lost: float, length: int) -> None:
+    x = torch.randn(length, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert nf4.finite(x)
+    for at in {0, length // 3, length // 2, length - 1}:
+        damaged = x.clone()
+        damaged[at] = lost
+        assert not nf4.finite(damaged)
+
+
+def test_no_values_are_finite_values() -> None:
+    assert nf4.finite(torch.empty(0))

@@ -147,6 +147,54 @@ def test_kv_rows_are_the_reference_s_bytes(kernel, dtype, shape, role):
     assert (out[:, :skip] == 7).all()
 
 
+def coded_at_random(shape, block, seed):
+    """Codes, scales and tops of any rows, and means of them: (coded, means, rows)."""
+    g = torch.Generator().manual_seed(seed)
+    outer, tokens, inner, d = shape
+    blocks = -(-outer * tokens * inner * d // block)
+    codes = torch.randint(0, 256, (blocks * block // 2,), generator=g, dtype=torch.uint8)
+    scales = torch.randint(0, 256, (blocks,), generator=g, dtype=torch.uint8)
+    tops = torch.full((-(-blocks // 256),), 127 << 6, dtype=torch.int16)
+    rows = cpu.Rows(outer, tokens, inner, d, tokens * inner * d, kv.rotation_size(d), block, kv.group_count(tokens))
+    return (codes, scales, tops), torch.randn(outer, rows.groups, inner, d, generator=g), rows
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 130, 3, 64), (1, 96, 8, 128), (1, 70, 1, 192), (3, 9, 5, 64), (1, 40, 3, 80)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_heads_means_turn_and_whole_rows_are_decoded_as_the_reference_does(kernel, dtype, shape):
+    """Tiles of 256 blocks begin and end inside rows; of the pairs of a head some stand still, or all but eight."""
+    outer, _, inner, d = shape
+    all_turn, neighbours = cpu.Rotary(d, interleaved=False), cpu.Rotary(d // 4 * 2, interleaved=True)
+    for seed, (rotary, only) in enumerate(
+        ((all_turn, slice(None)), (neighbours, slice(None)), (all_turn, slice(2, 3)))
+    ):
+        coded, means, rows = coded_at_random(shape, (64, kv.KEY_BLOCK)[seed % 2], seed)
+        g = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(0, 256, (2, outer, inner, -(-rotary.channels // 16)), generator=g, dtype=torch.uint8)
+        turning = torch.zeros_like(chosen[0])
+        turning[..., only] = (chosen[0] & chosen[1])[..., only]
+        turns = cpu.Turns(rotary, torch.rand(outer, rotary.channels // 2, generator=g), turning)
+        mine, expected = torch.empty(2, *shape, dtype=dtype)
+        kernel.kv_decode(coded, means, rows, mine, turns)
+        turn.kv_decode(coded, means, rows, expected, turns)
+        assert bits(mine) == bits(expected)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_what_lies_between_two_bfloat16_becomes_the_even_one(kernel, d):
+    shape = (1, 80, 3, d)
+    (codes, scales, tops), means, rows = coded_at_random(shape, 64, 5)
+    codes.fill_(0x77)  # levels of 0: the mean alone is left
+    between = ((means.view(torch.int32) & -0x10000) | 0x8000).view(torch.float32)
+    means = torch.where(means > 1.0, between, means)
+    mine, expected = torch.empty(2, *shape, dtype=torch.bfloat16)
+    kernel.kv_decode((codes, scales, tops), means, rows, mine)
+    turn.kv_decode((codes, scales, tops), means, rows, expected)
+    assert bits(mine) == bits(expected)
+
+
 @pytest.mark.parametrize("shape", [*(of for of in SHAPES if of[1] >= 8), (2, 90, 2, 160), (1, 65, 1, 256)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_keys_show_of_their_means_is_the_reference_s(kernel, dtype, shape):
