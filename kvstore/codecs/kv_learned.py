@@ -76,10 +76,10 @@ class KVLearned:
 
         Raises UnknownEncoding without the basis, CodecError where parts, attributes, spec and basis do not agree.
         """
-        basis, role, kept, position = _checked(encoded)
+        basis, role, kept, position = checked(encoded)
         out = prepared_out(encoded.spec, encoded.parts[""].device, out)
         body = out[:, kept:]
-        coded = _read(encoded, basis.planes[role], kept)
+        coded = read_coded(encoded, basis.planes[role], kept)
         kernel = cpu_kernel(out)
         if kernel is None:
             body.copy_(require_finite(encoded, "", _values(basis, role, coded, position + kept).to(out.dtype)))
@@ -108,10 +108,12 @@ class Learned:
         """Encode one tensor. Raises CodecError if neither can."""
         if not bool(torch.isfinite(x).all()):
             raise CodecError(_FINITE)
+        found: list[tuple[float, EncodedTensor]] = []
         for basis in (self.basis, *(self._others if hints.decoded else ())):
             with suppress(CodecError):
-                return encoded_in(basis, name, x, hints)
-        return self._rest.encode(name, x, hints)
+                found.append(_encoded_in(basis, name, x, hints))
+        # Nested bases (`coarser`) have values in common: what was decoded is of the one that it lies on best.
+        return min(found, key=lambda one: one[0])[1] if found else self._rest.encode(name, x, hints)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Decode by the name that was stored."""
@@ -123,6 +125,11 @@ def encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints = NO_HINTS
 
     Also for values beyond the basis's range, and for copies decoded from a lossy form that is not of this basis.
     """
+    return _encoded_in(basis, name, x, hints)[1]
+
+
+def _encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints) -> tuple[float, EncodedTensor]:
+    """How far the coefficients lie from their values (`written`), and the tensor."""
     x = x.detach()
     about, role = basis.about, role_in(name, x, hints)
     spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
@@ -139,11 +146,14 @@ def encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints = NO_HINTS
         attrs["position"] = position
     kept = _kept(x, "key" if role == "key" else "value", hints, position)
     attrs["kept"] = kept
-    main = _coded(basis, role, x[:, kept:], position + kept, decoded=hints.decoded)
+    y = coefficients(basis, role, x[:, kept:], position + kept)
+    main, misfit = written(basis.planes[role], y)
+    if hints.decoded and misfit >= _FITS:
+        raise CodecError("kv-learned: these were decoded from another lossy form")
     if 8 * main.numel() > BITS_MAX * x[:, kept:].numel():
         raise CodecError(f"kv-learned would need over {BITS_MAX} bits a value: {name!r} is not what its basis is of")
     parts = {"": main, "kept": in_halves(x[:, :kept])} if kept else {"": main}
-    return EncodedTensor(spec, KVLearned.name, parts, attrs)
+    return misfit, EncodedTensor(spec, KVLearned.name, parts, attrs)
 
 
 def coefficients(basis: Basis, role: str, x: torch.Tensor, first: int) -> torch.Tensor:
@@ -180,10 +190,12 @@ def _kept(x: torch.Tensor, part: Part, hints: Hints, position: int) -> int:
     return 0 if hints.prefix_start is False else len(kept_of(x, part, hints))
 
 
-def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: bool) -> torch.Tensor:
-    """The main part: two streams, the first behind its length, and the escapes."""
-    transform = basis.planes[role]
-    y = coefficients(basis, role, x, first)
+def written(transform: Transform, y: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The main part: two streams, the first behind its length, and the escapes; and by how much of a step, squared,
+    coefficients lie beside their values in the mean.
+
+    y: coefficients in steps, float32 (coefficients, tokens).
+    """
     q = y.round()
     if float(q.abs().max()) > _LARGEST:
         raise CodecError(f"kv-learned holds {_LARGEST} steps, not {float(q.abs().max()):g}")
@@ -192,8 +204,6 @@ def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: boo
     classes = chosen(histograms_of(symbols), transform.tables, transform.classes)
     escaped = q.abs() > _REACHES[classes.long()][:, None]
     symbols[escaped] = rans.ESCAPE
-    if decoded and not _fits(transform, y, symbols, classes):
-        raise CodecError("kv-learned: these were decoded from another lossy form")
     away = (classes.to(torch.int16) - transform.classes.to(torch.int16)).to(torch.int8)
     which = np.full(1, DELTA, np.uint8)
     named = rans.encode(away.numpy()[None], which, transform.tables)
@@ -202,12 +212,8 @@ def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: boo
     rest = q[escaped].to(torch.int16).numpy().astype("<i2").tobytes()
     whole = b"".join([len(named).to_bytes(_LENGTH_NBYTES, "little"), named,
                       len(stream).to_bytes(_LENGTH_NBYTES, "little"), stream, rest])  # fmt: skip
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
-
-
-def _fits(transform: Transform, y: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> bool:
     missed = (y - _dequantized(transform, symbols, classes)).square()
-    return float(missed[symbols != rans.ESCAPE].mean()) < _FITS
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8), float(missed[symbols != rans.ESCAPE].mean())
 
 
 def _dequantized(transform: Transform, symbols: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -215,7 +221,7 @@ def _dequantized(transform: Transform, symbols: torch.Tensor, classes: torch.Ten
     return transform.values.view(-1)[at]
 
 
-def _checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
+def checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
     """Basis, role, kept tokens and position, after everything but the stream was checked."""
     attrs, spec = encoded.attrs, encoded.spec
     basis = with_digest(attrs.get("basis"))
@@ -239,7 +245,7 @@ def _checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
     return basis, role, kept, position
 
 
-def _read(encoded: EncodedTensor, transform: Transform, kept: int) -> Coded:
+def read_coded(encoded: EncodedTensor, transform: Transform, kept: int) -> Coded:
     """What a tensor's streams say, all of it checked but how many escapes there are."""
     main = encoded.parts[""]
     data = require_part(encoded, "", torch.uint8, main.numel()).cpu().numpy()

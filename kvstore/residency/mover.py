@@ -131,6 +131,7 @@ class Mover:
                 if not self._place(r.warm, entry, install, meta, soon=meta.soon):
                     return None
             else:
+                entry = self._form_in_cold(entry, meta.owner)
                 if r.cold is None or not self._cold_has_room(r.cold, entry):
                     return None
                 with r.lock:
@@ -408,7 +409,9 @@ class Mover:
     def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
         r = self._r
         left, entry = item
-        if r.cold is not None and leaving.deserves_cold(r, entry.key) and self._cold_has_room(r.cold, below):
+        deserves = r.cold is not None and leaving.deserves_cold(r, entry.key)
+        below = self._form_in_cold(below, r.owner_of(entry.key)) if deserves else below
+        if r.cold is not None and deserves and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
                     leaving.arrived(r, left, below, "cold")
@@ -445,7 +448,7 @@ class Mover:
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
         # Not asked whether it deserves a write: admission guards the disk from churn, a drain keeps what there is.
-        below = self._form_below(entry, meta)
+        below = self._form_in_cold(self._form_below(entry, meta), meta.owner)
         if not self._cold_has_room(r.cold, below):
             return False
         with r.lock:
@@ -464,3 +467,7 @@ class Mover:
             if keep
             else self._transcoder.encode(entry, prefix_start=meta.prefix_start, namespace=meta.owner.namespace)
         )
+
+    def _form_in_cold(self, below: Entry, owner: Owner) -> Entry:
+        """What an entry looks like in cold: its form below hot, or made coarser from that, never from a copy above."""
+        return self._transcoder.coarser(below, namespace=owner.namespace) if below.lossy else below

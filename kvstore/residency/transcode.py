@@ -15,6 +15,7 @@ from kvstore import kernels
 from kvstore.arrays import CheckedSpecs
 from kvstore.codecs import decode_all, encode_entry
 from kvstore.codecs.choice import CodecChoice
+from kvstore.codecs.coarser import coarser_entry
 from kvstore.codecs.hints import Hints
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed
@@ -37,6 +38,10 @@ class Transcoder(Protocol):
 
         prefix_start: whether a prompt begins with it; None: nobody said. namespace: whose policy holds.
         """
+        ...
+
+    def coarser(self, entry: Entry, *, namespace: str) -> Entry:
+        """What an encoded entry looks like in cold: in a coarser form where its namespace states one, else itself."""
         ...
 
     def exact(self, entry: Entry) -> Entry:
@@ -115,6 +120,20 @@ class TensorTranscoder:
                 for tensor in encoded.tensors.values():
                     self._r.counters.errors[tensor.encoding].observe(tensor.relative_error)
         return packed(encoded.to(_RAM))
+
+    def coarser(self, entry: Entry, *, namespace: str) -> Entry:
+        """The form of the namespace's coarser basis, of what is held in one that nests in it: from symbols alone."""
+        basis = self._policies.coarser_of(namespace)
+        if basis is None:
+            return entry
+        start = time.perf_counter()
+        made = packed(coarser_entry(entry, basis))
+        if made is not entry:
+            with self._r.lock:
+                self._r.counters.coarsened += 1
+                self._r.counters.coarsened_nbytes += entry.nbytes - made.nbytes
+                self._r.counters.coarsen_s += time.perf_counter() - start
+        return made
 
     def exact(self, entry: Entry) -> Entry:
         """The same tensors in RAM."""

@@ -304,7 +304,7 @@ def test_what_would_decode_to_infinity_is_a_codec_error(basis: Basis) -> None:
     main = encoded.parts[""].clone()
     main[-2:] = torch.tensor([255, 127], dtype=torch.uint8)
     huge = forged(replace(encoded, spec=TensorSpec("float16", encoded.spec.shape)), main=main)
-    scaled = dict(basis._tensors)
+    scaled = dict(basis.tensors)
     for at in range(2):
         scaled[f"v.{at}.scale"] = scaled[f"v.{at}.scale"] * 1e4
     other = use(made(basis.about, scaled))
@@ -360,7 +360,7 @@ def test_a_damaged_basis_is_never_read(basis: Basis, tmp_path: Path) -> None:
 
 
 def parts_equal(a: Basis, b: Basis) -> bool:
-    return a.about == b.about and all(torch.equal(a._tensors[name], x) for name, x in b._tensors.items())
+    return a.about == b.about and all(torch.equal(a.tensors[name], x) for name, x in b.tensors.items())
 
 
 def saved(basis: Basis, directory: Path, name: str = "tiny.safetensors") -> str:
@@ -435,7 +435,7 @@ def test_a_basis_is_found_by_the_namespace_s_name(tmp_path: Path) -> None:
 def rated(bits: float, kl: float, path: Path) -> str:
     """The file of a basis of the tiny model that says it was learned at a rate."""
     own = tiny.basis(bits)
-    path.write_bytes(made(replace(own.about, bits=bits, kl_measured=kl), own._tensors).to_bytes())
+    path.write_bytes(made(replace(own.about, bits=bits, kl_measured=kl), own.tensors).to_bytes())
     return str(path)
 
 
