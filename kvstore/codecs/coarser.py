@@ -31,7 +31,7 @@ def coarser(encoded: EncodedTensor, basis: Basis) -> EncodedTensor:
         raise CodecError(f"the basis {basis.digest[:16]} is no coarser form of {finer.digest[:16]}")
     transform = finer.planes[role]
     q = _symbols(read_coded(encoded, transform, kept), sum(transform.sizes))
-    main, _misfit = written(basis.planes[role], q.to(torch.float32) / times)
+    main = written(basis.planes[role], q.to(torch.float32) / times)[0]
     attrs = {name: value for name, value in encoded.attrs.items() if name != "relative_error"}
     return EncodedTensor(encoded.spec, encoded.encoding, {**encoded.parts, "": main}, {**attrs, "basis": basis.digest})
 

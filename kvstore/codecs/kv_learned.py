@@ -129,7 +129,7 @@ def encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints = NO_HINTS
 
 
 def _encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints) -> tuple[float, EncodedTensor]:
-    """How far the coefficients lie from their values (`written`), and the tensor."""
+    """By how much of a step, squared, decoded values lie beside those of this basis, and the tensor."""
     x = x.detach()
     about, role = basis.about, role_in(name, x, hints)
     spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
@@ -147,8 +147,9 @@ def _encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints) -> tuple
     kept = _kept(x, "key" if role == "key" else "value", hints, position)
     attrs["kept"] = kept
     y = coefficients(basis, role, x[:, kept:], position + kept)
-    main, misfit = written(basis.planes[role], y)
-    if hints.decoded and misfit >= _FITS:
+    main, symbols, classes = written(basis.planes[role], y)
+    misfit = _misfit(basis.planes[role], y, symbols, classes) if hints.decoded else 0.0
+    if misfit >= _FITS:
         raise CodecError("kv-learned: these were decoded from another lossy form")
     if 8 * main.numel() > BITS_MAX * x[:, kept:].numel():
         raise CodecError(f"kv-learned would need over {BITS_MAX} bits a value: {name!r} is not what its basis is of")
@@ -190,9 +191,8 @@ def _kept(x: torch.Tensor, part: Part, hints: Hints, position: int) -> int:
     return 0 if hints.prefix_start is False else len(kept_of(x, part, hints))
 
 
-def written(transform: Transform, y: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The main part: two streams, the first behind its length, and the escapes; and by how much of a step, squared,
-    coefficients lie beside their values in the mean.
+def written(transform: Transform, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The main part: two streams, the first behind its length, and the escapes; and the symbols and classes in it.
 
     y: coefficients in steps, float32 (coefficients, tokens).
     """
@@ -212,8 +212,13 @@ def written(transform: Transform, y: torch.Tensor) -> tuple[torch.Tensor, float]
     rest = q[escaped].to(torch.int16).numpy().astype("<i2").tobytes()
     whole = b"".join([len(named).to_bytes(_LENGTH_NBYTES, "little"), named,
                       len(stream).to_bytes(_LENGTH_NBYTES, "little"), stream, rest])  # fmt: skip
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8), symbols, classes
+
+
+def _misfit(transform: Transform, y: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> float:
+    """By how much of a step, squared, coefficients lie beside their values in the mean."""
     missed = (y - _dequantized(transform, symbols, classes)).square()
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8), float(missed[symbols != rans.ESCAPE].mean())
+    return float(missed[symbols != rans.ESCAPE].mean())
 
 
 def _dequantized(transform: Transform, symbols: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
