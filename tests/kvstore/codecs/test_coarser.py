@@ -118,8 +118,10 @@ def test_an_entry_is_made_coarser_once_and_says_how_much_it_lost() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", [0, 1], ids=["finer", "coarser"])
-def test_a_decoded_copy_keeps_the_form_it_came_from(which: int, dtype: torch.dtype) -> None:
-    fine, coarse = (use(basis) for basis in pair())
+@pytest.mark.parametrize("bits", [2.0, 3.2])
+def test_a_decoded_copy_keeps_the_form_it_came_from(bits: float, which: int, dtype: torch.dtype) -> None:
+    """At 2 bits most symbols are 0 in both, and values of the one lie near those of the other."""
+    fine, coarse = (use(basis) for basis in pair(3, bits))
     codec = Learned(fine, codec_for("auto"), [coarse])
     for name, x in (("k", tiny.keys(128)), ("v", tiny.values(128))):
         held = encoded_in(fine, name, x.to(dtype))
