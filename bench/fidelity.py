@@ -3,6 +3,7 @@
     .venv/bin/python bench/fidelity.py --json                       # five texts: about ten minutes
     .venv/bin/python bench/fidelity.py --model qwen2.5-0.5b gemma3-270m --text FILE FILE
     .venv/bin/python bench/fidelity.py --text FILE FILE --plot bench/fidelity.svg
+    .venv/bin/python bench/fidelity.py --model whisper-base --speech FILE.wav FILE.wav
     .venv/bin/python bench/fidelity.py --basis smollm2.safetensors  # rows of kv-learned, from `kvstored learn`
 
 A text gives 1,024 tokens of prefix, encoded in chunks of 256, and 512 tokens of continuation, teacher-forced. One
@@ -294,7 +295,7 @@ def needles(model: Model, text: Path, names: list[str], prefix: int, count: int)
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The geometric mean of KL over the texts for each codec, and its worst ratio."""
+    """The geometric mean of KL over the texts for each codec with the mean of its bits, and its worst ratio."""
     for name in CODECS:
         kls = [row for row in rows if row["name"] == name and row["params"]["metric"] == "kl" and row["value"]]
         if not kls:
@@ -307,7 +308,8 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "bitsandbytes": round(math.exp(sum(map(math.log, found)) / len(found)), 2),
                 "bitsandbytes, worst text": min(found),
             }
-        params = {**kls[0]["params"], "text": "geometric mean"}
+        bits = sum(row["params"]["bits"] for row in kls) / len(kls)
+        params = {**kls[0]["params"], "text": "geometric mean", "bits": round(bits, 3)}
         yield {"name": name, "params": params, "value": mean, "unit": "nats", "ratios": ratios}
 
 
