@@ -423,6 +423,8 @@ def main() -> None:
     means: list[dict[str, Any]] = []
     for name in args.model:
         if name in models.SPEECH:
+            if not args.speech:
+                raise SystemExit(f"{name} hears: name recordings by --speech")
             means += heard(whisper.Whisper(name), args.speech, args.codec, show)
             continue
         model = Model(name)
