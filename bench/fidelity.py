@@ -316,6 +316,8 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def heard(model: whisper.Whisper, speech: list[Path], names: list[str], show: Any) -> Iterator[dict[str, Any]]:
     """The means over recordings of each cache apart; each row is printed as it is found."""
     codecs = {name: codec for name, codec in CODECS.items() if name != "auto" and (not names or name in names)}
+    if not speech:
+        raise SystemExit(f"{model.name} hears: name recordings by --speech")
     codecs["kivi-int4"] = lambda k, v: padded(others.kivi_int4, k, v)
     codecs["nf4-kv2"] = lambda k, v: chunked(NF4KV2(), k, v)  # a short chunk is no chunk of a prefix
     codecs = {name: codec for name, codec in codecs.items() if not names or name in names}
@@ -423,8 +425,6 @@ def main() -> None:
     means: list[dict[str, Any]] = []
     for name in args.model:
         if name in models.SPEECH:
-            if not args.speech:
-                raise SystemExit(f"{name} hears: name recordings by --speech")
             means += heard(whisper.Whisper(name), args.speech, args.codec, show)
             continue
         model = Model(name)
