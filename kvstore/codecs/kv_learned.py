@@ -23,10 +23,10 @@ from kvstore.codecs.basis import Basis, Transform, with_digest
 from kvstore.codecs.classes import CLASSES, DELTA, chosen, histograms_of, reach
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4 import prepared_out, require_finite, require_names, require_part
+from kvstore.codecs.nf4_kv import in_halves
 from kvstore.codecs.nf4_kv2 import kept_of
 from kvstore.codecs.planes import Part
 from kvstore.codecs.receipt import role_in
-from kvstore.codecs.rotated import in_halves
 from kvstore.codecs.rotation import FOUND_BELOW, POSITIONS_MAX
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor

@@ -5,10 +5,10 @@ A model with a bias in its key projection has most of |K| in a part that all key
 frame does (`turning`). Short chunks have no means and no 16-bit tokens where those cost more than they save, and what
 was decoded is encoded into the same bytes again (`_again`).
 Invariant: the bytes are those of `reference_turn`, whichever kernel wrote them. Pure, any thread.
-The format and its figures: docs/codecs.md. Its blocks and checks are `rotated`'s.
+The format and its figures: docs/codecs.md. Shares its blocks and its checks with `nf4_kv`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
@@ -17,12 +17,24 @@ import numpy as np
 import torch
 
 from kvstore.codecs import receipt
-from kvstore.codecs.hints import Hints
-from kvstore.codecs.nf4 import require_part
-from kvstore.codecs.planes import Part, standing_apart
-from kvstore.codecs.rotated import Plane, RotatedRows, Written, checked_blocks, checked_kept, missed_of
+from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
+from kvstore.codecs.nf4 import prepared_out, require_names, require_part
+from kvstore.codecs.nf4_kv import (
+    JOINED,
+    Plane,
+    checked_blocks,
+    checked_kept,
+    in_halves,
+    kept_indexes,
+    missed_of,
+    split_packed,
+    stored_role,
+    stored_token_axis,
+)
+from kvstore.codecs.planes import Part, planes_of, standing_apart
 from kvstore.codecs.sinks import sinks_of
 from kvstore.codecs.turning import Means, means_of
+from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import KvKernel, kv_kernel, reference_kv, reference_turn
@@ -65,31 +77,71 @@ class Plane2(Plane):
         return self.tokens - self.coded
 
 
-class NF4KV2(RotatedRows[Plane2]):
+class NF4KV2:
     """NF4 of rotated rows, keys without their mean in the turning frame: the default codec of K/V entries."""
 
     name = "nf4-kv2"
-    _form = Plane2
-    _means = ("mean",)
+    lossy = True
 
-    def _kept(self, rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
-        return kept_of(rows, part, hints)
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        """Encode one tensor of finite values.
 
-    def _encode_plane(self, rows: torch.Tensor, plane: Plane2, prefix: str, into: Written) -> float | None:
-        return _encode_plane(rows, plane, prefix, into)
-
-    def _decode_plane(self, encoded: EncodedTensor, plane: Plane2, prefix: str, out: torch.Tensor) -> None:
-        _decode_plane(encoded, plane, prefix, out)
-
-    def _check_means(self, encoded: EncodedTensor, plane: Plane2, prefix: str) -> None:
-        _checked_means(encoded, plane, prefix)
-
-    def _closed(self, parts: dict[str, torch.Tensor]) -> None:
-        """Tops lie behind the scales: each part costs as much as 864 bytes."""
+        x: float32, float16 or bfloat16, any shape with at least one value. Parts: docs/codecs.md. The
+        attribute relative_error is the receipt (`receipt`). Raises CodecError for another dtype, for values that are
+        not finite or whose squares are not, and for those that would not come back finite.
+        """
+        x = x.detach()
+        spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        if spec.dtype not in LOSSY_ALLOWED or x.numel() == 0:
+            raise CodecError(f"nf4-kv2 holds non-empty tensors of {sorted(LOSSY_ALLOWED)}, not {spec}")
+        role, token_axis = receipt.role_in(name, x, hints), token_axis_of(x.shape, hints)
+        attrs: dict[str, object] = {"role": role, "token_axis": token_axis}
+        parts: dict[str, torch.Tensor] = {}
+        errors: list[float | None] = []
+        for prefix, part, rows in planes_of(x, role, token_axis):
+            plane = Plane2.of(part, rows, kept_of(rows, part, hints))
+            attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
+            errors.append(_encode_plane(rows, plane, prefix, parts, attrs))
+        if role == "packed":
+            for suffix in JOINED:
+                parts[suffix] = torch.cat((parts[suffix], parts.pop(f"v.{suffix}")))
         parts["scale"] = torch.cat((parts["scale"], parts.pop("scale_top").view(torch.uint8)))
+        encoded = EncodedTensor(spec, self.name, parts, attrs)
+        known = [error for error in errors if error is not None]
+        if len(known) == len(errors):
+            return receipt.with_receipt(encoded, max(known))
+        return receipt.sealed(self, name, x, encoded, hints)
 
-    def _opened(self, encoded: EncodedTensor, planes: Sequence[Plane2]) -> EncodedTensor:
-        return _with_tops(encoded, planes)
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+
+        Raises CodecError when parts, attributes and spec do not belong together.
+        """
+        role, token_axis = _checked_spec(encoded)
+        main = encoded.parts.get("")
+        if main is None:
+            raise CodecError("nf4-kv2 without codes")
+        if 2 * sum(part.numel() for part in encoded.parts.values()) < prod(encoded.spec.shape):
+            raise CodecError(f"nf4-kv2 has too few codes for {encoded.spec}")  # before memory is made for them
+        out = prepared_out(encoded.spec, main.device, out)
+        for plane, prefix, rows, tensor in _planes(encoded, out, role, token_axis):
+            _decode_plane(tensor, plane, prefix, rows)
+            if role == "packed":
+                half = out.shape[-1] // 2
+                target = out[..., :half] if plane.role == "key" else out[..., half:]
+                target.copy_(rows.view(target.shape))
+        return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
+        role, token_axis = _checked_spec(encoded)
+        like = torch.empty(encoded.spec.shape, dtype=getattr(torch, encoded.spec.dtype), device="meta")
+        for plane, prefix, _rows, tensor in _planes(encoded, like, role, token_axis):
+            checked_blocks(tensor, plane, prefix)
+            if plane.kept:
+                checked_kept(tensor, plane, prefix)
+            if plane.groups:
+                _checked_means(tensor, plane, prefix)
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
@@ -109,9 +161,12 @@ def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":
     return kv_kernel(rows) or reference_turn
 
 
-def _encode_plane(rows: torch.Tensor, plane: Plane2, prefix: str, into: Written) -> float | None:
-    """Add one plane's parts, kept tokens aside; returns its receipt, or None where only decoding can tell it."""
-    parts = into.parts
+def _encode_plane(
+    rows: torch.Tensor, plane: Plane2, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]
+) -> float | None:
+    """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
+    if plane.kept:
+        parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
     kernel = _arithmetic(rows)
     coded, stride = rows[:, plane.lead :], plane.tokens
     if plane.lead < len(plane.kept):
@@ -129,7 +184,7 @@ def _encode_plane(rows: torch.Tensor, plane: Plane2, prefix: str, into: Written)
     parts[prefix] = codes
     parts[f"{prefix}scale"], parts[f"{prefix}scale_top"] = scales, tops
     if means is not None:
-        _add_means(means, prefix, into)
+        _add_means(means, prefix, parts, attrs)
     if not telling:
         return None
     if energies is None:
@@ -158,15 +213,15 @@ def _without_outliers(coded: torch.Tensor, plane: Plane2) -> torch.Tensor:
     return coded.index_select(1, torch.tensor(source, device=coded.device))
 
 
-def _add_means(means: Means, prefix: str, into: Written) -> None:
+def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs: dict[str, object]) -> None:
     """All that is said of means in one part: each part of a tensor costs as much as 864 bytes."""
     made = [means.codes, means.scales]
     if means.turns is not None:
         rotary, tangents, turning = means.turns
         of, tables = _tables(tangents.cpu().numpy(), turning.flatten(1).any(dim=1).cpu().numpy())
         made += [turning, of.to(turning.device), tables.to(turning.device)]
-        into.attrs[f"{prefix}rotary"], into.attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
-    into.parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
+        attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
+    parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
 
 
 def _tables(tangents: np.ndarray, turning: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +290,41 @@ def _decode_plane(encoded: EncodedTensor, plane: Plane2, prefix: str, out: torch
             out[:, plane.kept[at]].copy_(kept[:, at])
 
 
-def _with_tops(encoded: EncodedTensor, planes: Sequence[Plane2]) -> EncodedTensor:
+def _checked_spec(encoded: EncodedTensor) -> tuple[str, int]:
+    """Role and token axis; CodecError for a spec that no tensor of this codec has."""
+    role, token_axis = stored_role(encoded.attrs), stored_token_axis(encoded.attrs)
+    spec = encoded.spec
+    if spec.dtype not in LOSSY_ALLOWED or prod(spec.shape) == 0:
+        raise CodecError(f"nf4-kv2 decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
+    if role == "packed" and (not spec.shape or spec.shape[-1] % 2):
+        raise CodecError(f"nf4-kv2 packs keys and values in an even last dimension, not {spec.shape}")
+    return role, token_axis
+
+
+def _planes(
+    encoded: EncodedTensor, like: torch.Tensor, role: str, token_axis: int
+) -> list[tuple[Plane2, str, torch.Tensor, EncodedTensor]]:
+    """Plane, prefix, rows, and the tensor that has their parts; CodecError unless it has these and no others."""
+    halves = planes_of(like, role, token_axis)
+    planes = [
+        Plane2.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
+        for prefix, part, rows in halves
+    ]
+    encoded = _with_tops(encoded, planes)
+    if role == "packed":
+        encoded = split_packed(encoded, [rows for _prefix, _part, rows in halves], Plane2)
+    found = []
+    names: list[str] = []
+    for plane, (prefix, _part, rows) in zip(planes, halves, strict=True):
+        names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
+        names += [f"{prefix}kept"] * bool(plane.kept)
+        names += [f"{prefix}mean"] * bool(plane.groups)
+        found.append((plane, prefix, rows, encoded))
+    require_names(encoded, names)
+    return found
+
+
+def _with_tops(encoded: EncodedTensor, planes: list[Plane2]) -> EncodedTensor:
     """The tensor with the tops, which lie behind the scales, as a part of their own."""
     scales = sum(plane.blocks for plane in planes)
     tops = 2 * sum(-(-plane.blocks // reference_kv.SCALE_GROUP) for plane in planes)

@@ -148,7 +148,7 @@ PREPARED = (
     ("kvstore/codecs/int8.py", "+ 0xFFFF) & ~0xFFFF", "& ~0xFFFF)", "scales rounded down"),
     ("kvstore/codecs/receipt.py", "if not bool(torch.isfinite(missed).all()):", "if False:", "infinities"),
     (
-        "kvstore/codecs/rotated.py",
+        "kvstore/codecs/nf4_kv.py",
         "if not tops.clamp(0, _TOP_LIMIT - 1).equal(tops):",
         "if False:",
         "scales that are none",

@@ -12,8 +12,8 @@ from kvstore.codecs import check_entry, codec_named, decode_entry
 from kvstore.codecs.hints import Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import _runs
+from kvstore.codecs.nf4_kv import kept_indexes, stored_role, stored_token_axis
 from kvstore.codecs.planes import planes_of, standing_apart
-from kvstore.codecs.rotated import kept_indexes, stored_role, stored_token_axis
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, InvalidEntry
 from kvstore.hit import TensorInfo
