@@ -119,7 +119,10 @@ endif
 clean:  ## Remove what these targets made, the model's cache aside
 	rm -rf .venv .venv-* dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
+# Debian's pocketsphinx-testdata, or WAV files of one's own: Whisper is left out without any.
+SPEECH ?= $(wildcard /usr/share/pocketsphinx/test/data/librivox/*.wav)
+
 .PHONY: fidelity
 fidelity: $(SETUP)  ## What the codecs do to answers, on models of the registry (fetches 1.9 GB; hours)
 	@$(BIN)/python bench/fidelity.py --model smollm2-135m gemma3-270m qwen2.5-0.5b qwen2.5-1.5b \
-	  --continuation 256 --needles 8
+	  $(if $(SPEECH),whisper-base --speech $(SPEECH)) --continuation 256 --needles 8

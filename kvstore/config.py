@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kvstore import extensions
+from kvstore.checks import check_choice, check_range
 from kvstore.errors import ConfigError
 
 MIB = 1 << 20
@@ -91,6 +92,16 @@ class CodecPolicy:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """What a form may cost: at most so many bits a value, or so many nats a token as measured when its basis was
+    learned. 0: unsaid.
+    """
+
+    bits: float = 0.0
+    max_kl: float = 0.0
+
+
+@dataclass(frozen=True)
 class WarmConfig:
     """The warm tier: encoded tensors in memory. 0 bytes: no warm tier.
 
@@ -119,6 +130,8 @@ class ColdConfig:
     lately and were put again. write_nbytes_per_day: after so many bytes only entries that were hit are written; 0: no
     budget. free_min_fraction: share of the file system that stays free: the tier shrinks before the disk is full.
     key_files: records are encrypted with the key in this file; by namespace, tenant, TENANT/NAMESPACE or "*".
+    bits, max_kl: a `Rate`: what kv-learned holds sinks into cold in a coarser basis that keeps it (docs/codecs.md).
+    namespaces: the rates of namespaces, by the names that `WarmConfig` has.
     """
 
     path: str | None = None
@@ -129,6 +142,9 @@ class ColdConfig:
     write_nbytes_per_day: int = 0
     free_min_fraction: float = 0.02
     key_files: Mapping[str, str] = field(default_factory=dict)
+    bits: float = 0.0
+    max_kl: float = 0.0
+    namespaces: Mapping[str, Rate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -280,6 +296,11 @@ class StoreConfig:
             where = f"warm.namespaces.{name}" if name else "warm"
             check_codecs(where, policy)
             _check_learned(where, policy, self.warm.bases)
+        _check_rate("cold", self.cold)
+        for name, rate in self.cold.namespaces.items():
+            _check_rate(f"cold.namespaces.{name}", rate)
+        if (self.cold.bits or self.cold.max_kl) and all(policy.codec != LEARNED for _name, policy in policies):
+            raise ConfigError(f"cold.{'bits' if self.cold.bits else 'max_kl'} needs a codec {LEARNED!r} in warm")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hot.device):
             raise ConfigError(f'hot.device is "cpu" or "cuda:N", got {self.hot.device!r}')
         if self.hot.device != "cpu" and self.split != "fixed":
@@ -395,10 +416,7 @@ def _check_learned(name: str, policy: CodecPolicy | WarmConfig, bases: Mapping[s
         raise ConfigError(
             f'{name}.codec is {LEARNED} and warm.bases is empty: kvstored learn makes a basis, bases = {{ "*" = FILE }}'
         )
-    check_range(f"{name}.bits", policy.bits, 0, 16)
-    check_range(f"{name}.max_kl", policy.max_kl, 0, 100)
-    if policy.bits and policy.max_kl:
-        raise ConfigError(f"{name}.bits and {name}.max_kl contradict each other: one of them chooses the basis")
+    _check_rate(name, policy)
     if (policy.bits or policy.max_kl) and policy.codec != LEARNED:
         raise ConfigError(
             f"{name}.{'bits' if policy.bits else 'max_kl'} needs {name}.codec = {LEARNED!r}, got {policy.codec!r}: "
@@ -406,16 +424,11 @@ def _check_learned(name: str, policy: CodecPolicy | WarmConfig, bases: Mapping[s
         )
 
 
-def check_range(name: str, value: object, low: float, high: float) -> None:
-    """Raise ConfigError, with the value and the limits, unless low <= value <= high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} must be from {low} to {high}, got {value!r}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ConfigError, naming the choices, unless value is one of them."""
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def _check_rate(name: str, rate: CodecPolicy | WarmConfig | ColdConfig | Rate) -> None:
+    check_range(f"{name}.bits", rate.bits, 0, 16)
+    check_range(f"{name}.max_kl", rate.max_kl, 0, 100)
+    if rate.bits and rate.max_kl:
+        raise ConfigError(f"{name}.bits and {name}.max_kl contradict each other: one of them chooses the basis")
 
 
 def _check_known(name: str, value: object, own: Sequence[str], others: extensions.Registry[Any]) -> None:

@@ -90,13 +90,28 @@ class Match(int):
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What a tier holds of an entry.
+
+    bits: a value, with all that its budget counts. kl: nats a token that were predicted when the form's basis was
+    learned; 0.0 of what is as it was put; None: nobody has. basis: its digest, or "".
+    """
+
+    encoding: str
+    bits: float
+    kl: float | None = None
+    basis: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EntryInfo:
     """The facts about an entry, without its value.
 
     tiers: those that hold it, uppermost first; tier_nbytes: bytes counted against each budget, in that order.
     encoding: in the uppermost tier. value_nbytes: bytes of the decoded tensors.
     ttl_left_s: seconds until it expires; None while pinned. receipt: as in a `Hit`.
-    tenant, namespace: its owner, and the name it was put under; "" for none.
+    tenant, namespace: its owner, and the name it was put under; "" for none. forms: one for each of `tiers`, where
+    tensors are described.
     """
 
     key: bytes
@@ -114,6 +129,7 @@ class EntryInfo:
     receipt: Mapping[str, float] = field(default_factory=dict)
     tenant: str = ""
     namespace: str = ""
+    forms: tuple[Form, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,7 @@ class Counters:
     """Counts of the store since start; sizes in bytes of decoded tensors, times in seconds.
 
     errors: by encoding, for each tensor encoded on demotion ("raw": a tensor that had to stay as it is).
+    coarsened: entries that went to cold in a coarser form than they had above; coarsened_nbytes: by how much smaller.
     """
 
     gets: int = 0
@@ -116,6 +117,9 @@ class Counters:
     encode_s: float = 0.0
     decodes: int = 0
     decode_s: float = 0.0
+    coarsened: int = 0
+    coarsened_nbytes: int = 0
+    coarsen_s: float = 0.0
     promotions_dropped: int = 0
     orphaned: int = 0
     refused_chunks: int = 0
@@ -236,6 +240,9 @@ def values_of(counters: Counters, gauges: Mapping[str, float]) -> dict[str, floa
         "encode_s": counters.encode_s,
         "decodes": counters.decodes,
         "decode_s": counters.decode_s,
+        "coarsened": counters.coarsened,
+        "coarsened_nbytes": counters.coarsened_nbytes,
+        "coarsen_s": counters.coarsen_s,
         "promotions_dropped": counters.promotions_dropped,
         "orphaned": counters.orphaned,
         "refused_chunks": counters.refused_chunks,

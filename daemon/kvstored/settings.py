@@ -12,7 +12,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from kvstore.config import MIB, StoreConfig, check_range, from_mapping, leaves, read_toml
+from kvstore.checks import check_range
+from kvstore.config import MIB, StoreConfig, from_mapping, leaves, read_toml
 from kvstore.errors import ConfigError
 from kvstored_client.wire.address import listening_address, parse_address, socket_path, wants_tls
 

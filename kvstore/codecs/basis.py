@@ -39,6 +39,8 @@ FILE_MAX_NBYTES = 4 << 30
 GROUPS = (1, 3, 10)
 """Layers that are transformed together."""
 LEVELS = 3
+TIMES = (3, 5, 7, 9)
+"""Steps of a finer basis that one of a coarser may be wide."""
 _TAG = "kvstored.basis"
 Plane = Literal["k", "v"]
 
@@ -134,7 +136,7 @@ class Basis:
     def __init__(self, about: About, tensors: Mapping[str, torch.Tensor], digest: str) -> None:
         """Raises CodecError unless the tensors are those of `about`."""
         self.about, self.digest = about, digest
-        self._tensors = dict(tensors)
+        self.tensors = dict(tensors)
         angles = tensors.get("angles")
         pairs = 0 if angles is None else angles.numel() // about.layers
         if pairs > about.dim // 2:
@@ -149,14 +151,31 @@ class Basis:
         if len(tensors) != 1 + 2 * (2 * len(sizes) + 5):
             raise CodecError(f"a basis of {len(sizes)} groups has {len(tensors)} tensors")
 
+    def times(self, finer: "Basis") -> int:
+        """How many steps of a finer basis one of this one is wide, where it is that basis but for its step; else 0.
+
+        An odd number: then each cell of the finer symbols lies whole in one of these, and symbols of the finer basis
+        say what those here are (`kv_learned.coarser`).
+        """
+        shape = ("model", "layers", "heads", "dim", "group", "interleaved")
+        if any(getattr(self.about, name) != getattr(finer.about, name) for name in shape):
+            return 0
+        ours, theirs = self.tensors, finer.tensors
+        scales = [name for name in ours if name.endswith(".scale")]
+        ratio = float(ours[scales[0]][0] / theirs[scales[0]][0]) if scales else 0.0
+        times = next((odd for odd in TIMES if abs(ratio - odd) < 0.5), 0)
+        alike = [name for name in ours if name.rpartition(".")[2] not in ("scale", "classes", "tables", "levels")]
+        same = all(torch.equal(ours[name], theirs[name]) for name in alike)
+        return times if same and all(torch.equal(ours[name], theirs[name] * times) for name in scales) else 0
+
     @property
     def nbytes(self) -> int:
         """Bytes of the file's tensors."""
-        return sum(x.numel() * x.element_size() for x in self._tensors.values())
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
 
     def to_bytes(self) -> bytes:
         """The file."""
-        return save(self._tensors, {_TAG: _json(self.about), "digest": self.digest})
+        return save(self.tensors, {_TAG: _json(self.about), "digest": self.digest})
 
 
 def made(about: About, tensors: Mapping[str, torch.Tensor]) -> Basis:
@@ -208,6 +227,12 @@ def with_digest(digest: object) -> Basis:
             f"kv-learned: no basis here has the digest {digest[:16]}...; name its file in store.warm.bases"
         )
     return found
+
+
+def predicted_kl(digest: str) -> float | None:
+    """Nats a token that were predicted when a basis in use was learned; None without it."""
+    found = _IN_USE.get(digest)
+    return None if found is None else found.about.kl
 
 
 def _about(value: object) -> About:

@@ -15,7 +15,7 @@ from kvstore.codecs.basis import Basis, read_basis, use
 from kvstore.codecs.hints import NO_HINTS, Hints, role_of
 from kvstore.codecs.kv_learned import Learned
 from kvstore.codecs.layers import encode_runs
-from kvstore.config import LEARNED, CodecPolicy, WarmConfig, layer_range
+from kvstore.config import LEARNED, CodecPolicy, ColdConfig, Rate, WarmConfig, layer_range
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError, ConfigError
 
@@ -59,16 +59,21 @@ class ByLayer:
 
 
 class CodecChoice:
-    """The codec of each namespace. Holds the bases that kv-learned decodes with, as long as it lives."""
+    """The codec of each namespace, and the form that cold holds. Holds the bases in use as long as it lives."""
 
-    def __init__(self, config: WarmConfig) -> None:
-        """Raises ConfigError for a basis that cannot be read."""
+    def __init__(self, config: WarmConfig, cold: ColdConfig | None = None) -> None:
+        """cold: the rates below. Raises ConfigError for a basis that cannot be read, or a rate that none keeps."""
         read = {path: use(read_basis(path)) for path in dict.fromkeys(config.bases.values())}
         self._bases = {name: read[path] for name, path in config.bases.items()}
+        each = set(read.values())
+        self._nested = {basis.digest: [other for other in each if other.times(basis)] for basis in each}
         self._rest = self._policy_of(config, "warm")
         self._namespaces = {
             name: self._policy_of(policy, f"warm.namespaces.{name}") for name, policy in config.namespaces.items()
         }
+        self._below = cold or ColdConfig()
+        for name in ("*", *self._bases, *self._namespaces, *self._below.namespaces):
+            self.coarser_of(name)  # what cannot be kept is said at the start
 
     def codec_of(self, namespace: str) -> Codec:
         """The codec of entries put under a namespace: its own by "MODEL@DIGEST" or by the model, else the store's.
@@ -78,6 +83,22 @@ class CodecChoice:
         policy = _by_name(self._namespaces, namespace) or self._rest
         return _by_name(policy.learned, namespace) or policy.learned.get("*") or policy.codec
 
+    def coarser_of(self, namespace: str) -> Basis | None:
+        """The basis of the form that a namespace's entries sink into cold in; None: they sink as they are.
+
+        Raises ConfigError for a rate that no basis keeps, which a start finds.
+        """
+        own, codec = _by_name(self._below.namespaces, namespace), self.codec_of(namespace)
+        rate, where = (own, f"cold.namespaces.{namespace}") if own else (self._below, "cold")
+        if not rate.bits and not rate.max_kl:
+            return None
+        if not isinstance(codec, Learned):
+            if own:
+                raise ConfigError(f"{where} states a rate, and the codec there is not {LEARNED}: only its forms nest")
+            return None
+        found = _of_rate([codec.basis, *self._nested[codec.basis.digest]], rate, where, "--coarser FILE")
+        return None if found is codec.basis else found
+
     def _policy_of(self, policy: CodecPolicy | WarmConfig, where: str) -> "_Policy":
         if policy.codec != LEARNED:
             return _Policy(_codec_of(policy), {})
@@ -85,7 +106,7 @@ class CodecChoice:
         learned: dict[str, Codec] = {}
         for name, named in self._bases.items():
             alike = [basis for basis in dict.fromkeys(self._bases.values()) if _model(basis) == _model(named)]
-            basis = _of_rate(named, alike, policy, where)
+            basis = _of_rate(alike, policy, where) or named
             learned[name] = Learned(basis, rest, [other for other in alike if other is not basis])
         return _Policy(rest, learned)
 
@@ -98,31 +119,28 @@ class _Policy:
     learned: Mapping[str, Codec]
 
 
-def _of_rate(named: Basis, of: Sequence[Basis], policy: CodecPolicy | WarmConfig, where: str) -> Basis:
-    """Of all bases of a model the one of the rate that a policy states; without one the basis that is named.
+_Rate = CodecPolicy | WarmConfig | ColdConfig | Rate
 
-    Raises ConfigError where none of them is: what is put would be held otherwise than was asked for.
+
+def _of_rate(of: Sequence[Basis], rate: _Rate, where: str, how: str = "") -> Basis | None:
+    """Of bases of one model the finest within the bits that are stated, or the coarsest within the KL; None: unsaid.
+
+    how: options of `learn` beside the rate. Raises ConfigError where no basis keeps it: what is put would be held
+    otherwise than was asked for.
     """
-    model = repr(named.about.model)
-    if policy.bits:
-        fitting = [basis for basis in of if basis.about.bits <= policy.bits]
-        if fitting:
-            return max(fitting, key=lambda basis: basis.about.bits)
-        least = min(basis.about.bits for basis in of)
-        raise ConfigError(
-            f"{where}.bits is {policy.bits:g}, and the coarsest basis of {model} in warm.bases has {least:.3g}: "
-            f"kvstored learn --bits {policy.bits:g} makes one"
-        )
-    if policy.max_kl:
-        fitting = [basis for basis in of if basis.about.kl_measured <= policy.max_kl]
-        if fitting:
-            return min(fitting, key=lambda basis: basis.about.bits)
-        least = min(basis.about.kl_measured for basis in of)
-        raise ConfigError(
-            f"{where}.max_kl is {policy.max_kl:g}, and the finest basis of {model} in warm.bases measured "
-            f"{least:.3g}: kvstored learn --max-kl {policy.max_kl:g} makes one"
-        )
-    return named
+    name, most, finest, has = ("bits", rate.bits, "coarsest", "has") if rate.bits else ("max_kl", rate.max_kl, "finest",
+                                                                                       "measured")  # fmt: skip
+    if not most:
+        return None
+    costs = {basis: basis.about.bits if rate.bits else basis.about.kl_measured for basis in of}
+    fitting = [basis for basis, cost in costs.items() if cost <= most]
+    if fitting:
+        return max(fitting, key=lambda basis: basis.about.bits if rate.bits else -basis.about.bits)
+    option = name.replace("_", "-")
+    raise ConfigError(
+        f"{where}.{name} is {most:g}, and the {finest} basis of {of[0].about.model!r} in warm.bases {has} "
+        f"{min(costs.values()):.3g}: kvstored learn {how or f'--{option} {most:g}'} makes one"
+    )
 
 
 def _model(basis: Basis) -> tuple[object, ...]:

@@ -76,10 +76,10 @@ class KVLearned:
 
         Raises UnknownEncoding without the basis, CodecError where parts, attributes, spec and basis do not agree.
         """
-        basis, role, kept, position = _checked(encoded)
+        basis, role, kept, position = checked(encoded)
         out = prepared_out(encoded.spec, encoded.parts[""].device, out)
         body = out[:, kept:]
-        coded = _read(encoded, basis.planes[role], kept)
+        coded = read_coded(encoded, basis.planes[role], kept)
         kernel, products = cpu_kernel(out), products_on(out)
         if kernel is not None:
             _filled(kernel, basis, role, coded, position + kept, body)
@@ -113,10 +113,12 @@ class Learned:
         """Encode one tensor. Raises CodecError if neither can."""
         if not bool(torch.isfinite(x).all()):
             raise CodecError(_FINITE)
+        found: list[tuple[float, EncodedTensor]] = []
         for basis in (self.basis, *(self._others if hints.decoded else ())):
             with suppress(CodecError):
-                return encoded_in(basis, name, x, hints)
-        return self._rest.encode(name, x, hints)
+                found.append(_encoded_in(basis, name, x, hints))
+        # Nested bases (`coarser`) have values in common: what was decoded is of the one that it lies on best.
+        return min(found, key=lambda one: one[0])[1] if found else self._rest.encode(name, x, hints)
 
     def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Decode by the name that was stored."""
@@ -128,6 +130,11 @@ def encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints = NO_HINTS
 
     Also for values beyond the basis's range, and for copies decoded from a lossy form that is not of this basis.
     """
+    return _encoded_in(basis, name, x, hints)[1]
+
+
+def _encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints) -> tuple[float, EncodedTensor]:
+    """By how much of a step, squared, decoded values lie beside those of this basis, and the tensor."""
     x = x.detach()
     about, role = basis.about, role_in(name, x, hints)
     spec = TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
@@ -144,11 +151,15 @@ def encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints = NO_HINTS
         attrs["position"] = position
     kept = _kept(x, "key" if role == "key" else "value", hints, position)
     attrs["kept"] = kept
-    main = _coded(basis, role, x[:, kept:], position + kept, decoded=hints.decoded)
+    y = coefficients(basis, role, x[:, kept:], position + kept)
+    main, symbols, classes = written(basis.planes[role], y)
+    misfit = _misfit(basis.planes[role], y, symbols, classes) if hints.decoded else 0.0
+    if misfit >= _FITS:
+        raise CodecError("kv-learned: these were decoded from another lossy form")
     if 8 * main.numel() > BITS_MAX * x[:, kept:].numel():
         raise CodecError(f"kv-learned would need over {BITS_MAX} bits a value: {name!r} is not what its basis is of")
     parts = {"": main, "kept": in_halves(x[:, :kept])} if kept else {"": main}
-    return EncodedTensor(spec, KVLearned.name, parts, attrs)
+    return misfit, EncodedTensor(spec, KVLearned.name, parts, attrs)
 
 
 def coefficients(basis: Basis, role: str, x: torch.Tensor, first: int) -> torch.Tensor:
@@ -185,10 +196,11 @@ def _kept(x: torch.Tensor, part: Part, hints: Hints, position: int) -> int:
     return 0 if hints.prefix_start is False else len(kept_of(x, part, hints))
 
 
-def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: bool) -> torch.Tensor:
-    """The main part: two streams, the first behind its length, and the escapes."""
-    transform = basis.planes[role]
-    y = coefficients(basis, role, x, first)
+def written(transform: Transform, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The main part: two streams, the first behind its length, and the escapes; and the symbols and classes in it.
+
+    y: coefficients in steps, float32 (coefficients, tokens).
+    """
     q = y.round()
     if float(q.abs().max()) > _LARGEST:
         raise CodecError(f"kv-learned holds {_LARGEST} steps, not {float(q.abs().max()):g}")
@@ -197,8 +209,6 @@ def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: boo
     classes = chosen(histograms_of(symbols), transform.tables, transform.classes)
     escaped = q.abs() > _REACHES[classes.long()][:, None]
     symbols[escaped] = rans.ESCAPE
-    if decoded and not _fits(transform, y, symbols, classes):
-        raise CodecError("kv-learned: these were decoded from another lossy form")
     away = (classes.to(torch.int16) - transform.classes.to(torch.int16)).to(torch.int8)
     which = np.full(1, DELTA, np.uint8)
     named = rans.encode(away.numpy()[None], which, transform.tables)
@@ -207,12 +217,13 @@ def _coded(basis: Basis, role: str, x: torch.Tensor, first: int, *, decoded: boo
     rest = q[escaped].to(torch.int16).numpy().astype("<i2").tobytes()
     whole = b"".join([len(named).to_bytes(_LENGTH_NBYTES, "little"), named,
                       len(stream).to_bytes(_LENGTH_NBYTES, "little"), stream, rest])  # fmt: skip
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8), symbols, classes
 
 
-def _fits(transform: Transform, y: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> bool:
+def _misfit(transform: Transform, y: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> float:
+    """By how much of a step, squared, coefficients lie beside their values in the mean."""
     missed = (y - _dequantized(transform.values, symbols, classes)).square()
-    return float(missed[symbols != rans.ESCAPE].mean()) < _FITS
+    return float(missed[symbols != rans.ESCAPE].mean())
 
 
 def _dequantized(values: torch.Tensor, symbols: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -220,7 +231,7 @@ def _dequantized(values: torch.Tensor, symbols: torch.Tensor, classes: torch.Ten
     return values.view(-1)[at]
 
 
-def _checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
+def checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
     """Basis, role, kept tokens and position, after everything but the stream was checked."""
     attrs, spec = encoded.attrs, encoded.spec
     basis = with_digest(attrs.get("basis"))
@@ -244,7 +255,7 @@ def _checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
     return basis, role, kept, position
 
 
-def _read(encoded: EncodedTensor, transform: Transform, kept: int) -> Coded:
+def read_coded(encoded: EncodedTensor, transform: Transform, kept: int) -> Coded:
     """What a tensor's streams say, all of it checked but how many escapes there are."""
     main = encoded.parts[""]
     data = require_part(encoded, "", torch.uint8, main.numel()).cpu().numpy()

@@ -8,7 +8,7 @@ Knows no model and no file. Not thread-safe.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ class Statistics:
 class Found:
     """What a step gives: the tensors of a basis, bits a value, and the predicted KL a token behind 1,024 tokens."""
 
+    step: float
     tensors: dict[str, torch.Tensor]
     bits: float
     kl: float
@@ -139,7 +140,7 @@ class Learning:
         values = sum(y.numel() for of in some.values() for y in of)
         bits = sum(f.bits for f in fitted.values()) / values
         harm = sum(float((self._harm[role] * fitted[role].missed.double()).sum()) for role, _ in ROLES) * step**2
-        return Found(self._tensors(step, fitted), bits, harm * self.prefix / 2)
+        return Found(step, self._tensors(step, fitted), bits, harm * self.prefix / 2)
 
     def for_bits(self, bits: float) -> Found:
         """The least step that needs no more bits a value."""
@@ -148,6 +149,13 @@ class Learning:
     def for_kl(self, kl: float) -> Found:
         """The largest step whose predicted KL is not above."""
         return self.at(self._search(lambda found: found.kl <= kl)[0])
+
+    def coarser(self, found: Found, times: int) -> Found:
+        """A step so many times as wide, in which the finer one's cells nest (`Basis.times`): the same matrices."""
+        coarse = self.at(found.step * times)
+        scales = {name: x * times for name, x in found.tensors.items() if name.endswith(".scale")}
+        matrices = {name: found.tensors[name] for name in (scale.removesuffix(".scale") for scale in scales)}
+        return replace(coarse, tensors={**coarse.tensors, **matrices, **scales})
 
     def basis(self, found: Found, kl_measured: float = 0.0) -> Basis:
         """The artifact."""

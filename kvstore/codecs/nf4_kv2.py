@@ -215,19 +215,22 @@ def _add_means(means: Means, prefix: str, parts: dict[str, torch.Tensor], attrs:
     made = [means.codes, means.scales]
     if means.turns is not None:
         rotary, tangents, turning = means.turns
-        of, tables = _tables(tangents.cpu().numpy())
+        of, tables = _tables(tangents.cpu().numpy(), turning.flatten(1).any(dim=1).cpu().numpy())
         made += [turning, of.to(turning.device), tables.to(turning.device)]
         attrs[f"{prefix}rotary"], attrs[f"{prefix}interleaved"] = rotary.channels, rotary.interleaved
     parts[f"{prefix}mean"] = torch.cat([some.contiguous().view(-1).view(torch.uint8) for some in made])
 
 
-def _tables(tangents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which table each slab has, int32 (outer,), and the tables in order. tangents: float32 (outer, pairs)."""
+def _tables(tangents: np.ndarray, turning: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which table each slab has, int32 (outer,), and the tables in order: those of slabs that turn, bool (outer,).
+
+    tangents: float32 (outer, pairs). A slab where nothing turns names the first: nobody reads it.
+    """
     rows = [row.tobytes() for row in tangents]
-    first = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))
+    first = {rows[at]: at for at in reversed(np.flatnonzero(turning).tolist())}
     chosen = sorted(first.values(), key=lambda at: tangents[at].tolist())
     found = {rows[at]: which for which, at in enumerate(chosen)}
-    of = np.array([found[row] for row in rows], np.int32)
+    of = np.array([found[row] if on else 0 for row, on in zip(rows, turning.tolist(), strict=True)], np.int32)
     return torch.from_numpy(of), torch.from_numpy(tangents[chosen])
 
 

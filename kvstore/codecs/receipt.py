@@ -102,13 +102,16 @@ def errors_by_head(
     both = zip(planes_of(x, role, axis), planes_of(decoded, role, axis), strict=True)
     for (prefix, part, rows), (_, _, got) in both:
         stored = encoded.attrs.get(f"{prefix}kept")
-        kept = (
-            standing_apart(rows, part, hints)
-            if stored is None
-            else tuple(map(int, str(stored).split(",") if stored else ()))
-        )
+        kept = standing_apart(rows, part, hints) if stored is None else _kept_in(stored)
         found.append(_errors(rows, got, part, kept, known.get(prefix)))
     return found
+
+
+def _kept_in(stored: object) -> tuple[int, ...]:
+    """The kept tokens that an attribute names: indexes, or how many of the first (kv-learned)."""
+    if isinstance(stored, int):
+        return tuple(range(stored))
+    return tuple(map(int, str(stored).split(","))) if stored else ()
 
 
 def from_sums(missed: torch.Tensor, energies: torch.Tensor, values: int) -> float | None:

@@ -65,7 +65,7 @@ class EncodedTensor:
     @property
     def described(self) -> "Described":
         """The tensor without its parts."""
-        return Described(self.spec, self.encoding, self.relative_error)
+        return Described(self.spec, self.encoding, self.relative_error, basis_in(self.attrs))
 
 
 def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
@@ -88,11 +88,18 @@ def _parts_of(tensors: Mapping[str, EncodedTensor]) -> list[object]:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A tensor without its parts; the fields are those of `EncodedTensor`."""
+    """A tensor without its parts; the fields are those of `EncodedTensor`. basis: its digest (kv-learned), or ""."""
 
     spec: TensorSpec
     encoding: str
     relative_error: float
+    basis: str = ""
+
+
+def basis_in(attrs: Mapping[str, object]) -> str:
+    """The digest of a basis in a tensor's attributes."""
+    basis = attrs.get("basis")
+    return basis if isinstance(basis, str) else ""
 
 
 def error_in(encoding: str, attrs: Mapping[str, object]) -> float:

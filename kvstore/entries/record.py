@@ -25,7 +25,7 @@ from kvstore.boundary import Blaming
 from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.entries.compact import Layout, PackedTensors, layout_of
 from kvstore.entries.compression import Compression, compress, decompress_into
-from kvstore.entries.entry import Described, EncodedTensor, Entry, error_in
+from kvstore.entries.entry import Described, EncodedTensor, Entry, basis_in, error_in
 from kvstore.entries.facts import PARTS_MAX, Row, spec_of_part, tensor_rows
 from kvstore.entries.safetensors_header import (  # fmt: skip
     HEADER_MAX_NBYTES,
@@ -302,7 +302,10 @@ def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
         nbytes = sum(row.spec.nbytes for row in rows)
         if nbytes != head.value_nbytes or nbytes > DECODED_MAX_RATIO * (head.data_nbytes + _SIDE_NBYTES):
             raise RecordCorrupt(f"tensors of {nbytes} bytes, header says {head.value_nbytes}, of {head.data_nbytes}")
-        return {row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs)) for row in rows}
+        return {
+            row.name: Described(row.spec, row.encoding, error_in(row.encoding, row.attrs), basis_in(row.attrs))
+            for row in rows
+        }
 
 
 def _key_hash(key: bytes) -> bytes:

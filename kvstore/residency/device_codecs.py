@@ -173,7 +173,7 @@ def forms_of(
     forget: Callable[[Sequence[Key], GoneCause], int],
 ) -> tuple[TensorTranscoder, Answers]:
     """The forms and answers of a store. hot: None where that is in RAM; then room: where promoted tensors are made."""
-    policies = CodecChoice(config.warm)
+    policies = CodecChoice(config.warm, config.cold)
     if hot is not None:
         there = DeviceTranscoder(policies, residency, hot)
         return there, DeviceAnswers(residency, there, framework, forget, hot)

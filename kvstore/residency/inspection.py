@@ -6,9 +6,11 @@ it was at some moment of the call.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from math import prod
 
-from kvstore.entries.entry import Described
-from kvstore.hit import EntryInfo, Explanation
+from kvstore.codecs.basis import predicted_kl
+from kvstore.entries.entry import Described, Entry
+from kvstore.hit import EntryInfo, Explanation, Form
 from kvstore.keys import Key
 from kvstore.metadata.accounts import accounts_of
 from kvstore.metadata.owner import Owner
@@ -64,6 +66,9 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         specs = {name: t.described for name, t in entry.tensors.items()}
     else:
         specs = (r.cold.specs_of(key) if with_tensors and r.cold is not None else None) or {}
+    forms = (
+        tuple(_form(r, name, key, nbytes) for name, nbytes in zip(tiers, sizes, strict=True)) if with_tensors else ()
+    )
     return EntryInfo(
         key=key,
         tiers=tuple(tiers),
@@ -80,6 +85,7 @@ def entry_info(r: Residency, key: Key, *, with_tensors: bool) -> EntryInfo | Non
         receipt={name: of.relative_error for name, of in specs.items()},
         tenant=meta.owner.tenant,
         namespace=meta.owner.namespace,
+        forms=forms,
     )
 
 
@@ -122,10 +128,30 @@ def snapshot(r: Residency, others: Mapping[str, float]) -> Stats:
         return Stats(values_of(r.counters, gauges), tiers)
 
 
+def _form(r: Residency, name: TierName, key: Key, nbytes: int) -> Form:
+    """What a tier holds of a key, or held a moment ago. nbytes: as its budget counts it."""
+    described: Mapping[str, Described] | None
+    if name == "cold":
+        described = r.cold.specs_of(key) if r.cold is not None else None
+    else:
+        with r.lock:
+            entry = _entry_in(r, name, key)
+        described = None if entry is None else {tensor: of.described for tensor, of in entry.tensors.items()}
+    tensors = list((described or {}).values())
+    values = sum(prod(of.spec.shape) for of in tensors)
+    encoding = next((of.encoding for of in tensors if of.encoding != "raw"), "raw")
+    basis = next((of.basis for of in tensors if of.basis), "")
+    exact = not any(of.relative_error for of in tensors)
+    return Form(encoding, 8 * nbytes / values if values else 0.0, 0.0 if exact else predicted_kl(basis), basis)
+
+
+def _entry_in(r: Residency, name: TierName, key: Key) -> Entry | None:
+    entry = (r.hot if name == "hot" else r.warm).get(key)
+    return r.transit[key][1] if entry is None and key in r.transit else entry
+
+
 def _nbytes_in(r: Residency, name: TierName, key: Key) -> int:
     if name == "cold":
         return r.cold.nbytes_of(key) if r.cold is not None else 0
-    entry = (r.hot if name == "hot" else r.warm).get(key)
-    if entry is None and key in r.transit:
-        entry = r.transit[key][1]
+    entry = _entry_in(r, name, key)
     return entry.nbytes if entry is not None else 0

@@ -10,6 +10,7 @@ Lock order: `_moving`, then `residency.lock`, then a tier's own.
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from kvstore.entries.entry import Entry
 from kvstore.errors import CodecError, OverQuota, TierUnavailable, UnknownEncoding
@@ -165,6 +166,7 @@ class Mover:
                 if not self._place(r.warm, entry, install, meta, soon=meta.soon):
                     return None
             else:
+                entry = self._transcoder.coarser(entry, namespace=meta.owner.namespace)
                 if r.cold is None or not self._cold_has_room(r.cold, entry):
                     return None
                 with r.lock:
@@ -246,9 +248,14 @@ class Mover:
                 # The clean copy must still be there: a promoted copy may not be the only form left.
                 return not flight.called_off and key not in into and bool(r.tiers_of(key))
 
-            with self._moving:
-                if not self._lifted(into, copy, wanted, meta):
-                    return False
+            moved = False
+            with (
+                self._moving,
+                suppress(OverQuota),
+            ):  # what may leave is not its owner's, who pinned the rest of the quota
+                moved = into.admits(copy.nbytes, key, meta.owner) and self._place(into, copy, wanted, meta)
+            if not moved:
+                return False
             with r.lock:
                 r.counters.tiers[into.name].promotions += 1
             return True
@@ -270,12 +277,6 @@ class Mover:
             if r.cold is not None:
                 r.cold.wait(gone)
             return None
-
-    def _lifted(self, into: MemoryTier, copy: Entry, wanted: Callable[[], bool], meta: Meta) -> bool:
-        try:
-            return into.admits(copy.nbytes, copy.key, meta.owner) and self._place(into, copy, wanted, meta)
-        except OverQuota:  # nothing that may leave is its owner's, who has pinned the rest of the quota
-            return False
 
     def trim(self, tier: MemoryTier) -> int:
         """Sink what a memory tier holds over its budget, least recently used first. Returns how many left it."""
@@ -442,7 +443,9 @@ class Mover:
     def _sink_to_cold(self, item: tuple[TierName, Entry], below: Entry) -> None:
         r = self._r
         left, entry = item
-        if r.cold is not None and leaving.deserves_cold(r, entry.key) and self._cold_has_room(r.cold, below):
+        deserves = r.cold is not None and leaving.deserves_cold(r, entry.key)
+        below = self._transcoder.coarser(below, namespace=r.owner_of(entry.key).namespace) if deserves else below
+        if r.cold is not None and deserves and self._cold_has_room(r.cold, below):
             with r.lock:
                 if r.transit.get(entry.key) == item:
                     leaving.arrived(r, left, below, "cold")
@@ -479,7 +482,7 @@ class Mover:
             if meta is None or entry is None or r.in_cold(key) or (tier is r.hot and key in r.warm):
                 return False
         # Not asked whether it deserves a write: admission guards the disk from churn, a drain keeps what there is.
-        below = self._form_below(entry, meta)
+        below = self._transcoder.coarser(self._form_below(entry, meta), namespace=meta.owner.namespace)
         if not self._cold_has_room(r.cold, below):
             return False
         with r.lock:

@@ -15,6 +15,7 @@ from kvstore import kernels
 from kvstore.arrays import CheckedSpecs
 from kvstore.codecs import decode_all, encode_entry
 from kvstore.codecs.choice import CodecChoice
+from kvstore.codecs.coarser import coarser_entry
 from kvstore.codecs.hints import Hints
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed
@@ -34,6 +35,13 @@ class Transcoder(Protocol):
         """What a raw entry that need not stay exact looks like below hot; still raw where the codec must not touch.
 
         prefix_start: whether a prompt begins with it; None: nobody said. namespace: whose policy holds.
+        """
+        ...
+
+    def coarser(self, entry: Entry, *, namespace: str) -> Entry:
+        """What an entry in its form below hot looks like in cold: coarser where its namespace says so, else itself.
+
+        Never made from a copy above.
         """
         ...
 
@@ -107,6 +115,20 @@ class TensorTranscoder:
                     self._r.counters.errors[tensor.encoding].observe(tensor.relative_error)
         below = packed(encoded.to(_RAM))
         return below if self.encoded is None else beside(below, entry, self.encoded)
+
+    def coarser(self, entry: Entry, *, namespace: str) -> Entry:
+        """The form of the namespace's coarser basis, of what is held in one that nests in it: from symbols alone."""
+        basis = self._policies.coarser_of(namespace) if entry.lossy else None
+        if basis is None:
+            return entry
+        start = time.perf_counter()
+        made = packed(coarser_entry(entry, basis))
+        if made is not entry:
+            with self._r.lock:
+                self._r.counters.coarsened += 1
+                self._r.counters.coarsened_nbytes += entry.nbytes - made.nbytes
+                self._r.counters.coarsen_s += time.perf_counter() - start
+        return made
 
     def exact(self, entry: Entry) -> Entry:
         """The same tensors in RAM."""

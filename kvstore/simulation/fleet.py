@@ -14,8 +14,8 @@ from math import inf
 from typing import Literal, TypeAlias, cast, get_args
 from zlib import crc32
 
+from kvstore.checks import check_choice, check_range
 from kvstore.clock import ManualClock
-from kvstore.config import check_choice, check_range
 from kvstore.errors import ConfigError
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta

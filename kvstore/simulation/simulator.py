@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import cast
 
+from kvstore.checks import check_range
 from kvstore.clock import ManualClock
-from kvstore.config import HotConfig, StoreConfig, WarmConfig, check_range
+from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.entries.compact import PACK_MAX_NBYTES, PACKED_OVERHEAD_NBYTES
 from kvstore.entries.entry import ENTRY_OVERHEAD_NBYTES, TENSOR_OVERHEAD_NBYTES, EncodedTensor, Entry
 from kvstore.errors import ConfigError
@@ -180,6 +181,11 @@ class SizedTranscoder:
     def below(self, key: Key) -> Entry:
         """A block in NF4."""
         return cast("Entry", SizedEntry(key, self._nf4, lossy=True))
+
+    def coarser(self, entry: Entry, *, namespace: str) -> Entry:
+        """The entry itself: one form below hot."""
+        del namespace
+        return entry
 
     def exact(self, entry: Entry) -> Entry:
         """The entry itself."""

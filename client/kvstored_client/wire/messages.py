@@ -8,7 +8,7 @@ from typing import Any
 
 from kvstore.dtypes import BY_NAME, BY_WIRE
 from kvstore.errors import InvalidEntry
-from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Held, Priority, TensorInfo
+from kvstore.hit import PRIORITIES, EntryInfo, Explanation, Fidelity, Form, Held, Priority, TensorInfo
 from kvstore.lookup import Lookup, check_lookup
 from kvstore.stats import Setting, Stats, TierStats
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -184,6 +184,10 @@ def entry_info_message(info: EntryInfo) -> pb.EntryInfo:
         relative_errors=relative_errors(info.receipt, lossy=info.lossy),
         tenant=info.tenant,
         namespace=info.namespace,
+        forms=[
+            pb.Form(encoding=form.encoding, bits=form.bits, kl=-1.0 if form.kl is None else form.kl, basis=form.basis)
+            for form in info.forms
+        ],
     )
 
 
@@ -205,6 +209,9 @@ def read_entry_info(message: pb.EntryInfo) -> EntryInfo:
         receipt=read_receipt(message),
         tenant=message.tenant,
         namespace=message.namespace,
+        forms=tuple(
+            Form(form.encoding, form.bits, form.kl if form.kl >= 0 else None, form.basis) for form in message.forms
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
+from kvstore.hit import Form
 from kvstore.printable import printable, size
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
@@ -39,6 +40,14 @@ def accuracy(error: float) -> str:
     if not error:
         return "bit for bit as put"
     return f"relative error {error:.3g}" if isfinite(error) else "lossy, error never measured"
+
+
+def form_text(form: Form) -> str:
+    """A form in words: "kv-learned, 2.52 bits a value, predicted KL 3.0e-04"."""
+    bits = f"{form.encoding}, {form.bits:.2f} bits a value"
+    if not form.kl:
+        return bits if form.kl is None else f"{bits}, as put"
+    return f"{bits}, predicted KL {form.kl:.1e} nats a token, basis {form.basis[:16]}"
 
 
 def receipt_dict(receipt: Mapping[str, float]) -> dict[str, float | None]:

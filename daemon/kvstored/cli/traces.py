@@ -71,7 +71,20 @@ def explain(client: "Client", as_json: bool, keys: tuple[bytes, ...], tenant: st
                         "shared": of.shared})  # fmt: skip
         return
     rows = [_explained(of, tokens) for of, (_, tokens) in zip(found, chunks, strict=True)]
-    head: tuple[str, ...] = ("TOKENS", "KEY", "STATE", "TIER", "ENCODING", "ERROR", "AGE", "TTL", "PINNED BY", "HITS")
+    head: tuple[str, ...] = (
+        "TOKENS",
+        "KEY",
+        "STATE",
+        "TIER",
+        "ENCODING",
+        "BITS",
+        "KL",
+        "ERROR",
+        "AGE",
+        "TTL",
+        "PINNED BY",
+        "HITS",
+    )
     if any(of.shared for of in found):
         head, rows = (*head, "SHARED"), [(*row, of.shared) for row, of in zip(rows, found, strict=True)]
     click.echo("\n".join(table(head, rows, left=5)))
@@ -108,10 +121,13 @@ def _explained(of: Explanation, tokens: range | None) -> tuple[str, ...]:
         who = "/".join(part for part in (info.tenant, info.namespace) if part) or "yes"
     encoding = "-" if info is None else info.encoding
     error = "-" if info is None else f"{max(info.receipt.values(), default=0.0):.3g}"
+    form = info.forms[0] if info is not None and info.forms else None
+    bits = "-" if form is None else f"{form.bits:.2f}"
+    kl = "-" if form is None or form.kl is None else f"{form.kl:.2g}"
     shown = "-" if tokens is None else f"{tokens.start}-{tokens.stop}"
     return (
         shown, key if len(key) <= _KEY_SHOWN else key[: _KEY_SHOWN - 2] + "..", of.state, of.tier or "-", encoding,
-        error, age, left, who, str(of.hits),
+        bits, kl, error, age, left, who, str(of.hits),
     )  # fmt: skip
 
 

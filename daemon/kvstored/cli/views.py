@@ -17,7 +17,7 @@ from kvstored.cli.exits import NotHeld
 from kvstored.cli.filters import Filters, filtered
 from kvstored.cli.keytext import KEY, key_text, short_key, show_key
 from kvstored.cli.remote import print_json, remote
-from kvstored.cli.text import accuracy, duration, quantity, receipt_dict, table
+from kvstored.cli.text import accuracy, duration, form_text, quantity, receipt_dict, table
 from kvstored.cli.top import SCHEMA, repeat
 
 if TYPE_CHECKING:
@@ -187,6 +187,8 @@ def inspect(client: "Client", as_json: bool, key: bytes) -> None:  # noqa: FBT00
         "hits": str(info.hits),
     }
     facts |= {name: of for name, of in (("tenant", info.tenant), ("namespace", info.namespace)) if of}
+    for tier, form in zip(info.tiers, info.forms, strict=False):  # an older daemon sends none
+        facts[f"form in {tier}"] = form_text(form)
     for name, tensor in info.tensors.items():
         facts[f"tensor {name}"] = f"{tensor.dtype} {list(tensor.shape)}, {accuracy(info.receipt.get(name, inf))}"
     click.echo("\n".join(printable(f"{name + ':':14} {value}") for name, value in facts.items()))

@@ -35,7 +35,8 @@ def test_what_smollm2_teaches_takes_fewer_bits_than_nf4_kv_and_does_less_harm(sm
 
     path = tmp_path / "basis.safetensors"
     given = ["learn", "--model", str(smollm2), "--text", str(pydoc_data.topics.__file__), "--tokens", "160+64",
-             "--pieces", "5", "--group", "1", "--bits", "2.6", "--output", str(path), "--json"]  # fmt: skip
+             "--pieces", "5", "--group", "1", "--bits", "2.6", "--output", str(path), "--json",
+             "--coarser", str(tmp_path / "coarser.safetensors")]  # fmt: skip
     done = CliRunner().invoke(cli, given)
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
@@ -44,6 +45,10 @@ def test_what_smollm2_teaches_takes_fewer_bits_than_nf4_kv_and_does_less_harm(sm
     assert 2.4 < told["bits"] <= 2.65
     assert told["kl_measured"] == basis.about.kl_measured > 0
     assert told["kl_predicted"] > 0
+    below, coarser = told["coarser"], read_basis(tmp_path / "coarser.safetensors")
+    assert (below["digest"], coarser.times(basis)) == (coarser.digest, 3)
+    assert below["bits"] < told["bits"] - 0.8
+    assert below["kl_measured"] == coarser.about.kl_measured > told["kl_measured"]
     frequencies = basis.rotation.angles[0, 1:] / basis.rotation.angles[0, :-1]
     base = torch.full_like(frequencies, 1e5 ** (-1 / 32))
     assert torch.allclose(frequencies, base, atol=1e-4), "measured on one token: RoPE of base 100,000"

@@ -394,7 +394,7 @@ class InspectReply(_message.Message):
     def __init__(self, entry: _Optional[_Union[EntryInfo, _Mapping]] = ...) -> None: ...
 
 class EntryInfo(_message.Message):
-    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors", "tenant", "namespace")
+    __slots__ = ("key", "tiers", "tensors", "encoding", "lossy", "fidelity", "pinned", "value_nbytes", "tier_nbytes", "age_s", "ttl_left_s", "hits", "relative_errors", "tenant", "namespace", "forms")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -410,6 +410,7 @@ class EntryInfo(_message.Message):
     RELATIVE_ERRORS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tiers: _containers.RepeatedScalarFieldContainer[Tier]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
@@ -425,7 +426,20 @@ class EntryInfo(_message.Message):
     relative_errors: _containers.RepeatedScalarFieldContainer[float]
     tenant: str
     namespace: str
-    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ..., tenant: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
+    forms: _containers.RepeatedCompositeFieldContainer[Form]
+    def __init__(self, key: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., encoding: _Optional[str] = ..., lossy: bool = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., pinned: bool = ..., value_nbytes: _Optional[int] = ..., tier_nbytes: _Optional[_Iterable[int]] = ..., age_s: _Optional[float] = ..., ttl_left_s: _Optional[float] = ..., hits: _Optional[int] = ..., relative_errors: _Optional[_Iterable[float]] = ..., tenant: _Optional[str] = ..., namespace: _Optional[str] = ..., forms: _Optional[_Iterable[_Union[Form, _Mapping]]] = ...) -> None: ...
+
+class Form(_message.Message):
+    __slots__ = ("encoding", "bits", "kl", "basis")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    BASIS_FIELD_NUMBER: _ClassVar[int]
+    encoding: str
+    bits: float
+    kl: float
+    basis: str
+    def __init__(self, encoding: _Optional[str] = ..., bits: _Optional[float] = ..., kl: _Optional[float] = ..., basis: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("keys",)
