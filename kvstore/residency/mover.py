@@ -249,10 +249,7 @@ class Mover:
                 return not flight.called_off and key not in into and bool(r.tiers_of(key))
 
             moved = False
-            with (
-                self._moving,
-                suppress(OverQuota),
-            ):  # what may leave is not its owner's, who pinned the rest of the quota
+            with self._moving, suppress(OverQuota):  # what may leave is not its owner's, who has pinned the rest
                 moved = into.admits(copy.nbytes, key, meta.owner) and self._place(into, copy, wanted, meta)
             if not moved:
                 return False
@@ -463,10 +460,7 @@ class Mover:
                 leaving.evicted(r, left, entry)
 
     def _cold_has_room(self, cold: LastTier, entry: Entry) -> bool:
-        """Make room on disk and in its write buffer, before the lock is taken. False: too large, or the disk fails.
-
-        The store then goes on from memory: what would have gone to disk is forgotten, as without a disk.
-        """
+        """Make room on disk, before the lock is taken. False: too large, or it fails: then as without a disk."""
         try:
             cold.displace(entry)
         except (OverQuota, TierUnavailable) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.codecs import codec_named, nf4
+from kvstore.codecs import codec_named, nf4, parts
 from kvstore.codecs.nf4 import NF4, bitsandbytes_tensors
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.entry import EncodedTensor
@@ -272,12 +272,12 @@ def test_any_bytes_and_attributes_decode_or_raise(path: str, monkeypatch: pytest
 @pytest.mark.parametrize("length", [1, 5, 64, 1000, 4099])
 def test_one_value_that_is_not_finite_is_found_wherever_it_lies(dtype: torch.dtype, lost: float, length: int) -> None:
     x = torch.randn(length, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert nf4.finite(x)
+    assert parts.finite(x)
     for at in {0, length // 3, length // 2, length - 1}:
         damaged = x.clone()
         damaged[at] = lost
-        assert not nf4.finite(damaged)
+        assert not parts.finite(damaged)
 
 
 def test_no_values_are_finite_values() -> None:
-    assert nf4.finite(torch.empty(0))
+    assert parts.finite(torch.empty(0))
