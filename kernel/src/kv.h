@@ -298,6 +298,10 @@ struct Kv {
             const uint8_t* scale_codes = scales + t * kvk::kScaleGroup;
             Isa::scales(scale_codes, blocks & ~7, tops[t], shrink, scale);
             for (int i = blocks & ~7; i < blocks; ++i) scale[i] = kvk::scale_of(scale_codes[i], tops[t]) * shrink;
+            if (turns) {  // rows are read across: the caches are told of the next tile front to back
+                lines_ahead(codes + stop / 2, tile / 2);
+                lines_ahead(scale_codes + kvk::kScaleGroup, kvk::kScaleGroup);
+            }
             if (fused)
                 decode_fused(dtype, codes, scale, means, turned.get(), rows, start, stop, stream, out);
             else
