@@ -1,5 +1,6 @@
 """A client made of nothing but generated messages: what another language would write from the proto."""
 
+import select
 import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -103,6 +104,12 @@ class HalfOpenCalls:
         while stream not in self.ended:
             self.take()
         return self.ended[stream]
+
+    def take_all(self) -> int:
+        """Read what has come so far, and answer it. Returns how many calls have ended."""
+        while select.select([self._sock], [], [], 0)[0]:
+            self.take()
+        return len(self.ended)
 
     def take(self) -> None:
         """Read what has come."""
