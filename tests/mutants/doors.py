@@ -135,7 +135,7 @@ DOORS = (
         "of two entries under one key the first is kept",
     ),
     ("kvstore/codecs/nf4.py", "if encoded.parts.keys() != set(names):", "if False:", "parts that no client takes"),
-    ("kvstore/codecs/nf4.py", "if not bool(torch.isfinite(part).all()):", "if False:", "values that are no numbers"),
+    ("kvstore/codecs/nf4.py", "if not finite(part):", "if False:", "values that are no numbers"),
     (
         "kvstore/entries/facts.py",
         "if attrs and len(json.dumps(attrs)) > ATTRS_MAX_NBYTES:",
