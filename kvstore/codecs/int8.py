@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from kvstore.codecs.hints import NO_HINTS, Hints
-from kvstore.codecs.parts import prepared_out, require_finite, require_names, require_part
+from kvstore.codecs.parts import finite, prepared_out, require_finite, require_names, require_part
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -80,7 +80,7 @@ class Int8:
             return
         rows = torch.nn.functional.pad(codes.to(torch.float32), (0, -n % width)).view(-1, width)
         decoded = (rows.abs().amax(dim=1) * scale.to(torch.float32).abs()).to(getattr(torch, spec.dtype))
-        if not bool(torch.isfinite(decoded).all()):
+        if not finite(decoded):
             raise CodecError(f"int8 part 'scale' makes values beyond {largest} of {spec.dtype}")
 
 

@@ -24,7 +24,7 @@ from kvstore.codecs.classes import CLASSES, DELTA, chosen, histograms_of, reach
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.nf4_kv import in_halves
 from kvstore.codecs.nf4_kv2 import kept_of
-from kvstore.codecs.parts import Part, prepared_out, require_finite, require_names, require_part
+from kvstore.codecs.parts import Part, finite, prepared_out, require_finite, require_names, require_part
 from kvstore.codecs.receipt import role_in
 from kvstore.codecs.rotation import FOUND_BELOW, POSITIONS_MAX
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
@@ -111,7 +111,7 @@ class Learned:
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor. Raises CodecError if neither can."""
-        if not bool(torch.isfinite(x).all()):
+        if not finite(x):
             raise CodecError(_FINITE)
         found: list[tuple[float, EncodedTensor]] = []
         for basis in (self.basis, *(self._others if hints.decoded else ())):
@@ -143,7 +143,7 @@ def _encoded_in(basis: Basis, name: str, x: torch.Tensor, hints: Hints) -> tuple
     if hints.token_axis not in (None, -3):
         raise CodecError("kv-learned needs tokens before heads")
     x = x.cpu()
-    if not bool(torch.isfinite(x).all()):
+    if not finite(x):
         raise CodecError(_FINITE)
     attrs: dict[str, object] = {"basis": basis.digest, "role": role}
     position = _position(basis, x, hints) if role == "key" else 0
