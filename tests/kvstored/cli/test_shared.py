@@ -74,7 +74,8 @@ def test_check_is_silent_about_a_store_that_is_fit_and_names_what_is_wrong_with_
     assert "put of a probe failed" in shown.output
     found = json.loads(ask(daemon, "check", "--json").output)
     assert found["good"] is False
-    assert len(found["complaints"]) == 4
+    assert len(found["complaints"]) == 5
+    assert "settings are not known" in found["complaints"][-1]
 
 
 def test_flush_asks_first_and_then_no_host_finds_what_was_there(daemon, server, settings):
