@@ -215,16 +215,13 @@ class Rows:
         """Change rows in one transaction. Returns the places that no row names after it. Raises lmdb.Error.
 
         If the map is full it is grown and the transaction repeated: the map is address space, not the tier's capacity.
-        A file that LMDB refuses from here on is opened again.
+        PanicError: LMDB refuses the file from here on, until whoever writes opens it again (`reopen`).
         """
         while True:
             try:
                 return self._write(put, list(remove))
             except lmdb.MapFullError:
                 self.grow(2 * self.map_nbytes)
-            except lmdb.PanicError:
-                self.reopen()
-                raise
 
     def _write(self, put: Mapping[Key, Row], remove: list[Key]) -> list[Place]:
         freed: list[Place] = []

@@ -9,6 +9,7 @@ they make room. `meta_of` and `on_drop` are called without the tier's lock.
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import lmdb
@@ -163,6 +164,9 @@ class Writer:
             self._failures = 0
             self.healthy = True
         except (OSError, lmdb.Error) as error:
+            if isinstance(error, lmdb.PanicError):  # met by a write, or by what looks before one
+                with suppress(lmdb.Error):  # then it is not open, and the next turn tries again
+                    self._rows.reopen()
             self._fail(error)
         return True
 
