@@ -6,7 +6,7 @@ memory is mapped by the driver's virtual memory calls, beside torch's allocator:
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +137,9 @@ class Cuda:
         driver = self._driver
         with self._torch.cuda.device(device):
             made, size = self._kind_of(device, nbytes)
+            flag = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
             (handle,) = self._done(driver.cuMemCreate(size, made, 0), f"cuMemCreate of {size} bytes")
-            try:
-                flag = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-                address = self._mapped(handle, size, made.location, flag)
-            except BaseException:
-                driver.cuMemRelease(handle)
-                raise
-        return _Memory(address, nbytes, handle, size)
+            return _Memory(self._mapped(handle, size, made.location, flag), nbytes, handle, size)
 
     def _kind_of(self, device: int, nbytes: int) -> tuple[Any, int]:
         """What is asked of the driver for memory there, and its size in whole granules."""
@@ -164,21 +159,19 @@ class Cuda:
         return self._done(self._driver.cuDeviceGet(device), "cuDeviceGet")[0]
 
     def _mapped(self, handle: Any, size: int, location: Any, flag: Any) -> int:
+        """The address of memory that is mapped from now on; where it cannot be, the handle is released."""
         driver = self._driver
-        (address,) = self._done(driver.cuMemAddressReserve(size, 0, 0, 0), "cuMemAddressReserve")
-        try:
+        with ExitStack() as undo:
+            undo.callback(driver.cuMemRelease, handle)
+            (address,) = self._done(driver.cuMemAddressReserve(size, 0, 0, 0), "cuMemAddressReserve")
+            undo.callback(driver.cuMemAddressFree, address, size)
             self._done(driver.cuMemMap(address, size, 0, handle, 0), "cuMemMap")
-            try:
-                access = driver.CUmemAccessDesc()
-                access.location = location
-                access.flags = flag
-                self._done(driver.cuMemSetAccess(address, size, [access], 1), "cuMemSetAccess")
-            except BaseException:
-                driver.cuMemUnmap(address, size)
-                raise
-        except BaseException:
-            driver.cuMemAddressFree(address, size)
-            raise
+            undo.callback(driver.cuMemUnmap, address, size)
+            access = driver.CUmemAccessDesc()
+            access.location = location
+            access.flags = flag
+            self._done(driver.cuMemSetAccess(address, size, [access], 1), "cuMemSetAccess")
+            undo.pop_all()
         return int(address)
 
     def _done(self, answer: tuple[Any, ...], what: str) -> tuple[Any, ...]:
@@ -212,14 +205,9 @@ class Cuda:
         with self._torch.cuda.device(device):
             made, size = self._kind_of(device, nbytes)
             what = "cuMemImportFromShareableHandle"
+            flag = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
             (handle,) = self._done(driver.cuMemImportFromShareableHandle(descriptor, self._posix), what)
-            try:
-                flag = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-                address = self._mapped(handle, size, made.location, flag)
-            except BaseException:
-                driver.cuMemRelease(handle)
-                raise
-        return _Memory(address, nbytes, handle, size)
+            return _Memory(self._mapped(handle, size, made.location, flag), nbytes, handle, size)
 
     def unmap(self, memory: _Memory) -> None:
         """As it is freed: the memory itself is its owner's."""

@@ -22,7 +22,6 @@ from kvstore.keys import Key
 from kvstore.metadata.tombstones import GoneCause
 from kvstore.residency.answers import Answers, as_torch, to_numpy
 from kvstore.residency.device_hot import DeviceHot, raw_nbytes
-from kvstore.residency.placing import beside
 from kvstore.residency.read_path import Found
 from kvstore.residency.state import Residency
 from kvstore.residency.transcode import TensorTranscoder
@@ -46,7 +45,7 @@ class DeviceTranscoder(TensorTranscoder):
                 below = self._off_the_block(
                     self._there.encode(hot.viewed(entry), prefix_start=prefix_start, namespace=namespace)
                 )
-                return below if self.encoded is None else beside(below, entry, self.encoded)
+                return self._beside(below, entry)
             except Exception as error:  # noqa: BLE001 - Triton raises whatever its compiler does
                 hot.failed("encode", error)
             finally:

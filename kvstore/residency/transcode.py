@@ -113,7 +113,10 @@ class TensorTranscoder:
                 self._r.counters.encode_s += time.perf_counter() - start
                 for tensor in encoded.tensors.values():
                     self._r.counters.errors[tensor.encoding].observe(tensor.relative_error)
-        below = packed(encoded.to(_RAM))
+        return self._beside(packed(encoded.to(_RAM)), entry)
+
+    def _beside(self, below: Entry, entry: Entry) -> Entry:
+        """The form below hot of an entry where that is to lie."""
         return below if self.encoded is None else beside(below, entry, self.encoded)
 
     def coarser(self, entry: Entry, *, namespace: str) -> Entry:

@@ -12,37 +12,9 @@ from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
 from kvstored_client.integrations.vllm_encoding import FAILURES_MAX, encoding_of
 from kvstored_client.integrations.vllm_filling import Filling
-from tests.kvstored.inside import daemon_inside
 
 from .tensors import COPIES, on_gpu
 from .test_paged import BLOCKS, GROUPS, caches, chunk, due_in, same
-
-
-class Counting(Deferred):
-    stored_nbytes = 0
-
-    def copy(self, to, of, nbytes, stream, *, store):
-        self.stored_nbytes += sum(nbytes) if store else 0
-        super().copy(to, of, nbytes, stream, store=store)
-
-
-@pytest.fixture(scope="module")
-def daemon():
-    with daemon_inside(segment_nbytes=8 << 20) as found:
-        yield found
-
-
-@pytest.fixture
-def driver():
-    COPIES.clear()
-    return Counting(kernels=True)
-
-
-@pytest.fixture
-def guard(daemon, driver):
-    guard = Guard(daemon.client(framework="torch", driver=driver))
-    yield guard
-    guard.cache.close()
 
 
 def gathered(chunks):

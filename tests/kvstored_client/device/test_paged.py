@@ -14,40 +14,12 @@ from kvstored_client.integrations.guard import Guard
 from kvstored_client.integrations.vllm_blocks import GroupedBuffers
 from kvstored_client.integrations.vllm_filling import Filling
 from kvstored_client.integrations.vllm_groups import Group, Groups
-from tests.kvstored.inside import daemon_inside
 
 from .tensors import COPIES, FakeCuda, on_gpu
 
 LAYERS, HEADS, DIM, BLOCK_TOKENS, BLOCKS = 3, 2, 64, 16, 4
 TOKENS = BLOCKS * BLOCK_TOKENS
 GROUPS = Groups((Group(tuple(f"l{n}" for n in range(LAYERS)), DIM, 0, None),))
-
-
-class Counting(Deferred):
-    loaded_nbytes = 0
-
-    def copy(self, to, of, nbytes, stream, *, store):
-        self.loaded_nbytes += 0 if store else sum(nbytes)
-        super().copy(to, of, nbytes, stream, store=store)
-
-
-@pytest.fixture(scope="module")
-def daemon():
-    with daemon_inside(segment_nbytes=8 << 20) as found:
-        yield found
-
-
-@pytest.fixture
-def driver():
-    COPIES.clear()
-    return Counting(kernels=True)
-
-
-@pytest.fixture
-def guard(daemon, driver):
-    guard = Guard(daemon.client(framework="torch", driver=driver))
-    yield guard
-    guard.cache.close()
 
 
 def chunk(seed, dtype=torch.bfloat16):
