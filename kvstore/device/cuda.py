@@ -219,8 +219,8 @@ class Cuda:
 
     def tensor(self, device: int, address: int, nbytes: int, owner: object) -> Any:
         """By the interface with which libraries exchange arrays: torch takes the memory as it is."""
-        said = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
-        return self._torch.as_tensor(_Over(said, owner), device=self.where(device))
+        interface = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        return self._torch.as_tensor(_Over(interface, owner), device=self.where(device))
 
     def computes(self, device: int) -> bool:  # noqa: ARG002 - all of them, or none
         """Whether Triton is installed. Whether it finds a compiler shows when it is used."""

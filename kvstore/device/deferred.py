@@ -214,8 +214,8 @@ class Deferred:
         """Over the same memory: what is computed with it is computed at once."""
         import torch
 
-        said = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
-        return torch.from_numpy(np.asarray(_Over(said, owner)))
+        interface = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        return torch.from_numpy(np.asarray(_Over(interface, owner)))
 
     def computes(self, device: int) -> bool:  # noqa: ARG002 - as above
         """As it was said when this was made."""

@@ -268,7 +268,7 @@ def open_device(config: StoreConfig, residency: Residency, driver: MemoryDriver 
     if config.hot.device == "cpu":
         return None
     device = int(config.hot.device.partition(":")[2] or 0)
-    said = f'hot.device = "{config.hot.device}" cannot be used'
+    refusal = f'hot.device = "{config.hot.device}" cannot be used'
     try:
         if driver is None:
             from kvstore.device.cuda import Cuda
@@ -277,10 +277,10 @@ def open_device(config: StoreConfig, residency: Residency, driver: MemoryDriver 
         driver.memory(device)
     except ImportError as error:
         raise ConfigError(
-            f'{said}: {error.name or error} is not installed: pip install cuda-bindings, or set it to "cpu"'
+            f'{refusal}: {error.name or error} is not installed: pip install cuda-bindings, or set it to "cpu"'
         ) from None
     except DriverError as error:
-        raise ConfigError(f'{said}: {error}; set it to "cpu", or see what nvidia-smi says') from None
+        raise ConfigError(f'{refusal}: {error}; set it to "cpu", or see what nvidia-smi says') from None
     made = DeviceHot(driver, device, residency, DeviceArena(driver, device, arena_nbytes(config.hot.capacity_nbytes)))
     made.check(config)
     return made

@@ -57,7 +57,7 @@ CHUNK_TOKENS = 256
 more costs a tenth of one."""
 SYNC_LOAD_NBYTES = 16 << 20
 """Copied in some milliseconds, for which the other requests of the batch wait."""
-_SAID_MAX = 1000
+_WARNINGS_MAX = 1000
 """Reasons that are logged, once each."""
 
 
@@ -114,7 +114,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
         self._buffers = GroupedBuffers({}, Groups())
         self._filling = Filling(self._guard, self._buffers, self._chunk_blocks)
         self._loading = Loading(self._load)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._time = PrefillTime()
         self._loaded_at = 0.0
         self._announced: Any = None
@@ -156,7 +156,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             # A request that waits for room, or was preempted, is asked for again: that is no other lookup.
             held = self._held(hashes, counted=before is None)
         except adapters.Unknown as error:
-            self._say_once(f"requests run without the store: {error}")
+            self._warn_once(f"requests run without the store: {error}")
             return 0, False
         except Exception:
             logger.exception("a lookup failed")
@@ -165,7 +165,7 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._announced.missing([bytes(each) for each in request.block_hashes[held * per : len(hashes) * per]])
         wishes = wishes_of(request, allow_pin=self._allow_pin)
         if wishes.complaint:
-            self._say_once(f"a request's wish for its blocks is left out: {wishes.complaint}")
+            self._warn_once(f"a request's wish for its blocks is left out: {wishes.complaint}")
         first = num_computed_tokens // self._block_size
         last = min(held * per, (request.num_tokens - 1) // self._block_size)
         if self._groups.windowed:
@@ -258,9 +258,9 @@ class KvstoredConnector(KVConnectorBase_V1, SupportsHMA):
             self._announced.reset()
         return True
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said and len(self._said) < _SAID_MAX:
-            self._said.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned and len(self._warned) < _WARNINGS_MAX:
+            self._warned.add(text)
             logger.warning(text)
 
     def _hashes(self, request: Any, salt: bytes) -> list[bytes]:

@@ -898,7 +898,7 @@ def test_another_adapter_under_the_same_name_and_path_is_another_prefix(store: S
     assert scheduler.get_num_new_matched_tokens(request(hashes, 28), 0) == (0, False)
     for _ in range(2):
         assert scheduler.get_num_new_matched_tokens(adapted(tmp_path / "hub-id"), 0) == (0, False)
-    assert len(scheduler._said) == 1
+    assert len(scheduler._warned) == 1
 
 
 def test_a_prompt_of_over_4096_blocks_hits_and_opens_no_breaker(store: Store) -> None:

@@ -118,7 +118,7 @@ class PrefixCache:
         self._replaced = vars(model).get("generate")
         self._keep_answers = keep_answers
         self._terms = Terms(fidelity, salt, chunk_tokens)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._time = PrefillTime()
         self._profiles: Profiles | None = self._new_profiles(revision)
 
@@ -143,14 +143,14 @@ class PrefixCache:
 
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update(vars(self) | {"_said": set(), "usage": Usage(), "_profiles": None, "_time": PrefillTime()})
+        vars(twin).update(vars(self) | {"_warned": set(), "usage": Usage(), "_profiles": None, "_time": PrefillTime()})
         vars(twin).update({name: deepcopy(getattr(self, name), memo) for name in ("model", "_replaced")})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cache: threads and connections cannot be pickled."""
         return vars(self) | {
-            "guard": None, "_profiles": None, "_said": set(), "usage": Usage(), "_time": PrefillTime(),
+            "guard": None, "_profiles": None, "_warned": set(), "usage": Usage(), "_time": PrefillTime(),
         }  # fmt: skip
 
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -207,12 +207,12 @@ class PrefixCache:
             if profile is None or profile.attention is None or rows is None or not self._allows(profile, rows):
                 return
             if getattr(cache, "state", "") not in ("", profile.digest):
-                self._say("the model changed between restore and commit")
+                self._warn_once("the model changed between restore and commit")
                 return
             whole = grown(rows, sequences, self._ends(None)) if self._keep_answers else rows
             profile.attention.keep(rows, whole, cache, copy=True)
         except Exception as error:  # noqa: BLE001 - the boundary: the caller has computed, and hears of no error of ours
-            self._say(f"keeping failed: {type(error).__name__}: {error}")
+            self._warn_once(f"keeping failed: {type(error).__name__}: {error}")
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until what was kept so far is in the cache. False: it is not, after `timeout_s`."""
@@ -226,7 +226,7 @@ class PrefixCache:
     def _understood(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Call, Profile] | None:
         """The call and the model's state, where both are understood; else None, and the log says why."""
         if self.guard is None:
-            self._say("this model was pickled: make a new PrefixCache for it")
+            self._warn_once("this model was pickled: make a new PrefixCache for it")
             return None
         try:
             engine = identity.engine_of(self.model)
@@ -239,9 +239,9 @@ class PrefixCache:
             if profile.kind in BLIND:
                 check_last_token_only(call)
         except NotUnderstood as why:
-            self._say(str(why))
+            self._warn_once(str(why))
         except Exception as error:  # noqa: BLE001 - the boundary: what we cannot make out, the model gets as it came
-            self._say(f"the call was not made out: {type(error).__name__}: {error}")
+            self._warn_once(f"the call was not made out: {type(error).__name__}: {error}")
         else:
             return call, profile
         return None
@@ -253,18 +253,18 @@ class PrefixCache:
                 self._profiles = self._new_profiles(None)
             return self._profiles.now()
         except NotCacheable as why:
-            self._say(f"{type(self.model).__name__}: {why}")
+            self._warn_once(f"{type(self.model).__name__}: {why}")
         except Exception as error:  # noqa: BLE001 - the boundary: a model that cannot be examined is not cached
-            self._say(f"{type(self.model).__name__} was not made out: {type(error).__name__}: {error}")
+            self._warn_once(f"{type(self.model).__name__} was not made out: {type(error).__name__}: {error}")
         return None
 
     def _allows(self, profile: Profile, rows: Rows) -> bool:
         """Whether a batch of this form is cached for this model."""
         if any(rows.pads) and not profile.padded:
-            self._say(f"{type(self.model).__name__} counts padding: only prompts without it are cached")
+            self._warn_once(f"{type(self.model).__name__} counts padding: only prompts without it are cached")
             return False
         if profile.kind == "rwkv" and len(rows.pads) > 1:
-            self._say("RWKV's step over one token mixes the rows of a batch")
+            self._warn_once("RWKV's step over one token mixes the rows of a batch")
             return False
         return True
 
@@ -277,7 +277,7 @@ class PrefixCache:
             assert profile.attention is not None
             restored = profile.attention.restore(rows, self.model.device, room_tokens)
         except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
-            self._say(f"restoring failed, recomputing: {type(error).__name__}: {error}")
+            self._warn_once(f"restoring failed, recomputing: {type(error).__name__}: {error}")
         if restored.length:
             cache = cache_class()  # a configuration would make layers of its own, of which none stays
             cache.layers = restored.layers
@@ -307,7 +307,7 @@ class PrefixCache:
             self.usage.prefill_saved_s += saved_s
             self.guard.report(prefill_saved_s=saved_s)
         except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and is returned
-            self._say(f"the prefill was not timed: {type(error).__name__}: {error}")
+            self._warn_once(f"the prefill was not timed: {type(error).__name__}: {error}")
 
     def _keep(self, profile: Profile, call: Call, past: Any, out: Any) -> None:
         """Keep a prompt and its answer."""
@@ -316,13 +316,13 @@ class PrefixCache:
                 copy = not isinstance(out, torch.Tensor)
                 profile.attention.keep(call.rows, self._with_answer(call, out), past, copy=copy)
         except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and is returned
-            self._say(f"keeping failed: {type(error).__name__}: {error}")
+            self._warn_once(f"keeping failed: {type(error).__name__}: {error}")
 
     def _unmoved(self, profile: Profile) -> bool:
         assert self._profiles is not None
         if self._profiles.still(profile):
             return True
-        self._say(f"{type(self.model).__name__} changed while it answered: nothing was kept")
+        self._warn_once(f"{type(self.model).__name__} changed while it answered: nothing was kept")
         return False
 
     def _with_answer(self, call: Call, out: Any) -> Rows:
@@ -352,7 +352,7 @@ class PrefixCache:
                 if self._unmoved(profile):
                     profile.snapshots.keep(call.rows, due, state)
         except Exception as error:  # noqa: BLE001 - the boundary: the model computes it all
-            self._say(f"{type(self.model).__name__} was not advanced: {type(error).__name__}: {error}")
+            self._warn_once(f"{type(self.model).__name__} was not advanced: {type(error).__name__}: {error}")
             return None
         self.usage.restored_tokens += sum(call.rows.own(i, at) for i in range(len(call.rows.pads)))
         saved_s = self._time.restored(len(call.rows.pads), due, at, restored_at - began)
@@ -368,7 +368,7 @@ class PrefixCache:
             if found is not None and profile.recurrent.is_worth(found.length, rows.width):
                 return profile.recurrent.loaded(found.rows, found.length), found.length
         except Exception as error:  # noqa: BLE001 - the boundary: the engine only ever sees a miss
-            self._say(f"restoring failed, recomputing: {type(error).__name__}: {error}")
+            self._warn_once(f"restoring failed, recomputing: {type(error).__name__}: {error}")
         return profile.recurrent.fresh(), 0
 
     def _from_snapshot(self, profile: Profile, call: Call, state: Any) -> Any:
@@ -391,10 +391,10 @@ class PrefixCache:
                 whole = grown(call.rows, sequences, self._ends(call.settings))
                 profile.snapshots.keep(whole, int(sequences.shape[1]) - 1, state)
         except Exception as error:  # noqa: BLE001 - the boundary: the answer is there and is returned
-            self._say(f"keeping failed: {type(error).__name__}: {error}")
+            self._warn_once(f"keeping failed: {type(error).__name__}: {error}")
 
-    def _say(self, why: str) -> None:
+    def _warn_once(self, why: str) -> None:
         """One line in the log for each reason."""
-        if why not in self._said and len(self._said) < _REASONS_MAX:
-            self._said.add(why)
+        if why not in self._warned and len(self._warned) < _REASONS_MAX:
+            self._warned.add(why)
             logger.warning("passed on to the model, or not kept: %s", why)
