@@ -1,6 +1,6 @@
 """What the question in front of a `put_prefix` costs, and what it saves: `bench/put_prefix.py [--json]`.
 
-`put_prefix` asks which chunks are held (one touch) and then sends the others, but for a prefix that a lookup has missed:
+`put_prefix` asks which chunks are held (one touch) and then sends the others, but not where a lookup has missed them:
 `missed` is such a put, after an untimed `get_prefix`. `blind` sends all chunks at once, without the question, and the
 daemon puts them over what it has. Each round makes one call of every kind, every other round in
 the opposite order, so a busy moment of the machine hits all alike; a prefix is three chunks, over the lease socket. The
