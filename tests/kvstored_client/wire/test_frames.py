@@ -72,7 +72,7 @@ PLACES = st.lists(st.tuples(st.none() | st.integers(0, 2**32 - 1), st.integers(0
     st.booleans(),
 )
 def test_a_put_written_by_hand_reads_as_protobuf(entries, segment, start, copy_later):
-    """Headers of up to a few hundred bytes, whose length takes one byte or two; places of a segment, and of the room."""
+    """Headers of up to a few hundred bytes, whose length takes one byte or two; places of a segment and of the room."""
     expected = pb.LeasePut(copy_later=copy_later)
     written = []
     for key, parent, places, nbytes in entries:
