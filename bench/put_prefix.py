@@ -1,7 +1,8 @@
 """What the question in front of a `put_prefix` costs, and what it saves: `bench/put_prefix.py [--json]`.
 
-`put_prefix` asks which chunks are held (one touch) and then sends the others. `blind` sends all chunks at once, without
-the question, and the daemon puts them over what it has. Each round makes one call of every kind, every other round in
+`put_prefix` asks which chunks are held (one touch) and then sends the others, but not where a lookup has missed them:
+`missed` is such a put, after an untimed `get_prefix`. `blind` sends all chunks at once, without the question, and the
+daemon puts them over what it has. Each round makes one call of every kind, every other round in
 the opposite order, so a busy moment of the machine hits all alike; a prefix is three chunks, over the lease socket. The
 daemon copies a put after its reply, and the connection's next call waits for that: an untimed question before each call
 takes that wait, or a call would be charged for the one before it. `copied` is that wait after the call: what another
@@ -54,6 +55,7 @@ def measure(client: Client, nbytes: int) -> list[dict[str, Any]]:
     space.put_prefix(held, k, v)
     ways: dict[str, Callable[[int], int]] = {
         "new.asked": lambda i: space.put_prefix(fresh(i, 1), k, v),
+        "new.missed": lambda i: space.put_prefix(fresh(i, 3), k, v),
         "new.blind": lambda i: blind(fresh(i, 2)),
         "held.asked": lambda _: space.put_prefix(held, k, v),
         "held.blind": lambda _: blind(held),
@@ -62,6 +64,8 @@ def measure(client: Client, nbytes: int) -> list[dict[str, Any]]:
     copied: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(ROUNDS[nbytes]):
         for name, way in ways.items() if i % 2 else reversed(ways.items()):
+            if name == "new.missed":
+                space.get_prefix(fresh(i, 3))
             client.match([b"settled"])
             began = time.perf_counter()
             stored = way(i)
@@ -70,8 +74,8 @@ def measure(client: Client, nbytes: int) -> list[dict[str, Any]]:
             copied[name].append((time.perf_counter() - began) * 1e3 - taken[name][-1])
             if stored != (0 if name == "held.asked" else CHUNKS):
                 raise AssertionError(f"{name} stored {stored} chunks")
-        space.forget(fresh(i, 1))
-        space.forget(fresh(i, 2))
+        for kind in (1, 2, 3):
+            space.forget(fresh(i, kind))
     return [row(name, nbytes, taken[name][5:], copied[name][5:]) for name in ways]
 
 

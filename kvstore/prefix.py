@@ -1,12 +1,14 @@
 """The prefix layer: token ids in, the longest cached K and V out.
 
 A `Namespace` cuts K and V into chunks, derives their keys from an identity and speaks to any cache with the common
-verbs (an embedded `Store` or a client), so prefixes mean the same thing on both. It holds no state but the identity.
+verbs (an embedded `Store` or a client), so prefixes mean the same thing on both. It holds the identity, and the chunks
+that lookups lately missed, which are only to save a question.
 Invariant: a chunk is only put when its parents are held or put in the same call, so a chain has no holes.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any, NamedTuple, Protocol
 
 from kvstore import arrays
@@ -29,6 +31,8 @@ TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
 BREATH_CHUNKS = 16
 """Chunks looked at between two turns of an event loop: some 0.2 ms."""
+MISSES_MAX = 1024
+"""Lookups whose misses are remembered for the puts that follow: some 100 KiB."""
 
 
 class Cache(Protocol):
@@ -158,6 +162,35 @@ class _Filled:
         self._pairs.clear()
 
 
+class _Misses:
+    """The first chunk that each of the latest lookups missed, by its key, which names all chunks before it, too.
+
+    Any thread: each change is one step of C code. It may be out of date: a put that relies on it is right all the same.
+    """
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
+
+    def note(self, key: bytes) -> None:
+        """A lookup found the chunks before this one, and not this one."""
+        self._keys[key] = None
+        if len(self._keys) > MISSES_MAX:
+            with suppress(KeyError):  # other threads emptied it
+                self._keys.popitem(last=False)
+
+    def take(self, keys: Sequence[bytes]) -> int | None:
+        """How many of a chain's chunks were held where a lookup of it missed the next; None: nothing is known.
+
+        Told once: after the put it is true no more.
+        """
+        known = self._keys
+        for held, key in enumerate(keys):
+            if key in known:
+                known.pop(key, None)
+                return held
+        return None
+
+
 class _Tail(NamedTuple):
     """A partial chunk that is held."""
 
@@ -175,6 +208,7 @@ class Prefixes:
         self.chunk_tokens = chunk_tokens
         self.digest = identity.digest()
         self.name = namespace_name(identity.model, self.digest)
+        self._misses = _Misses()
         chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now, not at the first put
 
     def __repr__(self) -> str:
@@ -199,35 +233,47 @@ class Prefixes:
     ) -> int:
         """Put the K and V of a prefix, cut into chunks; chunks already held are touched, not sent.
 
-        k, v: (layers, tokens, kv_heads, head_dim), tokens == len(token_ids). Returns the chunks sent and stored.
+        k, v: (layers, tokens, kv_heads, head_dim), tokens == len(token_ids). Returns the chunks sent and stored. After
+        a lookup of this namespace that missed them, chunks are sent at once, else it is asked first which are held.
         no_store: no prompt will continue this one; held chunks are touched, none is added. priority: "low" is evicted
         before others unless it is hit. pin: pin the whole prefix. Raises InvalidEntry if shapes or dtype are not the
         identity's.
         """
-        tokens = len(token_ids)
-        self._check(k, v, tokens)
+        self._check(k, v, len(token_ids))
         keys = self.keys(token_ids)
+        how = {"ttl_s": ttl_s, "pin": pin, "priority": priority}
+        missed = None if no_store else self._misses.take(keys)
+        # To pin what is held, or to move its deadlines to ttl_s, is a call of its own: then asking costs nothing more.
+        if missed == 0 or (missed is not None and not pin and ttl_s is None):
+            stored = await self._send(keys, missed, k, v, how)
+            if stored or not missed:
+                return stored
+            # Refused: what was held before it has left since. Nothing of it would ever be found.
         # All of them or none, as a rule: then this one question was all. A count between says not which.
         held: int = await self._cache.touch(keys, ttl_s=ttl_s) if keys else 0
         if 0 < held < len(keys):
             # Not `match`, which may count what only other hosts have: the rest would continue what is not held here.
             places = await self._cache.locate(keys)
             held = places.index(None) if None in places else len(keys)
-        entries = []
-        for i in range(held, len(keys)):
-            start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
-            chunk = {name: arrays.cut(x, TOKEN_AXIS, start, stop) for name, x in (("k", k), ("v", v))}
-            entries.append((keys[i], chunk))
         if held and pin:
             await self._cache.pin(*keys[:held])
-        if not entries or no_store:
+        if held == len(keys) or no_store:
             return 0
+        return await self._send(keys, held, k, v, how)
+
+    async def _send(self, keys: list[bytes], held: int, k: Any, v: Any, how: dict[str, Any]) -> int:
+        """Put the chunks behind the first `held`. Returns how many were stored; of a parent that is not held, none."""
+        tokens, entries = int(k.shape[TOKEN_AXIS]), []
+        for i in range(held, len(keys)):
+            start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
+            entries.append(
+                (keys[i], {name: arrays.cut(x, TOKEN_AXIS, start, stop) for name, x in (("k", k), ("v", v))})
+            )
         fidelity: Fidelity = "exact" if self.identity.fidelity == "exact" else "auto"
         parent = keys[held - 1] if held else None
         stored: int = await self._cache.put_many(
-            entries, ttl_s=ttl_s, pin=pin, fidelity=fidelity, priority=priority, chain=True, parent=parent,
-            namespace=self.name,
-        )  # fmt: skip
+            entries, chain=True, parent=parent, fidelity=fidelity, namespace=self.name, **how
+        )
         return stored
 
     async def get_prefix(self, token_ids: Sequence[int], *, out: tuple[Any, Any] | None = None) -> tuple[int, Any, Any]:
@@ -359,8 +405,9 @@ class Prefixes:
         # By tokens a chunk: the last one may have fewer, which its own question below sets right.
         full = len(token_ids) // self.chunk_tokens
         whole = self._lookup(token_ids, keys) if counted else ELSEWHERE
-        held = await self._cache.match(keys[:full], lookup=whole) if full else 0
-        tail = await self._tail(token_ids, keys, held)
+        held: Match = await self._cache.match(keys[:full], lookup=whole) if full else Match(())
+        # What only another host has cannot be continued here.
+        tail = await self._tail(token_ids, keys, held, here=not held or held.held[-1].tier != "shared")
         if tail is None:
             if counted and keys and not full:
                 await self._cache.match(keys, lookup=whole)
@@ -376,14 +423,21 @@ class Prefixes:
         """How the question for a partial chunk counts. asked: it is the first of its lookup."""
         return (whole if asked else whole.continued())._replace(key_tokens=tail.tokens)
 
-    async def _tail(self, token_ids: Sequence[int], keys: list[bytes], held: int) -> "_Tail | None":
-        """The longest partial chunk that is held behind the first `held` chunks; None: there is none."""
+    async def _tail(
+        self, token_ids: Sequence[int], keys: list[bytes], held: int, *, here: bool = True
+    ) -> "_Tail | None":
+        """The longest partial chunk that is held behind the first `held` chunks; None: there is none.
+
+        here: those are on this host.
+        """
         rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
-        if held == len(keys) or not len(rest):
+        if held == len(keys):
             return None
         # A longer prompt continues inside the chunk where a shorter one ended: ask for each length it may have.
         tails = tail_keys(keys[held - 1] if held else self.digest, rest)
         places = await self._cache.locate(tails)
+        if here and not places[0]:  # the longest is the next chunk of the chain
+            self._misses.note(keys[held])
         return next((_Tail(key, len(tails) - i) for i, key in enumerate(tails) if places[i]), None)
 
     def _tokens_of(self, hit: Hit) -> int | None:

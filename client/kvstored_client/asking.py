@@ -244,7 +244,7 @@ class Asking:
             self._touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
         if epoch != self._epoch:
             self._saw_epoch(epoch)
-        return self._at_most(len(batch), stored)
+        return stored if stored == len(batch) else self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
         before = self.transfers.before(entry.tensors for entry in batch)

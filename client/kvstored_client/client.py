@@ -93,9 +93,9 @@ class Client(Asking):
         it is counted and limited; with a parent it is the parent's.
         Raises InvalidEntry, EntryTooLarge.
         """
+        entry = check_key(key), tensors, None if parent is None else check_key(parent)
         options = put_options(ttl_s, sliding, pin, fidelity, priority, namespace)
-        before = None if parent is None else check_key(parent)
-        return self._sent(outgoing([(check_key(key), tensors, before)], options), bool)
+        return self._sent(outgoing([entry], options), bool)
 
     def put_many(  # noqa: PLR0913 - keyword-only, each one optional
         self,
@@ -122,6 +122,8 @@ class Client(Asking):
         held = dict(zip(keys, (tensors for _, tensors in pairs), strict=True))
         parents = [before_first, *held][:-1] if chain else [None] * len(held)
         batch = outgoing(list(zip(held.keys(), held.values(), parents, strict=True)), options, root=chain)
+        if len(batch) == len(keys):
+            return self._sent(batch, int)
         return self._sent(batch, lambda stored: len(keys) if stored == len(batch) else stored)
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None, packed: bool = False) -> Hit | None:

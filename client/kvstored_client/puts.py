@@ -13,12 +13,9 @@ from kvstore.options import PutOptions
 from kvstore.packed import PackedTensor, arrays_in
 from kvstore.shm.layout import layout
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames, submessage
+from kvstored_client.wire.frames import CHUNK_NBYTES, Gather, cut_frames, put_header
 from kvstored_client.wire.messages import fidelity_number, priority_number, tensor_specs
 from kvstored_client.wire.packed import coded_of, packed_tensor, parts_of
-
-_KEY, _PARENT = pb.PutHeader.KEY_FIELD_NUMBER, pb.PutHeader.PARENT_FIELD_NUMBER
-
 
 _known_options = lru_cache(maxsize=64, typed=True)(PutOptions)
 
@@ -148,7 +145,6 @@ def outgoing(
         described.append((held, found))
     made: list[Outgoing] = []
     for (key, _, parent), (held, found) in zip(entries, described, strict=True):
-        before = b"" if parent is None else submessage(_PARENT, parent)
-        header = b"".join((submessage(_KEY, key), before, found.serialized))
+        header = put_header(key, parent, found.serialized)
         made.append(Outgoing(key, held, header, found.nbytes, found.places, found.block_nbytes))
     return made

@@ -1,11 +1,15 @@
 """How many questions a verb of prefixes asks the daemon: each costs a round trip, whatever is answered."""
 
+import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvstored_client import Client
+from kvstore.prefix import MISSES_MAX, Namespace, _Misses
+from kvstored_client import Client, aio
+from kvstored_client.aio.lease import LoopConnection
 from kvstored_client.shm.connection import Connection
 from tests.conftest import DaemonProcess
 
@@ -66,22 +70,134 @@ def test_a_prefix_takes_one_round_trip_and_a_tail_one_or_two_more(
         space.forget(prompt)
 
 
-def test_a_prefix_that_is_held_is_put_with_one_round_trip_and_a_new_one_with_two(
-    shared_daemon: DaemonProcess, asked: list[int]
-) -> None:
+@pytest.fixture
+def space(shared_daemon: DaemonProcess) -> Iterator[Namespace]:
+    """A namespace whose connection is there and has room for puts; empty before and after."""
     with shared_daemon.client(framework="numpy") as client:
         space = client.namespace(chunk_tokens=CHUNK, **IDENTITY)
-        client.match([b"connected"])
-        prompt = [5, *range(4 * CHUNK)]
-        k, v = kv(len(prompt))
-        three = 3 * CHUNK
-        for chunks, trips in ((3, 2), (0, 1)):
-            asked.clear()
-            assert space.put_prefix(prompt[:three], k[:, :three], v[:, :three]) == chunks
-            segments = sum(nbytes < 16 for nbytes in asked)  # the first put asks for an ingest segment
-            assert len(asked) - (segments if chunks else 0) == trips
+        client.put(b"room", {"x": np.zeros(1 << 16, np.uint8)})
+        yield space
+        client.delete(b"room")
+        for first in range(10):
+            space.forget([first, *range(5 * CHUNK)])
+
+
+def test_a_prefix_that_is_held_is_put_with_one_round_trip_and_an_unknown_new_one_with_two(
+    space: Namespace, asked: list[int]
+) -> None:
+    prompt = [5, *range(4 * CHUNK)]
+    k, v = kv(len(prompt))
+    three = 3 * CHUNK
+    for chunks, trips in ((3, 2), (0, 1)):
         asked.clear()
-        assert space.put_prefix(prompt, k, v) == 2
-        assert len(asked) == 3
-        assert space.match_prefix(prompt) == 5
-        space.forget(prompt)
+        assert space.put_prefix(prompt[:three], k[:, :three], v[:, :three]) == chunks
+        assert len(asked) == trips
+    asked.clear()
+    assert space.put_prefix(prompt, k, v) == 2
+    assert len(asked) == 3
+    assert space.match_prefix(prompt) == 5
+
+
+@pytest.mark.parametrize("lookup", ["get_prefix", "match_prefix", "get_prefix_hits"])
+def test_what_a_lookup_has_missed_is_put_with_one_round_trip_once(
+    space: Namespace, asked: list[int], lookup: str
+) -> None:
+    prompt = [6, *range(4 * CHUNK)]
+    k, v = kv(len(prompt))
+    three = 3 * CHUNK
+    look = getattr(space, lookup)
+    look(prompt[:three])
+    asked.clear()
+    assert space.put_prefix(prompt[:three], k[:, :three], v[:, :three]) == 3
+    assert len(asked) == 1, "nothing of it was held"
+    asked.clear()
+    assert space.put_prefix(prompt[:three], k[:, :three], v[:, :three]) == 0
+    assert len(asked) == 1, "told once: it is asked again what is held"
+    look(prompt)
+    asked.clear()
+    assert space.put_prefix(prompt, k, v) == 2, "what was held is not sent again"
+    assert len(asked) == 1
+    n, got_k, got_v = space.get_prefix(prompt)
+    assert n == len(prompt)
+    assert np.array_equal(got_k, k)
+    assert np.array_equal(got_v, v)
+
+
+def test_what_left_after_the_lookup_is_put_again(space: Namespace, asked: list[int]) -> None:
+    prompt = [7, *range(4 * CHUNK)]
+    k, v = kv(len(prompt))
+    space.put_prefix(prompt[: 3 * CHUNK], k[:, : 3 * CHUNK], v[:, : 3 * CHUNK])
+    assert space.get_prefix(prompt)[0] == 3 * CHUNK
+    space.forget(prompt)
+    asked.clear()
+    assert space.put_prefix(prompt, k, v) == 5, "refused behind a chunk that is not held, then asked and put whole"
+    assert len(asked) == 3
+    n, got_k, _ = space.get_prefix(prompt)
+    assert n == len(prompt)
+    assert np.array_equal(got_k, k)
+
+
+def test_what_another_worker_has_put_after_the_lookup_is_replaced_by_the_same(
+    space: Namespace, shared_daemon: DaemonProcess
+) -> None:
+    prompt = [8, *range(3 * CHUNK)]
+    k, v = kv(len(prompt))
+    assert space.get_prefix(prompt)[0] == 0
+    with shared_daemon.client() as client:
+        assert client.namespace(chunk_tokens=CHUNK, **IDENTITY).put_prefix(prompt, k, v) == 4
+    assert space.put_prefix(prompt, k, v) == 4
+    assert space.match_prefix(prompt) == 4
+
+
+@pytest.mark.parametrize("how", [{"pin": True}, {"ttl_s": 50.0}])
+def test_what_a_put_asks_of_chunks_that_are_held_is_done_after_a_lookup_too(
+    space: Namespace, shared_daemon: DaemonProcess, how: dict[str, Any]
+) -> None:
+    prompt = [9, *range(3 * CHUNK)]
+    k, v = kv(len(prompt))
+    space.put_prefix(prompt[:CHUNK], k[:, :CHUNK], v[:, :CHUNK], ttl_s=20.0)
+    assert space.get_prefix(prompt)[0] == CHUNK
+    assert space.put_prefix(prompt, k, v, **how) == 3
+    with shared_daemon.client() as client:
+        infos = [client.inspect(key) for key in space.keys(prompt)]
+    assert all(info is not None for info in infos)
+    assert all(info.pinned if "pin" in how else info.ttl_left_s > 30 for info in infos if info is not None)
+    space.unpin_prefix(prompt)
+
+
+def test_misses_are_remembered_up_to_a_count_and_the_oldest_forgotten() -> None:
+    misses = _Misses()
+    for i in range(MISSES_MAX + 10):
+        misses.note(b"%d" % i)
+    assert misses.take([b"none", b"9"]) is None
+    assert misses.take([b"none", b"10", b"11"]) == 1
+    assert misses.take([b"none", b"10", b"11"]) == 2
+    assert misses.take([b"none", b"10", b"11"]) is None
+
+
+def test_an_asyncio_client_puts_what_it_missed_with_one_round_trip(
+    shared_daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    ask = LoopConnection.ask
+
+    async def counted(self: LoopConnection, data: bytes, timeout_s: float) -> Any:
+        found.append(len(data))
+        return await ask(self, data, timeout_s)
+
+    prompt = [4, *range(3 * CHUNK)]
+    k, v = kv(len(prompt))
+
+    async def run() -> None:
+        async with aio.Client(shared_daemon.address.split(",")[0], framework="numpy") as client:
+            space = client.namespace(chunk_tokens=CHUNK, **IDENTITY)
+            await client.put(b"room", {"x": np.zeros(1 << 16, np.uint8)})
+            assert (await space.get_prefix(prompt))[0] == 0
+            monkeypatch.setattr(LoopConnection, "ask", counted)
+            assert await space.put_prefix(prompt, k, v) == 4
+            assert len(found) == 1
+            assert (await space.get_prefix(prompt))[0] == len(prompt)
+            await client.delete(b"room")
+            await space.forget(prompt)
+
+    asyncio.run(run())

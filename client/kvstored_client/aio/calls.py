@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from kvstore import arrays
 from kvstore.device.copies import Batch
 from kvstore.hit import Hit, TensorInfo
@@ -20,7 +22,6 @@ from kvstored_client.shm.calls import (
     commits_of,
     copy_in,
     filled,
-    get_call,
     loaded,
     store_in,
     target_for,
@@ -28,7 +29,7 @@ from kvstored_client.shm.calls import (
 from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Bytes
+from kvstored_client.wire.frames import get_call
 from kvstored_client.wire.messages import GetOptions
 
 BREATH_S = 0.0005
@@ -58,7 +59,7 @@ async def get(
     connection = await pool.get(hand)
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = await connection.ask(get_call(part, how), pool.timeout_s)
+        reply = await connection.ask(get_call(part, how.rest), pool.timeout_s)
         epoch = reply.boot_epoch
         connection.segments.look(time.perf_counter(), at_once=bool(how.device))
         try:
@@ -90,7 +91,7 @@ async def _fill(pool: LoopPool, found: list[tuple[int, Any, Block, Target]], bat
     """Fill all targets; for each whether its block was there to the end."""
 
     def fill(slices: Slices) -> list[bool]:
-        sound = [filled(slices, block, target) for _, _, block, target in found]
+        sound = [filled(slices.copy, block, target) for _, _, block, target in found]
         if batch is None:
             return sound
         return [one and other for one, other in zip(sound, loaded(pool, batch, found), strict=True)]
@@ -105,7 +106,7 @@ async def lease(
 ) -> LeasedHits:
     """As `shm.calls.lease`."""
     connection = await pool.get(hand)
-    reply = await connection.ask(get_call(keys, how), pool.timeout_s)
+    reply = await connection.ask(get_call(keys, how.rest), pool.timeout_s)
     connection.segments.look(time.perf_counter(), at_once=bool(how.device))
     owner = Lease(connection, framework)
     connection.hold(owner, reply.lease)
@@ -114,45 +115,41 @@ async def lease(
 
 async def put(pool: LoopPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """As `shm.calls.put`."""
-    stored = epoch = commits = 0
-    for entries in commits_of(batch):
+    stored = epoch = 0
+    commits = commits_of(batch)
+    for entries in commits:
         reply = await _commit(pool, hand, entries)
-        stored, epoch, commits = stored + reply.stored, reply.boot_epoch, commits + 1
-    return stored, epoch, commits
+        stored, epoch = stored + reply.stored, reply.boot_epoch
+    return stored, epoch, len(commits)
 
 
 async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
     commit = Commit(pool, entries)
     connection = await pool.get(hand, commit.wanted)
-    window, segment, start = await connection.find(commit.lay(connection), commit.timeout_s)
-    connection.settled = True  # no answer is due, and the room is this window's
-    copies = commit.copies(segment, start)
+    if commit.lent:
+        commit.lay(connection)
+    room = await connection.find(commit.room_nbytes, commit.timeout_s)
+    connection.settled = True  # no answer is due, and the room is this call's
     batch = pool.transfers.batch_for([entry.tensors for entry in entries])
     if batch is not None:
-        store = partial(store_in, pool, connection, batch, window.array, copies)
+        store = partial(store_in, pool, connection, batch, room.data, commit.copies)
         await pool.worker.sliced(store)
     elif (before := pool.transfers.before(entry.tensors for entry in entries)) is not None:
 
         def store_after(slices: Slices) -> None:
             before()
-            _copy_all(slices, window.array, copies)
+            copy_in(slices.copy, room.data, commit.copies)
 
         await pool.worker.sliced(store_after)
-    elif sum(nbytes for entry in copies for _, _, nbytes in entry) <= INLINE_NBYTES:
-        _copy_all(Slices(), window.array, copies)
+    elif sum(nbytes for copies in commit.copies for _, _, nbytes in copies) <= INLINE_NBYTES:
+        copy_in(np.copyto, room.data, commit.copies)
     else:
-        await pool.worker.sliced(lambda slices: _copy_all(slices, window.array, copies))
-    connection.sending = window
-    reply = await connection.ask(commit.message, commit.timeout_s)
+        await pool.worker.sliced(lambda slices: copy_in(slices.copy, room.data, commit.copies))
+    connection.sending = room
+    reply = await connection.ask(commit.message(room), commit.timeout_s)
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put
-
-
-def _copy_all(slices: Slices, data: Bytes, entries: list[list[tuple[Any, int, int]]]) -> None:
-    for copies in entries:
-        copy_in(slices, data, copies)
-        copies.clear()
 
 
 async def empty(pool: LoopPool, hand: list[Connection], spec: TensorInfo, framework: str) -> Any:
@@ -160,6 +157,6 @@ async def empty(pool: LoopPool, hand: list[Connection], spec: TensorInfo, framew
     nbytes = arrays.check_specs({"x": spec})
     connection = await pool.get(hand)
     pool.lent = True
-    window, _, _ = await connection.find(max(nbytes, 1), pool.timeout_s)
+    room = await connection.find(max(nbytes, 1), pool.timeout_s)
     connection.settled = True
-    return arrays.from_bytes(spec, window.array[:nbytes], framework)
+    return arrays.from_bytes(spec, room.data[:nbytes], framework)

@@ -15,8 +15,8 @@ from typing import Any
 
 from kvstore.errors import KvstoreError
 from kvstored_client.aio.worker import Worker
-from kvstored_client.buffers import Window
 from kvstored_client.shm.connection import ASK_AGAIN_MAX, GREETING, Connection, MoreSegments
+from kvstored_client.shm.ingest import Room
 from kvstored_client.shm.pool import CONNECTIONS_MAX, ConnectionPool, Silent, UseStream
 from kvstored_client.stream.transport import inherited
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -53,7 +53,7 @@ class LoopConnection(Connection):
 
     due = 0
     _hung_up = False
-    sending: Window | None = None
+    sending: Room | None = None
 
     def hang_up(self) -> None:
         """As of any connection; one that is being made is made no more."""
@@ -134,8 +134,11 @@ class LoopConnection(Connection):
         self.uncopied, self.sending = self.sending, None
         return reply
 
-    async def find(self, nbytes: int, timeout_s: float) -> tuple[Window, int, int]:
+    async def find(self, nbytes: int, timeout_s: float) -> Room:
         """As `room`."""
+        spare = self.spare_room(nbytes)
+        if spare is not None:
+            return spare
         plan = self.find_room(nbytes)
         try:
             asked = next(plan)

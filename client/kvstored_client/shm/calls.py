@@ -9,6 +9,8 @@ interrupted, and is abandoned.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvstore import arrays
 from kvstore.device import DriverError
 from kvstore.device.copies import Batch
@@ -20,17 +22,15 @@ from kvstored_client.decoding import Parts, unpacked
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.blocks import Block, found_in
+from kvstored_client.shm.ingest import Room
 from kvstored_client.shm.leases import Lease, LeasedHits
-from kvstored_client.shm.mapping import Copying, MappedSegment
+from kvstored_client.shm.mapping import PARALLEL_NBYTES, Copy, MappedSegment
 from kvstored_client.shm.pool import Connection, ConnectionPool, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Bytes, get_request, submessage
+from kvstored_client.wire.frames import Bytes, get_call, put_call
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
 
 KEYS_PER_PACKET = 512
-_PUT, _ENTRIES = pb.LeaseCall.PUT_FIELD_NUMBER, pb.LeasePut.ENTRIES_FIELD_NUMBER
-_HEADER = pb.IngestedEntry.HEADER_FIELD_NUMBER
-_COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
 
@@ -63,7 +63,7 @@ def get(
     connection = pool.take(hand)
     for start in range(0, len(keys), KEYS_PER_PACKET):
         part = keys[start : start + KEYS_PER_PACKET]
-        reply = connection.exchange(get_call(part, how), pool.timeout_s)
+        reply = connection.exchange(get_call(part, how.rest), pool.timeout_s)
         epoch = reply.boot_epoch
         if how.device:
             connection.segments.let_go()  # memory of a GPU that the daemon has given back
@@ -74,7 +74,8 @@ def get(
                 index = start + at
                 into = out[index] if out is not None else None
                 target = target_for(block, framework, into, batch, packed=packed)
-                if not filled(pool.copier, block, target):
+                copy = np.copyto if block.nbytes < PARALLEL_NBYTES else pool.copier.copy
+                if not filled(copy, block, target):
                     stale += 1
                 elif target.direct:
                     late.append((index, item, block, target))
@@ -93,11 +94,6 @@ def get(
     return hits, stale, epoch
 
 
-def get_call(keys: Sequence[bytes], how: GetOptions) -> bytes:
-    """The call of a get."""
-    return submessage(pb.LeaseCall.GET_FIELD_NUMBER, get_request(keys, how.rest))
-
-
 def target_for(
     block: "Block", framework: str, out: Mapping[str, Any] | None, batch: Batch | None = None, *, packed: bool = False
 ) -> Target:
@@ -113,7 +109,7 @@ def target_for(
         raise damage(error, "a block") from None
 
 
-def filled(copier: Copying, block: "Block", target: Target) -> bool:
+def filled(copy: Copy, block: "Block", target: Target) -> bool:
     """Copy or decode a block, but for what is `direct`; False if it was used again meanwhile. Raises UseStream."""
     if block.on_device and target.bytes:
         raise UseStream("what lies in a GPU's memory is no answer for tensors that do not")
@@ -126,7 +122,7 @@ def filled(copier: Copying, block: "Block", target: Target) -> bool:
     else:
         for name, (_, at, nbytes) in block.tensors.items():
             if name in target.bytes:
-                copier.copy(target.bytes[name], block.data[at : at + nbytes])
+                copy(target.bytes[name], block.data[at : at + nbytes])
     try:
         target.finish()
     except CodecError:
@@ -195,7 +191,7 @@ def lease(
 ) -> LeasedHits:
     """The bytes themselves, until the hits' context ends. Raises as `get`."""
     connection = pool.take(hand)
-    reply = connection.exchange(get_call(keys, how), pool.timeout_s)
+    reply = connection.exchange(get_call(keys, how.rest), pool.timeout_s)
     if how.device:
         connection.segments.let_go()
     owner = Lease(connection, framework)
@@ -205,99 +201,109 @@ def lease(
 
 def put(pool: ConnectionPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
     """(entries stored, boot epoch, commits). A long batch goes in several commits, root first: a chain has no holes."""
-    stored = epoch = commits = 0
-    for entries in commits_of(batch):
+    stored = epoch = 0
+    commits = commits_of(batch)
+    for entries in commits:
         reply = _commit(pool, hand, entries)
-        stored, epoch, commits = stored + reply.stored, reply.boot_epoch, commits + 1
-    return stored, epoch, commits
+        stored, epoch = stored + reply.stored, reply.boot_epoch
+    return stored, epoch, len(commits)
 
 
-def commits_of(batch: Sequence[Outgoing]) -> Iterator[Sequence[Outgoing]]:
+def commits_of(batch: Sequence[Outgoing]) -> list[Sequence[Outgoing]]:
     """The entries of each commit."""
-    start = 0
+    found, start = [], 0
     while start < len(batch):
         stop, nbytes = start + 1, batch[start].nbytes
         while stop < len(batch) and stop - start < KEYS_PER_PACKET and nbytes + batch[stop].nbytes <= COMMIT_NBYTES:
             nbytes += batch[stop].nbytes
             stop += 1
-        yield batch[start:stop]
+        found.append(batch[start:stop])
         start = stop
+    return found
 
 
 def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
     commit = Commit(pool, entries)
     connection = pool.take(hand, commit.wanted)
     connection.settled = False  # its room is in use
-    window, segment, start = connection.room(commit.lay(connection), commit.timeout_s)
-    data = window.array
-    copies = commit.copies(segment, start)
-    batch = pool.transfers.batch_for([entry.tensors for entry in entries])
+    if commit.lent:
+        commit.lay(connection)
+    room = connection.room(commit.room_nbytes, commit.timeout_s)
+    batch = pool.transfers.batch_for([entry.tensors for entry in entries]) if commit.on_gpu else None
     if batch is None:
-        for of_entry in copies:
-            copy_in(pool.copier, data, of_entry)
+        copy_in(np.copyto if commit.room_nbytes < PARALLEL_NBYTES else pool.copier.copy, room.data, commit.copies)
     else:
-        store_in(pool, connection, batch, data, copies)
-    reply = connection.exchange(commit.message, commit.timeout_s)
-    connection.uncopied = window
+        store_in(pool, connection, batch, room.data, commit.copies)
+    reply = connection.exchange(commit.message(room), commit.timeout_s)
+    connection.uncopied = room
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put
 
 
-class Commit:
-    """One commit of a put: what lies in shared memory already, what has to be copied there, and what is sent.
+Copies = list[tuple[Any, int, int]]
+"""(tensor, start in the room, bytes) of what is to be copied there."""
 
-    wanted: the connection to make it on, if one. timeout_s: for each of its calls. message: the call, for when all is
-    copied; `copies` writes it.
+
+class Commit:
+    """One commit of a put: what lies in shared memory already, and what has to be copied there.
+
+    wanted: the connection to make it on, if one. timeout_s: for each of its calls. room_nbytes: what it needs of a
+    connection. copies: for each entry what goes there. lent: some of it may lie there, which `lay` finds. on_gpu: some
+    of it is on a GPU.
     """
 
     def __init__(self, pool: ConnectionPool, entries: Sequence[Outgoing]) -> None:
         self._entries = entries
-        self._lent = pool.lent
-        self.timeout_s = pool.timeout_s + sum(entry.nbytes for entry in entries) / PAYLOAD_BYTES_PER_S
+        self.lent = pool.lent
         # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
         found = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
         self.wanted = None if found is None else found[0]
-        self._there: dict[int, tuple[int, int]] = {}
-        self._rooms: list[int] = []
-        self.message = b""
+        self.on_gpu = False
+        self._lying = False
+        self._places: list[list[tuple[int | None, int]]] = []
+        nbytes = self._lay({})
+        self.timeout_s = pool.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
 
-    def lay(self, connection: Connection) -> int:
-        """Bytes of room that it needs on a connection."""
-        there = self._there = _lying(connection, self._entries) if self._lent else {}
-        self._rooms = [
-            0 if there and all(id(x) in there for x in e.tensors.values()) else e.block_nbytes for e in self._entries
-        ]
-        return sum(self._rooms)
+    def lay(self, connection: Connection) -> None:
+        """Leave out what lies in this connection's ingest segments."""
+        self._lay(_lying(connection, self._entries))
 
-    def copies(self, segment: int, start: int) -> list[list[tuple[Any, int, int]]]:
-        """(tensor, start in the room, bytes) to copy for each entry, given its room's place."""
-        at, found, parts = 0, [], []
-        for entry, room_nbytes in zip(self._entries, self._rooms, strict=True):
-            item, copies = pb.IngestedEntry(), []
+    def _lay(self, there: dict[int, tuple[int, int]]) -> int:
+        """there: where tensors lie, by their identity. Returns the bytes of all entries."""
+        self._lying = bool(there)
+        self._places, self.copies = [], list[Copies]()
+        total = at = 0
+        for entry in self._entries:
+            places, copies = list[tuple[int | None, int]](), Copies()
             for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
-                place = self._there.get(id(x))
+                place = there.get(id(x)) if there else None
                 if place is None:
-                    place = segment, start + at + offset
                     copies.append((x, at + offset, nbytes))
-                item.places.add(segment=place[0], start=place[1])
-            found.append(copies)
-            at += room_nbytes
-            parts.append(submessage(_ENTRIES, submessage(_HEADER, entry.header) + item.SerializeToString()))
-        if not self._there:
-            # What the caller made with `empty` it may write to once the put returns; the windows here nobody writes to.
-            parts.append(_COPY_LATER)
-        self.message = submessage(_PUT, b"".join(parts))
-        return found
+                    self.on_gpu = self.on_gpu or getattr(x, "is_cuda", False)
+                places.append(place or (None, at + offset))
+            self._places.append(places)
+            self.copies.append(copies)
+            at += entry.block_nbytes if copies or not there else 0
+            total += entry.nbytes
+        self.room_nbytes = at
+        return total
+
+    def message(self, room: Room) -> bytes:
+        """The call, for when all is copied."""
+        # What the caller made with `empty` it may write to once the put returns; the rooms here nobody writes to.
+        headers = [entry.header for entry in self._entries]
+        return put_call(zip(headers, self._places, strict=True), room.segment, room.start, copy_later=not self._lying)
 
 
-def copy_in(copier: Copying, data: Bytes, copies: Sequence[tuple[Any, int, int]]) -> None:
-    """Copy tensors to their (start, nbytes). Dense bytes only now, entry by entry: a strided tensor is copied twice."""
-    sources = [arrays.as_bytes(x) for x, _, _ in copies]
-    for source, (_, start, nbytes) in zip(sources, copies, strict=True):
-        if source.size != nbytes:
-            raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
-        copier.copy(data[start : start + nbytes], source)
+def copy_in(copy: Copy, data: Bytes, entries: Sequence[Copies]) -> None:
+    """Copy tensors to their (start, nbytes). Dense bytes only now, one by one: a strided tensor is copied twice."""
+    for copies in entries:
+        for x, start, nbytes in copies:
+            source = arrays.as_bytes(x)
+            if source.size != nbytes:
+                raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
+            copy(data[start : start + nbytes], source)
 
 
 def store_in(
@@ -305,24 +311,24 @@ def store_in(
     connection: Connection,
     batch: Batch,
     data: Bytes,
-    entries: Sequence[list[tuple[Any, int, int]]],
-    copier: Copying | None = None,
+    entries: Sequence[Copies],
+    copy: Copy | None = None,
 ) -> None:
     """`copy_in` of several entries with tensors on a GPU: those in one batch. Nothing is copied afterwards."""
     for segment in connection.ingest:
         if segment.mapping.address <= data.ctypes.data < segment.mapping.address + segment.mapping.nbytes:
             pool.transfers.uses(segment.mapping)
-    direct = []
+    direct = Copies()
     for copies in entries:
         for x, start, nbytes in copies:
             if x.nbytes != nbytes or not batch.store(x, data.ctypes.data + start):
-                copy_in(copier or pool.copier, data, [(x, start, nbytes)])
+                copy_in(copy or pool.copier.copy, data, [[(x, start, nbytes)]])
             else:
                 direct.append((x, start, nbytes))
     try:
         batch.run()
     except DriverError:
-        copy_in(copier or pool.copier, data, direct)
+        copy_in(copy or pool.copier.copy, data, [direct])
 
 
 def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:
@@ -360,6 +366,6 @@ def empty(pool: ConnectionPool, hand: list[Connection], spec: TensorInfo, framew
     connection = pool.take(hand)
     connection.settled = False
     pool.lent = True
-    window, _, _ = connection.room(max(nbytes, 1), pool.timeout_s)
+    room = connection.room(max(nbytes, 1), pool.timeout_s)
     connection.settled = True
-    return arrays.from_bytes(spec, window.array[:nbytes], framework)
+    return arrays.from_bytes(spec, room.data[:nbytes], framework)

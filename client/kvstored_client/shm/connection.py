@@ -25,9 +25,8 @@ from google.protobuf.message import DecodeError
 
 from kvstore import errors
 from kvstore.errors import KvstoreError
-from kvstored_client.buffers import Window
 from kvstored_client.interrupts import close_all, close_first, damage, is_foreign
-from kvstored_client.shm.ingest import Ended, IngestSegment, Mark
+from kvstored_client.shm.ingest import Ended, IngestSegment, Mark, Room
 from kvstored_client.shm.mapping import MappedSegment
 from kvstored_client.shm.segments import Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -131,8 +130,10 @@ class Connection:
         self._held: dict[int, Ended] = {}
         self.segments = Segments(0)
         self.ingest: list[IngestSegment] = []
-        self.uncopied: Window | None = None
+        self.uncopied: Room | None = None
         """What the last put filled: the daemon may be copying it until it answers the next call."""
+        self._spare: Room | None = None
+        """What the put before filled: the next one of that size need not look for room."""
         self._poll = select.poll()
         self._number = 0
         self._numbered = False
@@ -256,7 +257,8 @@ class Connection:
             self._map(reply)
         self._packets.clear()
         self._descriptors = None
-        self.uncopied = None
+        if self.uncopied is not None:
+            self._spare, self.uncopied = self.uncopied, None
         if reply.HasField("error"):
             self.settled = True
             if reply.segments and reply.error.kind == "UseStream":
@@ -307,8 +309,16 @@ class Connection:
             self._descriptors = deque(found)
         return self._descriptors
 
-    def room(self, nbytes: int, timeout_s: float) -> tuple[Window, int, int]:
-        """Bytes in an ingest segment: (window, segment, start). Raises UseStream, and as `call`."""
+    def spare_room(self, nbytes: int) -> Room | None:
+        """Room that a put before has left, if this one needs at least half of it. It is let go of otherwise."""
+        spare, self._spare = self._spare, None
+        return spare if spare is not None and spare.data.size // 2 <= nbytes <= spare.data.size else None
+
+    def room(self, nbytes: int, timeout_s: float) -> Room:
+        """Bytes in an ingest segment, at least so many. Raises UseStream, and as `call`."""
+        spare = self.spare_room(nbytes)
+        if spare is not None:
+            return spare
         plan = self.find_room(nbytes)
         try:
             asked = next(plan)
@@ -322,7 +332,7 @@ class Connection:
         except StopIteration as found:
             return found.value  # type: ignore[no-any-return]
 
-    def find_room(self, nbytes: int) -> Generator[pb.LeaseCall, None, tuple[Window, int, int]]:
+    def find_room(self, nbytes: int) -> Generator[pb.LeaseCall, None, Room]:
         """The calls that `room` makes, one after the other; a UseStream that one of them raised is thrown in."""
         found = self._room_there(nbytes)
         if found is None and self.uncopied is not None and self._ingest_nbytes >= INGEST_TWICE_NBYTES:
@@ -342,12 +352,14 @@ class Connection:
                 raise
             self.settled = False
             return found
+        self._spare = None
         found = self.ingest[-1].take(nbytes) if self.ingest else None
         if found is None:
             raise UseStream("an ingest segment smaller than asked for")
         return found
 
-    def _room_there(self, nbytes: int) -> tuple[Window, int, int] | None:
+    def _room_there(self, nbytes: int) -> Room | None:
+        self._spare = None
         for segment in self.ingest:
             found = segment.take(nbytes)
             if found is not None:

@@ -5,11 +5,19 @@ An interrupt may come between any two instructions (see `interrupts`): what ends
 
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvstore.shm.freelist import FreeList
-from kvstored_client.buffers import Window
 from kvstored_client.shm.mapping import MappedSegment
+from kvstored_client.wire.frames import Bytes
+
+
+class Room(NamedTuple):
+    """Bytes of an ingest segment, taken for as long as any array or tensor over them is there."""
+
+    data: Bytes
+    segment: int
+    start: int
 
 
 class Mark:
@@ -39,8 +47,8 @@ class IngestSegment:
         self._dead: deque[Ended] = deque()
         self._used: dict[int, Ended] = {}
 
-    def take(self, nbytes: int) -> tuple[Window, int, int] | None:
-        """(window, segment, start) of so many bytes; None without room.
+    def take(self, nbytes: int) -> Room | None:
+        """So many bytes; None where there is no room.
 
         Who is interrupted in here must not use this again: it may be half done.
         """
@@ -54,4 +62,4 @@ class IngestSegment:
         mark = Mark()
         used = self._used[found] = Ended(mark, self._dead.append)
         used.number = found
-        return self.mapping.window(found, nbytes, mark, writable=True), self.number, found
+        return Room(self.mapping.window(found, nbytes, mark, writable=True).array, self.number, found)

@@ -7,7 +7,7 @@ import _thread
 import contextlib
 import mmap
 import os
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 
@@ -58,12 +58,8 @@ class MappedSegment:
                     return  # an older kernel: the reader pays
 
 
-class Copying(Protocol):
-    """What copies bytes."""
-
-    def copy(self, target: Bytes, source: Bytes) -> None:
-        """target[:] = source."""
-        ...
+Copy = Callable[[Bytes, Bytes], None]
+"""Copies bytes: (target, source)."""
 
 
 class Copier:

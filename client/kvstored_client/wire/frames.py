@@ -6,7 +6,7 @@ Holds no state but a cursor; one Gather or Scatter belongs to one thread at a ti
 """
 
 import struct
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,13 +124,48 @@ def submessage(field: int, body: bytes) -> bytes:
     return _BYTES[field << 3 | 2] + _varint(len(body)) + body
 
 
+def put_header(key: bytes, parent: bytes | None, rest: bytes) -> bytes:
+    """A PutHeader of checked keys. rest: its other fields, serialized."""
+    if parent is None:
+        return b"".join((_KEY_HEADS[len(key)], key, rest))
+    return b"".join((_KEY_HEADS[len(key)], key, _PARENT_HEADS[len(parent)], parent, rest))
+
+
+def put_call(
+    entries: Iterable[tuple[bytes, Iterable[tuple[int | None, int]]]], segment: int, start: int, *, copy_later: bool
+) -> bytes:
+    """A LeaseCall that puts entries: for each its header, serialized, and (segment, start) of its tensors.
+
+    segment, start: the room in which those lie that have no segment of their own, from where their start is counted.
+    """
+    parts: list[bytes] = []
+    for header, places in entries:
+        item = pb.IngestedEntry()
+        for of, at in places:
+            if of is None:
+                item.places.add(segment=segment, start=start + at)
+            else:
+                item.places.add(segment=of, start=at)
+        rest, size = item.SerializeToString(), _varint(len(header))
+        parts += (_ENTRY_TAG, _varint(1 + len(size) + len(header) + len(rest)), _HEADER_TAG, size, header, rest)
+    if copy_later:
+        parts.append(_COPY_LATER)
+    body = b"".join(parts)
+    return b"".join((_PUT_TAG, _varint(len(body)), body))
+
+
 def fixed64s(field: int, values: Sequence[int]) -> bytes:
     """A field `repeated fixed64` of a message."""
     return _BYTES[field << 3 | 2] + _varint(8 * len(values)) + struct.pack(f"<{len(values)}Q", *values)
 
 
-def get_request(keys: Sequence[bytes], rest: bytes) -> bytes:
-    """A GetRequest of checked keys. rest: its other fields, serialized."""
+def get_call(keys: Sequence[bytes], rest: bytes) -> bytes:
+    """A LeaseCall that gets checked keys. rest: the other fields of its GetRequest, serialized."""
+    body = _get_request(keys, rest)
+    return b"".join((_GET_TAG, _varint(len(body)), body))
+
+
+def _get_request(keys: Sequence[bytes], rest: bytes) -> bytes:
     lengths = set(map(len, keys))
     if len(lengths) == 1:  # hashes, as a rule: all of them in one step
         head = _KEY_HEADS[lengths.pop()]
@@ -166,7 +201,14 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
 
 _BYTES = [bytes((value,)) for value in range(256)]
 _KEY_HEADS = [bytes((1 << 3 | 2,)) + _varint(nbytes) for nbytes in range(KEY_MAX_NBYTES + 1)]
-"""What stands before a key of so many bytes."""
+"""What stands before a key of so many bytes, and before the key that it continues."""
+_PARENT_HEADS = [
+    _BYTES[pb.PutHeader.PARENT_FIELD_NUMBER << 3 | 2] + _varint(nbytes) for nbytes in range(KEY_MAX_NBYTES + 1)
+]
+_GET_TAG, _PUT_TAG = (_BYTES[n << 3 | 2] for n in (pb.LeaseCall.GET_FIELD_NUMBER, pb.LeaseCall.PUT_FIELD_NUMBER))
+_ENTRY_TAG = _BYTES[pb.LeasePut.ENTRIES_FIELD_NUMBER << 3 | 2]
+_HEADER_TAG = _BYTES[pb.IngestedEntry.HEADER_FIELD_NUMBER << 3 | 2]
+_COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 
 
 class Gather:

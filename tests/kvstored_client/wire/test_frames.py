@@ -16,9 +16,10 @@ from kvstored_client.wire.frames import (
     build_miss,
     cut_frames,
     fixed64s,
-    get_request,
+    get_call,
     parse_frame,
-    submessage,
+    put_call,
+    put_header,
 )
 from kvstored_client.wire.messages import GetOptions
 
@@ -54,10 +55,35 @@ def test_what_is_built_reads_as_protobuf(nbytes, header, end):
 )
 def test_a_call_written_by_hand_reads_as_protobuf(keys, leading, accept, from_nbytes, release):
     how = GetOptions(leading, tuple(accept), from_nbytes)
-    written = fixed64s(1, release) + submessage(2, get_request(keys, how.rest))
+    written = fixed64s(1, release) + get_call(keys, how.rest)
     asked = pb.GetRequest(keys=keys, leading=leading, accept=accept, accept_from_nbytes=from_nbytes)
     assert pb.LeaseCall.FromString(written) == pb.LeaseCall(release=release, get=asked)
     assert how.request(keys) == asked
+
+
+KEYS = st.binary(min_size=1, max_size=256)
+PLACES = st.lists(st.tuples(st.none() | st.integers(0, 2**32 - 1), st.integers(0, 2**40)), max_size=5)
+
+
+@given(
+    st.lists(st.tuples(KEYS, st.none() | KEYS, PLACES, st.integers(0, 300)), max_size=20),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**40),
+    st.booleans(),
+)
+def test_a_put_written_by_hand_reads_as_protobuf(entries, segment, start, copy_later):
+    """Headers of up to a few hundred bytes, whose length takes one byte or two; places of a segment and of the room."""
+    expected = pb.LeasePut(copy_later=copy_later)
+    written = []
+    for key, parent, places, nbytes in entries:
+        rest = pb.PutHeader(nbytes=nbytes, namespace="n" * nbytes)
+        written.append((put_header(key, parent, rest.SerializeToString()), places))
+        item = expected.entries.add(header=rest)
+        item.header.MergeFrom(pb.PutHeader(key=key, parent=parent))
+        for of, at in places:
+            item.places.add(segment=segment if of is None else of, start=start + at if of is None else at)
+    call = put_call(written, segment, start, copy_later=copy_later)
+    assert pb.LeaseCall.FromString(call) == pb.LeaseCall(put=expected)
 
 
 @given(st.booleans(), st.binary(max_size=300), st.booleans(), st.integers(0, 2**32 - 1))
