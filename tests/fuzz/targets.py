@@ -64,7 +64,7 @@ def frames(data: bytes) -> None:
             at += _CUT.size
             stream.take(parse_frame(data[at : at + length], pb.PutFrame))
             at += length
-        stream.check_whole()
+        stream.end()
     except (BadFrame, DecodeError, KvstoreError):
         pass
     finally:

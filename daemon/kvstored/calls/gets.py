@@ -3,7 +3,7 @@
 `Reading` belongs to one call. It knows no gRPC, so both doors use it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvstore import arrays
 from kvstore.hit import Hit
@@ -15,7 +15,7 @@ from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Gather, cut_frames
+from kvstored_client.wire.frames import Gather, build_miss, cut_frames
 from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
 
 AT_HAND_MAX = 2
@@ -32,8 +32,8 @@ class Reading:
     """Hits for a Get, in order of the keys, one bounded lot after the other. Belongs to one call.
 
     `plan` looks and counts, and takes microseconds; `read` blocks, for a worker thread, unless `at_hand`. room: where
-    what is decoded is made. frames_nbytes: what the caller makes of a lot in addition, at most. maps: whose segments on
-    a device the caller reads in place: what lies in them comes as it was found, without a copy.
+    what is decoded is made. streamed: the caller makes frames of it, which are charged, too, and summed. maps: whose
+    segments on a device the caller reads in place: what lies in them comes as it was found, without a copy.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Reading:
         *,
         lookup: Lookup | None = None,
         room: Room | None = None,
-        frames_nbytes: int = 0,
+        streamed: bool = False,
         maps: object = None,
     ) -> None:
         """keys, lookup: those of the request, checked."""
         self._store = store
         self._budget = budget
         self._room = room
-        self._frames_nbytes = frames_nbytes
+        self._streamed = streamed
         self._maps = maps
         self._keys = keys
         self._leading = asked.leading
@@ -69,21 +69,21 @@ class Reading:
 
     def plan(self) -> None:
         """Look for the next lot, charge for it, and count it. The last lot's tensors end here. Raises Busy."""
-        self.close_lot()
-        known = next(self._known, None)
-        if known is not None:
-            self.charge(known)
-            self.begin(known)
-            return
-        plan = self._store.plan(
-            self._keys.part(self._at) if self._at else self._keys,
-            leading=self._leading,
-            accept=self._accept,
-            from_nbytes=self._accept_from_nbytes,
-            at_most_nbytes=self._budget.lot_nbytes,
-            charge=self.charge,
-            lookup=self._lookup,
-        )
+        if self._plan is not None:
+            self._close_lot()
+        plan = next(self._known, None)
+        if plan is not None:
+            self.charge(plan)
+        else:
+            plan = self._store.plan(
+                self._keys.part(self._at) if self._at else self._keys,
+                leading=self._leading,
+                accept=self._accept,
+                from_nbytes=self._accept_from_nbytes,
+                at_most_nbytes=self._budget.lot_nbytes,
+                charge=self.charge,
+                lookup=self._lookup,
+            )
         self.begin(plan)
 
     def begin_whole(self, plan: Plan) -> None:
@@ -123,36 +123,39 @@ class Reading:
         self.done = ended or self._at == len(self._keys)
         if ended:
             hits.append(None)
-        for hit in hits:
-            if isinstance(hit, EncodedReply):  # charged as if it were decoded
-                self._give_back(hit.contents.value_nbytes - hit.contents.nbytes)
-        if self._frames_nbytes:
-            frames_nbytes = min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes)
-            self._budget.take(frames_nbytes)
-            self._counted_nbytes += frames_nbytes
+        encoded = [hit.contents for hit in hits if isinstance(hit, EncodedReply)]
+        if encoded:  # charged as if they were decoded
+            self._recharge(plan.nbytes - sum(contents.value_nbytes - contents.nbytes for contents in encoded))
+        if self._streamed:
+            for contents in encoded:
+                _ = contents.xxh3  # summed here: a large one would hold up the event loop
         return list(enumerate(hits, start))
 
     def close(self) -> None:
         """Let go of what is charged. A chain read in several lots is touched once more, as one."""
-        self.close_lot()
+        self._close_lot()
         if self._lots > 1 and self._at:
             self._store.touch(self._keys.part(0, self._at))
 
-    def close_lot(self) -> None:
+    def _close_lot(self) -> None:
         """The lot is sent."""
         self._plan = None
-        self._give_back(self._counted_nbytes)
+        if self._counted_nbytes:
+            self._budget.give_back(self._counted_nbytes)
+            self._counted_nbytes = 0
 
     def charge(self, plan: Plan) -> None:
         """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
-        self._budget.take(plan.nbytes)
-        self._counted_nbytes += plan.nbytes
+        nbytes = self._budget.with_frames(plan.nbytes) if self._streamed else plan.nbytes
+        self._budget.take(nbytes)
+        self._counted_nbytes += nbytes
 
-    def _give_back(self, nbytes: int) -> None:
-        nbytes = min(nbytes, self._counted_nbytes)
-        self._counted_nbytes -= nbytes
-        if nbytes:
-            self._budget.give_back(nbytes)
+    def _recharge(self, nbytes: int) -> None:
+        """A lot is of fewer bytes than were counted."""
+        nbytes = max(0, nbytes)
+        nbytes = self._budget.with_frames(nbytes) if self._streamed else nbytes
+        self._budget.give_back(self._counted_nbytes - nbytes)
+        self._counted_nbytes = nbytes
 
 
 def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:
@@ -174,8 +177,11 @@ def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> byte
     ).SerializeToString()
 
 
-def hit_frames(index: int, hit: Hit | EncodedReply, boot_epoch: int) -> Iterator[bytes]:
-    """The frames that answer one key of a Get."""
+def hit_frames(index: int, hit: Hit | EncodedReply | Found | None, boot_epoch: int) -> Iterable[bytes]:
+    """The frames that answer one key of a Get. hit: None for a miss."""
+    if hit is None:
+        return (build_miss(pb.GetMiss(index=index, boot_epoch=boot_epoch)),)
+    assert not isinstance(hit, Found)  # nobody reads in place through a stream
     header = hit_header(index, hit, boot_epoch)
     if isinstance(hit, EncodedReply):
         contents = hit.contents

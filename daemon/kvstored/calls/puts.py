@@ -165,25 +165,28 @@ class Incoming:
             return self._made
         return self._entry or made_entry(self.key, self.specs, self.tensors)
 
-    def take(self, chunk: memoryview) -> None:
-        """The next bytes. Raises BadFrame for more than were announced."""
-        if self._scatter is None:  # made here: what comes over the lease socket is never taken in pieces
-            self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
-        self._sum.update(chunk)
-        self._scatter.write(chunk)
+    def take(self, chunk: memoryview, xxh3: int | None = None) -> None:
+        """The next bytes. xxh3: the sender's checksum, behind the last of them; 0: it has none.
 
-    @property
-    def _filled_nbytes(self) -> int:
-        return 0 if self._scatter is None else self._scatter.filled_nbytes
-
-    def finish(self, xxh3: int) -> None:
-        """The entry's end. Raises BadFrame if bytes are missing or are not those that were sent."""
+        Raises BadFrame for more bytes than were announced; at the end also if some are missing or are not those sent.
+        """
+        if chunk:
+            if self._scatter is None:  # made here: what comes over the lease socket is never taken in pieces
+                self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
+            self._sum.update(chunk)
+            self._scatter.write(chunk)
+        if xxh3 is None:
+            return
         if self._filled_nbytes != self.nbytes:
             raise BadFrame(self.progress)
         if xxh3 and xxh3 != self._sum.intdigest():
             raise BadFrame(
                 f"checksum {self._sum.intdigest():016x} of the bytes received is not the sender's {xxh3:016x}"
             )
+
+    @property
+    def _filled_nbytes(self) -> int:
+        return 0 if self._scatter is None else self._scatter.filled_nbytes
 
     @property
     def progress(self) -> str:
@@ -207,7 +210,9 @@ class PutStream:
         self._open: Incoming | None = None
         # Until the first header says what comes: 256 calls with a frame each had a gigabyte in no account.
         budget.take(budget.call_nbytes)
-        self._taken_nbytes = self._frames_nbytes = budget.call_nbytes
+        self._taken_nbytes = budget.call_nbytes
+        self._frames_nbytes = budget.call_nbytes
+        """What is counted for frames, which may be under way until `end`."""
         self._keys = 0
         self.ready: list[Incoming] = []
         self.ready_nbytes = 0
@@ -220,16 +225,16 @@ class PutStream:
             if len(frame.header) > HEADER_MAX_NBYTES:
                 raise EntryTooLarge(f"a header has at most {HEADER_MAX_NBYTES} bytes, got {len(frame.header)}")
             self._begin(pb.PutHeader.FromString(bytes(frame.header)))
-        if (frame.chunk or frame.end is not None) and self._open is None:
-            raise BadFrame("bytes or an end before a header")
-        if frame.chunk and self._open is not None:
-            self._open.take(frame.chunk)
-        if frame.end is not None and self._open is not None:
-            self._open.finish(pb.EntryEnd.FromString(bytes(frame.end)).xxh3)
-            self.ready.append(self._open)
-            self.ready_nbytes += self._open.nbytes
+        entry, end = self._open, frame.end
+        if entry is None:
+            if frame.chunk or end is not None:
+                raise BadFrame("bytes or an end before a header")
+            return
+        entry.take(frame.chunk, None if end is None else pb.EntryEnd.FromString(bytes(end)).xxh3)
+        if end is not None:
+            self.ready.append(entry)
+            self.ready_nbytes += entry.nbytes
             self._open = None
-            self._expect_frames(0)
 
     def _begin(self, header: pb.PutHeader) -> None:
         if self._open is not None:
@@ -238,42 +243,37 @@ class PutStream:
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
         (entry,) = incoming((header,), self._limit_nbytes)
-        self._expect_frames(self._budget.frames_of(entry.nbytes))
-        self._budget.take(entry.nbytes)
-        self._taken_nbytes += entry.nbytes
+        nbytes = self._budget.with_frames(entry.nbytes)
+        self._budget.take(nbytes, instead_of=self._frames_nbytes)
+        self._taken_nbytes += nbytes - self._frames_nbytes
+        self._frames_nbytes = nbytes - entry.nbytes
         self._open = entry
         entry.begin(self._room)
 
-    def _expect_frames(self, nbytes: int) -> None:
-        more = nbytes - self._frames_nbytes
-        if more > 0:
-            self._budget.take(more)
-        else:
-            self._budget.give_back(-more)
-        self._taken_nbytes += more
-        self._frames_nbytes = nbytes
-
-    def check_whole(self) -> None:
-        """At the end of the stream. Raises BadFrame for an entry without its end."""
+    def end(self) -> None:
+        """No more frames come. Raises BadFrame for an entry without its end."""
         if self._open is not None:
             raise BadFrame(f"an entry without its end: {self._open.progress}")
+        self._give_back(self._frames_nbytes)
+        self._frames_nbytes = 0
 
     @property
     def progress(self) -> str:
         """For a message about a stream that stopped."""
         return self._open.progress if self._open is not None else f"received {self._keys} entries"
 
-    def release(self, entries: Sequence[Incoming]) -> None:
-        """These were handed to the store: their bytes are no longer in flight."""
-        nbytes = sum(entry.nbytes for entry in entries)
-        self._taken_nbytes -= nbytes
-        self.ready_nbytes -= nbytes
-        self._budget.give_back(nbytes)
+    def release(self) -> None:
+        """What was ready has been handed to the store: its bytes are no longer in flight."""
+        self._give_back(self.ready_nbytes)
+        self.ready, self.ready_nbytes = [], 0
 
     def close(self) -> None:
         """Give back what is still counted, whatever happened."""
-        self._budget.give_back(self._taken_nbytes)
-        self._taken_nbytes = 0
+        self._give_back(self._taken_nbytes)
+
+    def _give_back(self, nbytes: int) -> None:
+        self._taken_nbytes -= nbytes
+        self._budget.give_back(nbytes)
 
 
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:

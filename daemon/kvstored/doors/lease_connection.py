@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -28,7 +28,8 @@ from kvstore.residency.read_path import NOTHING, Plan
 from kvstore.shm.arena import Handed, Segment
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
-from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
+from kvstored.access.interceptor import RIGHT_OF, Access
+from kvstored.access.records import AUDITED
 from kvstored.access.shares import CONTENDED_S, charged
 from kvstored.calls.gets import Reading, on_device
 from kvstored.calls.puts import Incoming, incoming, put_ready
@@ -100,7 +101,7 @@ class Connection:
         self._account = identity.account
         self._peer = f"lease:{self.uid}"
         self._owner = shared.owners.of(self.uid, identity)
-        self._store: StoreView = shared.views.of(identity)
+        self._store: StoreView = shared.views[identity.tenant]
         self._shares = self._store.shares
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._on_device = on_device(self._store)
@@ -115,7 +116,6 @@ class Connection:
         self._handed: set[Handed] = set()
         self._ingest: dict[int, Segment] = {}
         self._fds: dict[Handed, tuple[int, ...]] = {}
-        self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
         self._wait_s = 0.0
         self._seen_at = -inf
@@ -213,16 +213,13 @@ class Connection:
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
         code, reply = self._charged(verb, call, began)
-        observe = self._observers.get(verb) if code == "OK" else None
+        method, records = _LEASE + verb, self._shared.records
+        observe = records.well.get(method) if code == "OK" else None
         if observe is not None:
             observe(time.perf_counter() - began)
         else:
-            records = self._shared.records
-            audited = _LEASE + verb in AUDITED
-            asked = getattr(call, verb).SerializeToString() if audited else b""
-            records.ended(_LEASE + verb, code, began, self._identity, self._peer, asked)
-            if code == "OK" and not (records.traced or audited):  # nothing else is to be written down of the next one
-                self._observers[verb] = records.observer(_LEASE + verb)
+            asked = getattr(call, verb).SerializeToString() if method in AUDITED else b""
+            records.ended(method, code, began, self._identity, self._peer, asked)
         if len(reply) > PACKET_MAX_NBYTES - NUMBER_NBYTES:
             reply = self._too_large(verb, reply)
         elif code == "OK":

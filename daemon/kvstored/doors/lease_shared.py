@@ -15,7 +15,8 @@ from kvstore.residency.read_path import Found
 from kvstore.shm.arena import Arena, Owner, Place
 from kvstore.shm.layout import layout
 from kvstore.store import Store
-from kvstored.access.interceptor import Access, Records
+from kvstored.access.interceptor import Access
+from kvstored.access.records import Records
 from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.shares import Shares
 from kvstored.access.tenant_view import TenantViews
