@@ -52,14 +52,11 @@ class Place:
     None while it works, and spoken whether its peer has sent or taken anything. now: the lane's clock.
     """
 
-    __slots__ = ("caller", "lane", "now", "quiet_since", "spoken")
-
-    def __init__(self, caller: str = "") -> None:
-        self.caller = caller
-        self.lane: Lane | None = None
-        self.now: Callable[[], float] = time.monotonic
-        self.quiet_since: float | None = None
-        self.spoken = False
+    caller = ""
+    lane: "Lane | None" = None
+    quiet_since: float | None = None
+    spoken = False
+    now: Callable[[], float] = staticmethod(time.monotonic)
 
     def give_way(self, refusal: Refusal) -> None:
         """End the call: another caller needs its place."""

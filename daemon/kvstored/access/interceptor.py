@@ -120,7 +120,6 @@ class OpenCall(Place):
     """gRPC's context of a call, and the call's place, which is told when it waits for its peer."""
 
     def __init__(self, context: Any, method: str) -> None:
-        super().__init__()
         self._context = context
         self._task: asyncio.Task[Any] | None = asyncio.current_task()
         self.began = time.perf_counter()

@@ -1,11 +1,10 @@
-"""Hits on their way out: taken from the store for one call, a bounded lot at a time, and as messages.
+"""Hits on their way out: taken from the store for one call, a bounded lot at a time.
 
 `Reading` belongs to one call. It knows no gRPC, so both doors use it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
-from kvstore import arrays
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import Lookup
@@ -13,10 +12,8 @@ from kvstore.residency.read_path import Found, Plan
 from kvstore.shm.arena import Room
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
+from kvstored.calls.replies import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Gather, build_miss, cut_frames
-from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
 
 AT_HAND_MAX = 2
 AT_HAND_NBYTES = 4 << 20
@@ -53,6 +50,8 @@ class Reading:
         self._budget = budget
         self._room = room
         self._streamed = streamed
+        self._counts: Callable[[int], int] = budget.with_frames if streamed else int
+        """What a lot of so many decoded bytes counts."""
         self._maps = maps
         self._keys = keys
         self._leading = asked.leading
@@ -125,7 +124,10 @@ class Reading:
             hits.append(None)
         encoded = [hit.contents for hit in hits if isinstance(hit, EncodedReply)]
         if encoded:  # charged as if they were decoded
-            self._recharge(plan.nbytes - sum(contents.value_nbytes - contents.nbytes for contents in encoded))
+            spare_nbytes = sum(contents.value_nbytes - contents.nbytes for contents in encoded)
+            nbytes = self._counts(max(0, plan.nbytes - spare_nbytes))
+            self._budget.give_back(self._counted_nbytes - nbytes)
+            self._counted_nbytes = nbytes
         if self._streamed:
             for contents in encoded:
                 _ = contents.xxh3  # summed here: a large one would hold up the event loop
@@ -146,44 +148,6 @@ class Reading:
 
     def charge(self, plan: Plan) -> None:
         """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
-        nbytes = self._budget.with_frames(plan.nbytes) if self._streamed else plan.nbytes
+        nbytes = self._counts(plan.nbytes)
         self._budget.take(nbytes)
         self._counted_nbytes += nbytes
-
-    def _recharge(self, nbytes: int) -> None:
-        """A lot is of fewer bytes than were counted."""
-        nbytes = max(0, nbytes)
-        nbytes = self._budget.with_frames(nbytes) if self._streamed else nbytes
-        self._budget.give_back(self._counted_nbytes - nbytes)
-        self._counted_nbytes = nbytes
-
-
-def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:
-    """What is said of a hit before its bytes: a GetHeader, serialized."""
-    if isinstance(hit, EncodedReply):
-        own = pb.GetHeader(index=index, tier=TIERS[hit.tier], age_s=hit.age_s, boot_epoch=boot_epoch)
-        return hit.contents.serialized + own.SerializeToString()
-    specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
-    return pb.GetHeader(
-        index=index,
-        tensors=tensor_specs(specs),
-        nbytes=sum(x.nbytes for x in hit.tensors.values()),
-        tier=TIERS[hit.tier],
-        encoding=hit.encoding,
-        lossy=hit.lossy,
-        age_s=hit.age_s,
-        boot_epoch=boot_epoch,
-        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
-    ).SerializeToString()
-
-
-def hit_frames(index: int, hit: Hit | EncodedReply | Found | None, boot_epoch: int) -> Iterable[bytes]:
-    """The frames that answer one key of a Get. hit: None for a miss."""
-    if hit is None:
-        return (build_miss(pb.GetMiss(index=index, boot_epoch=boot_epoch)),)
-    assert not isinstance(hit, Found)  # nobody reads in place through a stream
-    header = hit_header(index, hit, boot_epoch)
-    if isinstance(hit, EncodedReply):
-        contents = hit.contents
-        return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
-    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))

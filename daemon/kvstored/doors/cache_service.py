@@ -24,8 +24,9 @@ from kvstored.access.shares import Shares, charged
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
 from kvstored.calls.fair_threads import FairThreads
-from kvstored.calls.gets import Reading, hit_frames, on_device
+from kvstored.calls.gets import Reading, on_device
 from kvstored.calls.puts import PutStream, put_ready
+from kvstored.calls.replies import hit_frames
 from kvstored.calls.shared_reads import SharedReads
 from kvstored.calls.verbs import Verbs
 from kvstored.telemetry.metrics import Meter
@@ -67,6 +68,7 @@ class CacheService:
         shares: Shares,
     ) -> None:
         self._views = views
+        self._sharing, self._on_device = views[None].shares, on_device(views[None])
         self._threads = threads
         self._epoch = boot_epoch
         self._shares = shares
@@ -108,10 +110,10 @@ class CacheService:
             asked = await self._run_charged(call, read_request, pb.GetRequest, request)
         lookup, keys = read_lookup(asked), CheckedKeys(asked.keys)
         store, caller = self._views[call.identity.tenant], call.identity.account
-        if store.shares:
+        if self._sharing:
             await self._bring(store, asked, keys, call)
         # From a device bytes come faster to shared memory, which is registered with it.
-        room = self._room if on_device(store) else None
+        room = self._room if self._on_device else None
         reading = Reading(store, self._budget, asked, keys, lookup=lookup, room=room, streamed=True)
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
         few, stalled = len(keys) <= LOOKED_UP_MAX, False
@@ -155,7 +157,7 @@ class CacheService:
         """Leading keys held, or each key's place."""
         store = self._views[call.identity.tenant]
         verbs = Verbs(store, self._epoch)
-        if store.shares:
+        if self._sharing:
             # The answer may wait for the shared store: on a thread that no local call waits for, if there is one.
             found: bytes | None = await self._outside.run(partial(_answered, verbs.match, pb.MatchRequest, request))
             if found is not None:

@@ -30,7 +30,7 @@ class Call(Place):
     """A call that says what it does, as the interceptor's do."""
 
     def __init__(self, caller, ended):
-        super().__init__(caller)
+        self.caller = caller
         self.give_way = ended
 
     def waits(self):
