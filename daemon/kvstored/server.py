@@ -29,10 +29,11 @@ from kvstore.kernels.cpu import installed, kernels
 from kvstore.shm.arena import Arena
 from kvstore.store import Store
 from kvstored.access.admission import Admission
-from kvstored.access.interceptor import Access, Interceptor, Records
+from kvstored.access.interceptor import Access, Interceptor
+from kvstored.access.records import Records
 from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.shares import Shares
-from kvstored.access.tenant_view import CALLER, TenantViews, tenant_prefixes, tenants_secret
+from kvstored.access.tenant_view import TenantViews, tenant_prefixes, tenants_secret
 from kvstored.access.tls import Certificates
 from kvstored.access.tokens import Tokens, read_tokens
 from kvstored.calls.budget import Budget
@@ -253,7 +254,7 @@ class Daemon:
         store.share_encoded(self._encoded)
         self._shares = Shares()
         self._arena.register = store.serve_from_device()
-        self._threads = FairThreads(settings.threads, lambda: CALLER.get().account, "kvstored-store")
+        self._threads = FairThreads(settings.threads, "kvstored-store")
         self.watch = Sampler(store, settings, own_version(), self._arena, self._encoded)
         self._access = Access(_tokens(settings), token_on_unix=settings.token_on_unix)
         records = Records(self.watch.meter, self._spans)
@@ -395,7 +396,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for leases in self._leases:
             await loop.run_in_executor(None, leases.stop)
-        self._threads.shutdown(wait=True)
+        self._threads.shutdown()
         ends = [self._close_services, self._spans.close, *([] if self._events is None else [self._events.close])]
         for end in (*ends, self._encoded.close, *([self._arena.close] if self._own_arena else [])):
             await loop.run_in_executor(None, end)

@@ -13,8 +13,7 @@ from kvstore.entries.compact import packed as packed_entry
 from kvstore.keys import Key
 from kvstore.residency.read_path import Found
 from kvstore.residency.transcode import raw_entry
-from kvstored.calls.encoded_reply import encoded_reply
-from kvstored.calls.gets import hit_frames, hit_header
+from kvstored.calls.replies import encoded_reply, hit_frames, hit_header
 from kvstored_client import Client
 from kvstored_client.decoding import ENCODINGS, Packed, Unpacking, accepted, shape_of
 from kvstored_client.wire._pb import cache_pb2 as pb

@@ -41,9 +41,8 @@ from kvstore.metadata.owner import labelled
 from kvstore.residency.read_path import Found
 from kvstored.access.tokens import read_tokens
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import encoded_reply
-from kvstored.calls.gets import hit_header
 from kvstored.calls.puts import PutStream
+from kvstored.calls.replies import encoded_reply, hit_header
 from kvstored_client.decoding import ENCODINGS, Packed, shape_of
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import BadFrame, parse_frame
@@ -64,7 +63,7 @@ def frames(data: bytes) -> None:
             at += _CUT.size
             stream.take(parse_frame(data[at : at + length], pb.PutFrame))
             at += length
-        stream.check_whole()
+        stream.end()
     except (BadFrame, DecodeError, KvstoreError):
         pass
     finally:

@@ -15,15 +15,13 @@ class Crowd:
     """Threads, and work of named callers that goes on until it is let go."""
 
     def __init__(self, threads):
-        self.caller = "a"
-        self.threads = FairThreads(threads, lambda: self.caller, "test")
+        self.threads = FairThreads(threads, "test")
         self.gate = threading.Event()
         self.begun = []
         self._changed = threading.Condition()
 
     def ask(self, caller, name):
-        self.caller = caller
-        return self.threads.submit(self._work, name)
+        return self.threads.submit(caller, self._work, name)
 
     def _work(self, name):
         with self._changed:
@@ -86,11 +84,11 @@ def test_a_caller_alone_has_more_threads_than_one_beside_others(monkeypatch):
 
 
 def test_errors_and_results_are_the_futures_and_nothing_is_taken_after_the_end():
-    threads = FairThreads(2, lambda: "a", "test")
-    assert threads.submit(divmod, 7, 2).result(WAIT_S) == (3, 1)
+    threads = FairThreads(2, "test")
+    assert threads.submit("a", divmod, 7, 2).result(WAIT_S) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        threads.submit(divmod, 7, 0).result(WAIT_S)
+        threads.submit("a", divmod, 7, 0).result(WAIT_S)
     threads.shutdown()
     assert threads.waiting == 0
     with pytest.raises(RuntimeError, match="after shutdown"):
-        threads.submit(divmod, 7, 2)
+        threads.submit("a", divmod, 7, 2)

@@ -20,8 +20,8 @@ ABUSE = (
         "who came first keeps all places",
     ),
     (
-        "daemon/kvstored/access/open_call.py",
-        "asyncio.timeout(silence_s)",
+        "daemon/kvstored/access/interceptor.py",
+        "asyncio.timeout(within_s)",
         "asyncio.timeout(None)",
         "a message that never comes holds its place",
     ),
@@ -122,7 +122,7 @@ ABUSE = (
         "an offline verb leaves root's files in the daemon's directory",
     ),
     (
-        "daemon/kvstored/access/interceptor.py",
+        "daemon/kvstored/access/records.py",
         "            _audit(method, identity, peer, request, code)",
         "            pass",
         "a deletion leaves no line",

@@ -5,11 +5,12 @@ gives one up for a caller with fewer: first a call that waits for its own peer (
 reply), the longest wait first. A caller at its own limit is refused, unless one of its calls has waited for long: one
 that is silent never keeps out one that speaks.
 
-Thread rule: the event loop's thread. It knows callers by a name and calls by a function that ends them, no gRPC.
+Thread rule: the event loop's thread. It knows callers by a name, and calls as places that are told to give way.
 """
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import islice
 
 import grpc
@@ -25,6 +26,8 @@ QUIET_S = 1.0
 STALLED_MAX = 64
 """Replies that one caller has not taken for QUIET_S: gRPC holds up to a frame of each, and cannot end the call."""
 RETRY_MS = 100
+_V6_GROUP_BLOCKS = 4
+"""A network gives a host 64 bits of IPv6 addresses to choose from: a peer is the other 64."""
 
 
 class Refusal(Exception):
@@ -43,37 +46,21 @@ class Refusal(Exception):
 
 
 class Place:
-    """A call's place in a lane. It begins as a call that waits for its first message."""
+    """A call in a lane, once it has entered one (`Admission.enter`). It begins as one that waits for its first message.
 
-    __slots__ = ("_end", "_lane", "caller", "quiet_since", "spoken")
+    caller: under whose name it counts. Whose call it is says when it waits: quiet_since is the lane's time since when,
+    None while it works, and spoken whether its peer has sent or taken anything. now: the lane's clock.
+    """
 
-    def __init__(self, lane: "Lane", caller: str, end: Callable[[Refusal], None]) -> None:
-        self._lane = lane
-        self._end = end
-        self.caller = caller
-        self.spoken = False
-        self.quiet_since: float | None = lane.now()
-
-    def waits(self) -> None:
-        """The call waits for its peer."""
-        self.quiet_since = self._lane.now()
-
-    def works(self) -> None:
-        """Its peer has sent or taken something."""
-        self.quiet_since = None
-        self.spoken = True
-
-    def ends(self) -> None:
-        """Only the reply is left to be taken. It counts no longer as running, but as stalled if that lasts."""
-        self._lane.move_to_ending(self)
-
-    def leave(self) -> None:
-        """The call is over."""
-        self._lane.remove(self)
+    caller = ""
+    lane: "Lane | None" = None
+    quiet_since: float | None = None
+    spoken = False
+    now: Callable[[], float] = staticmethod(time.monotonic)
 
     def give_way(self, refusal: Refusal) -> None:
-        """End the call."""
-        self._end(refusal)
+        """End the call: another caller needs its place."""
+        raise NotImplementedError
 
 
 class Lane:
@@ -89,24 +76,24 @@ class Lane:
 
     def has_stalled(self, caller: str) -> bool:
         """Whether a caller leaves too many replies lying."""
-        ending = self._ending.get(caller, {})
-        if len(ending) < STALLED_MAX:
+        ending = self._ending.get(caller)
+        if ending is None or len(ending) < STALLED_MAX:
             return False
         latest = next(islice(ending.values(), STALLED_MAX - 1, None))
         return self.now() - latest >= QUIET_S
 
-    def enter(self, caller: str, end: Callable[[Refusal], None]) -> tuple[Place | None, Place | None]:
-        """(a place, the place of the call that is to be ended for it); no place where the caller has to wait."""
-        victim = None
-        if self.running >= self.limit or len(self._running.get(caller, ())) >= self.each:
-            victim = self._victim(caller)
+    def enter(self, place: Place) -> tuple[bool, Place | None]:
+        """(whether a call has a place, another one that is to be ended for it). Its caller waits where it has none."""
+        victim, own = None, self._running.get(place.caller)
+        if self.running >= self.limit or (own is not None and len(own) >= self.each):
+            victim = self._victim(place.caller)
             if victim is None:
-                return None, None
-            victim.ends()
-        place = Place(self, caller, end)
-        self._running.setdefault(caller, {})[place] = None
+                return False, None
+            self.move_to_ending(victim)
+        place.lane, place.now, place.quiet_since = self, self.now, self.now()
+        self._running.setdefault(place.caller, {})[place] = None
         self.running += 1
-        return place, victim
+        return True, victim
 
     def _victim(self, caller: str) -> Place | None:
         """The place to take for a call of this caller's."""
@@ -132,13 +119,13 @@ class Lane:
         return found
 
     def move_to_ending(self, place: Place) -> None:
-        """From the running ones, if it is one of them."""
+        """Of a running call only the reply is left to be taken: it counts as stalled if that lasts."""
         if self._drop(self._running, place):
             self.running -= 1
             self._ending.setdefault(place.caller, {})[place] = self.now()
 
     def remove(self, place: Place) -> None:
-        """From wherever it is."""
+        """The call is over."""
         if self._drop(self._running, place):
             self.running -= 1
         else:
@@ -169,24 +156,24 @@ class Admission:
             "watch": Lane(WATCHES_MAX, STRANGER_MAX, now),
         }
 
-    def enter(self, method: str, caller: str, end: Callable[[Refusal], None]) -> Place:
-        """A place for a call. end: ends it, if another caller needs the place. Raises Refusal."""
+    def enter(self, method: str, place: Place) -> None:
+        """Give a call a place; another caller's may be ended for it. Raises Refusal."""
         names = _lanes_of(method)
         for name in names:
             lane = self.lanes[name]
-            if lane.has_stalled(caller):
+            if lane.has_stalled(place.caller):
                 self._refused(name, "stalled")
                 raise Refusal(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"this caller leaves {STALLED_MAX} replies unread (the limit): read them or close the connection",
                     "OverQuota",
                 )
-            place, victim = lane.enter(caller, end)
+            entered, victim = lane.enter(place)
             if victim is not None:
                 self._refused(name, "gave_way")
                 victim.give_way(_crowded(name, lane))
-            if place is not None:
-                return place
+            if entered:
+                return
         self._refused(names[0], "full")
         raise _crowded(names[0], self.lanes[names[0]])
 
@@ -195,6 +182,7 @@ class Admission:
         self._refused(_lanes_of(method)[0], reason)
 
 
+@lru_cache(maxsize=64)
 def _lanes_of(method: str) -> tuple[str, ...]:
     if method.startswith("Admin/"):
         return "calls", "admin"
@@ -210,3 +198,27 @@ def _crowded(name: str, lane: Lane) -> Refusal:
     }
     text = limits.get(name, f"{lane.limit} calls of this kind are under way, {lane.each} of one address at most")
     return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text, "OverQuota")
+
+
+@lru_cache(maxsize=1024)
+def peer_group(peer: str) -> str:
+    """Whose calls count together where nobody has said who it is: an address, without its port.
+
+    peer: gRPC's name for it. A whole loopback network is one peer, as is an IPv6 network of 64 bits.
+    """
+    kind, _, rest = peer.partition(":")
+    host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+    if kind == "ipv6" and host.startswith("::ffff:") and "." in host:
+        kind, host = "ipv4", host.removeprefix("::ffff:")
+    if kind == "ipv4":
+        return "ipv4:127" if host.startswith("127.") else f"ipv4:{host}"
+    if kind == "ipv6":
+        return "ipv6:" + ":".join(_blocks(host)[:_V6_GROUP_BLOCKS])
+    return kind
+
+
+def _blocks(host: str) -> list[str]:
+    """The eight blocks of an IPv6 address."""
+    head, gap, tail = host.partition("%")[0].partition("::")
+    first, last = head.split(":") if head else [], tail.split(":") if tail else []
+    return [*first, *["0"] * (8 - len(first) - len(last)), *last] if gap else first

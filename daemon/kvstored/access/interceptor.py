@@ -1,16 +1,16 @@
-"""The interceptor of every gRPC call: it identifies the caller, checks its rights, times the call and keeps the audit.
+"""The interceptor of every gRPC call, and the call as its handler sees it, from its metadata to its end.
 
-It decides on the metadata, before the request is read: who is not known costs no place and no memory. Health checking
-stays open, with places of its own. A refusal says what to do, and nothing about the entries held. A verb that deletes,
-pins or administers leaves a line in the audit log, and so does whatever is refused, through either door. An error of
-the engine becomes a call's status here, once (`answering`).
+It identifies the caller, checks its rights, gives the call a place, and sees that it is recorded (`records`). It
+decides on the metadata, before the request is read: who is not known costs no place and no memory. So every method is
+served as a stream of requests, also those with one request: the wire is the same, but gRPC then starts the handler
+before a message came. Health checking stays open, with places of its own. A refusal says what to do, and nothing about
+the entries held. An error of the engine becomes a call's status here, once. The event loop's thread.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from functools import wraps
 from typing import Any, NoReturn
 
 import grpc
@@ -19,18 +19,14 @@ from google.protobuf.message import DecodeError
 from kvstore import errors
 from kvstore.errors import InvalidEntry, KvstoreError
 from kvstore.ownership import overflow_uid
-from kvstored.access.admission import Admission, Refusal
-from kvstored.access.open_call import OpenCall, peer_group
+from kvstored.access.admission import Admission, Place, Refusal, peer_group
+from kvstored.access.records import Records, audit
 from kvstored.access.refusals import Lines, Pace
 from kvstored.access.shares import Shares
-from kvstored.access.tenant_view import CALLER
-from kvstored.access.tokens import LOCAL, RIGHTS, Identity, Tokens
+from kvstored.access.tokens import LOCAL, NOBODY, RIGHTS, Identity, Tokens
 from kvstored.telemetry.metrics import Meter
-from kvstored.telemetry.spans import Metadata, Spans
 from kvstored_client.wire.frames import BadFrame
-from kvstored_client.wire.requests import keys_named
 
-audit = logging.getLogger("kvstored.audit")
 logger = logging.getLogger(__name__)
 
 PREFIX = "/kvstored.v1."
@@ -47,20 +43,10 @@ RIGHT_OF = {
     "Cache/Pin": "write",
 }
 """The right that a method needs; any other method, known or not, needs admin."""
-_REFUSED = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
-_LOOKING = frozenset({"Admin/Stats", "Admin/List", "Admin/Inspect", "Admin/Settings"})
-"""Admin verbs that change nothing: no audit line for each refresh of a screen."""
-_KEYLESS = frozenset({"Admin/CheckShared", "Admin/Configure", "Admin/FlushShared", "Admin/Snapshot"})
-"""Verbs that change something and name no keys: what they changed has a line of its own (`live`, `calls.snapshot`)."""
-AUDITED = frozenset({"Cache/Delete", "Cache/Pin", "Lease/delete", "Lease/pin"})
-"""Verbs beside the admin's that change what others see. Not Put: it is the data path, and each put has its counters."""
-REFUSED_LINES = 16
-"""Of a caller in a minute, by method and status: a line for each refusal would hide all others."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Behavior = Callable[[Any, Any], Awaitable[Any]]
-Handler = Callable[[Any, bytes, Any], Awaitable[Any]]
 
 
 class Access:
@@ -126,42 +112,96 @@ class Access:
             )
 
 
-class Records:
-    """The records of a call, made when it ends, for both doors: its time, a refusal, a line in the audit log."""
+class Silent(Exception):
+    """The peer has sent, or taken, nothing for as long as it may."""
 
-    def __init__(self, meter: Meter, spans: Spans) -> None:
-        self._meter = meter
-        self._spans = spans
-        self._lines = Lines(REFUSED_LINES)
-        self.traced = spans.wanted
 
-    def observer(self, method: str) -> Callable[[float], None]:
-        """Takes the seconds of calls of a method that ended well, where nothing else is written down of them."""
-        return self._meter.observer(method, "OK")
+class OpenCall(Place):
+    """gRPC's context of a call, and the call's place, which is told when it waits for its peer."""
 
-    def ended(
-        self,
-        method: str,
-        code: str,
-        began: float,
-        identity: Identity | None,
-        peer: str,
-        request: bytes = b"",
-        metadata: Metadata = (),
-    ) -> None:
-        """Record the end of a call. began: time.perf_counter() at its start. request: has the keys of an admin verb."""
-        seconds = time.perf_counter() - began
-        self._meter.end(method, code, seconds)
-        if self._spans.wanted:
-            self._spans.record(method, code, seconds, metadata, _about(method, identity, request))
-        if code in _REFUSED:
-            self._meter.refuse(code)
-            caller = peer_group(peer) if identity is None else identity.account
-            left_out = self._lines.left_out((caller, method, code))
-            if left_out is not None:
-                _audit(method, identity, peer, b"", code, f" left_out={left_out}" if left_out else "")
-        elif method in AUDITED or (method.startswith("Admin/") and method not in _LOOKING):
-            _audit(method, identity, peer, request, code)
+    def __init__(self, context: Any, method: str) -> None:
+        self._context = context
+        self._task: asyncio.Task[Any] | None = asyncio.current_task()
+        self.began = time.perf_counter()
+        self.method = method
+        self.identity = NOBODY
+        self.request: Any = b""
+        """The message of a method that has one."""
+        self.status = "UNKNOWN"
+        """How it ended, by gRPC's name."""
+        self.refusal: Refusal | None = None
+        """Why it was ended from outside."""
+        self._first: asyncio.Future[None] | None = None
+        """The first message's way out."""
+        self.peer_name = str(context.peer())
+        self.group = peer_group(self.peer_name)
+        context.add_done_callback(self.left)
+
+    def read(self, within_s: float | None = None) -> Awaitable[Any]:
+        """The peer's next message, or grpc.aio.EOF. Raises Silent, CancelledError where the peer is gone."""
+        return self._waiting(self._context.read(), within_s)
+
+    def write(self, message: Any, within_s: float | None = None) -> Awaitable[Any]:
+        """Send a message: waits until the peer has room for it. Raises as `read`."""
+        step = self._context.write(message)
+        if self._first is None:
+            # The call's head goes out with the first message. If that were cancelled, gRPC would send the head once
+            # more with the status, fail at it, and leave the peer to wait for its deadline.
+            self._first = asyncio.ensure_future(step)
+            self._first.add_done_callback(_looked_at)
+            step = asyncio.shield(self._first)
+        return self._waiting(step, within_s)
+
+    async def _waiting(self, step: Awaitable[Any], within_s: float | None) -> Any:
+        """The result of a step that waits for the peer."""
+        self.quiet_since = self.now()
+        try:
+            async with asyncio.timeout(within_s):
+                result = await step
+        except TimeoutError:
+            raise Silent from None
+        except grpc.aio.InternalError:
+            # A batch that failed: the connection broke under it, before gRPC has cancelled the call for that.
+            raise asyncio.CancelledError from None
+        self.quiet_since = None
+        self.spoken = True
+        return result
+
+    async def abort(self, code: Any, details: str = "", trailing: tuple[tuple[str, str], ...] = ()) -> NoReturn:
+        """End the call with a status. Raises. Waits until the peer has taken what was sent before, or is gone."""
+        self.over()
+        try:
+            if self._first is not None:
+                await self._first
+            await self._context.abort(code, details, trailing)
+        except grpc.aio.AbortError:
+            raise
+        except grpc.aio.UsageError:
+            raise
+        except Exception:  # noqa: BLE001 - gRPC's private one: the peer was gone before the status
+            raise asyncio.CancelledError from None
+        raise AssertionError("gRPC's abort raises")
+
+    def give_way(self, refusal: Refusal) -> None:
+        """End the call from outside, unless only its reply is left. Its handler is cancelled wherever it waits."""
+        if self._task is not None and self.refusal is None:
+            self.refusal = refusal
+            self._task.cancel()
+
+    def over(self) -> None:
+        """Only the reply is left to be taken."""
+        self._task = None
+        if self.lane is not None:
+            self.lane.move_to_ending(self)
+
+    def left(self, _: object = None) -> None:
+        """The peer has taken the reply, or is gone."""
+        self._task = None
+        if self.lane is not None:
+            self.lane.remove(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
@@ -188,19 +228,21 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """The method's handler, behind the interceptor."""
-        handler: Any = await continuation(details)
         path = str(details.method)
-        if handler is None:
-            return None
+        found = self._wrapped.get(path)
+        if found is not None:
+            return found
+        handler: Any = await continuation(details)
         # Cached by path, only for methods that exist: a flood of invented paths takes no memory.
-        if path not in self._wrapped:
+        if handler is not None:
             method = path.removeprefix(PREFIX).removeprefix(HEALTH_PREFIX)
             inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
             served = self._served(method, inner, one_message=not handler.request_streaming)
             streams = handler.response_streaming
             make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-            self._wrapped[path] = make(served, handler.request_deserializer, handler.response_serializer)
-        return self._wrapped[path]
+            handler = make(served, handler.request_deserializer, handler.response_serializer)
+            self._wrapped[path] = handler
+        return handler
 
     def recheck(self) -> None:
         """The tokens were replaced: end the open calls whose callers are no longer who they were, or may no longer."""
@@ -217,106 +259,112 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     )
             except Refusal as refusal:
                 self._admission.count(call.method, "revoked")
-                call.end(refusal)
+                call.give_way(refusal)
 
     def _served(self, method: str, inner: Behavior, *, one_message: bool) -> Behavior:
+        running = self._meter.running(method)
+        counts = not method.startswith(("Admin/", "Health/"))  # who looks slows nobody down
+
         async def served(_: Any, context: Any) -> Any:
-            began, code, request = time.perf_counter(), "UNKNOWN", b""
             call = OpenCall(context, method)
-            self._meter.begin(method)
+            running.inc()
             try:
                 silence_s = self._admit(call)
                 if one_message:
-                    request = await self._message(call, silence_s)
-                if call.identity is not None and not method.startswith("Admin/"):  # who looks slows nobody down
-                    await self._shares.turn(call.identity.account, len(request))
-                reply = await inner(request, call)
-            except Refusal as refusal:
-                code = refusal.code.name
-                await self._refuse(call, refusal)
-            except asyncio.CancelledError:
-                if call.refusal is None:
-                    code = "CANCELLED"
-                    raise
-                code = call.refusal.code.name
-                await self._refuse(call, call.refusal)
-            except grpc.aio.AbortError:
-                code = _name(context.code())
-                raise
+                    try:
+                        message = await call.read(silence_s)
+                    except Silent:
+                        raise self._without_message(call, f"no message for {silence_s} s (server.silence_s)") from None
+                    if message is grpc.aio.EOF:
+                        raise self._without_message(call, "the call ended without its message")
+                    call.request = message
+                if counts:
+                    await self._shares.turn(call.identity.account, len(call.request))
+                reply = await inner(call.request, call)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the boundary: each becomes a status
+                return await self._end(call, error)
             else:
-                code = "OK"
+                call.status = "OK"
                 return reply
             finally:
-                self._leave(call, code, began, request)
+                self._leave(call)
+                running.dec()
 
         return served
 
     def _admit(self, call: OpenCall) -> float:
         """Identify the caller and give the call a place. Returns for how long it may be silent. Raises Refusal."""
-        call.place = None
         if call.method.startswith("Health/"):
             silence_s = min(self._silence_s, STRANGER_SILENCE_S)
-            caller = call.group
+            call.caller = call.group
         else:
+            silence_s = self._silence_s
             identity = call.identity = self._access.identify(call)
             self._access.check(identity, call.method)
-            CALLER.set(identity)  # a variable of the call's task: it ends with the call
-            silence_s = self._silence_s
             # Of one tenant all tokens together. Who needs none is an address: over a unix socket, all of its users.
-            caller = f"local {call.group}" if identity is LOCAL else identity.account
-        call.place = self._admission.enter(call.method, caller, call.end)
+            call.caller = f"local {call.group}" if identity is LOCAL else identity.account
+        self._admission.enter(call.method, call)
         self._open.add(call)
         return silence_s
 
-    async def _refuse(self, call: OpenCall, refusal: Refusal) -> None:
+    def _without_message(self, call: OpenCall, why: str) -> Refusal:
+        self._admission.count(call.method, "silent")
+        return Refusal(grpc.StatusCode.INVALID_ARGUMENT, why, "InvalidEntry")
+
+    async def _end(self, call: OpenCall, error: BaseException) -> NoReturn:
+        """End a call that has not ended well, with the status of what it ended with. Raises."""
+        try:
+            if not isinstance(error, Refusal | asyncio.CancelledError | grpc.aio.AbortError):
+                await refuse(call, _meant(error, call.method))
+            raise error
+        except Refusal as refusal:
+            call.status = refusal.code.name
+            await self._refuse(call, refusal)
+        except asyncio.CancelledError:
+            if call.refusal is None:
+                call.status = "CANCELLED"
+                raise
+            call.status = call.refusal.code.name
+            await self._refuse(call, call.refusal)
+        except grpc.aio.AbortError:
+            call.status = _name(call.code())
+            raise
+
+    async def _refuse(self, call: OpenCall, refusal: Refusal) -> NoReturn:
         """End a call, when its caller's refusals have their turn. Raises."""
         call.over()
         identity = call.identity
-        delay_s = self._pace.delay_s(call.group if identity is None else identity.account)
+        delay_s = self._pace.delay_s(call.group if identity is NOBODY else identity.account)
         if delay_s:
             with self._pace:
                 await asyncio.sleep(delay_s)
         await call.abort(refusal.code, str(refusal), refusal.metadata)
 
-    async def _message(self, call: OpenCall, silence_s: float) -> Any:
-        try:
-            return await call.only_message(silence_s)
-        except Refusal:
-            self._admission.count(call.method, "silent")
-            raise
-
-    def _leave(self, call: OpenCall, code: str, began: float, request: Any) -> None:
+    def _leave(self, call: OpenCall) -> None:
         call.over()
         self._open.discard(call)
-        if not call.method.startswith("Health/"):  # a watch that ends after a day would be the slowest call of all
-            asked = request if isinstance(request, bytes) else b""
-            sent = (call.invocation_metadata() or ()) if self._records.traced else ()
-            self._records.ended(call.method, code, began, call.identity, call.peer_name, asked, sent)
-        self._meter.leave(call.method)
+        method, records = call.method, self._records
+        if method.startswith("Health/"):
+            return  # a watch that ends after a day would be the slowest call of all
+        observe = records.well.get(method) if call.status == "OK" else None
+        if observe is not None:
+            observe(time.perf_counter() - call.began)
+        else:
+            sent = (call.invocation_metadata() or ()) if records.traced else ()
+            records.ended(method, call.status, call.began, call.identity, call.peer_name, call.request, sent)
 
 
-def answering(handler: Handler) -> Handler:
-    """The boundary: an error of the engine becomes its status, any other one INTERNAL with a line in the log."""
-
-    @wraps(handler)
-    async def answer(self: Any, request: bytes, context: Any) -> Any:
-        try:
-            return await handler(self, request, context)
-        except KvstoreError as error:
-            refusal = error
-        except (BadFrame, DecodeError) as error:
-            refusal = InvalidEntry(str(error))
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            logger.exception("call failed method=%s", handler.__name__)
-            refusal = KvstoreError("internal error, see the daemon's log")
-        return await refuse(context, refusal)
-
-    return answer
+def _meant(error: BaseException, method: str) -> KvstoreError:
+    """What an error is to a caller: one of the engine's is itself, any other one internal, with a line in the log."""
+    if isinstance(error, KvstoreError):
+        return error
+    if isinstance(error, BadFrame | DecodeError):
+        return InvalidEntry(str(error))
+    logger.error("call failed method=%s", method, exc_info=error)
+    return KvstoreError("internal error, see the daemon's log")
 
 
-async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: KvstoreError) -> NoReturn:
+async def refuse(context: OpenCall, error: KvstoreError) -> NoReturn:
     """End a call with an error's status; its class travels in the trailing metadata."""
     name = next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
     metadata = [("kvstored-error", name)]
@@ -326,34 +374,11 @@ async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: KvstoreErro
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), tuple(metadata))
 
 
+def _looked_at(step: "asyncio.Future[Any]") -> None:
+    """Its call may be gone: then nobody else looks at how it ended, and asyncio would complain in the log."""
+    if not step.cancelled():
+        step.exception()
+
+
 def _name(code: Any) -> str:
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
-
-
-def _about(method: str, identity: Identity | None, request: bytes) -> dict[str, str | int]:
-    """The attributes of a call's span: the caller and the number of keys, never the keys."""
-    said: dict[str, str | int] = {"keys": _keys(method, request)[0]} if request else {}
-    if identity is not None:
-        said["caller"] = identity.name
-        if identity.tenant is not None:
-            said["tenant"] = identity.tenant
-    return said
-
-
-def _keys(method: str, request: bytes) -> tuple[int, bytes]:
-    """How many keys, and the first."""
-    if method in _KEYLESS:
-        return 0, b""
-    try:
-        return keys_named(request)
-    except (DecodeError, InvalidEntry):
-        return 0, b""
-
-
-def _audit(method: str, identity: Identity | None, peer: str, request: bytes, code: str, more: str = "") -> None:
-    count, first = _keys(method, request)
-    audit.info(
-        "admin verb=%s who=%s peer=%s keys=%d first=%s result=%s%s",
-        method, identity.name if identity else "nobody", peer, count,
-        first.hex()[:64] or "-", code, more,
-    )  # fmt: skip

@@ -5,7 +5,6 @@ sees it. No owners are compared, so no comparison can be skipped or timed: an en
 and looking for it is a miss like any other.
 """
 
-import contextvars
 import hashlib
 import hmac
 import os
@@ -27,10 +26,7 @@ from kvstore.shared.names import read_secret as read_shared_secret
 from kvstore.shm.arena import Room
 from kvstore.store import Store
 from kvstore.view import StoreView
-from kvstored.access.tokens import LOCAL, Identity
-
-CALLER: contextvars.ContextVar[Identity] = contextvars.ContextVar("kvstored_caller", default=LOCAL)
-"""The caller of the running call; set by the interceptor."""
+from kvstored.access.tokens import Identity
 
 PREFIX_NBYTES = 16
 _SECRET_NBYTES = 32
@@ -155,39 +151,30 @@ class TenantView:
         raise _refused(verb)
 
 
-class TenantViews:
-    """The store as each caller sees it."""
+class TenantViews(dict[str | None, StoreView]):
+    """The store as callers see it, by their tenant; without one all of it. Bounded by the tokens file."""
 
     def __init__(self, store: Store, secret: bytes) -> None:
+        super().__init__({None: store})
         self._store = store
         self._secret = secret
-        self._by_tenant: dict[str, TenantView] = {}
+
+    def __missing__(self, tenant: str) -> StoreView:
+        """A tenant's part, when it first calls."""
+        found = self[tenant] = TenantView(self._store, self._secret, tenant)
+        self._store.register_tenant(tenant, found.prefixes)
+        return found
 
     def keys_of(self, tenant: str, keys: Sequence[bytes]) -> list[bytes]:
         """The store's keys for a tenant's keys: for an operator who asks about them."""
         scope = TenantView(self._store, self._secret, tenant)
         return [scope.own(key) for key in keys]
 
-    def current(self) -> StoreView:
-        """The store for the running call: the whole store, or its tenant's part."""
-        return self.of(CALLER.get())
-
-    def whole(self) -> Store:
-        """The whole store, for an operator. Raises PermissionDenied where the running call is a tenant's."""
-        if CALLER.get().tenant is not None:
+    def whole(self, caller: Identity) -> Store:
+        """The whole store, for an operator. Raises PermissionDenied for a tenant's caller."""
+        if caller.tenant is not None:
             raise _refused("this verb")
         return self._store
-
-    def of(self, identity: Identity) -> StoreView:
-        """The store as this caller sees it."""
-        tenant = identity.tenant
-        if tenant is None:
-            return self._store
-        found = self._by_tenant.get(tenant)  # bounded by the tenants in the tokens file
-        if found is None:
-            found = self._by_tenant[tenant] = TenantView(self._store, self._secret, tenant)
-            self._store.register_tenant(tenant, found.prefixes)
-        return found
 
 
 def _refused(verb: str) -> PermissionDenied:

@@ -55,6 +55,8 @@ class Identity:
 
 LOCAL = Identity("local", frozenset(RIGHTS))
 """Any caller that the socket's permissions allow, where no token is needed."""
+NOBODY = Identity("nobody", frozenset(), tenant="")
+"""Who has not been identified: no tokens file can name this tenant, so nobody's keys are its."""
 
 
 @dataclass(frozen=True)

@@ -38,25 +38,28 @@ class Budget:
         self.refused = 0
         self._lock = threading.Lock()
 
-    def frames_of(self, nbytes: int) -> int:
-        """What to count for the frames of an entry beside its own bytes: never so much that the two cannot pass."""
-        return max(0, min(nbytes, self.call_nbytes, self.limit_nbytes - nbytes))
+    def with_frames(self, nbytes: int) -> int:
+        """What an entry counts over the stream: its bytes and its frames, but never so much that it cannot pass."""
+        return nbytes + max(0, min(nbytes, self.call_nbytes, self.limit_nbytes - nbytes))
 
-    def take(self, nbytes: int) -> None:
-        """Count bytes in. Raises EntryTooLarge for what could never pass, Busy for what cannot pass now."""
+    def take(self, nbytes: int, instead_of: int = 0) -> None:
+        """Count bytes in. instead_of: bytes that are counted and no more under way.
+
+        Raises EntryTooLarge for what could never pass, Busy for what cannot pass now.
+        """
         if nbytes > self.limit_nbytes:
             raise EntryTooLarge(
                 f"an entry of {nbytes} bytes is over the limit of {self.limit_nbytes} bytes in flight "
                 "(server.in_flight_nbytes): put it in parts, or raise that"
             )
         with self._lock:
-            total = self.used_nbytes + nbytes
+            total = self.used_nbytes + nbytes - instead_of
             if total <= self.limit_nbytes:
                 self.used_nbytes = total
                 return
             self.refused += 1
         raise Busy(
-            f"{nbytes} bytes more would make {total} in flight, the limit is {self.limit_nbytes}; "
+            f"{nbytes - instead_of} bytes more would make {total} in flight, the limit is {self.limit_nbytes}; "
             f"retry in {RETRY_AFTER_MS} ms"
         )
 

@@ -5,32 +5,32 @@ most, while others ask too: work in Python takes turns anyway, and the more of i
 waits for its turn. Of what waits, each caller's next has its turn after the other callers'. Thread-safe.
 """
 
+import asyncio
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import Any, ParamSpec, TypeVar
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
 R = TypeVar("R")
 ALONE_S = 1.0
 """A caller is alone when all that was asked for so long was asked by it."""
 Work = tuple[Future[Any], Callable[[], Any]]
 
 
-class FairThreads(Executor):
-    """An executor. caller: who asks, called in `submit`."""
+class FairThreads:
+    """The threads: so many at most, made when they are first needed."""
 
-    def __init__(self, threads: int, caller: Callable[[], str], name: str) -> None:
+    def __init__(self, threads: int, name: str) -> None:
         self._limit = threads
         self._alone = max(1, threads - 1)
         self._each = max(1, min(threads // 2, len(os.sched_getaffinity(0))))
         self._asked_last = ""
         self._changed_at = float("-inf")
         """When another caller than before asked."""
-        self._caller = caller
         self._name = name
         self._turn = threading.Condition()
         self._waiting: dict[str, deque[Work]] = {}
@@ -46,16 +46,19 @@ class FairThreads(Executor):
         with self._turn:
             return sum(map(len, self._waiting.values()))
 
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """As Executor's."""
+    def run(self, caller: str, work: Callable[..., R], *args: Any) -> "asyncio.Future[R]":
+        """Have a caller's work done, on the event loop."""
+        return asyncio.wrap_future(self.submit(caller, work, *args))
+
+    def submit(self, caller: str, work: Callable[..., R], *args: Any) -> "Future[R]":
+        """Have a caller's work done. Cancelling what this returns takes it out of the queue."""
         future: Future[R] = Future()
-        caller = self._caller()
         with self._turn:
             if self._ends:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if caller != self._asked_last:
                 self._asked_last, self._changed_at = caller, time.monotonic()
-            self._waiting.setdefault(caller, deque()).append((future, lambda: fn(*args, **kwargs)))
+            self._waiting.setdefault(caller, deque()).append((future, partial(work, *args)))
             self._turn.notify()
             # A thread that was woken counts as idle until it has taken its work out of the queue.
             if sum(map(len, self._waiting.values())) > self._idle and len(self._threads) < self._limit:
@@ -64,42 +67,34 @@ class FairThreads(Executor):
                 thread.start()
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - Executor's
-        """End the threads once nothing waits."""
+    def shutdown(self) -> None:
+        """End the threads once nothing waits. Blocks."""
         with self._turn:
             self._ends = True
-            if cancel_futures:
-                for future, _ in (work for queue in self._waiting.values() for work in queue):
-                    future.cancel()
             self._turn.notify_all()
-        if wait:
-            for thread in self._threads:
-                thread.join()
-
-    def _next(self) -> tuple[str, Work] | None:
-        """What has its turn; its caller goes to the end of the row. The lock is held."""
-        alone = time.monotonic() - self._changed_at >= ALONE_S
-        each = self._alone if alone else self._each
-        for caller, queue in self._waiting.items():
-            if self._running.get(caller, 0) < each:
-                work = queue.popleft()
-                del self._waiting[caller]
-                if queue:
-                    self._waiting[caller] = queue
-                self._running[caller] = self._running.get(caller, 0) + 1
-                return caller, work
-        return None
+        for thread in self._threads:
+            thread.join()
 
     def _take(self) -> tuple[str, Work] | None:
-        """Wait for work. None: there is none, and none comes."""
+        """Wait for work that has its turn; its caller goes to the end of the row. None: no more comes."""
+        waiting, running = self._waiting, self._running
         with self._turn:
-            while (found := self._next()) is None:
-                if self._ends and not self._waiting:
+            while True:
+                alone = time.monotonic() - self._changed_at >= ALONE_S
+                each = self._alone if alone else self._each
+                for caller, queue in waiting.items():
+                    if running.get(caller, 0) < each:
+                        work = queue.popleft()
+                        del waiting[caller]
+                        if queue:
+                            waiting[caller] = queue
+                        running[caller] = running.get(caller, 0) + 1
+                        return caller, work
+                if self._ends and not waiting:
                     return None
                 self._idle += 1
                 self._turn.wait()
                 self._idle -= 1
-            return found
 
     def _work(self) -> None:
         while (found := self._take()) is not None:
@@ -108,7 +103,7 @@ class FairThreads(Executor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = call()
-                except BaseException as error:  # noqa: BLE001 - the future's, as in every executor
+                except BaseException as error:  # noqa: BLE001 - the future's, as in every pool of threads
                     future.set_exception(error)
                 else:
                     future.set_result(result)

@@ -1,11 +1,10 @@
-"""Hits on their way out: taken from the store for one call, a bounded lot at a time, and as messages.
+"""Hits on their way out: taken from the store for one call, a bounded lot at a time.
 
 `Reading` belongs to one call. It knows no gRPC, so both doors use it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from kvstore import arrays
 from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import Lookup
@@ -13,10 +12,8 @@ from kvstore.residency.read_path import Found, Plan
 from kvstore.shm.arena import Room
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import EncodedReply, encoded_reply
+from kvstored.calls.replies import EncodedReply, encoded_reply
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Gather, cut_frames
-from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
 
 AT_HAND_MAX = 2
 AT_HAND_NBYTES = 4 << 20
@@ -32,8 +29,8 @@ class Reading:
     """Hits for a Get, in order of the keys, one bounded lot after the other. Belongs to one call.
 
     `plan` looks and counts, and takes microseconds; `read` blocks, for a worker thread, unless `at_hand`. room: where
-    what is decoded is made. frames_nbytes: what the caller makes of a lot in addition, at most. maps: whose segments on
-    a device the caller reads in place: what lies in them comes as it was found, without a copy.
+    what is decoded is made. streamed: the caller makes frames of it, which are charged, too, and summed. maps: whose
+    segments on a device the caller reads in place: what lies in them comes as it was found, without a copy.
     """
 
     def __init__(
@@ -45,14 +42,16 @@ class Reading:
         *,
         lookup: Lookup | None = None,
         room: Room | None = None,
-        frames_nbytes: int = 0,
+        streamed: bool = False,
         maps: object = None,
     ) -> None:
         """keys, lookup: those of the request, checked."""
         self._store = store
         self._budget = budget
         self._room = room
-        self._frames_nbytes = frames_nbytes
+        self._streamed = streamed
+        self._counts: Callable[[int], int] = budget.with_frames if streamed else int
+        """What a lot of so many decoded bytes counts."""
         self._maps = maps
         self._keys = keys
         self._leading = asked.leading
@@ -69,21 +68,21 @@ class Reading:
 
     def plan(self) -> None:
         """Look for the next lot, charge for it, and count it. The last lot's tensors end here. Raises Busy."""
-        self.close_lot()
-        known = next(self._known, None)
-        if known is not None:
-            self.charge(known)
-            self.begin(known)
-            return
-        plan = self._store.plan(
-            self._keys.part(self._at) if self._at else self._keys,
-            leading=self._leading,
-            accept=self._accept,
-            from_nbytes=self._accept_from_nbytes,
-            at_most_nbytes=self._budget.lot_nbytes,
-            charge=self.charge,
-            lookup=self._lookup,
-        )
+        if self._plan is not None:
+            self._close_lot()
+        plan = next(self._known, None)
+        if plan is not None:
+            self.charge(plan)
+        else:
+            plan = self._store.plan(
+                self._keys.part(self._at) if self._at else self._keys,
+                leading=self._leading,
+                accept=self._accept,
+                from_nbytes=self._accept_from_nbytes,
+                at_most_nbytes=self._budget.lot_nbytes,
+                charge=self.charge,
+                lookup=self._lookup,
+            )
         self.begin(plan)
 
     def begin_whole(self, plan: Plan) -> None:
@@ -123,61 +122,32 @@ class Reading:
         self.done = ended or self._at == len(self._keys)
         if ended:
             hits.append(None)
-        for hit in hits:
-            if isinstance(hit, EncodedReply):  # charged as if it were decoded
-                self._give_back(hit.contents.value_nbytes - hit.contents.nbytes)
-        if self._frames_nbytes:
-            frames_nbytes = min(self._budget.frames_of(self._counted_nbytes), self._frames_nbytes)
-            self._budget.take(frames_nbytes)
-            self._counted_nbytes += frames_nbytes
+        encoded = [hit.contents for hit in hits if isinstance(hit, EncodedReply)]
+        if encoded:  # charged as if they were decoded
+            spare_nbytes = sum(contents.value_nbytes - contents.nbytes for contents in encoded)
+            nbytes = self._counts(max(0, plan.nbytes - spare_nbytes))
+            self._budget.give_back(self._counted_nbytes - nbytes)
+            self._counted_nbytes = nbytes
+        if self._streamed:
+            for contents in encoded:
+                _ = contents.xxh3  # summed here: a large one would hold up the event loop
         return list(enumerate(hits, start))
 
     def close(self) -> None:
         """Let go of what is charged. A chain read in several lots is touched once more, as one."""
-        self.close_lot()
+        self._close_lot()
         if self._lots > 1 and self._at:
             self._store.touch(self._keys.part(0, self._at))
 
-    def close_lot(self) -> None:
+    def _close_lot(self) -> None:
         """The lot is sent."""
         self._plan = None
-        self._give_back(self._counted_nbytes)
+        if self._counted_nbytes:
+            self._budget.give_back(self._counted_nbytes)
+            self._counted_nbytes = 0
 
     def charge(self, plan: Plan) -> None:
         """Count a lot's decoded bytes before it is read: what is under way is in memory. Raises Busy."""
-        self._budget.take(plan.nbytes)
-        self._counted_nbytes += plan.nbytes
-
-    def _give_back(self, nbytes: int) -> None:
-        nbytes = min(nbytes, self._counted_nbytes)
-        self._counted_nbytes -= nbytes
-        if nbytes:
-            self._budget.give_back(nbytes)
-
-
-def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:
-    """What is said of a hit before its bytes: a GetHeader, serialized."""
-    if isinstance(hit, EncodedReply):
-        own = pb.GetHeader(index=index, tier=TIERS[hit.tier], age_s=hit.age_s, boot_epoch=boot_epoch)
-        return hit.contents.serialized + own.SerializeToString()
-    specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
-    return pb.GetHeader(
-        index=index,
-        tensors=tensor_specs(specs),
-        nbytes=sum(x.nbytes for x in hit.tensors.values()),
-        tier=TIERS[hit.tier],
-        encoding=hit.encoding,
-        lossy=hit.lossy,
-        age_s=hit.age_s,
-        boot_epoch=boot_epoch,
-        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
-    ).SerializeToString()
-
-
-def hit_frames(index: int, hit: Hit | EncodedReply, boot_epoch: int) -> Iterator[bytes]:
-    """The frames that answer one key of a Get."""
-    header = hit_header(index, hit, boot_epoch)
-    if isinstance(hit, EncodedReply):
-        contents = hit.contents
-        return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
-    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
+        nbytes = self._counts(plan.nbytes)
+        self._budget.take(nbytes)
+        self._counted_nbytes += nbytes

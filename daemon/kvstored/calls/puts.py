@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import xxhash
@@ -18,7 +18,7 @@ from kvstore.errors import EntryTooLarge, InvalidEntry
 from kvstore.keys import KEYS_PER_CALL_MAX, Key, check_key
 from kvstore.options import PutOptions
 from kvstore.residency.transcode import made_entry
-from kvstore.shm.arena import Room, empty_tensors, filled_from, made_in
+from kvstore.shm.arena import Owner, Room, empty_tensors, filled_from, made_in
 from kvstore.view import StoreView
 from kvstored.calls.budget import Budget
 from kvstored_client.wire._pb import cache_pb2 as pb
@@ -66,7 +66,7 @@ _known_description = lru_cache(maxsize=256)(_read_description)
 
 
 class Incoming:
-    """One entry being received. `nbytes` is what it will hold; nothing is allocated before `begin` or `arriving`."""
+    """One entry being received. `nbytes` is what it will hold; nothing is allocated before `begin` or `lying`."""
 
     def __init__(self, header: pb.PutHeader, key: Key, parent: Key | None, limit_nbytes: int) -> None:
         """Check a header, and take it over: see `incoming`."""
@@ -80,16 +80,17 @@ class Incoming:
         self.nbytes = found.specs.nbytes
         if self.nbytes > limit_nbytes:
             arrays.check_specs(self.specs, limit_nbytes)
-        self._packed: dict[str, tuple[Coded, dict[str, object]]] = {}
-        self._made: Entry | None = None
+        self.packed: dict[str, tuple[Coded, dict[str, object]]] = {}
+        """What comes encoded, by tensor."""
+        self.made: Entry | None = None
         if packed:
             self._read_packed(packed)
         if said_nbytes != self.nbytes:
             raise InvalidEntry(f"the header announces {said_nbytes} bytes, its tensors add up to {self.nbytes}")
         self.root = found.root and self.parent is None
         self.tensors: Mapping[str, torch.Tensor] = {}
-        self._entry: Entry | None = None
         self._scatter: Scatter | None = None
+        self._filled_nbytes = 0
         self._sum = xxhash.xxh3_64()
 
     def _read_packed(self, messages: Sequence[pb.PackedTensor]) -> None:
@@ -101,83 +102,58 @@ class Incoming:
             raise InvalidEntry(f"{len(specs)} tensors packed as {len(messages)}")
         coded = [coded_of(spec, message) for spec, message in zip(specs.values(), messages, strict=True)]
         check_ratio(self.nbytes, coded)
-        self._packed = {
+        self.packed = {
             name: (one, attrs_of(message)) for name, one, message in zip(specs, coded, messages, strict=True)
         }
         self.sizes = tuple(nbytes for one in coded for nbytes in one.sizes)
         self.nbytes = sum(self.sizes)
 
-    @property
-    def packed(self) -> bool:
-        """Whether it comes encoded."""
-        return bool(self._packed)
-
     def begin(self, room: Room) -> None:
         """Allocate the tensors: in `room` if there is any, else in ordinary memory. Of a packed entry the parts."""
-        if self._packed:
-            self.tensors = empty_tensors(parts_of(coded for coded, _ in self._packed.values()))
+        if self.packed:
+            self.tensors = empty_tensors(parts_of(coded for coded, _ in self.packed.values()))
         else:
             self.tensors = made_in(room, self.specs)
-        self._scatter = None
 
     def fill(self, room: Room, sources: Sequence[Bytes]) -> None:
-        """Copy all of it from `sources`, as for `arriving`, at once: what comes packed is checked before it is kept.
+        """Copy all of it from `sources` at once: what comes packed is checked before it is kept.
 
         room: shared memory for encoded entries. Nobody can change the copy, so what was checked is what is kept.
         Raises InvalidEntry.
         """
-        parts = parts_of(coded for coded, _ in self._packed.values())
+        parts = parts_of(coded for coded, _ in self.packed.values())
         self.tensors = made_in(room, parts) if self.nbytes > PACK_MAX_NBYTES else empty_tensors(parts)
         filled_from(sources, self.tensors)
-        self._made = self._checked()
+        self.made = self._checked()
 
     def _checked(self) -> Entry:
         parts = iter(self.tensors.values())
         tensors = {
             name: EncodedTensor(coded.spec, coded.encoding, {suffix: next(parts) for suffix in coded.parts}, attrs)
-            for name, (coded, attrs) in self._packed.items()
+            for name, (coded, attrs) in self.packed.items()
         }
         return checked_entry(self.key, tensors, block=getattr(self.tensors, "place", None))
-
-    def arriving(self, room: Room | None, sources: Sequence[Bytes], owner: int | str | None = None) -> ArrivingTensors:
-        """Tensors that will be copied from `sources`, the bytes of each in the order of the specs.
-
-        room: None where the store copies them itself, to a device: once, before it can be found. owner: whose segments
-        they are to lie in there.
-        """
-        specs = self.specs
-
-        def copy() -> Mapping[str, torch.Tensor]:
-            if room is None:
-                pairs = zip(specs.items(), sources, strict=True)
-                return {name: arrays.from_bytes(spec, x, "torch") for (name, spec), x in pairs}
-            return filled_from(sources, made_in(room, specs))
-
-        tensors = ArrivingTensors(specs, copy, owner)
-        self._entry = Entry(self.key, tensors)
-        return tensors
 
     @property
     def entry(self) -> Entry:
         """What to put, once it is whole or arriving: handed over. Raises InvalidEntry for one packed wrongly."""
-        if self._packed:
-            self._made = self._made or self._checked()
-            return self._made
-        return self._entry or made_entry(self.key, self.specs, self.tensors)
+        if self.made is None:
+            self.made = self._checked() if self.packed else made_entry(self.key, self.specs, self.tensors)
+        return self.made
 
-    def take(self, chunk: memoryview) -> None:
-        """The next bytes. Raises BadFrame for more than were announced."""
-        if self._scatter is None:  # made here: what comes over the lease socket is never taken in pieces
-            self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
-        self._sum.update(chunk)
-        self._scatter.write(chunk)
+    def take(self, chunk: memoryview, xxh3: int | None = None) -> None:
+        """The next bytes. xxh3: the sender's checksum, behind the last of them; 0: it has none.
 
-    @property
-    def _filled_nbytes(self) -> int:
-        return 0 if self._scatter is None else self._scatter.filled_nbytes
-
-    def finish(self, xxh3: int) -> None:
-        """The entry's end. Raises BadFrame if bytes are missing or are not those that were sent."""
+        Raises BadFrame for more bytes than were announced; at the end also if some are missing or are not those sent.
+        """
+        if chunk:
+            if self._scatter is None:  # made here: what comes over the lease socket is never taken in pieces
+                self._scatter = Scatter([arrays.as_bytes(x) for x in self.tensors.values()])
+            self._sum.update(chunk)
+            self._scatter.write(chunk)
+            self._filled_nbytes += len(chunk)
+        if xxh3 is None:
+            return
         if self._filled_nbytes != self.nbytes:
             raise BadFrame(self.progress)
         if xxh3 and xxh3 != self._sum.intdigest():
@@ -197,6 +173,32 @@ def incoming(headers: Sequence[pb.PutHeader], limit_nbytes: int) -> list[Incomin
     return [Incoming(header, *named, limit_nbytes) for header, named in zip(headers, keys, strict=True)]
 
 
+def lying(
+    entries: Sequence[Incoming], sources: Sequence[Sequence[Bytes]], room: Room | None, encoded_room: Room, owner: Owner
+) -> list[ArrivingTensors]:
+    """Have entries whose bytes lie in `sources`, those of each tensor in the order of the specs. Returns what arrives.
+
+    What comes packed is copied at once, to `encoded_room`, the rest later, to `room`; None: by the store itself, to a
+    device, once, before it can be found. owner: whose segments it is to lie in there. Raises InvalidEntry.
+    """
+    arriving: list[ArrivingTensors] = []
+    for entry, of_entry in zip(entries, sources, strict=True):
+        if entry.packed:
+            entry.fill(encoded_room, of_entry)
+        else:
+            tensors = ArrivingTensors(entry.specs, partial(_copied, entry.specs, room, of_entry), owner)
+            entry.made = Entry(entry.key, tensors)
+            arriving.append(tensors)
+    return arriving
+
+
+def _copied(specs: arrays.CheckedSpecs, room: Room | None, sources: Sequence[Bytes]) -> Mapping[str, torch.Tensor]:
+    if room is None:
+        pairs = zip(specs.items(), sources, strict=True)
+        return {name: arrays.from_bytes(spec, x, "torch") for (name, spec), x in pairs}
+    return filled_from(sources, made_in(room, specs))
+
+
 class PutStream:
     """The frames of one Put: at most one entry open, whole ones collected in `ready`."""
 
@@ -207,7 +209,9 @@ class PutStream:
         self._open: Incoming | None = None
         # Until the first header says what comes: 256 calls with a frame each had a gigabyte in no account.
         budget.take(budget.call_nbytes)
-        self._taken_nbytes = self._frames_nbytes = budget.call_nbytes
+        self._taken_nbytes = budget.call_nbytes
+        self._frames_nbytes = budget.call_nbytes
+        """What is counted for frames, which may be under way until `end`."""
         self._keys = 0
         self.ready: list[Incoming] = []
         self.ready_nbytes = 0
@@ -220,16 +224,16 @@ class PutStream:
             if len(frame.header) > HEADER_MAX_NBYTES:
                 raise EntryTooLarge(f"a header has at most {HEADER_MAX_NBYTES} bytes, got {len(frame.header)}")
             self._begin(pb.PutHeader.FromString(bytes(frame.header)))
-        if (frame.chunk or frame.end is not None) and self._open is None:
-            raise BadFrame("bytes or an end before a header")
-        if frame.chunk and self._open is not None:
-            self._open.take(frame.chunk)
-        if frame.end is not None and self._open is not None:
-            self._open.finish(pb.EntryEnd.FromString(bytes(frame.end)).xxh3)
-            self.ready.append(self._open)
-            self.ready_nbytes += self._open.nbytes
+        entry, end = self._open, frame.end
+        if entry is None:
+            if frame.chunk or end is not None:
+                raise BadFrame("bytes or an end before a header")
+            return
+        entry.take(frame.chunk, None if end is None else pb.EntryEnd.FromString(bytes(end)).xxh3)
+        if end is not None:
+            self.ready.append(entry)
+            self.ready_nbytes += entry.nbytes
             self._open = None
-            self._expect_frames(0)
 
     def _begin(self, header: pb.PutHeader) -> None:
         if self._open is not None:
@@ -238,48 +242,43 @@ class PutStream:
         if self._keys > KEYS_PER_CALL_MAX:
             raise InvalidEntry(f"a call names at most {KEYS_PER_CALL_MAX} keys, got {self._keys}")
         (entry,) = incoming((header,), self._limit_nbytes)
-        self._expect_frames(self._budget.frames_of(entry.nbytes))
-        self._budget.take(entry.nbytes)
-        self._taken_nbytes += entry.nbytes
+        nbytes = self._budget.with_frames(entry.nbytes)
+        self._budget.take(nbytes, instead_of=self._frames_nbytes)
+        self._taken_nbytes += nbytes - self._frames_nbytes
+        self._frames_nbytes = nbytes - entry.nbytes
         self._open = entry
         entry.begin(self._room)
 
-    def _expect_frames(self, nbytes: int) -> None:
-        more = nbytes - self._frames_nbytes
-        if more > 0:
-            self._budget.take(more)
-        else:
-            self._budget.give_back(-more)
-        self._taken_nbytes += more
-        self._frames_nbytes = nbytes
-
-    def check_whole(self) -> None:
-        """At the end of the stream. Raises BadFrame for an entry without its end."""
+    def end(self) -> None:
+        """No more frames come. Raises BadFrame for an entry without its end."""
         if self._open is not None:
             raise BadFrame(f"an entry without its end: {self._open.progress}")
+        self._give_back(self._frames_nbytes)
+        self._frames_nbytes = 0
 
     @property
     def progress(self) -> str:
         """For a message about a stream that stopped."""
         return self._open.progress if self._open is not None else f"received {self._keys} entries"
 
-    def release(self, entries: Sequence[Incoming]) -> None:
-        """These were handed to the store: their bytes are no longer in flight."""
-        nbytes = sum(entry.nbytes for entry in entries)
-        self._taken_nbytes -= nbytes
-        self.ready_nbytes -= nbytes
-        self._budget.give_back(nbytes)
+    def release(self) -> None:
+        """What was ready has been handed to the store: its bytes are no longer in flight."""
+        self._give_back(self.ready_nbytes)
+        self.ready, self.ready_nbytes = [], 0
 
     def close(self) -> None:
         """Give back what is still counted, whatever happened."""
-        self._budget.give_back(self._taken_nbytes)
-        self._taken_nbytes = 0
+        self._give_back(self._taken_nbytes)
+
+    def _give_back(self, nbytes: int) -> None:
+        self._taken_nbytes -= nbytes
+        self._budget.give_back(nbytes)
 
 
 def put_ready(store: StoreView, entries: Sequence[Incoming]) -> int:
     """Put whole entries, in order, handing over their tensors. Blocks. Returns how many were stored."""
     stored = 0
-    for run in (entries,) if len(entries) == 1 else _runs(entries):
+    for run in (entries,) if len(entries) == 1 else list(_runs(entries)):
         first = run[0]
         chain = first.root or run[-1].parent is not None
         made = [incoming.entry for incoming in run]

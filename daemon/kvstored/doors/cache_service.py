@@ -6,35 +6,32 @@
 Runs on the event loop; whatever may block runs on the worker threads.
 """
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable
 from functools import partial
 from math import inf
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from kvstore.errors import InvalidEntry
-from kvstore.hit import Hit
 from kvstore.keys import CheckedKeys
 from kvstore.lookup import check_saved
 from kvstore.shm.arena import Room
 from kvstore.view import StoreView
-from kvstored.access.interceptor import answering
+from kvstored.access.interceptor import OpenCall, Silent
 from kvstored.access.shares import Shares, charged
-from kvstored.access.tenant_view import CALLER, TenantViews
+from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import Reading, hit_frames, on_device
+from kvstored.calls.fair_threads import FairThreads
+from kvstored.calls.gets import Reading, on_device
 from kvstored.calls.puts import PutStream, put_ready
+from kvstored.calls.replies import hit_frames
 from kvstored.calls.shared_reads import SharedReads
 from kvstored.calls.verbs import Verbs
-from kvstored.doors.service import Context, Service
 from kvstored.telemetry.metrics import Meter
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import build_miss, parse_frame
+from kvstored_client.wire.frames import parse_frame
 from kvstored_client.wire.messages import read_lookup
 from kvstored_client.wire.requests import read_request
 
@@ -56,21 +53,13 @@ def _answered(verb: Callable[[Any], Message], kind: type[Message], request: byte
     return verb(read_request(kind, request)).SerializeToString()
 
 
-def _read(reading: Reading) -> list[tuple[int, Hit | EncodedReply | None]]:
-    lot = reading.read()
-    for _, hit in lot:
-        if isinstance(hit, EncodedReply):
-            _ = hit.contents.xxh3  # summed here: a large one would hold up the event loop
-    return cast("list[tuple[int, Hit | EncodedReply | None]]", lot)  # nobody reads in place through a stream
-
-
-class CacheService(Service):
+class CacheService:
     """Tensors under keys."""
 
     def __init__(
         self,
         views: TenantViews,
-        threads: Executor,
+        threads: FairThreads,
         boot_epoch: int,
         budget: Budget,
         silence_s: float,
@@ -78,7 +67,10 @@ class CacheService(Service):
         room: Room,
         shares: Shares,
     ) -> None:
-        super().__init__(views, threads, boot_epoch)
+        self._views = views
+        self._sharing, self._on_device = views[None].shares, on_device(views[None])
+        self._threads = threads
+        self._epoch = boot_epoch
         self._shares = shares
         self._outside = SharedReads()
         self._meter = meter
@@ -86,148 +78,114 @@ class CacheService(Service):
         self._silence_s = silence_s
         self._room = room
 
-    @answering
-    async def put(self, _: bytes, context: Context) -> bytes:
+    async def put(self, _: bytes, call: OpenCall) -> bytes:
         """Frames in, checked one by one; whole entries go to the store in groups."""
-        store = self._store
+        store, caller = self._views[call.identity.tenant], call.identity.account
         stream = PutStream(store.config.entry_max_nbytes, self._budget, self._room)
         stored = 0
         keys: list[bytes] = []
         try:
-            while (message := await self._read(context, stream)) is not grpc.aio.EOF:
+            while (message := await call.read(self._silence_s)) is not grpc.aio.EOF:
                 stream.take(parse_frame(message, pb.PutFrame))
                 if stream.ready_nbytes >= PUT_GROUP_NBYTES:
                     keys += [entry.key for entry in stream.ready]
-                    stored += await self._store_ready(stream, store)
-            stream.check_whole()
-            stored += await self._store_ready(stream, store)
+                    stored += await self._threads.run(caller, put_ready, store, stream.ready)
+                    stream.release()
+            stream.end()
+            if stream.ready:
+                stored += await self._threads.run(caller, put_ready, store, stream.ready)
             if keys:
-                await self._run(store.touch, keys)  # the last group is used already: root first, as one chain
+                await self._threads.run(caller, store.touch, keys)  # the last group is used: root first, as one chain
+        except Silent:
+            raise InvalidEntry(f"no frame for {self._silence_s} s (server.silence_s); {stream.progress}") from None
         finally:
             stream.close()
         return pb.PutReply(stored=stored, boot_epoch=self._epoch).SerializeToString()
 
-    async def _read(self, context: Context, stream: PutStream) -> Any:
-        try:
-            async with asyncio.timeout(self._silence_s):
-                return await context.read()
-        except TimeoutError:
-            raise InvalidEntry(f"no frame for {self._silence_s} s (server.silence_s); {stream.progress}") from None
-
-    async def _store_ready(self, stream: PutStream, store: StoreView) -> int:
-        ready, stream.ready = stream.ready, []
-        try:
-            return await self._run(put_ready, store, ready) if ready else 0
-        finally:
-            stream.release(ready)
-
-    @answering
-    async def get(self, request: bytes, context: Context) -> None:
+    async def get(self, request: bytes, call: OpenCall) -> None:
         """Leases out of the store, a lot at a time, cut into frames."""
-        stalled = False
-        try:
-            await self._get(request, context)
-        except TimeoutError:
-            stalled = True
-        # Not inside: what the call held is given back before the reader is told, who may never listen.
-        if stalled:
-            await self._cut_off(context)
-
-    async def _get(self, request: bytes, context: Context) -> None:
         if len(request) <= READ_AT_ONCE_NBYTES:
             asked = read_request(pb.GetRequest, request)
         else:
-            asked = await self._run_charged(read_request, pb.GetRequest, request)
-        lookup, keys, store = read_lookup(asked), CheckedKeys(asked.keys), self._store
-        if store.shares:
-            await self._bring(store, asked, keys, context)
+            asked = await self._run_charged(call, read_request, pb.GetRequest, request)
+        lookup, keys = read_lookup(asked), CheckedKeys(asked.keys)
+        store, caller = self._views[call.identity.tenant], call.identity.account
+        if self._sharing:
+            await self._bring(store, asked, keys, call)
         # From a device bytes come faster to shared memory, which is registered with it.
-        room = self._room if on_device(store) else None
-        reading = Reading(
-            store, self._budget, asked, keys, lookup=lookup, room=room,
-            frames_nbytes=self._budget.call_nbytes,
-        )  # fmt: skip
+        room = self._room if self._on_device else None
+        reading = Reading(store, self._budget, asked, keys, lookup=lookup, room=room, streamed=True)
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
-        few = len(keys) <= LOOKED_UP_MAX
+        few, stalled = len(keys) <= LOOKED_UP_MAX, False
         try:
             while not reading.done:
                 if few:
                     reading.plan()
                 else:
-                    await self._run_charged(reading.plan)
-                lot = _read(reading) if reading.at_hand else await self._run(_read, reading)
-                await self._write_lot(context, lot)
+                    await self._run_charged(call, reading.plan)
+                lot = reading.read() if reading.at_hand else await self._threads.run(caller, reading.read)
+                for index, hit in lot:
+                    for frame in hit_frames(index, hit, self._epoch):
+                        await call.write(frame, self._silence_s)
+        except Silent:
+            stalled = True
         finally:
             reading.close()
+        if stalled:
+            # Not before: what the call held is given back before the reader is told, who may never listen. Until it
+            # takes that, or is gone, its call counts as stalled.
+            await call.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the reader took no frame for {self._silence_s} s (server.silence_s)",
+            )
 
-    async def _bring(self, store: StoreView, asked: pb.GetRequest, keys: CheckedKeys, context: Context) -> None:
+    async def _bring(self, store: StoreView, asked: pb.GetRequest, keys: CheckedKeys, call: OpenCall) -> None:
         """Have what other hosts have put here, where something is missing; as long as the caller has time."""
-        ends = store.ends_here(keys) if len(keys) <= FIRST_MISSING_MAX else await self._run(store.ends_here, keys)
+        if len(keys) <= FIRST_MISSING_MAX:
+            ends = store.ends_here(keys)
+        else:
+            ends = await self._threads.run(call.identity.account, store.ends_here, keys)
         if ends:
-            left_s: Any = context.time_remaining()  # None, whatever its types say, where the caller set no deadline
+            left_s: Any = call.time_remaining()  # None, whatever its types say, where the caller set no deadline
             bring = partial(
                 store.bring, keys, leading=asked.leading, lookup=read_lookup(asked),
                 timeout_s=inf if left_s is None else WAITING_MAX * left_s,
             )  # fmt: skip
             await self._outside.run(bring)
 
-    async def _write_lot(self, context: Context, lot: Sequence[tuple[int, Hit | EncodedReply | None]]) -> None:
-        for index, hit in lot:
-            if hit is None:
-                await self._write(context, build_miss(pb.GetMiss(index=index, boot_epoch=self._epoch)))
-                continue
-            for frame in hit_frames(index, hit, self._epoch):
-                await self._write(context, frame)
-
-    async def _write(self, context: Context, frame: bytes) -> None:
-        async with asyncio.timeout(self._silence_s):
-            await context.write(frame)
-
-    async def _cut_off(self, context: Context) -> None:
-        """Say so to a reader that took no frame. Until it takes that, or is gone, its call counts as stalled."""
-        await context.abort(
-            grpc.StatusCode.DEADLINE_EXCEEDED, f"the reader took no frame for {self._silence_s} s (server.silence_s)"
-        )
-
-    @answering
-    async def match(self, request: bytes, _: Context) -> bytes:
+    async def match(self, request: bytes, call: OpenCall) -> bytes:
         """Leading keys held, or each key's place."""
-        verbs = self._verbs()
-        if self._store.shares:
+        store = self._views[call.identity.tenant]
+        verbs = Verbs(store, self._epoch)
+        if self._sharing:
             # The answer may wait for the shared store: on a thread that no local call waits for, if there is one.
             found: bytes | None = await self._outside.run(partial(_answered, verbs.match, pb.MatchRequest, request))
             if found is not None:
                 return found
-            verbs = Verbs(self._store, self._epoch, local=True)
-        return await self._answer(verbs.match, pb.MatchRequest, request)
+            verbs = Verbs(store, self._epoch, local=True)
+        return await self._run_charged(call, _answered, verbs.match, pb.MatchRequest, request)
 
-    @answering
-    async def touch(self, request: bytes, _: Context) -> bytes:
+    async def touch(self, request: bytes, call: OpenCall) -> bytes:
         """Count as use."""
-        return await self._answer(self._verbs().touch, pb.TouchRequest, request)
+        return await self._run_charged(call, _answered, self._verbs(call).touch, pb.TouchRequest, request)
 
-    @answering
-    async def delete(self, request: bytes, _: Context) -> bytes:
+    async def delete(self, request: bytes, call: OpenCall) -> bytes:
         """Forget keys."""
-        return await self._answer(self._verbs().delete, pb.DeleteRequest, request)
+        return await self._run_charged(call, _answered, self._verbs(call).delete, pb.DeleteRequest, request)
 
-    @answering
-    async def pin(self, request: bytes, _: Context) -> bytes:
+    async def pin(self, request: bytes, call: OpenCall) -> bytes:
         """Pin or let go."""
-        return await self._answer(self._verbs().pin, pb.PinRequest, request)
+        return await self._run_charged(call, _answered, self._verbs(call).pin, pb.PinRequest, request)
 
-    def _verbs(self) -> Verbs:
-        return Verbs(self._store, self._epoch)
+    def _verbs(self, call: OpenCall) -> Verbs:
+        return Verbs(self._views[call.identity.tenant], self._epoch)
 
-    async def _answer(self, verb: Callable[[Any], Message], kind: type[Message], request: bytes) -> bytes:
-        return await self._run_charged(_answered, verb, kind, request)
+    def _run_charged(self, call: OpenCall, work: Callable[..., R], *args: Any) -> Awaitable[R]:
+        """Work in Python, on a worker thread: what it takes is the caller's (`access.shares`)."""
+        caller = call.identity.account
+        return self._threads.run(caller, charged, partial(self._shares.charge, caller), work, *args)
 
-    async def _run_charged(self, work: Callable[..., R], *args: Any) -> R:
-        """As `_run`, for work in Python: what it takes is the caller's (`access.shares`)."""
-        return await self._run(charged, partial(self._shares.charge, CALLER.get().account), work, *args)
-
-    @answering
-    async def report(self, request: bytes, _: Context) -> bytes:
+    async def report(self, request: bytes, _: OpenCall) -> bytes:
         """What a client says the cache was worth."""
         self._meter.saved(check_saved(read_request(pb.ReportRequest, request).prefill_saved_s))
         return pb.ReportReply(boot_epoch=self._epoch).SerializeToString()

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -28,11 +28,12 @@ from kvstore.residency.read_path import NOTHING, Plan
 from kvstore.shm.arena import Handed, Segment
 from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
-from kvstored.access.interceptor import AUDITED, RIGHT_OF, Access
-from kvstored.access.shares import CONTENDED_S, charged
+from kvstored.access.interceptor import RIGHT_OF, Access
+from kvstored.access.records import AUDITED
+from kvstored.access.shares import CONTENDED_S
 from kvstored.calls.gets import Reading, on_device
-from kvstored.calls.puts import Incoming, incoming, put_ready
-from kvstored.calls.shared_memory_reply import SharedMemoryReply, leased, new_reply
+from kvstored.calls.puts import Incoming, incoming, lying, put_ready
+from kvstored.calls.replies import SharedMemoryReply, new_reply
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Waiting
 from kvstored.doors.lease_packets import (
@@ -47,6 +48,7 @@ from kvstored.doors.lease_packets import (
     told,
 )
 from kvstored.doors.lease_shared import Shared
+from kvstored.doors.lending import HELD_FREE
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes
 from kvstored_client.wire.messages import read_lookup
@@ -100,7 +102,7 @@ class Connection:
         self._account = identity.account
         self._peer = f"lease:{self.uid}"
         self._owner = shared.owners.of(self.uid, identity)
-        self._store: StoreView = shared.views.of(identity)
+        self._store: StoreView = shared.views[identity.tenant]
         self._shares = self._store.shares
         self._verbs = Verbs(self._store, shared.verbs.epoch)
         self._on_device = on_device(self._store)
@@ -115,11 +117,11 @@ class Connection:
         self._handed: set[Handed] = set()
         self._ingest: dict[int, Segment] = {}
         self._fds: dict[Handed, tuple[int, ...]] = {}
-        self._observers: dict[str, Callable[[float], None]] = {}
         self._arriving: list[ArrivingTensors] = []
         self._wait_s = 0.0
         self._seen_at = -inf
         self._room = partial(shared.arena.empty, owner=self._owner)
+        self._encoded_room = partial(shared.encoded.empty, owner=self._owner)
         always = pb.LeaseReply(complete=True, boot_epoch=self._verbs.epoch, lease_max_s=shared.lease_max_s)
         self._serialized_always = always.SerializeToString()
 
@@ -213,16 +215,13 @@ class Connection:
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
         code, reply = self._charged(verb, call, began)
-        observe = self._observers.get(verb) if code == "OK" else None
+        method, records = _LEASE + verb, self._shared.records
+        observe = records.well.get(method) if code == "OK" else None
         if observe is not None:
             observe(time.perf_counter() - began)
         else:
-            records = self._shared.records
-            audited = _LEASE + verb in AUDITED
-            asked = getattr(call, verb).SerializeToString() if audited else b""
-            records.ended(_LEASE + verb, code, began, self._identity, self._peer, asked)
-            if code == "OK" and not (records.traced or audited):  # nothing else is to be written down of the next one
-                self._observers[verb] = records.observer(_LEASE + verb)
+            asked = getattr(call, verb).SerializeToString() if method in AUDITED else b""
+            records.ended(method, code, began, self._identity, self._peer, asked)
         if len(reply) > PACKET_MAX_NBYTES - NUMBER_NBYTES:
             reply = self._too_large(verb, reply)
         elif code == "OK":
@@ -241,10 +240,12 @@ class Connection:
                 self._seen_at = now
                 self._shared.shares.seen(self._account)
             return self._outcome(verb, call)
-        return charged(self._spent, self._outcome, verb, call)
-
-    def _spent(self, seconds: float) -> None:
-        self._wait_s = self._shared.shares.charge(self._account, LEASE_CALL_S + seconds)
+        began = time.thread_time()
+        try:
+            return self._outcome(verb, call)
+        finally:
+            spent_s = LEASE_CALL_S + time.thread_time() - began
+            self._wait_s = self._shared.shares.charge(self._account, spent_s)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""
@@ -291,7 +292,7 @@ class Connection:
 
     def _get(self, asked: pb.GetRequest) -> bytes:
         shared, keys = self._shared, CheckedKeys(asked.keys)
-        if not shared.lending.may_hold(len(self._leases), self, shared.connections):
+        if self.held >= HELD_FREE and not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
         lookup = read_lookup(asked) if asked.HasField("lookup") else None
         # On this client's own thread: nobody else waits for the shared store.
@@ -319,14 +320,13 @@ class Connection:
                 whole_if_hot=in_place, charge=charge, count_later=True, lookup=lookup,
             )  # fmt: skip
             if reading is not None:
-                reading.begin(plan)
-                return self._read(reading)
+                return self._read(reading, plan)
             kept_replies = None if plan.ended else self._kept_replies(plan)
             if kept_replies is not None:
                 return self._hot_reply(plan, kept_replies)
             reading = begun()
-            reading.begin_whole(plan)  # to be copied, or no complete answer: hot may let go of it before that is done
-            return self._read(reading)
+            # To be copied, or no complete answer: hot may let go of it before that is done.
+            return self._read(reading, plan, whole=True)
         finally:
             if reading is not None:
                 reading.close()
@@ -371,9 +371,10 @@ class Connection:
             self.held += len(held)
         return number
 
-    def _read(self, reading: Reading) -> bytes:
-        """A get that has to read, decode or copy something first."""
+    def _read(self, reading: Reading, plan: Plan, *, whole: bool = False) -> bytes:
+        """A get that has to read, decode or copy something first. whole: what is planned is not charged yet."""
         shared = self._shared
+        reading.begin_whole(plan) if whole else reading.begin(plan)
         reply = pb.LeaseReply(boot_epoch=shared.verbs.epoch, lease_max_s=shared.lease_max_s)
         held: list[Any] = []
         while True:
@@ -381,10 +382,10 @@ class Connection:
                 lot = reading.read()
             for index, hit in lot:
                 if hit is not None:
-                    tensors, place, header = shared.found(index, hit, self._owner)
+                    tensors, segment, said = shared.found(index, hit, self._owner)
                     held.append(tensors)
-                    self._hand(reply, place.segment)
-                    reply.leased.append(leased(header, place))
+                    self._hand(reply, segment)
+                    reply.leased.append(said)
             if reading.done:
                 break
             reading.plan()
@@ -433,18 +434,13 @@ class Connection:
         limit_nbytes = shared.store.config.entry_max_nbytes
         ready = incoming([item.header for item in asked.entries], limit_nbytes)
         nbytes = sum(entry.nbytes for entry in ready)
-        arriving: list[ArrivingTensors] = []
         stored = 0
         shared.budget.take(nbytes)
         try:
             all_sources = [self._sources(entry, item.places) for entry, item in zip(ready, asked.entries, strict=True)]
-            for entry, sources in zip(ready, all_sources, strict=True):
-                if entry.packed:
-                    entry.fill(partial(shared.encoded.empty, owner=self._owner), sources)
-                else:
-                    room = None if self._on_device else self._room  # to a device: from where it lies
-                    arriving.append(entry.arriving(room, sources, self._owner))
-            self._arriving = arriving  # not before: nothing of a call that is refused as a whole is copied
+            room = None if self._on_device else self._room  # to a device: from where it lies
+            # At the end: nothing of a call that is refused as a whole is copied.
+            self._arriving = lying(ready, all_sources, room, self._encoded_room, self._owner)
             stored = put_ready(self._store, ready)
         finally:
             shared.budget.give_back(nbytes)

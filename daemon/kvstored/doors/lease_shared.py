@@ -12,17 +12,16 @@ from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import PACK_MAX_NBYTES
 from kvstore.hit import Hit
 from kvstore.residency.read_path import Found
-from kvstore.shm.arena import Arena, Owner, Place
+from kvstore.shm.arena import Arena, Handed, Owner, Place
 from kvstore.shm.layout import layout
 from kvstore.store import Store
-from kvstored.access.interceptor import Access, Records
+from kvstored.access.interceptor import Access
+from kvstored.access.records import Records
 from kvstored.access.segment_owners import SegmentOwners
 from kvstored.access.shares import Shares
 from kvstored.access.tenant_view import TenantViews
 from kvstored.calls.budget import Budget
-from kvstored.calls.encoded_reply import EncodedReply
-from kvstored.calls.gets import hit_header
-from kvstored.calls.shared_memory_reply import raw_header
+from kvstored.calls.replies import EncodedReply, hit_header, leased, raw_header
 from kvstored.calls.verbs import Verbs
 from kvstored.doors.busy_wait import Callers
 from kvstored.doors.lease_packets import UseStream
@@ -64,12 +63,14 @@ class Shared:
         self.device = self.store.device_uuid
         """The UUID of the GPU in whose memory hot lies; b"": in RAM, or nobody can map it."""
 
-    def found(self, index: int, hit: Hit | EncodedReply | Found, owner: Owner) -> tuple[object, Place, bytes]:
-        """What is to be held of a hit, where it lies for a user to map, and what is said of it. Raises UseStream."""
+    def found(self, index: int, hit: Hit | EncodedReply | Found, owner: Owner) -> tuple[object, Handed, bytes]:
+        """What is to be held of a hit, the segment it lies in for a user to map, and what is said. Raises UseStream."""
         if isinstance(hit, Found):  # on a device, in a segment that this client maps
+            place: Place = hit.entry.tensors.place  # type: ignore[attr-defined]  # else it was not left there
             header = raw_header(hit.entry, pb.GetHeader(index=index, age_s=hit.age_s))
-            return hit.entry, hit.entry.tensors.place, header  # type: ignore[attr-defined]  # else it was not left there
-        return *(self._lying(hit, owner) or self._copied(hit, owner)), hit_header(index, hit)
+            return hit.entry, place.segment, leased(header, place)
+        held, place = self._lying(hit, owner) or self._copied(hit, owner)
+        return held, place.segment, leased(hit_header(index, hit), place)
 
     def _lying(self, hit: Hit | EncodedReply, owner: Owner) -> tuple[object, Place] | None:
         """As it is, where a user may read it: what was decoded into its room, or is held in its segments.

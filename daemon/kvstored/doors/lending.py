@@ -17,6 +17,8 @@ LEASES_MAX = 4096
 """Of one connection. A client that reads has one or two, and one that keeps views one for each."""
 HELD_MAX = 65_536
 """Entries in the leases of one connection: half a megabyte of references."""
+HELD_FREE = HELD_MAX // 16
+"""A connection that holds fewer entries may have another lease, which holds one or more: nobody else is looked at."""
 HELD_TOTAL = 16 * HELD_MAX
 """Entries in all leases; of these each user has an equal share."""
 
@@ -83,11 +85,9 @@ class Lending:
             self.hangups += 1
 
     def may_hold(self, leases: int, asking: H, connections: Iterable[H]) -> bool:
-        """Whether a connection with so many leases may have another one."""
+        """Whether a connection with so many leases may have another one. Not asked below `HELD_FREE`."""
         if leases >= LEASES_MAX or asking.held >= HELD_MAX:
             return False
-        if asking.held <= HELD_MAX // 16:  # nearly always: no other connection is looked at
-            return True
         held: dict[int, int] = {}
         for one in tuple(connections):  # others come and go meanwhile
             held[one.uid] = held.get(one.uid, 0) + one.held

@@ -249,24 +249,16 @@ class Meter:
         self._saved = PromCounter(*text("kvstored_prefill_saved_seconds_total"), registry=self.registry)
         PromGauge(*text("kvstored_build_info"), ("version",), registry=self.registry).labels(version).set(1)
 
-    def begin(self, method: str) -> None:
-        """Count a call that has arrived."""
-        self._running.labels(method).inc()
-
-    def end(self, method: str, code: str, seconds: float) -> None:
-        """Count a call that has ended. Calls of the lease socket are not counted as running before."""
-        self.observer(method, code)(seconds)
+    def running(self, method: str) -> PromGauge:
+        """Calls of a method under way: counted up when one has arrived, down when it has ended."""
+        return self._running.labels(method)
 
     def observer(self, method: str, code: str) -> Callable[[float], None]:
-        """Takes the seconds of each call of a method that ended with this code."""
+        """Takes the seconds of each call of a method that ended with this code, by either door."""
         found = self._series.get((method, code))
         if found is None:  # `labels` takes as long as the whole lookup of a small call
             found = self._series[method, code] = self._seconds.labels(method, code)
         return found.observe
-
-    def leave(self, method: str) -> None:
-        """End a call that `begin` counted."""
-        self._running.labels(method).dec()
 
     def refuse(self, code: str) -> None:
         """Count a refused call."""

@@ -11,9 +11,10 @@ from kvstored.access.admission import (
     STRANGER_MAX,
     WATCHES_MAX,
     Admission,
+    Place,
     Refusal,
+    peer_group,
 )
-from kvstored.access.open_call import peer_group
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -23,6 +24,26 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+class Call(Place):
+    """A call that says what it does, as the interceptor's do."""
+
+    def __init__(self, caller, ended):
+        self.caller = caller
+        self.give_way = ended
+
+    def waits(self):
+        self.quiet_since = self.now()
+
+    def works(self):
+        self.quiet_since, self.spoken = None, True
+
+    def ends(self):
+        self.lane.move_to_ending(self)
+
+    def leave(self):
+        self.lane.remove(self)
 
 
 class Calls:
@@ -35,7 +56,9 @@ class Calls:
         self.admission = Admission(calls_max, lambda lane, reason: self.counted.append((lane, reason)), self.clock)
 
     def enter(self, caller, method="Cache/Get", name=None):
-        return self.admission.enter(method, caller, lambda refusal: self.ended.append((name or caller, refusal.code)))
+        call = Call(caller, lambda refusal: self.ended.append((name or caller, refusal.code)))
+        self.admission.enter(method, call)
+        return call
 
     def working(self, caller, count, method="Cache/Get"):
         places = [self.enter(caller, method, f"{caller} {i}") for i in range(count)]

@@ -52,10 +52,10 @@ def test_a_chain_read_in_one_lot_is_used_once() -> None:
 def test_a_tenant_s_chunk_continues_the_tenant_s_own() -> None:
     with Store.open(background=False) as store:
         views = TenantViews(store, bytes(32))
-        view = views.of(tenant("a"))
+        view = views["a"]
         assert put(view, KEYS[0], None)
         assert put(view, KEYS[1], KEYS[0])
-        assert not put(views.of(tenant("b")), KEYS[1], KEYS[0])
+        assert not put(views["b"], KEYS[1], KEYS[0])
         view.delete(CheckedKeys(KEYS[:1]))
         assert view.match(CheckedKeys(KEYS[1:2])).held == ()
 

@@ -7,8 +7,12 @@ import logging
 import grpc
 import pytest
 
-from kvstored.access.interceptor import answering
-from kvstored.access.open_call import OpenCall
+from kvstored.access.admission import Admission
+from kvstored.access.interceptor import Access, Interceptor, OpenCall
+from kvstored.access.records import Records
+from kvstored.access.shares import Shares
+from kvstored.telemetry.metrics import Meter
+from kvstored.telemetry.spans import Spans
 
 
 class BrokenConnection:
@@ -27,26 +31,27 @@ class BrokenConnection:
         raise grpc.aio.InternalError("batch failed")
 
 
-@answering
-async def reading(self, request, context):
-    await context.read()
+async def reading(request, call):
+    await call.read()
 
 
-@answering
-async def writing(self, request, context):
-    await context.write(b"frame")
+async def writing(request, call):
+    await call.write(b"frame")
 
 
 @pytest.mark.parametrize("handler", [reading, writing])
 def test_a_batch_that_fails_with_the_connection_ends_the_call_without_a_word(handler, caplog):
     """It was logged with a traceback, as a defect, for each client that was killed while a frame was on its way."""
-
-    async def serve():
-        await handler(None, b"", OpenCall(BrokenConnection(), "Cache/Get"))
-
+    meter = Meter()
+    interceptor = Interceptor(
+        Access(None, token_on_unix=False), meter, Records(meter, Spans()), Admission(8, meter.turn_away), 5.0, Shares()
+    )
+    served = interceptor._served("Cache/Put", handler, one_message=False)
     with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
-        asyncio.run(serve())
+        asyncio.run(served(None, BrokenConnection()))
     assert caplog.records == []
+    (call,) = meter.calls()
+    assert (call.method, call.count) == ("Cache/Put", 1)
 
 
 class PeerThatLeaves(BrokenConnection):

@@ -1,0 +1,192 @@
+"""What is answered for an entry found: what is said of it, and its frames. Any thread; no state.
+
+Over the stream it goes in frames, decoded or as it is held (`EncodedReply`); in shared memory it is said where it lies
+(`leased`). What is the same each time is made once: for all entries of one shape, or kept on the entry.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import xxhash
+
+from kvstore import arrays
+from kvstore.dtypes import TensorSpec
+from kvstore.entries.compact import Layout, PackedTensors, layout_of
+from kvstore.entries.entry import Entry
+from kvstore.hit import Hit, TensorInfo
+from kvstore.residency.read_path import Found
+from kvstore.shm.arena import Handed, Place
+from kvstore.shm.layout import layout
+from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import Bytes, Gather, build_miss, cut_frames, submessage
+from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """serialized: the fields of a GetHeader that are the same each time. payload: the bytes behind it, by part.
+
+    ends: where each tensor's bytes end: one that is there whole can be decoded. value_nbytes: once decoded.
+    """
+
+    serialized: bytes
+    payload: Sequence[Bytes]
+    nbytes: int
+    ends: frozenset[int]
+    value_nbytes: int
+
+    @cached_property
+    def xxh3(self) -> int:
+        """The checksum of the bytes, as they were when it was first asked for."""
+        checksum = xxhash.xxh3_64()
+        for part in self.payload:
+            checksum.update(part.data)
+        return int(checksum.intdigest())
+
+
+class EncodedReply(NamedTuple):
+    """An entry found, to be sent as it is held. again: it was before."""
+
+    tier: str
+    age_s: float
+    contents: Contents
+    entry: Entry
+    again: bool
+
+
+def encoded_reply(found: Found) -> EncodedReply:
+    """The reply for an entry found. A large entry keeps it; for a small one it would cost a third of its size."""
+    entry = found.entry
+    if isinstance(entry.kept_reply, Contents):
+        return EncodedReply(found.tier, found.age_s, entry.kept_reply, entry, again=True)
+    if isinstance(entry.tensors, PackedTensors):
+        contents = _contents(entry, entry.tensors.payload, entry.tensors.attrs)
+        return EncodedReply(found.tier, found.age_s, contents, entry, again=False)
+    tensors = entry.tensors.values()
+    payload = [arrays.as_bytes(part) for held in tensors for part in held.parts.values()]
+    contents = _contents(entry, payload, [dict(held.attrs) for held in tensors])
+    entry.keep_reply(contents)
+    return EncodedReply(found.tier, found.age_s, contents, entry, again=False)
+
+
+def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, object]]) -> Contents:
+    head, packed, counts = _alike(layout_of(entry))
+    own = pb.GetHeader(
+        nbytes=entry.value_nbytes,
+        encoding=entry.encoding,
+        lossy=entry.lossy,
+        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
+    )
+    # Messages one behind the other are one message.
+    serialized = [head, own.SerializeToString()]
+    for described, facts in zip(packed, attrs, strict=True):
+        written = pb.PackedTensor(attrs=json.dumps(facts, allow_nan=False)) if facts else pb.PackedTensor()
+        serialized.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
+    ends = [0, *accumulate(part.size for part in payload)]
+    return Contents(b"".join(serialized), payload, ends[-1], frozenset(ends[n] for n in counts), entry.value_nbytes)
+
+
+@lru_cache(maxsize=1024)
+def _alike(layout: Layout) -> tuple[bytes, tuple[bytes, ...], tuple[int, ...]]:
+    """What all entries of one shape share: header bytes, bytes a tensor, the running count of parts."""
+    specs = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in zip(layout.names, layout.specs, strict=True)}
+    head = pb.GetHeader(tensors=tensor_specs(specs))
+    packed: list[bytes] = []
+    counts: list[int] = []
+    for at, encoding in enumerate(layout.encodings):
+        parts = {
+            part.suffix: TensorInfo(str(part.dtype).removeprefix("torch."), part.shape)
+            for part in layout.parts
+            if part.tensor == at
+        }
+        packed.append(pb.PackedTensor(encoding=encoding, parts=tensor_specs(parts)).SerializeToString())
+        counts.append(len(parts) + (counts[-1] if counts else 0))
+    return head.SerializeToString(), tuple(packed), tuple(counts)
+
+
+def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> bytes:
+    """What is said of a hit before its bytes: a GetHeader, serialized."""
+    if isinstance(hit, EncodedReply):
+        own = pb.GetHeader(index=index, tier=TIERS[hit.tier], age_s=hit.age_s, boot_epoch=boot_epoch)
+        return hit.contents.serialized + own.SerializeToString()
+    specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
+    return pb.GetHeader(
+        index=index,
+        tensors=tensor_specs(specs),
+        nbytes=sum(x.nbytes for x in hit.tensors.values()),
+        tier=TIERS[hit.tier],
+        encoding=hit.encoding,
+        lossy=hit.lossy,
+        age_s=hit.age_s,
+        boot_epoch=boot_epoch,
+        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
+    ).SerializeToString()
+
+
+def hit_frames(index: int, hit: Hit | EncodedReply | Found | None, boot_epoch: int) -> Iterable[bytes]:
+    """The frames that answer one key of a Get. hit: None for a miss."""
+    if hit is None:
+        return (build_miss(pb.GetMiss(index=index, boot_epoch=boot_epoch)),)
+    assert not isinstance(hit, Found)  # nobody reads in place through a stream
+    header = hit_header(index, hit, boot_epoch)
+    if isinstance(hit, EncodedReply):
+        contents = hit.contents
+        return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
+    return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedMemoryReply:
+    """The segment an entry lies in, and a serialized LeaseReply with this one block."""
+
+    segment: Handed
+    serialized: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RawShape:
+    """What all raw entries of one shape have in common: a namespace's chunks are alike.
+
+    places, nbytes: as `shm.layout.layout`. serialized: the fields of a GetHeader that depend on nothing else.
+    """
+
+    places: Mapping[str, tuple[int, int]]
+    nbytes: int
+    serialized: bytes
+
+
+@lru_cache(maxsize=1024)
+def _raw_shape(specs: tuple[tuple[str, TensorSpec], ...]) -> RawShape:
+    infos = {name: TensorInfo(spec.dtype, spec.shape) for name, spec in specs}
+    header = pb.GetHeader(
+        tensors=tensor_specs(infos), nbytes=sum(spec.nbytes for _, spec in specs), tier=pb.TIER_HOT, encoding="raw"
+    )
+    return RawShape(*layout(infos), header.SerializeToString())
+
+
+def new_reply(entry: Entry, put_at: float) -> SharedMemoryReply | None:
+    """The reply for an entry held raw; None where it lies in no segment. put_at: store's clock."""
+    place = entry.block or getattr(entry.tensors, "place", None)
+    if not isinstance(place, Place):
+        return None
+    header = raw_header(entry, pb.GetHeader(put_at=put_at))
+    return SharedMemoryReply(place.segment, submessage(pb.LeaseReply.LEASED_FIELD_NUMBER, leased(header, place)))
+
+
+def raw_header(entry: Entry, own: pb.GetHeader) -> bytes:
+    """What is said of an entry held raw in hot, serialized. own: what is said of it alone."""
+    shape = _raw_shape(tuple(entry.specs.items()))
+    if entry.lossy:
+        own.lossy = True
+        own.relative_errors.extend(relative_errors(entry.receipt, lossy=True))
+    return shape.serialized + own.SerializeToString()  # messages one behind the other are one message
+
+
+def leased(header: bytes, place: Place) -> bytes:
+    """A serialized Leased, which describes one block. header: a GetHeader, serialized."""
+    rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
+    return submessage(pb.Leased.HEADER_FIELD_NUMBER, header) + rest.SerializeToString()
