@@ -39,10 +39,10 @@ from kvstore.residency.disk_verbs import DiskVerbs
 from kvstore.residency.inspection import entries, entry_info, explain, snapshot
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import Mover
-from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath, leading_first
+from kvstore.residency.opening import open_cold, residency_of
+from kvstore.residency.read_path import NOTHING, Found, Plan, ReadPath
 from kvstore.residency.shared_verbs import SharedVerbs
 from kvstore.residency.sharing import opened as sharing_of
-from kvstore.residency.state import open_cold, residency_of
 from kvstore.residency.write_path import WritePath, check_ttl
 from kvstore.shared import Engine
 from kvstore.shm.arena import Room
@@ -196,10 +196,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """As `put_many`, of entries that a door has made and checked on its own thread: handed over as they are."""
         self._check_open()
         held = list({entry.key: entry for entry in entries}.values())
-        if chain:
-            stored = self._write_path.take_entries(held, options, parent)
-        else:
-            stored = sum(self._write_path.take(entry, options) for entry in reversed(held))
+        stored = self._write_path.take_entries(held, options, parent, chain=chain)
         return len(entries) if stored == len(held) else stored
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None, packed: bool = False) -> Hit | None:
@@ -271,7 +268,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """
         self._check_open()
         return self._read_path.plan(
-            CheckedKeys(keys), leading=leading, accept=accept, from_nbytes=from_nbytes, at_most_nbytes=at_most_nbytes,
+            _checked(keys), leading=leading, accept=accept, from_nbytes=from_nbytes, at_most_nbytes=at_most_nbytes,
             whole_if_hot=whole_if_hot, charge=charge, count_later=count_later, lookup=lookup,
         )  # fmt: skip
 
@@ -298,11 +295,11 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         `local`.
         """
         more = None if self._sharing is None or local else self._sharing.more
-        return Match(tuple(self._read_path.leading(CheckedKeys(keys), lookup, more)))
+        return Match(tuple(self._read_path.leading(_checked(keys), lookup, more)))
 
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
-        return self._read_path.peek(CheckedKeys(keys), lookup)
+        return self._read_path.peek(_checked(keys), lookup)
 
     def report(self, *, prefill_saved_s: float) -> None:
         """Add seconds of prefill that hits made unnecessary to the counters: 0 to 86400. Raises InvalidEntry."""
@@ -314,14 +311,9 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
         ttl = None if ttl_s is None else check_ttl(ttl_s, self.config)
         touched = 0
-        for part in slices(leading_first(dict.fromkeys(CheckedKeys(keys)))):
+        for part in slices(list(dict.fromkeys(_checked(keys)))[::-1]):
             with self._r.lock:
-                now, live = self._r.clock.now(), self._r.live_of(part)
-                for key, meta in live:
-                    meta.refresh(now, ttl)
-                    self._r.deadlines.watch(key, meta)
-                self._r.touch(key for key, _ in live)
-                touched += len(live)
+                touched += self._r.use(part, ttl)
         return touched
 
     def delete(self, *keys: bytes | CheckedKeys, keep_shared: bool = False) -> int:
@@ -498,3 +490,8 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         if self._r.cold is not None:
             self._r.cold.wait(ticket)
         return gone
+
+
+def _checked(keys: Sequence[bytes]) -> CheckedKeys:
+    """The keys of a call: as they are from a door, which has checked them."""
+    return keys if type(keys) is CheckedKeys else CheckedKeys(keys)

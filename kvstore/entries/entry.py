@@ -30,6 +30,7 @@ TENSOR_OVERHEAD_NBYTES = 864
 
 NO_ATTRS: Mapping[str, object] = MappingProxyType({})
 """The attributes of a tensor whose encoding needs none."""
+_set = object.__setattr__
 _TORCH = {name: getattr(torch, name, None) for name in BY_NAME}
 
 
@@ -66,11 +67,6 @@ class EncodedTensor:
     def described(self) -> "Described":
         """The tensor without its parts."""
         return Described(self.spec, self.encoding, self.relative_error, basis_in(self.attrs))
-
-
-def untrack_tensors(tensors: Mapping[str, EncodedTensor]) -> None:
-    """As `Entry.untrack`, of its tensors."""
-    untrack(*_parts_of(tensors))
 
 
 def _parts_of(tensors: Mapping[str, EncodedTensor]) -> list[object]:
@@ -123,7 +119,8 @@ class Entry:
     """Named tensors under a key, each raw or encoded.
 
     lossy: whether any tensor ever went through a lossy codec; a decoded copy stays lossy.
-    nbytes: bytes counted against a tier's budget, metadata included.
+    nbytes: bytes counted against a tier's budget, metadata included. value_nbytes: of the tensors once decoded; counted
+    here unless whoever makes the entry knows them.
     encoding: the first that is not raw ("nf4-kv2"), or "raw": tensors of one entry may have different ones.
     kept_reply: a server's serialized reply for this object, kept so that it is built once.
     block: where in shared memory its tensors lie (`shm.arena.Place`); None: in ordinary memory, or unknown.
@@ -135,24 +132,29 @@ class Entry:
     nbytes: int = field(init=False)
     encoding: str = field(init=False)
     kept_reply: object = field(init=False, repr=False)
-    _value_nbytes: int | None = field(default=None, init=False, repr=False)
     block: object = field(default=None, kw_only=True, repr=False)
+    value_nbytes: int = field(default=-1, kw_only=True)
 
     def __post_init__(self) -> None:
-        total = ENTRY_OVERHEAD_NBYTES + len(self.key)
+        tensors, total = self.tensors, ENTRY_OVERHEAD_NBYTES + len(self.key)
         # A mapping that knows its size (`compact`) is counted without making its tensors.
-        known = getattr(self.tensors, "nbytes", None)
-        total += known if known is not None else sum(len(name) + t.nbytes for name, t in self.tensors.items())
-        object.__setattr__(self, "nbytes", total)
-        encoding = getattr(self.tensors, "encoding", None)
+        known = getattr(tensors, "nbytes", None)
+        total += known if known is not None else sum(len(name) + t.nbytes for name, t in tensors.items())
+        encoding = getattr(tensors, "encoding", None)
         if encoding is None:
             encoding = next((name for name in self.encodings if name != "raw"), "raw")
-        object.__setattr__(self, "encoding", encoding)
-        object.__setattr__(self, "kept_reply", None)
+        if self.value_nbytes < 0:
+            value = getattr(tensors, "value_nbytes", None)
+            if value is None:
+                value = sum([spec.nbytes for spec in self.specs.values()])
+            _set(self, "value_nbytes", value)
+        _set(self, "nbytes", total)
+        _set(self, "encoding", encoding)
+        _set(self, "kept_reply", None)
 
     def keep_reply(self, kept_reply: object) -> None:
         """Keep a reply. The fields it is built from never change, so two threads that build it build equal replies."""
-        object.__setattr__(self, "kept_reply", kept_reply)
+        _set(self, "kept_reply", kept_reply)
 
     def untrack(self) -> None:
         """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
@@ -194,23 +196,13 @@ class Entry:
         known: dict[str, float] | None = getattr(self.tensors, "receipt", None)
         return {name: t.relative_error for name, t in self.tensors.items()} if known is None else known
 
-    @property
-    def value_nbytes(self) -> int:
-        """Bytes of the tensors once decoded. Summed when it is first asked for."""
-        known = self._value_nbytes
-        if known is None:
-            known = getattr(self.tensors, "value_nbytes", None)
-            known = sum(spec.nbytes for spec in self.specs.values()) if known is None else known
-            object.__setattr__(self, "_value_nbytes", known)
-        return known
 
-
-def untrack_all(entries: Iterable[Entry]) -> None:
-    """`Entry.untrack` of several."""
-    held: list[object] = []
-    for entry in entries:
-        held += (entry, *_parts_of(entry.tensors))
-    untrack(*held)
+def untrack_held(held: Iterable[tuple[Entry, object]]) -> None:
+    """`Entry.untrack` of several, each with what the store knows of its key."""
+    found: list[object] = []
+    for entry, meta in held:
+        found += (entry, meta, *_parts_of(entry.tensors))
+    untrack(*found)
 
 
 class ArrivingTensors(Mapping[str, EncodedTensor]):
@@ -275,7 +267,7 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
                 tensors = {
                     name: EncodedTensor(spec, "raw", {"": made[name]}, NO_ATTRS) for name, spec in self.specs.items()
                 }
-                untrack_tensors(tensors)
+                untrack(*_parts_of(tensors))
                 self._tensors = tensors
             return self._tensors
 

@@ -34,15 +34,11 @@ class Chains:
 
     def __init__(self) -> None:
         self.index = Index()
-        self._awaited: dict[Key, Key] = {}
+        self.awaited: dict[Key, Key] = {}
+        """Parents that are missing, each with the newest chunk that waits for it. None while no put of a chain runs."""
         self._awaited_pins: dict[Key, int] = {}
         self._awaited_below: set[Key] = set()
         """Those of them that will come before chunks which count as rooted already."""
-
-    @property
-    def awaited(self) -> int:
-        """The number of parents that are missing. It is 0 whenever no put of a chain is running."""
-        return len(self._awaited)
 
     def link(self, key: Key, meta: Meta) -> None:
         """Link a key that is new in the index to its parent, and to the children that waited for it."""
@@ -56,8 +52,8 @@ class Chains:
 
     def _link(self, key: Key, meta: Meta, before: Meta | None) -> None:
         """before: the Meta of its parent, if that is there."""
-        if self._awaited:
-            meta.first_child = self._awaited.pop(key, None)
+        if self.awaited:
+            meta.first_child = self.awaited.pop(key, None)
             meta.pinned_children = self._awaited_pins.pop(key, 0)
         below = key in self._awaited_below
         self._awaited_below.discard(key)
@@ -77,7 +73,7 @@ class Chains:
             meta.rooted = False
             if below:
                 self._awaited_below.add(parent)
-            meta.next, self._awaited[parent] = self._awaited.get(parent), key
+            meta.next, self.awaited[parent] = self.awaited.get(parent), key
         else:
             meta.rooted = before.rooted
             meta.next, before.first_child = before.first_child, key
@@ -151,7 +147,7 @@ class Chains:
 
     def orphans(self) -> list[Key]:
         """Chunks whose parent is missing."""
-        return [key for parent in list(self._awaited) for key in self.children(parent)]
+        return [key for parent in list(self.awaited) for key in self.children(parent)]
 
     def _closes_a_ring(self, key: Key, meta: Meta) -> bool:
         """Whether a key's parent continues it, or that cannot be told in few steps: then the key stays in no chain."""
@@ -175,16 +171,16 @@ class Chains:
 
     def _first_child(self, parent: Key) -> Key | None:
         meta = self.index.get(parent)
-        return meta.first_child if meta is not None else self._awaited.get(parent)
+        return meta.first_child if meta is not None else self.awaited.get(parent)
 
     def _set_first_child(self, parent: Key, child: Key | None) -> None:
         meta = self.index.get(parent)
         if meta is not None:
             meta.first_child = child
         elif child is not None:
-            self._awaited[parent] = child
+            self.awaited[parent] = child
         else:
-            self._awaited.pop(parent, None)
+            self.awaited.pop(parent, None)
             self._awaited_below.discard(parent)
 
 

@@ -62,21 +62,26 @@ class Deadlines:
 
     def watch(self, key: Key, meta: Meta) -> None:
         """Watch a key. Needed again only if its deadline moved to an earlier time, or after `due` returned the key."""
-        self._watch(key, meta, meta.deadline)
-
-    def watch_all(self, metas: Mapping[Key, Meta]) -> None:
-        """`watch` of several keys."""
-        for (key, meta), deadline in zip(metas.items(), [meta.deadline for meta in metas.values()], strict=True):
-            self._watch(key, meta, deadline)
-
-    def _watch(self, key: Key, meta: Meta, deadline: float) -> None:
-        bucket = meta.due_in
+        deadline, bucket = meta.deadline, meta.due_in
         if bucket is not None:
             if bucket.starts <= deadline:
                 return
             self.unwatch(meta)
-        if deadline == inf:
-            return
+        if deadline < inf:
+            self._put(key, meta, self._bucket(deadline))
+
+    def watch_new(self, metas: Mapping[Key, Meta]) -> None:
+        """`watch` of keys that are new: in no bucket, and not pinned."""
+        bucket: Bucket | None = None
+        of = inf
+        for key, meta in metas.items():
+            deadline = meta.expires_at
+            if deadline < inf:
+                if bucket is None or deadline != of:  # they have one deadline, nearly always
+                    bucket, of = self._bucket(deadline), deadline
+                self._put(key, meta, bucket)
+
+    def _bucket(self, deadline: float) -> Bucket:
         ahead, level = deadline - self._now, 0
         while ahead >= WIDTHS[level + 1] and level < len(WIDTHS) - 2:
             level += 1
@@ -85,6 +90,9 @@ class Deadlines:
         bucket = self._buckets.get((width, starts))
         if bucket is None:
             bucket = self._buckets[width, starts] = Bucket(starts, width)
+        return bucket
+
+    def _put(self, key: Key, meta: Meta, bucket: Bucket) -> None:
         meta.due_in, meta.due_previous, meta.due_next = bucket, None, bucket.first
         if bucket.newest is not None:
             bucket.newest.due_previous = key

@@ -6,7 +6,7 @@ Not thread-safe but for `get` and `keys_now`: the store's lock covers the other 
 """
 
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -52,6 +52,17 @@ class Index(MutableMapping[Key, Meta]):
         found = part.get(key)
         return self._made(key) if found.__class__ is int else found  # type: ignore[return-value]
 
+    def get_all(self, keys: Iterable[Key]) -> list[Meta | None]:
+        """The Meta of each key, None for one that is not held. Any thread, without the lock."""
+        parts, found = self._parts, list[Meta | None]()
+        for key in keys:
+            part = parts[hash(key) % PARTS]
+            meta = None if part is None else part.get(key)
+            if part is None or meta.__class__ is int:
+                meta = self._made(key)
+            found.append(meta)  # type: ignore[arg-type]
+        return found
+
     def __getitem__(self, key: Key) -> Meta:
         found = self.get(key)
         if found is None:
@@ -84,13 +95,23 @@ class Index(MutableMapping[Key, Meta]):
         (self._part(at) if part is None else part)[key] = meta
         untrack(meta)
 
-    def add(self, metas: Mapping[Key, Meta]) -> None:
-        """Set the Metas of several keys."""
-        for key, meta in metas.items():
+    def add_new(self, metas: Mapping[Key, Meta]) -> bool:
+        """Set the Metas of several keys. False: one of them is held already, and nothing has changed.
+
+        Whoever sets them has the garbage collector forget them, with what they are of (`untracked`).
+        """
+        parts = []
+        for key in metas:
             at = hash(key) % PARTS
             part = self._parts[at]
-            (self._part(at) if part is None else part)[key] = meta
-        untrack(*metas.values())
+            if part is None:
+                part = self._part(at)
+            if key in part:
+                return False
+            parts.append(part)
+        for part, (key, meta) in zip(parts, metas.items(), strict=True):
+            part[key] = meta
+        return True
 
     def __delitem__(self, key: Key) -> None:
         del self._part(hash(key) % PARTS)[key]

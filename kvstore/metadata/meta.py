@@ -49,7 +49,7 @@ class Meta:
     due_previous: Key | None = field(default=None, compare=False, repr=False)
     due_next: Key | None = field(default=None, compare=False, repr=False)
     pinned_children: int = 0
-    rooted: bool = field(default=False, compare=False, repr=False)
+    rooted: bool = field(default=True, compare=False, repr=False)
 
     def expired(self, now: float) -> bool:
         """Whether the deadline has passed. A pinned entry does not expire."""

@@ -5,7 +5,7 @@ store's lock is held meanwhile. So the keys are spread over `PARTS` dictionaries
 caller can foresee. Not thread-safe but for `get` and `keys_now`: one step of the interpreter for each part.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -32,6 +32,10 @@ class Grouped:
         self._numbers = np.argsort(at.astype(np.uint16) if parts <= 1 << 16 else at, kind="stable").astype(np.int32)
         self._rows = rows[self._numbers].astype(np.int32)
         self._starts = np.cumsum([0, *np.bincount(at, minlength=parts).tolist()]).tolist()
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return len(self._starts) - 1
 
     def size(self, part: int) -> int:
         """Keys of a part."""
@@ -68,6 +72,11 @@ class Spread(MutableMapping[Key, V]):
     def get(self, key: Key) -> V | None:  # type: ignore[override]  # nobody names a default
         """The value of a key, None if there is none."""
         return self._parts[hash(key) % PARTS].get(key)
+
+    def get_all(self, keys: Iterable[Key]) -> list[V | None]:
+        """The value of each key, None if there is none."""
+        parts = self._parts
+        return [parts[hash(key) % PARTS].get(key) for key in keys]
 
     def take(self, key: Key) -> V | None:
         """The value of a key, which is taken out; None if there is none."""

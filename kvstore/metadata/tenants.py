@@ -42,11 +42,11 @@ class Tenants:
 
     def tenant_of(self, key: Key) -> str:
         """The tenant of a key; "" for keys of no registered tenant."""
-        return self._by_prefix.get(key[:TENANT_PREFIX_NBYTES], "") if self._by_prefix else ""
+        return self._by_prefix.get(key[:TENANT_PREFIX_NBYTES], "")
 
     def owner(self, key: Key, namespace: str = "") -> Owner:
         """The owner of a key that was put under this namespace."""
-        return self._named(self.tenant_of(key), namespace)
+        return self._named(self.tenant_of(key) if self._by_prefix else "", namespace)
 
     def owners(self, keys: Sequence[Key], names: Sequence[str], of: Column) -> tuple[list[Owner], Column]:
         """The owners of many keys that were put under the namespaces `names[of]`; for each key, which one it is."""

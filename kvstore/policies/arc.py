@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvstore.keys import Key
-from kvstore.policies.key_order import KeyOrder
+from kvstore.policies.lru import KeyOrder
 
 TRIM_MAX = 64
 """Ghosts forgotten at one eviction, which adds one: after many keys were deleted the rest go with the next ones."""

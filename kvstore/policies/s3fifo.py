@@ -12,7 +12,7 @@ from itertools import chain
 
 from kvstore.keys import Key
 from kvstore.metadata.spread import Spread
-from kvstore.policies.key_order import KeyOrder
+from kvstore.policies.lru import KeyOrder
 
 SMALL_SHARE = 0.1
 """Share of the tracked keys. The paper's choice; on the Mooncake trace 0.05 to 0.2 differ by less than a point."""

@@ -42,7 +42,7 @@ def move(r: Residency, entry: Entry, arena: Arena, owner: Owner) -> Entry | None
 
 def _move(r: Residency, tier: MemoryTier, keys: Sequence[Key], leaving: AbstractSet[Segment], arena: Arena) -> None:
     with r.lock:
-        found = [entry for entry in tier.held(keys) if entry is not None and _lies_in(entry, leaving)]
+        found = [entry for entry in tier.get_all(keys) if entry is not None and _lies_in(entry, leaving)]
     moved = [(entry, copy) for entry in found if (copy := _beside(entry, arena)) is not None]
     with r.lock:
         for entry, copy in moved:

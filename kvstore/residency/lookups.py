@@ -18,33 +18,32 @@ ASKED_S = 30.0
 
 
 class Asked:
-    """Keys that a match named and no get has asked for yet, with how often."""
+    """Keys that a match named and no get has asked for yet, with how often, in two halves by age. Most often both are
+    empty, and whoever asks looks at that first.
+    """
 
     def __init__(self) -> None:
         # No Counter: its `update` takes longer than the whole match of a key.
-        self._young: dict[Key, int] = {}
-        self._old: dict[Key, int] = {}
+        self.young: dict[Key, int] = {}
+        self.old: dict[Key, int] = {}
         self._since = 0.0
-
-    def __bool__(self) -> bool:
-        return bool(self._young or self._old)
 
     def note(self, keys: Sequence[Key], now: float) -> None:
         """Remember the keys of a match."""
-        if len(self._young) >= ASKED_MAX or not 0 <= now - self._since < ASKED_S:
+        if len(self.young) >= ASKED_MAX or not 0 <= now - self._since < ASKED_S:
             stale = not 0 <= now - self._since < 2 * ASKED_S
-            self._old, self._young, self._since = {} if stale else self._young, {}, now
-        young = self._young
+            self.old, self.young, self._since = {} if stale else self.young, {}, now
+        young = self.young
         for key in keys:
             young[key] = young.get(key, 0) + 1
 
     def take(self, key: Key, now: float) -> bool:
         """Whether a match named the key within the last minute; that match is then used up."""
         if not 0 <= now - self._since < 2 * ASKED_S:
-            self._young.clear()
-            self._old.clear()
+            self.young.clear()
+            self.old.clear()
             return False
-        for half in (self._young, self._old):
+        for half in (self.young, self.old):
             left = half.get(key)
             if left:
                 if left == 1:
@@ -56,8 +55,8 @@ class Asked:
 
     def discard(self, key: Key) -> None:
         """Forget a key: it was put since, so the next get is another lookup."""
-        self._young.pop(key, None)
-        self._old.pop(key, None)
+        self.young.pop(key, None)
+        self.old.pop(key, None)
 
 
 class Lookups:
@@ -109,27 +108,27 @@ class Lookups:
             c.hit_tokens += found * how.key_tokens
 
     def _named_before(self, keys: Sequence[Key], covered: int, now: float) -> bool:
-        if not self.asked or not keys or not self.asked.take(keys[0], now):
+        asked = self.asked
+        if not keys or not (asked.young or asked.old) or not asked.take(keys[0], now):
             return False
         for i in range(1, covered):
-            self.asked.take(keys[i], now)
+            asked.take(keys[i], now)
         return True
 
     def _each(self, keys: Sequence[Key], metas: Sequence[Meta | None], misses: Sequence[MissCause], now: float) -> None:
         """Keys that have nothing to do with each other."""
-        if not self.asked:
-            c, asked = self._counters, len(metas)
-            c.keys += asked
-            if not misses:  # the commonest get of all
-                c.hit_keys += asked
-                return
-            c.hit_keys += asked - len(misses)
-            c.misses.update(misses)
+        asked = self.asked
+        if not (asked.young or asked.old):
+            c, count = self._counters, len(metas)
+            c.keys += count
+            c.hit_keys += count - len(misses)
+            if misses:
+                c.misses.update(misses)
             return
         causes = iter(misses)
         for key, meta in zip(keys, metas, strict=False):
             cause = next(causes) if meta is None else None
-            if not self.asked.take(key, now):
+            if not asked.take(key, now):
                 self._add(Lookup(1), int(meta is not None))
                 if cause is not None:
                     self._counters.misses[cause] += 1

@@ -47,28 +47,34 @@ class Mover:
         A record it replaces is gone from the disk for good when this returns: a crash must not bring an older value
         back. Raises OverQuota when no tier can hold the new one.
         """
-        r = self._r
-        with r.lock:
+        with self._r.lock:
             tickets = self.admit_at_once(entry, meta)
         if tickets is None:
-            replaced: list[int] = []
-            encoded = entry.encoding != "raw"
+            self.admit_by_moving(entry, meta)
+        else:
+            self.wait(tickets)
 
-            def install() -> bool:
-                ticket = r.install(entry.key, meta)
-                if ticket is not None:
-                    replaced.append(ticket)
-                if encoded:
-                    meta.lossy, meta.encoding = entry.lossy, entry.encoding
-                else:
-                    r.counters.tiers["hot"].puts += 1
-                return True
+    def admit_by_moving(self, entry: Entry, meta: Meta) -> None:
+        """`admit`, of what cannot be held at once: it is encoded, or room must be made."""
+        r = self._r
+        replaced: list[int] = []
+        encoded = entry.encoding != "raw"
 
-            (self._admit_encoded if encoded else self._admit_by_moving)(entry, meta, install)
-            with r.lock:
-                self._count_put(meta)
-            tickets = replaced
-        self.wait(tickets)
+        def install() -> bool:
+            ticket = r.install(entry.key, meta)
+            if ticket is not None:
+                replaced.append(ticket)
+            if encoded:
+                meta.lossy, meta.encoding = entry.lossy, entry.encoding
+            else:
+                r.counters.tiers["hot"].puts += 1
+            return True
+
+        (self._admit_encoded if encoded else self._admit_raw)(entry, meta, install)
+        with r.lock:
+            r.counters.puts += 1
+            r.counters.put_nbytes += meta.value_nbytes
+        self.wait(replaced)
 
     def admit_at_once(self, entry: Entry, meta: Meta) -> list[int] | None:
         """Hold a new value in hot; None: it is encoded, or there is no room. Under the lock.
@@ -81,37 +87,16 @@ class Mover:
         ticket = r.install(entry.key, meta)
         r.counters.tiers["hot"].puts += 1
         r.hot.put(entry, soon=meta.soon, meta=meta)
-        self._count_put(meta)
+        r.counters.puts += 1
+        r.counters.put_nbytes += meta.value_nbytes
         return [] if ticket is None else [ticket]
-
-    def admit_chain(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
-        """Hold a chain in hot, deepest first, whose parent is held; False: not all of it is new, raw and has room.
-
-        Under the lock. All of it is there when this returns.
-        """
-        r = self._r
-        metas = {entry.key: meta for entry, meta in reversed(held)}
-        if len(metas) < len(held) or any(entry.encoding != "raw" for entry, _ in held):
-            return False
-        if any(map(r.index.get, metas)) or not r.hot.takes_new(held):
-            return False
-        r.install_new(metas)
-        r.hot.put_new(held)
-        r.counters.tiers["hot"].puts += len(held)
-        for meta in metas.values():
-            self._count_put(meta)
-        return True
 
     def wait(self, tickets: Sequence[int]) -> None:
         """Return when the records that were replaced are gone from the disk for good. Without the lock."""
         if tickets and self._r.cold is not None:
             self._r.cold.wait(tickets[-1])
 
-    def _count_put(self, meta: Meta) -> None:
-        self._r.counters.puts += 1
-        self._r.counters.put_nbytes += meta.value_nbytes
-
-    def _admit_by_moving(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
+    def _admit_raw(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
         r = self._r
         with self._moving:
             if r.hot.admits(entry.nbytes, entry.key, meta.owner):

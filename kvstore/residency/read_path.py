@@ -7,7 +7,7 @@ in memory is in the plan, and what is on disk is read by `fetch`, without the lo
 a miss. Knows no tensors: `simulation` reads through it as well.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
@@ -124,6 +124,15 @@ def _nothing_yet(now: float) -> Plan:
     return Plan([], [], [], [], now, 0, hot=True, misses=[])
 
 
+def _refused(charge: Callable[[Plan], None], plan: Plan) -> EntryTooLarge | None:
+    """Have a plan charged. What `charge` says of its size is returned: it may be the size that a record lied about."""
+    try:
+        charge(plan)
+    except EntryTooLarge as error:
+        return error
+    return None
+
+
 class _Lot(NamedTuple):
     """How many of a get's keys a plan covers; `Store.plan` says what the fields mean."""
 
@@ -160,45 +169,32 @@ class ReadPath:
         lookup: Lookup | None = None,
     ) -> Plan:
         """Find, charge and count, under one lock. `Store.plan` says what the arguments mean."""
+        r = self._r
         while True:
             plan = None
             if len(keys) > LOOK_MAX:
                 plan = self._find_in_slices(keys, _Lot(leading, at_most_nbytes, whole_if_hot))
-            with self._r.lock:
+            with r.lock:
                 if plan is None:
                     plan = self._find(keys, leading, at_most_nbytes, whole_if_hot)
                 plan.leading, plan.accept, plan.from_nbytes = leading, accept, from_nbytes
-                refused: EntryTooLarge | None = None
-                counted = False
-                try:
-                    if charge is not None and not (whole_if_hot and plan.hot):
-                        charge(plan)
-                except EntryTooLarge as error:
-                    refused = error
-                else:
-                    plan.lookup = self._r.lookups.got(
+                hot = plan.hot and not plan.ended
+                too_long = len(plan.keys) > (HOT_MAX if hot else LOOK_MAX)
+                refused = None if charge is None or (whole_if_hot and plan.hot) else _refused(charge, plan)
+                if refused is None:
+                    plan.lookup = r.lookups.got(
                         lookup, keys, plan.metas, plan.misses, ended=plan.ended, leading=leading, now=plan.now
                     )
-                    counted = self._count_now(plan, count_later=count_later)
+                    if hot and count_later and not too_long:
+                        r.lock.owed.append(partial(self._count_hot, plan))
+                    elif not too_long:
+                        self._count_hot(plan) if hot else self._count(plan)
             if refused is None:
-                if not counted:
+                if too_long:
                     self._count_in_slices(plan)
                 return plan
             if not self._dropped_what_lies(plan):
                 raise refused
-
-    def _count_now(self, plan: Plan, *, count_later: bool) -> bool:
-        """Count a plan in this hold of the lock, or leave it to the next one; False: it is too long for that."""
-        hot = plan.hot and not plan.ended
-        if len(plan) > (HOT_MAX if hot else LOOK_MAX):
-            return False
-        if not hot:
-            self._count(plan)
-        elif count_later:
-            self._r.lock.owed.append(partial(self._count_hot, plan))
-        else:
-            self._count_hot(plan)
-        return True
 
     def _count_in_slices(self, plan: Plan) -> None:
         """Count a long plan, deepest first, as it is touched."""
@@ -219,13 +215,13 @@ class ReadPath:
         r = self._r
         if len(keys) <= HOT_MAX:
             with r.lock:
-                found = self._all_hot(keys, r.hot.held(keys), r.clock.now(), how.hot_nbytes)
+                found = self._all_hot(keys, r.hot.get_all(keys), r.clock.now(), how.hot_nbytes)
             if found is not None:
                 return found
         plan = _nothing_yet(r.clock.now())
         for part in slices(keys, LOOK_MAX):
             with r.lock:
-                entries = r.hot.held(part)
+                entries = r.hot.get_all(part)
                 if not self._extend_hot(plan, part, entries, how) and not self._look(plan, part, entries, how):
                     break
         return plan
@@ -242,7 +238,7 @@ class ReadPath:
         return True
 
     def _find(self, keys: Sequence[Key], leading: bool, at_most_nbytes: float, whole_if_hot: bool) -> Plan:  # noqa: FBT001 - a private one's
-        now, entries = self._r.clock.now(), self._r.hot.held(keys)
+        now, entries = self._r.clock.now(), self._r.hot.get_all(keys)
         plan = self._all_hot(keys, entries, now, inf if whole_if_hot else at_most_nbytes)
         if plan is None:
             plan = _nothing_yet(now)
@@ -287,9 +283,12 @@ class ReadPath:
         for part in slices(keys, LOOK_MAX):
             before = len(held)
             with r.lock:
-                now, metas = r.clock.now(), list(map(r.index.get, part))
-                for key, meta in zip(part, metas, strict=True):
-                    place = None if meta is None or meta.expired(now) else r.lookup(key)
+                now, get = r.clock.now(), r.index.get
+                for key in part:
+                    meta = get(key)
+                    # Before its deadline no key has expired, pinned or not: the cheaper question first.
+                    gone = meta is None or (now >= meta.expires_at and meta.expired(now))
+                    place = None if gone else r.lookup(key)
                     held.append(None if meta is None or place is None else Held(place[0], meta.value_nbytes))
                 if lookup is not None:
                     missing = held.index(None, before) if None in held[before:] else None
@@ -347,12 +346,12 @@ class ReadPath:
     def _match(self, keys: Sequence[Key], held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
         """Extend `held` by leading keys; False: by fewer than all of them."""
         r = self._r
-        now, index, hot = r.clock.now(), r.index, r.hot
+        now, get, in_hot = r.clock.now(), r.index.get, r.hot.get
         for key in keys:
-            meta = index.get(key)
-            if meta is None or meta.expired(now):
+            meta = get(key)
+            if meta is None or (now >= meta.expires_at and meta.expired(now)):
                 return False
-            place = ("hot", None) if key in hot else r.lookup(key)
+            place = _HOT if in_hot(key) is not None else r.lookup_below(key)
             if place is None:
                 return False
             at = (place[0], meta.value_nbytes)
@@ -372,7 +371,7 @@ class ReadPath:
         """
         if not all(entries):
             return None
-        metas = list(map(self._r.index.__getitem__, keys))
+        metas = cast("list[Meta]", self._r.index.get_all(keys))  # what is in a tier has one
         for meta in metas:
             if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
                 return None  # `_look` forgets it
@@ -421,10 +420,11 @@ class ReadPath:
 
     def _count_hot(self, plan: Plan) -> None:
         r, now, metas = self._r, plan.now, plan.metas
+        balance = r.balance
         for meta in metas:
             assert meta is not None
-            if r.balance is not None:
-                r.balance.hit("hot", now - meta.used_at)
+            if balance is not None:
+                balance.hit("hot", now - meta.used_at)
             meta.hits += 1
             meta.owner.hits += 1
             meta.last_hit_at = now
@@ -489,8 +489,3 @@ class ReadPath:
             c.misses[cause] += 1
             r.lookups.lost(0 if lookup is None else lookup.key_tokens, cause)
             return None
-
-
-def leading_first(keys: Iterable[Key]) -> list[Key]:
-    """A chain's keys in the order of touching: deepest first, so that the root ends most recently used."""
-    return list(reversed(list(keys)))

@@ -15,17 +15,12 @@ with more chunks leaves in slices, the deepest chunks first, so that there are n
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from kvstore.clock import Clock
-from kvstore.config import ColdConfig, StoreConfig
 from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.block_events import BlockEvents
@@ -37,16 +32,11 @@ from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.metadata.slices import STEPS, slices
 from kvstore.metadata.tenants import Tenants
 from kvstore.metadata.tombstones import GoneCause, Tombstone, Tombstones
-from kvstore.policies import policy_named
 from kvstore.residency.lookups import Lookups
 from kvstore.stats import Counters, MissCause, TierCounters
 from kvstore.tiers import LastTier, TierName
 from kvstore.tiers.balance import Balance
 from kvstore.tiers.memory import MemoryTier
-from kvstore.tiers.order import Order
-
-if TYPE_CHECKING:
-    from kvstore.disk.recovery import Recovered
 
 
 class Lock(type(threading.RLock())):  # type: ignore[misc]  # CPython's own class, which has no public name
@@ -159,10 +149,10 @@ class Residency:
             return None
         return meta
 
-    def live_of(self, keys: Sequence[Key]) -> list[tuple[Key, Meta]]:
+    def _live_of(self, keys: Sequence[Key], now: float) -> list[tuple[Key, Meta]]:
         """Those of the keys that are `live`, with their Metas."""
-        now, found = self.clock.now(), list[tuple[Key, Meta]]()
-        for key, meta in zip(keys, list(map(self.index.get, keys)), strict=True):
+        found: list[tuple[Key, Meta]] = []
+        for key, meta in zip(keys, self.index.get_all(keys), strict=True):
             if meta is None:
                 continue
             if now >= meta.deadline:
@@ -202,15 +192,24 @@ class Residency:
         meta = self.index.get(key)
         return "absent" if meta is None else "expired" if meta.expired(self.clock.now()) else "lost"
 
-    def touch(self, keys_deepest_first: Iterable[Key]) -> None:
+    def touch(self, keys_deepest_first: Sequence[Key]) -> None:
         """Count as use, in every tier that holds them."""
-        keys = list(keys_deepest_first)
-        if not keys:
-            return
-        self.hot.order.touch(keys)
-        self.warm.order.touch(keys)
+        self.hot.order.touch(keys_deepest_first)
+        self.warm.order.touch(keys_deepest_first)
         if self.cold is not None:
-            self.cold.touch(keys)
+            self.cold.touch(keys_deepest_first)
+
+    def use(self, keys_deepest_first: Sequence[Key], ttl_s: float | None) -> int:
+        """Count as use, and move deadlines that slide, to `ttl_s` from now, or their own. Returns how many are held."""
+        now = self.clock.now()
+        live = self._live_of(keys_deepest_first, now)
+        for key, meta in live:
+            meta.refresh(now, ttl_s)
+            if ttl_s is not None:  # it may be earlier now, which its own never is
+                self.deadlines.watch(key, meta)
+        if live:
+            self.touch([key for key, _ in live])
+        return len(live)
 
     def register_tenant(self, name: str, prefixes: Sequence[bytes]) -> None:
         """Keys that begin so are this tenant's from now on, those already held included. Without the lock."""
@@ -266,11 +265,7 @@ class Residency:
         meta.owner.entries += 1
         if old is None:
             self.chains.link(key, meta)
-            self.tombstones.pop(key, None)
-            if put:
-                self.lookups.asked.discard(key)
-            if self.balance is not None:
-                self.balance.put(key)
+            self._came(key, put=put)
         else:
             old.owner.entries -= 1
             self.leaving.pop(key, None)
@@ -279,34 +274,45 @@ class Residency:
         self.deadlines.watch(key, meta)
         return ticket
 
-    def install_new(self, metas: Mapping[Key, Meta]) -> None:
-        """`install` of keys that are not held, what is continued before what continues it."""
-        self.index.add(metas)
-        self.chains.link_all(metas)
-        for key, meta in metas.items():
-            meta.owner.entries += 1
-            self.tombstones.pop(key, None)
-            self.lookups.asked.discard(key)
-            if self.balance is not None:
-                self.balance.put(key)
-        self.deadlines.watch_all(metas)
+    def put_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
+        """Hold raw values of one owner in hot, what is continued after what continues it. All are held, or none is.
 
-    def recover(self, found: "Recovered") -> None:
-        """Take over the keys that a restart found on disk, with owners and links. Before anything else is held.
-
-        Chunks whose parent did not come back with them are forgotten: a crash lost the parent, or its end came first.
+        False: not all of them are raw, of keys that are new, and have room, and nothing has changed. In a chain the
+        parent of the first is held.
         """
-        table, owners = found.resting.table, found.resting.owners
-        self.index.rest(found.keys, found.resting)
-        self.deadlines.rest(found.keys, np.where(table["pinned"], table["pinned_until"], table["expires_at"]))
-        for owner, entries in zip(owners, np.bincount(table["owner"], minlength=len(owners)).tolist(), strict=True):
-            owner.entries += entries
-        for row in np.flatnonzero(table["pinned"]).tolist():
-            parent = self.index[found.keys[row]].parent
-            if parent is not None:
-                self.index[parent].pinned_children += 1
-        for key in found.orphans:
-            self.forget(key, "orphaned")
+        metas: dict[Key, Meta] = {}
+        linked, nbytes, value_nbytes = bool(self.chains.awaited), 0, 0
+        for entry, meta in reversed(held):
+            if entry.encoding != "raw":
+                return False
+            metas[entry.key] = meta
+            nbytes += entry.nbytes
+            value_nbytes += meta.value_nbytes
+            linked = linked or meta.parent is not None
+        count, owner = len(held), held[0][1].owner
+        if len(metas) < count or not self.hot.has_room_for(nbytes, owner) or not self.index.add_new(metas):
+            return False
+        if linked:
+            self.chains.link_all(metas)
+        for key in metas:
+            self._came(key)
+        self.deadlines.watch_new(metas)
+        self.hot.put_new(held, nbytes)
+        owner.entries += count
+        c = self.counters
+        c.puts += count
+        c.put_nbytes += value_nbytes
+        c.tiers["hot"].puts += count
+        return True
+
+    def _came(self, key: Key, *, put: bool = True) -> None:
+        """A key that was not held is now."""
+        self.tombstones.pop(key, None)
+        asked = self.lookups.asked
+        if put and (asked.young or asked.old):
+            asked.discard(key)
+        if self.balance is not None:
+            self.balance.put(key)
 
     def forget(self, key: Key, cause: GoneCause = "deleted", tier: str = "") -> int | None:
         """Take a key, and the chunks that continue it, out of everything; leave a tombstone for work under way.
@@ -453,46 +459,3 @@ _MISSES: dict[GoneCause, MissCause] = {
     "corrupt": "corrupt", "write failed": "lost",
 }  # fmt: skip
 _CAUSES: dict[str, GoneCause] = {"evicted": "evicted", "corrupt": "corrupt"}
-
-
-def residency_of(config: StoreConfig, clock: Clock) -> Residency:
-    """The memory tiers of a configuration, empty."""
-    chains = Chains()
-    index = chains.index
-
-    def owner_of(key: Key) -> Owner:
-        meta = index.get(key)
-        return NOBODY if meta is None else meta.owner
-
-    tenants = Tenants(config.quotas, config.namespaces, config.warm.namespaces)
-
-    def tier(name: TierName, capacity_nbytes: int) -> MemoryTier:
-        order = Order(
-            policy_named(config.policy), chains=chains, owner_of=owner_of, tier=name, tenants=tenants.names,
-            pin_max_nbytes=int(capacity_nbytes * config.pin_max_fraction),
-        )  # fmt: skip
-        return MemoryTier(name, capacity_nbytes, order=order)
-
-    hot, warm = tier("hot", config.hot.capacity_nbytes), tier("warm", config.warm.capacity_nbytes)
-    made = Residency(clock, chains, hot=hot, warm=warm, tenants=tenants)
-    if config.split == "auto":
-        made.balance = Balance(hot, warm)
-    return made
-
-
-def open_cold(r: Residency, path: Path, config: ColdConfig) -> None:
-    """Take a directory into use as the cold tier, with what a restart finds in it. Raises as `Cold.open`."""
-    from kvstore.tiers.cold import Cold  # lmdb is loaded only where there is a disk
-
-    cold = Cold.open(
-        path,
-        config,
-        r.clock,
-        meta_of=r.index.get,
-        on_drop=r.dropped_from_cold,
-        order=Order(owner_of=r.owner_of, tier="cold", tenants=r.tenants.names),
-        owners_of=r.tenants.owners,
-    )
-    r.cold = cold
-    with r.lock:
-        r.recover(cold.recovered())

@@ -65,7 +65,7 @@ def made_entry(key: Key, specs: CheckedSpecs, tensors: Mapping[str, torch.Tensor
     A door that received the tensors has checked the specs already; nobody behind it does so again.
     """
     raw = {name: EncodedTensor(specs[name], "raw", {"": x}, NO_ATTRS) for name, x in tensors.items()}
-    return Entry(key, raw, block=getattr(tensors, "place", None))
+    return Entry(key, raw, block=getattr(tensors, "place", None), value_nbytes=specs.nbytes)
 
 
 def raw_entry(

@@ -8,6 +8,7 @@ arrive a chunk waits for them, and if they do not arrive it is forgotten again.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from kvstore.residency.state import Residency
 from kvstore.residency.transcode import made_entry
 
 TOKEN_AXIS = 1
+_VALUE_NBYTES = attrgetter("value_nbytes")
 
 
 class WritePath:
@@ -54,14 +56,35 @@ class WritePath:
         """Take one entry in. False: it names a parent that is not held, and nothing was copied."""
         if parent is not None and not self._continues(parent):
             return False
-        return self._take_one(*self._copied(key, tensors, options, own=own), options, parent)
+        return self._take_one(self._copied(key, tensors, options, own=own), options, parent)
 
-    def take(self, entry: Entry, options: PutOptions, parent: Key | None = None) -> bool:
-        """Take in an entry that is made already. False: it names a parent that is not held."""
-        if parent is not None and not self._continues(parent):
-            return False
-        meta = self._meta(entry.value_nbytes, options, self._r.clock.now())
-        return self._take_one(entry, meta, options, parent)
+    def take_entries(self, entries: Sequence[Entry], options: PutOptions, parent: Key | None, *, chain: bool) -> int:
+        """Take in entries that are made already, under one key each, the last one first. Returns how many were stored.
+
+        chain: as `put_chain`.
+        """
+        first = entries[::-1]
+        if not chain:
+            return int(self._take_one(first[0], options, None)) if len(first) == 1 else self._take_all(first, options)
+        held = list(zip(first, self._metas(first, options), strict=True))
+        keys = [entry.key for entry in entries]
+        return self.take_chain(keys, held, parent, pin=options.pin, namespace=options.namespace)
+
+    def _take_all(self, entries: Sequence[Entry], options: PutOptions) -> int:
+        """Take in entries that continue nothing, the first one first. A few new ones are taken at once if they fit."""
+        held, r = list(zip(entries, self._metas(entries, options), strict=True)), self._r
+        with r.lock:
+            at_once = self._device_hot is None and 0 < len(held) <= SLICE
+            for entry, meta in held:
+                meta.owner = r.tenants.owner(entry.key, options.namespace)
+                at_once = at_once and meta.owner is held[0][1].owner
+            at_once = at_once and r.put_new(held)
+        if not at_once:
+            return sum([self._take_one(entry, options, None) for entry in entries])
+        for entry, meta in held:
+            if options.pin or meta.pinned_children:
+                self._pin(entry.key, asked=options.pin)
+        return len(held) - (0 if r.events is None else len(self._settle([entry.key for entry in entries])))
 
     def put_chain(
         self, entries: Sequence[tuple[Key, Mapping[str, Any]]], options: PutOptions, parent: Key | None, *, own: bool
@@ -71,16 +94,8 @@ class WritePath:
         Counts as use of the chunks before it.
         """
         copied = (self._copied(key, tensors, options, own=own) for key, tensors in reversed(entries))
-        return self.take_chain(
-            [key for key, _ in entries], copied, parent, pin=options.pin, namespace=options.namespace
-        )
-
-    def take_entries(self, entries: Sequence[Entry], options: PutOptions, parent: Key | None) -> int:
-        """As `put_chain`, of entries that are made already."""
-        now = self._r.clock.now()
-        made = [(entry, self._meta(entry.value_nbytes, options, now)) for entry in reversed(entries)]
-        keys = [entry.key for entry in entries]
-        return self.take_chain(keys, made, parent, pin=options.pin, namespace=options.namespace)
+        held = ((entry, self._metas([entry], options)[0]) for entry in copied)
+        return self.take_chain([key for key, _ in entries], held, parent, pin=options.pin, namespace=options.namespace)
 
     def take_chain(
         self,
@@ -107,7 +122,7 @@ class WritePath:
             chained = _chained(deepest_first, keys, parent, owner)
             if whole:
                 chained = list(chained)
-                whole = self._mover.admit_chain(chained)
+                whole = r.put_new(chained)
         lost: list[Key] = []
         nbytes = 0
         rooted = whole and r.events is None
@@ -177,21 +192,26 @@ class WritePath:
             self._r.counters.refused_chunks += 1
             return False
 
-    def _take_one(self, entry: Entry, meta: Meta, options: PutOptions, parent: Key | None) -> bool:
+    def _take_one(self, entry: Entry, options: PutOptions, parent: Key | None) -> bool:
+        (meta,), r = self._metas((entry,), options), self._r
         meta.parent = parent
-        with self._r.lock:
-            above = None if parent is None else self._r.index.get(parent)
-            meta.owner = above.owner if above is not None else self._r.tenants.owner(entry.key, options.namespace)
-            tickets = self._mover.admit_at_once(entry, meta) if self._device_hot is None else None
-        if tickets is None:
-            self._take(entry, meta)
-        elif tickets:
+        tickets: Sequence[int] | None = None
+        with r.lock:
+            above = None if parent is None else r.index.get(parent)
+            meta.owner = above.owner if above is not None else r.tenants.owner(entry.key, options.namespace)
+            if self._device_hot is None:
+                tickets = () if r.put_new(((entry, meta),)) else self._mover.admit_at_once(entry, meta)
+        if tickets:
             self._mover.wait(tickets)
+        elif tickets is None and self._device_hot is None:
+            self._mover.admit_by_moving(entry, meta)
+        elif tickets is None:
+            self._take(entry, meta)
         if options.pin or meta.pinned_children:
             self._pin(entry.key, asked=options.pin)
         # A root is linked when it is taken; in a chain its parent may have left meanwhile.
         rooted = meta.parent is None or (tickets is not None and meta.rooted)
-        stored = (rooted and self._r.events is None) or not self._settle((entry.key,))
+        stored = (rooted and r.events is None) or not self._settle((entry.key,))
         if stored and parent is not None and self.offer is not None:
             self.offer((entry.key,), meta.value_nbytes)
         return stored
@@ -249,7 +269,7 @@ class WritePath:
             if place is not None:
                 r.events.stored(key, r.index[key].parent, CHUNK_TOKENS if place[1] is None else tokens_of(place[1]))
 
-    def _copied(self, key: Key, tensors: Mapping[str, Any], options: PutOptions, *, own: bool) -> tuple[Entry, Meta]:
+    def _copied(self, key: Key, tensors: Mapping[str, Any], options: PutOptions, *, own: bool) -> Entry:
         """An entry of a caller's tensors, copied unless they are handed over. Nothing is copied of what is refused."""
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
@@ -258,10 +278,10 @@ class WritePath:
             return self._packed(key, tensors, options)
         described = {name: arrays.describe(name, x) for name, x in tensors.items()}
         specs = arrays.CheckedSpecs(described, self.config.entry_max_nbytes)
-        meta = self._meta(specs.nbytes, options, self._r.clock.now())
-        return made_entry(key, specs, {name: self._owned(x, specs[name], own=own) for name, x in tensors.items()}), meta
+        self._check(specs.nbytes, options)
+        return made_entry(key, specs, {name: self._owned(x, specs[name], own=own) for name, x in tensors.items()})
 
-    def _packed(self, key: Key, tensors: Mapping[str, Any], options: PutOptions) -> tuple[Entry, Meta]:
+    def _packed(self, key: Key, tensors: Mapping[str, Any], options: PutOptions) -> Entry:
         """The same where some of the tensors are packed. They are checked as what comes over the network is."""
         if options.fidelity == "exact":
             raise InvalidEntry("fidelity exact is for values bit for bit as put, and packed ones have lost some")
@@ -270,17 +290,32 @@ class WritePath:
         }
         with Blaming(InvalidEntry, "packed"):
             nbytes = arrays.check_specs(specs, self.config.entry_max_nbytes)
-        meta = self._meta(nbytes, options, self._r.clock.now())
-        return copied_entry(key, tensors), meta
+        self._check(nbytes, options)
+        return copied_entry(key, tensors)
 
-    def _meta(self, nbytes: int, options: PutOptions, now: float) -> Meta:
-        """The Meta of a new value. Raises InvalidEntry or EntryTooLarge for what only a store knows to be too much."""
-        ttl = self.config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self.config)
-        r, exact = self._r, options.fidelity == "exact"
-        largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
-        if nbytes > largest and (exact or nbytes > 9 * largest):
-            raise EntryTooLarge(f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts")
-        return Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
+    def _metas(self, entries: Sequence[Entry], options: PutOptions) -> list[Meta]:
+        """The Metas of new values. Raises as `_check`."""
+        ttl = self._check(max(map(_VALUE_NBYTES, entries), default=0), options)
+        now, sliding, exact = self._r.clock.now(), options.sliding, options.fidelity == "exact"
+        metas = [Meta(now, now + ttl, ttl, entry.value_nbytes, sliding=sliding, exact=exact) for entry in entries]
+        if options.priority == "low":
+            for meta in metas:
+                meta.soon = True
+        return metas
+
+    def _check(self, nbytes: int, options: PutOptions) -> float:
+        """How many seconds a new value of `nbytes` lives.
+
+        Raises InvalidEntry or EntryTooLarge for what only a store knows to be too much.
+        """
+        r = self._r
+        if nbytes > r.hot.capacity_nbytes:
+            largest = max(t.capacity_nbytes for t in (r.hot, r.warm, r.cold) if t is not None)
+            if nbytes > largest and (options.fidelity == "exact" or nbytes > 9 * largest):
+                raise EntryTooLarge(
+                    f"an entry of {nbytes} bytes fits no tier, the largest has {largest}: put it in parts"
+                )
+        return self.config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self.config)
 
     def _owned(self, x: Any, spec: TensorSpec, *, own: bool) -> torch.Tensor:
         if not arrays.is_torch(x):

@@ -26,8 +26,9 @@ from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
 from kvstore.residency.maintainer import Maintainer
 from kvstore.residency.mover import NO_KEY, Mover
+from kvstore.residency.opening import residency_of
 from kvstore.residency.read_path import ReadPath
-from kvstore.residency.state import Residency, residency_of
+from kvstore.residency.state import Residency
 from kvstore.residency.write_path import WritePath
 from kvstore.simulation.trace import BLOCK_TOKENS, TRACE_KEY_NBYTES, Request, block_key
 from kvstore.tiers import TierName

@@ -351,7 +351,8 @@ class Cold:
             held = self._order.touch(keys)
             if self._pinned.nbytes:
                 held += filter(self._pinned.__contains__, keys)
-            self._records.touch(held)
+            if held:
+                self._records.touch(held)
 
     def pin(self, key: Key) -> None:
         """Keep a key out of eviction. Not here: nothing happens. Raises OverQuota over the tier's share for pins."""

@@ -7,7 +7,7 @@ holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from kvstore.entries.entry import Entry, untrack_all
+from kvstore.entries.entry import Entry, untrack_held
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -27,6 +27,10 @@ class MemoryTier:
         self.name: TierName = name
         self.capacity_nbytes = capacity_nbytes
         self._entries: Spread[Entry] = Spread()
+        self.get = self._entries.get
+        """The entry of a key, None if it is not held. This does not count as use."""
+        self.get_all = self._entries.get_all
+        """The same of each of several keys."""
         pin_max_nbytes = int(capacity_nbytes * pin_max_fraction)
         self.order = Order(tier=name, pin_max_nbytes=pin_max_nbytes) if order is None else order
         self._used_nbytes = 0
@@ -77,21 +81,12 @@ class MemoryTier:
         self.capacity_nbytes = nbytes
         self.order.set_pin_limit(pin_max_nbytes)
 
-    def get(self, key: Key) -> Entry | None:
-        """The entry; this does not count as use."""
-        return self._entries.get(key)
-
-    def held(self, keys: Iterable[Key]) -> list[Entry | None]:
-        """The entries under keys, or None for each key that is not held. This does not count as use."""
-        return list(map(self._entries.get, keys))
-
     def admits(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size fits if all unpinned entries leave, within its owner's quotas."""
         return nbytes <= self.capacity_nbytes - self.order.pinned_beside(key) and self.order.admits(owner, nbytes)
 
-    def takes_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
-        """Whether all of these can be put now. They are one owner's, and none replaces another one."""
-        nbytes, owner = sum(entry.nbytes for entry, _ in held), held[0][1].owner
+    def has_room_for(self, nbytes: int, owner: Owner) -> bool:
+        """Whether an owner can put so many bytes more now."""
         return self._used_nbytes + nbytes <= self.capacity_nbytes and (
             not owner.limited or self.order.within_quota(owner, nbytes)
         )
@@ -99,10 +94,7 @@ class MemoryTier:
     def has_room(self, nbytes: int, key: Key, owner: Owner) -> bool:
         """Whether an entry of this size can be put now; it replaces the entry of the same key, if there is one."""
         replaced = self._entries.get(key)
-        more = nbytes if replaced is None else nbytes - replaced.nbytes
-        return self._used_nbytes + more <= self.capacity_nbytes and (
-            not owner.limited or self.order.within_quota(owner, more)
-        )
+        return self.has_room_for(nbytes if replaced is None else nbytes - replaced.nbytes, owner)
 
     def displace(self, nbytes: int, key: Key, owner: Owner = NOBODY) -> Entry | None:
         """Make room for `nbytes` of an owner under `key`. Returns None if they fit, else one entry, taken out.
@@ -142,13 +134,16 @@ class MemoryTier:
         if pinned:
             self.order.pin(entry.key, entry.nbytes)
 
-    def put_new(self, held: Sequence[tuple[Entry, Meta]]) -> None:
-        """`put` of entries that are not held and have room, the last one as the most recently used."""
-        untrack_all([entry for entry, _ in held])
+    def put_new(self, held: Sequence[tuple[Entry, Meta]], nbytes: int) -> None:
+        """`put` of one owner's entries that are not held and have room, the last one as the most recently used.
+
+        nbytes: of all of them.
+        """
+        untrack_held(held)
         for entry, _ in held:
             self._entries[entry.key] = entry
-            self._used_nbytes += entry.nbytes
-        self.order.track_all([(entry.key, entry.nbytes, meta) for entry, meta in held])
+        self._used_nbytes += nbytes
+        self.order.track_all(held, nbytes)
 
     def replace(self, held: Entry, other: Entry) -> bool:
         """Hold another object of the same value in an entry's place. False: it is held no more, and nothing changes."""

@@ -33,7 +33,7 @@ class Pinned:
 
     def release(self, key: Key) -> bool:
         """Count a key no longer. False: it was not pinned."""
-        found = self._pins.take(key)
+        found = self._pins.take(key) if self._count else None
         if found is None:
             return False
         self._count -= 1

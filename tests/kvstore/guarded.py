@@ -112,7 +112,7 @@ def guard_store(guard: Guard, store: Store) -> None:
     for thing in (r, r.hot, r.warm, r.chains, r.tombstones, r.flights, r.deadlines, r.tenants):
         guard.methods(thing, lock)
     # Only where it changes or is walked: `meta_of` and `owner_of` look a key up from any thread.
-    guard.methods(r.index, lock, "__setitem__", "__delitem__", "__iter__", "__getitem__", "add", "clear", "rest")
+    guard.methods(r.index, lock, "__setitem__", "__delitem__", "__iter__", "__getitem__", "add_new", "clear", "rest")
     for thing in (r.counters, *r.counters.tiers.values()):
         guard.attributes(thing, lock)
     r.transit = guard.mapping(r.transit, lock, "transit")
@@ -120,8 +120,10 @@ def guard_store(guard: Guard, store: Store) -> None:
     _set(r.counters, "hits_in", guard.mapping(Counter(), lock, "hits_in"))
     if r.balance is not None:
         guard.methods(r.balance, lock)
-    guard_order(guard, r.hot.order, lock)
-    guard_order(guard, r.warm.order, lock)
+    for tier in (r.hot, r.warm):
+        guard.methods(tier._entries, lock)
+        tier.get, tier.get_all = tier._entries.get, tier._entries.get_all
+        guard_order(guard, tier.order, lock)
     moving: Held = store._mover._moving.locked
     guard.methods(store._mover, moving, "_place", "_sink", "_demote_one", "_copy_to_cold")
     if isinstance(r.cold, Cold):

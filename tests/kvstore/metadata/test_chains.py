@@ -129,7 +129,7 @@ class Trees(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         r = self.store._r
-        assert r.chains.awaited == 0
+        assert r.chains.awaited == {}
         held = {*r.hot.keys(), *r.warm.keys(), *(r.cold.keys() if r.cold else ())}
         assert held == set(r.index)
         for key, meta in r.index.items():
@@ -217,7 +217,7 @@ def test_a_chain_that_fails_half_way_leaves_nothing_hanging() -> None:
         with pytest.raises(Exception, match="got str"):
             store.put_many(entries, chain=True)
         assert store.stats().values["entries"] == 0
-        assert store._r.chains.awaited == 0
+        assert store._r.chains.awaited == {}
 
 
 def test_a_ring_of_parents_is_no_ring() -> None:
@@ -248,7 +248,7 @@ def test_whatever_parents_are_named_no_chunk_continues_itself(puts: list[tuple[l
                 assert len(above) < len(index), "a ring"
                 assert index[at].rooted
                 assert index[[at, *above][-1]].parent is None
-            assert store._r.chains.awaited == 0
+            assert store._r.chains.awaited == {}
 
 
 def test_the_last_chunk_of_a_chain_put_behind_a_long_one_is_linked_without_following_either() -> None:
@@ -389,6 +389,6 @@ def test_a_chunk_that_others_continue_is_put_again_below_a_parent_that_comes_aft
         store.put(b"b", value(b"b"), parent=b"a")
         assert store.put_many([(b"root", value(b"root")), (b"a", value(b"a"))], chain=True) == 2
         assert store._r.index[Key(b"a")].parent == b"root"
-        assert store._r.chains.awaited == 0
+        assert store._r.chains.awaited == {}
         assert store.delete(b"root") == 1
         assert store.locate([b"a", b"b"]) == [None, None]

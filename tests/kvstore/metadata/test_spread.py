@@ -4,14 +4,15 @@ import random
 from collections import OrderedDict
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.keys import Key
 from kvstore.metadata.spread import PARTS, Spread, hashes_of
-from kvstore.policies import key_order
-from kvstore.policies.key_order import KeyOrder
+from kvstore.policies import lru
+from kvstore.policies.lru import KeyOrder
 
 keys = st.integers(0, 60).map(lambda n: Key(b"%d" % n))
 
@@ -78,10 +79,10 @@ class TestShortParts(TestKeyOrder):
 
     def setUp(self) -> None:
         super().setUp()
-        self.before, key_order.PART_MAX = key_order.PART_MAX, 3
+        self.before, lru.PART_MAX = lru.PART_MAX, 3
 
     def tearDown(self) -> None:
-        key_order.PART_MAX = self.before
+        lru.PART_MAX = self.before
         super().tearDown()
 
 
@@ -95,12 +96,26 @@ def test_no_part_of_an_order_is_long_however_it_grew() -> None:
     assert at_once._parts.count(None) > 10, "nobody needed them"
     assert at_once.first() == some[0]
     for order in (one_by_one, at_once):
-        assert max(len(part or ()) for part in order._parts) < 3 * key_order.PART_MAX
+        assert max(len(part or ()) for part in order._parts) < 3 * lru.PART_MAX
         assert list(order) == some
         assert order.first() == some[0]
     at_once.append(some[0])
     at_once.append(Key(b"new"))
     assert at_once.keys_now() == [*some[1:], some[0], b"new"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_an_order_that_a_restart_found_goes_on_dividing_its_parts(parts: int) -> None:
+    """Of one with two, four or eight parts none was divided any more: instead an empty one was added at times."""
+    found = [Key(b"%d" % n) for n in range(parts * lru.PART_MAX)]
+    order = KeyOrder()
+    order.extend(found, np.arange(len(found)), hashes_of(found))
+    added = [Key(b"new%d" % n) for n in range(3 * len(found))]
+    for key in added:
+        order.append(key)
+    assert max(len(part or ()) for part in order._parts) < 3 * lru.PART_MAX
+    assert order._number == -(-len(found + added) // lru.PART_MAX)
+    assert list(order) == order.keys_now() == found + added
 
 
 def test_values_are_spread_evenly() -> None:

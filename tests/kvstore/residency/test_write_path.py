@@ -97,7 +97,7 @@ def test_a_chunk_whose_parent_leaves_while_the_chain_is_put_is_not_kept() -> Non
         stored = store.put_many([(b"a", Deletes(VALUE)), (b"b", VALUE)], chain=True, parent=b"parent")
         assert stored == 0
         assert store.stats().values["entries"] == 0
-        assert store._r.chains.awaited == 0
+        assert store._r.chains.awaited == {}
         assert store.put(b"c", VALUE, parent=b"parent") is False
 
 
@@ -128,7 +128,7 @@ def test_a_new_chain_that_fits_is_taken_in_one_hold_of_the_lock() -> None:
         assert store.put_entries(chain_of("abcdef"), PutOptions(), chain=True) == 6
         assert lock.holds == 1
         assert int(store.match(list(map(bytes, zip(b"abcdef"))))) == 6
-        assert store._r.chains.awaited == 0
+        assert store._r.chains.awaited == {}
         assert store._r.hot.keys_now() == [b"f", b"e", b"d", b"c", b"b", b"a"]
         # What continues it later continues a rooted chain, in one hold and one more for its use.
         assert store.put_entries(chain_of("gh"), PutOptions(), chain=True, parent=Key(b"f")) == 2
@@ -157,7 +157,7 @@ def test_a_chain_that_is_not_new_or_does_not_fit_is_taken_as_any_other(why: str)
             hit = store.get(name.encode())
             assert hit is not None
             assert hit.tensors["k"].shape == value["k"].shape
-        assert store._r.chains.awaited == 0
+        assert store._r.chains.awaited == {}
 
 
 def test_a_pinned_chain_is_pinned_whole_and_what_may_not_be_pinned_is_not_kept() -> None:
@@ -168,7 +168,7 @@ def test_a_pinned_chain_is_pinned_whole_and_what_may_not_be_pinned_is_not_kept()
         with pytest.raises(OverQuota):
             store.put_entries(chain_of("xyz", large), PutOptions(pin=True), chain=True)
         assert int(store.match([b"a", b"b"])) == 2
-        assert store._r.chains.awaited == 0
+        assert store._r.chains.awaited == {}
         for key in store._r.keys_now():
             assert key in {b"a", b"b", b"x", b"y", b"z"}
             assert store._r.index[key].parent is None or store._r.index[key].parent in store._r.index
