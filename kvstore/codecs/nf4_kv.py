@@ -8,24 +8,13 @@ Leaves out: the arithmetic (`reference_kv`) and which tensors may be touched (`c
 The format and its figures: docs/codecs.md.
 """
 
-from math import isfinite, prod
+from math import isfinite
 
 import torch
 
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
-from kvstore.codecs.parts import (
-    JOINED,
-    Plane,
-    Stored,
-    planes_of,
-    require_finite,
-    require_part,
-    room_for,
-    shape_only,
-    standing_apart,
-    stored_planes,
-)
+from kvstore.codecs.parts import JOINED, Plane, Stored, decoded, planes_of, read, require_finite, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -55,7 +44,7 @@ class NF4KV:
         parts: dict[str, torch.Tensor] = {}
         errors: list[float | None] = []
         for prefix, part, rows in planes_of(x, role, token_axis):
-            plane = Plane.of(part, rows, standing_apart(rows, part, hints))
+            plane = Plane.of(part, rows.shape, standing_apart(rows, part, hints))
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
             errors.append(_encode_plane(rows, plane, prefix, parts))
         if role == "packed":
@@ -72,18 +61,11 @@ class NF4KV:
 
         Raises CodecError when parts, attributes and spec do not belong together.
         """
-        out = room_for(encoded, out)
-        for stored in stored_planes(encoded, out, Plane):
-            _decode_plane(stored)
-            if encoded.attrs["role"] == "packed":
-                half = out.shape[-1] // 2
-                target = out[..., :half] if stored.plane.role == "key" else out[..., half:]
-                target.copy_(stored.rows.view(target.shape))
-        return out
+        return decoded(encoded, out, Plane, _decode_plane)
 
     def check(self, encoded: EncodedTensor) -> None:
-        """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
-        for stored in stored_planes(encoded, shape_only(encoded), Plane):
+        """Raise CodecError where `decode` would, without decoding."""
+        for stored in read(encoded, Plane):
             _checked_means(stored)
 
 
@@ -91,7 +73,7 @@ def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
         parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
-    kernel = kv_kernel(rows)
+    kernel = kv_kernel(rows.device)
     if plane.leading and kernel is not None:
         coded, stride = rows[:, len(plane.kept) :], plane.tokens
     elif plane.leading:
@@ -160,9 +142,9 @@ def in_halves(kept: torch.Tensor) -> torch.Tensor:
     return kept.to(torch.float16 if 2.0**-10 <= largest < 65504 else torch.bfloat16)
 
 
-def _decode_plane(stored: Stored[Plane]) -> None:
+def _decode_plane(stored: Stored[Plane], out: torch.Tensor) -> None:
     """Fill the rows (outer, tokens, inner, d), contiguous, of one plane."""
-    plane, blocks, kept, out = stored.plane, stored.blocks, stored.kept, stored.rows
+    plane, kept = stored.plane, stored.kept
     direct = plane.leading
     if kept is not None:
         if direct:  # a slice: an index costs 40 us
@@ -171,12 +153,13 @@ def _decode_plane(stored: Stored[Plane]) -> None:
             out[:, list(plane.kept)] = kept.to(out.dtype)
     coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
     mean = _checked_means(stored)
-    kernel = kv_kernel(out)
+    kernel = kv_kernel(out.device)
     if kernel is not None:
-        rows = plane.rows(plane.tokens if direct else plane.coded)
+        rows = plane.where if direct else plane.rows(plane.coded)
         means = None if mean is None else kernel.kv_expand(rows, *mean)
-        kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, rows, coded)
+        kernel.kv_decode((stored.codes, stored.scales, stored.tops), means, rows, coded)
     else:
+        blocks = reference_kv.RotatedBlocks(stored.codes, stored.scales, stored.tops, stored.scales)
         flat = reference_kv.decode_rotated(blocks, plane.block, plane.size)[: coded.numel()]
         values = reference_kv.rotate(flat, plane.size).view(coded.shape)
         coded.copy_(values if mean is None else values + reference_kv.expand_means(*mean, plane.coded))
@@ -186,10 +169,9 @@ def _decode_plane(stored: Stored[Plane]) -> None:
 
 def _checked_means(stored: Stored[Plane]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Codes (outer, groups, inner, d) and scales (outer, groups, inner) of the means; None where there are none."""
-    encoded, plane, prefix = stored.encoded, stored.plane, stored.prefix
-    shape = (plane.outer, plane.groups, plane.inner)
+    plane = stored.plane
     if not plane.groups:
         return None
-    codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d)
-    scales = require_part(encoded, f"{prefix}mean_scale", torch.float32, prod(shape))
-    return codes.view(*shape, plane.d), require_finite(encoded, "mean_scale", scales).view(shape)
+    codes, scales = stored.means
+    shape = (plane.outer, plane.groups, plane.inner)
+    return codes.view(*shape, plane.d), require_finite("nf4-kv", "mean_scale", scales).view(shape)
