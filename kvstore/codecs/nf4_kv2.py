@@ -17,7 +17,7 @@ import torch
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
 from kvstore.codecs.nf4_kv import in_halves, missed_of
-from kvstore.codecs.parts import JOINED, Due, Part, Plane, Stored, decoded, planes_of, read, standing_apart
+from kvstore.codecs.parts import JOINED, Due, Part, Plane, RowsCodec, Stored, planes_of, standing_apart
 from kvstore.codecs.sinks import sinks_of
 from kvstore.codecs.turning import Means, means_of
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
@@ -76,11 +76,12 @@ class Plane2(Plane):
         return Rotary(channels, interleaved)
 
 
-class NF4KV2:
+class NF4KV2(RowsCodec[Plane2]):
     """NF4 of rotated rows, keys without their mean in the turning frame: the default codec of K/V entries."""
 
     name = "nf4-kv2"
     lossy = True
+    form = Plane2
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor of finite values.
@@ -112,18 +113,35 @@ class NF4KV2:
             return receipt.with_receipt(encoded, max(known))
         return receipt.sealed(self, name, x, encoded, hints, content)
 
-    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+    def fill(self, stored: Stored[Plane2], out: torch.Tensor) -> None:
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+        plane, kept = stored.plane, stored.kept
+        kernel, where, lead = _arithmetic(out), plane.where, plane.tokens - plane.coded
+        means, turns = None, None
+        if plane.groups:
+            codes, scales, turns = self.check_means(stored)
+            means = kernel.kv_expand_eights(where, codes, scales)
+        coded = out[:, lead:] if lead else out
+        kernel.kv_decode((stored.codes, stored.scales, stored.tops), means, where, coded, turns)
+        if kept is not None:  # slices: an index costs 40 us
+            out[:, :lead].copy_(kept[:, :lead])
+            for at in range(lead, len(plane.kept)):
+                out[:, plane.kept[at]].copy_(kept[:, at])
 
-        Raises CodecError when parts, attributes and spec do not belong together.
-        """
-        return decoded(encoded, out, Plane2, _decode_plane)
-
-    def check(self, encoded: EncodedTensor) -> None:
-        """Raise CodecError where `decode` would, without decoding."""
-        for stored in read(encoded, Plane2):
-            if stored.plane.groups:
-                checked_means(stored)
+    def check_means(self, stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+        """The means: codes (outer, groups, inner, d), exponents (outer, groups, inner, ceil(d/8)), and which turn."""
+        plane, (codes, scales, *turning) = stored.plane, stored.means
+        shape = (plane.outer, plane.groups, plane.inner)
+        largest = int(scales.max())
+        if largest > reference_turn.MEAN_TOP:
+            raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {largest}")
+        turns = None
+        if stored.turning is not None:
+            bits, at, tables = turning
+            tables = tables.clone().view(torch.float32).view(-1, stored.turning.channels // 2)
+            tangents = _checked_angles(at.clone().view(torch.int32), tables)
+            turns = Turns(stored.turning, tangents, bits.clone().view(plane.outer, plane.inner, -1))
+        return codes.view(torch.int8).view(*shape, plane.d), scales.view(*shape, -1), turns
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
@@ -266,37 +284,6 @@ def _again(
             break
         best, found = error, (means, blocks)
     return found
-
-
-def _decode_plane(stored: Stored[Plane2], out: torch.Tensor) -> None:
-    """Fill the rows (outer, tokens, inner, d), contiguous, of one plane."""
-    plane, kept = stored.plane, stored.kept
-    kernel, where, lead = _arithmetic(out), plane.where, plane.tokens - plane.coded
-    means, turns = None, None
-    if plane.groups:
-        codes, scales, turns = checked_means(stored)
-        means = kernel.kv_expand_eights(where, codes, scales)
-    coded = out[:, lead:] if lead else out
-    kernel.kv_decode((stored.codes, stored.scales, stored.tops), means, where, coded, turns)
-    if kept is not None:  # slices: an index costs 40 us
-        out[:, :lead].copy_(kept[:, :lead])
-        for at in range(lead, len(plane.kept)):
-            out[:, plane.kept[at]].copy_(kept[:, at])
-
-
-def checked_means(stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
-    """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means, and which turn."""
-    plane, (codes, scales, *turning) = stored.plane, stored.means
-    shape = (plane.outer, plane.groups, plane.inner)
-    if int(scales.max()) > reference_turn.MEAN_TOP:
-        raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {int(scales.max())}")
-    turns = None
-    if stored.turning is not None:
-        bits, at, tables = turning
-        tables = tables.clone().view(torch.float32).view(-1, stored.turning.channels // 2)
-        tangents = _checked_angles(at.clone().view(torch.int32), tables)
-        turns = Turns(stored.turning, tangents, bits.clone().view(plane.outer, plane.inner, -1))
-    return codes.view(torch.int8).view(*shape, plane.d), scales.view(*shape, -1), turns
 
 
 def _checked_angles(of: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ codec, both in one tensor, latents) is decoded densely first. Pure, any thread.
 
 import torch
 
-from kvstore.codecs.nf4_kv2 import NF4KV2, Plane2, checked_means
+from kvstore.codecs.nf4_kv2 import NF4KV2, Plane2
 from kvstore.codecs.parts import read, stored_role, stored_token_axis
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -33,7 +33,7 @@ def job_of(encoded: EncodedTensor) -> Job | None:
     plane, kept = stored.plane, stored.kept
     if plane.shape != tuple(shape):
         return None
-    turns = checked_means(stored)[2] if plane.groups else None
+    turns = NF4KV2().check_means(stored)[2] if plane.groups else None
     if plane.tokens > 1 << 15:
         raise CodecError(f"a chunk of {plane.tokens} tokens")
     return Job(

@@ -8,7 +8,8 @@ between a token and its rows (heads). A `Plane` is the rows of one role, with th
 Pure, any thread. Leaves out: what the bytes of a part mean (each codec).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -284,27 +285,42 @@ def _pieces(encoded: EncodedTensor, suffix: str, due: Due) -> tuple[torch.Tensor
     return (flat,) if len(pieces) == 1 else flat.split_with_sizes(pieces)
 
 
-def decoded(
-    encoded: EncodedTensor,
-    out: torch.Tensor | None,
-    form: type[P],
-    fill: Callable[[Stored[P], torch.Tensor], None],
-) -> torch.Tensor:
-    """A stored tensor decoded, in fresh memory or in `out`: `fill` is called with rows (outer, tokens, inner, d).
+class RowsCodec(ABC, Generic[P]):
+    """The reading half of a codec whose tensors are planes of rows. form: the planes it has."""
 
-    No memory is made before there are the parts of what is asked for. Raises CodecError.
-    """
-    planes = read(encoded, form)
-    out = prepared_out(encoded.spec, encoded.parts[""].device, out)
-    if len(planes) == 1:
-        fill(planes[0], out.view(planes[0].plane.shape))
+    form: type[P]
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+
+        Raises CodecError when parts, attributes and spec do not belong together: before memory is made for what they
+        say there is.
+        """
+        planes = read(encoded, self.form)
+        out = prepared_out(encoded.spec, encoded.parts[""].device, out)
+        if len(planes) == 1:
+            self.fill(planes[0], out.view(planes[0].plane.shape))
+            return out
+        half = out.shape[-1] // 2
+        for stored, target in zip(planes, (out[..., :half], out[..., half:]), strict=True):
+            rows = out.new_empty(stored.plane.shape)
+            self.fill(stored, rows)
+            target.copy_(rows.view(target.shape))
         return out
-    half = out.shape[-1] // 2
-    for stored, target in zip(planes, (out[..., :half], out[..., half:]), strict=True):
-        rows = out.new_empty(stored.plane.shape)
-        fill(stored, rows)
-        target.copy_(rows.view(target.shape))
-    return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding."""
+        for stored in read(encoded, self.form):
+            if stored.means:
+                self.check_means(stored)
+
+    @abstractmethod
+    def fill(self, stored: Stored[P], out: torch.Tensor) -> None:
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+
+    @abstractmethod
+    def check_means(self, stored: Stored[P]) -> object:
+        """Raise CodecError for means that the codec does not write, of a plane that has them."""
 
 
 def kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
