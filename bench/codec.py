@@ -144,9 +144,10 @@ def use_isa(name: str) -> None:
     if name not in found:
         raise SystemExit(f"this machine and kernel have {', '.join(found) or 'no kernel'}, not {name}")
     for module in (nf4, nf4_kv, nf4_kv2, receipt, kernels):
-        for attribute in ("cpu_kernel", "kv_kernel"):
-            if hasattr(module, attribute):
-                setattr(module, attribute, lambda x: found[name] if x.device.type == "cpu" else None)
+        if hasattr(module, "cpu_kernel"):
+            module.cpu_kernel = lambda x: found[name] if x.device.type == "cpu" else None
+        if hasattr(module, "kv_kernel"):
+            module.kv_kernel = lambda device: found[name] if device.type == "cpu" else None
 
 
 def main() -> None:

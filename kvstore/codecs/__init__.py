@@ -150,29 +150,27 @@ def decode_all(entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict
     For a caller outside all torch modes. Raises CodecError, and no other error, whatever the parts and attributes are:
     they may come from an attacker.
     """
-    if out is None:
-        return {name: _decoded(name, tensor, None) for name, tensor in entry.tensors.items()}
+    made = {} if out is None else out
     for name, tensor in entry.tensors.items():
-        out[name] = _decoded(name, tensor, out.get(name))
-    return out
+        try:  # the boundary: no codec can foresee every attribute
+            made[name] = decode_tensor(tensor, made.get(name))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is named
+            raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
+    return made
 
 
 decode_entry = without_torch_modes(decode_all)
 """`decode_all` for any caller."""
 
 
-def _decoded(name: str, tensor: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
-    try:  # the boundary: no codec can foresee every attribute
-        return decode_tensor(tensor, out)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is named
-        raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
-
-
 def decode_tensor(tensor: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """One tensor decoded, into `out` where given, which is returned then. Raises CodecError, or whatever a codec does.
 
-    Whatever a codec returns, a caller gets a tensor of the spec, and in `out` what was decoded.
+    A codec of ours returns a tensor of the spec, and `out` where given. From any other a caller gets that all the same.
     """
+    own = _CODECS.get(tensor.encoding)
+    if own is not None:
+        return own.decode(tensor, out)
     decoded = codec_named(tensor.encoding).decode(tensor, out)
     if not is_of(decoded, tensor.spec):
         raise CodecError(f"decoded to {decoded.dtype} {tuple(decoded.shape)}, not {tensor.spec}")

@@ -18,6 +18,7 @@ from kvstore.errors import CodecError
 SHORT_ROW = 64
 _MIN_ROW = 32
 _MIN_SCALE = 1e-30
+_PARTS = frozenset({"", "scale"})
 """Rows of smaller values become zeros: the reciprocal of their scale would overflow."""
 
 
@@ -72,9 +73,9 @@ class Int8:
         if spec.dtype not in LOSSY_ALLOWED or not prod(spec.shape):
             raise CodecError(f"int8 decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
         n, width = prod(spec.shape), _width(spec.shape)
-        require_names(encoded, ("", "scale"))
+        require_names(encoded, _PARTS)
         codes = require_part(encoded, "", torch.int8, n)
-        scale = require_finite(encoded, "scale", require_part(encoded, "scale", torch.bfloat16, -(-n // width)))
+        scale = require_finite(self.name, "scale", require_part(encoded, "scale", torch.bfloat16, -(-n // width)))
         largest = torch.finfo(getattr(torch, spec.dtype)).max
         if float(scale.abs().max()) * 128 < largest:
             return

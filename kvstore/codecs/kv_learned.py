@@ -89,7 +89,7 @@ class KVLearned:
             body.copy_(here)
         else:
             values = _values(basis, role, coded, position + kept, products or learned_products, out.device)
-            body.copy_(require_finite(encoded, "", values.to(out.dtype)))
+            body.copy_(require_finite(encoded.encoding, "", values.to(out.dtype)))
         if kept:
             out[:, :kept].copy_(encoded.parts["kept"].view(out[:, :kept].shape))
         return out
@@ -244,14 +244,14 @@ def checked(encoded: EncodedTensor) -> tuple[Basis, str, int, int]:
         raise CodecError(f"kv-learned keeps 0 to {spec.shape[1] - 1} tokens, not {kept!r:.40}")
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < POSITIONS_MAX:
         raise CodecError(f"kv-learned: a position is 0 to {POSITIONS_MAX - 1}, not {position!r:.40}")
-    require_names(encoded, ("", "kept") if kept else ("",))
+    require_names(encoded, {"", "kept"} if kept else {""})
     if kept:
         part = encoded.parts["kept"]
         if part.dtype not in (torch.float16, torch.bfloat16):
             raise CodecError(f"kv-learned keeps tokens in 16 bits, not in {part.dtype}")
         numel = prod(spec.shape) // spec.shape[1] * kept
-        held = require_finite(encoded, "kept", require_part(encoded, "kept", part.dtype, numel))
-        require_finite(encoded, "kept", held.to(getattr(torch, spec.dtype)))
+        held = require_finite(encoded.encoding, "kept", require_part(encoded, "kept", part.dtype, numel))
+        require_finite(encoded.encoding, "kept", held.to(getattr(torch, spec.dtype)))
     return basis, role, kept, position
 
 

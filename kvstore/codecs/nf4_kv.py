@@ -8,24 +8,13 @@ Leaves out: the arithmetic (`reference_kv`) and which tensors may be touched (`c
 The format and its figures: docs/codecs.md.
 """
 
-from math import isfinite, prod
+from math import isfinite
 
 import torch
 
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
-from kvstore.codecs.parts import (
-    JOINED,
-    Plane,
-    Stored,
-    planes_of,
-    require_finite,
-    require_part,
-    room_for,
-    shape_only,
-    standing_apart,
-    stored_planes,
-)
+from kvstore.codecs.parts import JOINED, Plane, RowsCodec, Stored, planes_of, require_finite, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -33,11 +22,12 @@ from kvstore.kernels import KvKernel, kv_kernel, reference_content, reference_kv
 from kvstore.kernels.cpu import STILL
 
 
-class NF4KV:
+class NF4KV(RowsCodec[Plane]):
     """NF4 of centred and rotated rows: the default codec of K/V entries."""
 
     name = "nf4-kv"
     lossy = True
+    form = Plane
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor of finite values.
@@ -55,7 +45,7 @@ class NF4KV:
         parts: dict[str, torch.Tensor] = {}
         errors: list[float | None] = []
         for prefix, part, rows in planes_of(x, role, token_axis):
-            plane = Plane.of(part, rows, standing_apart(rows, part, hints))
+            plane = Plane.of(part, rows.shape, standing_apart(rows, part, hints))
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
             errors.append(_encode_plane(rows, plane, prefix, parts))
         if role == "packed":
@@ -67,31 +57,42 @@ class NF4KV:
             return receipt.with_receipt(encoded, max(known))
         return receipt.sealed(self, name, x, encoded, hints)
 
-    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+    def fill(self, stored: Stored[Plane], out: torch.Tensor) -> None:
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+        plane, kept = stored.plane, stored.kept
+        direct = plane.leading
+        if kept is not None:
+            if direct:  # a slice: an index costs 40 us
+                out[:, : len(plane.kept)].copy_(kept)
+            else:
+                out[:, list(plane.kept)] = kept.to(out.dtype)
+        coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
+        mean = self.check_means(stored) if plane.groups else None
+        kernel = kv_kernel(out.device)
+        if kernel is not None:
+            rows = plane.where if direct else plane.rows(plane.coded)
+            means = None if mean is None else kernel.kv_expand(rows, *mean)
+            kernel.kv_decode((stored.codes, stored.scales, stored.tops), means, rows, coded)
+        else:
+            blocks = reference_kv.RotatedBlocks(stored.codes, stored.scales, stored.tops, stored.scales)
+            flat = reference_kv.decode_rotated(blocks, plane.block, plane.size)[: coded.numel()]
+            values = reference_kv.rotate(flat, plane.size).view(coded.shape)
+            coded.copy_(values if mean is None else values + reference_kv.expand_means(*mean, plane.coded))
+        if not direct:
+            out[:, plane.others(out.device)] = coded
 
-        Raises CodecError when parts, attributes and spec do not belong together.
-        """
-        out = room_for(encoded, out)
-        for stored in stored_planes(encoded, out, Plane):
-            _decode_plane(stored)
-            if encoded.attrs["role"] == "packed":
-                half = out.shape[-1] // 2
-                target = out[..., :half] if stored.plane.role == "key" else out[..., half:]
-                target.copy_(stored.rows.view(target.shape))
-        return out
-
-    def check(self, encoded: EncodedTensor) -> None:
-        """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
-        for stored in stored_planes(encoded, shape_only(encoded), Plane):
-            _checked_means(stored)
+    def check_means(self, stored: Stored[Plane]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The means: codes (outer, groups, inner, d) and scales (outer, groups, inner)."""
+        plane, (codes, scales) = stored.plane, stored.means
+        shape = (plane.outer, plane.groups, plane.inner)
+        return codes.view(*shape, plane.d), require_finite(self.name, "mean_scale", scales).view(shape)
 
 
 def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:
     """Add the parts of one plane; returns its receipt, or None where only decoding can tell it."""
     if plane.kept:
         parts[f"{prefix}kept"] = in_halves(plane.kept_rows(rows))
-    kernel = kv_kernel(rows)
+    kernel = kv_kernel(rows.device)
     if plane.leading and kernel is not None:
         coded, stride = rows[:, len(plane.kept) :], plane.tokens
     elif plane.leading:
@@ -158,38 +159,3 @@ def in_halves(kept: torch.Tensor) -> torch.Tensor:
         return kept.contiguous()
     # From 2**-10 up, what float16 loses of smaller values is below its error on the largest.
     return kept.to(torch.float16 if 2.0**-10 <= largest < 65504 else torch.bfloat16)
-
-
-def _decode_plane(stored: Stored[Plane]) -> None:
-    """Fill the rows (outer, tokens, inner, d), contiguous, of one plane."""
-    plane, blocks, kept, out = stored.plane, stored.blocks, stored.kept, stored.rows
-    direct = plane.leading
-    if kept is not None:
-        if direct:  # a slice: an index costs 40 us
-            out[:, : len(plane.kept)].copy_(kept)
-        else:
-            out[:, list(plane.kept)] = kept.to(out.dtype)
-    coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
-    mean = _checked_means(stored)
-    kernel = kv_kernel(out)
-    if kernel is not None:
-        rows = plane.rows(plane.tokens if direct else plane.coded)
-        means = None if mean is None else kernel.kv_expand(rows, *mean)
-        kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, rows, coded)
-    else:
-        flat = reference_kv.decode_rotated(blocks, plane.block, plane.size)[: coded.numel()]
-        values = reference_kv.rotate(flat, plane.size).view(coded.shape)
-        coded.copy_(values if mean is None else values + reference_kv.expand_means(*mean, plane.coded))
-    if not direct:
-        out[:, plane.others(out.device)] = coded
-
-
-def _checked_means(stored: Stored[Plane]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Codes (outer, groups, inner, d) and scales (outer, groups, inner) of the means; None where there are none."""
-    encoded, plane, prefix = stored.encoded, stored.plane, stored.prefix
-    shape = (plane.outer, plane.groups, plane.inner)
-    if not plane.groups:
-        return None
-    codes = require_part(encoded, f"{prefix}mean", torch.int8, prod(shape) * plane.d)
-    scales = require_part(encoded, f"{prefix}mean_scale", torch.float32, prod(shape))
-    return codes.view(*shape, plane.d), require_finite(encoded, "mean_scale", scales).view(shape)

@@ -8,9 +8,7 @@ Invariant: the bytes are those of `reference_turn`, whichever kernel wrote them.
 The format and its figures: docs/codecs.md. Its blocks are those of `nf4_kv`, and so is how they are stored (`parts`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from types import ModuleType
 
 import numpy as np
@@ -19,18 +17,7 @@ import torch
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
 from kvstore.codecs.nf4_kv import in_halves, missed_of
-from kvstore.codecs.parts import (
-    JOINED,
-    Part,
-    Plane,
-    Stored,
-    planes_of,
-    require_part,
-    room_for,
-    shape_only,
-    standing_apart,
-    stored_planes,
-)
+from kvstore.codecs.parts import JOINED, Due, Part, Plane, RowsCodec, Stored, planes_of, standing_apart
 from kvstore.codecs.sinks import sinks_of
 from kvstore.codecs.turning import Means, means_of
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
@@ -63,7 +50,6 @@ class Plane2(Plane):
     """Kept tokens that lead are not coded; one elsewhere is, so that positions stay."""
 
     means_min = MEANS_MIN
-    means = ("mean",)
     codes_inside = True
     tops_joined = True
 
@@ -72,12 +58,30 @@ class Plane2(Plane):
         """How many of the first tokens are kept."""
         return self.tokens - self.coded
 
+    def means_due(self, turning: Rotary | None) -> dict[str, Due]:
+        """One part: codes, exponents, which pairs turn, and which of the tables behind them each slab has."""
+        n, eights = self.outer * self.groups * self.inner, -(-self.d // reference_turn.EIGHT)
+        pairs = 0 if turning is None else turning.channels // 2
+        turns = (self.outer * self.inner * -(-pairs // 8), 4 * self.outer, 4 * pairs) if pairs else ()
+        return {"mean": Due((torch.uint8,), (n * self.d, n * eights, *turns), repeated=bool(pairs))}
 
-class NF4KV2:
+    def turning_in(self, channels: object, interleaved: object) -> Rotary | None:
+        """An even number of channels, of no more than there are, and how they are paired."""
+        if channels is None and interleaved is None:
+            return None
+        if isinstance(channels, bool) or not isinstance(channels, int) or not 2 <= channels <= self.d or channels % 2:
+            raise CodecError(f"nf4-kv2 turns an even number of channels, 2 to {self.d}, not {channels!r:.40}")
+        if not isinstance(interleaved, bool):
+            raise CodecError(f"nf4-kv2: interleaved is true or false, not {interleaved!r:.40}")
+        return Rotary(channels, interleaved)
+
+
+class NF4KV2(RowsCodec[Plane2]):
     """NF4 of rotated rows, keys without their mean in the turning frame: the default codec of K/V entries."""
 
     name = "nf4-kv2"
     lossy = True
+    form = Plane2
 
     def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
         """Encode one tensor of finite values.
@@ -96,7 +100,7 @@ class NF4KV2:
         errors: list[float | None] = []
         content: dict[str, torch.Tensor] = {}
         for prefix, part, rows in planes_of(x, role, token_axis):
-            plane = Plane2.of(part, rows, kept_of(rows, part, hints))
+            plane = Plane2.of(part, rows.shape, kept_of(rows, part, hints))
             attrs[f"{prefix}kept"] = ",".join(map(str, plane.kept))
             errors.append(_encode_plane(rows, plane, prefix, parts, attrs, content))
         if role == "packed":
@@ -109,25 +113,35 @@ class NF4KV2:
             return receipt.with_receipt(encoded, max(known))
         return receipt.sealed(self, name, x, encoded, hints, content)
 
-    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+    def fill(self, stored: Stored[Plane2], out: torch.Tensor) -> None:
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+        plane, kept = stored.plane, stored.kept
+        kernel, where, lead = _arithmetic(out), plane.where, plane.tokens - plane.coded
+        means, turns = None, None
+        if plane.groups:
+            codes, scales, turns = self.check_means(stored)
+            means = kernel.kv_expand_eights(where, codes, scales)
+        coded = out[:, lead:] if lead else out
+        kernel.kv_decode((stored.codes, stored.scales, stored.tops), means, where, coded, turns)
+        if kept is not None:  # slices: an index costs 40 us
+            out[:, :lead].copy_(kept[:, :lead])
+            for at in range(lead, len(plane.kept)):
+                out[:, plane.kept[at]].copy_(kept[:, at])
 
-        Raises CodecError when parts, attributes and spec do not belong together.
-        """
-        out = room_for(encoded, out)
-        for stored in stored_planes(encoded, out, Plane2):
-            _decode_plane(stored)
-            if encoded.attrs["role"] == "packed":
-                half = out.shape[-1] // 2
-                target = out[..., :half] if stored.plane.role == "key" else out[..., half:]
-                target.copy_(stored.rows.view(target.shape))
-        return out
-
-    def check(self, encoded: EncodedTensor) -> None:
-        """Raise CodecError where `decode` would, without decoding: on a tensor of that shape without memory."""
-        for stored in stored_planes(encoded, shape_only(encoded), Plane2):
-            if stored.plane.groups:
-                checked_means(stored)
+    def check_means(self, stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+        """The means: codes (outer, groups, inner, d), exponents (outer, groups, inner, ceil(d/8)), and which turn."""
+        plane, (codes, scales, *turning) = stored.plane, stored.means
+        shape = (plane.outer, plane.groups, plane.inner)
+        largest = int(scales.max())
+        if largest > reference_turn.MEAN_TOP:
+            raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {largest}")
+        turns = None
+        if stored.turning is not None:
+            bits, at, tables = turning
+            tables = tables.clone().view(torch.float32).view(-1, stored.turning.channels // 2)
+            tangents = _checked_angles(at.clone().view(torch.int32), tables)
+            turns = Turns(stored.turning, tangents, bits.clone().view(plane.outer, plane.inner, -1))
+        return codes.view(torch.int8).view(*shape, plane.d), scales.view(*shape, -1), turns
 
 
 def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
@@ -144,7 +158,7 @@ def kept_of(rows: torch.Tensor, part: Part, hints: Hints) -> tuple[int, ...]:
 
 
 def _arithmetic(rows: torch.Tensor) -> "KvKernel | ModuleType":
-    return kv_kernel(rows) or reference_turn
+    return kv_kernel(rows.device) or reference_turn
 
 
 def _encode_plane(
@@ -169,7 +183,8 @@ def _encode_plane(
     where = plane.rows(stride)
     # Where the sums of coding are to tell the error, each block must lie in one head.
     telling = rows.dtype == torch.float32 and plane.role != "plain" and plane.d % plane.block == 0
-    rotary = receipt.rotary_of(coded, kv_kernel(rows)) if plane.role == "key" and (telling or plane.groups) else STILL
+    paired = plane.role == "key" and (telling or plane.groups)
+    rotary = receipt.rotary_of(coded, kv_kernel(rows.device)) if paired else STILL
     means = means_of(coded, where, rotary, kernel, content=telling or leading) if plane.groups else None
     energies = None if means is None else means.energies
     if energies is not None and leading:
@@ -271,59 +286,12 @@ def _again(
     return found
 
 
-def _decode_plane(stored: Stored[Plane2]) -> None:
-    """Fill the rows (outer, tokens, inner, d), contiguous, of one plane."""
-    plane, blocks, out, lead = stored.plane, stored.blocks, stored.rows, stored.plane.lead
-    kernel, where = _arithmetic(out), plane.rows(plane.tokens)
-    means, turns = None, None
-    if plane.groups:
-        codes, scales, turns = checked_means(stored)
-        means = kernel.kv_expand_eights(where, codes, scales)
-    kernel.kv_decode((blocks.codes, blocks.scales, blocks.tops), means, where, out[:, lead:], turns)
-    if stored.kept is not None:  # slices: an index costs 40 us
-        out[:, :lead].copy_(stored.kept[:, :lead])
-        for at in range(lead, len(plane.kept)):
-            out[:, plane.kept[at]].copy_(stored.kept[:, at])
-
-
-def checked_means(stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
-    """Codes (outer, groups, inner, d) and exponents (outer, groups, inner, ceil(d/8)) of the means, and which turn."""
-    encoded, plane, prefix = stored.encoded, stored.plane, stored.prefix
-    shape = (plane.outer, plane.groups, plane.inner)
-    eights = -(-plane.d // reference_turn.EIGHT)
-    n, more = prod(shape) * plane.d, prod(shape) * eights
-    rotary = _rotary(encoded.attrs, prefix, plane.d)
-    pairs = 0 if rotary is None else rotary.channels // 2
-    turning, of = plane.outer * plane.inner * -(-pairs // 8), 4 * plane.outer if pairs else 0
-    found = encoded.parts.get(f"{prefix}mean")
-    held = 0 if found is None else found.numel() - (n + more + turning + of)
-    tables = max(1, held // (4 * pairs)) if pairs else 0
-    whole = require_part(encoded, f"{prefix}mean", torch.uint8, n + more + turning + of + 4 * tables * pairs)
-    codes, scales, bits, at, table = torch.split(whole, [n, more, turning, of, 4 * tables * pairs])
-    if int(scales.max()) > reference_turn.MEAN_TOP:
-        raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {int(scales.max())}")
-    turns = None
-    if rotary is not None:
-        tangents = _checked_angles(at.clone().view(torch.int32), table.clone().view(torch.float32).view(tables, pairs))
-        turns = Turns(rotary, tangents, bits.clone().view(plane.outer, plane.inner, -1))
-    return codes.view(torch.int8).view(*shape, plane.d), scales.view(*shape, eights), turns
-
-
 def _checked_angles(of: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """The tangents of each slab (outer, pairs), from the index of its table."""
-    if not bool(((of >= 0) & (of < tables.shape[0])).all()):
-        raise CodecError(f"nf4-kv2: a slab names none of {tables.shape[0]} tables of angles")
-    if not bool((tables.abs() <= _TANGENT_MAX).all()):
+    first, last = torch.aminmax(of)
+    if int(first) < 0 or int(last) >= len(tables):
+        raise CodecError(f"nf4-kv2: a slab names none of {len(tables)} tables of angles")
+    least, most = torch.aminmax(tables)  # NaN where one is
+    if not (float(least) >= -_TANGENT_MAX and float(most) <= _TANGENT_MAX):
         raise CodecError(f"nf4-kv2: tangents of half angles lie within {_TANGENT_MAX:g}")
-    return tables[of.long()].contiguous()
-
-
-def _rotary(attrs: Mapping[str, object], prefix: str, d: int) -> Rotary | None:
-    channels, interleaved = attrs.get(f"{prefix}rotary"), attrs.get(f"{prefix}interleaved")
-    if channels is None and interleaved is None:
-        return None
-    if isinstance(channels, bool) or not isinstance(channels, int) or not 2 <= channels <= d or channels % 2:
-        raise CodecError(f"nf4-kv2 turns an even number of channels, 2 to {d}, not {channels!r:.40}")
-    if not isinstance(interleaved, bool):
-        raise CodecError(f"nf4-kv2: interleaved is true or false, not {interleaved!r:.40}")
-    return Rotary(channels, interleaved)
+    return tables.index_select(0, of)

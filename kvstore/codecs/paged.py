@@ -6,8 +6,8 @@ codec, both in one tensor, latents) is decoded densely first. Pure, any thread.
 
 import torch
 
-from kvstore.codecs.nf4_kv2 import NF4KV2, Plane2, checked_means
-from kvstore.codecs.parts import shape_only, stored_planes, stored_role, stored_token_axis
+from kvstore.codecs.nf4_kv2 import NF4KV2, Plane2
+from kvstore.codecs.parts import read, stored_role, stored_token_axis
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels.paging import Job, mean_nbytes
@@ -26,12 +26,14 @@ def job_of(encoded: EncodedTensor) -> Job | None:
         encoded = EncodedTensor(
             encoded.spec, encoded.encoding, {**encoded.parts, "mean": encoded.parts["mean"].clone()}, encoded.attrs
         )
-    if stored_role(encoded.attrs) == "packed" or stored_token_axis(encoded.attrs) not in (1, -3):
+    role, token_axis = stored_role(encoded.attrs.get("role")), stored_token_axis(encoded.attrs.get("token_axis"))
+    if role == "packed" or token_axis not in (1, -3):
         return None
-    ((plane, _prefix, rows, _parts, _blocks, kept),) = stored = stored_planes(encoded, shape_only(encoded), Plane2)
-    if tuple(rows.shape) != tuple(shape):
+    (stored,) = read(encoded, Plane2)
+    plane, kept = stored.plane, stored.kept
+    if plane.shape != tuple(shape):
         return None
-    turns = checked_means(stored[0])[2] if plane.groups else None
+    turns = NF4KV2().check_means(stored)[2] if plane.groups else None
     if plane.tokens > 1 << 15:
         raise CodecError(f"a chunk of {plane.tokens} tokens")
     return Job(

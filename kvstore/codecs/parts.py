@@ -1,14 +1,20 @@
 """The parts of encoded tensors, and the rows of keys and values: what a codec reads is checked here.
 
+A `Plan` is what a stored tensor of keys or values has to consist of, worked out from its shape and attributes alone and
+remembered; `read` checks all of its parts against that in one pass, for a check and for decoding alike.
+
 Keys and values are rows, (outer, tokens, inner, head_dim). outer: the axes before the tokens (layers); inner: those
 between a token and its rows (heads). A `Plane` is the rows of one role, with the tokens that are kept in 16 bits.
 Pure, any thread. Leaves out: what the bytes of a part mean (each codec).
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import inf, prod
-from typing import ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -17,7 +23,7 @@ from kvstore.dtypes import BY_NAME, LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
 from kvstore.kernels import reference_kv
-from kvstore.kernels.cpu import Rows
+from kvstore.kernels.cpu import Rotary, Rows
 
 KEPT_KEYS = 4
 """Tokens at the start of a prefix whose keys stay in 16 bits; elsewhere at most so many outlying ones."""
@@ -27,6 +33,11 @@ KEPT_VALUES = 1
 OUTLIER_ENERGY = 4.0
 """Times the median energy about the mean; SmolLM2's tokens beyond the first stay below 3."""
 
+PLANS_MAX, KEPT_TEXT_MAX = 256, 256
+"""Plans that are remembered: the tensors of a namespace's chunks have one or few. One that names more kept tokens than
+a chunk of 16,000 has is worked out each time: whoever writes records could fill the memory with them."""
+
+Shape = tuple[int, int, int, int]
 Part = Literal["key", "value", "plain"]
 HALVES: tuple[tuple[Part, str], ...] = (("key", ""), ("value", "v."))
 JOINED = {"": torch.uint8, "scale": torch.uint8, "scale_top": torch.int16}
@@ -36,36 +47,54 @@ _TOP_LIMIT = 0x7F800000 >> 17
 
 def planes_of(x: torch.Tensor, role: str, token_axis: int) -> list[tuple[str, Part, torch.Tensor]]:
     """(prefix of part names, role, rows (outer, tokens, inner, d)); halves of a packed tensor are copies."""
+    roles = roles_of(role)
+    if len(roles) == 1:
+        return [(prefix, part, x.contiguous().view(rows_of(x.shape, token_axis))) for part, prefix in roles]
+    half = x.shape[-1] // 2
+    halves = x[..., :half], x[..., half:]
+    rows = (half.clone(memory_format=torch.contiguous_format).view(rows_of(half.shape, token_axis)) for half in halves)
+    return [(prefix, part, one) for (part, prefix), one in zip(roles, rows, strict=True)]
+
+
+def roles_of(role: str) -> tuple[tuple[Part, str], ...]:
+    """The role of each plane of a tensor, and the prefix of its parts' names."""
     if role == "packed":
-        half = x.shape[-1] // 2
-        halves = slice(0, half), slice(half, None)
-        key, value = (x[..., part].clone(memory_format=torch.contiguous_format) for part in halves)
-        rows = rows_of(key, token_axis), rows_of(value, token_axis)
-        return [(prefix, part, x) for (part, prefix), x in zip(HALVES, rows, strict=True)]
-    part: Part = "key" if role == "key" else "value" if role == "value" else "plain"
-    return [("", part, rows_of(x.contiguous(), token_axis))]
+        return HALVES
+    return (("key" if role == "key" else "value" if role == "value" else "plain", ""),)
 
 
-def rows_of(x: torch.Tensor, token_axis: int) -> torch.Tensor:
-    """The tensor as (outer, tokens, inner, d); a tensor with too few axes is one run of tokens, or one row."""
-    shape = tuple(x.shape)
+def rows_of(shape: Sequence[int], token_axis: int) -> Shape:
+    """A tensor's shape as (outer, tokens, inner, d); one with too few axes is one run of tokens, or one row."""
     if len(shape) < 2:
-        return x.reshape(1, 1, 1, -1)
+        return 1, 1, 1, prod(shape)
     axis = max(len(shape) + token_axis, 0)
-    return x.view(prod(shape[:axis]), shape[axis], prod(shape[axis + 1 : -1]), shape[-1])
+    return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 : -1]), shape[-1]
+
+
+class Due(NamedTuple):
+    """A part as it has to be: its type, one of these, and how many values of it each of its pieces has, in order.
+
+    repeated: the last piece may be there several times.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    pieces: tuple[int, ...]
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
     """One role's rows: (outer, tokens, inner, d) of the whole tensor, and which tokens are kept in 16 bits.
 
-    coded: how many tokens are coded. groups: means that each of their outer slabs has. size: of the Hadamard transform.
-    A subclass says how a codec's parts differ. means_min: coded tokens that have a mean, at least. means: the parts
-    they are in. codes_inside: a kept token is coded too, unless it leads. tops_joined: the tops lie behind the scales.
+    coded: how many tokens are coded: the last ones, where the others lead. groups: means that each of their outer slabs
+    has. size: of the Hadamard transform. block: values a scale. blocks: scales of the coded tokens; the last block may
+    be padded. tops: of so many scales. leading: whether the kept tokens are the first ones: then the rest is one view
+    of the tensor. where: the coded tokens of the whole tensor, for the kernel; never to be written.
+    A subclass says how a codec's parts differ. means_min: coded tokens that have a mean, at least. codes_inside: a kept
+    token is coded too, unless it leads. tops_joined: the tops lie behind the scales.
     """
 
     means_min: ClassVar[int] = 1
-    means: ClassVar[tuple[str, ...]] = ("mean", "mean_scale")
     codes_inside: ClassVar[bool] = False
     tops_joined: ClassVar[bool] = False
 
@@ -78,35 +107,48 @@ class Plane:
     coded: int
     groups: int
     size: int
+    block: int
+    blocks: int
+    tops: int
+    leading: bool
+    where: Rows = field(compare=False)
 
     @classmethod
-    def of(cls, role: Part, rows: torch.Tensor, kept: tuple[int, ...]) -> Self:
+    def of(cls, role: Part, shape: Sequence[int], kept: tuple[int, ...]) -> Self:
         """The plane of rows (outer, tokens, inner, d)."""
-        outer, tokens, inner, d = rows.shape
+        outer, tokens, inner, d = shape
         lead = next((at for at, token in enumerate(kept) if at != token), len(kept))
         coded = tokens - (lead if cls.codes_inside else len(kept))
         groups = reference_kv.group_count(coded) if role == "key" and coded >= cls.means_min else 0
-        return cls(role, outer, tokens, inner, d, kept, coded, groups, reference_kv.rotation_size(d))
+        size = reference_kv.rotation_size(d)
+        block = reference_kv.KEY_BLOCK if role == "key" else reference_kv.VALUE_BLOCK
+        blocks = -(-outer * coded * inner * d // block)
+        where = Rows(outer, coded, inner, d, tokens * inner * d, size, block, groups)
+        tops = -(-blocks // reference_kv.SCALE_GROUP)
+        return cls(
+            role, outer, tokens, inner, d, kept, coded, groups, size, block, blocks, tops, lead == len(kept), where
+        )
 
     @property
-    def block(self) -> int:
-        """Values a scale."""
-        return reference_kv.KEY_BLOCK if self.role == "key" else reference_kv.VALUE_BLOCK
-
-    @property
-    def blocks(self) -> int:
-        """Scales of the coded tokens; the last block may be padded."""
-        return -(-self.outer * self.coded * self.inner * self.d // self.block)
-
-    @property
-    def leading(self) -> bool:
-        """Whether the kept tokens are the first ones: then the rest is one view of the tensor."""
-        return self.kept == tuple(range(len(self.kept)))
+    def shape(self) -> Shape:
+        """Of the rows."""
+        return self.outer, self.tokens, self.inner, self.d
 
     def rows(self, stride_tokens: int) -> Rows:
         """The coded tokens for the kernel, slabs lying stride_tokens tokens apart."""
         stride = stride_tokens * self.inner * self.d
         return Rows(self.outer, self.coded, self.inner, self.d, stride, self.size, self.block, self.groups)
+
+    def means_due(self, turning: Rotary | None) -> dict[str, Due]:
+        """The parts that means are in, where there are any."""
+        del turning
+        n = self.outer * self.groups * self.inner
+        return {"mean": Due((torch.int8,), (n * self.d,)), "mean_scale": Due((torch.float32,), (n,))}
+
+    def turning_in(self, channels: object, interleaved: object) -> Rotary | None:
+        """Which channels turn, by two attributes; None: none do. Raises CodecError."""
+        del channels, interleaved
+        return None
 
     def kept_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The kept tokens (outer, kept, inner, d), contiguous."""
@@ -121,112 +163,164 @@ P = TypeVar("P", bound=Plane)
 
 
 class Stored(NamedTuple, Generic[P]):
-    """One plane of a stored tensor, checked. rows: where its values go. kept: the tokens in 16 bits, if there are any.
+    """The parts of one plane of a stored tensor, checked. kept: the tokens in 16 bits, if there are any.
 
-    encoded: the tensor with this plane's parts, each under `prefix`; what means are in is not checked.
+    means: the pieces of its means' parts, in order; what is in them is not checked. turning: which channels turn.
     """
 
     plane: P
-    prefix: str
-    rows: torch.Tensor
-    encoded: EncodedTensor
-    blocks: reference_kv.RotatedBlocks
+    codes: torch.Tensor
+    scales: torch.Tensor
+    tops: torch.Tensor
     kept: torch.Tensor | None
+    means: tuple[torch.Tensor, ...]
+    turning: Rotary | None
 
 
-def room_for(encoded: EncodedTensor, out: torch.Tensor | None) -> torch.Tensor:
-    """Where keys or values are decoded to: `prepared_out`, not before there are parts enough for what is asked for."""
-    main = encoded.parts.get("")
-    if main is None:
-        raise CodecError(f"{encoded.encoding} without codes")
-    if 2 * sum(part.numel() for part in encoded.parts.values()) < prod(encoded.spec.shape):
-        raise CodecError(f"{encoded.encoding} has too few codes for {encoded.spec}")  # before memory is made for them
-    return prepared_out(encoded.spec, main.device, out)
+class Named(NamedTuple, Generic[P]):
+    """A plane of a stored tensor, and the names of the parts that are its alone. turning: as in `Stored`."""
+
+    plane: P
+    kept: str
+    means: tuple[str, ...]
+    turning: Rotary | None
 
 
-def shape_only(encoded: EncodedTensor) -> torch.Tensor:
-    """A tensor of its spec without memory, to check it on."""
-    if encoded.spec.dtype not in BY_NAME:
-        raise CodecError(f"unknown dtype {encoded.spec.dtype!r}")
-    return torch.empty(encoded.spec.shape, dtype=getattr(torch, encoded.spec.dtype), device="meta")
+class Plan(NamedTuple, Generic[P]):
+    """What a stored tensor has to consist of, by its shape and its attributes alone. due: its parts, by name."""
+
+    planes: tuple[Named[P], ...]
+    due: Mapping[str, Due]
 
 
-def stored_planes(encoded: EncodedTensor, like: torch.Tensor, form: type[P]) -> list[Stored[P]]:
-    """The planes of a stored tensor of keys or values; CodecError unless its parts are theirs and no others.
-
-    like: of its spec; the rows are views of it, or copies of a packed tensor's halves. form: the codec's planes.
-    """
-    role, token_axis, spec = stored_role(encoded.attrs), stored_token_axis(encoded.attrs), encoded.spec
-    if spec.dtype not in LOSSY_ALLOWED or prod(spec.shape) == 0:
-        raise CodecError(f"{encoded.encoding} decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {spec}")
-    if role == "packed" and (not spec.shape or spec.shape[-1] % 2):
-        raise CodecError(f"{encoded.encoding} packs keys and values in an even last dimension, not {spec.shape}")
-    halves = planes_of(like, role, token_axis)
-    planes = [
-        form.of(part, rows, kept_indexes(encoded.attrs.get(f"{prefix}kept"), rows.shape[1]))
-        for prefix, part, rows in halves
-    ]
+def planned(  # noqa: PLR0913, PLR0917 - the key of a cache: each by itself, so that equal values of other types are told apart
+    form: type[P],
+    encoding: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    role: object,
+    token_axis: object,
+    kept: object,
+    value_kept: object,
+    channels: object,
+    interleaved: object,
+) -> Plan[P]:
+    """The plan of a tensor that `encoding` wrote in planes of this form. Raises CodecError where there can be none."""
+    role, token_axis = stored_role(role), stored_token_axis(token_axis)
+    if dtype not in LOSSY_ALLOWED or min(shape, default=1) < 1:
+        raise CodecError(f"{encoding} decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {dtype} {shape}")
+    roles = roles_of(role)
+    if len(roles) > 1:
+        if not shape or shape[-1] % 2:
+            raise CodecError(f"{encoding} packs keys and values in an even last dimension, not {shape}")
+        shape = (*shape[:-1], shape[-1] // 2)
+    rows = rows_of(shape, token_axis)
+    texts = (kept, value_kept)[: len(roles)]
+    planes = [form.of(part, rows, kept_indexes(text, rows[1])) for (part, _), text in zip(roles, texts, strict=True)]
+    scales, tops = tuple(plane.blocks for plane in planes), tuple(plane.tops for plane in planes)
+    due = {"": Due((torch.uint8,), tuple(plane.blocks * plane.block // 2 for plane in planes))}
     if form.tops_joined:
-        encoded = _with_tops(encoded, planes)
-    if role == "packed":
-        encoded = _split_packed(encoded, planes)
-    names: list[str] = []
-    for plane, (prefix, _part, _rows) in zip(planes, halves, strict=True):
-        names += [prefix, f"{prefix}scale", f"{prefix}scale_top"]
-        names += [f"{prefix}kept"] * bool(plane.kept)
-        names += [f"{prefix}{suffix}" for suffix in form.means if plane.groups]
-    require_names(encoded, names)
-    return [
-        Stored(plane, prefix, rows, encoded, _blocks(encoded, plane, prefix), _kept(encoded, plane, prefix))
-        for plane, (prefix, _part, rows) in zip(planes, halves, strict=True)
-    ]
+        due["scale"] = Due((torch.uint8,), (*scales, *(2 * count for count in tops)))
+    else:
+        due["scale"], due["scale_top"] = Due((torch.uint8,), scales), Due((torch.int16,), tops)
+    named = []
+    for plane, (_, prefix) in zip(planes, roles, strict=True):
+        if plane.kept:
+            values = plane.outer * len(plane.kept) * plane.inner * plane.d
+            due[f"{prefix}kept"] = Due((torch.float16, torch.bfloat16), (values,))
+        turning = plane.turning_in(channels, interleaved) if plane.groups else None
+        means = {f"{prefix}{suffix}": one for suffix, one in plane.means_due(turning).items()} if plane.groups else {}
+        due |= means
+        named.append(Named(plane, f"{prefix}kept", tuple(means), turning))
+    return Plan(tuple(named), due)
 
 
-def _with_tops(encoded: EncodedTensor, planes: Collection[Plane]) -> EncodedTensor:
-    """The tensor with the tops, which lie behind the scales, as a part of their own."""
-    scales = sum(plane.blocks for plane in planes)
-    tops = 2 * sum(-(-plane.blocks // reference_kv.SCALE_GROUP) for plane in planes)
-    if "scale_top" in encoded.parts:
-        raise CodecError(f"{encoded.encoding} has its tops behind its scales")
-    both = require_part(encoded, "scale", torch.uint8, scales + tops)
-    parts = {**encoded.parts, "scale": both[:scales], "scale_top": both[scales:].clone().view(torch.int16)}
-    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
+_known_plan = lru_cache(maxsize=PLANS_MAX, typed=True)(planned)
 
 
-def _split_packed(encoded: EncodedTensor, planes: Collection[Plane]) -> EncodedTensor:
-    """A packed tensor's joined parts as those of its keys ("") and its values ("v.")."""
-    parts = dict(encoded.parts)
-    for suffix, dtype in JOINED.items():
-        lengths = [
-            {"": p.blocks * p.block // 2, "scale": p.blocks, "scale_top": -(-p.blocks // reference_kv.SCALE_GROUP)}[
-                suffix
-            ]
-            for p in planes
-        ]
-        joined = require_part(encoded, suffix, dtype, sum(lengths))
-        parts[suffix], parts[f"v.{suffix}"] = torch.split(joined, lengths)
-    return EncodedTensor(encoded.spec, encoded.encoding, parts, encoded.attrs)
+def plan_of(encoded: EncodedTensor, form: type[P]) -> Plan[P]:
+    """The plan of a stored tensor. Raises CodecError where its shape and attributes do not belong together."""
+    spec, attrs = encoded.spec, encoded.attrs
+    kept, value_kept = attrs.get("kept"), attrs.get("v.kept")
+    told: tuple[Any, ...] = (
+        form, encoded.encoding, spec.dtype, spec.shape, attrs.get("role"), attrs.get("token_axis"), kept, value_kept,
+        attrs.get("rotary"), attrs.get("interleaved"),
+    )  # fmt: skip
+    if type(kept) is str and len(kept) <= KEPT_TEXT_MAX and (value_kept is None or type(value_kept) is str):
+        try:
+            return _known_plan(*told)
+        except TypeError:  # what cannot be hashed: the same, and it is refused for what it is
+            pass
+    return planned(*told)
 
 
-def _blocks(encoded: EncodedTensor, plane: Plane, prefix: str) -> reference_kv.RotatedBlocks:
-    """Codes, scales and tops of exactly the lengths the plane has, with tops that are finite scales."""
-    b = plane.blocks
-    codes = require_part(encoded, prefix, torch.uint8, b * plane.block // 2)
-    scales = require_part(encoded, f"{prefix}scale", torch.uint8, b)
-    tops = require_part(encoded, f"{prefix}scale_top", torch.int16, -(-b // reference_kv.SCALE_GROUP))
-    if not tops.clamp(0, _TOP_LIMIT - 1).equal(tops):
-        raise CodecError(f"nf4-kv scale tops lie in [0, {_TOP_LIMIT})")
-    return reference_kv.RotatedBlocks(codes, scales, tops, scales)
+def read(encoded: EncodedTensor, form: type[P]) -> list[Stored[P]]:
+    """The planes of a stored tensor of keys or values; CodecError unless its parts are theirs and no others."""
+    named, due = plan_of(encoded, form)
+    require_names(encoded, due.keys())
+    parts = {suffix: _pieces(encoded, suffix, one) for suffix, one in due.items()}
+    scales = parts["scale"]
+    tops = [top.clone().view(torch.int16) for top in scales[len(named) :]] if form.tops_joined else parts["scale_top"]
+    found = []
+    for at, (plane, kept_name, mean_names, turning) in enumerate(named):
+        if not tops[at].clamp(0, _TOP_LIMIT - 1).equal(tops[at]):
+            raise CodecError(f"nf4-kv scale tops lie in [0, {_TOP_LIMIT})")
+        kept = None
+        if plane.kept:
+            kept = require_finite(encoded.encoding, "kept", *parts[kept_name])
+            kept = kept.view(plane.outer, len(plane.kept), plane.inner, plane.d)
+        means = tuple(piece for name in mean_names for piece in parts[name])
+        found.append(Stored(plane, parts[""][at], scales[at], tops[at], kept, means, turning))
+    return found
 
 
-def _kept(encoded: EncodedTensor, plane: Plane, prefix: str) -> torch.Tensor | None:
-    """The kept tokens (outer, kept, inner, d), finite; None where there are none."""
-    if not plane.kept:
-        return None
-    part = encoded.parts.get(f"{prefix}kept")
-    shape = (plane.outer, len(plane.kept), plane.inner, plane.d)
-    dtype = torch.bfloat16 if part is not None and part.dtype == torch.bfloat16 else torch.float16
-    return require_finite(encoded, "kept", require_part(encoded, f"{prefix}kept", dtype, prod(shape))).view(shape)
+def _pieces(encoded: EncodedTensor, suffix: str, due: Due) -> tuple[torch.Tensor, ...]:
+    """The pieces of a part, flat; CodecError unless it has the type and the length that are due."""
+    part, pieces = encoded.parts[suffix], due.pieces
+    numel = sum(pieces)
+    if due.repeated and pieces[-1]:
+        more = max(0, part.numel() - numel) // pieces[-1] * pieces[-1]
+        numel, pieces = numel + more, (*pieces[:-1], pieces[-1] + more)
+    flat = require_part(encoded, suffix, part.dtype if part.dtype in due.dtypes else due.dtypes[0], numel)
+    return (flat,) if len(pieces) == 1 else flat.split_with_sizes(pieces)
+
+
+class RowsCodec(ABC, Generic[P]):
+    """The reading half of a codec whose tensors are planes of rows. form: the planes it has."""
+
+    form: type[P]
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in fresh memory or in `out` (same dtype, shape and device, contiguous).
+
+        Raises CodecError when parts, attributes and spec do not belong together: before memory is made for what they
+        say there is.
+        """
+        planes = read(encoded, self.form)
+        out = prepared_out(encoded.spec, encoded.parts[""].device, out)
+        if len(planes) == 1:
+            self.fill(planes[0], out.view(planes[0].plane.shape))
+            return out
+        half = out.shape[-1] // 2
+        for stored, target in zip(planes, (out[..., :half], out[..., half:]), strict=True):
+            rows = out.new_empty(stored.plane.shape)
+            self.fill(stored, rows)
+            target.copy_(rows.view(target.shape))
+        return out
+
+    def check(self, encoded: EncodedTensor) -> None:
+        """Raise CodecError where `decode` would, without decoding."""
+        for stored in read(encoded, self.form):
+            if stored.means:
+                self.check_means(stored)
+
+    @abstractmethod
+    def fill(self, stored: Stored[P], out: torch.Tensor) -> None:
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+
+    @abstractmethod
+    def check_means(self, stored: Stored[P]) -> object:
+        """Raise CodecError for means that the codec does not write, of a plane that has them."""
 
 
 def kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
@@ -242,32 +336,30 @@ def kept_indexes(text: object, tokens: int) -> tuple[int, ...]:
     return kept
 
 
-def stored_role(attrs: Mapping[str, object]) -> str:
-    """The role among attributes; CodecError for none."""
-    role = attrs.get("role")
+def stored_role(role: object) -> str:
+    """The role that an attribute names; CodecError for none."""
     if role not in ("key", "value", "packed", "plain"):
         raise CodecError(f"nf4-kv knows no role {role!r}")
     return str(role)
 
 
-def stored_token_axis(attrs: Mapping[str, object]) -> int:
-    """The token axis among attributes; CodecError for none."""
-    axis = attrs.get("token_axis")
+def stored_token_axis(axis: object) -> int:
+    """The token axis that an attribute names; CodecError for none."""
     if isinstance(axis, bool) or not isinstance(axis, int) or axis >= -1:
         raise CodecError(f"nf4-kv needs a token_axis below -1, not {axis!r}")
     return axis
 
 
-def require_names(encoded: EncodedTensor, names: Collection[str]) -> None:
+def require_names(encoded: EncodedTensor, names: AbstractSet[str]) -> None:
     """CodecError unless the parts are these and no others: whoever takes an entry as it is held takes all of them."""
-    if encoded.parts.keys() != set(names):
+    if encoded.parts.keys() != names:
         raise CodecError(f"{encoded.encoding} has the parts {sorted(names)}, not {sorted(encoded.parts)!r:.200}")
 
 
-def require_finite(encoded: EncodedTensor, suffix: str, part: torch.Tensor) -> torch.Tensor:
+def require_finite(encoding: str, suffix: str, part: torch.Tensor) -> torch.Tensor:
     """The part; CodecError where a scale or a value in it is not finite. No codec writes such a one."""
     if not finite(part):
-        raise CodecError(f"{encoded.encoding} part {suffix!r} holds what is not finite")
+        raise CodecError(f"{encoding} part {suffix!r} holds what is not finite")
     return part
 
 
@@ -285,7 +377,7 @@ def require_part(encoded: EncodedTensor, suffix: str, dtype: torch.dtype, numel:
     if part is None or part.dtype != dtype or part.numel() != numel or not part.is_contiguous():
         found = "nothing" if part is None else f"{part.dtype} {tuple(part.shape)}"
         raise CodecError(f"{encoded.encoding} part {suffix!r}: {found}, expected {dtype} ({numel},)")
-    return part.view(-1)
+    return part if part.dim() == 1 else part.view(-1)
 
 
 def prepared_out(spec: TensorSpec, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:

@@ -151,7 +151,7 @@ def rotary_of(rows: torch.Tensor, kernel: KvKernel | None) -> Rotary:
 def _errors(
     rows: torch.Tensor, got: torch.Tensor, part: Part, kept: tuple[int, ...], known: torch.Tensor | None = None
 ) -> torch.Tensor:
-    kernel = kv_kernel(rows)
+    kernel = kv_kernel(rows.device)
     coded = _without(rows, kept)
     missed = distances(rows, got, kernel)
     energies = _content(coded, part, kernel) if known is None else known

@@ -6,10 +6,12 @@ codes that is a third of its size, and the warm tier holds fewer blocks for it. 
 they are asked for, as views, without a copy.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,15 +58,47 @@ class Layout:
         """Bytes of all parts, without the gaps between them."""
         return sum(part.stop - part.start for part in self.parts)
 
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorSpec]:
+        """Types and shapes of the tensors once decoded."""
+        return MappingProxyType(dict(zip(self.names, self.specs, strict=True)))
+
+    @cached_property
+    def tensors(self) -> Mapping[str, "Tensor"]:
+        """What each tensor is made of."""
+        starts = [0, *accumulate(map(len, self.attrs))]
+        return {
+            name: Tensor(
+                self.specs[at],
+                self.encodings[at],
+                self.attrs[at],
+                slice(starts[at], starts[at + 1]),
+                tuple(part for part in self.parts if part.tensor == at),
+            )
+            for at, name in enumerate(self.names)
+        }
+
+
+class Tensor(NamedTuple):
+    """One tensor of a layout. attrs: the names of its attributes; values: where theirs are among those of an entry."""
+
+    spec: TensorSpec
+    encoding: str
+    attrs: tuple[str, ...]
+    values: slice
+    parts: tuple[Part, ...]
+
 
 class PackedTensors(Mapping[str, EncodedTensor]):
-    """The tensors of an entry, by name, made when asked for."""
+    """The tensors of an entry, by name, made when asked for. specs, encodings: as `Entry` has them."""
 
-    __slots__ = ("_attrs", "_data", "layout")
+    __slots__ = ("_attrs", "_data", "encodings", "layout", "specs")
     device = torch.device("cpu")
 
     def __init__(self, layout: Layout, data: bytearray, attrs: tuple[object, ...]) -> None:
         self.layout = layout
+        self.specs = layout.by_name
+        self.encodings = layout.encodings
         self._data = data
         self._attrs = attrs
 
@@ -74,28 +108,18 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         return len(self._data) + PACKED_OVERHEAD_NBYTES
 
     @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """`Entry.specs`, without making the tensors."""
-        return dict(zip(self.layout.names, self.layout.specs, strict=True))
-
-    @property
-    def encodings(self) -> Collection[str]:
-        """`Entry.encodings`, without making the tensors."""
-        return self.layout.encodings
-
-    @property
     def receipt(self) -> dict[str, float]:
         """`Entry.receipt`, without making the tensors."""
-        layout = self.layout
         return {
-            name: error_in(encoding, attrs)
-            for name, encoding, attrs in zip(layout.names, layout.encodings, self.attrs, strict=True)
+            name: error_in(tensor.encoding, attrs)
+            for (name, tensor), attrs in zip(self.layout.tensors.items(), self.attrs, strict=True)
         }
 
     @property
     def attrs(self) -> list[dict[str, object]]:
         """Each tensor's attributes."""
-        return [self._attrs_of(at) for at in range(len(self.layout.names))]
+        values = self._attrs
+        return [dict(zip(t.attrs, values[t.values], strict=True)) for t in self.layout.tensors.values()]
 
     @property
     def payload(self) -> "list[np.ndarray[Any, np.dtype[np.uint8]]]":
@@ -104,25 +128,21 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         return [whole[part.start : part.stop] for part in self.layout.parts]
 
     def __getitem__(self, name: str) -> EncodedTensor:
-        layout = self.layout
-        try:
-            at = layout.names.index(name)
-        except ValueError:
-            raise KeyError(name) from None
-        parts = {part.suffix: self._view(part) for part in layout.parts if part.tensor == at}
-        return EncodedTensor(layout.specs[at], layout.encodings[at], parts, self._attrs_of(at))
+        tensor, data = self.layout.tensors[name], self._data
+        parts: dict[str, torch.Tensor] = {}
+        for part in tensor.parts:
+            if part.start == part.stop:
+                parts[part.suffix] = torch.empty(part.shape, dtype=part.dtype, device="cpu")
+                continue
+            count = (part.stop - part.start) // part.dtype.itemsize
+            flat = torch.frombuffer(data, dtype=part.dtype, count=count, offset=part.start)
+            parts[part.suffix] = flat if len(part.shape) == 1 else flat.view(part.shape)
+        attrs = dict(zip(tensor.attrs, self._attrs[tensor.values], strict=True))
+        return EncodedTensor(tensor.spec, tensor.encoding, parts, attrs)
 
-    def _attrs_of(self, at: int) -> dict[str, object]:
-        names = self.layout.attrs
-        first = sum(map(len, names[:at]))
-        return dict(zip(names[at], self._attrs[first : first + len(names[at])], strict=True))
-
-    def _view(self, part: Part) -> torch.Tensor:
-        if part.start == part.stop:
-            return torch.empty(part.shape, dtype=part.dtype, device="cpu")
-        count = (part.stop - part.start) // part.dtype.itemsize
-        flat = torch.frombuffer(self._data, dtype=part.dtype, count=count, offset=part.start)
-        return flat if len(part.shape) == 1 else flat.view(part.shape)
+    def items(self) -> ItemsView[str, EncodedTensor]:
+        """Names and tensors, all of them made at once."""
+        return {name: self[name] for name in self.layout.names}.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.names)

@@ -113,12 +113,13 @@ def cuda_kernel(x: torch.Tensor) -> ModuleType | None:
     return _imported("kvstore.kernels.cuda") if x.device.type == "cuda" else None
 
 
-def kv_kernel(x: torch.Tensor) -> KvKernel | None:
-    """The nf4-kv kernel for x's device: the compiled one, or `kernels.cuda_kv`; None: use the reference."""
-    if x.device.type == "cuda":
+@cache
+def kv_kernel(device: torch.device) -> KvKernel | None:
+    """The nf4-kv kernel for a device: the compiled one, or `kernels.cuda_kv`; None: use the reference."""
+    if device.type == "cuda":
         found: KvKernel | None = _imported("kvstore.kernels.cuda_kv")
         return found
-    return cpu_kernel(x)
+    return _best() if device.type == "cpu" else None
 
 
 Products = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -68,10 +68,10 @@ class Answers:
         """As `hits`, not copied; what its plan says may stay encoded, or where it lies, is given out as it is held."""
         for place in found:
             hit: Hit | Found | None = None
-            if place is not None and plan.stays_in_place(place.entry):
+            if place is not None and plan.maps is not None and plan.stays_in_place(place.entry):
                 hit = place
             elif place is not None:
-                stays = place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
+                stays = plan.accept and place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
                 hit = self._as_held(place) if stays else self.hit(place, copy=False, room=room)
             if hit is None and plan.leading:
                 return

@@ -148,7 +148,7 @@ class TensorTranscoder:
         For a caller who sees no torch mode: this is the hottest path, and asking twice costs a sixth of a small get.
         """
         start = time.perf_counter()
-        tensors = decode_all(entry.to(self._device), out)
+        tensors = decode_all(entry if self._device == _RAM else entry.to(self._device), out)
         if entry.encoding != "raw":
             with self._r.lock:
                 self._r.counters.decodes += 1

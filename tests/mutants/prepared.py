@@ -173,7 +173,7 @@ PREPARED = (
     ("kvstore/codecs/receipt.py", "if not bool(torch.isfinite(missed).all()):", "if False:", "infinities"),
     (
         "kvstore/codecs/parts.py",
-        "if not tops.clamp(0, _TOP_LIMIT - 1).equal(tops):",
+        "if not tops[at].clamp(0, _TOP_LIMIT - 1).equal(tops[at]):",
         "if False:",
         "scales that are none",
     ),

@@ -38,10 +38,10 @@ def test_kept_tokens_are_ascending_of_the_tensor_and_not_all(text: object) -> No
 @pytest.mark.parametrize("axis", [-1, 0, 3, True, "-3", -3.0, None])
 def test_tokens_lie_before_the_last_axis(axis: object) -> None:
     with pytest.raises(CodecError, match="token_axis"):
-        stored_token_axis({"token_axis": axis})
-    assert stored_token_axis({"token_axis": -2}) == -2
+        stored_token_axis(axis)
+    assert stored_token_axis(-2) == -2
     with pytest.raises(CodecError, match="role"):
-        stored_role({"role": "keys"})
+        stored_role("keys")
 
 
 @pytest.mark.parametrize(

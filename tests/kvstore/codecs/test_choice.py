@@ -179,7 +179,7 @@ from kvstore import kernels
 from kvstore.codecs import codec_for, decode_tensor, encode_measured
 codec = codec_for(NAME)
 x = torch.randn(2, 66, 2, 32, generator=torch.Generator().manual_seed(0))
-kernels.cpu_kernel(x), kernels.kv_kernel(x)
+kernels.cpu_kernel(x), kernels.kv_kernel(x.device)
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 try:
     open("/dev/null")
