@@ -92,9 +92,8 @@ class CheckedKeys(tuple[Key, ...]):
         return tuple.__new__(CheckedKeys, [prefix + key for key in self])
 
 
-def check_keys(keys: Iterable[object]) -> CheckedKeys:
-    """`CheckedKeys(keys)`, for those who think of it as a check."""
-    return CheckedKeys(keys)
+check_keys = CheckedKeys
+"""For those who think of it as a check."""
 
 
 def named(keys: Sequence[bytes | CheckedKeys]) -> CheckedKeys:

@@ -36,11 +36,6 @@ ELSEWHERE = Lookup(counted=False)
 """For a call that is no lookup by itself, or part of one that another call counts."""
 
 
-def said(lookup: Lookup | None) -> dict[str, Lookup]:
-    """The keyword argument for a verb; none where nothing is said, so that any cache with the common verbs will do."""
-    return {} if lookup is None else {"lookup": lookup}
-
-
 def check_saved(seconds: float) -> float:
     """Seconds of prefill saved, as reported. Raises InvalidEntry."""
     if not 0 <= seconds <= REPORT_MAX_S:  # NaN included

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, final
 
 from kvstore.dtypes import TensorSpec
 from kvstore.errors import InvalidEntry
@@ -12,6 +12,7 @@ ENCODINGS = ("nf4", "nf4-kv2", "nf4-kv", "int8")
 """Those that travel: a caller may get and put tensors in them, and decode them himself."""
 
 
+@final
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedTensor:
     """One tensor in the parts that a codec made of it.

@@ -1,20 +1,100 @@
-"""Calls over the limit of keys, made in pieces: a long chain is not the caller's mistake.
+"""A cache as the prefix layer calls it: with any number of keys, and awaited, whoever waits.
 
-`in_pieces` wraps any cache with the common verbs. A call of up to 4096 keys is passed on unchanged. A longer one is
-cut, with the meaning of the whole: a leading match ends with the first piece that is not held in full, counts are
-summed, a chain is put root first and its pieces are linked, and a touch goes deepest first, so that the root is the
-most recently used. Each verb says what is no longer atomic. Holds no state. As thread-safe as the cache.
+One text serves callers that block and an event loop: a verb over several calls is a coroutine that awaits each of them.
+Over a cache that blocks, `Ready` answers every await at once, and `now` makes the verb an ordinary function; over an
+asyncio client its own coroutines are awaited.
+A long chain is no mistake: `in_pieces` wraps any cache with the common verbs. A call of at most 4096 keys is passed on
+unchanged. A longer one is cut, with the meaning of the whole: a leading match ends with the first piece that is not
+held in full, counts are summed, a chain is put root first and its pieces are linked, and a touch goes deepest first, so
+that the root is the most recently used. Each verb says what is no longer atomic. Holds no state. As thread-safe as the
+cache.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from itertools import chain as joined
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from kvstore import arrays
 from kvstore.hit import Held, Hit, Match
 from kvstore.keys import KEYS_PER_CALL_MAX
-from kvstore.lookup import Lookup, said
-from kvstore.ready import Ready, now
+from kvstore.lookup import Lookup
+
+S = TypeVar("S")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def said(lookup: Lookup | None) -> dict[str, Lookup]:
+    """The keyword argument for a verb; none where nothing is said, so that any cache with the common verbs will do."""
+    return {} if lookup is None else {"lookup": lookup}
+
+
+def run_now(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never waits. Raises what it raises."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    work.close()
+    raise RuntimeError("a verb over a cache that blocks has waited for an event loop")
+
+
+def now(verb: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
+    """The same verb for callers that block: a method of an object whose `awaited` has the verb as a coroutine."""
+    name = verb.__name__
+
+    @wraps(verb)
+    def blocking(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        work: Coroutine[Any, Any, T] = getattr(self.awaited, name)(*args, **kwargs)
+        return run_now(work)
+
+    return cast("Callable[Concatenate[Any, P], T]", blocking)
+
+
+class Ready:
+    """A cache that blocks, with verbs to await: each has its answer when it is called."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self._fill = getattr(cache, "fill", fill)
+
+    def __repr__(self) -> str:
+        return repr(self.cache)
+
+    def __getattr__(self, name: str) -> Any:
+        async def ready(*args: Any, **kwargs: Any) -> Any:
+            return getattr(self.cache, name)(*args, **kwargs)
+
+        return ready
+
+    async def lease_into(self, leases: ExitStack, keys: Any, **how: Any) -> Iterable[Any]:
+        """The hits of `lease_many`, leased until `leases` are closed."""
+        return leases.enter_context(self.cache.lease_many(keys, **how))
+
+    async def fill(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Copy (target, source) pairs."""
+        self._fill(pairs)
+
+    async def how_to_lease(self, out: Any) -> dict[str, Any]:
+        """How the cache is best asked for what is to fill these tensors."""
+        asked = getattr(self.cache, "how_to_lease", None)
+        return {} if asked is None else asked(out)
+
+    async def breathe(self) -> None:
+        """Between two chunks: an event loop has its turn here."""
+
+    async def work(self, call: Callable[..., T], *args: Any) -> T:
+        """A call that takes a while and asks nobody."""
+        return call(*args)
+
+
+def fill(pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Copy each source to its target, of the same shape and type."""
+    for target, source in pairs:
+        arrays.copy_into(target, source)
 
 
 def in_pieces(cache: Any) -> "Pieces":
@@ -23,7 +103,7 @@ def in_pieces(cache: Any) -> "Pieces":
 
 
 def awaited(cache: Any) -> Any:
-    """The verbs of a cache that blocks, with calls of any length, to be awaited (see `ready`)."""
+    """The verbs of a cache that blocks, with calls of any length, to be awaited."""
     pieces: Any = in_pieces(cache)
     return pieces.awaited if isinstance(pieces, Pieces) else Ready(pieces)
 

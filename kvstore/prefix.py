@@ -24,8 +24,7 @@ from kvstore.keys import (
 )
 from kvstore.lookup import ELSEWHERE, Lookup
 from kvstore.packed import PackedTensor
-from kvstore.pieces import awaited
-from kvstore.ready import now
+from kvstore.pieces import awaited, now
 
 TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
@@ -100,7 +99,7 @@ def namespace_name(model: str, digest: bytes) -> str:
 
 
 class _Joined:
-    """Collects the chunks of a prefix, and copies them one behind the other."""
+    """Collects the chunks of a prefix, and copies them one behind the other. A context, in which it knows them."""
 
     def __init__(self) -> None:
         self._parts: list[Mapping[str, Any]] = []
@@ -122,15 +121,19 @@ class _Joined:
         return int(k.shape[TOKEN_AXIS]), k, v
 
     def _joined(self) -> list[Any]:
-        return [arrays.joined([tensors[name] for tensors in self._parts], TOKEN_AXIS) for name in ("k", "v")]
+        pairs = [(tensors["k"], tensors["v"]) for tensors in self._parts]
+        return [arrays.joined(list(parts), TOKEN_AXIS) for parts in zip(*pairs, strict=True)]
 
-    def let_go(self) -> None:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         """Forget the chunks."""
         self._parts.clear()
 
 
 class _Filled:
-    """Copies the chunks of a prefix to where they belong: one copy, right out of the cache's memory."""
+    """Copies the chunks of a prefix to where they belong: one copy, right out of the cache's memory. A context, too."""
 
     def __init__(self, k: Any, v: Any) -> None:
         self._k, self._v, self._tokens = k, v, 0
@@ -157,8 +160,11 @@ class _Filled:
         await cache.fill(self._pairs)
         return n, arrays.cut(self._k, TOKEN_AXIS, 0, n), arrays.cut(self._v, TOKEN_AXIS, 0, n)
 
-    def let_go(self) -> None:
-        """Nothing of the chunks is kept."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        """Forget the chunks."""
         self._pairs.clear()
 
 
@@ -199,7 +205,7 @@ class _Tail(NamedTuple):
 
 
 class Prefixes:
-    """A `Namespace` over a cache whose verbs are awaited (see `ready`)."""
+    """A `Namespace` over a cache whose verbs are awaited (see `pieces`)."""
 
     def __init__(self, cache: Any, identity: Identity, chunk_tokens: int = CHUNK_TOKENS) -> None:
         """cache: takes any number of keys (`pieces`): a prompt may have more chunks than a call has keys."""
@@ -287,11 +293,10 @@ class Prefixes:
             self._check_out(out, len(token_ids))
         keys = self.keys(token_ids)
         full = keys[: len(token_ids) // self.chunk_tokens]
+        whole, how = self._lookup(token_ids, keys), await self._how_to_lease(out)
         taken = _Joined() if out is None else _Filled(*out)
         try:
-            whole = self._lookup(token_ids, keys)
-            how = await self._how_to_lease(out)
-            with ExitStack() as leases:
+            with ExitStack() as leases, taken:  # no view may outlive the leases
                 hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole, **how) if full else ()
                 held = await taken.take(self._cache, self._whole(hits))
                 del hits
@@ -303,14 +308,9 @@ class Prefixes:
                     del last
                 elif keys and not full:  # a prompt of less than a chunk: nobody has counted it yet
                     await self._cache.get_many(keys, leading=True, lookup=whole)
-                try:
-                    return await taken.result(self._cache)
-                finally:
-                    taken.let_go()  # no view may outlive the leases
+                return await taken.result(self._cache)
         except RecordCorrupt:  # the lease ended before the copy: what was copied may be another chunk's
             return 0, None, None
-        finally:
-            taken.let_go()
 
     async def _how_to_lease(self, out: tuple[Any, Any] | None) -> dict[str, Any]:
         """Into tensors on a GPU chunks go as they are held, and are decoded there."""
@@ -344,21 +344,15 @@ class Prefixes:
         """
         self._check_out((k, v), len(token_ids))
         keys = await self._longest(token_ids, counted=True)
-        taken = _Filled(k, v)
+        how, taken = await self._how_to_lease((k, v)), _Filled(k, v)
         try:
-            how = await self._how_to_lease((k, v))
-            with ExitStack() as leases:
+            with ExitStack() as leases, taken:  # as in `get_prefix`
                 hits = await self._cache.lease_into(leases, keys, leading=True, lookup=ELSEWHERE, **how) if keys else ()
                 await taken.take(self._cache, self._whole(hits))
                 del hits
-                try:
-                    return (await taken.result(self._cache))[0]
-                finally:
-                    taken.let_go()  # no view may outlive the leases
-        except RecordCorrupt:  # as in `get_prefix`
+                return (await taken.result(self._cache))[0]
+        except RecordCorrupt:
             return 0
-        finally:
-            taken.let_go()
 
     async def match_prefix(self, token_ids: Sequence[int]) -> Match:
         """Where the chunks of the longest cached prefix are held. Does not count as use."""

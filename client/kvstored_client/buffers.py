@@ -1,6 +1,6 @@
 """Memory that an entry's bytes are written to or read from: the caller's own tensors, fresh ones, foreign bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,37 +20,45 @@ Out = Sequence[Tensors | None] | None
 
 
 class Target:
-    """Where an entry's tensors go. bytes: what to fill, by name; tensors: what the caller gets after `finish`."""
+    """Where an entry's tensors go. bytes: what to fill, by name; tensors: what the caller gets after `finish`.
+
+    unfinished: `finish` has something to do.
+    """
+
+    unfinished = False
 
     def __init__(
-        self, specs: Mapping[str, TensorInfo], framework: str, out: Tensors | None, batch: Batch | None = None
+        self,
+        specs: Mapping[str, TensorInfo],
+        sizes: Iterable[int],
+        framework: str,
+        out: Tensors | None,
+        batch: Batch | None = None,
     ) -> None:
-        """out: the caller's own tensors, or None for fresh ones. Raises OutMismatch.
+        """sizes: the bytes of each. out: the caller's own tensors, or None for fresh ones. Raises OutMismatch.
 
         batch: takes tensors on a GPU, which are then in `direct` and have no bytes here.
         """
         self.direct: dict[str, Any] = {}
         self.aside: dict[str, Any] = {}
-        self.bytes: dict[str, Bytes] = {}
-        self.tensors: dict[str, Any] = {}
-        if out is not None:
-            check_out(specs, out)
-        sizes = [spec.nbytes for spec in specs.values()]
+        self.bytes: dict[str, Bytes]
+        self.tensors: dict[str, Any]
+        if out is None:
+            self.bytes, self.tensors = arrays.fresh(specs, sizes, framework)
+            return
+        check_out(specs, out)
+        self.bytes, self.tensors = {}, {}
         for (name, spec), nbytes in zip(specs.items(), sizes, strict=True):
-            given = None if out is None else out[name]
-            if batch is not None and given is not None and Runs.of(given) is not None:
-                self.direct[name] = self.tensors[name] = given
+            given = self.tensors[name] = out[name]
+            if batch is not None and Runs.of(given) is not None:
+                self.direct[name] = given
                 continue
-            direct = None if given is None else arrays.bytes_in_place(given)
-            if direct is not None:
-                self.bytes[name] = direct
-                self.tensors[name] = given
-                continue
-            data = self.bytes[name] = np.empty(nbytes, dtype=np.uint8)
-            fresh = arrays.from_bytes(spec, data, framework if given is None else "torch")
-            self.tensors[name] = fresh if given is None else given
-            if given is not None:  # on another device, or strided: filled through a tensor aside
-                self.aside[name] = fresh
+            direct = arrays.bytes_in_place(given)
+            if direct is None:  # on another device, or strided: filled through a tensor aside
+                direct = np.empty(nbytes, dtype=np.uint8)
+                self.aside[name] = arrays.from_bytes(spec, direct, "torch")
+                self.unfinished = True
+            self.bytes[name] = direct
 
     def finish(self) -> None:
         """All bytes are filled: those tensors that could not be filled directly get them now."""

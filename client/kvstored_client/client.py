@@ -10,8 +10,10 @@ no cache. `on_error="raise"` raises instead. The caller's own mistakes always ra
 TierUnavailable. Thread-safe; a forked child connects anew.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from operator import itemgetter
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -24,9 +26,8 @@ from kvstore.options import PutOptions
 from kvstore.packed import refuse_both
 from kvstore.prefix import Namespace
 from kvstore.stats import Setting, Stats
-from kvstored_client.asking import Asking, OnError
+from kvstored_client.asking import Asking, Leases, OneLease, OnError, Wanted, leading_hits
 from kvstored_client.decoding import Decode
-from kvstored_client.leasing import Leases, OneLease, Wanted, leading_hits
 from kvstored_client.puts import outgoing, put_options
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.messages import (
@@ -40,6 +41,8 @@ from kvstored_client.wire.messages import (
 )
 
 TIMEOUT_S = 5.0
+_ONE, _ONE_PACKED = Wanted(), Wanted(packed=True)
+_first: Callable[[list[Hit | None]], Hit | None] = itemgetter(0)
 
 
 def _nothing(_reply: object) -> None:
@@ -136,7 +139,7 @@ class Client(Asking):
         """
         if packed:
             refuse_both(out, packed=packed)
-        return self._received([check_key(key)], lambda hits: hits[0], out=None if out is None else [out], packed=packed)
+        return self._received([check_key(key)], _first, out=None if out is None else [out], packed=packed)
 
     def get_many(
         self, keys: Sequence[bytes], *, leading: bool = False, lookup: Lookup | None = None, packed: bool = False
@@ -155,21 +158,20 @@ class Client(Asking):
         lookup: how it counts among the daemon's lookups, by default each key as one; a get of the same keys within a
         minute belongs to it.
         """
-        request = pb.MatchRequest(keys=check_keys(keys), lookup=lookup_message(lookup))
+        checked = check_keys(keys)
+        request = pb.MatchRequest(keys=checked, lookup=None if lookup is None else lookup_message(lookup))
 
         def matched(reply: pb.MatchReply) -> Match:
-            return Match(tuple(at for at in self._held(request, reply) if at is not None))
+            return Match(tuple(at for at in self._places(len(checked), reply) if at is not None))
 
         return self._asked("Match", request, pb.MatchReply, matched, Match(()))
 
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
         checked = check_keys(keys)
-        request = pb.MatchRequest(keys=checked, every=True, lookup=lookup_message(lookup))
-        nowhere: list[Held | None] = [None] * len(checked)
-        return self._asked(
-            "Match", request, pb.MatchReply, lambda reply: self._held(request, reply) or nowhere, nowhere
-        )
+        said = None if lookup is None else lookup_message(lookup)
+        request = pb.MatchRequest(keys=checked, every=True, lookup=said)
+        return self._asked("Match", request, pb.MatchReply, partial(self._places, len(checked)), [None] * len(checked))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""
@@ -202,7 +204,7 @@ class Client(Asking):
         `server.lease_max_s`, and whose memory was used again, ends with RecordCorrupt. From afar it is a copy.
         packed: as for `get`.
         """
-        return OneLease(self._lease, [check_key(key)], Wanted(packed=packed))
+        return OneLease(self._lease, [check_key(key)], _ONE_PACKED if packed else _ONE)
 
     def lease_many(
         self,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvstore import arrays
+from kvstore.dtypes import BY_NAME
 from kvstore.errors import CodecError, InvalidEntry, KvstoreError
 from kvstore.hit import TensorInfo
 from kvstore.packed import ENCODINGS, PackedTensor
@@ -61,11 +62,12 @@ def _has_kernel() -> bool:
 class Shape:
     """What the headers of all entries of one kind say alike, checked.
 
-    specs, nbytes: of the tensors decoded. coded: one for each of them where they travel encoded. lying: (spec, start,
-    nbytes) of the tensors, or of the parts of all that are encoded, in a block of block_nbytes.
+    specs, sizes, nbytes: of the tensors decoded. coded: one for each of them where they travel encoded. lying: (spec,
+    start, nbytes) of the tensors, or of the parts of all that are encoded, in a block of block_nbytes.
     """
 
     specs: Mapping[str, TensorInfo]
+    sizes: tuple[int, ...]
     nbytes: int
     coded: tuple[Coded, ...]
     lying: Mapping[str, tuple[TensorInfo, int, int]]
@@ -86,13 +88,14 @@ def _new_shape(described: bytes) -> Shape:
     header = pb.GetHeader.FromString(described)
     specs = read_specs(header.tensors)
     nbytes = arrays.check_specs(specs)
+    sizes = tuple(spec.nbytes for spec in specs.values())
     if not header.packed:
-        return Shape(specs, nbytes, (), *_lying(specs))
+        return Shape(specs, sizes, nbytes, (), *_lying(specs))
     if len(header.packed) != len(specs):
         raise InvalidEntry(f"{len(specs)} tensors packed as {len(header.packed)}")
     coded = tuple(coded_of(spec, message) for spec, message in zip(specs.values(), header.packed, strict=True))
     check_ratio(nbytes, coded)  # before anything is allocated for what would be decoded
-    return Shape(specs, nbytes, coded, *_lying(parts_of(coded)))
+    return Shape(specs, sizes, nbytes, coded, *_lying(parts_of(coded)))
 
 
 def _lying(specs: Mapping[str, TensorInfo]) -> tuple[dict[str, tuple[TensorInfo, int, int]], int]:
@@ -104,11 +107,15 @@ _known_shape = lru_cache(maxsize=256)(_new_shape)
 
 
 class Packed:
-    """What a header says of an entry that travels encoded. tensors: by name, in order, each with its attributes."""
+    """What a header says of an entry that travels encoded.
+
+    tensors: by name, in order, each with its attributes. sizes: the bytes of each part of all of them.
+    """
 
     def __init__(self, header: pb.GetHeader, shape: Shape) -> None:
         """shape: the header's. Raises InvalidEntry for what cannot be."""
         self.nbytes = sum(coded.nbytes for coded in shape.coded)
+        self.sizes = [nbytes for coded in shape.coded for nbytes in coded.sizes]
         self.tensors = {
             name: (coded, attrs_of(message))
             for name, coded, message in zip(shape.specs, shape.coded, header.packed, strict=True)
@@ -142,8 +149,10 @@ class Packed:
 class Parts(Target):
     """Where the parts of an entry go whose caller wants it packed. bytes: by number."""
 
+    unfinished = True
+
     def __init__(self, packed: Packed, framework: str) -> None:
-        super().__init__(packed.parts, framework, None)
+        super().__init__(packed.parts, packed.sizes, framework, None)
         self._packed = packed
 
     def finish(self) -> None:
@@ -210,7 +219,7 @@ class Unpacking:
 
     def _begin(self, data: Bytes) -> None:
         coded, attrs, target = self._due.popleft()
-        parts = coded.cut(data)
+        parts = _cut(coded, data)
         if self._left_nbytes:
             _aside().start(self._running, _decode, coded, attrs, parts, target)
             return
@@ -232,6 +241,17 @@ class Unpacking:
     def call_off(self) -> None:
         """Return once nothing is being decoded."""
         call_off(self._running)
+
+
+def _cut(coded: Coded, data: Bytes) -> list[Bytes]:
+    """A tensor's bytes as those of each part; a copy where a part would not lie as its type asks for."""
+    parts: list[Bytes] = []
+    start, address = 0, data.ctypes.data
+    for spec, nbytes in zip(coded.parts.values(), coded.sizes, strict=True):
+        part = data[start : start + nbytes]
+        parts.append(part.copy() if (address + start) % BY_NAME[spec.dtype].itemsize else part)
+        start += nbytes
+    return parts
 
 
 def _borrowed(view: memoryview) -> Bytes:

@@ -76,6 +76,7 @@ def _described(
 
 
 _known = lru_cache(maxsize=256, typed=True)(_describe)
+_PLAIN = {str}
 
 
 def _describe_packed(tensors: Mapping[str, Any], options: PutOptions, root: bool) -> Description:  # noqa: FBT001 - as above
@@ -99,13 +100,14 @@ def _describe_packed(tensors: Mapping[str, Any], options: PutOptions, root: bool
 class Outgoing:
     """One entry to send. Reads the caller's tensors while it sends, so they must not change meanwhile.
 
-    header: a PutHeader, serialized. tensors: of a packed entry its parts, numbered. places, block_nbytes: as in its
-    `Description`.
+    parent: the key that it continues. tensors: of a packed entry its parts, numbered. described: a PutHeader without
+    its keys, serialized. places, block_nbytes: as in its `Description`.
     """
 
     key: bytes
+    parent: bytes | None
     tensors: Mapping[str, Any]
-    header: bytes
+    described: bytes
     nbytes: int
     places: tuple[tuple[int, int], ...]
     block_nbytes: int
@@ -118,7 +120,7 @@ class Outgoing:
         """The entry's frames in order."""
         # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
         payload = Gather([arrays.as_bytes(x) for x in self.tensors.values()])
-        return cut_frames(self.header, payload)
+        return cut_frames(put_header(self.key, self.parent, self.described), payload)
 
 
 def outgoing(
@@ -128,23 +130,18 @@ def outgoing(
 
     root: what continues nothing begins a chain. Raises InvalidEntry, EntryTooLarge.
     """
-    described: list[tuple[Mapping[str, Any], Description]] = []
-    for _, tensors, parent in entries:
+    made: list[Outgoing] = []
+    for key, tensors, parent in entries:
         if not isinstance(tensors, Mapping):
             raise InvalidEntry(f"tensors are a mapping of names to tensors, got {type(tensors).__name__}")
         held: Mapping[str, Any] = dict(tensors)  # asked once: it may make its tensors, and others the second time
         first = root and parent is None
-        if any(isinstance(x, PackedTensor) for x in held.values()):
+        if PackedTensor in map(type, held.values()):
             found = _describe_packed(held, options, first)
             held = {str(i): part for i, part in enumerate(arrays_in(held))}
         else:
             specs = arrays.describe_all(held)
             # A name that is no plain string may say that it equals another one: it is not looked up.
-            plain = all(type(name) is str for name, _ in specs)
-            found = (_known if plain else _describe)(specs, options, first)
-        described.append((held, found))
-    made: list[Outgoing] = []
-    for (key, _, parent), (held, found) in zip(entries, described, strict=True):
-        header = put_header(key, parent, found.serialized)
-        made.append(Outgoing(key, held, header, found.nbytes, found.places, found.block_nbytes))
+            found = (_known if set(map(type, held)) == _PLAIN else _describe)(specs, options, first)
+        made.append(Outgoing(key, parent, held, found.serialized, found.nbytes, found.places, found.block_nbytes))
     return made

@@ -19,10 +19,9 @@ from kvstored_client.aio import calls
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.stream import LoopTransport
 from kvstored_client.aio.worker import INLINE_NBYTES, Worker
-from kvstored_client.asking import SOFT
+from kvstored_client.asking import NOTHING_LEASED, SOFT, Wanted, leading_hits
 from kvstored_client.buffers import Out
 from kvstored_client.client import Client
-from kvstored_client.leasing import NOTHING_LEASED, Wanted, leading_hits
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.pool import Connection, Silent, UseStream
 from kvstored_client.stream.receiver import Receiver
@@ -224,12 +223,12 @@ class LoopAsking(Client):
     async def _leased(  # type: ignore[override]
         self, keys: Sequence[bytes], asked: Wanted
     ) -> AbstractContextManager[Sequence[Hit | None]]:
-        how, stream, framework = self._how_leased(asked)
+        how, framework = self._how_leased(asked)
         try:
             return await self._shared(calls.lease, keys, how, framework)
         except UseStream:
             receiver = Receiver(keys, framework, packed=asked.packed)
-            await self._receive(receiver, stream.request(keys))
+            await self._receive(receiver, self._how_streamed(asked).request(keys))
             return nullcontext(leading_hits(receiver.hits) if asked.leading else receiver.hits)
 
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:  # type: ignore[override]

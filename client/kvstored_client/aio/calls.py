@@ -15,7 +15,7 @@ from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.worker import INLINE_NBYTES, Slices
 from kvstored_client.buffers import Out, Target
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.blocks import Block, found_in
+from kvstored_client.shm.blocks import Block, found_in, items_of
 from kvstored_client.shm.calls import (
     KEYS_PER_PACKET,
     Commit,
@@ -29,9 +29,11 @@ from kvstored_client.shm.calls import (
 from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.pool import Connection
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import get_call
+from kvstored_client.wire.frames import get_call, put_call
 from kvstored_client.wire.messages import GetOptions
 
+BREATH_BLOCKS = 4
+"""Entries looked at between two looks at the clock."""
 BREATH_S = 0.0005
 """How long entries are looked at before the loop has its turn: an entry costs 0.05 ms when it is met first."""
 
@@ -66,10 +68,12 @@ async def get(
             found = []
             batch = None if out is None else pool.transfers.batch_for(out)
             began = time.perf_counter()
-            for at, item, block in found_in(reply, len(part), connection.segments):
-                into = out[start + at] if out is not None else None
-                target = target_for(block, framework, into, batch, packed=packed)
-                found.append((start + at, item, block, target))
+            for first in range(0, max(len(reply.leased), 1), BREATH_BLOCKS):
+                blocks = found_in(reply, len(part), connection.segments, first, first + BREATH_BLOCKS)
+                for at, item, block in blocks:
+                    into = out[start + at] if out is not None else None
+                    target = target_for(block, framework, into, batch, packed=packed)
+                    found.append((start + at, item, block, target))
                 if time.perf_counter() - began > BREATH_S:
                     await asyncio.sleep(0)
                     began = time.perf_counter()
@@ -108,9 +112,11 @@ async def lease(
     connection = await pool.get(hand)
     reply = await connection.ask(get_call(keys, how.rest), pool.timeout_s)
     connection.segments.look(time.perf_counter(), at_once=bool(how.device))
+    items = items_of(reply, len(keys), leading=how.leading)
     owner = Lease(connection, framework)
+    hits = LeasedHits(owner, connection.segments, reply, items, keys)
     connection.hold(owner, reply.lease)
-    return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
+    return hits
 
 
 async def put(pool: LoopPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
@@ -146,7 +152,8 @@ async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outg
     else:
         await pool.worker.sliced(lambda slices: copy_in(slices.copy, room.data, commit.copies))
     connection.sending = room
-    reply = await connection.ask(commit.message(room), commit.timeout_s)
+    call = put_call(commit.placed, room.segment, room.start, copy_later=commit.copy_later)
+    reply = await connection.ask(call, commit.timeout_s)
     connection.give_back(reply.lease)
     pool.put_back(hand)
     return reply.put

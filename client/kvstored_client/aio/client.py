@@ -21,9 +21,8 @@ from kvstore.prefix import Prefixes as Namespace
 from kvstored_client import client as blocking
 from kvstored_client.aio.asking import LoopAsking
 from kvstored_client.aio.calls import BREATH_S
-from kvstored_client.asking import OnError
+from kvstored_client.asking import Leases, OnError
 from kvstored_client.decoding import Decode
-from kvstored_client.leasing import Leases
 
 __all__ = ["Client", "Namespace"]
 
@@ -171,7 +170,7 @@ class Client:
 
 
 class _Prefixed:
-    """A client as the prefix layer wants it (see `kvstore.ready`)."""
+    """A client as the prefix layer wants it (see `kvstore.pieces`)."""
 
     def __init__(self, client: Client) -> None:
         self._client = client

@@ -25,9 +25,8 @@ from typing import Any, TypeVar
 
 from kvstore.errors import ConfigError, InvalidEntry, PermissionDenied
 from kvstore.hit import Held, Hit, Match
-from kvstore.lookup import REPORT_MAX_S, Lookup, said
-from kvstore.pieces import in_pieces
-from kvstore.ready import fill
+from kvstore.lookup import REPORT_MAX_S, Lookup
+from kvstore.pieces import fill, in_pieces, said
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
 from kvstored_client.device import Transfers

@@ -1,6 +1,6 @@
 """What the answer to a get says of entries' bytes in the daemon's segments, checked. No I/O."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,30 @@ BLOCKS_MAX = 4096
 """Blocks whose layout is remembered: about 2 MB for entries of two tensors."""
 
 
-def found_in(reply: pb.LeaseReply, keys: int, segments: Segments) -> Iterator[tuple[int, "pb.Leased | bytes", "Block"]]:
-    """(position, what is said of it, block) of each entry in the answer to so many keys. Raises UseStream."""
+def found_in(
+    reply: pb.LeaseReply, keys: int, segments: Segments, start: int = 0, stop: int | None = None
+) -> list[tuple[int, "pb.Leased | bytes", "Block"]]:
+    """(position, what is said of it, block) of each entry in the answer to so many keys. Raises UseStream.
+
+    start, stop: only of those entries of the answer.
+    """
     check_count(reply, keys)
-    for at, serialized in enumerate(reply.leased):
-        item = serialized if reply.complete else taken_apart(serialized)
-        yield index_of(at if isinstance(item, bytes) else item.header.index, keys), item, block_of(segments, item)
+    leased = reply.leased if stop is None else reply.leased[start:stop]
+    if reply.complete:
+        return [(at, item, block_of(segments, item)) for at, item in enumerate(leased, start)]
+    items = [taken_apart(serialized) for serialized in leased]
+    return [(index_of(item.header.index, keys), item, block_of(segments, item)) for item in items]
+
+
+def items_of(reply: pb.LeaseReply, keys: int, *, leading: bool) -> "Sequence[pb.Leased | bytes | None]":
+    """What is said of each key, by position; leading: up to the first miss. Raises UseStream."""
+    check_count(reply, keys)
+    if reply.complete:
+        return reply.leased
+    items: list[pb.Leased | None] = [None] * keys
+    for item in map(taken_apart, reply.leased):
+        items[index_of(item.header.index, keys)] = item
+    return items[: items.index(None)] if leading and None in items else items
 
 
 def check_count(reply: pb.LeaseReply, keys: int) -> None:
@@ -49,8 +67,9 @@ def index_of(serialized: int, keys: int) -> int:
 class Block:
     """An entry's bytes in a segment, and what its header says of it each time.
 
-    data: all of it. specs: of the tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those, or of
-    packed's parts. put_at: seconds of the daemon's clock, where its reply said that.
+    data: all of it. specs, sizes: of the tensors. tensors: (spec, start, nbytes) of what lies there, by name: of those,
+    or of packed's parts. put_at: seconds of the daemon's clock, where its reply said that. on_device: it lies in a
+    GPU's memory, and has no bytes here.
     """
 
     mapping: Mapped
@@ -59,21 +78,18 @@ class Block:
     generation: int
     data: Bytes
     specs: Mapping[str, TensorInfo]
+    sizes: tuple[int, ...]
     tensors: Mapping[str, tuple[TensorInfo, int, int]]
     packed: Packed | None
     encoding: str
     lossy: bool
     receipt: dict[str, float]
     put_at: float
+    on_device: bool
 
     def is_gone(self) -> bool:
         """Whether the daemon has used the block again, or is about to."""
         return self.mapping.words[self.start >> self.mapping.shift] != self.generation
-
-    @property
-    def on_device(self) -> bool:
-        """Whether it lies in a GPU's memory: then it has no bytes here."""
-        return self.mapping.device is not None
 
     def hit(self, reply: pb.LeaseReply, item: pb.Leased | bytes, key: bytes, tensors: Mapping[str, Any]) -> Hit:
         """The entry as a hit of this reply."""
@@ -124,9 +140,10 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
         if packed is not None:
             raise UseStream("an encoded entry in a GPU's memory")
         data = _NO_BYTES
-    else:
-        # Decoding goes through torch, which warns of an array that it may not write to.
-        data = mapping.window(item.start, nbytes, None, writable=packed is not None).array
+    elif packed is None:
+        data = mapping.bytes[item.start : item.start + nbytes]
+    else:  # decoding goes through torch, which warns of an array that it may not write to
+        data = mapping.window(item.start, nbytes, None, writable=True).array
     return Block(
         mapping,
         item.start,
@@ -134,10 +151,12 @@ def _new_block(segments: Segments, item: pb.Leased) -> Block:
         item.generation,
         data,
         shape.specs,
+        shape.sizes,
         shape.lying,
         packed,
         head.encoding,
         head.lossy,
         read_receipt(head),
         head.put_at,
+        mapping.device is not None,
     )

@@ -21,26 +21,17 @@ from kvstored_client.buffers import Out, Target
 from kvstored_client.decoding import Parts, unpacked
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.blocks import Block, found_in
-from kvstored_client.shm.ingest import Room
+from kvstored_client.shm.blocks import Block, found_in, items_of
 from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.mapping import PARALLEL_NBYTES, Copy, MappedSegment
 from kvstored_client.shm.pool import Connection, ConnectionPool, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Bytes, get_call, put_call
+from kvstored_client.wire.frames import Bytes, Placed, get_call, put_call
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S, GetOptions
 
 KEYS_PER_PACKET = 512
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
-
-
-def ask(pool: ConnectionPool, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
-    """One small call and its answer."""
-    connection = pool.take(hand)
-    reply = connection.call(call, pool.timeout_s)
-    connection.give_back(reply.lease)
-    return reply
 
 
 def get(
@@ -104,7 +95,9 @@ def target_for(
     try:
         if packed and block.packed is not None:
             return Parts(block.packed, framework)
-        return Target(block.specs, framework, out, batch if block.packed is None or (batch and batch.decodes) else None)
+        if block.packed is not None and not (batch and batch.decodes):
+            batch = None
+        return Target(block.specs, block.sizes, framework, out, batch)
     except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
         raise damage(error, "a block") from None
 
@@ -123,10 +116,11 @@ def filled(copy: Copy, block: "Block", target: Target) -> bool:
         for name, (_, at, nbytes) in block.tensors.items():
             if name in target.bytes:
                 copy(target.bytes[name], block.data[at : at + nbytes])
-    try:
-        target.finish()
-    except CodecError:
-        return False
+    if target.unfinished:
+        try:
+            target.finish()
+        except CodecError:
+            return False
     # After the copy: the daemon overwrites the generation before it uses a block again.
     return not block.is_gone()
 
@@ -194,9 +188,11 @@ def lease(
     reply = connection.exchange(get_call(keys, how.rest), pool.timeout_s)
     if how.device:
         connection.segments.let_go()
+    items = items_of(reply, len(keys), leading=how.leading)
     owner = Lease(connection, framework)
+    hits = LeasedHits(owner, connection.segments, reply, items, keys)
     connection.hold(owner, reply.lease)
-    return LeasedHits(owner, connection.segments, reply, keys, leading=how.leading)
+    return hits
 
 
 def put(pool: ConnectionPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
@@ -234,7 +230,8 @@ def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outg
         copy_in(np.copyto if commit.room_nbytes < PARALLEL_NBYTES else pool.copier.copy, room.data, commit.copies)
     else:
         store_in(pool, connection, batch, room.data, commit.copies)
-    reply = connection.exchange(commit.message(room), commit.timeout_s)
+    call = put_call(commit.placed, room.segment, room.start, copy_later=commit.copy_later)
+    reply = connection.exchange(call, commit.timeout_s)
     connection.uncopied = room
     connection.give_back(reply.lease)
     pool.put_back(hand)
@@ -249,8 +246,8 @@ class Commit:
     """One commit of a put: what lies in shared memory already, and what has to be copied there.
 
     wanted: the connection to make it on, if one. timeout_s: for each of its calls. room_nbytes: what it needs of a
-    connection. copies: for each entry what goes there. lent: some of it may lie there, which `lay` finds. on_gpu: some
-    of it is on a GPU.
+    connection. placed: where each entry is once that is done. copies: for each entry what goes there. lent: some of it
+    may lie there, which `lay` finds. on_gpu: some of it is on a GPU. copy_later: the daemon may, after its answer.
     """
 
     def __init__(self, pool: ConnectionPool, entries: Sequence[Outgoing]) -> None:
@@ -260,8 +257,6 @@ class Commit:
         found = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
         self.wanted = None if found is None else found[0]
         self.on_gpu = False
-        self._lying = False
-        self._places: list[list[tuple[int | None, int]]] = []
         nbytes = self._lay({})
         self.timeout_s = pool.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
 
@@ -271,29 +266,26 @@ class Commit:
 
     def _lay(self, there: dict[int, tuple[int, int]]) -> int:
         """there: where tensors lie, by their identity. Returns the bytes of all entries."""
-        self._lying = bool(there)
-        self._places, self.copies = [], list[Copies]()
+        # What the caller made with `empty` it may write to once the put returns; the rooms here nobody writes to.
+        self.copy_later = not there
+        self.placed: list[Placed] = []
+        self.copies: list[Copies] = []
         total = at = 0
         for entry in self._entries:
-            places, copies = list[tuple[int | None, int]](), Copies()
+            places: list[tuple[int | None, int]] = []
+            copies: Copies = []
             for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
                 place = there.get(id(x)) if there else None
                 if place is None:
                     copies.append((x, at + offset, nbytes))
                     self.on_gpu = self.on_gpu or getattr(x, "is_cuda", False)
                 places.append(place or (None, at + offset))
-            self._places.append(places)
+            self.placed.append((entry.key, entry.parent, entry.described, places))
             self.copies.append(copies)
             at += entry.block_nbytes if copies or not there else 0
             total += entry.nbytes
         self.room_nbytes = at
         return total
-
-    def message(self, room: Room) -> bytes:
-        """The call, for when all is copied."""
-        # What the caller made with `empty` it may write to once the put returns; the rooms here nobody writes to.
-        headers = [entry.header for entry in self._entries]
-        return put_call(zip(headers, self._places, strict=True), room.segment, room.start, copy_later=not self._lying)
 
 
 def copy_in(copy: Copy, data: Bytes, entries: Sequence[Copies]) -> None:
@@ -318,7 +310,7 @@ def store_in(
     for segment in connection.ingest:
         if segment.mapping.address <= data.ctypes.data < segment.mapping.address + segment.mapping.nbytes:
             pool.transfers.uses(segment.mapping)
-    direct = Copies()
+    direct: Copies = []
     for copies in entries:
         for x, start, nbytes in copies:
             if x.nbytes != nbytes or not batch.store(x, data.ctypes.data + start):

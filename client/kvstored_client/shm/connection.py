@@ -57,7 +57,7 @@ _ANCILLARY = (socket.CMSG_SPACE(4 * _FDS_MAX),)
 _AT_ONCE = (socket.MSG_DONTWAIT,)
 GREETING = pb.LeaseCall(match=pb.MatchRequest())
 """What a connection asks first: its answer has the daemon's boot epoch."""
-_CUT_OFF = socket.MSG_TRUNC | socket.MSG_CTRUNC
+_CUT_OFF = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # an enum would take a microsecond to be compared with
 
 
 class MoreSegments(UseStream):

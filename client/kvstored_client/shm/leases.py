@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Self, cast, overload
 
+import numpy as np
+
 from kvstore import arrays
 from kvstore.errors import LeaseKept, RecordCorrupt
 from kvstore.hit import Hit
-from kvstore.packed import arrays_in
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import damage
-from kvstored_client.shm.blocks import Block, block_of, check_count, index_of, taken_apart
+from kvstored_client.shm.blocks import Block, block_of
 from kvstored_client.shm.mapped_device import MappedDevice
+from kvstored_client.shm.mapping import MappedSegment
 from kvstored_client.shm.pool import Connection, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
 
@@ -24,23 +26,31 @@ HITS_AT_ONCE = 16
 
 
 class LeasedTensors(Mapping[str, Any]):
-    """The tensors of a leased hit, made when first looked at, until the lease ends. specs: of them, once decoded."""
+    """The tensors of a leased hit, made when first looked at, until the lease ends. specs: of them, once decoded.
 
-    def __init__(self, lease: "Lease", block: "Block") -> None:
+    together: those of hits that were made with this one, if any. The first that is looked at makes the tensors of all.
+    """
+
+    def __init__(self, lease: "Lease", block: "Block", together: "Sequence[weakref.ref[LeasedTensors]]") -> None:
         self._lease: Lease | None = lease
-        self._block = block
-        self._made: dict[str, Any] | None = None
+        self._together = together
+        self.block = block
+        self.made: dict[str, Any] | None = None
+        self.arrays: list[Any] = []
+        """All that was made: the tensors, or the parts of packed ones."""
         self.specs = block.specs
 
     def _held(self) -> dict[str, Any]:
         if self._lease is None:
             raise LeaseKept("this lease has ended: its tensors are only there inside the block")
-        if self._made is None:
+        if self.made is None:
             try:
-                self._made = self._lease.view(self._block)
+                others = [of for ref in self._together if (of := ref()) is not None and of.made is None]
+                self._lease.view(others or [self])
             except Exception as error:  # noqa: BLE001 - the boundary; interrupts pass it
                 raise damage(error, "a block") from None
-        return self._made
+            assert self.made is not None
+        return self.made
 
     def __getitem__(self, name: str) -> Any:
         return self._held()[name]
@@ -51,10 +61,13 @@ class LeasedTensors(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._held())
 
-    def end(self) -> dict[str, Any]:
-        """Let go of the tensors. Returns those that were made."""
-        made, self._lease, self._made = self._made, None, None
-        return {} if made is None else made
+    def end(self) -> None:
+        """Let go of the tensors. Those of torch's become empty, whoever holds them: no name for one is left here."""
+        made, self.arrays = self.arrays, []
+        self._lease = self.made = None
+        for x in made:
+            if not isinstance(x, np.ndarray):
+                x.set_()
 
 
 class _Held:
@@ -69,49 +82,56 @@ class _Held:
 class Lease:
     """What one reply holds. Given back with the last reference to this: the block's, or a window's over its bytes."""
 
-    __slots__ = ("__weakref__", "_connection", "_viewed", "framework")
+    __slots__ = ("__weakref__", "_connection", "_owners", "_viewed", "framework")
 
     def __init__(self, connection: Connection, framework: str) -> None:
         self._connection = connection
         self.framework = framework
-        self._viewed: list[tuple[Block, weakref.ref[Window] | weakref.ref[_Held]]] = []
+        self._viewed: list[Block] = []
+        self._owners: list[weakref.ref[Window] | weakref.ref[_Held]] = []
 
-    def view(self, block: "Block") -> dict[str, Any]:
-        """Tensors over a leased block."""
-        framework = self.framework
-        if isinstance(block.mapping, MappedDevice):
-            return self._view_there(block, block.mapping)
-        window = block.mapping.window(block.start, block.nbytes, self, writable=framework == "torch")
-        self._viewed.append((block, weakref.ref(window)))
-        data = window.array
-        tensors = {
-            name: arrays.from_bytes(spec, data[at : at + nbytes], framework)
-            for name, (spec, at, nbytes) in block.tensors.items()
-        }
-        if framework == "torch":
-            # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
-            tensors = {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
-        return tensors if block.packed is None else block.packed.given_out(tensors.values())
+    def view(self, wanted: "Sequence[LeasedTensors]") -> None:
+        """Make tensors over leased blocks."""
+        windows: dict[MappedSegment, Window] = {}
+        for of in wanted:
+            block, mapping = of.block, of.block.mapping
+            self._viewed.append(block)
+            if isinstance(mapping, MappedDevice):
+                of.arrays = self._view_there(block, mapping)
+                continue
+            window = windows.get(mapping)
+            if window is None:  # over all of the segment; whatever is made of it keeps this lease
+                writable = self.framework == "torch"
+                window = windows[mapping] = Window(mapping.address, mapping.nbytes, (mapping, self), writable=writable)
+                # Kept here it would keep itself.
+                self._owners.append(weakref.ref(window))
+            data, start = np.asarray(window), block.start
+            of.arrays = [
+                arrays.from_bytes(spec, data[start + at : start + at + nbytes], self.framework)
+                for spec, at, nbytes in block.tensors.values()
+            ]
+        for of in wanted:
+            named = dict(zip(of.block.tensors, of.arrays, strict=True))
+            of.made = named if of.block.packed is None else of.block.packed.given_out(of.arrays)
 
-    def _view_there(self, block: "Block", mapping: MappedDevice) -> dict[str, Any]:
+    def _view_there(self, block: "Block", mapping: MappedDevice) -> list[Any]:
         """Tensors of torch's on the GPU, whatever the framework: no other has them."""
         held = _Held(self)
-        self._viewed.append((block, weakref.ref(held)))
-        tensors = {
-            name: mapping.tensor(block.start + at, spec, nbytes, held)
-            for name, (spec, at, nbytes) in block.tensors.items()
-        }
-        return {name: x.new_empty(0).set_(x) for name, x in tensors.items()}
+        self._owners.append(weakref.ref(held))
+        lying = block.tensors.values()
+        tensors = [mapping.tensor(block.start + at, spec, nbytes, held) for spec, at, nbytes in lying]
+        # A view remembers what it is a view of, and would keep the memory after `end` has emptied it.
+        return [x.new_empty(0).set_(x) for x in tensors]
 
     def end(self) -> None:
         """Raise RecordCorrupt where a block was used again while it was read, LeaseKept where one still is."""
-        for block, _ in self._viewed:
+        for block in self._viewed:
             if block.is_gone():
                 raise RecordCorrupt(
                     "this lease ended before its block did (server.lease_max_s): what was read may be wrong"
                 )
-        for _, window in self._viewed:
-            if window() is not None:
+        for owner in self._owners:
+            if owner() is not None:
                 raise LeaseKept("a tensor of this lease is still referred to: copy it inside the block")
 
     def __del__(self) -> None:
@@ -123,20 +143,20 @@ class LeasedHits(Sequence[Hit | None]):
     """The hits of a lease, by position, each made when it is looked at: who reads one of a hundred pays for one."""
 
     def __init__(
-        self, lease: Lease, segments: Segments, reply: pb.LeaseReply, keys: Sequence[bytes], *, leading: bool
+        self,
+        lease: Lease,
+        segments: Segments,
+        reply: pb.LeaseReply,
+        items: "Sequence[pb.Leased | bytes | None]",
+        keys: Sequence[bytes],
     ) -> None:
+        """items: what the reply says of each key."""
         self._lease: Lease | None = lease
         self._segments = segments
         self._reply = reply
+        self._items = items
         self._keys = keys
         self._made: dict[int, Hit] = {}
-        check_count(reply, len(keys))
-        self._items: Sequence[pb.Leased | bytes | None] = reply.leased
-        if not reply.complete:
-            items: list[pb.Leased | None] = [None] * len(keys)
-            for item in map(taken_apart, reply.leased):
-                items[index_of(item.header.index, len(keys))] = item
-            self._items = items[: items.index(None)] if leading and None in items else items
 
     def __len__(self) -> int:
         return len(self._items)
@@ -157,7 +177,7 @@ class LeasedHits(Sequence[Hit | None]):
         hit = self._made.get(at)
         if hit is None:
             lease, (block,) = self._blocks((item,))
-            hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(lease, block))
+            hit = self._made[at] = block.hit(self._reply, item, self._keys[at], LeasedTensors(lease, block, ()))
         return hit
 
     def __iter__(self) -> Iterator[Hit | None]:
@@ -168,7 +188,9 @@ class LeasedHits(Sequence[Hit | None]):
         """Hits made together, but for those that were looked at already."""
         items = [(at, item) for at in positions if at not in self._made and (item := self._items[at]) is not None]
         lease, blocks = self._blocks([item for _, item in items])
-        tensors = [LeasedTensors(lease, block) for block in blocks]
+        together: list[weakref.ref[LeasedTensors]] = []
+        tensors = [LeasedTensors(lease, block, together) for block in blocks]
+        together += map(weakref.ref, tensors)
         for (at, item), block, own in zip(items, blocks, tensors, strict=True):
             self._made[at] = block.hit(self._reply, item, self._keys[at], own)
         return [self._made.get(at) for at in positions]
@@ -187,13 +209,7 @@ class LeasedHits(Sequence[Hit | None]):
 
     def __exit__(self, kind: object, *_: object) -> None:
         lease, self._lease = self._lease, None
-        _emptied([cast("LeasedTensors", hit.tensors).end() for hit in self._made.values()])
+        for hit in self._made.values():
+            cast("LeasedTensors", hit.tensors).end()
         if kind is None and lease is not None:
             lease.end()
-
-
-def _emptied(made: Sequence[dict[str, Any]]) -> None:
-    """Tensors of torch's that were handed out become empty, whoever holds them. No name for one is left afterwards."""
-    for tensors in made:
-        for x in filter(arrays.is_torch, arrays_in(tensors)):
-            x.set_()

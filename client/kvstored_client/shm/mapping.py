@@ -21,7 +21,7 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ
 
 
 class MappedSegment:
-    """One segment, mapped. words: all of it, 8 bytes at a time; writable only for an ingest segment.
+    """One segment, mapped. bytes, words: all of it, and 8 bytes at a time; writable only for an ingest segment.
 
     shift: the generation of a block that begins at `start` is word `start >> shift`. device: that of a GPU's memory.
     """
@@ -35,7 +35,8 @@ class MappedSegment:
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, protection)
         self.nbytes = nbytes
         self.words = memoryview(self._map).cast("Q")
-        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
+        self.bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = int(self.bytes.ctypes.data)
         self.writable = writable
 
     def window(self, start: int, nbytes: int, owner: object, *, writable: bool) -> "Window":

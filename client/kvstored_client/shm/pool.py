@@ -19,6 +19,7 @@ from kvstored_client.interrupts import is_foreign, last_of, moved
 from kvstored_client.shm.connection import Connection, Releases, Silent
 from kvstored_client.shm.mapping import Copier
 from kvstored_client.shm.segments import Segments, UseStream
+from kvstored_client.wire._pb import cache_pb2 as pb
 
 __all__ = ["Connection", "ConnectionPool", "Segments", "Silent", "UseStream"]
 
@@ -83,6 +84,13 @@ class ConnectionPool:
         if (wanted is not None and self._take_wanted(hand, wanted)) or self._take_idle(hand):
             return hand[-1]
         return self._wait_for_one(hand)
+
+    def ask(self, hand: list[Connection], call: pb.LeaseCall) -> pb.LeaseReply:
+        """One small call and its answer. Raises as `take` and `Connection.call`."""
+        connection = self.take(hand)
+        reply = connection.call(call, self.timeout_s)
+        connection.give_back(reply.lease)
+        return reply
 
     def _wait_for_one(self, hand: list[Connection]) -> Connection:
         until = time.monotonic() + self.timeout_s

@@ -61,7 +61,8 @@ class Receiver:
         except BadFrame as error:
             raise RecordCorrupt(f"{transport.address} sent a damaged stream: {error}") from None
         finally:
-            transport.saw_epoch(self.boot_epoch)
+            if self.boot_epoch != transport.boot_epoch:
+                transport.saw_epoch(self.boot_epoch)
         if self.corrupt:
             raise RecordCorrupt(f"{self.corrupt} entries from {transport.address} failed their checksum")
 
@@ -137,12 +138,13 @@ class _Incoming:
         self._fill = fill
         if out is not None:
             check_out(shape.specs, out)
-        if header.packed and (packed or fill is not None):
-            self._target: Target = Parts(Packed(header, shape), framework)
+        encoded = Packed(header, shape) if header.packed else None
+        if encoded is not None and (packed or fill is not None):
+            self._target: Target = Parts(encoded, framework)
         else:
-            self._target = Target(shape.specs, framework, out)
-            if header.packed:
-                self._unpacking = Unpacking(Packed(header, shape), self._target.bytes)
+            self._target = Target(shape.specs, shape.sizes, framework, out)
+            if encoded is not None:
+                self._unpacking = Unpacking(encoded, self._target.bytes)
         self._scatter = None if self._unpacking else Scatter(list(self._target.bytes.values()))
         self._sum = xxhash.xxh3_64()
 
@@ -171,7 +173,8 @@ class _Incoming:
         if damaged or (xxh3 and self._sum.intdigest() != xxh3):
             return False
         try:
-            self._target.finish()
+            if self._target.unfinished:
+                self._target.finish()
             if self._fill is not None and self._out is not None:
                 held, self._target.tensors = self._target.tensors, dict(self._out)
                 self._fill([(x, held[name]) for name, x in self._out.items()])

@@ -9,9 +9,11 @@ import errno
 import logging
 import os
 import resource
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from math import inf
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -113,7 +115,10 @@ def _check_descriptors() -> None:
 
 
 class Line:
-    """One channel and its methods. Raises TierUnavailable for a socket whose listener is not to be trusted."""
+    """One channel. methods: those that were called, by kind and path.
+
+    Raises TierUnavailable for a socket whose listener is not to be trusted.
+    """
 
     def __init__(self, address: str) -> None:
         _check_descriptors()
@@ -122,7 +127,7 @@ class Line:
         if self._place is not None:
             self._place.check_listener()
         self._open(address)
-        self._methods: dict[str, Any] = {}
+        self.methods: dict[str, Any] = {}
 
     def _open(self, address: str) -> None:
         self._channel = open_channel(address, OPTIONS)
@@ -134,9 +139,9 @@ class Line:
     def method(self, kind: str, path: str) -> Any:
         """What calls a path of the daemon's. Raises ValueError for a channel that was closed."""
         # Serializers are left out: requests and replies are bytes here, so bulk never becomes a protobuf object.
-        found = self._methods.get(kind + path)
+        found = self.methods.get(kind + path)
         if found is None:
-            found = self._methods.setdefault(kind + path, getattr(self._channel, kind)(path))
+            found = self.methods.setdefault(kind + path, getattr(self._channel, kind)(path))
         return found
 
     def close(self) -> None:
@@ -154,6 +159,7 @@ class Transport:
         named_users(os.environ)  # a mistake there is the caller's, and not a daemon that is down
         self.timeout_s = timeout_s
         self._lives = (0, 0)
+        self.boot_epoch = 0
         self._on_change = on_change
         self.on_fork: Callable[[], None] | None = None
         self.closed = False
@@ -175,11 +181,6 @@ class Transport:
         self._start_afresh()
         if self.on_fork is not None:
             self.on_fork()
-
-    @property
-    def boot_epoch(self) -> int:
-        """The daemon's last one seen."""
-        return self._lives[0]
 
     @property
     def restarts(self) -> int:
@@ -211,6 +212,14 @@ class Transport:
             if line is not opened:
                 opened.close()
         return line
+
+    def _method(self, kind: str, path: str) -> Any:
+        """What calls a path of the daemon's. Raises TierUnavailable, ValueError."""
+        line = self._line.get("now")
+        found = None if line is None else line.methods.get(kind + path)
+        if line is None or found is None or not line.is_current():
+            return self.open_line().method(kind, path)
+        return found
 
     def unary(self, path: str, request: Request, reply: ReplyType[Reply]) -> Reply:
         """One message there, one back. Raises KvstoreError."""
@@ -257,10 +266,9 @@ class Transport:
 
     def _attempt(self, kind: str, path: str, asked: Any, timeout_s: float) -> bytes:
         self.allow()
-        method = self.open_line().method(kind, path)
         received: list[bytes] = []
         jobs: list[Job] = []
-        aside = self._aside()
+        aside, method = self._aside(), self._method(kind, path)
         try:
             aside.start(jobs, lambda: received.append(bytes(method(asked, timeout=timeout_s))))
             jobs[0].wait()
@@ -280,26 +288,22 @@ class Transport:
         Whoever does not take all of them closes it.
         """
         self.allow()
-        method = self.open_line().method("unary_stream", path)
-        asked = request.SerializeToString()
-        received: deque[Any] = deque()
+        asked, aside = request.SerializeToString(), self._aside()
+        call = _Stream(asked)
+        call.method = self._method("unary_stream", path)
         jobs: list[Job] = []
-        aside, ended = self._aside(), False
-        call = watch = None
+        ended, watch = False, None
         try:
-            aside.start(jobs, lambda: received.append(method(asked)))
-            jobs.pop().wait()
-            call = received.popleft()
             watch = self._watchdog.watch(call.cancel, self.timeout_s)
             while True:
-                aside.start(jobs, lambda: received.append(next(call, None)))
+                aside.start(jobs, call.take)
                 jobs.pop().wait()
-                message = received.popleft()
+                message = call.received.popleft()
                 if message is None:
                     break
-                watch.progress()
+                watch.due = inf  # the caller's own time between two frames is not the daemon's silence
                 yield message
-                watch.progress()  # the caller's own time between two frames is not the daemon's silence
+                watch.due = time.monotonic() + self.timeout_s
             ended = True
         except grpc.RpcError as error:
             ended = True
@@ -310,9 +314,7 @@ class Transport:
                 raise
             raise TierUnavailable(f"{self.address}: {error}") from None
         finally:
-            if watch is not None:
-                self._watchdog.release(watch)
-            if call is not None and not ended:
+            if not ended:
                 self._aside().start([], call.cancel)
         self._asides.append(aside)
         self.answered()
@@ -322,6 +324,7 @@ class Transport:
         before, restarts = self._lives
         if epoch and epoch != before:
             self._lives = (epoch, restarts + (before != 0))
+            self.boot_epoch = epoch
 
     def close(self) -> None:
         """End all calls and the connection. Later calls raise TierUnavailable."""
@@ -336,12 +339,12 @@ class Transport:
 
     def allow(self) -> None:
         """Whether to try at all. Raises TierUnavailable while the breaker is open."""
-        if not self.breaker.allow(self.timeout_s):
+        if self.breaker.openings and not self.breaker.allow(self.timeout_s):
             raise TierUnavailable(f"{self.address} failed repeatedly and is left alone for a moment")
 
     def answered(self) -> None:
         """The daemon answered, by whatever door."""
-        if self.breaker.succeeded():
+        if (self.breaker.failures or self.breaker.openings) and self.breaker.succeeded():
             self._on_change("up", self.address)
 
     def silent(self, text: str) -> KvstoreError:
@@ -361,6 +364,35 @@ class Transport:
         if code in _DOWN:
             return self.silent(f"{code.name}: {text}")
         return _BY_CODE.get(code, KvstoreError)(f"{code.name}: {text}")
+
+
+class _Stream:
+    """One call whose messages come one by one, as the thread that calls gRPC has it.
+
+    method: makes it. received: the last message.
+    """
+
+    method: Any
+
+    def __init__(self, asked: bytes) -> None:
+        self._asked = asked
+        self._call: Any = None
+        self._over = False
+        self.received: deque[Any] = deque()
+
+    def take(self) -> None:
+        """The next message, None at the end; the first time the call is made. Raises what gRPC does."""
+        if self._call is None:
+            self._call = self.method(self._asked)
+            if self._over:
+                self._call.cancel()
+        self.received.append(next(self._call, None))
+
+    def cancel(self) -> None:
+        """End it: also one that is only being made, in another thread."""
+        self._over = True
+        if self._call is not None:
+            self._call.cancel()
 
 
 class _Wanted:

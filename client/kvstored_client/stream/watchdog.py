@@ -15,20 +15,17 @@ from typing import Any
 
 
 class Watch:
-    """One call under watch; `expired` tells afterwards whether it was ended for its silence."""
+    """One call under watch; `expired` tells afterwards whether it was ended for its silence.
 
-    __slots__ = ("__weakref__", "_cancel", "_silence_s", "due", "expired", "number")
+    due: when it is, by the monotonic clock; whoever waits for the call moves it on.
+    """
 
-    def __init__(self, number: int, cancel: Callable[[], object], silence_s: float) -> None:
-        self.number = number
+    __slots__ = ("__weakref__", "_cancel", "due", "expired")
+
+    def __init__(self, cancel: Callable[[], object], due: float) -> None:
         self._cancel = cancel
-        self._silence_s = silence_s
+        self.due = due
         self.expired = False
-        self.progress()
-
-    def progress(self) -> None:
-        """The call moved: it has its whole time again."""
-        self.due = time.monotonic() + self._silence_s
 
     def expire(self) -> None:
         """End the call."""
@@ -49,7 +46,7 @@ class Watchdog:
     """Watches the calls of one client; its thread lives while there is something to watch, and a moment longer.
 
     It looks ten times a second and is not told of new calls: waking it would cost each of them 0.1 ms. It knows watches
-    by weak references: one whose call was interrupted before its `release` is gone all the same.
+    by weak references: with the last other one a watch is over, however its call ended.
     """
 
     _TICK_S = 0.1
@@ -61,21 +58,18 @@ class Watchdog:
         self._running: Any = _nobody
 
     def watch(self, cancel: Callable[[], object], silence_s: float) -> Watch:
-        """Call `cancel` once `silence_s` pass without progress, or a tenth of a second later. `release` the watch.
+        """Call `cancel` once `silence_s` have passed and its `due` was not moved on, or a tenth of a second later.
 
+        For as long as the watch is kept.
         Raises RuntimeError where no thread can be started.
         """
-        watch = Watch(next(self._numbers), cancel, silence_s)
-        self._watches[watch.number] = weakref.ref(watch)
+        watch = Watch(cancel, time.monotonic() + silence_s)
+        self._watches[next(self._numbers)] = weakref.ref(watch)
         if self._running() is None:  # asked after the watch is there: a thread that is leaving looks once more
             mark = _Mark()
             self._running = weakref.ref(mark)
             _thread.start_new_thread(self._run, (mark,))
         return watch
-
-    def release(self, watch: Watch) -> None:
-        """The call is over."""
-        self._watches.pop(watch.number, None)
 
     def _run(self, mark: _Mark) -> None:
         own = weakref.ref(mark)

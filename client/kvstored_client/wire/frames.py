@@ -131,16 +131,18 @@ def put_header(key: bytes, parent: bytes | None, rest: bytes) -> bytes:
     return b"".join((_KEY_HEADS[len(key)], key, _PARENT_HEADS[len(parent)], parent, rest))
 
 
-def put_call(
-    entries: Iterable[tuple[bytes, Iterable[tuple[int | None, int]]]], segment: int, start: int, *, copy_later: bool
-) -> bytes:
-    """A LeaseCall that puts entries: for each its header, serialized, and (segment, start) of its tensors.
+Placed = tuple[bytes, bytes | None, bytes, Sequence[tuple[int | None, int]]]
+"""An entry in shared memory: what `put_header` is given, and (segment, start) of its tensors."""
+
+
+def put_call(entries: Iterable[Placed], segment: int, start: int, *, copy_later: bool) -> bytes:
+    """A LeaseCall that puts entries.
 
     segment, start: the room in which those lie that have no segment of their own, from where their start is counted.
     """
     parts: list[bytes] = []
-    for header, places in entries:
-        item = pb.IngestedEntry()
+    for key, parent, described, places in entries:
+        header, item = put_header(key, parent, described), pb.IngestedEntry()
         for of, at in places:
             if of is None:
                 item.places.add(segment=segment, start=start + at)

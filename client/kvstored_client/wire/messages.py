@@ -53,7 +53,7 @@ class GetOptions:
             leading=self.leading,
             accept=self.accept,
             accept_from_nbytes=self.accept_from_nbytes,
-            lookup=lookup_message(self.lookup),
+            lookup=None if self.lookup is None else lookup_message(self.lookup),
             device=self.device,
         )
 
@@ -62,10 +62,8 @@ class GetOptions:
         return self if self.lookup is None else replace(self, lookup=self.lookup.continued())
 
 
-def lookup_message(lookup: Lookup | None) -> pb.Lookup | None:
-    """A lookup as a message."""
-    if lookup is None:
-        return None
+def lookup_message(lookup: Lookup) -> pb.Lookup:
+    """A lookup as a message. Raises InvalidEntry."""
     check_lookup(lookup)
     return pb.Lookup(
         keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted,
@@ -155,14 +153,13 @@ def tier_number(name: str | None) -> pb.Tier:
     return TIERS[name]
 
 
-def read_held(message: pb.Held) -> Held | None:
-    """Where a key is held; None where it is not."""
-    name = _PLACES.get(message.tier)
-    return Held(name, message.nbytes) if name is not None else None
+def read_places(messages: Iterable[pb.Held]) -> list[Held | None]:
+    """Where keys are held; None where one is not."""
+    return [Held(_PLACES[held.tier], held.nbytes) if held.tier in _PLACES else None for held in messages]
 
 
 def held_message(held: Held | None) -> pb.Held:
-    """The message of `read_held`."""
+    """The message of one of `read_places`."""
     return pb.Held(tier=_PLACE_NUMBERS[held.tier], nbytes=held.nbytes) if held else pb.Held()
 
 

@@ -13,7 +13,6 @@ from kvstore.errors import InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstore.packed import ENCODINGS, PackedTensor
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Bytes
 from kvstored_client.wire.messages import read_specs, tensor_specs
 
 PARTS_MAX = 16
@@ -31,16 +30,6 @@ class Coded:
     parts: Mapping[str, TensorInfo]
     sizes: tuple[int, ...]
     nbytes: int
-
-    def cut(self, data: Bytes) -> list[Bytes]:
-        """Its bytes as those of each part; a copy where a part would not lie as its type asks for."""
-        parts: list[Bytes] = []
-        start, address = 0, data.ctypes.data
-        for spec, nbytes in zip(self.parts.values(), self.sizes, strict=True):
-            part = data[start : start + nbytes]
-            parts.append(part.copy() if (address + start) % BY_NAME[spec.dtype].itemsize else part)
-            start += nbytes
-        return parts
 
 
 def coded_of(spec: TensorInfo, message: pb.PackedTensor) -> Coded:

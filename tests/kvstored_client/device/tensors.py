@@ -24,6 +24,10 @@ class FakeCuda(torch.Tensor):
         return True
 
     @property
+    def is_cpu(self) -> bool:
+        return False
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.index)
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,17 +20,16 @@ def test_a_silent_call_is_cancelled_and_one_that_moves_is_not(monkeypatch: pytes
     cancelled = threading.Event()
     moving = dog.watch(lambda: None, 0.3)
     silent = dog.watch(cancelled.set, 0.3)
-    released = dog.watch(lambda: None, 0.3)
-    dog.release(released)
+    late: list[str] = []
+    released: Any = dog.watch(lambda: late.append("released"), 0.3)
+    del released
     for _ in range(2):
         assert not cancelled.is_set()
         clock.advance(0.2)
-        moving.progress()
+        moving.due = clock.now() + 0.3
     assert cancelled.wait(120)
     clock.advance(0.2)
-    assert (silent.expired, moving.expired, released.expired) == (True, False, False)
-    dog.release(moving)
-    dog.release(silent)
+    assert (silent.expired, moving.expired, late) == (True, False, [])
 
 
 def test_a_call_that_comes_while_the_thread_lingers_or_after_it_left_is_watched(monkeypatch) -> None:

@@ -19,7 +19,6 @@ from kvstored_client.wire.frames import (
     get_call,
     parse_frame,
     put_call,
-    put_header,
 )
 from kvstored_client.wire.messages import GetOptions
 
@@ -77,7 +76,7 @@ def test_a_put_written_by_hand_reads_as_protobuf(entries, segment, start, copy_l
     written = []
     for key, parent, places, nbytes in entries:
         rest = pb.PutHeader(nbytes=nbytes, namespace="n" * nbytes)
-        written.append((put_header(key, parent, rest.SerializeToString()), places))
+        written.append((key, parent, rest.SerializeToString(), places))
         item = expected.entries.add(header=rest)
         item.header.MergeFrom(pb.PutHeader(key=key, parent=parent))
         for of, at in places:
