@@ -72,7 +72,8 @@ class Shares:
         """A caller takes so much of the interpreter's time. Returns the seconds that it has to wait first, or after."""
         now = self._clock()
         with self._lock:
-            self._sweep(now)
+            if now - self._swept_at >= CONTENDED_S / 4:
+                self._sweep(now)
             self._seen[caller] = now
             begin = self._free_at.get(caller, 0.0)
             free_at = max(begin, now - BURST_S / SHARE) + seconds / SHARE
@@ -84,8 +85,6 @@ class Shares:
 
     def _sweep(self, now: float) -> None:
         """Forget who is not active any more."""
-        if now - self._swept_at < CONTENDED_S / 4:
-            return
         self._swept_at = now
         self._seen = {name: at for name, at in self._seen.copy().items() if now - at < CONTENDED_S}
         self._free_at = {name: at for name, at in self._free_at.items() if at > now - BURST_S / SHARE}

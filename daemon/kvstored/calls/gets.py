@@ -105,7 +105,7 @@ class Reading:
             return False  # who copies from a device waits for it
         if plan.hot:
             return True
-        return len(plan) <= AT_HAND_MAX and plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
+        return len(plan.keys) <= AT_HAND_MAX and plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
 
     def read(self) -> list[tuple[int, Hit | EncodedReply | Found | None]]:
         """The positions of the lot planned with their hits, None for a miss. As found: what the caller `maps`."""

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch
 import xxhash
 
 from kvstore import arrays
@@ -60,26 +61,25 @@ class EncodedReply(NamedTuple):
 
 def encoded_reply(found: Found) -> EncodedReply:
     """The reply for an entry found. A large entry keeps it; for a small one it would cost a third of its size."""
-    entry = found.entry
-    if isinstance(entry.kept_reply, Contents):
-        return EncodedReply(found.tier, found.age_s, entry.kept_reply, entry, again=True)
-    if isinstance(entry.tensors, PackedTensors):
-        contents = _contents(entry, entry.tensors.payload, entry.tensors.attrs)
-        return EncodedReply(found.tier, found.age_s, contents, entry, again=False)
-    tensors = entry.tensors.values()
-    payload = [arrays.as_bytes(part) for held in tensors for part in held.parts.values()]
-    contents = _contents(entry, payload, [dict(held.attrs) for held in tensors])
-    entry.keep_reply(contents)
-    return EncodedReply(found.tier, found.age_s, contents, entry, again=False)
+    entry, kept = found.entry, found.entry.kept_reply
+    if isinstance(kept, Contents):
+        return EncodedReply(found.tier, found.age_s, kept, entry, again=True)
+    return EncodedReply(found.tier, found.age_s, _contents(entry), entry, again=False)
 
 
-def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, object]]) -> Contents:
+def _contents(entry: Entry) -> Contents:
+    tensors = entry.tensors
+    if isinstance(tensors, PackedTensors):
+        payload, attrs = tensors.payload, tensors.attrs
+    else:
+        payload = [arrays.as_bytes(part) for held in tensors.values() for part in held.parts.values()]
+        attrs = [dict(held.attrs) for held in tensors.values()]
     head, packed, counts = _alike(layout_of(entry))
     own = pb.GetHeader(
         nbytes=entry.value_nbytes,
         encoding=entry.encoding,
         lossy=entry.lossy,
-        relative_errors=relative_errors(entry.receipt, lossy=entry.lossy),
+        relative_errors=relative_errors(entry.receipt, lossy=True) if entry.lossy else (),
     )
     # Messages one behind the other are one message.
     serialized = [head, own.SerializeToString()]
@@ -87,7 +87,11 @@ def _contents(entry: Entry, payload: Sequence[Bytes], attrs: Sequence[dict[str, 
         written = pb.PackedTensor(attrs=json.dumps(facts, allow_nan=False)) if facts else pb.PackedTensor()
         serialized.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
     ends = [0, *accumulate(part.size for part in payload)]
-    return Contents(b"".join(serialized), payload, ends[-1], frozenset(ends[n] for n in counts), entry.value_nbytes)
+    nbytes, ends_of_tensors = ends[-1], frozenset(ends[n] for n in counts)
+    contents = Contents(b"".join(serialized), payload, nbytes, ends_of_tensors, own.nbytes)
+    if not isinstance(tensors, PackedTensors):
+        entry.keep_reply(contents)
+    return contents
 
 
 @lru_cache(maxsize=1024)
@@ -113,18 +117,17 @@ def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> byte
     if isinstance(hit, EncodedReply):
         own = pb.GetHeader(index=index, tier=TIERS[hit.tier], age_s=hit.age_s, boot_epoch=boot_epoch)
         return hit.contents.serialized + own.SerializeToString()
-    specs = {name: arrays.describe(name, x) for name, x in hit.tensors.items()}
-    return pb.GetHeader(
+    own = pb.GetHeader(
         index=index,
-        tensors=tensor_specs(specs),
-        nbytes=sum(x.nbytes for x in hit.tensors.values()),
         tier=TIERS[hit.tier],
         encoding=hit.encoding,
         lossy=hit.lossy,
         age_s=hit.age_s,
         boot_epoch=boot_epoch,
-        relative_errors=relative_errors(hit.receipt, lossy=hit.lossy),
-    ).SerializeToString()
+        relative_errors=relative_errors(hit.receipt, lossy=True) if hit.lossy else (),
+    )
+    shapes = tuple([(name, x.dtype, x.shape) for name, x in hit.tensors.items()])
+    return _decoded_header(shapes) + own.SerializeToString()  # what is said last counts
 
 
 def hit_frames(index: int, hit: Hit | EncodedReply | Found | None, boot_epoch: int) -> Iterable[bytes]:
@@ -166,6 +169,13 @@ def _raw_shape(specs: tuple[tuple[str, TensorSpec], ...]) -> RawShape:
         tensors=tensor_specs(infos), nbytes=sum(spec.nbytes for _, spec in specs), tier=pb.TIER_HOT, encoding="raw"
     )
     return RawShape(*layout(infos), header.SerializeToString())
+
+
+@lru_cache(maxsize=1024)
+def _decoded_header(shapes: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> bytes:
+    """`RawShape.serialized` of tensors out of the store, by name, dtype and shape."""
+    infos = ((name, TensorInfo(str(dtype).removeprefix("torch."), tuple(shape))) for name, dtype, shape in shapes)
+    return _raw_shape(tuple(infos)).serialized
 
 
 def new_reply(entry: Entry, put_at: float) -> SharedMemoryReply | None:
