@@ -8,7 +8,7 @@ Leaves out: when it expires and how often it was used (`metadata.meta.Meta`), an
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from kvstore.arrays import CheckedSpecs
 from kvstore.dtypes import BY_NAME, TensorSpec
 from kvstore.errors import CodecError
 from kvstore.keys import Key
-from kvstore.untracked import untrack
+from kvstore.untracked import untrack_tensors
 
 ENTRY_OVERHEAD_NBYTES = 512
 """Counted for an entry in addition to its payload: Entry, Meta, key and three dictionary slots, as measured
@@ -67,19 +67,6 @@ class EncodedTensor:
     def described(self) -> "Described":
         """The tensor without its parts."""
         return Described(self.spec, self.encoding, self.relative_error, basis_in(self.attrs))
-
-
-def _parts_of(tensors: Mapping[str, EncodedTensor]) -> list[object]:
-    """What the collector would look at. A mapping that makes its tensors when they are asked for is not asked."""
-    held: list[object] = []
-    if not isinstance(tensors, MappingProxyType):
-        held.append(tensors)
-        if isinstance(tensors, dict):
-            for tensor in tensors.values():
-                held += (tensor, tensor.spec, *tensor.parts.values())
-                if isinstance(tensor.parts, dict):
-                    held.append(tensor.parts)
-    return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +143,6 @@ class Entry:
         """Keep a reply. The fields it is built from never change, so two threads that build it build equal replies."""
         _set(self, "kept_reply", kept_reply)
 
-    def untrack(self) -> None:
-        """Have the garbage collector look no more at the entry and what belongs to it: it is to be held for long."""
-        untrack(self, *_parts_of(self.tensors))
-
     def to(self, device: torch.device) -> "Entry":
         """The entry with all parts on a device; the same entry if they are there already."""
         if getattr(self.tensors, "device", None) == device:
@@ -195,14 +178,6 @@ class Entry:
         """The relative error of each tensor by name, measured when it was encoded: 0 for a tensor as it was put."""
         known: dict[str, float] | None = getattr(self.tensors, "receipt", None)
         return {name: t.relative_error for name, t in self.tensors.items()} if known is None else known
-
-
-def untrack_held(held: Iterable[tuple[Entry, object]]) -> None:
-    """`Entry.untrack` of several, each with what the store knows of its key."""
-    found: list[object] = []
-    for entry, meta in held:
-        found += (entry, meta, *_parts_of(entry.tensors))
-    untrack(*found)
 
 
 class ArrivingTensors(Mapping[str, EncodedTensor]):
@@ -267,7 +242,7 @@ class ArrivingTensors(Mapping[str, EncodedTensor]):
                 tensors = {
                     name: EncodedTensor(spec, "raw", {"": made[name]}, NO_ATTRS) for name, spec in self.specs.items()
                 }
-                untrack(*_parts_of(tensors))
+                untrack_tensors(tensors)
                 self._tensors = tensors
             return self._tensors
 

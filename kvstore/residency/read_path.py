@@ -146,6 +146,17 @@ class _Lot(NamedTuple):
         return inf if self.whole_if_hot else self.at_most_nbytes
 
 
+def _extended(plan: Plan, more: Plan | None, how: _Lot) -> bool:
+    """Extend a plan by that of keys which are all in hot, if they fit its lot. Else False, with nothing changed."""
+    if more is None or not (plan.nbytes + more.nbytes <= how.at_most_nbytes or (how.whole_if_hot and plan.hot)):
+        return False
+    for have, found in ((plan.keys, more.keys), (plan.tiers, more.tiers), (plan.entries, more.entries),
+                        (plan.metas, more.metas)):  # fmt: skip
+        cast("list[object]", have).extend(found)
+    plan.nbytes += more.nbytes
+    return True
+
+
 class ReadPath:
     """Finds and counts. request_promotions: as `Maintainer.request_promotions`, asked under the lock."""
 
@@ -186,9 +197,9 @@ class ReadPath:
                         lookup, keys, plan.metas, plan.misses, ended=plan.ended, leading=leading, now=plan.now
                     )
                     if hot and count_later and not too_long:
-                        r.lock.owed.append(partial(self._count_hot, plan))
+                        r.lock.owed.append(partial(r.count_hot, plan.keys, plan.metas, plan.now, plan.nbytes))
                     elif not too_long:
-                        self._count_hot(plan) if hot else self._count(plan)
+                        self._count(plan, hot=hot)
             if refused is None:
                 if too_long:
                     self._count_in_slices(plan)
@@ -207,7 +218,7 @@ class ReadPath:
                 plan.now, 0 if start else plan.nbytes, hot=hot, misses=() if start else plan.misses,
             )  # fmt: skip
             with self._r.lock:
-                self._count_hot(part) if hot else self._count(part)
+                self._count(part, hot=hot)
             if start:
                 pause()
 
@@ -215,31 +226,19 @@ class ReadPath:
         r = self._r
         if len(keys) <= HOT_MAX:
             with r.lock:
-                found = self._all_hot(keys, r.hot.get_all(keys), r.clock.now(), how.hot_nbytes)
+                found, *_ = self._all_hot(keys, how.hot_nbytes)
             if found is not None:
                 return found
         plan = _nothing_yet(r.clock.now())
         for part in slices(keys, LOOK_MAX):
             with r.lock:
-                entries = r.hot.get_all(part)
-                if not self._extend_hot(plan, part, entries, how) and not self._look(plan, part, entries, how):
+                more, _, entries = self._all_hot(part, inf)
+                if not _extended(plan, more, how) and not self._look(plan, part, entries, how):
                     break
         return plan
 
-    def _extend_hot(self, plan: Plan, keys: Sequence[Key], entries: Sequence[Entry | None], how: "_Lot") -> bool:
-        """Extend a plan by keys that are all in hot and fit its lot, in one step. Else False, with nothing changed."""
-        more = self._all_hot(keys, entries, self._r.clock.now(), inf)
-        if more is None or not (plan.nbytes + more.nbytes <= how.at_most_nbytes or (how.whole_if_hot and plan.hot)):
-            return False
-        for have, found in ((plan.keys, more.keys), (plan.tiers, more.tiers), (plan.entries, more.entries),
-                            (plan.metas, more.metas)):  # fmt: skip
-            cast("list[object]", have).extend(found)
-        plan.nbytes += more.nbytes
-        return True
-
     def _find(self, keys: Sequence[Key], leading: bool, at_most_nbytes: float, whole_if_hot: bool) -> Plan:  # noqa: FBT001 - a private one's
-        now, entries = self._r.clock.now(), self._r.hot.get_all(keys)
-        plan = self._all_hot(keys, entries, now, inf if whole_if_hot else at_most_nbytes)
+        plan, now, entries = self._all_hot(keys, inf if whole_if_hot else at_most_nbytes)
         if plan is None:
             plan = _nothing_yet(now)
             self._look(plan, keys, entries, _Lot(leading, at_most_nbytes, whole_if_hot))
@@ -361,24 +360,23 @@ class ReadPath:
             held.append(found)
         return True
 
-    def _all_hot(
-        self, keys: Sequence[Key], entries: Sequence[Entry | None], now: float, at_most_nbytes: float
-    ) -> Plan | None:
-        """The plan where hot holds all of the keys and they are one lot. Else None, with nothing changed.
+    def _all_hot(self, keys: Sequence[Key], at_most_nbytes: float) -> tuple[Plan | None, float, Sequence[Entry | None]]:
+        """The plan where all keys are in hot and are one lot, else None; the time, and what hot holds under each key.
 
-        entries: what hot holds under them. The commonest get of all, so each step goes over all keys at once: a call
-        for each of them costs ten times this.
+        The commonest get of all, so each step goes over all keys at once: a call for each of them costs ten times this.
         """
+        r = self._r
+        now, entries = r.clock.now(), r.hot.get_all(keys)
         if not all(entries):
-            return None
-        metas = cast("list[Meta]", self._r.index.get_all(keys))  # what is in a tier has one
+            return None, now, entries
+        metas = cast("list[Meta]", r.index.get_all(keys))  # what is in a tier has one
         for meta in metas:
             if now >= (meta.pinned_until if meta.pinned else meta.expires_at):
-                return None  # `_look` forgets it
+                return None, now, entries  # `_look` forgets it
         nbytes = sum(map(_VALUE_NBYTES, metas))
         if nbytes > at_most_nbytes and len(keys) > 1:
-            return None
-        return Plan(keys, _HOT * len(keys), entries, metas, now, nbytes, hot=True)
+            return None, now, entries
+        return Plan(keys, _HOT * len(keys), entries, metas, now, nbytes, hot=True), now, entries
 
     def _look(self, plan: Plan, keys: Sequence[Key], entries_in_hot: Sequence[Entry | None], how: "_Lot") -> bool:
         """Extend a plan by any keys, as many as make one lot. Forgets those whose deadline has passed.
@@ -392,8 +390,8 @@ class ReadPath:
         nbytes, hot, now = plan.nbytes, plan.hot, plan.now
         for key, in_hot in zip(keys, entries_in_hot, strict=True):
             meta = r.index.get(key)
-            if meta is not None and now >= meta.deadline:
-                meta = r.live(key)  # which forgets it, or only unpins it
+            if meta is not None and (meta.pinned or now >= meta.expires_at):
+                meta = r.live(key)  # which forgets it, unpins it, or leaves it as it is
             place = None if meta is None else r.lookup_below(key) if in_hot is None else ("hot", in_hot)
             if meta is None or place is None:
                 misses.append(r.miss_cause(key))
@@ -418,26 +416,11 @@ class ReadPath:
         plan.nbytes, plan.hot = nbytes, hot
         return covered == len(keys)
 
-    def _count_hot(self, plan: Plan) -> None:
-        r, now, metas = self._r, plan.now, plan.metas
-        balance = r.balance
-        for meta in metas:
-            assert meta is not None
-            if balance is not None:
-                balance.hit("hot", now - meta.used_at)
-            meta.hits += 1
-            meta.owner.hits += 1
-            meta.last_hit_at = now
-            if meta.sliding:
-                meta.expires_at = now + meta.ttl_s
-        c, count = r.counters, len(metas)
-        c.gets += count
-        c.tiers["hot"].hits += count
-        c.hit_nbytes += plan.nbytes
-        c.hits_in["hot", "raw"] += count  # hot holds nothing else
-        r.touch(plan.keys[::-1])
-
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: Plan, *, hot: bool) -> None:
+        """Count hits, misses and use. hot: all of it was found there."""
+        if hot:
+            self._r.count_hot(plan.keys, plan.metas, plan.now, plan.nbytes)
+            return
         c = self._r.counters
         used: list[Key] = []
         wanted: list[Key] = []

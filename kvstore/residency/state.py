@@ -194,10 +194,29 @@ class Residency:
 
     def touch(self, keys_deepest_first: Sequence[Key]) -> None:
         """Count as use, in every tier that holds them."""
-        self.hot.order.touch(keys_deepest_first)
-        self.warm.order.touch(keys_deepest_first)
         if self.cold is not None:
             self.cold.touch(keys_deepest_first)
+        self.hot.order.touch(keys_deepest_first)
+        self.warm.order.touch(keys_deepest_first)
+
+    def count_hot(self, keys: Sequence[Key], metas: Sequence[Meta | None], now: float, nbytes: int) -> None:
+        """Count a get of keys that all lay in hot at `now`, root first: hits and use. nbytes: of their values."""
+        balance = self.balance
+        for meta in metas:
+            assert meta is not None
+            if balance is not None:
+                balance.hit("hot", now - meta.used_at)
+            meta.hits += 1
+            meta.owner.hits += 1
+            meta.last_hit_at = now
+            if meta.sliding:
+                meta.expires_at = now + meta.ttl_s
+        c, count = self.counters, len(metas)
+        c.gets += count
+        c.tiers["hot"].hits += count
+        c.hit_nbytes += nbytes
+        c.hits_in["hot", "raw"] += count  # hot holds nothing else
+        self.touch(keys[::-1])
 
     def use(self, keys_deepest_first: Sequence[Key], ttl_s: float | None) -> int:
         """Count as use, and move deadlines that slide, to `ttl_s` from now, or their own. Returns how many are held."""

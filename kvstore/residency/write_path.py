@@ -8,7 +8,6 @@ arrive a chunk waits for them, and if they do not arrive it is forgotten again.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from kvstore.residency.state import Residency
 from kvstore.residency.transcode import made_entry
 
 TOKEN_AXIS = 1
-_VALUE_NBYTES = attrgetter("value_nbytes")
 
 
 class WritePath:
@@ -63,16 +61,18 @@ class WritePath:
 
         chain: as `put_chain`.
         """
-        first = entries[::-1]
+        if len(entries) == 1 and not chain:
+            return int(self._take_one(entries[0], options, None))
+        now = self._r.clock.now()
+        held = [(entry, self._meta(entry, options, now)) for entry in entries[::-1]]
         if not chain:
-            return int(self._take_one(first[0], options, None)) if len(first) == 1 else self._take_all(first, options)
-        held = list(zip(first, self._metas(first, options), strict=True))
+            return self._take_all(held, options)
         keys = [entry.key for entry in entries]
         return self.take_chain(keys, held, parent, pin=options.pin, namespace=options.namespace)
 
-    def _take_all(self, entries: Sequence[Entry], options: PutOptions) -> int:
+    def _take_all(self, held: Sequence[tuple[Entry, Meta]], options: PutOptions) -> int:
         """Take in entries that continue nothing, the first one first. A few new ones are taken at once if they fit."""
-        held, r = list(zip(entries, self._metas(entries, options), strict=True)), self._r
+        r = self._r
         with r.lock:
             at_once = self._device_hot is None and 0 < len(held) <= SLICE
             for entry, meta in held:
@@ -80,11 +80,11 @@ class WritePath:
                 at_once = at_once and meta.owner is held[0][1].owner
             at_once = at_once and r.put_new(held)
         if not at_once:
-            return sum([self._take_one(entry, options, None) for entry in entries])
+            return sum([self._take_one(entry, options, None) for entry, _ in held])
         for entry, meta in held:
             if options.pin or meta.pinned_children:
                 self._pin(entry.key, asked=options.pin)
-        return len(held) - (0 if r.events is None else len(self._settle([entry.key for entry in entries])))
+        return len(held) - (0 if r.events is None else len(self._settle([entry.key for entry, _ in held])))
 
     def put_chain(
         self, entries: Sequence[tuple[Key, Mapping[str, Any]]], options: PutOptions, parent: Key | None, *, own: bool
@@ -94,7 +94,7 @@ class WritePath:
         Counts as use of the chunks before it.
         """
         copied = (self._copied(key, tensors, options, own=own) for key, tensors in reversed(entries))
-        held = ((entry, self._metas([entry], options)[0]) for entry in copied)
+        held = ((entry, self._meta(entry, options)) for entry in copied)
         return self.take_chain([key for key, _ in entries], held, parent, pin=options.pin, namespace=options.namespace)
 
     def take_chain(
@@ -193,7 +193,7 @@ class WritePath:
             return False
 
     def _take_one(self, entry: Entry, options: PutOptions, parent: Key | None) -> bool:
-        (meta,), r = self._metas((entry,), options), self._r
+        meta, r = self._meta(entry, options), self._r
         meta.parent = parent
         tickets: Sequence[int] | None = None
         with r.lock:
@@ -293,15 +293,13 @@ class WritePath:
         self._check(nbytes, options)
         return copied_entry(key, tensors)
 
-    def _metas(self, entries: Sequence[Entry], options: PutOptions) -> list[Meta]:
-        """The Metas of new values. Raises as `_check`."""
-        ttl = self._check(max(map(_VALUE_NBYTES, entries), default=0), options)
-        now, sliding, exact = self._r.clock.now(), options.sliding, options.fidelity == "exact"
-        metas = [Meta(now, now + ttl, ttl, entry.value_nbytes, sliding=sliding, exact=exact) for entry in entries]
-        if options.priority == "low":
-            for meta in metas:
-                meta.soon = True
-        return metas
+    def _meta(self, entry: Entry, options: PutOptions, now: float | None = None) -> Meta:
+        """The Meta of a new value. now: of the store's clock, where the caller has looked. Raises as `_check`."""
+        nbytes = entry.value_nbytes
+        ttl, exact = self._check(nbytes, options), options.fidelity == "exact"
+        if now is None:
+            now = self._r.clock.now()
+        return Meta(now, now + ttl, ttl, nbytes, sliding=options.sliding, exact=exact, soon=options.priority == "low")
 
     def _check(self, nbytes: int, options: PutOptions) -> float:
         """How many seconds a new value of `nbytes` lives.

@@ -29,7 +29,7 @@ import torch
 from kvstore import arrays
 from kvstore.dtypes import TensorSpec
 from kvstore.shm.freelist import FreeList
-from kvstore.shm.layout import CLOSED, aligned, layout
+from kvstore.shm.layout import CLOSED, aligned, layout_of
 
 SEGMENT_NBYTES = 128 << 20
 """A client maps it in 7 ms; a larger entry gets a segment of its own size."""
@@ -300,7 +300,7 @@ class Arena:
         What is returned says where the block is (`place`), so that nobody has to look for it afterwards.
         grow: make a new segment where there is no room.
         """
-        places, nbytes = layout(specs)
+        places, nbytes = layout_of(tuple(specs.items()))
         found = self._take(os.geteuid() if owner is None else owner, nbytes, grow=grow)
         if found is None:
             return None

@@ -39,11 +39,12 @@ def table_nbytes(nbytes: int) -> int:
 
 def layout(specs: Mapping[str, TensorSpec]) -> tuple[Mapping[str, tuple[int, int]], int]:
     """(start, nbytes) of each tensor from its block's start, and the bytes of the whole block. Not to be changed."""
-    return _layout(tuple(specs.items()))
+    return layout_of(tuple(specs.items()))
 
 
 @lru_cache(maxsize=256)
-def _layout(specs: tuple[tuple[str, TensorSpec], ...]) -> tuple[Mapping[str, tuple[int, int]], int]:
+def layout_of(specs: tuple[tuple[str, TensorSpec], ...]) -> tuple[Mapping[str, tuple[int, int]], int]:
+    """`layout`, of the items of a mapping."""
     names, sizes = [name for name, _ in specs], [spec.nbytes for _, spec in specs]
     return dict(zip(names, spans(sizes), strict=True)), HEADER_NBYTES + sum(map(aligned, sizes))
 

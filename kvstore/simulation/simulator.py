@@ -35,7 +35,6 @@ from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.order import Order
-from kvstore.untracked import untrack
 
 DAY_S = 86_400.0
 DTYPE_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -147,10 +146,6 @@ class SizedEntry:
         self.lossy = lossy
         self.nbytes = tensors.entry_nbytes
         self.encoding = tensors.encoding
-
-    def untrack(self) -> None:
-        """As `Entry.untrack`."""
-        untrack(self)
 
 
 def _nf4(values: int) -> SizedTensors:

@@ -7,7 +7,7 @@ holds exactly the keys held. Not thread-safe: the store's lock covers each call.
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from kvstore.entries.entry import Entry, untrack_held
+from kvstore.entries.entry import Entry
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -15,6 +15,7 @@ from kvstore.metadata.owner import NOBODY, Owner
 from kvstore.metadata.spread import Spread
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order
+from kvstore.untracked import untrack_held
 
 
 class MemoryTier:
@@ -127,7 +128,7 @@ class MemoryTier:
             self.remove(key)
         if self._used_nbytes + nbytes > self.capacity_nbytes:
             raise OverQuota(f"the {self.name} tier has no room for {nbytes} bytes: displace first")
-        entry.untrack()
+        untrack_held([(entry, meta)])
         self._entries[key] = entry
         self._used_nbytes += nbytes
         self.order.track(key, nbytes, soon=soon, meta=meta)
@@ -149,7 +150,7 @@ class MemoryTier:
         """Hold another object of the same value in an entry's place. False: it is held no more, and nothing changes."""
         if self._entries.get(held.key) is not held or other.nbytes != held.nbytes:
             return False
-        other.untrack()
+        untrack_held([(other, None)])
         self._entries[held.key] = other
         return True
 
