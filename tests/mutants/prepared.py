@@ -105,8 +105,8 @@ PREPARED = (
     ),
     (
         "kvstore/disk/reading.py",
-        "parse_head(head_bytes, key, known=Sizes(row.head_nbytes, row.place.nbytes, row.meta.value_nbytes))",
-        "parse_head(head_bytes, key)",
+        "        head = parse_head(head_bytes, key, known=known)",
+        "        head = parse_head(head_bytes, key)",
         "a row of another record",
     ),
     (

@@ -1,6 +1,7 @@
 """What decoding asks of parts and attributes, check by check: before memory is made, and before a value is believed."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,48 @@ def test_runs_cover_every_layer_once(runs: object) -> None:
     assert len(_runs([[0, 1, "int8", {}], [1, 4, "raw", {}]], TensorSpec("float16", (4, 8)))) == 2
     with pytest.raises(CodecError, match="layers"):
         _runs([[0, 1, "int8", {}]], TensorSpec("float16", ()))
+
+
+def turning_keys() -> EncodedTensor:
+    """Keys whose means turn, encoded by nf4-kv2."""
+    g, tokens, d = torch.Generator().manual_seed(4), 128, 64
+    angle = torch.arange(tokens)[:, None] * 1e4 ** (-torch.arange(d // 2) / (d // 2))
+    mean = 8 * torch.randn(2, 1, 2, d // 2, generator=g)
+    turned = torch.cat((mean * angle.cos()[:, None], mean * angle.sin()[:, None]), dim=-1)
+    return codec_named("nf4-kv2").encode("k", torch.randn(2, tokens, 2, d, generator=g) + turned)
+
+
+@pytest.mark.parametrize(
+    ("about", "value"),
+    [
+        ("token_axis", -3.0), ("token_axis", [-3]), ("token_axis", True), ("kept", 0), ("kept", ["0"]), ("kept", None),
+        ("role", ["key"]), ("role", {"key": 1}), ("rotary", 64.0), ("rotary", [64]), ("interleaved", 0),
+        ("interleaved", 0.0), ("interleaved", []), ("kept", "0," * 3000), ("kept", ",".join(map(str, range(127)))),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_what_only_equals_an_attribute_seen_before_is_refused(about: str, value: object) -> None:
+    """What a tensor has to consist of is remembered by its attributes: one of another type is not the same."""
+    encoded, codec = turning_keys(), codec_named("nf4-kv2")
+    assert (encoded.attrs["rotary"], encoded.attrs["interleaved"], encoded.attrs["token_axis"]) == (64, False, -3)
+    codec.check(encoded)
+    wrong = replace(encoded, attrs={**encoded.attrs, about: value})
+    for reads in (codec.check, codec.decode):
+        with pytest.raises(CodecError):
+            reads(wrong)
+    codec.check(encoded)
+
+
+@pytest.mark.parametrize("shape", [(-2, -16, 2, 64), (2, 16, -2, -64), (2, 16, 0, 64), (1 << 40, 1 << 40, 64), ()])
+def test_a_shape_that_no_tensor_has_is_refused_before_memory_is_made(shape: tuple[int, ...]) -> None:
+    """Two negative dimensions multiply to as many values as there are."""
+    codec = codec_named("nf4-kv2")
+    encoded = codec.encode("v", torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(4)))
+    assert encoded.attrs["kept"] == ""
+    wrong = replace(encoded, spec=TensorSpec("float32", shape))
+    for reads in (codec.check, codec.decode):
+        with pytest.raises(CodecError):
+            reads(wrong)
 
 
 class Wrong:
