@@ -7,6 +7,7 @@ frozen, and a change of the bytes is a new name.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from kvstore.boundary import blamed
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.dtypes import LOSSY_ALLOWED
-from kvstore.entries.entry import EncodedTensor, Entry, is_of
+from kvstore.entries.entry import EncodedTensor, Entry
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import CodecError
 
@@ -54,7 +55,8 @@ class Stored(Codec, Protocol):
         ...
 
 
-def _registry() -> dict[str, Stored]:
+@cache
+def _own() -> dict[str, Stored]:
     from kvstore.codecs.int8 import Int8
     from kvstore.codecs.kv_learned import KVLearned
     from kvstore.codecs.layers import Layers
@@ -66,22 +68,16 @@ def _registry() -> dict[str, Stored]:
     return {codec.name: codec for codec in (Raw(), NF4(), NF4KV(), NF4KV2(), Int8(), KVLearned(), Layers())}
 
 
-_CODECS: dict[str, Stored] = {}
-
-
+@lru_cache(maxsize=64)
 def codec_named(name: str) -> Stored:
     """The codec with this encoding name: one of kvstored's, registered, or offered by a package.
 
-    Raises UnknownEncoding for any other, or one that cannot be loaded: a record may have come from another host.
+    A name is taken for good, so what was found is remembered. Raises UnknownEncoding for any other, or one that cannot
+    be loaded: a record may have come from another host.
     """
-    if not _CODECS:
-        _CODECS.update(_registry())
-    found = _CODECS.get(name)
-    if found is not None:
-        return found
     from kvstore.codecs.outside import outside_codec
 
-    return outside_codec(name)
+    return _own().get(name) or outside_codec(name)
 
 
 def codec_for(choice: str, max_relative_error: float | None = None) -> Codec:
@@ -153,7 +149,7 @@ def decode_all(entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict
     made = {} if out is None else out
     for name, tensor in entry.tensors.items():
         try:  # the boundary: no codec can foresee every attribute
-            made[name] = decode_tensor(tensor, made.get(name))
+            made[name] = codec_named(tensor.encoding).decode(tensor, made.get(name))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is named
             raise blamed(error, CodecError, f"tensor {name!r:.80}") from None
     return made
@@ -161,22 +157,6 @@ def decode_all(entry: Entry, out: dict[str, torch.Tensor] | None = None) -> dict
 
 decode_entry = without_torch_modes(decode_all)
 """`decode_all` for any caller."""
-
-
-def decode_tensor(tensor: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """One tensor decoded, into `out` where given, which is returned then. Raises CodecError, or whatever a codec does.
-
-    A codec of ours returns a tensor of the spec, and `out` where given. From any other a caller gets that all the same.
-    """
-    own = _CODECS.get(tensor.encoding)
-    if own is not None:
-        return own.decode(tensor, out)
-    decoded = codec_named(tensor.encoding).decode(tensor, out)
-    if not is_of(decoded, tensor.spec):
-        raise CodecError(f"decoded to {decoded.dtype} {tuple(decoded.shape)}, not {tensor.spec}")
-    if out is None or decoded is out:
-        return decoded
-    return out.copy_(decoded)  # a codec of somebody else's need not know `out`
 
 
 @without_torch_modes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstore.codecs import Codec, codec_named, decode_tensor, encode_measured
+from kvstore.codecs import Codec, codec_named, encode_measured
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.parts import prepared_out
 from kvstore.codecs.raw import Raw
@@ -48,7 +48,7 @@ class Layers:
         tensors = _checked(encoded)
         out = prepared_out(spec, next(iter(encoded.parts.values())).device, out)
         for run, tensor in tensors:
-            decode_tensor(tensor, out[run.start : run.stop])
+            codec_named(run.encoding).decode(tensor, out[run.start : run.stop])
         return out
 
     def check(self, encoded: EncodedTensor) -> None:

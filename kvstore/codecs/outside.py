@@ -19,6 +19,24 @@ _CALLS = {"encode": ("name", "x", "hints"), "decode": ("encoded", "out"), "check
 """The methods of a stored codec, and what they are called with."""
 
 
+class Outside:
+    """A codec of somebody else's, whose word is not taken: a caller gets a tensor of the spec, and what it asked for
+    in `out`, which the codec need not know.
+    """
+
+    def __init__(self, codec: Stored) -> None:
+        self.name, self.lossy = codec.name, codec.lossy
+        self.encode, self.check = codec.encode, codec.check
+        self._decode = codec.decode
+
+    def decode(self, encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor, in `out` where given. Raises CodecError, or whatever the codec does."""
+        decoded = self._decode(encoded, out)
+        if not is_of(decoded, encoded.spec):
+            raise CodecError(f"decoded to {decoded.dtype} {tuple(decoded.shape)}, not {encoded.spec}")
+        return decoded if out is None or decoded is out else out.copy_(decoded)
+
+
 def register_codec(codec: Stored) -> None:
     """Make a codec known by its name, for `WarmConfig(codec=name)` and for the records that it writes.
 
@@ -46,7 +64,7 @@ def outside_codec(name: str) -> Stored:
             f"unknown encoding {name!r}; this version and the packages installed know {known}. "
             "If a codec from outside wrote it, install or register that"
         )
-    return found  # type: ignore[return-value]  # `_register` has tried it
+    return Outside(found)  # type: ignore[arg-type]  # `_register` has tried it
 
 
 _WORDS = ("auto", "by-layer", "adaptive")

@@ -13,7 +13,7 @@ import torch
 
 from kvstore import arrays
 from kvstore.boundary import Blaming
-from kvstore.codecs import check_entry, codec_for, codec_named, decode_tensor, encode_entry
+from kvstore.codecs import check_entry, codec_for, codec_named, encode_entry
 from kvstore.codecs.hints import Hints
 from kvstore.dtypes import TensorSpec
 from kvstore.entries.compact import packed as in_one_piece
@@ -57,7 +57,7 @@ def decode(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def decoded(x: PackedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """One packed tensor decoded, into `out` (dense, of its spec and device) where given. Raises CodecError."""
     with Blaming(CodecError, f"a tensor packed as {x.encoding!r:.40}"):
-        return decode_tensor(encoded_of(x), out)
+        return codec_named(x.encoding).decode(encoded_of(x), out)
 
 
 def encoded_of(x: PackedTensor) -> EncodedTensor:

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import xxhash
 
-from kvstore.boundary import Blaming
+from kvstore.boundary import blamed
 from kvstore.disk import Bytes
 from kvstore.disk.rows import Row
 from kvstore.disk.segments import Segments
 from kvstore.entries.entry import Described, Entry
-from kvstore.entries.record import Head, assemble, parse_head, specs_of
+from kvstore.entries.record import Sizes, assemble, parse_head, specs_of
 from kvstore.entries.sealing import NO_SEALS, Seals
 from kvstore.entries.torch_modes import without_torch_modes
 from kvstore.errors import RecordCorrupt
@@ -26,24 +26,23 @@ cache; a second thread that reads the other end gains nothing either (bench/HIST
 @without_torch_modes
 def read_entry(segments: Segments, key: Key, row: Row, seals: Seals = NO_SEALS) -> Entry:
     """The entry that a row names, in new memory. Raises RecordCorrupt or OSError; TierUnavailable without memory."""
-    with Blaming(RecordCorrupt, "record"):  # the boundary: an attacker computes checksums, too
-        return _entry(segments, key, row, seals)
-
-
-def _entry(segments: Segments, key: Key, row: Row, seals: Seals) -> Entry:
-    head_bytes = np.empty(row.head_nbytes, np.uint8)
-    # Allocated by torch, because the entry's tensors are views of it: aligned for every dtype.
-    stored = torch.empty(row.place.nbytes - row.head_nbytes, dtype=torch.uint8, device="cpu").numpy()
-    digest = xxhash.xxh3_64()
-    skip = row.head_nbytes
-    _fill(segments, row, [head_bytes, stored[:PIECE_NBYTES]], 0)
-    digest.update(stored[:PIECE_NBYTES].data)
-    for at in range(PIECE_NBYTES, stored.size, PIECE_NBYTES):
-        _fill(segments, row, [stored[at : at + PIECE_NBYTES]], skip + at)
-        digest.update(stored[at : at + PIECE_NBYTES].data)
-    head = parse_head(head_bytes.tobytes(), key)
-    _check_sizes(head, row)
-    return assemble(head, head_bytes.tobytes(), stored, key, digest.intdigest(), seals)
+    try:  # the boundary: an attacker computes checksums, too
+        known, skip = _sizes(row), row.head_nbytes
+        begin = np.empty(skip, np.uint8)
+        # Allocated by torch, because the entry's tensors are views of it: aligned for every dtype.
+        stored = torch.empty(row.place.nbytes - skip, dtype=torch.uint8, device="cpu").numpy()
+        first = stored[:PIECE_NBYTES]
+        _fill(segments, row, [begin, first], 0)
+        digest = xxhash.xxh3_64(first.data)
+        for at in range(PIECE_NBYTES, stored.size, PIECE_NBYTES):
+            piece = stored[at : at + PIECE_NBYTES]
+            _fill(segments, row, [piece], skip + at)
+            digest.update(piece.data)
+        head_bytes = begin.tobytes()
+        head = parse_head(head_bytes, key, known=known)
+        return assemble(head, head_bytes, stored, key, digest.intdigest(), seals)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is named
+        raise blamed(error, RecordCorrupt, "record") from None
 
 
 def read_record(segments: Segments, key: Key, row: Row) -> Bytes:
@@ -56,11 +55,12 @@ def read_record(segments: Segments, key: Key, row: Row) -> Bytes:
     for at in range(0, record.size, PIECE_NBYTES):
         _fill(segments, row, [record[at : at + PIECE_NBYTES]], at)
         digest.update(record[max(at, row.head_nbytes) : at + PIECE_NBYTES].data)
-    with Blaming(RecordCorrupt, "record"):  # the boundary, as above
-        head = parse_head(record[: row.head_nbytes].tobytes(), key)
-        _check_sizes(head, row)
+    try:  # the boundary, as above
+        head = parse_head(record[: row.head_nbytes].tobytes(), key, known=_sizes(row))
         if head.data_xxh3 != digest.intdigest():
             raise RecordCorrupt("checksum of the data does not match")
+    except Exception as error:  # noqa: BLE001 - as above
+        raise blamed(error, RecordCorrupt, "record") from None
     return record
 
 
@@ -78,17 +78,15 @@ def _fill(segments: Segments, row: Row, buffers: list[Bytes], skip: int) -> None
 
 def read_specs(segments: Segments, key: Key, row: Row) -> dict[str, Described]:
     """The tensors' types, shapes and receipts, from the record's head alone. Raises the same errors as `read_entry`."""
-    with Blaming(RecordCorrupt, "record"):  # the boundary, as above
-        head_bytes = np.empty(row.head_nbytes, np.uint8)
-        _fill(segments, row, [head_bytes], 0)
-        head = parse_head(head_bytes.tobytes(), key)
-        _check_sizes(head, row)
-        return specs_of(head, head_bytes.tobytes())
+    try:  # the boundary, as above
+        begin = np.empty(row.head_nbytes, np.uint8)
+        _fill(segments, row, [begin], 0)
+        head_bytes = begin.tobytes()
+        return specs_of(parse_head(head_bytes, key, known=_sizes(row)), head_bytes)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise blamed(error, RecordCorrupt, "record") from None
 
 
-def _check_sizes(head: Head, row: Row) -> None:
-    if head.nbytes != row.head_nbytes or head.stored_nbytes != row.place.nbytes - row.head_nbytes:
-        raise RecordCorrupt(f"record of {head.nbytes + head.stored_nbytes} bytes, its row says {row.place.nbytes}")
-    # Callers made room for the row's size. A tier that is used without a store may write 0.
-    if row.meta.value_nbytes not in (0, head.value_nbytes):
-        raise RecordCorrupt(f"value of {head.value_nbytes} bytes, its row says {row.meta.value_nbytes}")
+def _sizes(row: Row) -> Sizes:
+    """What the record that a row names is held to: callers made room for those sizes."""
+    return Sizes(row.head_nbytes, row.place.nbytes, row.meta.value_nbytes)

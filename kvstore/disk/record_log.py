@@ -266,8 +266,9 @@ class RecordLog:
                     return None
 
     def _find(self, key: Key) -> Entry | Row | None:
+        waiting = self._pending
         with self.changed:
-            operation = self._pending.find(key)
+            operation = waiting.find(key) if waiting.queued or waiting.inflight else None
             if isinstance(operation, Delete) or not self._holder.holds(key):
                 return None
             if isinstance(operation, Put):

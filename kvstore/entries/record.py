@@ -22,17 +22,20 @@ import xxhash
 
 from kvstore.arrays import ENTRY_MAX_NBYTES, TENSORS_MAX, as_bytes
 from kvstore.boundary import Blaming
-from kvstore.dtypes import BY_NAME, TensorSpec
+from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS, TensorSpec
 from kvstore.entries.compact import Layout, PackedTensors, layout_of
 from kvstore.entries.compression import Compression, compress, decompress_into
 from kvstore.entries.entry import Described, EncodedTensor, Entry, basis_in, error_in
-from kvstore.entries.facts import PARTS_MAX, Row, spec_of_part, tensor_rows
 from kvstore.entries.safetensors_header import (  # fmt: skip
     HEADER_MAX_NBYTES,
+    PARTS_MAX,
+    Part,
+    Row,
     Slot,
     header_nbytes,
     header_text,
     parse_header,
+    tensor_rows,
     write_header,
 )
 from kvstore.entries.sealing import NO_SEALS, Seals, sealed_nbytes
@@ -100,6 +103,22 @@ class Head:
     def nbytes(self) -> int:
         """Bytes before the data section."""
         return FIXED_NBYTES + self.json_nbytes
+
+    def check(self, known: "Sizes") -> None:
+        """Raise RecordCorrupt for a record of other sizes."""
+        nbytes = self.nbytes + self.stored_nbytes
+        if self.nbytes != known.head_nbytes or nbytes != known.nbytes:
+            raise RecordCorrupt(f"record of {nbytes} bytes, its row says {known.nbytes}")
+        if known.value_nbytes not in (0, self.value_nbytes):
+            raise RecordCorrupt(f"value of {self.value_nbytes} bytes, its row says {known.value_nbytes}")
+
+
+class Sizes(NamedTuple):
+    """What a row says of a record. value_nbytes: of its tensors once decoded, 0 where nobody told."""
+
+    head_nbytes: int
+    nbytes: int
+    value_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +230,13 @@ def unpack(
         return assemble(head, bytes(view[: head.nbytes]), stored, key, digest, seals)
 
 
-def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES) -> Head:
-    """The checked fixed header, from bytes that hold at least the record's head. Raises RecordCorrupt."""
+def parse_head(
+    data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_MAX_NBYTES, known: Sizes | None = None
+) -> Head:
+    """The checked fixed header, from bytes that hold at least the record's head. Raises RecordCorrupt.
+
+    known: its row's sizes; it is corrupt where it has others.
+    """
     if len(data) < FIXED_NBYTES:
         raise RecordCorrupt(f"record of {len(data)} bytes is shorter than its {FIXED_NBYTES}-byte header")
     fields = _FIXED.unpack_from(data)
@@ -234,10 +258,13 @@ def parse_head(data: bytes | memoryview, key: Key, *, limit_nbytes: int = ENTRY_
         raise RecordCorrupt(f"data of {largest} bytes, at most {2 * limit_nbytes}, stored as kind {compression}")
     if data_nbytes > 2 * value_nbytes + _SIDE_NBYTES:
         raise RecordCorrupt(f"data of {data_nbytes} bytes for a value of {value_nbytes}")
-    return Head(
+    head = Head(
         created_at, expires_at, ttl_s, value_nbytes, json_nbytes, Compression(compression), flags, data_nbytes,
         stored_nbytes, data_xxh3,
     )  # fmt: skip
+    if known is not None:
+        head.check(known)
+    return head
 
 
 def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: int, seals: Seals = NO_SEALS) -> Entry:
@@ -260,10 +287,10 @@ def assemble(head: Head, head_bytes: bytes, stored: Bytes, key: Key, data_xxh3: 
     else:
         data = torch.empty(head.data_nbytes, dtype=torch.uint8, device="cpu")
         decompress_into(data.numpy(), stored, head.compression)
-    entry = Entry(key, _tensors(rows, slots, data), lossy=head.lossy)
-    if entry.value_nbytes != head.value_nbytes:
-        raise RecordCorrupt(f"tensors of {entry.value_nbytes} bytes, header says {head.value_nbytes}")
-    return entry
+    tensors = _tensors(rows, slots, data)
+    if tensors.value_nbytes != head.value_nbytes:
+        raise RecordCorrupt(f"tensors of {tensors.value_nbytes} bytes, header says {head.value_nbytes}")
+    return Entry(key, tensors, lossy=head.lossy)
 
 
 def to_safetensors(entry: Entry, meta: Meta) -> bytes:
@@ -277,21 +304,17 @@ def from_safetensors(file: bytes) -> Entry:
     It has no checksum: the values are not verified, only the structure is.
     """
     with Blaming(RecordCorrupt, "file"):  # the boundary: any program may have written the file
-        return _from_safetensors(file)
-
-
-def _from_safetensors(file: bytes) -> Entry:
-    length = int.from_bytes(file[:8], "little")
-    if length > HEADER_MAX_NBYTES:
-        raise RecordCorrupt(f"safetensors header of {length} bytes, at most {HEADER_MAX_NBYTES}")
-    slots, facts = parse_header(file[: 8 + length], len(file) - 8 - length)
-    data = torch.empty(len(file) - 8 - length, dtype=torch.uint8, device="cpu")
-    np.copyto(data.numpy(), np.frombuffer(file, np.uint8)[8 + length :])
-    try:
-        key = Key(check_key(bytes.fromhex(facts["kvstored.key"])))
-    except (KeyError, ValueError, InvalidEntry) as error:
-        raise RecordCorrupt(f"not a file that was exported from here: {printable(repr(error)):.200}") from None
-    return Entry(key, _tensors(tensor_rows(facts), slots, data), lossy=facts.get("kvstored.lossy") == "true")
+        length = int.from_bytes(file[:8], "little")
+        if length > HEADER_MAX_NBYTES:
+            raise RecordCorrupt(f"safetensors header of {length} bytes, at most {HEADER_MAX_NBYTES}")
+        slots, facts = parse_header(file[: 8 + length], len(file) - 8 - length)
+        data = torch.empty(len(file) - 8 - length, dtype=torch.uint8, device="cpu")
+        np.copyto(data.numpy(), np.frombuffer(file, np.uint8)[8 + length :])
+        try:
+            key = Key(check_key(bytes.fromhex(facts["kvstored.key"])))
+        except (KeyError, ValueError, InvalidEntry) as error:
+            raise RecordCorrupt(f"not a file that was exported from here: {printable(repr(error)):.200}") from None
+        return Entry(key, _tensors(tensor_rows(facts), slots, data), lossy=facts.get("kvstored.lossy") == "true")
 
 
 def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
@@ -299,7 +322,7 @@ def specs_of(head: Head, head_bytes: bytes) -> dict[str, Described]:
     with Blaming(RecordCorrupt, "record"):  # the boundary, as in `unpack`
         _, facts = parse_header(head_bytes[FIXED_NBYTES:], head.data_nbytes)
         rows = tensor_rows(facts)
-        nbytes = sum(row.spec.nbytes for row in rows)
+        nbytes = sum(row.nbytes for row in rows)
         if nbytes != head.value_nbytes or nbytes > DECODED_MAX_RATIO * (head.data_nbytes + _SIDE_NBYTES):
             raise RecordCorrupt(f"tensors of {nbytes} bytes, header says {head.value_nbytes}, of {head.data_nbytes}")
         return {
@@ -324,13 +347,56 @@ def _widest(entry: Entry) -> int:
     return BY_NAME[largest.spec.dtype].itemsize
 
 
-def _tensors(rows: Sequence[Row], slots: Mapping[str, Slot], data: torch.Tensor) -> dict[str, EncodedTensor]:
+class _Tensors(dict[str, EncodedTensor]):
+    """The tensors of a record. value_nbytes: as `Entry` has it."""
+
+    __slots__ = ("value_nbytes",)
+    value_nbytes: int
+
+
+def _tensors(rows: Sequence[Row], slots: Mapping[str, Slot], data: torch.Tensor) -> _Tensors:
     """The tensors of all rows. Raises RecordCorrupt unless each slot is one part of one tensor."""
-    tensors = {row.name: row.tensor(slots, data) for row in rows}
+    tensors = _Tensors((row.name, tensor_of(row, slots, data)) for row in rows)
     used = [part.slot for row in rows for part in row.parts.values()]
     if len(tensors) != len(rows) or len(used) != len(slots) or len(set(used)) != len(used):
         raise RecordCorrupt("tensors and parts do not add up")
+    tensors.value_nbytes = sum(row.nbytes for row in rows)
     return tensors
+
+
+def tensor_of(row: Row, slots: Mapping[str, Slot], data: torch.Tensor) -> EncodedTensor:
+    """The tensor of a row, with parts that are views of `data`. Raises RecordCorrupt if row and slots disagree."""
+    parts = {suffix: _view(part, slots, data) for suffix, part in row.parts.items()}
+    if row.encoding == "raw" and (parts.keys() != {""} or spec_of_part(parts[""]) != row.spec):
+        raise RecordCorrupt(f"tensor {row.name!r:.80} is not {row.spec}")
+    return EncodedTensor(row.spec, row.encoding, parts, row.attrs)
+
+
+def spec_of_part(x: torch.Tensor) -> TensorSpec:
+    """Type and shape of a part."""
+    return TensorSpec(str(x.dtype).removeprefix("torch."), tuple(x.shape))
+
+
+def _view(part: Part, slots: Mapping[str, Slot], data: torch.Tensor) -> torch.Tensor:
+    slot = slots.get(part.slot)
+    if slot is None:
+        raise RecordCorrupt(f"part {part.slot!r:.80} is missing")
+    code, shape, begin, end = slot
+    if part.spec is None:  # as the slot says, whose size `parse_header` has checked
+        dtype = _TORCH_BY_CODE[code]
+    elif part.spec.nbytes != end - begin:
+        raise RecordCorrupt(f"part {part.slot!r:.80} of {end - begin} bytes is not {part.spec}")
+    else:
+        dtype, shape = getattr(torch, part.spec.dtype), part.spec.shape
+    if begin == end:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if begin % dtype.itemsize:
+        raise RecordCorrupt(f"part {part.slot!r:.80} is not aligned")
+    flat = data[begin:end] if dtype is torch.uint8 else data[begin:end].view(dtype)
+    return flat if len(shape) == 1 else flat.view(shape)
+
+
+_TORCH_BY_CODE: dict[str, torch.dtype] = {code: getattr(torch, kind.name) for code, kind in FROM_SAFETENSORS.items()}
 
 
 class _Tensor(NamedTuple):

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, written and parsed strictly.
+"""The header of a safetensors file, and the tensors that a record's names in its metadata, written and parsed strictly.
 
 The safetensors library accepts duplicate names, dimensions of 2**62 next to a zero, and headers that take seconds and
 hundreds of MiB to parse. Here the size is limited before a byte is parsed, and only a layout without gaps is accepted:
@@ -11,12 +11,13 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from functools import lru_cache
+from math import isfinite, prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from kvstore.dtypes import FROM_SAFETENSORS, DType
+from kvstore.arrays import ATTRS_MAX_NBYTES, ENTRY_MAX_NBYTES, TENSORS_MAX, check_name
+from kvstore.dtypes import BY_NAME, FROM_SAFETENSORS, TensorSpec
 from kvstore.errors import EntryTooLarge, InvalidEntry, RecordCorrupt
 from kvstore.printable import printable
 
@@ -25,12 +26,18 @@ HEADER_MAX_NBYTES = 256 << 10
 RANK_MAX = 8
 DIM_MAX = 4 << 30
 METADATA = "__metadata__"
+PARTS_MAX = 64
+"""Parts of one encoded tensor: nf4 has 3, nf4-kv2 up to 8 of keys, and `layers` those of 8 runs."""
+_SLOT_FIELDS = {"dtype", "shape", "data_offsets"}
+_ATTRS_DEPTH_MAX = 6
+"""The deepest attributes are those of `layers`: a list of runs, each a list that holds a codec's own attributes."""
+_INT_LIMIT = 1 << 63
+_ENCODING_MAX_NBYTES = 32
 _ALIGN = 8
 _LENGTH_NBYTES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a tensor lies: bytes [begin, end) of the data section. dtype: a safetensors code."""
 
     dtype: str
@@ -99,7 +106,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         raise RecordCorrupt(f"safetensors header is not JSON: {printable(repr(error)):.120}") from None
 
 
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dictionary, for `object_pairs_hook`. Raises ValueError for a name given twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
@@ -107,7 +114,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
 def _text_facts(facts: Any) -> dict[str, str]:
@@ -116,37 +123,120 @@ def _text_facts(facts: Any) -> dict[str, str]:
     return facts
 
 
-def _is_size(x: object, limit: int = DIM_MAX) -> bool:
-    return type(x) is int and 0 <= x <= limit
-
-
 def _slot(name: str, row: Any) -> Slot:
-    if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(row, dict) or row.keys() != _SLOT_FIELDS:
         raise RecordCorrupt(f"tensor {name!r:.80}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     kind = FROM_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
         raise RecordCorrupt(f"tensor {name!r:.80}: unknown dtype {dtype!r:.40}")
-    if not isinstance(shape, list) or len(shape) > RANK_MAX or not all(_is_size(d) for d in shape):
+    if not isinstance(shape, list) or len(shape) > RANK_MAX or not _are_sizes(shape, DIM_MAX):
         raise RecordCorrupt(f"tensor {name!r:.80}: bad shape {shape!r:.80}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o, 1 << 62) for o in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets, 1 << 62):
         raise RecordCorrupt(f"tensor {name!r:.80}: bad data_offsets {offsets!r:.80}")
-    slot = Slot(dtype, tuple(shape), offsets[0], offsets[1])
-    _check_size(name, slot, kind)
-    return slot
+    begin, end = offsets
+    if end - begin != prod(shape) * kind.itemsize:
+        raise RecordCorrupt(f"tensor {name!r:.80}: {dtype} {tuple(shape)} is not {end - begin} bytes")
+    return Slot(dtype, tuple(shape), begin, end)
 
 
-def _check_size(name: str, slot: Slot, kind: DType) -> None:
-    if slot.end - slot.begin != prod(slot.shape) * kind.itemsize:
-        raise RecordCorrupt(f"tensor {name!r:.80}: {slot.dtype} {slot.shape} is not {slot.end - slot.begin} bytes")
+def _are_sizes(numbers: list[Any], limit: int) -> bool:
+    for number in numbers:  # noqa: SIM110 - all() of a generator takes twice as long, and a record has twenty lists
+        if type(number) is not int or not 0 <= number <= limit:
+            return False
+    return True
 
 
 def _check_layout(slots: Mapping[str, Slot], data_nbytes: int) -> None:
     """No overlap, no hole, nothing left over."""
     at = 0
-    for slot in sorted(slots.values(), key=lambda s: (s.begin, s.end)):
-        if slot.begin != at:
+    for begin, end in sorted([(slot.begin, slot.end) for slot in slots.values()]):
+        if begin != at:
             raise RecordCorrupt(f"safetensors data has a hole or an overlap at byte {at}")
-        at = slot.end
+        at = end
     if at != data_nbytes:
         raise RecordCorrupt(f"safetensors header describes {at} bytes of data, there are {data_nbytes}")
+
+
+class Part(NamedTuple):
+    """One part of one tensor: its slot, and its real type where safetensors has no code for it."""
+
+    slot: str
+    spec: TensorSpec | None
+
+
+class Row(NamedTuple):
+    """One tensor, as the metadata describes it. nbytes: of its values."""
+
+    name: str
+    spec: TensorSpec
+    nbytes: int
+    encoding: str
+    parts: Mapping[str, Part]
+    attrs: Mapping[str, object]
+
+
+def tensor_rows(facts: Mapping[str, str]) -> list[Row]:
+    """The tensors that a record's metadata names. Raises RecordCorrupt for rows that `record.pack` never writes."""
+    try:
+        rows = _DECODER.decode(facts["kvstored.tensors"])
+        if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
+            raise ValueError(f"expected 1 to {TENSORS_MAX} tensors")
+        return [_row(row) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, InvalidEntry) as error:
+        raise RecordCorrupt(f"kvstored.tensors cannot be read: {printable(repr(error)):.120}") from None
+
+
+_known_name = lru_cache(maxsize=1024)(check_name)
+
+
+def _row(row: dict[str, Any]) -> Row:
+    name, parts = _known_name(row["name"]), {suffix: _part_of(p) for suffix, p in row["parts"].items()}
+    attrs, encoding = row.get("attrs", {}), row["encoding"]
+    if not isinstance(attrs, dict) or len(parts) > PARTS_MAX:
+        raise ValueError("bad parts or attrs")
+    _check_fact(attrs, _ATTRS_DEPTH_MAX)
+    if attrs and len(json.dumps(attrs)) > ATTRS_MAX_NBYTES:
+        raise ValueError(f"attributes of over {ATTRS_MAX_NBYTES} bytes")
+    if not isinstance(encoding, str) or not encoding.isascii() or not encoding.isprintable():
+        raise ValueError(f"bad encoding {encoding!r:.40}")
+    if not 1 <= len(encoding) <= _ENCODING_MAX_NBYTES:
+        raise ValueError(f"an encoding's name has 1 to {_ENCODING_MAX_NBYTES} characters, got {len(encoding)}")
+    return Row(name, *_spec_of(row["dtype"], row["shape"]), encoding, parts, attrs)
+
+
+def _part_of(part: object) -> Part:
+    match part:
+        case [str(slot)]:
+            return Part(slot, None)
+        case [str(slot), str(dtype), list(shape)]:
+            return Part(slot, _spec_of(dtype, shape)[0])
+    raise ValueError(f"not a part: {part!r:.80}")
+
+
+def _check_fact(value: object, depth: int) -> None:
+    """Raise ValueError for an attribute that no codec writes: later code could not write it as JSON, or overflow."""
+    if depth == 0:
+        raise ValueError(f"attributes are nested more than {_ATTRS_DEPTH_MAX} deep")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_fact(inner, depth - 1)
+    elif (isinstance(value, int) and not -_INT_LIMIT <= value < _INT_LIMIT) or (
+        isinstance(value, float) and not isfinite(value)
+    ):
+        raise ValueError(f"an attribute is a finite number of 64 bits, got {value!r:.40}")
+
+
+def _spec_of(dtype: object, shape: object) -> tuple[TensorSpec, int]:
+    """A spec, and the bytes of its values. Raises ValueError."""
+    if not isinstance(dtype, str) or dtype not in BY_NAME or not isinstance(shape, list) or len(shape) > RANK_MAX:
+        raise ValueError(f"bad spec {dtype!r:.40}")
+    if not _are_sizes(shape, ENTRY_MAX_NBYTES) or prod(shape) > 1 << 62:
+        raise ValueError(f"bad shape {shape!r:.80}")
+    return _known_spec(dtype, tuple(shape))
+
+
+@lru_cache(maxsize=1024)
+def _known_spec(dtype: str, shape: tuple[int, ...]) -> tuple[TensorSpec, int]:
+    spec = TensorSpec(dtype, shape)
+    return spec, spec.nbytes

@@ -32,8 +32,7 @@ from kvstore.dtypes import TensorSpec
 from kvstore.entries import record as records
 from kvstore.entries.compression import Compression
 from kvstore.entries.entry import EncodedTensor, Entry
-from kvstore.entries.facts import tensor_rows
-from kvstore.entries.safetensors_header import Slot, parse_header, write_header
+from kvstore.entries.safetensors_header import Slot, parse_header, tensor_rows, write_header
 from kvstore.errors import CodecError, ConfigError, KvstoreError, RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -133,7 +132,7 @@ def attrs(data: bytes) -> None:
     fixed, _, parts = _encoded()
     try:
         found = {row.name: row for row in tensor_rows({"kvstored.tensors": data.decode("utf-8", "replace")})}
-        held = {name: row.tensor(fixed, parts) for name, row in found.items()}
+        held = {name: records.tensor_of(row, fixed, parts) for name, row in found.items()}
     except RecordCorrupt:
         return
     entry = Entry(KEY, held, lossy=True)

@@ -30,6 +30,9 @@ def nothing_registered(monkeypatch):
     for registry in (extensions.POLICIES, extensions.CODECS):
         monkeypatch.setattr(registry, "_things", {})
         monkeypatch.setattr(registry, "_offered", {})
+    codec_named.cache_clear()
+    yield
+    codec_named.cache_clear()
 
 
 def offer(monkeypatch, registry, *points: tuple[str, str]) -> None:
@@ -154,7 +157,8 @@ def test_a_record_whose_codec_is_not_installed_is_a_miss_that_says_so_and_stays(
     with open_store(tmp_path, codec="row-fp8") as store:
         for name in (b"a", b"b", b"c"):
             store.put(name, {"k": X})
-    monkeypatch.setattr(extensions.CODECS, "_things", {})
+    monkeypatch.setattr(extensions.CODECS, "_things", {})  # another process
+    codec_named.cache_clear()
     with open_store(tmp_path) as store:
         assert store.get(b"a") is None
         assert f"key={b'a'.hex()}" in caplog.text

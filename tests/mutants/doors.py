@@ -155,7 +155,7 @@ DOORS = (
     ("kvstore/codecs/parts.py", "if encoded.parts.keys() != names:", "if False:", "parts that no client takes"),
     ("kvstore/codecs/parts.py", "if not finite(part):", "if False:", "values that are no numbers"),
     (
-        "kvstore/entries/facts.py",
+        "kvstore/entries/safetensors_header.py",
         "if attrs and len(json.dumps(attrs)) > ATTRS_MAX_NBYTES:",
         "if False:",
         "attributes that no client takes",

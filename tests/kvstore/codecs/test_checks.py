@@ -1,6 +1,7 @@
 """What decoding asks of parts and attributes, check by check: before memory is made, and before a value is believed."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from kvstore import codecs
 from kvstore.arrays import check_specs
 from kvstore.codecs import check_entry, codec_named, decode_entry
-from kvstore.codecs.hints import Hints
+from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import _runs
+from kvstore.codecs.outside import Outside
 from kvstore.codecs.parts import kept_indexes, planes_of, standing_apart, stored_role, stored_token_axis
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, InvalidEntry
@@ -61,11 +63,56 @@ def test_runs_cover_every_layer_once(runs: object) -> None:
         _runs([[0, 1, "int8", {}]], TensorSpec("float16", ()))
 
 
+def turning_keys() -> EncodedTensor:
+    """Keys whose means turn, encoded by nf4-kv2."""
+    g, tokens, d = torch.Generator().manual_seed(4), 128, 64
+    angle = torch.arange(tokens)[:, None] * 1e4 ** (-torch.arange(d // 2) / (d // 2))
+    mean = 8 * torch.randn(2, 1, 2, d // 2, generator=g)
+    turned = torch.cat((mean * angle.cos()[:, None], mean * angle.sin()[:, None]), dim=-1)
+    return codec_named("nf4-kv2").encode("k", torch.randn(2, tokens, 2, d, generator=g) + turned)
+
+
+@pytest.mark.parametrize(
+    ("about", "value"),
+    [
+        ("token_axis", -3.0), ("token_axis", [-3]), ("token_axis", True), ("kept", 0), ("kept", ["0"]), ("kept", None),
+        ("role", ["key"]), ("role", {"key": 1}), ("rotary", 64.0), ("rotary", [64]), ("interleaved", 0),
+        ("interleaved", 0.0), ("interleaved", []), ("kept", "0," * 3000), ("kept", ",".join(map(str, range(127)))),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_what_only_equals_an_attribute_seen_before_is_refused(about: str, value: object) -> None:
+    """What a tensor has to consist of is remembered by its attributes: one of another type is not the same."""
+    encoded, codec = turning_keys(), codec_named("nf4-kv2")
+    assert (encoded.attrs["rotary"], encoded.attrs["interleaved"], encoded.attrs["token_axis"]) == (64, False, -3)
+    codec.check(encoded)
+    wrong = replace(encoded, attrs={**encoded.attrs, about: value})
+    for reads in (codec.check, codec.decode):
+        with pytest.raises(CodecError):
+            reads(wrong)
+    codec.check(encoded)
+
+
+@pytest.mark.parametrize("shape", [(-2, -16, 2, 64), (2, 16, -2, -64), (2, 16, 0, 64), (1 << 40, 1 << 40, 64), ()])
+def test_a_shape_that_no_tensor_has_is_refused_before_memory_is_made(shape: tuple[int, ...]) -> None:
+    """Two negative dimensions multiply to as many values as there are."""
+    codec = codec_named("nf4-kv2")
+    encoded = codec.encode("v", torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(4)))
+    assert encoded.attrs["kept"] == ""
+    wrong = replace(encoded, spec=TensorSpec("float32", shape))
+    for reads in (codec.check, codec.decode):
+        with pytest.raises(CodecError):
+            reads(wrong)
+
+
 class Wrong:
     """A codec that decodes to something else than was announced."""
 
     name = "wrong"
     lossy = True
+
+    def encode(self, name: str, x: torch.Tensor, hints: Hints = NO_HINTS) -> EncodedTensor:
+        raise NotImplementedError
 
     def __init__(self, made: torch.Tensor) -> None:
         self.made = made
@@ -85,10 +132,10 @@ def test_a_decoded_tensor_has_the_shape_and_type_that_were_announced(
     tensor = EncodedTensor(TensorSpec("float32", (4,)), "wrong", {"": torch.zeros(1)})
     entry = Entry(Key(b"k"), {"x": tensor}, lossy=True)
     with monkeypatch.context() as patch:
-        patch.setattr(codecs, "codec_named", lambda name: Wrong(made))
+        patch.setattr(codecs, "codec_named", lambda name: Outside(Wrong(made)))
         with pytest.raises(CodecError, match="not TensorSpec"):
             decode_entry(entry)
-        patch.setattr(codecs, "codec_named", lambda name: Wrong(torch.ones(4)))
+        patch.setattr(codecs, "codec_named", lambda name: Outside(Wrong(torch.ones(4))))
         assert torch.equal(decode_entry(entry)["x"], torch.ones(4))
         check_entry(entry)
         with pytest.raises(CodecError, match="never lossy"):

@@ -14,9 +14,8 @@ import xxhash
 from kvstore.entries import record as records
 from kvstore.entries.compression import Compression
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
-from kvstore.entries.facts import tensor_rows
-from kvstore.entries.record import FIXED_NBYTES, HEAD_MAX_NBYTES, pack, parse_head, unpack
-from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, Slot, parse_header
+from kvstore.entries.record import FIXED_NBYTES, HEAD_MAX_NBYTES, pack, parse_head, tensor_of, unpack
+from kvstore.entries.safetensors_header import HEADER_MAX_NBYTES, Slot, parse_header, tensor_rows
 from kvstore.errors import RecordCorrupt
 from kvstore.keys import Key
 from kvstore.metadata.meta import Meta
@@ -176,7 +175,7 @@ def test_a_part_without_bytes_is_not_a_tensor_with_values() -> None:
     """It would be memory that nobody has written: whatever lay there before."""
     row = rows(dtype="complex64", shape=[3], parts={"": ["k", "complex64", [3]]})[0]
     with pytest.raises(RecordCorrupt, match="of 0 bytes is not"):
-        row.tensor({"k": Slot("U8", (0,), 0, 0)}, torch.empty(0, dtype=torch.uint8))
+        tensor_of(row, {"k": Slot("U8", (0,), 0, 0)}, torch.empty(0, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(("begin", "why"), [(1, "not aligned"), (4, "not aligned"), (8, None)])
@@ -184,12 +183,12 @@ def test_a_part_lies_where_its_type_may(begin: int, why: str | None) -> None:
     row = rows(dtype="complex64", shape=[2], parts={"": ["k", "complex64", [2]]})[0]
     slots, data = {"k": Slot("U8", (16,), begin, begin + 16)}, torch.zeros(64, dtype=torch.uint8)
     if why is None:
-        assert row.tensor(slots, data).parts[""].shape == (2,)
+        assert tensor_of(row, slots, data).parts[""].shape == (2,)
     else:
         with pytest.raises(RecordCorrupt, match=why):
-            row.tensor(slots, data)
+            tensor_of(row, slots, data)
     with pytest.raises(RecordCorrupt, match="missing"):
-        row.tensor({}, data)
+        tensor_of(row, {}, data)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_a_part_lies_where_its_type_may(begin: int, why: str | None) -> None:
 def test_a_raw_tensor_has_one_part_which_is_itself(parts: dict[str, Any]) -> None:
     slots = {"k": Slot("U8", (4,), 0, 4), "m": Slot("I8", (4,), 4, 8)}
     with pytest.raises(RecordCorrupt, match="is not"):
-        rows(encoding="raw", parts=parts)[0].tensor(slots, torch.zeros(8, dtype=torch.uint8))
+        tensor_of(rows(encoding="raw", parts=parts)[0], slots, torch.zeros(8, dtype=torch.uint8))
 
 
 def test_a_part_that_is_called_like_a_tensor_gets_the_next_free_name() -> None:
