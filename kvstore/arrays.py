@@ -239,11 +239,6 @@ def fresh(
     return data, {name: from_bytes(spec, data[name], framework) for name, spec in specs.items()}
 
 
-def cut(x: Any, axis: int, start: int, stop: int) -> Any:
-    """x[start:stop] along an axis: a view."""
-    return x[(slice(None),) * axis + (slice(start, stop),)]
-
-
 def copy_into(target: Any, source: Any) -> None:
     """target[...] = source, both of one shape and type; each may be a torch tensor or a numpy array, strided or not."""
     if is_torch(target):
