@@ -11,7 +11,6 @@ import numpy as np
 from kvstore import arrays
 from kvstore.device import DriverError
 from kvstore.device.copies import Batch
-from kvstore.errors import InvalidEntry
 from kvstore.hit import TensorInfo
 from kvstored_client.puts import Outgoing
 from kvstored_client.shm.connection import KEYS_PER_PACKET
@@ -119,13 +118,10 @@ class Commit:
 
 
 def copy_in(copy: Copy, data: Bytes, entries: Sequence[Copies]) -> None:
-    """Copy tensors to their (start, nbytes). Dense bytes only now, one by one: a strided tensor is copied twice."""
+    """Copy tensors to their (start, nbytes)."""
     for copies in entries:
         for x, start, nbytes in copies:
-            source = arrays.as_bytes(x)
-            if source.size != nbytes:
-                raise InvalidEntry(f"a tensor changed its size while it was put: {source.size} bytes, not {nbytes}")
-            copy(data[start : start + nbytes], source)
+            arrays.write_bytes(x, data[start : start + nbytes], copy)
 
 
 def store_in(
