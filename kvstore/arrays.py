@@ -8,7 +8,7 @@ All bytes are dense, row-major and little-endian.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ ENTRY_MAX_NBYTES = 4 << 30
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("kvstored stores little-endian bytes and runs on little-endian machines only")
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _NUMPY: dict[str, np.dtype[Any]] = {
     name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, "bool_" if name == "bool" else name))
     for name in BY_NAME
@@ -155,7 +156,7 @@ def _described(name: str, x: object) -> TensorSpec:
     return _spec(dtype, shape)
 
 
-def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def as_bytes(x: Any) -> Bytes:
     """The bytes of a tensor or array that `describe` accepted, as a flat uint8 array.
 
     Shares memory with x where x is dense, on the CPU and little-endian; a copy otherwise. Raises InvalidEntry where the
@@ -167,7 +168,7 @@ def as_bytes(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
         raise blamed(error, InvalidEntry, "tensor") from None
 
 
-def bytes_in_place(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+def bytes_in_place(x: Any) -> Bytes | None:
     """`as_bytes` of what can be read and written as it lies; None for a tensor that is strided or on another device."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor) and not (x.is_contiguous() and x.is_cpu):
@@ -192,7 +193,7 @@ def _reach(x: Any) -> int:
     return int(x.storage_offset() + sum(steps) + 1)
 
 
-def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _bytes_of(x: Any) -> Bytes:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         if type(x) is not torch.Tensor:
@@ -210,7 +211,43 @@ def _bytes_of(x: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return native.reshape(-1).view(np.uint8)
 
 
-def from_bytes(spec: TensorSpec, data: np.ndarray[Any, np.dtype[np.uint8]], framework: str) -> Any:
+def write_bytes(x: Any, data: Bytes, copy: Callable[[Bytes, Bytes], None] = np.copyto) -> None:
+    """data[:] = the bytes of a tensor or array, as `as_bytes` has them; what is strided is copied only once.
+
+    copy: for dense bytes, (target, source). Raises InvalidEntry as `as_bytes`, and for a tensor of another size.
+    """
+    try:
+        dense = None if _strided_into(x, data) else _bytes_of(x)
+    except Exception as error:  # noqa: BLE001 - the boundary, as above
+        raise blamed(error, InvalidEntry, "tensor") from None
+    if dense is not None:
+        _check_size(dense.size, data.size)
+        copy(data, dense)
+
+
+def _strided_into(x: Any, data: Bytes) -> bool:
+    """Fill `data` from a strided tensor in this process's memory; False: it is none."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        if type(x) is not torch.Tensor or x.is_contiguous() or not x.is_cpu:
+            return False
+        check_storage(x)
+        _check_size(x.nbytes, data.size)
+        torch.frombuffer(data, dtype=x.dtype).resize_(x.shape).copy_(x.detach())
+    else:
+        if type(x) is not np.ndarray or x.flags.c_contiguous:
+            return False
+        _check_size(x.nbytes, data.size)
+        np.copyto(data.view(x.dtype.newbyteorder("=")).reshape(x.shape), x)
+    return True
+
+
+def _check_size(nbytes: int, due_nbytes: int) -> None:
+    if nbytes != due_nbytes:
+        raise InvalidEntry(f"a tensor changed its size while it was put: {nbytes} bytes, not {due_nbytes}")
+
+
+def from_bytes(spec: TensorSpec, data: Bytes, framework: str) -> Any:
     """A torch tensor or numpy array over `data` (flat uint8, just the right length), sharing its memory.
 
     One of torch's is a view of no other tensor: with its last reference it lets go of the memory.
@@ -233,15 +270,10 @@ def _import_torch() -> Any:
 
 def fresh(
     specs: Mapping[str, TensorSpec], sizes: Iterable[int], framework: str
-) -> tuple[dict[str, np.ndarray[Any, np.dtype[np.uint8]]], dict[str, Any]]:
+) -> tuple[dict[str, Bytes], dict[str, Any]]:
     """(bytes to fill, the tensors over them) by name, in new memory. sizes: the bytes of each."""
     data = {name: np.empty(nbytes, dtype=np.uint8) for name, nbytes in zip(specs, sizes, strict=True)}
     return data, {name: from_bytes(spec, data[name], framework) for name, spec in specs.items()}
-
-
-def cut(x: Any, axis: int, start: int, stop: int) -> Any:
-    """x[start:stop] along an axis: a view."""
-    return x[(slice(None),) * axis + (slice(start, stop),)]
 
 
 def copy_into(target: Any, source: Any) -> None:

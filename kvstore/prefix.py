@@ -98,6 +98,11 @@ def namespace_name(model: str, digest: bytes) -> str:
     return f"{shown.decode(errors='ignore')}@{digest[:4].hex()}"
 
 
+def _cut(x: Any, start: int, stop: int) -> Any:
+    """Some of the tokens of a k or v: a view."""
+    return x[:, start:stop]
+
+
 class _Joined:
     """Collects the chunks of a prefix, and copies them one behind the other. A context, in which it knows them."""
 
@@ -144,7 +149,7 @@ class _Filled:
         taken = 0
         for hit, tokens in whole:
             for name, x in (("k", self._k), ("v", self._v)):
-                at = arrays.cut(x, TOKEN_AXIS, self._tokens, self._tokens + tokens)
+                at = _cut(x, self._tokens, self._tokens + tokens)
                 self._pairs.append((at, hit.tensors[name]))
             self._tokens += tokens
             taken += 1
@@ -158,7 +163,7 @@ class _Filled:
         if not n:
             return 0, None, None
         await cache.fill(self._pairs)
-        return n, arrays.cut(self._k, TOKEN_AXIS, 0, n), arrays.cut(self._v, TOKEN_AXIS, 0, n)
+        return n, _cut(self._k, 0, n), _cut(self._v, 0, n)
 
     def __enter__(self) -> None:
         pass
@@ -272,9 +277,7 @@ class Prefixes:
         tokens, entries = int(k.shape[TOKEN_AXIS]), []
         for i in range(held, len(keys)):
             start, stop = i * self.chunk_tokens, min(tokens, (i + 1) * self.chunk_tokens)
-            entries.append(
-                (keys[i], {name: arrays.cut(x, TOKEN_AXIS, start, stop) for name, x in (("k", k), ("v", v))})
-            )
+            entries.append((keys[i], {name: _cut(x, start, stop) for name, x in (("k", k), ("v", v))}))
         fidelity: Fidelity = "exact" if self.identity.fidelity == "exact" else "auto"
         parent = keys[held - 1] if held else None
         stored: int = await self._cache.put_many(

@@ -30,7 +30,8 @@ from kvstored_client.device import Transfers, settle_stream
 from kvstored_client.device.paged import Paged
 from kvstored_client.interrupts import damage
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm import calls
+from kvstored_client.shm import gets, leases, puts
+from kvstored_client.shm.connection import KEYS_PER_PACKET
 from kvstored_client.shm.pool import Connection, ConnectionPool, Silent, UseStream
 from kvstored_client.stream.receiver import Receiver
 from kvstored_client.stream.transport import ADMIN, CACHE, ReplyType, Request, Transport, log_change
@@ -277,7 +278,7 @@ class Asking:
 
     def _emptied(self, spec: TensorInfo, framework: str) -> Any:
         try:
-            return self._through_shared_memory(calls.empty, spec, framework)
+            return self._through_shared_memory(puts.empty, spec, framework)
         except (UseStream, *SOFT):
             return arrays.from_bytes(spec, np.empty(arrays.check_specs({"x": spec}), dtype=np.uint8), framework)
 
@@ -292,7 +293,7 @@ class Asking:
 
     def _send(self, batch: list[Outgoing]) -> int:
         try:
-            stored, epoch, commits = self._through_shared_memory(calls.put, batch)
+            stored, epoch, commits = self._through_shared_memory(puts.put, batch)
         except UseStream:
             return self._send_stream(batch)
         if commits > 1:
@@ -320,7 +321,7 @@ class Asking:
         from_nbytes = SHM_FROM_NBYTES if accept and self._decode == "auto" and self._pool else 0
         if packed:
             accept, from_nbytes = ENCODINGS, 0
-        if lookup is None and leading and len(keys) > calls.KEYS_PER_PACKET:
+        if lookup is None and leading and len(keys) > KEYS_PER_PACKET:
             lookup = Lookup(len(keys))  # what lies behind the first miss is in no packet
         return _how_to_get(leading, accept, from_nbytes, lookup, device), framework
 
@@ -339,7 +340,7 @@ class Asking:
         device = self._there(out) if on_gpu else b""
         how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there, device=device)
         try:
-            hits[:], stale, epoch = self._through_shared_memory(calls.get, keys, how, framework, out, packed, on_gpu)
+            hits[:], stale, epoch = self._through_shared_memory(gets.get, keys, how, framework, out, packed, on_gpu)
         except UseStream:
             request = how.request(keys)
             Receiver(keys, framework, out, hits, packed=packed, fill=self._fill_now if there else None).read_from(
@@ -366,7 +367,7 @@ class Asking:
     def _leased(self, keys: Sequence[bytes], asked: Wanted) -> AbstractContextManager[Sequence[Hit | None]]:
         how, framework = self._how_leased(asked)
         try:
-            return self._through_shared_memory(calls.lease, keys, how, framework)
+            return self._through_shared_memory(leases.lease, keys, how, framework)
         except UseStream:
             request = self._how_streamed(asked).request(keys)
             receiver = Receiver(keys, framework, packed=asked.packed)

@@ -419,7 +419,7 @@ def test_a_block_that_is_used_again_while_it_is_copied_is_a_miss(monkeypatch):
         async with Client(address, framework="numpy", on_error="raise") as client:
             large = np.ones(2 * SLICE_NBYTES, np.uint8)
             await client.put(b"large", {"x": large})
-            monkeypatch.setattr("kvstored_client.shm.calls.Block.is_gone", lambda _: True)
+            monkeypatch.setattr("kvstored_client.shm.gets.Block.is_gone", lambda _: True)
             assert await client.get(b"large") is None
             assert client.failures == 1
 

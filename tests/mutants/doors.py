@@ -63,7 +63,7 @@ DOORS = (
         "a record that only says it is large is refused for ever",
     ),
     (
-        "client/kvstored_client/shm/blocks.py",
+        "client/kvstored_client/shm/gets.py",
         "return self.mapping.words[self.start >> self.mapping.shift] != self.generation",
         "return False",
         "a block that was used again is a value",

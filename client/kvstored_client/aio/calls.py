@@ -1,4 +1,4 @@
-"""Get, lease and put through shared memory: `shm.calls` with an event loop that waits, and copies beside it."""
+"""Get, lease and put through shared memory: `shm` with an event loop that waits, and copies beside it."""
 
 import asyncio
 import time
@@ -15,19 +15,11 @@ from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.worker import INLINE_NBYTES, Slices
 from kvstored_client.buffers import Out, Target
 from kvstored_client.puts import Outgoing
-from kvstored_client.shm.blocks import Block, found_in, items_of
-from kvstored_client.shm.calls import (
-    KEYS_PER_PACKET,
-    Commit,
-    commits_of,
-    copy_in,
-    filled,
-    loaded,
-    store_in,
-    target_for,
-)
+from kvstored_client.shm.connection import KEYS_PER_PACKET
+from kvstored_client.shm.gets import Block, filled, found_in, items_of, loaded, target_for
 from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.pool import Connection
+from kvstored_client.shm.puts import Commit, commits_of, copy_in, store_in
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import get_call, put_call
 from kvstored_client.wire.messages import GetOptions
@@ -55,7 +47,7 @@ async def get(
     out: Out = None,
     packed: bool = False,  # noqa: FBT001, FBT002 - as there
 ) -> tuple[list[Hit | None], int, int]:
-    """As `shm.calls.get`."""
+    """As `shm.gets.get`."""
     hits: list[Hit | None] = [None] * len(keys)
     stale = epoch = 0
     connection = await pool.get(hand)
@@ -108,7 +100,7 @@ async def _fill(pool: LoopPool, found: list[tuple[int, Any, Block, Target]], bat
 async def lease(
     pool: LoopPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
 ) -> LeasedHits:
-    """As `shm.calls.lease`."""
+    """As `shm.leases.lease`."""
     connection = await pool.get(hand)
     reply = await connection.ask(get_call(keys, how.rest), pool.timeout_s)
     connection.segments.look(time.perf_counter(), at_once=bool(how.device))
@@ -120,7 +112,7 @@ async def lease(
 
 
 async def put(pool: LoopPool, hand: list[Connection], batch: Sequence[Outgoing]) -> tuple[int, int, int]:
-    """As `shm.calls.put`."""
+    """As `shm.puts.put`."""
     stored = epoch = 0
     commits = commits_of(batch)
     for entries in commits:
@@ -160,7 +152,7 @@ async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outg
 
 
 async def empty(pool: LoopPool, hand: list[Connection], spec: TensorInfo, framework: str) -> Any:
-    """As `shm.calls.empty`."""
+    """As `shm.puts.empty`."""
     nbytes = arrays.check_specs({"x": spec})
     connection = await pool.get(hand)
     pool.lent = True

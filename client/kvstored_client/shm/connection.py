@@ -34,6 +34,7 @@ from kvstored_client.wire.frames import fixed64s
 from kvstored_client.wire.trust import Place
 
 PACKET_MAX_NBYTES = 256 << 10
+KEYS_PER_PACKET = 512
 RELEASE_WITHIN_S = 0.01
 """A lease ends with the next call on its connection or this much later."""
 RELEASES_MAX = 1024

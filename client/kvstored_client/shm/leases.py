@@ -15,14 +15,31 @@ from kvstore.errors import LeaseKept, RecordCorrupt
 from kvstore.hit import Hit
 from kvstored_client.buffers import Window
 from kvstored_client.interrupts import damage
-from kvstored_client.shm.blocks import Block, block_of
+from kvstored_client.shm.gets import Block, block_of, items_of
 from kvstored_client.shm.mapped_device import MappedDevice
 from kvstored_client.shm.mapping import MappedSegment
-from kvstored_client.shm.pool import Connection, Segments, UseStream
+from kvstored_client.shm.pool import Connection, ConnectionPool, Segments, UseStream
 from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import get_call
+from kvstored_client.wire.messages import GetOptions
 
 HITS_AT_ONCE = 16
 """Hits that are made together where all are looked at in turn."""
+
+
+def lease(
+    pool: ConnectionPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
+) -> "LeasedHits":
+    """The bytes themselves, until the hits' context ends. Raises as `gets.get`."""
+    connection = pool.take(hand)
+    reply = connection.exchange(get_call(keys, how.rest), pool.timeout_s)
+    if how.device:
+        connection.segments.let_go()
+    items = items_of(reply, len(keys), leading=how.leading)
+    owner = Lease(connection, framework)
+    hits = LeasedHits(owner, connection.segments, reply, items, keys)
+    connection.hold(owner, reply.lease)
+    return hits
 
 
 class LeasedTensors(Mapping[str, Any]):

@@ -279,7 +279,8 @@ class Transport:
                 raise
             raise TierUnavailable(f"this client is closed: {error}") from None
         self._asides.append(aside)
-        self.answered()
+        if self.breaker.failures or self.breaker.openings:
+            self.answered()
         return received[0]
 
     def stream_in(self, path: str, request: Request) -> Generator[bytes]:
@@ -317,7 +318,8 @@ class Transport:
             if not ended:
                 self._aside().start([], call.cancel)
         self._asides.append(aside)
-        self.answered()
+        if self.breaker.failures or self.breaker.openings:
+            self.answered()
 
     def saw_epoch(self, epoch: int) -> None:
         """Note the boot epoch of a reply."""
@@ -344,7 +346,7 @@ class Transport:
 
     def answered(self) -> None:
         """The daemon answered, by whatever door."""
-        if (self.breaker.failures or self.breaker.openings) and self.breaker.succeeded():
+        if self.breaker.succeeded():
             self._on_change("up", self.address)
 
     def silent(self, text: str) -> KvstoreError:

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvstore.errors import InvalidEntry
+from kvstore.shm.layout import ALIGN
 from kvstored_client import Client
 from kvstored_client.shm import connection as connection_module
+from kvstored_client.shm.ingest import IngestSegment
 from kvstored_client.wire._pb import cache_pb2 as pb
 from tests.conftest import DaemonProcess
 
@@ -196,3 +199,59 @@ def test_a_put_as_large_as_all_of_a_connection_s_memory_waits_for_the_one_before
         assert sum(call is not None for call in sent) == 6, "none went over the stream"
         assert (value_of(client, b"large") == 5).all()
         client.delete(b"large")
+
+
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(start, bytes) of the rooms that were looked for in ingest segments."""
+    found: list[tuple[int, int]] = []
+    take = IngestSegment.take
+
+    def noted(self: IngestSegment, nbytes: int) -> Any:
+        room = take(self, nbytes)
+        if room is not None:
+            found.append((room.start, nbytes))
+        return room
+
+    monkeypatch.setattr(IngestSegment, "take", noted)
+    return found
+
+
+def test_puts_of_one_size_fill_two_rooms_in_turn(shared_daemon: DaemonProcess, rooms: list[tuple[int, int]]) -> None:
+    """Two, because the daemon may still copy out of the last one."""
+    with shared_daemon.client(framework="numpy") as client:
+        for turn in range(40):
+            assert client.put(b"turn %d" % (turn % 8), {"x": np.full(NBYTES, turn, np.uint8)})
+        assert len(rooms) == len(set(rooms)) == 2
+        for turn in range(32, 40):
+            assert (value_of(client, b"turn %d" % (turn % 8)) == turn).all()
+            client.delete(b"turn %d" % (turn % 8))
+
+
+def test_room_that_a_put_needs_less_than_half_of_is_let_go(
+    shared_daemon: DaemonProcess, rooms: list[tuple[int, int]]
+) -> None:
+    with shared_daemon.client(framework="numpy") as client:
+        for nbytes in (NBYTES, NBYTES, NBYTES, NBYTES // 2, NBYTES // 8, 64, 64, 64, NBYTES):
+            value = np.arange(nbytes, dtype=np.uint8)
+            assert client.put(b"size", {"x": value})
+            assert np.array_equal(value_of(client, b"size"), value)
+        looked_for = [nbytes - ALIGN for _, nbytes in rooms]  # its generation before it
+        assert looked_for == [NBYTES, NBYTES // 8, 64, NBYTES], "one each: a get's answer leaves the last one"
+        assert client._pool is not None
+        (connection,) = client._pool.connections()
+        assert sum(segment._free.used_nbytes for segment in connection.ingest) <= 2 * NBYTES
+        client.delete(b"size")
+
+
+def test_room_of_a_put_that_the_daemon_refuses_is_free_again(
+    shared_daemon: DaemonProcess, rooms: list[tuple[int, int]]
+) -> None:
+    with shared_daemon.client(framework="numpy", on_error="raise") as client:
+        for _ in range(5):
+            with pytest.raises(InvalidEntry, match="ttl_s"):
+                client.put(b"refused", {"x": np.zeros(NBYTES, np.uint8)}, ttl_s=1e30)
+        assert len({start for start, _ in rooms}) == 1
+        assert client.put(b"taken", {"x": np.ones(NBYTES, np.uint8)})
+        assert (value_of(client, b"taken") == 1).all()
+        client.delete(b"taken")

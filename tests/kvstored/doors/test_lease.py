@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,42 @@ def test_a_view_is_the_daemons_own_memory_and_ends_with_the_block(client, monkey
     with pytest.raises(LeaseKept, match="has ended"):
         _ = hit.tensors["x"]
     wait_until(lambda: values(client)["leases"] == 0)
+
+
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_lease_that_nobody_leaves_is_given_back_with_its_last_reference(shared_daemon, framework, looked_at):
+    """Its hits know each other, and its tensors know it: not in a ring, which would wait for the collector."""
+    client = shared_daemon.client(framework=framework)
+    client.put_many([(b"ring %d" % i, {"x": np.arange(1000)}) for i in range(3)])
+    gc.disable()
+    try:
+        hits = client.lease_many([b"ring 0", b"ring 1", b"ring 2"]).__enter__()
+        (lease,) = {hit.tensors._lease for hit in hits}
+        gone, tensors = weakref.ref(lease), [hit.tensors for hit in hits]
+        del lease
+        if looked_at:
+            assert [int(of["x"][i]) for i, of in enumerate(tensors)] == [0, 1, 2]
+        del hits
+        assert gone() is not None
+        del tensors
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_the_tensors_of_hits_that_are_looked_at_in_turn_are_made_together_and_end_together(shared_daemon, framework):
+    client = shared_daemon.client(framework=framework)
+    client.put_many([(b"turn %d" % i, {"x": np.full(1000, i)}) for i in range(3)])
+    with pytest.raises(LeaseKept, match="copy it inside"), client.lease_many([b"turn 0", b"turn 1", b"turn 2"]) as hits:
+        first, second, third = hits
+        assert int(first.tensors["x"][0]) == 0
+        kept = third.tensors.made["x"][:2]
+        assert kept.tolist() == [2, 2]
+        assert int(second.tensors["x"][0]) == 1
+        del first, second, third
+    assert kept.tolist() == [2, 2]
 
 
 def test_a_view_that_is_kept_beyond_its_block_is_refused_and_the_memory_stays_leased(client):
