@@ -352,6 +352,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         else:
             sent = (call.invocation_metadata() or ()) if records.traced else ()
             records.ended(method, call.status, call.began, call.identity, call.peer_name, call.request, sent)
+        call.request = b""  # gRPC knows the call until its reply is taken
 
 
 def _meant(error: BaseException, method: str) -> KvstoreError:

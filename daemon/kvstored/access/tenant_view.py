@@ -161,8 +161,9 @@ class TenantViews(dict[str | None, StoreView]):
 
     def __missing__(self, tenant: str) -> StoreView:
         """A tenant's part, when it first calls."""
-        found = self[tenant] = TenantView(self._store, self._secret, tenant)
+        found = TenantView(self._store, self._secret, tenant)
         self._store.register_tenant(tenant, found.prefixes)
+        self[tenant] = found
         return found
 
     def keys_of(self, tenant: str, keys: Sequence[bytes]) -> list[bytes]:

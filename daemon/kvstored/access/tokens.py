@@ -56,7 +56,7 @@ class Identity:
 LOCAL = Identity("local", frozenset(RIGHTS))
 """Any caller that the socket's permissions allow, where no token is needed."""
 NOBODY = Identity("nobody", frozenset(), tenant="")
-"""Who has not been identified: no tokens file can name this tenant, so nobody's keys are its."""
+"""Who has not been identified: no tenant can have this name, so there is no part of the store for it."""
 
 
 @dataclass(frozen=True)

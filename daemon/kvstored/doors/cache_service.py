@@ -104,6 +104,16 @@ class CacheService:
 
     async def get(self, request: bytes, call: OpenCall) -> None:
         """Leases out of the store, a lot at a time, cut into frames."""
+        if not await self._get(request, call):
+            # Not inside: what the call held is given back before the reader is told, who may never listen. Until it
+            # takes that, or is gone, its call counts as stalled.
+            await call.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the reader took no frame for {self._silence_s} s (server.silence_s)",
+            )
+
+    async def _get(self, request: bytes, call: OpenCall) -> bool:
+        """False: the reader took no frame for too long."""
         if len(request) <= READ_AT_ONCE_NBYTES:
             asked = read_request(pb.GetRequest, request)
         else:
@@ -117,7 +127,7 @@ class CacheService:
         room = self._room if self._on_device else None
         reading = Reading(store, self._budget, asked, keys, lookup=lookup, room=room, streamed=True)
         # A look at few keys, and reading what hot holds, take microseconds: less than the way to another thread.
-        few, stalled = len(keys) <= LOOKED_UP_MAX, False
+        few = len(keys) <= LOOKED_UP_MAX
         try:
             while not reading.done:
                 if few:
@@ -129,16 +139,10 @@ class CacheService:
                     for frame in hit_frames(index, hit, self._epoch):
                         await call.write(frame, self._silence_s)
         except Silent:
-            stalled = True
+            return False
         finally:
             reading.close()
-        if stalled:
-            # Not before: what the call held is given back before the reader is told, who may never listen. Until it
-            # takes that, or is gone, its call counts as stalled.
-            await call.abort(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"the reader took no frame for {self._silence_s} s (server.silence_s)",
-            )
+        return True
 
     async def _bring(self, store: StoreView, asked: pb.GetRequest, keys: CheckedKeys, call: OpenCall) -> None:
         """Have what other hosts have put here, where something is missing; as long as the caller has time."""

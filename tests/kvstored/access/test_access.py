@@ -9,9 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvstore.errors import ConfigError, PermissionDenied, TierUnavailable
-from kvstored.access.tenant_view import TenantView
-from kvstored.access.tokens import Tokens, digest, make_token, read_tokens
+from kvstore.errors import ConfigError, InvalidEntry, PermissionDenied, TierUnavailable
+from kvstore.store import Store
+from kvstored.access.tenant_view import TenantView, TenantViews
+from kvstored.access.tokens import LOCAL, NOBODY, Tokens, digest, make_token, read_tokens
 from kvstored_client import Client
 from tests.conftest import free_port, wait_until
 from tests.kvstored.conftest import running_daemon
@@ -209,6 +210,17 @@ def test_a_tenants_view_has_no_verb_that_sees_others():
     other = TenantView(None, bytes(32), "b")
     assert view.own(b"k") != other.own(b"k")
     assert view.own(b"k") != TenantView(None, os.urandom(32), "a").own(b"k")
+
+
+def test_who_has_not_been_identified_has_no_part_of_the_store():
+    with Store.open(background=False) as store:
+        views = TenantViews(store, bytes(32))
+        assert views[LOCAL.tenant] is views.whole(LOCAL) is store
+        for _ in range(2):
+            with pytest.raises(InvalidEntry):
+                _ = views[NOBODY.tenant]
+        with pytest.raises(PermissionDenied):
+            views.whole(NOBODY)
 
 
 def test_tls_with_a_token_and_a_certificate_replaced_without_a_restart(authority, tmp_path, monkeypatch):

@@ -174,12 +174,15 @@ def test_an_open_get_ends_when_its_token_is_revoked(daemon, taken):
 
 def test_who_takes_not_even_the_first_frame_is_told_so(tmp_path):
     with daemon_inside(silence_s=0.2) as daemon:
-        daemon.client().put(b"large", {"x": np.zeros(64 << 20, np.uint8)}, fidelity="exact")
+        client = daemon.client()
+        client.put(b"large", {"x": np.zeros(64 << 20, np.uint8)}, fidelity="exact")
         raw = RawClient(f"unix:{daemon.socket_path}")
         call = raw.get(pb.GetRequest(keys=[b"large"]))
         budget = daemon.daemon._shared.budget
         wait_until(lambda: budget.used_nbytes > 0)
         wait_until(lambda: budget.used_nbytes == 0)
+        client.delete(b"large")
+        wait_until(lambda: daemon.arena.used_nbytes == 0)  # nobody holds it while the reader is waited for
         with pytest.raises(grpc.RpcError) as ended:
             list(call)
         assert "the reader took no frame for 0.2 s" in ended.value.details()
