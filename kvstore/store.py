@@ -81,6 +81,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         self._maintainer = Maintainer(r, self._mover, config)
         self._read_path = ReadPath(r, config, self._maintainer.request_promotions)
         self._sharing = sharing_of(r, self._mover, self._write_path, config, engine)
+        self.shares = self._sharing is not None
         if background:
             self._maintainer.start()
             if self._sharing is not None:

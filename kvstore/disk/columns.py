@@ -27,8 +27,8 @@ from kvstore.disk.rows import (
 from kvstore.disk.segments import SEGMENT_MAX
 from kvstore.keys import KEY_MAX_NBYTES, Key
 from kvstore.metadata.chains import MISSING
+from kvstore.metadata.index import Column
 from kvstore.metadata.resting import NONE
-from kvstore.metadata.spread import Column
 
 _COLUMNS = np.dtype(
     [

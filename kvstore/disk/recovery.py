@@ -20,8 +20,8 @@ from kvstore.disk.occupancy import PlaceTable
 from kvstore.disk.rows import EXACT, LOSSY, PINNED, SLIDING, Rows
 from kvstore.keys import Key
 from kvstore.metadata.chains import Links, links_of
+from kvstore.metadata.index import Column
 from kvstore.metadata.resting import COLUMNS, Resting, Table
-from kvstore.metadata.spread import Column
 
 log = logging.getLogger(__name__)
 

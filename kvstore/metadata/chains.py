@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvstore.keys import Key
-from kvstore.metadata.index import Index
+from kvstore.metadata.index import Column, Index
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.resting import NONE
-from kvstore.metadata.spread import Column
 
 MISSING = -2
 """In a column of rows: the row of a key that is not there. NONE: no key is named."""

@@ -15,8 +15,8 @@ import numpy as np
 from kvstore.config import QuotaConfig
 from kvstore.errors import InvalidEntry
 from kvstore.keys import Key
+from kvstore.metadata.index import Column
 from kvstore.metadata.owner import NO_LIMITS, Limits, Owner
-from kvstore.metadata.spread import Column
 
 TENANT_PREFIX_NBYTES = 16
 OWNERS_MAX = 4096

@@ -17,7 +17,7 @@ from operator import itemgetter
 import numpy as np
 
 from kvstore.keys import Key
-from kvstore.metadata.spread import Column, Grouped
+from kvstore.metadata.index import Column, Grouped
 
 Part = OrderedDict[Key, int]
 PART_MAX = 512

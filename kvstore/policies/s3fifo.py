@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvstore.keys import Key
-from kvstore.metadata.spread import Spread
+from kvstore.metadata.index import Spread
 from kvstore.policies.lru import KeyOrder
 
 SMALL_SHARE = 0.1

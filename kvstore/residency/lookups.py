@@ -90,7 +90,7 @@ class Lookups:
         self._add(how, len(metas) - (0 if leading else len(misses)))
         if misses and how.counted:
             self._counters.misses.update(misses)
-        return lookup if lookup is None else lookup.continued()
+        return lookup if lookup is None or len(metas) == len(keys) else lookup.continued()
 
     def lost(self, key_tokens: int, cause: MissCause) -> None:
         """What was counted as found is a miss after all."""

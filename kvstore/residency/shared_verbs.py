@@ -19,6 +19,8 @@ class SharedVerbs:
 
     _r: Residency
     _sharing: Sharing | None
+    shares: bool
+    """Whether there is a shared store to `bring` from."""
 
     def bring(
         self, keys: Sequence[bytes], *, leading: bool = True, lookup: Lookup | None = None, timeout_s: float = inf
@@ -31,11 +33,6 @@ class SharedVerbs:
         """
         if self._sharing is not None:
             self._sharing.bring(CheckedKeys(keys), lookup, timeout_s, leading=leading)
-
-    @property
-    def shares(self) -> bool:
-        """Whether there is a shared store to `bring` from."""
-        return self._sharing is not None
 
     def ends_here(self, keys: Sequence[bytes]) -> bool:
         """Whether `bring` of these keys may wait: something is shared, and not all of them are held here."""

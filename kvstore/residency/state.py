@@ -149,18 +149,6 @@ class Residency:
             return None
         return meta
 
-    def _live_of(self, keys: Sequence[Key], now: float) -> list[tuple[Key, Meta]]:
-        """Those of the keys that are `live`, with their Metas."""
-        found: list[tuple[Key, Meta]] = []
-        for key, meta in zip(keys, self.index.get_all(keys), strict=True):
-            if meta is None:
-                continue
-            if now >= meta.deadline:
-                # One by one: a key that is forgotten takes along what continues it.
-                return [(key, meta) for key in keys if (meta := self.live(key)) is not None]
-            found.append((key, meta))
-        return found
-
     def first_missing(self, keys: Sequence[Key]) -> int:
         """How many of the leading keys are held and have not expired. Any thread, without the lock; forgets nothing."""
         index, now = self.index, self.clock.now()
@@ -220,11 +208,19 @@ class Residency:
 
     def use(self, keys_deepest_first: Sequence[Key], ttl_s: float | None) -> int:
         """Count as use, and move deadlines that slide, to `ttl_s` from now, or their own. Returns how many are held."""
-        now = self.clock.now()
-        live = self._live_of(keys_deepest_first, now)
+        now, keys = self.clock.now(), keys_deepest_first
+        metas: Sequence[Meta | None] = self.index.get_all(keys)
+        for meta in metas:
+            if meta is not None and now >= meta.deadline:
+                for key in keys:
+                    self.live(key)
+                # Only now: a key that is forgotten takes along what continues it, which may stand before it.
+                metas = [self.peek(key) for key in keys]
+                break
+        live = [(key, meta) for key, meta in zip(keys, metas, strict=True) if meta is not None]
         for key, meta in live:
             meta.refresh(now, ttl_s)
-            if ttl_s is not None:  # it may be earlier now, which its own never is
+            if ttl_s is not None:  # it may be earlier now, which by its own it never is
                 self.deadlines.watch(key, meta)
         if live:
             self.touch([key for key, _ in live])

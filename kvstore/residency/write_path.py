@@ -316,7 +316,7 @@ class WritePath:
         return self.config.ttl_s if options.ttl_s is None else check_ttl(options.ttl_s, self.config)
 
     def _owned(self, x: Any, spec: TensorSpec, *, own: bool) -> torch.Tensor:
-        if not arrays.is_torch(x):
+        if type(x) is not torch.Tensor and not arrays.is_torch(x):
             # A numpy array is copied on the byte level: its NaN payloads and bfloat16 are bits like any other.
             return arrays.from_bytes(spec, arrays.as_bytes(x).copy(), "torch")  # type: ignore[no-any-return]
         try:

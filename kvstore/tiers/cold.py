@@ -35,10 +35,10 @@ from kvstore.entries.sealing import Seals
 from kvstore.errors import ConfigError, OverQuota
 from kvstore.hit import Verified
 from kvstore.keys import Key
+from kvstore.metadata.index import Column
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner, labelled
 from kvstore.metadata.slices import SLICE, pause
-from kvstore.metadata.spread import Column
 from kvstore.tiers import TierName
 from kvstore.tiers.admission import Admission
 from kvstore.tiers.order import Order

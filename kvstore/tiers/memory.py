@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from kvstore.entries.entry import Entry
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
+from kvstore.metadata.index import Spread
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, Owner
-from kvstore.metadata.spread import Spread
 from kvstore.tiers import TierName
 from kvstore.tiers.order import Order
 from kvstore.untracked import untrack_held

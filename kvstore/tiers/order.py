@@ -18,9 +18,9 @@ import numpy as np
 from kvstore.entries.entry import Entry
 from kvstore.keys import Key
 from kvstore.metadata.chains import Chains
+from kvstore.metadata.index import Column, Spread, hashes_of
 from kvstore.metadata.meta import Meta
 from kvstore.metadata.owner import NOBODY, TIERS, Owner
-from kvstore.metadata.spread import Column, Spread, hashes_of
 from kvstore.policies import Policy
 from kvstore.policies.lru import LRU, KeyOrder
 from kvstore.tiers.pinned import Pinned
@@ -58,17 +58,18 @@ class Branches:
     def __len__(self) -> int:
         return len(self._below)
 
-    def add(self, key: Key, parent: Key) -> None:
-        """Add a key, the newest child of its parent."""
-        held = self._below.get(parent)
-        if held is None:
-            self._below[parent] = key
-        elif isinstance(held, KeyOrder):
-            held.prepend(key)
-        elif held != key:
-            children = self._below[parent] = KeyOrder()
-            children.append(key)
-            children.append(held)
+    def add(self, links: Iterable[tuple[Key, Key]]) -> None:
+        """Add keys, each with its parent, of which it is the newest child."""
+        for key, parent in links:
+            held = self._below.get(parent)
+            if held is None:
+                self._below[parent] = key
+            elif isinstance(held, KeyOrder):
+                held.prepend(key)
+            elif held != key:
+                children = self._below[parent] = KeyOrder()
+                children.append(key)
+                children.append(held)
 
     def drop(self, key: Key, parent: Key) -> None:
         """Drop a key from those of its parent, if it is there."""
@@ -191,7 +192,7 @@ class Order:
         lane = self._lanes.get(name)
         (self._open_lane(owner) if lane is None else lane).track(key, soon=soon)
         if meta is not None and meta.parent is not None:
-            self._branches.add(key, meta.parent)
+            self._branches.add(((key, meta.parent),))
         self._used[name] += nbytes
         owner.nbytes[self._at] += nbytes
 
@@ -203,9 +204,9 @@ class Order:
             lane = self._open_lane(owner)
         for entry, meta in held:
             lane.track(entry.key, soon=meta.soon)
-        for entry, meta in held:
-            if meta.parent is not None:
-                self._branches.add(entry.key, meta.parent)
+        links = [(entry.key, meta.parent) for entry, meta in held if meta.parent is not None]
+        if links:
+            self._branches.add(links)
         self._used[owner.lane] += nbytes
         owner.nbytes[self._at] += nbytes
 
@@ -303,7 +304,7 @@ class Order:
             self._lane_of(key).track(key)
             meta = self._meta(key)
             if meta is not None and meta.parent is not None:
-                self._branches.add(key, meta.parent)
+                self._branches.add(((key, meta.parent),))
 
     def pinned_beside(self, key: Key) -> int:
         """Bytes of the pinned keys other than this one, which would be replaced."""

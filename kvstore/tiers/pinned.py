@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from kvstore.errors import OverQuota
 from kvstore.keys import Key
-from kvstore.metadata.spread import Spread
+from kvstore.metadata.index import Spread
 
 
 class Pinned:

@@ -34,9 +34,9 @@ PREPARED = (
     ),
     ("kvstore/residency/read_path.py", "used.reverse()", "pass", "the root of a chain leaves first"),
     (
-        "kvstore/residency/read_path.py",
-        "r.touch(plan.keys[::-1])",
-        "r.touch(plan.keys)",
+        "kvstore/residency/state.py",
+        "self.touch(keys[::-1])",
+        "self.touch(keys)",
         "the root of a chain leaves first",
     ),
     ("kvstore/residency/mover.py", "not flight.called_off and key not in into", "key not in into", "an old value"),

@@ -61,6 +61,25 @@ def test_a_leaf_that_has_left_every_tier_leaves_its_chain_and_a_tombstone() -> N
         assert store.explain(b"b")[0].state == "held"
 
 
+@pytest.mark.parametrize("keys", [[b"root", b"leaf"], [b"leaf", b"root"]])
+def test_a_chunk_that_leaves_with_the_expired_one_it_continues_is_not_touched(keys: list[bytes]) -> None:
+    """It counted as held, and its deadline was watched though it was gone: no sweep found an expired key after that."""
+    with open_store(ttl_s=100.0) as store:
+        clock = store._r.clock
+        assert isinstance(clock, ManualClock)
+        store.put_many([(b"root", VALUE), (b"leaf", VALUE)], chain=True)
+        clock.advance(60)
+        store.touch([b"leaf"])
+        clock.advance(60)  # the root has expired, the leaf has not
+        assert store.touch(keys, ttl_s=10) == 0
+        assert not store._r.index
+        store.put(b"other", VALUE)
+        clock.advance(1000)
+        store.maintain()
+        assert not store._r.index
+        assert len(store._r.deadlines) == 0
+
+
 def test_only_an_automatic_split_moves_the_border() -> None:
     with open_store(split="fixed") as store:
         assert store._r.balance is None

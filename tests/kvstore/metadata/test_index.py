@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.keys import Key
-from kvstore.metadata.spread import PARTS, Spread, hashes_of
+from kvstore.metadata.index import SPREAD_PARTS, Spread, hashes_of
 from kvstore.policies import lru
 from kvstore.policies.lru import KeyOrder
 
@@ -120,16 +120,16 @@ def test_an_order_that_a_restart_found_goes_on_dividing_its_parts(parts: int) ->
 
 def test_values_are_spread_evenly() -> None:
     spread: Spread[int] = Spread()
-    for n in range(PARTS * 100):
+    for n in range(SPREAD_PARTS * 100):
         spread[Key(b"%d" % n)] = n
     assert max(map(len, spread._parts)) < 200
-    assert sorted(spread.values()) == list(range(PARTS * 100))
+    assert sorted(spread.values()) == list(range(SPREAD_PARTS * 100))
     assert set(spread) == set(spread.keys_now()) == set(spread.keys())
     assert (spread.get(Key(b"5")), spread.take(Key(b"5")), spread.take(Key(b"5")), spread.get(Key(b"5"))) == (
         5, 5, None, None,
     )  # fmt: skip
     del spread[Key(b"6")]
     assert Key(b"6") not in spread
-    assert len(spread) == PARTS * 100 - 2
+    assert len(spread) == SPREAD_PARTS * 100 - 2
     spread.clear()
     assert not spread
