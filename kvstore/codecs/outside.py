@@ -19,7 +19,7 @@ _CALLS = {"encode": ("name", "x", "hints"), "decode": ("encoded", "out"), "check
 """The methods of a stored codec, and what they are called with."""
 
 
-class Outside:
+class OutsideCodec:
     """A codec of somebody else's, whose word is not taken: a caller gets a tensor of the spec, and what it asked for
     in `out`, which the codec need not know.
     """
@@ -64,7 +64,7 @@ def outside_codec(name: str) -> Stored:
             f"unknown encoding {name!r}; this version and the packages installed know {known}. "
             "If a codec from outside wrote it, install or register that"
         )
-    return Outside(found)  # type: ignore[arg-type]  # `_register` has tried it
+    return OutsideCodec(found)  # type: ignore[arg-type]  # `_register` has tried it
 
 
 _WORDS = ("auto", "by-layer", "adaptive")

@@ -1,7 +1,7 @@
 """The parts of encoded tensors, and the rows of keys and values: what a codec reads is checked here.
 
-A `Plan` is what a stored tensor of keys or values has to consist of, worked out from its shape and attributes alone and
-remembered; `read` checks all of its parts against that in one pass, for a check and for decoding alike.
+What a stored tensor of keys or values has to consist of is `Expected`: worked out from its shape and attributes alone,
+and remembered. `read` checks all of its parts against that in one pass, for a check and for decoding alike.
 
 Keys and values are rows, (outer, tokens, inner, head_dim). outer: the axes before the tokens (layers); inner: those
 between a token and its rows (heads). A `Plane` is the rows of one role, with the tokens that are kept in 16 bits.
@@ -33,9 +33,9 @@ KEPT_VALUES = 1
 OUTLIER_ENERGY = 4.0
 """Times the median energy about the mean; SmolLM2's tokens beyond the first stay below 3."""
 
-PLANS_MAX, KEPT_TEXT_MAX = 256, 256
-"""Plans that are remembered: the tensors of a namespace's chunks have one or few. One that names more kept tokens than
-a chunk of 16,000 has is worked out each time: whoever writes records could fill the memory with them."""
+EXPECTED_MAX, KEPT_TEXT_MAX = 256, 256
+"""How many are remembered: the tensors of a namespace's chunks have one or few. One that names more kept tokens than a
+chunk of 16,000 has is worked out each time: whoever writes records could fill the memory with them."""
 
 Shape = tuple[int, int, int, int]
 Part = Literal["key", "value", "plain"]
@@ -186,14 +186,14 @@ class Named(NamedTuple, Generic[P]):
     turning: Rotary | None
 
 
-class Plan(NamedTuple, Generic[P]):
+class Expected(NamedTuple, Generic[P]):
     """What a stored tensor has to consist of, by its shape and its attributes alone. due: its parts, by name."""
 
     planes: tuple[Named[P], ...]
     due: Mapping[str, Due]
 
 
-def planned(  # noqa: PLR0913, PLR0917 - the key of a cache: each by itself, so that equal values of other types are told apart
+def expected(  # noqa: PLR0913, PLR0917 - the key of a cache: each by itself, so that equal values of other types are told apart
     form: type[P],
     encoding: str,
     dtype: str,
@@ -204,8 +204,8 @@ def planned(  # noqa: PLR0913, PLR0917 - the key of a cache: each by itself, so 
     value_kept: object,
     channels: object,
     interleaved: object,
-) -> Plan[P]:
-    """The plan of a tensor that `encoding` wrote in planes of this form. Raises CodecError where there can be none."""
+) -> Expected[P]:
+    """What a tensor that `encoding` wrote in planes of this form consists of. Raises CodecError where there is none."""
     role, token_axis = stored_role(role), stored_token_axis(token_axis)
     if dtype not in LOSSY_ALLOWED or min(shape, default=1) < 1:
         raise CodecError(f"{encoding} decodes to non-empty {sorted(LOSSY_ALLOWED)}, not {dtype} {shape}")
@@ -232,14 +232,14 @@ def planned(  # noqa: PLR0913, PLR0917 - the key of a cache: each by itself, so 
         means = {f"{prefix}{suffix}": one for suffix, one in plane.means_due(turning).items()} if plane.groups else {}
         due |= means
         named.append(Named(plane, f"{prefix}kept", tuple(means), turning))
-    return Plan(tuple(named), due)
+    return Expected(tuple(named), due)
 
 
-_known_plan = lru_cache(maxsize=PLANS_MAX, typed=True)(planned)
+_known = lru_cache(maxsize=EXPECTED_MAX, typed=True)(expected)
 
 
-def plan_of(encoded: EncodedTensor, form: type[P]) -> Plan[P]:
-    """The plan of a stored tensor. Raises CodecError where its shape and attributes do not belong together."""
+def expected_of(encoded: EncodedTensor, form: type[P]) -> Expected[P]:
+    """What is expected of a stored tensor. Raises CodecError where its shape and attributes do not belong together."""
     spec, attrs = encoded.spec, encoded.attrs
     kept, value_kept = attrs.get("kept"), attrs.get("v.kept")
     told: tuple[Any, ...] = (
@@ -248,15 +248,15 @@ def plan_of(encoded: EncodedTensor, form: type[P]) -> Plan[P]:
     )  # fmt: skip
     if type(kept) is str and len(kept) <= KEPT_TEXT_MAX and (value_kept is None or type(value_kept) is str):
         try:
-            return _known_plan(*told)
+            return _known(*told)
         except TypeError:  # what cannot be hashed: the same, and it is refused for what it is
             pass
-    return planned(*told)
+    return expected(*told)
 
 
 def read(encoded: EncodedTensor, form: type[P]) -> list[Stored[P]]:
     """The planes of a stored tensor of keys or values; CodecError unless its parts are theirs and no others."""
-    named, due = plan_of(encoded, form)
+    named, due = expected_of(encoded, form)
     require_names(encoded, due.keys())
     parts = {suffix: _pieces(encoded, suffix, one) for suffix, one in due.items()}
     scales = parts["scale"]

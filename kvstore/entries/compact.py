@@ -64,11 +64,11 @@ class Layout:
         return MappingProxyType(dict(zip(self.names, self.specs, strict=True)))
 
     @cached_property
-    def tensors(self) -> Mapping[str, "Tensor"]:
+    def tensors(self) -> Mapping[str, "TensorLayout"]:
         """What each tensor is made of."""
         starts = [0, *accumulate(map(len, self.attrs))]
         return {
-            name: Tensor(
+            name: TensorLayout(
                 self.specs[at],
                 self.encodings[at],
                 self.attrs[at],
@@ -79,7 +79,7 @@ class Layout:
         }
 
 
-class Tensor(NamedTuple):
+class TensorLayout(NamedTuple):
     """One tensor of a layout. attrs: the names of its attributes; values: where theirs are among those of an entry."""
 
     spec: TensorSpec

@@ -13,7 +13,7 @@ from kvstore.codecs import check_entry, codec_named, decode_entry
 from kvstore.codecs.hints import NO_HINTS, Hints
 from kvstore.codecs.int8 import Int8
 from kvstore.codecs.layers import _runs
-from kvstore.codecs.outside import Outside
+from kvstore.codecs.outside import OutsideCodec
 from kvstore.codecs.parts import kept_indexes, planes_of, standing_apart, stored_role, stored_token_axis
 from kvstore.entries.entry import EncodedTensor, Entry, TensorSpec
 from kvstore.errors import CodecError, InvalidEntry
@@ -132,10 +132,10 @@ def test_a_decoded_tensor_has_the_shape_and_type_that_were_announced(
     tensor = EncodedTensor(TensorSpec("float32", (4,)), "wrong", {"": torch.zeros(1)})
     entry = Entry(Key(b"k"), {"x": tensor}, lossy=True)
     with monkeypatch.context() as patch:
-        patch.setattr(codecs, "codec_named", lambda name: Outside(Wrong(made)))
+        patch.setattr(codecs, "codec_named", lambda name: OutsideCodec(Wrong(made)))
         with pytest.raises(CodecError, match="not TensorSpec"):
             decode_entry(entry)
-        patch.setattr(codecs, "codec_named", lambda name: Outside(Wrong(torch.ones(4))))
+        patch.setattr(codecs, "codec_named", lambda name: OutsideCodec(Wrong(torch.ones(4))))
         assert torch.equal(decode_entry(entry)["x"], torch.ones(4))
         check_entry(entry)
         with pytest.raises(CodecError, match="never lossy"):
