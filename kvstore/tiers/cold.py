@@ -245,9 +245,9 @@ class Cold:
         """Keys as of now: the pinned ones, then least recently used first."""
         return iter([*self._pinned.keys_now(), *self._order.keys_now()])
 
-    def get(self, key: Key) -> Entry | None:
-        """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""
-        return self._records.get(key)
+    def get(self, key: Key, *, seen: bool = False) -> Entry | None:
+        """As `RecordLog.get`: the entry, in memory of its own, or None."""
+        return self._records.get(key, seen=seen)
 
     def specs_of(self, key: Key) -> dict[str, Described] | None:
         """The tensors' types, shapes and receipts; their values are neither read nor decoded. None as for `get`."""
