@@ -116,7 +116,7 @@ class NF4KV2(RowsCodec[Plane2]):
     def fill(self, stored: Stored[Plane2], out: torch.Tensor) -> None:
         """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
         plane, kept = stored.plane, stored.kept
-        kernel, where, lead = _arithmetic(out), plane.where, plane.tokens - plane.coded
+        kernel, where, lead = _arithmetic(out), plane.where, plane.lead
         means, turns = None, None
         if plane.groups:
             codes, scales, turns = self.check_means(stored)

@@ -209,11 +209,14 @@ class RecordLog:
 
     # Reading.
 
-    def get(self, key: Key) -> Entry | None:
-        """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""
+    def get(self, key: Key, *, seen: bool = False) -> Entry | None:
+        """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now.
+
+        seen: the caller saw the tier hold the key and gives out what it held then; whether it still does is not asked.
+        """
         row = None
         try:
-            found = self._find(key)
+            found = self._find(key, seen=seen)
             if not isinstance(found, Row):
                 return found
             row = found
@@ -265,11 +268,11 @@ class RecordLog:
                     self.get(key)  # damaged: it is dropped and counted there; or it left meanwhile
                     return None
 
-    def _find(self, key: Key) -> Entry | Row | None:
+    def _find(self, key: Key, *, seen: bool = False) -> Entry | Row | None:
         waiting = self._pending
         with self.changed:
             operation = waiting.find(key) if waiting.queued or waiting.inflight else None
-            if isinstance(operation, Delete) or not self._holder.holds(key):
+            if isinstance(operation, Delete) or not (seen or self._holder.holds(key)):
                 return None
             if isinstance(operation, Put):
                 return operation.entry

@@ -459,7 +459,7 @@ class ReadPath:
     def _from_disk(self, key: Key, meta: Meta, lookup: Lookup | None) -> Entry | None:
         r = self._r
         assert r.cold is not None
-        entry = r.cold.get(key)
+        entry = r.cold.get(key, seen=True)
         with r.lock:
             c = r.counters
             if entry is not None:

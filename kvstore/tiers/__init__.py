@@ -68,6 +68,10 @@ class LastTier(Tier, Protocol):
 
     admission: Admission
 
+    def get(self, key: Key, *, seen: bool = False) -> Entry | None:
+        """As `Tier.get`. seen: the caller saw that the key is held, and gives out what was held then."""
+        ...
+
     def displace(self, entry: Entry) -> None:
         """Make room for an entry, in the tier and in its owner's quotas, by evicting.
 

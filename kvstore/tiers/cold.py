@@ -106,6 +106,7 @@ class Cold:
             meta_of=meta_of, count=self._order.count, wrote=self.admission.wrote,
         )  # fmt: skip
         self._changed = self._records.changed
+        self.get = self._records.get
 
     @classmethod
     def open(  # noqa: PLR0913 - the store passes what the tier must ask it
@@ -244,10 +245,6 @@ class Cold:
     def keys(self) -> Iterator[Key]:
         """Keys as of now: the pinned ones, then least recently used first."""
         return iter([*self._pinned.keys_now(), *self._order.keys_now()])
-
-    def get(self, key: Key) -> Entry | None:
-        """The entry, in memory of its own. None: not here, or found corrupt and dropped, or unreadable just now."""
-        return self._records.get(key)
 
     def specs_of(self, key: Key) -> dict[str, Described] | None:
         """The tensors' types, shapes and receipts; their values are neither read nor decoded. None as for `get`."""

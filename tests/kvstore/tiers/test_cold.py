@@ -106,6 +106,24 @@ def test_a_value_is_readable_before_and_after_it_is_written(holder: Holder) -> N
     assert holder.cold.specs_of(key(1)) == {"x": Described(TensorSpec("uint8", (1000,)), "raw", 0.0)}
 
 
+def test_what_was_seen_here_and_has_left_since_is_a_miss_and_no_damage(holder: Holder) -> None:
+    """A get that found a key reads it without asking again whether it is held."""
+    for n in (1, 2):
+        holder.put(key(n), n)
+    holder.cold.flush()
+    assert filled(holder.cold.get(key(1), seen=True)) == 1
+    with holder.cold._changed:  # the writer waits
+        ticket = holder.cold.queue_removal(key(1))
+        assert holder.cold.get(key(1), seen=True) is None
+        holder.put(key(2), 22)
+        assert filled(holder.cold.get(key(2), seen=True)) == 22
+    holder.cold.wait(ticket)
+    holder.cold.flush()
+    assert holder.cold.get(key(1), seen=True) is None
+    assert filled(holder.cold.get(key(2), seen=True)) == 22
+    assert (holder.cold.corrupt_total, holder.dropped) == (0, [])
+
+
 def test_everything_is_found_again_after_a_restart(holder: Holder) -> None:
     for n in range(20):
         holder.put(key(n), n, hits=n, exact=n % 2 == 0, lossy=n % 3 == 0, encoding="nf4")
