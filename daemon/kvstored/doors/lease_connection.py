@@ -383,7 +383,10 @@ class Connection:
                 lot = reading.read()
             for index, hit in lot:
                 if hit is not None:
-                    tensors, segment, said = shared.found(index, hit, self._owner)
+                    found = shared.replies.of(index, hit, self._owner)
+                    if found is None:
+                        raise UseStream("no room in shared memory, or nothing to share")
+                    tensors, segment, said = found
                     held.append(tensors)
                     self._hand(reply, segment)
                     reply.leased.append(said)
