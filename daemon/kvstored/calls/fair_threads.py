@@ -75,10 +75,18 @@ class FairThreads:
         for thread in self._threads:
             thread.join()
 
-    def _take(self) -> tuple[str, Work] | None:
-        """Wait for work that has its turn; its caller goes to the end of the row. None: no more comes."""
+    def _take(self, done: str | None) -> tuple[str, Work] | None:
+        """Wait for work that has its turn; its caller goes to the end of the row. None: no more comes.
+
+        done: the caller whose work this thread has just done.
+        """
         waiting, running = self._waiting, self._running
         with self._turn:
+            if done is not None:
+                running[done] -= 1
+                if not running[done]:
+                    del running[done]
+                self._turn.notify_all() if self._ends else self._turn.notify()
             while True:
                 alone = time.monotonic() - self._changed_at >= ALONE_S
                 each = self._alone if alone else self._each
@@ -97,7 +105,8 @@ class FairThreads:
                 self._idle -= 1
 
     def _work(self) -> None:
-        while (found := self._take()) is not None:
+        caller: str | None = None
+        while (found := self._take(caller)) is not None:
             caller, (future, call) = found
             del found
             if future.set_running_or_notify_cancel():
@@ -109,8 +118,3 @@ class FairThreads:
                     future.set_result(result)
                     del result
             del future, call
-            with self._turn:
-                self._running[caller] -= 1
-                if not self._running[caller]:
-                    del self._running[caller]
-                self._turn.notify_all() if self._ends else self._turn.notify()

@@ -112,25 +112,26 @@ class Reading:
         plan = self._plan
         assert plan is not None
         start = self._at
-        found = self._store.read(plan, room=self._room)
-        hits = [
-            encoded_reply(hit) if isinstance(hit, Found) and not plan.stays_in_place(hit.entry) else hit
-            for hit in found
-        ]
+        hits: list[Hit | EncodedReply | Found | None] = []
+        spare_nbytes = 0
+        for found in self._store.read(plan, room=self._room):
+            if not isinstance(found, Found) or (self._maps is not None and plan.stays_in_place(found.entry)):
+                hits.append(found)
+                continue
+            reply = encoded_reply(found)
+            hits.append(reply)
+            spare_nbytes += reply.contents.value_nbytes - reply.contents.nbytes
+            if self._streamed:
+                _ = reply.contents.xxh3  # summed here: a large one would hold up the event loop
         self._at = start + len(hits)
         ended = plan.ended or len(hits) < len(plan.keys)  # a chain ends at its first miss
         self.done = ended or self._at == len(self._keys)
         if ended:
             hits.append(None)
-        encoded = [hit.contents for hit in hits if isinstance(hit, EncodedReply)]
-        if encoded:  # charged as if they were decoded
-            spare_nbytes = sum(contents.value_nbytes - contents.nbytes for contents in encoded)
+        if spare_nbytes:  # charged as if all were decoded
             nbytes = self._counts(max(0, plan.nbytes - spare_nbytes))
             self._budget.give_back(self._counted_nbytes - nbytes)
             self._counted_nbytes = nbytes
-        if self._streamed:
-            for contents in encoded:
-                _ = contents.xxh3  # summed here: a large one would hold up the event loop
         return list(enumerate(hits, start))
 
     def close(self) -> None:

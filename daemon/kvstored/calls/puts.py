@@ -91,7 +91,6 @@ class Incoming:
         self.tensors: Mapping[str, torch.Tensor] = {}
         self._scatter: Scatter | None = None
         self._filled_nbytes = 0
-        self._sum = xxhash.xxh3_64()
 
     def _read_packed(self, messages: Sequence[pb.PackedTensor]) -> None:
         """What is sent are the parts of these tensors. Raises InvalidEntry or EntryTooLarge for what cannot be."""
@@ -109,11 +108,12 @@ class Incoming:
         self.nbytes = sum(self.sizes)
 
     def begin(self, room: Room) -> None:
-        """Allocate the tensors: in `room` if there is any, else in ordinary memory. Of a packed entry the parts."""
+        """Allocate what `take` fills: in `room` if there is any, else in ordinary memory. Of a packed one the parts."""
         if self.packed:
             self.tensors = empty_tensors(parts_of(coded for coded, _ in self.packed.values()))
         else:
             self.tensors = made_in(room, self.specs)
+        self._sum = xxhash.xxh3_64()
 
     def fill(self, room: Room, sources: Sequence[Bytes]) -> None:
         """Copy all of it from `sources` at once: what comes packed is checked before it is kept.

@@ -1,7 +1,8 @@
-"""What is answered for an entry found: what is said of it, and its frames. Any thread; no state.
+"""What is answered for an entry found: what is said of it, and its frames or its place. Any thread.
 
-Over the stream it goes in frames, decoded or as it is held (`EncodedReply`); in shared memory it is said where it lies
-(`leased`). What is the same each time is made once: for all entries of one shape, or kept on the entry.
+Over the stream it goes in frames, decoded or as it is held (`EncodedReply`); in shared memory it is said where it lies,
+and copied only where it lies in none of the user's segments (`SharedReplies`). What is the same each time is made once:
+for all entries of one shape, or kept on the entry.
 """
 
 import json
@@ -16,12 +17,13 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.dtypes import TensorSpec
-from kvstore.entries.compact import Layout, PackedTensors, layout_of
+from kvstore.entries.compact import PACK_MAX_NBYTES, Layout, PackedTensors, layout_of
 from kvstore.entries.entry import Entry
 from kvstore.hit import Hit, TensorInfo
 from kvstore.residency.read_path import Found
-from kvstore.shm.arena import Handed, Place
+from kvstore.shm.arena import Arena, Handed, Owner, Place
 from kvstore.shm.layout import layout
+from kvstore.store import Store
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, Gather, build_miss, cut_frames, submessage
 from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
@@ -200,3 +202,57 @@ def leased(header: bytes, place: Place) -> bytes:
     """A serialized Leased, which describes one block. header: a GetHeader, serialized."""
     rest = pb.Leased(segment=place.segment.number, start=place.start, generation=place.generation)
     return submessage(pb.Leased.HEADER_FIELD_NUMBER, header) + rest.SerializeToString()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedReplies:
+    """What is answered in shared memory that a user maps. arena: of what is copied; encoded: of warm's entries."""
+
+    store: Store
+    arena: Arena
+    encoded: Arena
+
+    def of(self, index: int, hit: Hit | EncodedReply | Found, owner: Owner) -> tuple[object, Handed, bytes] | None:
+        """What is to be held of a hit, the segment it lies in, and a Leased; None: there is no room, or no bytes."""
+        if isinstance(hit, Found):  # on a device, in a segment that this client maps
+            place: Place = hit.entry.tensors.place  # type: ignore[attr-defined]  # else it was not left there
+            header = raw_header(hit.entry, pb.GetHeader(index=index, age_s=hit.age_s))
+            return hit.entry, place.segment, leased(header, place)
+        found = self._lying(hit, owner) or self._copied(hit, owner)
+        if found is None:
+            return None
+        held, place = found
+        return held, place.segment, leased(hit_header(index, hit), place)
+
+    def _lying(self, hit: Hit | EncodedReply, owner: Owner) -> tuple[object, Place] | None:
+        """As it is, where a user may read it: what was decoded into its room, or is held in its segments.
+
+        What warm holds in ordinary memory moves when it is asked for again: room that was used before is copied to in
+        a third of the time, but each time.
+        """
+        if isinstance(hit, Hit):
+            held, place = hit.tensors, getattr(hit.tensors, "place", None)
+        else:
+            entry = hit.entry
+            if hit.again and hit.tier == "warm" and entry.block is None and hit.contents.nbytes > PACK_MAX_NBYTES:
+                entry = self.store.move_encoded(entry, self.encoded, owner) or entry
+            held, place = entry.tensors, entry.block
+        return (held, place) if isinstance(place, Place) and place.segment.owner == owner else None
+
+    def _copied(self, hit: Hit | EncodedReply, owner: Owner) -> tuple[object, Place] | None:
+        """Copied to a segment of the user's, unless the tensors lie in one, as a client finds an entry in it."""
+        if isinstance(hit, Hit):
+            sources: Mapping[str, torch.Tensor] = hit.tensors
+            specs = {name: arrays.describe(name, x) for name, x in sources.items()}
+        else:
+            sources = {str(i): torch.from_numpy(part) for i, part in enumerate(hit.contents.payload)}
+            specs = {name: TensorSpec("uint8", (x.numel(),)) for name, x in sources.items()}
+        place = self.arena.place_in(sources, *layout(specs), owner)
+        if place is not None:
+            return sources, place
+        room = self.arena.empty(specs, owner)
+        if room is None or room.place is None:
+            return None
+        for name, x in sources.items():
+            room[name].copy_(x)
+        return room, room.place

@@ -73,7 +73,8 @@ SEEN_S = CONTENDED_S / 4
 """How often a connection says that its caller is active: callers compete that were within `CONTENDED_S`."""
 LEASE_CALL_S = 0.00005
 """Of the interpreter for a call, beside its verb."""
-_LEASE = "Lease/"
+_METHODS = {verb: f"Lease/{verb}" for verb in (*VERBS, "ingest")}
+"""By what name a call is recorded."""
 _MORE = "ABORTED"
 """The status of a call that the client is to repeat; no error of the engine's has it."""
 SEND_TIMEOUT_S = 5.0
@@ -93,6 +94,7 @@ class Connection:
         self._sock = sock
         self._shared = shared
         self.uid = peer_uid(sock)
+        self._access, self._records = shared.access, shared.records
         self._tokens = shared.access.tokens
         identity = shared.access.of_user(self.uid)
         if identity is None:
@@ -171,11 +173,10 @@ class Connection:
 
     def is_current(self) -> bool:
         """Whether this client's user is still the caller that it was: the tokens may have been replaced."""
-        access = self._shared.access
-        tokens = access.tokens
+        tokens = self._access.tokens
         if tokens is self._tokens:
             return True
-        if access.of_user(self.uid) != self._identity:
+        if self._access.of_user(self.uid) != self._identity:
             return False
         self._tokens = tokens
         return True
@@ -215,13 +216,13 @@ class Connection:
                 return None
         verb = next(filter(call.HasField, VERBS), "ingest")
         code, reply = self._charged(verb, call, began)
-        method, records = _LEASE + verb, self._shared.records
-        observe = records.well.get(method) if code == "OK" else None
+        method = _METHODS[verb]
+        observe = self._records.well.get(method) if code == "OK" else None
         if observe is not None:
             observe(time.perf_counter() - began)
         else:
             asked = getattr(call, verb).SerializeToString() if method in AUDITED else b""
-            records.ended(method, code, began, self._identity, self._peer, asked)
+            self._records.ended(method, code, began, self._identity, self._peer, asked)
         if len(reply) > PACKET_MAX_NBYTES - NUMBER_NBYTES:
             reply = self._too_large(verb, reply)
         elif code == "OK":
@@ -382,7 +383,10 @@ class Connection:
                 lot = reading.read()
             for index, hit in lot:
                 if hit is not None:
-                    tensors, segment, said = shared.found(index, hit, self._owner)
+                    found = shared.replies.of(index, hit, self._owner)
+                    if found is None:
+                        raise UseStream("no room in shared memory, or nothing to share")
+                    tensors, segment, said = found
                     held.append(tensors)
                     self._hand(reply, segment)
                     reply.leased.append(said)
