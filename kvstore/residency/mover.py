@@ -170,10 +170,10 @@ class Mover:
         """
         r = self._r
         with r.lock:
-            found = r.find(key, r.clock.now(), r.hot.get(key))
-        if found is None:
+            meta = r.live(key)
+            place = r.lookup(key) if meta is not None else None
+        if meta is None or place is None:
             return None
-        meta, place = found
         entry = place[1] if place[1] is not None else self._read_cold(key)
         if entry is None:
             return None
@@ -212,13 +212,10 @@ class Mover:
     def _lift(self, key: Key, *, from_disk: bool) -> bool:
         r = self._r
         with r.lock:
-            found = r.find(key, r.clock.now(), r.hot.get(key))
-            if found is None:
-                return False
-            meta, place = found
-            above = place[0] == "hot" or (from_disk and place[0] != "cold")
-            flight = None if above else r.flights.start(key)
-            if flight is None:
+            meta = r.live(key)
+            place = r.lookup(key) if meta is not None else None
+            above = place is None or place[0] == "hot" or (from_disk and place[0] != "cold")
+            if meta is None or place is None or above or (flight := r.flights.start(key)) is None:
                 return False
         try:
             entry = place[1] if place[1] is not None else self._read_cold(key)
@@ -227,8 +224,8 @@ class Mover:
             into = r.hot
             if from_disk and entry.lossy and r.warm.admits(entry.nbytes, key, meta.owner):
                 into, copy = r.warm, entry
-            elif (restored := self._restored(entry, place, flight)) is not None:
-                copy = restored
+            elif (found := self._restored(entry, place, flight)) is not None:
+                copy = found
             else:
                 return False
 

@@ -389,8 +389,11 @@ class ReadPath:
         ))  # fmt: skip
         nbytes, hot, now = plan.nbytes, plan.hot, plan.now
         for key, in_hot in zip(keys, entries_in_hot, strict=True):
-            found = r.find(key, now, in_hot)
-            if found is None:
+            meta = r.index.get(key)
+            if meta is not None and (meta.pinned or now >= meta.expires_at):
+                meta = r.live(key)  # which forgets it, unpins it, or leaves it as it is
+            place = None if meta is None else r.lookup_below(key) if in_hot is None else ("hot", in_hot)
+            if meta is None or place is None:
                 misses.append(r.miss_cause(key))
                 if how.leading:
                     plan.ended = True
@@ -400,7 +403,7 @@ class ReadPath:
                 entries.append(None)
                 metas.append(None)
                 continue
-            meta, (tier, entry) = found
+            tier, entry = place
             more, still_hot = nbytes + meta.value_nbytes, hot and tier == "hot"
             if nbytes and more > how.at_most_nbytes and not (how.whole_if_hot and still_hot):
                 break

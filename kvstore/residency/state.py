@@ -172,21 +172,6 @@ class Residency:
             return "warm", entry
         return ("cold", None) if self.in_cold(key) else None
 
-    def find(self, key: Key, now: float, in_hot: Entry | None) -> tuple[Meta, tuple[TierName, Entry | None]] | None:
-        """The Meta of a live key, and its uppermost place as `lookup` has it; an expired one is forgotten here and now.
-
-        in_hot: what hot holds under it.
-        """
-        meta = self.index.get(key)
-        if meta is not None and (meta.pinned or now >= meta.expires_at):
-            meta = self.live(key)  # which forgets it, unpins it, or leaves it as it is
-        if meta is None:
-            return None
-        place: tuple[TierName, Entry | None] | None = ("hot", in_hot)
-        if in_hot is None:
-            place = self.lookup_below(key)
-        return None if place is None else (meta, place)
-
     def miss_cause(self, key: Key) -> MissCause:
         """Why a key is missing, as far as that is still known: two looks, and nothing is made for it."""
         gone = self.leaving.get(key) or self.tombstones.get(key)
