@@ -21,6 +21,7 @@ from kvstore.clock import ManualClock
 from kvstore.config import HotConfig, StoreConfig, WarmConfig
 from kvstore.keys import KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
+from kvstore.metadata.slices import SLICE
 from kvstore.residency.state import Lock
 from kvstore.simulation.simulator import LAYOUTS, Setup, SizedTranscoder
 from kvstore.simulation.trace import block_key
@@ -78,6 +79,7 @@ class Filled:
         self.root, self.wide = Key(b"root"), [Key(block_key(n)) for n in range(third)]
         self.chain = [Key(block_key(n)) for n in range(third, 2 * third)]
         self.alone = [Key(block_key(n)) for n in range(2 * third, entries)]
+        self._next = 1 << 40
         self.put([self.root], None)
         for key in self.wide:
             self.put([key], self.root, use=False)
@@ -96,11 +98,12 @@ class Filled:
         made = ((self._transcoder.raw(key), Meta(now, now + ttl_s, ttl_s, 1)) for key in reversed(keys))
         path = self.store._write_path
         if use:
-            path.take_chain(keys, made, parent)
+            # A list, as from a door: a short one of new keys is taken at once.
+            path.take_chain(keys, list(made) if len(keys) <= SLICE else made, parent)
             return
         for entry, meta in made:
             meta.parent = parent
-            path._take(entry, meta, pin=False)
+            path._take(entry, meta)
 
     def verbs(self) -> Iterator[tuple[str, Callable[[], object], int]]:
         """(name, call, rounds), in an order in which each finds what it needs."""
@@ -116,6 +119,7 @@ class Filled:
         yield "explain", lambda: s.explain(*some), ROUNDS
         yield "unpin the root, many times", lambda: s.unpin(*[self.root] * most), ROUNDS
         yield "put over the root", lambda: self.put([self.root], None), ROUNDS
+        yield "put new ones at once", self._put_new, ROUNDS
         yield "put behind a long chain", lambda: self.put([Key(b"end")], self.chain[-1]), ROUNDS
         yield "pin the end of a long chain", lambda: s.pin(self.chain[-1]), 1
         yield "unpin a long chain", lambda: s.unpin(*self.chain[:most]), ROUNDS
@@ -130,6 +134,10 @@ class Filled:
         yield "delete a long chain", lambda: s.delete(self.chain[0]), 1
         yield "get expired", self._expire, 1
         yield "sweep", s.maintain, 1
+
+    def _put_new(self) -> None:
+        self._next += SLICE
+        self.put([Key(block_key(self._next + i)) for i in range(SLICE)], None)
 
     def _expire(self) -> None:
         clock = self.store._r.clock

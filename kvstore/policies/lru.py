@@ -111,7 +111,9 @@ class KeyOrder:
 
     def discard(self, key: Key) -> bool:
         """Take a key out. False: it was not there."""
-        if self._part(hash(key) % len(self._parts)).pop(key, None) is None:
+        at = hash(key) % len(self._parts)
+        part = self._parts[at]
+        if (self._part(at) if part is None else part).pop(key, None) is None:
             return False
         self._count -= 1
         return True

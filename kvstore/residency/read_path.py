@@ -318,13 +318,14 @@ class ReadPath:
         for part in slices(keys, MATCH_MAX):
             before = len(held)
             with r.lock:
-                whole = self._match(part, held, made)
+                now = r.clock.now()
+                whole = self._match(part, now, held, made)
                 if whole or more is None:
-                    self._count_matched(how, keys, part, held, before)
+                    self._count_matched(how, keys, part, held, before, now)
             if not whole and more is not None:
                 held += more(keys, len(held), how)
                 with r.lock:
-                    self._count_matched(how, keys, part, held, before)
+                    self._count_matched(how, keys, part, held, before, r.clock.now())
             if not whole:
                 break
             if len(held) < len(keys):
@@ -334,18 +335,18 @@ class ReadPath:
         return held
 
     def _count_matched(
-        self, how: Lookup, keys: Sequence[Key], part: Sequence[Key], held: Sequence[Held], before: int
+        self, how: Lookup, keys: Sequence[Key], part: Sequence[Key], held: Sequence[Held], before: int, now: float
     ) -> None:
         r, found = self._r, len(held) - before
         missing = None if found >= len(part) else r.miss_cause(keys[len(held)])
         r.lookups.matched(how, part, found, missing)
         if how.counted:
-            r.lookups.asked.note(part if found <= len(part) else keys[before : len(held)], r.clock.now())
+            r.lookups.asked.note(part if found <= len(part) else keys[before : len(held)], now)
 
-    def _match(self, keys: Sequence[Key], held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
+    def _match(self, keys: Sequence[Key], now: float, held: list[Held], made: dict[tuple[str, int], Held]) -> bool:
         """Extend `held` by leading keys; False: by fewer than all of them."""
         r = self._r
-        now, get, in_hot = r.clock.now(), r.index.get, r.hot.get
+        get, in_hot = r.index.get, r.hot.get
         for key in keys:
             meta = get(key)
             if meta is None or (now >= meta.expires_at and meta.expired(now)):

@@ -289,8 +289,8 @@ class Residency:
         self.deadlines.watch(key, meta)
         return ticket
 
-    def put_new(self, held: Sequence[tuple[Entry, Meta]]) -> bool:
-        """Hold raw values of one owner in hot, what is continued after what continues it. All are held, or none is.
+    def put_new(self, held: Sequence[tuple[Entry, Meta]], owner: Owner) -> bool:
+        """Hold raw values of an owner in hot, what is continued after what continues it. All are held, or none is.
 
         False: not all of them are raw, of keys that are new, and have room, and nothing has changed. In a chain the
         parent of the first is held.
@@ -300,11 +300,12 @@ class Residency:
         for entry, meta in reversed(held):
             if entry.encoding != "raw":
                 return False
+            meta.owner = owner
             metas[entry.key] = meta
             nbytes += entry.nbytes
             value_nbytes += meta.value_nbytes
             linked = linked or meta.parent is not None
-        count, owner = len(held), held[0][1].owner
+        count = len(held)
         if len(metas) < count or not self.hot.has_room_for(nbytes, owner) or not self.index.add_new(metas):
             return False
         if linked:

@@ -21,7 +21,6 @@ from kvstore.entries.entry import Entry
 from kvstore.errors import EntryTooLarge, InvalidEntry, OverQuota
 from kvstore.keys import CHUNK_TOKENS, KEYS_PER_CALL_MAX, Key
 from kvstore.metadata.meta import Meta
-from kvstore.metadata.owner import Owner
 from kvstore.metadata.slices import SLICE, pause, slices
 from kvstore.options import PutOptions
 from kvstore.packed import PackedTensor, any_packed
@@ -74,11 +73,9 @@ class WritePath:
         """Take in entries that continue nothing, the first one first. A few new ones are taken at once if they fit."""
         r = self._r
         with r.lock:
-            at_once = self._device_hot is None and 0 < len(held) <= SLICE
-            for entry, meta in held:
-                meta.owner = r.tenants.owner(entry.key, options.namespace)
-                at_once = at_once and meta.owner is held[0][1].owner
-            at_once = at_once and r.put_new(held)
+            owners = {r.tenants.owner(entry.key, options.namespace) for entry, _ in held}
+            at_once = self._device_hot is None and len(owners) == 1 and len(held) <= SLICE
+            at_once = at_once and r.put_new(held, owners.pop())
         if not at_once:
             return sum([self._take_one(entry, options, None) for entry, _ in held])
         for entry, meta in held:
@@ -112,23 +109,23 @@ class WritePath:
         """
         if not keys:
             return 0
-        r, whole = self._r, isinstance(deepest_first, list) and len(keys) <= SLICE and self._device_hot is None
+        r, chained = self._r, _chained(deepest_first, keys, parent)
+        if isinstance(deepest_first, list) and len(keys) <= SLICE and self._device_hot is None:
+            chained = list(chained)
         with r.lock:
             if parent is not None and r.live(parent) is None:
                 r.counters.refused_chunks += len(keys)
                 return 0
             # A chain is one namespace's, whatever its later chunks are put under.
             owner = r.index[parent].owner if parent is not None else r.tenants.owner(keys[0], namespace)
-            chained = _chained(deepest_first, keys, parent, owner)
-            if whole:
-                chained = list(chained)
-                whole = r.put_new(chained)
+            whole = isinstance(chained, list) and r.put_new(chained, owner)
         lost: list[Key] = []
         nbytes = 0
         rooted = whole and r.events is None
         try:
             for entry, meta in chained:
                 if not whole:
+                    meta.owner = owner
                     self._take(entry, meta)
                 if pin or meta.pinned_children:  # or a pinned chunk continues it
                     self._pin(entry.key, asked=pin)
@@ -161,7 +158,8 @@ class WritePath:
                 for key in part:
                     r.live(key)  # an expired one leaves now: later it would take along what continues it
         try:
-            for entry, meta in _chained(deepest_first, keys, parent, owner):
+            for entry, meta in _chained(deepest_first, keys, parent):
+                meta.owner = owner
                 try:
                     self._mover.admit_below(entry, meta, partial(wanted, entry.key))
                 except OverQuota:
@@ -200,7 +198,7 @@ class WritePath:
             above = None if parent is None else r.index.get(parent)
             meta.owner = above.owner if above is not None else r.tenants.owner(entry.key, options.namespace)
             if self._device_hot is None:
-                tickets = () if r.put_new(((entry, meta),)) else self._mover.admit_at_once(entry, meta)
+                tickets = () if r.put_new(((entry, meta),), meta.owner) else self._mover.admit_at_once(entry, meta)
         if tickets:
             self._mover.wait(tickets)
         elif tickets is None and self._device_hot is None:
@@ -343,11 +341,11 @@ class WritePath:
 
 
 def _chained(
-    deepest_first: Iterable[tuple[Entry, Meta]], keys: Sequence[Key], parent: Key | None, owner: Owner
+    deepest_first: Iterable[tuple[Entry, Meta]], keys: Sequence[Key], parent: Key | None
 ) -> Iterable[tuple[Entry, Meta]]:
     """The entries of a chain, whose keys are these, root first, each one's Meta naming the chunk that it continues."""
     for (entry, meta), before in zip(deepest_first, reversed([parent, *keys[:-1]]), strict=True):
-        meta.parent, meta.root, meta.owner = before, before is None, owner
+        meta.parent, meta.root = before, before is None
         yield entry, meta
 
 

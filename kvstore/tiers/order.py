@@ -246,11 +246,12 @@ class Order:
 
     def _let_go(self, key: Key, nbytes: int) -> Policy:
         meta = self._meta(key)
-        self._pinned.release(key)
+        if self._pinned.nbytes:
+            self._pinned.release(key)
         if meta is not None and meta.parent is not None:
             self._branches.drop(key, meta.parent)
         if not nbytes:  # none were counted, or nothing is held: a tier may be told to forget what it does not hold
-            return self._lane_of(key)
+            return self._first if self._alone else self._lane_of(key)
         owner = self.owner_of(key) if meta is None else meta.owner
         self._used[owner.lane] -= nbytes
         owner.nbytes[self._at] -= nbytes

@@ -123,8 +123,8 @@ PREPARED = (
     ),
     (
         "kvstore/shm/arena.py",
-        "mine = segment.owner == owner and",
-        "mine =",
+        "if segment.owner == owner and segment not in",
+        "if segment not in",
         "two users in one segment",
     ),
     (
