@@ -253,7 +253,8 @@ class Asking:
         Raises TierUnavailable of a closed client, whatever the caller wants: that is no daemon in trouble, and misses
         for ever would hide it.
         """
-        self._check_open()
+        if self._transport.closed:
+            self._check_open()  # which says so
         try:
             return call(*args, **kwargs)
         except SOFT as error:
