@@ -8,7 +8,7 @@ unless the caller wants it raised. Thread-safe.
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +46,6 @@ SOFT = (TierUnavailable, OverQuota, RecordCorrupt)
 """What a daemon in trouble looks like: a miss on the data path."""
 
 _how_to_get = lru_cache(maxsize=64)(GetOptions)
-NOTHING_LEASED: AbstractContextManager[Sequence[Hit | None]] = nullcontext(())
 R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -66,22 +65,23 @@ class Leases:
 
     def __init__(
         self,
-        begin: Callable[[Sequence[bytes], Wanted], AbstractContextManager[Sequence[Hit | None]]],
+        begin: Callable[[Sequence[bytes], Wanted], Sequence[Hit | None]],
         keys: Sequence[bytes],
         wanted: Wanted,
     ) -> None:
         self._begin = begin
         self._keys = keys
         self._wanted = wanted
+        self._hits: Sequence[Hit | None] = ()
 
-    def begin(self) -> AbstractContextManager[Sequence[Hit | None]]:
-        """Ask for it. The block that is leased is to be entered and left; of an asyncio client, one to await."""
+    def begin(self) -> Sequence[Hit | None]:
+        """Ask for it: the hits for `enter`. Of an asyncio client, something to await."""
         return self._begin(self._keys, self._wanted)
 
-    def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Any:
-        """What the block of `begin` holds; it ends with this lease."""
-        self._block = block
-        return block.__enter__()
+    def enter(self, hits: Sequence[Hit | None]) -> Any:
+        """What the block is given of these hits, which end with this lease."""
+        self._hits = hits
+        return hits
 
     def __enter__(self) -> Any:
         return self.enter(self._begin(self._keys, self._wanted))
@@ -89,15 +89,17 @@ class Leases:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._block.__exit__(kind, error, traceback)
+        hits, self._hits = self._hits, ()
+        if isinstance(hits, leases.LeasedHits):
+            hits.end(interrupted=kind is not None)
 
 
 class OneLease(Leases):
     """The same of one key."""
 
-    def enter(self, block: AbstractContextManager[Sequence[Hit | None]]) -> Hit | None:
-        """The hit of the block."""
-        hits = super().enter(block)
+    def enter(self, hits: Sequence[Hit | None]) -> Hit | None:
+        """The hit."""
+        self._hits = hits
         return hits[0] if hits else None
 
 
@@ -253,7 +255,8 @@ class Asking:
         Raises TierUnavailable of a closed client, whatever the caller wants: that is no daemon in trouble, and misses
         for ever would hide it.
         """
-        self._check_open()
+        if self._transport.closed:
+            self._check_open()  # which says so
         try:
             return call(*args, **kwargs)
         except SOFT as error:
@@ -361,10 +364,10 @@ class Asking:
             self._resolved_for = torch_there, resolved
         return resolved
 
-    def _lease(self, keys: Sequence[bytes], asked: Wanted) -> AbstractContextManager[Sequence[Hit | None]]:
-        return self._data(self._leased, NOTHING_LEASED, keys, asked)
+    def _lease(self, keys: Sequence[bytes], asked: Wanted) -> Sequence[Hit | None]:
+        return self._data(self._leased, (), keys, asked)
 
-    def _leased(self, keys: Sequence[bytes], asked: Wanted) -> AbstractContextManager[Sequence[Hit | None]]:
+    def _leased(self, keys: Sequence[bytes], asked: Wanted) -> Sequence[Hit | None]:
         how, framework = self._how_leased(asked)
         try:
             return self._through_shared_memory(leases.lease, keys, how, framework)
@@ -372,7 +375,7 @@ class Asking:
             request = self._how_streamed(asked).request(keys)
             receiver = Receiver(keys, framework, packed=asked.packed)
             receiver.read_from(self._transport, request)
-            return nullcontext(leading_hits(receiver.hits) if asked.leading else receiver.hits)
+            return leading_hits(receiver.hits) if asked.leading else receiver.hits
 
     def _how_leased(self, asked: Wanted) -> tuple[GetOptions, str]:
         """The options of a lease, and the framework of what is leased."""

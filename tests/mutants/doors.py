@@ -117,6 +117,18 @@ DOORS = (
         "an interrupted connection serves the next call",
     ),
     (
+        "client/kvstored_client/shm/puts.py",
+        "    connection.uncopied = room\n",
+        "    connection._spare = room\n",
+        "a put fills room that the daemon still copies",
+    ),
+    (
+        "client/kvstored_client/stream/transport.py",
+        "            if self._over:",
+        "            if False:",
+        "a stream that was called off while it was made goes on",
+    ),
+    (
         "client/kvstored_client/shm/mapping.py",
         "        except BaseException:\n            call_off(jobs)\n            raise",
         "        except BaseException:\n            raise",

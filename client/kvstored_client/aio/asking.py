@@ -5,7 +5,7 @@ So a verb of `Client` that is called with this as its `self` answers with an awa
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,7 +19,7 @@ from kvstored_client.aio import calls
 from kvstored_client.aio.lease import LoopPool
 from kvstored_client.aio.stream import LoopTransport
 from kvstored_client.aio.worker import INLINE_NBYTES, Worker
-from kvstored_client.asking import NOTHING_LEASED, SOFT, Wanted, leading_hits
+from kvstored_client.asking import SOFT, Wanted, leading_hits
 from kvstored_client.buffers import Out
 from kvstored_client.client import Client
 from kvstored_client.puts import Outgoing
@@ -217,19 +217,19 @@ class LoopAsking(Client):
 
     async def _lease(  # type: ignore[override]
         self, keys: Sequence[bytes], asked: Wanted
-    ) -> AbstractContextManager[Sequence[Hit | None]]:
-        return await self._waited(self._leased(keys, asked), NOTHING_LEASED)
+    ) -> Sequence[Hit | None]:
+        return await self._waited(self._leased(keys, asked), ())
 
     async def _leased(  # type: ignore[override]
         self, keys: Sequence[bytes], asked: Wanted
-    ) -> AbstractContextManager[Sequence[Hit | None]]:
+    ) -> Sequence[Hit | None]:
         how, framework = self._how_leased(asked)
         try:
             return await self._shared(calls.lease, keys, how, framework)
         except UseStream:
             receiver = Receiver(keys, framework, packed=asked.packed)
             await self._receive(receiver, self._how_streamed(asked).request(keys))
-            return nullcontext(leading_hits(receiver.hits) if asked.leading else receiver.hits)
+            return leading_hits(receiver.hits) if asked.leading else receiver.hits
 
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:  # type: ignore[override]
         """Copy (target, source) pairs beside the loop."""

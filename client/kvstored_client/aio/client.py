@@ -74,8 +74,8 @@ class Lease(Generic[T]):
         self._lease = lease
 
     async def __aenter__(self) -> T:
-        block = await cast("Any", self._lease.begin())
-        return cast("T", self._lease.enter(block))
+        hits = await cast("Any", self._lease.begin())
+        return cast("T", self._lease.enter(hits))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -189,8 +189,9 @@ class _Prefixed:
         **how: Any,
     ) -> Iterable[Hit | None]:
         lease = cast("Leases", self._client.asking.lease_many(keys, leading=leading, lookup=lookup, **how))
-        block = await cast("Any", lease.begin())
-        return cast("Iterable[Hit | None]", leases.enter_context(block))
+        hits = cast("Iterable[Hit | None]", lease.enter(await cast("Any", lease.begin())))
+        leases.push(lease)
+        return hits
 
     async def fill(self, pairs: list[tuple[Any, Any]]) -> None:
         await self._client.asking.fill(pairs)

@@ -6,7 +6,7 @@ A lease is given back with the last reference to it, whatever that is: a window 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Self, cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 
@@ -30,7 +30,7 @@ HITS_AT_ONCE = 16
 def lease(
     pool: ConnectionPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
 ) -> "LeasedHits":
-    """The bytes themselves, until the hits' context ends. Raises as `gets.get`."""
+    """The bytes themselves, until the hits end. Raises as `gets.get`."""
     connection = pool.take(hand)
     reply = connection.exchange(get_call(keys, how.rest), pool.timeout_s)
     if how.device:
@@ -221,12 +221,13 @@ class LeasedHits(Sequence[Hit | None]):
         except UseStream as error:
             raise RecordCorrupt(f"what the daemon says of a block cannot be: {error}") from None
 
-    def __enter__(self) -> Self:
-        return self
+    def end(self, *, interrupted: bool) -> None:
+        """The block is left: let go of everything. interrupted: by an exception, which is told instead of what follows.
 
-    def __exit__(self, kind: object, *_: object) -> None:
+        Raises as `Lease.end`.
+        """
         lease, self._lease = self._lease, None
         for hit in self._made.values():
             cast("LeasedTensors", hit.tensors).end()
-        if kind is None and lease is not None:
+        if not interrupted and lease is not None:
             lease.end()

@@ -3,7 +3,8 @@
 A call takes its connections into a hand, as in `shm.gets`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, Placed, put_call
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S
 
+_NOWHERE: Mapping[int, tuple[int, int]] = MappingProxyType({})
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
 
@@ -48,11 +50,11 @@ def commits_of(batch: Sequence[Outgoing]) -> list[Sequence[Outgoing]]:
 
 
 def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
-    commit = Commit(pool, entries)
-    connection = pool.take(hand, commit.wanted)
+    commit = Commit(entries, pool.timeout_s)
+    connection = pool.take(hand, wanted_by(pool, entries) if pool.lent else None)
     connection.settled = False  # its room is in use
-    if commit.lent:
-        commit.lay(connection)
+    if pool.lent:  # what lies there already is not copied
+        commit = Commit(entries, pool.timeout_s, lying(connection, entries))
     room = connection.room(commit.room_nbytes, commit.timeout_s)
     batch = pool.transfers.batch_for([entry.tensors for entry in entries]) if commit.on_gpu else None
     if batch is None:
@@ -74,47 +76,36 @@ Copies = list[tuple[Any, int, int]]
 class Commit:
     """One commit of a put: what lies in shared memory already, and what has to be copied there.
 
-    wanted: the connection to make it on, if one. timeout_s: for each of its calls. room_nbytes: what it needs of a
-    connection. placed: where each entry is once that is done. copies: for each entry what goes there. lent: some of it
-    may lie there, which `lay` finds. on_gpu: some of it is on a GPU. copy_later: the daemon may, after its answer.
+    timeout_s: for each of its calls. room_nbytes: what it needs of a connection. copies: for each entry what goes
+    there. placed: where each entry is once that is done. on_gpu: some of it is on a GPU. copy_later: the daemon may
+    copy it after its answer.
     """
 
-    def __init__(self, pool: ConnectionPool, entries: Sequence[Outgoing]) -> None:
-        self._entries = entries
-        self.lent = pool.lent
-        # Tensors that lie in an ingest segment already were made by `empty`; most clients never make one.
-        found = _lies_in(pool, next(iter(entries[0].tensors.values()))) if pool.lent else None
-        self.wanted = None if found is None else found[0]
-        self.on_gpu = False
-        nbytes = self._lay({})
-        self.timeout_s = pool.timeout_s + nbytes / PAYLOAD_BYTES_PER_S
-
-    def lay(self, connection: Connection) -> None:
-        """Leave out what lies in this connection's ingest segments."""
-        self._lay(_lying(connection, self._entries))
-
-    def _lay(self, there: dict[int, tuple[int, int]]) -> int:
-        """there: where tensors lie, by their identity. Returns the bytes of all entries."""
+    def __init__(
+        self, entries: Sequence[Outgoing], timeout_s: float, there: Mapping[int, tuple[int, int]] = _NOWHERE
+    ) -> None:
+        """timeout_s: of a call that moves nothing. there: (segment, start) of tensors, by their identity."""
         # What the caller made with `empty` it may write to once the put returns; the rooms here nobody writes to.
         self.copy_later = not there
+        self.on_gpu = False
         self.placed: list[Placed] = []
         self.copies: list[Copies] = []
-        total = at = 0
-        for entry in self._entries:
+        nbytes = at = 0
+        for entry in entries:
             places: list[tuple[int | None, int]] = []
             copies: Copies = []
-            for x, (offset, nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
+            for x, (offset, x_nbytes) in zip(entry.tensors.values(), entry.places, strict=True):
                 place = there.get(id(x)) if there else None
                 if place is None:
-                    copies.append((x, at + offset, nbytes))
+                    copies.append((x, at + offset, x_nbytes))
                     self.on_gpu = self.on_gpu or getattr(x, "is_cuda", False)
                 places.append(place or (None, at + offset))
             self.placed.append((entry.key, entry.parent, entry.described, places))
             self.copies.append(copies)
             at += entry.block_nbytes if copies or not there else 0
-            total += entry.nbytes
+            nbytes += entry.nbytes
         self.room_nbytes = at
-        return total
+        self.timeout_s = timeout_s + nbytes / PAYLOAD_BYTES_PER_S
 
 
 def copy_in(copy: Copy, data: Bytes, entries: Sequence[Copies]) -> None:
@@ -149,7 +140,7 @@ def store_in(
         copy_in(copy or pool.copier.copy, data, [direct])
 
 
-def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:
+def lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tuple[int, int]]:
     """(segment, start) of the tensors that lie in this connection's ingest segments, by their identity."""
     there: dict[int, tuple[int, int]] = {}
     for x in (x for entry in entries for x in entry.tensors.values()):
@@ -160,9 +151,11 @@ def _lying(connection: Connection, entries: Sequence[Outgoing]) -> dict[int, tup
     return there
 
 
-def _lies_in(pool: ConnectionPool, x: Any) -> tuple[Connection, int, int] | None:
-    address = _address_of(x)
-    return pool.owner_of(*address) if address is not None else None
+def wanted_by(pool: ConnectionPool, entries: Sequence[Outgoing]) -> Connection | None:
+    """The connection whose ingest segment holds the first tensor: `empty` made it. None: no open one does."""
+    address = _address_of(next(iter(entries[0].tensors.values())))
+    found = None if address is None else pool.owner_of(*address)
+    return None if found is None else found[0]
 
 
 def _address_of(x: Any) -> tuple[int, int] | None:
