@@ -196,10 +196,11 @@ class ReadPath:
                     plan.lookup = r.lookups.got(
                         lookup, keys, plan.metas, plan.misses, ended=plan.ended, leading=leading, now=plan.now
                     )
-                    if hot and count_later and not too_long:
-                        r.lock.owed.append(partial(r.count_hot, plan.keys, plan.metas, plan.now, plan.nbytes))
+                    if hot and not too_long:
+                        counted = partial(r.count_hot, plan.keys, plan.metas, plan.now, plan.nbytes)
+                        r.lock.owed.append(counted) if count_later else counted()
                     elif not too_long:
-                        self._count(plan, hot=hot)
+                        self._count(plan, hot=False)
             if refused is None:
                 if too_long:
                     self._count_in_slices(plan)

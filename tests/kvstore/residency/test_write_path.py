@@ -160,6 +160,37 @@ def test_a_chain_that_is_not_new_or_does_not_fit_is_taken_as_any_other(why: str)
         assert store._r.chains.awaited == {}
 
 
+def test_new_entries_that_continue_nothing_are_taken_in_one_hold_of_the_lock() -> None:
+    with open_store() as store:
+        assert store.put_entries([], PutOptions()) == 0
+        lock = count_holds(store)
+        assert store.put_entries(chain_of("abc"), PutOptions(pin=True)) == 3
+        assert lock.holds == 1 + 3, "and one for each pin"
+        assert [store._r.index[Key(key)].pinned for key in (b"a", b"b", b"c")] == [True] * 3
+        assert all(meta.parent is None for meta in store._r.index.values())
+        lock.holds = 0
+        assert store.put_entries(chain_of("defg"), PutOptions()) == 4
+        assert lock.holds == 1
+        assert store._r.hot.keys_now()[:4] == [b"g", b"f", b"e", b"d"]
+        assert store.put_entries(chain_of("fgh"), PutOptions()) == 3, "two of them are held"
+        assert store.stats().values["entries"] == 8
+        assert store.stats().values["puts"] == 10
+
+
+def test_entries_of_several_owners_in_one_batch_are_each_their_own() -> None:
+    prefixes = {"x": b"x" * 16, "y": b"y" * 16}
+    with open_store() as store:
+        for name, prefix in prefixes.items():
+            store.register_tenant(name, [prefix])
+        names = [prefixes["x"] + b"1", prefixes["y"] + b"1", b"z", prefixes["x"] + b"2"]
+        specs = CheckedSpecs({name: describe(name, x) for name, x in VALUE.items()})
+        entries = [made_entry(Key(name), specs, {n: x.clone() for n, x in VALUE.items()}) for name in names]
+        assert store.put_entries(entries, PutOptions(namespace="n")) == 4
+        assert [store._r.index[Key(name)].owner.name for name in names] == ["x/n", "y/n", "n", "x/n"]
+        assert {owner.name: owner.entries for owner in store._r.tenants} == {"x/n": 2, "y/n": 1, "n": 1}
+        assert set(store.tenants()["hot"]) == {"", "x", "y"}
+
+
 def test_a_pinned_chain_is_pinned_whole_and_what_may_not_be_pinned_is_not_kept() -> None:
     with open_store() as store:
         assert store.put_entries(chain_of("ab"), PutOptions(pin=True), chain=True) == 2
