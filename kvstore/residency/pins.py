@@ -26,7 +26,9 @@ def pin(r: Residency, keys: Sequence[Key], ttl_s: float | None) -> int:
     try:
         for part in slices(tuple(dict.fromkeys(keys))):
             with r.lock:
-                held = [key for key in part if r.live(key) is not None and r.in_a_tier(key)]
+                alive = [key for key in part if r.live(key) is not None]
+                # An expired key that was met later may have taken one of them along.
+                held = [key for key in alive if key in r.index and r.in_a_tier(key)]
                 changed += len(held)
                 long = [key for key in held if not pinning.at_once(key)]
             for key in long:

@@ -45,6 +45,18 @@ def test_a_longer_pin_of_the_end_holds_the_whole_prefix_as_long() -> None:
         assert store.pin(b"absent") == 0
 
 
+@pytest.mark.parametrize("keys", [(b"root", b"leaf"), (b"leaf", b"root")])
+def test_a_chunk_that_leaves_with_the_expired_one_it_continues_is_not_pinned(keys: tuple[bytes, ...]) -> None:
+    with open_store() as store:
+        store.put(b"root", VALUE, ttl_s=10)
+        store.put(b"leaf", VALUE, ttl_s=100, parent=b"root")
+        clock = store._r.clock
+        assert isinstance(clock, ManualClock)
+        clock.advance(11)
+        assert store.pin(*keys) == 0
+        assert store.locate([b"root", b"leaf"]) == [None, None]
+
+
 def test_a_pin_that_the_whole_prefix_has_no_room_for_pins_nothing_new() -> None:
     with open_store(hot=6 * (64 * 64 * 4 + 2000)) as store:
         keys = [b"%d" % n for n in range(5)]
