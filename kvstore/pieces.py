@@ -59,6 +59,7 @@ class Ready:
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
+        self.answers_tails = getattr(cache, "answers_tails", False)
         self._fill = getattr(cache, "fill", fill)
 
     def __repr__(self) -> str:
@@ -284,7 +285,7 @@ class Pieces:
         *,
         leading: bool = False,
         lookup: Lookup | None = None,
-        **how: bool,
+        **how: Any,
     ) -> AbstractContextManager[Iterable[Hit | None]]:
         """`get_many` without copies; the lease of a piece begins when its first hit is read."""
         if len(keys) <= KEYS_PER_CALL_MAX:
@@ -293,7 +294,7 @@ class Pieces:
 
     @contextmanager
     def _leased(
-        self, pieces: list[Sequence[bytes]], counts: "_Counts", *, leading: bool, **how: bool
+        self, pieces: list[Sequence[bytes]], counts: "_Counts", *, leading: bool, **how: Any
     ) -> Iterator[Iterable[Hit | None]]:
         with ExitStack() as leases:
             begun: list[Sequence[bytes]] = []
@@ -304,7 +305,7 @@ class Pieces:
 
     def _hits(
         self, pieces: list[Sequence[bytes]], leases: ExitStack, begun: list[Sequence[bytes]], counts: "_Counts",
-        *, leading: bool, **how: bool,
+        *, leading: bool, **how: Any,
     ) -> Iterator[Hit | None]:  # fmt: skip
         for piece in pieces:
             lease = self._cache.lease_many(piece, leading=leading, lookup=counts.next(), **how)

@@ -6,9 +6,8 @@ that lookups lately missed, which are only to save a question.
 Invariant: a chunk is only put when its parents are held or put in the same call, so a chain has no holes.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
 
 from kvstore import arrays
@@ -22,7 +21,7 @@ from kvstore.keys import (
     chunk_keys,
     tail_keys,
 )
-from kvstore.lookup import ELSEWHERE, Lookup
+from kvstore.lookup import ELSEWHERE, Lookup, Misses
 from kvstore.packed import PackedTensor
 from kvstore.pieces import awaited, now
 
@@ -30,8 +29,6 @@ TOKEN_AXIS = 1
 """k and v are (layers, tokens, kv_heads, head_dim)."""
 BREATH_CHUNKS = 16
 """Chunks looked at between two turns of an event loop: some 0.2 ms."""
-MISSES_MAX = 1024
-"""Lookups whose misses are remembered for the puts that follow: some 100 KiB."""
 
 
 class Cache(Protocol):
@@ -173,35 +170,6 @@ class _Filled:
         self._pairs.clear()
 
 
-class _Misses:
-    """The first chunk that each of the latest lookups missed, by its key, which names all chunks before it, too.
-
-    Any thread: each change is one step of C code. It may be out of date: a put that relies on it is right all the same.
-    """
-
-    def __init__(self) -> None:
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
-
-    def note(self, key: bytes) -> None:
-        """A lookup found the chunks before this one, and not this one."""
-        self._keys[key] = None
-        if len(self._keys) > MISSES_MAX:
-            with suppress(KeyError):  # other threads emptied it
-                self._keys.popitem(last=False)
-
-    def take(self, keys: Sequence[bytes]) -> int | None:
-        """How many of a chain's chunks were held where a lookup of it missed the next; None: nothing is known.
-
-        Told once: after the put it is true no more.
-        """
-        known = self._keys
-        for held, key in enumerate(keys):
-            if key in known:
-                known.pop(key, None)
-                return held
-        return None
-
-
 class _Tail(NamedTuple):
     """A partial chunk that is held."""
 
@@ -219,7 +187,7 @@ class Prefixes:
         self.chunk_tokens = chunk_tokens
         self.digest = identity.digest()
         self.name = namespace_name(identity.model, self.digest)
-        self._misses = _Misses()
+        self._misses = Misses()
         chunk_keys(self.digest, [], chunk_tokens)  # refuses a bad chunk length now, not at the first put
 
     def __repr__(self) -> str:
@@ -297,13 +265,16 @@ class Prefixes:
         keys = self.keys(token_ids)
         full = keys[: len(token_ids) // self.chunk_tokens]
         whole, how = self._lookup(token_ids, keys), await self._how_to_lease(out)
+        tails = self._tails(token_ids, keys, len(full)) if full and getattr(self._cache, "answers_tails", False) else []
+        first = {**how, "tails": tails} if tails else how
         taken = _Joined() if out is None else _Filled(*out)
         try:
             with ExitStack() as leases, taken:  # no view may outlive the leases
-                hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole, **how) if full else ()
+                hits = await self._cache.lease_into(leases, full, leading=True, lookup=whole, **first) if full else ()
                 held = await taken.take(self._cache, self._whole(hits))
+                known = getattr(hits, "first_tail", None) if held == len(full) else None
                 del hits
-                tail = await self._tail(token_ids, keys, held)
+                tail = await self._tail(token_ids, keys, held, known=None if known is None else (tails, known))
                 if tail is not None:
                     at = self._tail_lookup(tail, whole, asked=not full)
                     last = await self._cache.lease_into(leases, [tail.key], leading=True, lookup=at, **how)
@@ -421,21 +392,37 @@ class Prefixes:
         return (whole if asked else whole.continued())._replace(key_tokens=tail.tokens)
 
     async def _tail(
-        self, token_ids: Sequence[int], keys: list[bytes], held: int, *, here: bool = True
+        self,
+        token_ids: Sequence[int],
+        keys: list[bytes],
+        held: int,
+        *,
+        here: bool = True,
+        known: tuple[list[bytes], int] | None = None,
     ) -> "_Tail | None":
         """The longest partial chunk that is held behind the first `held` chunks; None: there is none.
 
-        here: those are on this host.
+        here: those are on this host. known: the `_tails` there, and which of them is the first held (their number: none
+        is), where the cache has said that already.
         """
-        rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
         if held == len(keys):
             return None
-        # A longer prompt continues inside the chunk where a shorter one ended: ask for each length it may have.
-        tails = tail_keys(keys[held - 1] if held else self.digest, rest)
-        places = await self._cache.locate(tails)
-        if here and not places[0]:  # the longest is the next chunk of the chain
+        if known is None:
+            asked = self._tails(token_ids, keys, held)
+            places = await self._cache.locate(asked)
+            known = asked, next((i for i, place in enumerate(places) if place), len(asked))
+        tails, first = known
+        if here and first:  # the longest is the next chunk of the chain
             self._misses.note(keys[held])
-        return next((_Tail(key, len(tails) - i) for i, key in enumerate(tails) if places[i]), None)
+        return _Tail(tails[first], len(tails) - first) if first < len(tails) else None
+
+    def _tails(self, token_ids: Sequence[int], keys: Sequence[bytes], held: int) -> list[bytes]:
+        """A key for each length of a partial chunk behind the first `held` chunks, the longest first.
+
+        A longer prompt continues inside the chunk where a shorter one ended.
+        """
+        rest = token_ids[held * self.chunk_tokens :][: self.chunk_tokens]
+        return tail_keys(keys[held - 1] if held else self.digest, rest) if len(rest) else []
 
     def _tokens_of(self, hit: Hit) -> int | None:
         # Under a 256-bit key only this namespace's tensors can be found; a caller may still have put others there.

@@ -58,6 +58,7 @@ class Wanted(NamedTuple):
     lookup: Lookup | None = None
     packed: bool = False
     device: bytes = b""
+    tails: Sequence[bytes] = ()
 
 
 class Leases:
@@ -110,6 +111,9 @@ def leading_hits(hits: list[Hit | None]) -> list[Hit | None]:
 
 class Asking:
     """The questions behind the verbs. failures: calls that ended in trouble and were answered as a miss, or raised."""
+
+    answers_tails = True
+    """Of `lease_many`: a `Namespace` asks for a partial chunk with the whole ones."""
 
     def __init__(
         self,
@@ -370,7 +374,7 @@ class Asking:
     def _leased(self, keys: Sequence[bytes], asked: Wanted) -> Sequence[Hit | None]:
         how, framework = self._how_leased(asked)
         try:
-            return self._through_shared_memory(leases.lease, keys, how, framework)
+            return self._through_shared_memory(leases.lease, keys, how, framework, asked.tails)
         except UseStream:
             request = self._how_streamed(asked).request(keys)
             receiver = Receiver(keys, framework, packed=asked.packed)
@@ -379,7 +383,7 @@ class Asking:
 
     def _how_leased(self, asked: Wanted) -> tuple[GetOptions, str]:
         """The options of a lease, and the framework of what is leased."""
-        leading, lookup, packed, device = asked
+        leading, lookup, packed, device, _ = asked
         return _how_to_get(leading, ENCODINGS if packed else (), 0, lookup, device), self._resolved()[0]
 
     def _how_streamed(self, asked: Wanted) -> GetOptions:

@@ -214,13 +214,15 @@ class Client(Asking):
         lookup: Lookup | None = None,
         packed: bool = False,
         device: bytes = b"",
+        tails: Sequence[bytes] = (),
     ) -> AbstractContextManager[Sequence[Hit | None]]:
         """Like `get_many` without copies: see `lease`. Hits are made when they are looked at.
 
         device: a GPU of this process's, by its UUID: what a daemon holds in its memory may come as tensors there, which
-        are only to be read, and not after the block. `how_to_lease` says it.
+        are only to be read, and not after the block. `how_to_lease` says it. tails: at most 512 keys that each continue
+        the last one; over shared memory the hits say in `first_tail` which is the first held, if all keys are.
         """
-        return Leases(self._lease, check_keys(keys), Wanted(leading, lookup, packed, device))
+        return Leases(self._lease, check_keys(keys), Wanted(leading, lookup, packed, device, check_keys(tails)))
 
     def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
         """A tensor to fill and put, not cleared. On the daemon's host it lies in memory shared with it.

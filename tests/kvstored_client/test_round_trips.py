@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.prefix import MISSES_MAX, Namespace, _Misses
+from kvstore.errors import InvalidEntry
+from kvstore.keys import CHUNK_TOKENS_MAX
+from kvstore.lookup import MISSES_MAX, Misses
+from kvstore.prefix import Namespace
 from kvstored_client import Client, aio
 from kvstored_client.aio.lease import LoopConnection
 from kvstored_client.shm.connection import Connection
+from kvstored_client.wire.messages import GetOptions
 from tests.conftest import DaemonProcess
 
 CHUNK = 16
@@ -40,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("into", [False, True])
-def test_a_prefix_takes_one_round_trip_and_a_tail_one_or_two_more(
+def test_a_prefix_takes_one_round_trip_and_only_a_tail_that_is_held_a_second(
     shared_daemon: DaemonProcess, asked: list[int], into: bool
 ) -> None:
     with shared_daemon.client(framework="numpy") as client:
@@ -61,13 +65,59 @@ def test_a_prefix_takes_one_round_trip_and_a_tail_one_or_two_more(
             return len(asked)
 
         assert trips(prompt[: 3 * CHUNK], 3 * CHUNK) == 1
-        assert trips(prompt, 3 * CHUNK) == 2, "the second asks for a tail, and there is none"
+        assert trips(prompt, 3 * CHUNK) == 1, "it asks for a tail, too, and there is none"
         space.put_prefix(prompt, k, v)
-        assert trips(prompt, len(prompt)) == 3, "the third fetches it"
-        assert trips([*prompt, 7, 8], len(prompt)) == 3
+        assert trips(prompt, len(prompt)) == 2, "the second fetches it"
+        assert trips([*prompt, 7, 8], len(prompt)) == 2
+        inside = [*prompt[: 2 * CHUNK], *[9] * CHUNK, 1]
+        assert trips(inside, 2 * CHUNK) == 2, "behind another chunk than the last one it is asked for by itself"
         assert trips([9] * CHUNK, 0) == 2
         assert trips([], 0) == 0
         space.forget(prompt)
+
+
+def test_a_tail_is_found_where_it_is_not_asked_for_with_the_chunks(
+    shared_daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a daemon that does not know of tails, and behind what is no chunk of this namespace."""
+    prompt = list(range(3 * CHUNK + 5))
+    k, v = kv(len(prompt))
+    with shared_daemon.client(framework="numpy") as client:
+        space = client.namespace(chunk_tokens=CHUNK, **IDENTITY)
+        space.put_prefix(prompt, k, v)
+        monkeypatch.setattr(GetOptions, "asking_for", lambda how, _tails: how.rest)
+        assert space.get_prefix([*prompt, 7])[0] == len(prompt)
+        monkeypatch.undo()
+        client.put(space.keys(prompt)[2], {"x": k})
+        n, got_k, _ = space.get_prefix(prompt)
+        assert n == 2 * CHUNK
+        assert np.array_equal(got_k, k[:, :n])
+        space.forget(prompt)
+
+
+@pytest.mark.parametrize("tier", ["hot", "warm"])
+def test_the_hits_of_a_lease_say_which_tail_is_the_first_held_if_all_keys_are(
+    shared_daemon: DaemonProcess, tier: str
+) -> None:
+    with shared_daemon.client(framework="numpy") as client:
+        x = {"x": np.zeros((4, 64), np.float32)}
+        client.put_many([(b"root", x), (b"leaf", x), (b"tail", x)], chain=True)
+        if tier == "warm":
+            assert client.demote(b"root", b"leaf")
+
+        def first(*tails: bytes, keys: tuple[bytes, ...] = (b"root", b"leaf")) -> int | None:
+            with client.lease_many(keys, leading=True, tails=tails) as hits:
+                assert len([hit for hit in hits if hit]) == len([key for key in keys if key != b"absent"])
+                return hits.first_tail  # type: ignore[attr-defined,no-any-return]
+
+        assert first() is None
+        assert first(b"tail") == 0
+        assert first(b"none", b"tail", b"other") == 1
+        assert first(b"none", b"other") == 2
+        assert first(b"tail", keys=(b"root", b"absent")) is None
+        with pytest.raises(InvalidEntry, match=f"at most {CHUNK_TOKENS_MAX} tails, got {CHUNK_TOKENS_MAX + 1}"):
+            first(*(b"%d" % n for n in range(CHUNK_TOKENS_MAX + 1)))
+        client.delete(b"root", b"leaf", b"tail")
 
 
 @pytest.fixture
@@ -166,7 +216,7 @@ def test_what_a_put_asks_of_chunks_that_are_held_is_done_after_a_lookup_too(
 
 
 def test_misses_are_remembered_up_to_a_count_and_the_oldest_forgotten() -> None:
-    misses = _Misses()
+    misses = Misses()
     for i in range(MISSES_MAX + 10):
         misses.note(b"%d" % i)
     assert misses.take([b"none", b"9"]) is None
@@ -196,7 +246,11 @@ def test_an_asyncio_client_puts_what_it_missed_with_one_round_trip(
             monkeypatch.setattr(LoopConnection, "ask", counted)
             assert await space.put_prefix(prompt, k, v) == 4
             assert len(found) == 1
-            assert (await space.get_prefix(prompt))[0] == len(prompt)
+            found.clear()
+            assert (await space.get_prefix([*prompt[: 3 * CHUNK], 7]))[0] == 3 * CHUNK
+            assert len(found) == 1
+            assert (await space.get_prefix([*prompt, 7]))[0] == len(prompt)
+            assert len(found) == 3
             await client.delete(b"room")
             await space.forget(prompt)
 

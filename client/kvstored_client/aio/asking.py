@@ -225,7 +225,7 @@ class LoopAsking(Client):
     ) -> Sequence[Hit | None]:
         how, framework = self._how_leased(asked)
         try:
-            return await self._shared(calls.lease, keys, how, framework)
+            return await self._shared(calls.lease, keys, how, framework, asked.tails)
         except UseStream:
             receiver = Receiver(keys, framework, packed=asked.packed)
             await self._receive(receiver, self._how_streamed(asked).request(keys))

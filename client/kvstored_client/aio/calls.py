@@ -98,11 +98,16 @@ async def _fill(pool: LoopPool, found: list[tuple[int, Any, Block, Target]], bat
 
 
 async def lease(
-    pool: LoopPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
+    pool: LoopPool,
+    hand: list[Connection],
+    keys: Sequence[bytes],
+    how: GetOptions,
+    framework: str,
+    tails: Sequence[bytes],
 ) -> LeasedHits:
     """As `shm.leases.lease`."""
     connection = await pool.get(hand)
-    reply = await connection.ask(get_call(keys, how.rest), pool.timeout_s)
+    reply = await connection.ask(get_call(keys, how.asking_for(tails)), pool.timeout_s)
     connection.segments.look(time.perf_counter(), at_once=bool(how.device))
     items = items_of(reply, len(keys), leading=how.leading)
     owner = Lease(connection, framework)

@@ -172,6 +172,8 @@ class Client:
 class _Prefixed:
     """A client as the prefix layer wants it (see `kvstore.pieces`)."""
 
+    answers_tails = True
+
     def __init__(self, client: Client) -> None:
         self._client = client
         self._since = 0.0

@@ -28,11 +28,16 @@ HITS_AT_ONCE = 16
 
 
 def lease(
-    pool: ConnectionPool, hand: list[Connection], keys: Sequence[bytes], how: GetOptions, framework: str
+    pool: ConnectionPool,
+    hand: list[Connection],
+    keys: Sequence[bytes],
+    how: GetOptions,
+    framework: str,
+    tails: Sequence[bytes],
 ) -> "LeasedHits":
-    """The bytes themselves, until the hits end. Raises as `gets.get`."""
+    """The bytes themselves, until the hits end. tails: see `LeasedHits.first_tail`. Raises as `gets.get`."""
     connection = pool.take(hand)
-    reply = connection.exchange(get_call(keys, how.rest), pool.timeout_s)
+    reply = connection.exchange(get_call(keys, how.asking_for(tails)), pool.timeout_s)
     if how.device:
         connection.segments.let_go()
     items = items_of(reply, len(keys), leading=how.leading)
@@ -174,6 +179,8 @@ class LeasedHits(Sequence[Hit | None]):
         self._items = items
         self._keys = keys
         self._made: dict[int, Hit] = {}
+        self.first_tail = reply.tail - 1 if reply.tail else None
+        """Which of the tails that were asked for is the first held, their number if none is; None: nobody looked."""
 
     def __len__(self) -> int:
         return len(self._items)

@@ -1,7 +1,7 @@
 """Messages of the proto to and from the plain objects of `kvstore`: the part both ends need. No I/O, no state."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from math import inf
 from typing import Any
@@ -56,6 +56,10 @@ class GetOptions:
             lookup=None if self.lookup is None else lookup_message(self.lookup),
             device=self.device,
         )
+
+    def asking_for(self, tails: Sequence[bytes]) -> bytes:
+        """`rest`, and the tails to look at."""
+        return self.rest + pb.GetRequest(tails=tails).SerializeToString() if tails else self.rest
 
     def continued(self) -> "GetOptions":
         """Those of a later call of the same get."""

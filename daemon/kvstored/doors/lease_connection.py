@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from kvstore import errors
 from kvstore.entries.entry import ArrivingTensors
 from kvstore.errors import InvalidEntry, KvstoreError
-from kvstore.keys import CheckedKeys
+from kvstore.keys import CHUNK_TOKENS_MAX, CheckedKeys
 from kvstore.residency.read_path import NOTHING, Plan
 from kvstore.shm.arena import Handed, Segment
 from kvstore.view import StoreView
@@ -292,7 +292,9 @@ class Connection:
         return pb.LeaseReply(number=self._number, **{verb: getattr(self._verbs, verb)(asked)}).SerializeToString()
 
     def _get(self, asked: pb.GetRequest) -> bytes:
-        shared, keys = self._shared, CheckedKeys(asked.keys)
+        shared, keys, tails = self._shared, CheckedKeys(asked.keys), CheckedKeys(asked.tails)
+        if len(tails) > CHUNK_TOKENS_MAX:
+            raise InvalidEntry(f"a get names at most {CHUNK_TOKENS_MAX} tails, got {len(tails)}")
         if self.held >= HELD_FREE and not shared.lending.may_hold(len(self._leases), self, shared.connections):
             raise UseStream(f"{len(self._leases)} leases of {self.held} entries are held: release some")
         lookup = read_lookup(asked) if asked.HasField("lookup") else None
@@ -320,17 +322,23 @@ class Connection:
                 from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
                 whole_if_hot=in_place, charge=charge, count_later=True, lookup=lookup,
             )  # fmt: skip
-            if reading is not None:
-                return self._read(reading, plan)
-            kept_replies = None if plan.ended else self._kept_replies(plan)
+            tail = self._first_tail(tails) if tails and not plan.ended else b""
+            kept_replies = None if reading is not None or plan.ended else self._kept_replies(plan)
             if kept_replies is not None:
-                return self._hot_reply(plan, kept_replies)
-            reading = begun()
-            # To be copied, or no complete answer: hot may let go of it before that is done.
-            return self._read(reading, plan, whole=True)
+                return self._hot_reply(plan, kept_replies) + tail
+            # All hot, but to be copied, or no complete answer: hot may let go of it before that is done.
+            whole = reading is None
+            reading = reading or begun()
+            return self._read(reading, plan, whole=whole) + tail
         finally:
             if reading is not None:
                 reading.close()
+
+    def _first_tail(self, tails: CheckedKeys) -> bytes:
+        """Which of a get's tails is the first held, as a field of the reply."""
+        held = self._store.locate(tails)
+        before = next((i for i, place in enumerate(held) if place is not None), len(held))
+        return pb.LeaseReply(tail=1 + before).SerializeToString()
 
     def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
         """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""

@@ -141,20 +141,22 @@ class PutReply(_message.Message):
     def __init__(self, stored: _Optional[int] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes", "lookup", "device")
+    __slots__ = ("keys", "leading", "accept", "accept_from_nbytes", "lookup", "device", "tails")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEADING_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_FROM_NBYTES_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TAILS_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     leading: bool
     accept: _containers.RepeatedScalarFieldContainer[str]
     accept_from_nbytes: int
     lookup: Lookup
     device: bytes
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ..., device: _Optional[bytes] = ...) -> None: ...
+    tails: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., leading: bool = ..., accept: _Optional[_Iterable[str]] = ..., accept_from_nbytes: _Optional[int] = ..., lookup: _Optional[_Union[Lookup, _Mapping]] = ..., device: _Optional[bytes] = ..., tails: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Lookup(_message.Message):
     __slots__ = ("keys", "tokens", "key_tokens", "uncounted", "prefetch")
@@ -667,7 +669,7 @@ class TensorPlace(_message.Message):
     def __init__(self, segment: _Optional[int] = ..., start: _Optional[int] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("error", "segments", "lease", "leased", "complete", "now", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s", "number")
+    __slots__ = ("error", "segments", "lease", "leased", "complete", "now", "put", "match", "touch", "delete", "pin", "boot_epoch", "lease_max_s", "number", "tail")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
@@ -682,6 +684,7 @@ class LeaseReply(_message.Message):
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEASE_MAX_S_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
     error: LeaseError
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     lease: int
@@ -696,7 +699,8 @@ class LeaseReply(_message.Message):
     boot_epoch: int
     lease_max_s: float
     number: int
-    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[bytes]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ..., number: _Optional[int] = ...) -> None: ...
+    tail: int
+    def __init__(self, error: _Optional[_Union[LeaseError, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., lease: _Optional[int] = ..., leased: _Optional[_Iterable[bytes]] = ..., complete: bool = ..., now: _Optional[float] = ..., put: _Optional[_Union[PutReply, _Mapping]] = ..., match: _Optional[_Union[MatchReply, _Mapping]] = ..., touch: _Optional[_Union[TouchReply, _Mapping]] = ..., delete: _Optional[_Union[DeleteReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., boot_epoch: _Optional[int] = ..., lease_max_s: _Optional[float] = ..., number: _Optional[int] = ..., tail: _Optional[int] = ...) -> None: ...
 
 class LeaseError(_message.Message):
     __slots__ = ("kind", "message")
