@@ -580,13 +580,13 @@ def test_a_large_load_runs_beside_the_steps_and_the_request_waits_for_it(store: 
     assert scheduler.get_num_new_matched_tokens(asked, 2 * BLOCK) == (BLOCK, False)
     assert scheduler.get_num_new_matched_tokens(asked, 0) == (24, True)
     scheduler.update_state_after_alloc(asked, some(get_block_ids=lambda: ([1, 2, 3],)), 24)
-    gate, get_many = threading.Event(), worker._guard.get_many
+    gate, lease_many = threading.Event(), worker._guard.lease_many
 
     def held_up(keys: Any, **how: Any) -> Any:
         assert gate.wait(20)
-        return get_many(keys, **how)
+        return lease_many(keys, **how)
 
-    worker._guard.get_many = held_up
+    worker._guard.lease_many = held_up
     store.evict(worker._key(b"b", 0))
     nothing(scheduler, worker)
     assert worker.get_finished(set()) == (None, None)
