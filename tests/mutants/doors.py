@@ -154,7 +154,7 @@ DOORS = (
     ),
     (
         "client/kvstored_client/stream/receiver.py",
-        "(xxh3 and self._sum.intdigest() != xxh3)",
+        "(xxh3 and self.sum.intdigest() != xxh3)",
         "False",
         "bytes damaged on their way are a value",
     ),
