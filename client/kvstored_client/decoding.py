@@ -139,11 +139,13 @@ class Packed:
     def decode(self, parts: Sequence[Bytes], targets: Mapping[str, Bytes]) -> None:
         """Fill targets, flat and of the tensors' sizes, by name. Raises CodecError for parts that do not fit."""
         start = 0
+        whole: list[_Whole] = []
         for name, (coded, attrs) in self.tensors.items():
             stop = start + len(coded.parts)
             if name in targets:
-                _decode(coded, attrs, parts[start:stop], targets[name])
+                whole.append((coded, attrs, parts[start:stop], targets[name]))
             start = stop
+        _decode(whole)
 
 
 class Parts(Target):
@@ -178,10 +180,14 @@ def check(tensors: Mapping[str, Any]) -> None:
     check_parts(tensors)
 
 
+_Whole = tuple[Coded, Mapping[str, object], Sequence[Bytes], Bytes]
+"""A tensor whose bytes are there: its attributes, its parts, and where it is decoded to."""
+
+
 class Unpacking:
     """Decodes an entry that comes in pieces: each tensor as soon as its bytes are there.
 
-    In another thread while more bytes are on their way, here once all have come.
+    In another thread while more bytes are on their way, here once all have come. over: `finish` has nothing to do.
     """
 
     def __init__(self, packed: Packed, targets: Mapping[str, Bytes]) -> None:
@@ -191,18 +197,20 @@ class Unpacking:
         self._filling: tuple[Bytes, Scatter] | None = None
         self._running: list[Job] = []
         self._damage: CodecError | None = None
+        self.over = False
 
     def take(self, chunk: memoryview) -> None:
         """The next bytes: a view of a message's own. Raises BadFrame for more than are due."""
         if len(chunk) > self._left_nbytes:
             raise BadFrame(f"{len(chunk)} more bytes where {self._left_nbytes} are due")
         self._left_nbytes -= len(chunk)
+        whole: list[_Whole] = []
         lent: Bytes | None = None  # the rest of the chunk, from the first tensor that is whole in it
         while self._due and (chunk or not self._due[0][0].nbytes):
             nbytes = self._due[0][0].nbytes
             if self._filling is None and len(chunk) >= nbytes:
                 lent = _borrowed(chunk) if lent is None else lent
-                self._begin(lent[:nbytes])
+                whole.append(self._next(lent[:nbytes]))
                 chunk, lent = chunk[nbytes:], lent[nbytes:]
                 continue
             if self._filling is None:
@@ -214,19 +222,20 @@ class Unpacking:
             chunk = chunk[len(piece) :]
             lent = None
             if scatter.filled_nbytes == nbytes:
-                self._begin(data)
+                whole.append(self._next(data))
                 self._filling = None
+        if whole and self._left_nbytes:
+            _aside().start(self._running, _decode, whole)
+        elif whole:
+            try:
+                _decode(whole)
+            except CodecError as error:
+                self._damage = error
+            self.over = not (self._due or self._running or self._damage)
 
-    def _begin(self, data: Bytes) -> None:
+    def _next(self, data: Bytes) -> _Whole:
         coded, attrs, target = self._due.popleft()
-        parts = _cut(coded, data)
-        if self._left_nbytes:
-            _aside().start(self._running, _decode, coded, attrs, parts, target)
-            return
-        try:
-            _decode(coded, attrs, parts, target)
-        except CodecError as error:
-            self._damage = error
+        return coded, attrs, _cut(coded, data), target
 
     def finish(self) -> None:
         """Wait for the rest. Raises BadFrame if bytes are missing, CodecError for parts that do not fit."""
@@ -276,24 +285,30 @@ def _stay_single() -> None:
 os.register_at_fork(after_in_child=_aside.cache_clear)
 
 
-def _decode(coded: Coded, attrs: Mapping[str, object], parts: Sequence[Bytes], target: Bytes) -> None:
-    """Raise CodecError for whatever a codec makes of parts that no codec wrote."""
+def _decode(whole: Iterable[_Whole]) -> None:
+    """Decode tensors. Raises CodecError for whatever a codec makes of parts that no codec wrote."""
     from kvstore.codecs import codec_named
     from kvstore.dtypes import TensorSpec
     from kvstore.entries.entry import EncodedTensor
 
+    encoding = ""
+    made: list[tuple[EncodedTensor, Any]] = []
     try:
-        tensors = {
-            suffix: arrays.from_bytes(spec, part, "torch")
-            for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
-        }
-        out = arrays.from_bytes(coded.spec, target, "torch")
-        encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), coded.encoding, tensors, attrs)
-        codec_named(coded.encoding).decode(encoded, out)
+        for coded, attrs, parts, target in whole:
+            encoding = coded.encoding
+            tensors = {
+                suffix: arrays.from_bytes(spec, part, "torch")
+                for (suffix, spec), part in zip(coded.parts.items(), parts, strict=True)
+            }
+            encoded = EncodedTensor(TensorSpec(coded.spec.dtype, coded.spec.shape), encoding, tensors, attrs)
+            made.append((encoded, arrays.from_bytes(coded.spec, target, "torch")))
+        for encoded, out in made:
+            encoding = encoded.encoding
+            codec_named(encoding).decode(encoded, out)
     except KvstoreError as error:
         raise CodecError(str(error)) from None
     except Exception as error:
-        damaged = damage(error, f"a tensor encoded as {coded.encoding}")
+        damaged = damage(error, f"a tensor encoded as {encoding}")
         if damaged is error:
             raise
         raise CodecError(str(damaged)) from None

@@ -112,11 +112,6 @@ class Outgoing:
     places: tuple[tuple[int, int], ...]
     block_nbytes: int
 
-    @property
-    def header(self) -> bytes:
-        """A PutHeader, serialized."""
-        return put_header(self.key, self.parent, self.described)
-
     def single_frame(self) -> bytes | None:
         """The whole entry as one frame; None if it needs more than one."""
         return next(self.frames()) if self.nbytes <= CHUNK_NBYTES else None
@@ -125,7 +120,7 @@ class Outgoing:
         """The entry's frames in order."""
         # Dense bytes only now, and of this entry only: a strided tensor is copied here, not for the whole batch.
         payload = Gather([arrays.as_bytes(x) for x in self.tensors.values()])
-        return cut_frames(self.header, payload)
+        return cut_frames(put_header(self.key, self.parent, self.described), payload)
 
 
 def outgoing(

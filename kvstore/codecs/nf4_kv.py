@@ -14,7 +14,7 @@ import torch
 
 from kvstore.codecs import receipt
 from kvstore.codecs.hints import NO_HINTS, Hints, token_axis_of
-from kvstore.codecs.parts import JOINED, Plane, RowsCodec, Stored, planes_of, require_finite, standing_apart
+from kvstore.codecs.parts import JOINED, Plane, RowsCodec, Stored, planes_of, standing_apart
 from kvstore.dtypes import LOSSY_ALLOWED, TensorSpec
 from kvstore.entries.entry import EncodedTensor
 from kvstore.errors import CodecError
@@ -58,7 +58,7 @@ class NF4KV(RowsCodec[Plane]):
         return receipt.sealed(self, name, x, encoded, hints)
 
     def fill(self, stored: Stored[Plane], out: torch.Tensor) -> None:
-        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `means`."""
         plane, kept = stored.plane, stored.kept
         direct = plane.leading
         if kept is not None:
@@ -67,7 +67,7 @@ class NF4KV(RowsCodec[Plane]):
             else:
                 out[:, list(plane.kept)] = kept.to(out.dtype)
         coded = out[:, len(plane.kept) :] if direct else out.new_empty(plane.outer, plane.coded, plane.inner, plane.d)
-        mean = self.check_means(stored) if plane.groups else None
+        mean = self.means(stored) if plane.groups else None
         kernel = kv_kernel(out.device)
         if kernel is not None:
             rows = plane.where if direct else plane.rows(plane.coded)
@@ -81,11 +81,11 @@ class NF4KV(RowsCodec[Plane]):
         if not direct:
             out[:, plane.others(out.device)] = coded
 
-    def check_means(self, stored: Stored[Plane]) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self, stored: Stored[Plane]) -> tuple[torch.Tensor, torch.Tensor]:
         """The means: codes (outer, groups, inner, d) and scales (outer, groups, inner)."""
         plane, (codes, scales) = stored.plane, stored.means
         shape = (plane.outer, plane.groups, plane.inner)
-        return codes.view(*shape, plane.d), require_finite(self.name, "mean_scale", scales).view(shape)
+        return codes.view(*shape, plane.d), scales.view(shape)
 
 
 def _encode_plane(rows: torch.Tensor, plane: Plane, prefix: str, parts: dict[str, torch.Tensor]) -> float | None:

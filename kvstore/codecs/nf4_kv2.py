@@ -63,7 +63,8 @@ class Plane2(Plane):
         n, eights = self.outer * self.groups * self.inner, -(-self.d // reference_turn.EIGHT)
         pairs = 0 if turning is None else turning.channels // 2
         turns = (self.outer * self.inner * -(-pairs // 8), 4 * self.outer, 4 * pairs) if pairs else ()
-        return {"mean": Due((torch.uint8,), (n * self.d, n * eights, *turns), repeated=bool(pairs))}
+        pieces = (n * self.d, n * eights, *turns)
+        return {"mean": Due((torch.uint8,), pieces, repeated=bool(pairs), most=(1, reference_turn.MEAN_TOP))}
 
     def turning_in(self, channels: object, interleaved: object) -> Rotary | None:
         """An even number of channels, of no more than there are, and how they are paired."""
@@ -114,12 +115,12 @@ class NF4KV2(RowsCodec[Plane2]):
         return receipt.sealed(self, name, x, encoded, hints, content)
 
     def fill(self, stored: Stored[Plane2], out: torch.Tensor) -> None:
-        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `means`."""
         plane, kept = stored.plane, stored.kept
         kernel, where, lead = _arithmetic(out), plane.where, plane.lead
         means, turns = None, None
         if plane.groups:
-            codes, scales, turns = self.check_means(stored)
+            codes, scales, turns = self.means(stored)
             means = kernel.kv_expand_eights(where, codes, scales)
         coded = out[:, lead:] if lead else out
         kernel.kv_decode((stored.codes, stored.scales, stored.tops), means, where, coded, turns)
@@ -128,13 +129,10 @@ class NF4KV2(RowsCodec[Plane2]):
             for at in range(lead, len(plane.kept)):
                 out[:, plane.kept[at]].copy_(kept[:, at])
 
-    def check_means(self, stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
+    def means(self, stored: Stored[Plane2]) -> tuple[torch.Tensor, torch.Tensor, Turns | None]:
         """The means: codes (outer, groups, inner, d), exponents (outer, groups, inner, ceil(d/8)), and which turn."""
         plane, (codes, scales, *turning) = stored.plane, stored.means
         shape = (plane.outer, plane.groups, plane.inner)
-        largest = int(scales.max())
-        if largest > reference_turn.MEAN_TOP:
-            raise CodecError(f"nf4-kv2 exponents of means are at most {reference_turn.MEAN_TOP}, not {largest}")
         turns = None
         if stored.turning is not None:
             bits, at, tables = turning

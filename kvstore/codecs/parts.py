@@ -74,12 +74,15 @@ def rows_of(shape: Sequence[int], token_axis: int) -> Shape:
 class Due(NamedTuple):
     """A part as it has to be: its type, one of these, and how many values of it each of its pieces has, in order.
 
-    repeated: the last piece may be there several times.
+    repeated: the last piece may be there several times. finite: no value is infinite or NaN. most: (which piece, the
+    largest value in it) where a codec writes no larger ones.
     """
 
     dtypes: tuple[torch.dtype, ...]
     pieces: tuple[int, ...]
     repeated: bool = False
+    finite: bool = False
+    most: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ class Plane:
         """The parts that means are in, where there are any."""
         del turning
         n = self.outer * self.groups * self.inner
-        return {"mean": Due((torch.int8,), (n * self.d,)), "mean_scale": Due((torch.float32,), (n,))}
+        return {"mean": Due((torch.int8,), (n * self.d,)), "mean_scale": Due((torch.float32,), (n,), finite=True)}
 
     def turning_in(self, channels: object, interleaved: object) -> Rotary | None:
         """Which channels turn, by two attributes; None: none do. Raises CodecError."""
@@ -165,7 +168,7 @@ P = TypeVar("P", bound=Plane)
 class Stored(NamedTuple, Generic[P]):
     """The parts of one plane of a stored tensor, checked. kept: the tokens in 16 bits, if there are any.
 
-    means: the pieces of its means' parts, in order; what is in them is not checked. turning: which channels turn.
+    means: the pieces of its means' parts, in order; angles in them are not checked. turning: which channels turn.
     """
 
     plane: P
@@ -227,7 +230,7 @@ def expected(  # noqa: PLR0913, PLR0917 - the key of a cache: each by itself, so
     for plane, (_, prefix) in zip(planes, roles, strict=True):
         if plane.kept:
             values = plane.outer * len(plane.kept) * plane.inner * plane.d
-            due[f"{prefix}kept"] = Due((torch.float16, torch.bfloat16), (values,))
+            due[f"{prefix}kept"] = Due((torch.float16, torch.bfloat16), (values,), finite=True)
         turning = plane.turning_in(channels, interleaved) if plane.groups else None
         means = {f"{prefix}{suffix}": one for suffix, one in plane.means_due(turning).items()} if plane.groups else {}
         due |= means
@@ -267,22 +270,29 @@ def read(encoded: EncodedTensor, form: type[P]) -> list[Stored[P]]:
             raise CodecError(f"nf4-kv scale tops lie in [0, {_TOP_LIMIT})")
         kept = None
         if plane.kept:
-            kept = require_finite(encoded.encoding, "kept", *parts[kept_name])
-            kept = kept.view(plane.outer, len(plane.kept), plane.inner, plane.d)
+            kept = parts[kept_name][0].view(plane.outer, len(plane.kept), plane.inner, plane.d)
         means = tuple(piece for name in mean_names for piece in parts[name])
         found.append(Stored(plane, parts[""][at], scales[at], tops[at], kept, means, turning))
     return found
 
 
 def _pieces(encoded: EncodedTensor, suffix: str, due: Due) -> tuple[torch.Tensor, ...]:
-    """The pieces of a part, flat; CodecError unless it has the type and the length that are due."""
+    """The pieces of a part, flat; CodecError unless it has the type and the length, and holds what is due."""
     part, pieces = encoded.parts[suffix], due.pieces
     numel = sum(pieces)
     if due.repeated and pieces[-1]:
         more = max(0, part.numel() - numel) // pieces[-1] * pieces[-1]
         numel, pieces = numel + more, (*pieces[:-1], pieces[-1] + more)
     flat = require_part(encoded, suffix, part.dtype if part.dtype in due.dtypes else due.dtypes[0], numel)
-    return (flat,) if len(pieces) == 1 else flat.split_with_sizes(pieces)
+    if due.finite:
+        require_finite(encoded.encoding, suffix, flat)
+    found = (flat,) if len(pieces) == 1 else flat.split_with_sizes(pieces)
+    if due.most is not None:
+        at, most = due.most
+        largest = int(found[at].max())
+        if largest > most:
+            raise CodecError(f"{encoded.encoding} exponents of means are at most {most}, not {largest}")
+    return found
 
 
 class RowsCodec(ABC, Generic[P]):
@@ -311,16 +321,16 @@ class RowsCodec(ABC, Generic[P]):
     def check(self, encoded: EncodedTensor) -> None:
         """Raise CodecError where `decode` would, without decoding."""
         for stored in read(encoded, self.form):
-            if stored.means:
-                self.check_means(stored)
+            if stored.turning is not None:
+                self.means(stored)
 
     @abstractmethod
     def fill(self, stored: Stored[P], out: torch.Tensor) -> None:
-        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `check_means`."""
+        """Fill the rows (outer, tokens, inner, d), contiguous, of one plane. Raises CodecError as `means`."""
 
     @abstractmethod
-    def check_means(self, stored: Stored[P]) -> object:
-        """Raise CodecError for means that the codec does not write, of a plane that has them."""
+    def means(self, stored: Stored[P]) -> object:
+        """The means of a plane that has them. Raises CodecError for angles that the codec does not write."""
 
 
 def kept_indexes(text: object, tokens: int) -> tuple[int, ...]:

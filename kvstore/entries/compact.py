@@ -26,6 +26,9 @@ PACKED_OVERHEAD_NBYTES = 224
 _ALIGN = 16
 
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Where one part lies: its tensor and suffix, its type, shape and bytes."""
@@ -122,7 +125,7 @@ class PackedTensors(Mapping[str, EncodedTensor]):
         return [dict(zip(t.attrs, values[t.values], strict=True)) for t in self.layout.tensors.values()]
 
     @property
-    def payload(self) -> "list[np.ndarray[Any, np.dtype[np.uint8]]]":
+    def payload(self) -> list[Bytes]:
         """The bytes of each part, not copied."""
         whole = np.frombuffer(self._data, dtype=np.uint8)
         return [whole[part.start : part.stop] for part in self.layout.parts]
@@ -166,6 +169,14 @@ def packed(entry: Entry) -> Entry:
         whole[part.start : part.stop].copy_(values.contiguous().view(-1).view(torch.uint8))
     attrs = tuple(value for tensor in entry.tensors.values() for value in tensor.attrs.values())
     return Entry(entry.key, PackedTensors(layout, data, attrs), lossy=entry.lossy)
+
+
+def payload_of(entry: Entry) -> list[Bytes]:
+    """The bytes of each part of an entry, packed or not; not copied where they are in RAM."""
+    if isinstance(entry.tensors, PackedTensors):
+        return entry.tensors.payload
+    parts = [part for tensor in entry.tensors.values() for part in tensor.parts.values()]
+    return [part.cpu().reshape(-1).view(torch.uint8).numpy() for part in parts]
 
 
 def layout_of(entry: Entry) -> Layout:

@@ -72,7 +72,10 @@ class Answers:
                 hit = place
             elif place is not None:
                 stays = plan.accept and place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
-                hit = self._as_held(place) if stays else self.hit(place, copy=False, room=room)
+                if not stays:
+                    hit = self.hit(place, copy=False, room=room)
+                else:
+                    hit = place if place.tier != "cold" else self._as_held(place)
             if hit is None and plan.leading:
                 return
             yield hit
@@ -100,7 +103,8 @@ class Answers:
             return None
 
     def _hit_packed(self, found: Found, *, copy: bool) -> Hit:
-        _check(found)
+        if found.tier == "cold":
+            check_entry(found.entry)
         tensors: dict[str, Any] = {}
         numpy = arrays.resolve_framework(self._framework) == "numpy"
         for name, held in found.entry.tensors.items():
@@ -113,9 +117,9 @@ class Answers:
         return Hit(found.key, tensors, found.tier, entry.encoding, entry.lossy, found.age_s, entry.receipt)
 
     def _as_held(self, found: Found) -> Found | None:
-        """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
+        """What is given out as a disk held it, checked first: who decodes it could not have it dropped."""
         try:
-            _check(found)
+            check_entry(found.entry)
         except CodecError as error:
             self._undecodable(found, error)
             return None
@@ -177,12 +181,6 @@ class Answers:
             for name, x in decoded.items():
                 direct[name].copy_(x)
         return dict(out)
-
-
-def _check(found: Found) -> None:
-    """Raise CodecError for an entry out of a disk that could not be decoded."""
-    if found.tier == "cold":
-        check_entry(found.entry)
 
 
 def as_torch(x: Any) -> torch.Tensor:

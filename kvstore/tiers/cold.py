@@ -236,7 +236,7 @@ class Cold:
 
     def holds(self, key: object) -> bool:
         """Whether the tier holds a key. With the lock held."""
-        return key in self._order or key in self._pinned
+        return self._order.tracks(key) or key in self._pinned
 
     def owner_of(self, key: Key) -> Owner:
         """Whose a key is."""

@@ -123,6 +123,8 @@ class Order:
         self._used: dict[str, int] = {"": 0}
         self._tenant_of: dict[str, str] = {"": ""}
         self._alone = True  # one lane, as in most stores: `owner_of` is not called
+        self.tracks: Callable[[object], bool] = self._first.__contains__
+        """Whether a key is held and not pinned here."""
         self.touch: Callable[[Iterable[Key]], list[Key]] = self._first.touch
         """Count as use, in the order given. Returns the held keys without the pinned ones."""
         self.tenants = tenants
@@ -169,7 +171,7 @@ class Order:
     def _open_lane(self, owner: Owner) -> Policy:
         self._used[owner.lane] = 0
         self._tenant_of[owner.lane] = owner.tenant
-        self._alone, self.touch = False, self._touch_each
+        self._alone, self.touch, self.tracks = False, self._touch_each, self._tracks_each
         lane = self._lanes[owner.lane] = self._policy()
         return lane
 
@@ -320,9 +322,10 @@ class Order:
         return key in self._pinned
 
     def __contains__(self, key: object) -> bool:
-        if self._alone:  # called for each key of a batch, in each tier
-            return key in self._first or key in self._pinned
-        return key in self._pinned or (isinstance(key, bytes) and key in self._lane_of(Key(key)))
+        return self.tracks(key) or key in self._pinned
+
+    def _tracks_each(self, key: object) -> bool:
+        return isinstance(key, bytes) and key in self._lane_of(Key(key))
 
     def __iter__(self) -> Iterator[Key]:
         """Keys, those that leave sooner first, pinned ones last."""

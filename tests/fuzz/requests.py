@@ -28,6 +28,7 @@ from kvstored.access.tokens import digest, make_token
 from kvstored_client import Client
 from kvstored_client.puts import outgoing
 from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import put_header
 from tests.conftest import DaemonProcess, wait_until
 
 from .mutation import message, mutated
@@ -63,7 +64,8 @@ def _packed(codec: str) -> tuple[pb.PutHeader, bytes]:
     numbers = np.random.default_rng(1).standard_normal((2, 33, 2, 32), dtype=np.float32)
     put = (POOL[0], encode({"k": numbers, "n": np.arange(5)}, codec=codec), None)
     entry = outgoing([put], PutOptions(ttl_s=60))[0]
-    return pb.PutHeader.FromString(entry.header), b"".join(as_bytes(x).tobytes() for x in entry.tensors.values())
+    header = pb.PutHeader.FromString(put_header(entry.key, entry.parent, entry.described))
+    return header, b"".join(as_bytes(x).tobytes() for x in entry.tensors.values())
 
 
 PACKED = [_packed(codec) for codec in ("auto", "nf4", "nf4-kv", "int8")]

@@ -154,7 +154,7 @@ DOORS = (
     ),
     (
         "client/kvstored_client/stream/receiver.py",
-        "(xxh3 and self._sum.intdigest() != xxh3)",
+        "(xxh3 and self.sum.intdigest() != xxh3)",
         "False",
         "bytes damaged on their way are a value",
     ),
@@ -174,8 +174,8 @@ DOORS = (
     ),
     (
         "kvstore/residency/answers.py",
-        'if found.tier == "cold":',
-        "if False:",
+        'hit = place if place.tier != "cold" else self._as_held(place)',
+        "hit = place",
         "a stranger's record is sent to a client that refuses it each time",
     ),
     (

@@ -113,7 +113,8 @@ class Receiver:
         if frame.chunk or frame.end is not None:
             if self._entry is None:
                 raise BadFrame("bytes before a header")
-            self._entry.take(frame.chunk)
+            self._entry.fill(frame.chunk)
+            self._entry.sum.update(frame.chunk)
         if frame.end is not None and self._entry is not None:
             index = self._entry.header.index
             if self._entry.complete(pb.EntryEnd.FromString(bytes(frame.end)).xxh3):
@@ -124,7 +125,10 @@ class Receiver:
 
 
 class _Incoming:
-    """One entry on its way in: into fresh memory, or into the caller's own tensors."""
+    """One entry on its way in: into fresh memory, or into the caller's own tensors.
+
+    fill: takes its next bytes, which `sum` is of.
+    """
 
     def __init__(
         self, header: pb.GetHeader, framework: str, out: Tensors | None, *, packed: bool, fill: Fill | None
@@ -135,7 +139,7 @@ class _Incoming:
         self.header = header
         self._unpacking: Unpacking | None = None
         self._out = out if header.packed else None
-        self._fill = fill
+        self._decode = fill
         if out is not None:
             check_out(shape.specs, out)
         encoded = Packed(header, shape) if header.packed else None
@@ -145,15 +149,13 @@ class _Incoming:
             self._target = Target(shape.specs, shape.sizes, framework, out)
             if encoded is not None:
                 self._unpacking = Unpacking(encoded, self._target.bytes)
-        self._scatter = None if self._unpacking else Scatter(list(self._target.bytes.values()))
-        self._sum = xxhash.xxh3_64()
-
-    def take(self, chunk: memoryview) -> None:
+        self._scatter: Scatter | None = None
         if self._unpacking is not None:
-            self._unpacking.take(chunk)
-        elif self._scatter is not None:
-            self._scatter.write(chunk)
-        self._sum.update(chunk)
+            self.fill = self._unpacking.take
+        else:
+            self._scatter = Scatter(list(self._target.bytes.values()))
+            self.fill = self._scatter.write
+        self.sum = xxhash.xxh3_64()
 
     def call_off(self) -> None:
         """Return once nothing is being decoded."""
@@ -165,19 +167,20 @@ class _Incoming:
         damaged = False
         if self._unpacking is not None:
             try:
-                self._unpacking.finish()
+                if not self._unpacking.over:
+                    self._unpacking.finish()
             except CodecError:
                 damaged = True
         elif self._scatter is not None and self._scatter.filled_nbytes != self._scatter.due_nbytes:
             raise BadFrame(f"an entry ended after {self._scatter.filled_nbytes} of {self._scatter.due_nbytes} bytes")
-        if damaged or (xxh3 and self._sum.intdigest() != xxh3):
+        if damaged or (xxh3 and self.sum.intdigest() != xxh3):
             return False
         try:
             if self._target.unfinished:
                 self._target.finish()
-            if self._fill is not None and self._out is not None:
+            if self._decode is not None and self._out is not None:
                 held, self._target.tensors = self._target.tensors, dict(self._out)
-                self._fill([(x, held[name]) for name, x in self._out.items()])
+                self._decode([(x, held[name]) for name, x in self._out.items()])
         except (CodecError, RecordCorrupt):  # packed parts that no codec wrote
             return False
         return True

@@ -104,11 +104,6 @@ def read_specs(messages: Iterable[pb.TensorSpec]) -> dict[str, TensorInfo]:
     return specs
 
 
-def relative_errors(receipt: Mapping[str, float], *, lossy: bool) -> list[float]:
-    """A receipt as it is sent, in the order of the tensors: nothing where nothing is lossy."""
-    return list(receipt.values()) if lossy else []
-
-
 def read_receipt(message: pb.GetHeader | pb.EntryInfo) -> dict[str, float]:
     """Relative errors by tensor. What is missing, or no error, of a lossy entry counts as never measured: infinity."""
     names, errors = [spec.name for spec in message.tensors], message.relative_errors
@@ -182,7 +177,7 @@ def entry_info_message(info: EntryInfo) -> pb.EntryInfo:
         age_s=info.age_s,
         ttl_left_s=-1.0 if info.ttl_left_s is None else info.ttl_left_s,
         hits=info.hits,
-        relative_errors=relative_errors(info.receipt, lossy=info.lossy),
+        relative_errors=info.receipt.values() if info.lossy else (),
         tenant=info.tenant,
         namespace=info.namespace,
         forms=[

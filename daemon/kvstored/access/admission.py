@@ -54,6 +54,8 @@ class Place:
 
     caller = ""
     lane: "Lane | None" = None
+    working = True
+    """Whether more than the reply is left."""
     quiet_since: float | None = None
     spoken = False
     now: Callable[[], float] = staticmethod(time.monotonic)
@@ -61,6 +63,18 @@ class Place:
     def give_way(self, refusal: Refusal) -> None:
         """End the call: another caller needs its place."""
         raise NotImplementedError
+
+    def over(self) -> None:
+        """Only the reply is left to be taken."""
+        self.working = False
+        if self.lane is not None:
+            self.lane.move_to_ending(self)
+
+    def left(self, _: object = None) -> None:
+        """The peer has taken the reply, or is gone."""
+        self.working = False
+        if self.lane is not None:
+            self.lane.remove(self)
 
 
 class Lane:

@@ -121,7 +121,7 @@ class OpenCall(Place):
 
     def __init__(self, context: Any, method: str) -> None:
         self._context = context
-        self._task: asyncio.Task[Any] | None = asyncio.current_task()
+        self._task = asyncio.current_task()
         self.began = time.perf_counter()
         self.method = method
         self.identity = NOBODY
@@ -184,21 +184,9 @@ class OpenCall(Place):
 
     def give_way(self, refusal: Refusal) -> None:
         """End the call from outside, unless only its reply is left. Its handler is cancelled wherever it waits."""
-        if self._task is not None and self.refusal is None:
+        if self._task is not None and self.working and self.refusal is None:
             self.refusal = refusal
             self._task.cancel()
-
-    def over(self) -> None:
-        """Only the reply is left to be taken."""
-        self._task = None
-        if self.lane is not None:
-            self.lane.move_to_ending(self)
-
-    def left(self, _: object = None) -> None:
-        """The peer has taken the reply, or is gone."""
-        self._task = None
-        if self.lane is not None:
-            self.lane.remove(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

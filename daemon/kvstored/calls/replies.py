@@ -17,7 +17,7 @@ import xxhash
 
 from kvstore import arrays
 from kvstore.dtypes import TensorSpec
-from kvstore.entries.compact import PACK_MAX_NBYTES, Layout, PackedTensors, layout_of
+from kvstore.entries.compact import PACK_MAX_NBYTES, Layout, PackedTensors, layout_of, payload_of
 from kvstore.entries.entry import Entry
 from kvstore.hit import Hit, TensorInfo
 from kvstore.residency.read_path import Found
@@ -25,8 +25,8 @@ from kvstore.shm.arena import Arena, Handed, Owner, Place
 from kvstore.shm.layout import layout
 from kvstore.store import Store
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import Bytes, Gather, build_miss, cut_frames, submessage
-from kvstored_client.wire.messages import TIERS, relative_errors, tensor_specs
+from kvstored_client.wire.frames import EARLY_NBYTES, Bytes, Gather, build_miss, cut_frames, submessage, whole_frame
+from kvstored_client.wire.messages import TIERS, tensor_specs
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,26 +71,24 @@ def encoded_reply(found: Found) -> EncodedReply:
 
 def _contents(entry: Entry) -> Contents:
     tensors = entry.tensors
-    if isinstance(tensors, PackedTensors):
-        payload, attrs = tensors.payload, tensors.attrs
-    else:
-        payload = [arrays.as_bytes(part) for held in tensors.values() for part in held.parts.values()]
-        attrs = [dict(held.attrs) for held in tensors.values()]
     head, packed, counts = _alike(layout_of(entry))
+    payload = payload_of(entry)
     own = pb.GetHeader(
         nbytes=entry.value_nbytes,
         encoding=entry.encoding,
         lossy=entry.lossy,
-        relative_errors=relative_errors(entry.receipt, lossy=True) if entry.lossy else (),
+        relative_errors=entry.receipt.values() if entry.lossy else (),
     )
-    # Messages one behind the other are one message.
-    serialized = [head, own.SerializeToString()]
-    for described, facts in zip(packed, attrs, strict=True):
-        written = pb.PackedTensor(attrs=json.dumps(facts, allow_nan=False)) if facts else pb.PackedTensor()
-        serialized.append(submessage(pb.GetHeader.PACKED_FIELD_NUMBER, described + written.SerializeToString()))
+    all_attrs = tensors.attrs if isinstance(tensors, PackedTensors) else [dict(held.attrs) for held in tensors.values()]
+    for described, attrs in zip(packed, all_attrs, strict=True):
+        one = own.packed.add()
+        one.MergeFromString(described)
+        if attrs:
+            one.attrs = json.dumps(attrs, allow_nan=False)
     ends = [0, *accumulate(part.size for part in payload)]
     nbytes, ends_of_tensors = ends[-1], frozenset(ends[n] for n in counts)
-    contents = Contents(b"".join(serialized), payload, nbytes, ends_of_tensors, own.nbytes)
+    # Messages one behind the other are one message.
+    contents = Contents(head + own.SerializeToString(), payload, nbytes, ends_of_tensors, own.nbytes)
     if not isinstance(tensors, PackedTensors):
         entry.keep_reply(contents)
     return contents
@@ -126,7 +124,7 @@ def hit_header(index: int, hit: Hit | EncodedReply, boot_epoch: int = 0) -> byte
         lossy=hit.lossy,
         age_s=hit.age_s,
         boot_epoch=boot_epoch,
-        relative_errors=relative_errors(hit.receipt, lossy=True) if hit.lossy else (),
+        relative_errors=hit.receipt.values() if hit.lossy else (),
     )
     shapes = tuple([(name, x.dtype, x.shape) for name, x in hit.tensors.items()])
     return _decoded_header(shapes) + own.SerializeToString()  # what is said last counts
@@ -140,6 +138,8 @@ def hit_frames(index: int, hit: Hit | EncodedReply | Found | None, boot_epoch: i
     header = hit_header(index, hit, boot_epoch)
     if isinstance(hit, EncodedReply):
         contents = hit.contents
+        if contents.nbytes < EARLY_NBYTES:
+            return (whole_frame(header, contents.payload, contents.xxh3),)
         return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
     return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
 
@@ -194,7 +194,7 @@ def raw_header(entry: Entry, own: pb.GetHeader) -> bytes:
     shape = _raw_shape(tuple(entry.specs.items()))
     if entry.lossy:
         own.lossy = True
-        own.relative_errors.extend(relative_errors(entry.receipt, lossy=True))
+        own.relative_errors.extend(entry.receipt.values())
     return shape.serialized + own.SerializeToString()  # messages one behind the other are one message
 
 

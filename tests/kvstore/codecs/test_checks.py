@@ -235,3 +235,16 @@ def test_what_is_encoded_already_stays_as_it_is() -> None:
     found = codecs.encode_entry(Entry(Key(b"k"), {"a": once, "b": raw}, lossy=True), codec_named("int8"))
     assert found.tensors["a"] is once
     assert found.tensors["b"].encoding == "int8"
+
+
+@pytest.mark.parametrize(("encoding", "suffix"), [("nf4-kv", "kept"), ("nf4-kv", "mean_scale"), ("nf4-kv2", "kept")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_part_of_values_that_are_no_numbers_is_refused(encoding: str, suffix: str, bad: float) -> None:
+    codec = codec_named(encoding)
+    encoded = codec.encode("k", torch.randn(2, 128, 2, 64), Hints(prefix_start=True))
+    part = encoded.parts[suffix].clone()
+    part.view(-1)[-1] = bad
+    broken = replace(encoded, parts={**encoded.parts, suffix: part})
+    for reads in (codec.decode, codec.check):
+        with pytest.raises(CodecError, match="not finite"):
+            reads(broken)

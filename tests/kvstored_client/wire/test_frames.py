@@ -19,6 +19,7 @@ from kvstored_client.wire.frames import (
     get_call,
     parse_frame,
     put_call,
+    whole_frame,
 )
 from kvstored_client.wire.messages import GetOptions
 
@@ -172,3 +173,10 @@ def test_an_entry_has_one_frame_for_each_chunk(nbytes, frames):
     assert [frame.HasField("header") for frame in read] == [True] + [False] * (frames - 1)
     assert [frame.HasField("end") for frame in read] == [False] * (frames - 1) + [True]
     assert sum(len(frame.chunk) for frame in read) == nbytes
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (5, 0, 7), (1000, (512 << 10) - 1001)])
+def test_a_small_entry_in_one_frame_is_what_it_is_cut_to(sizes):
+    arrays = [np.full(nbytes, i, dtype=np.uint8) for i, nbytes in enumerate(sizes)]
+    ends = np.cumsum([0, *sizes]).tolist()
+    assert list(cut_frames(b"head", Gather(arrays, ends), 7)) == [whole_frame(b"head", arrays, 7)]
