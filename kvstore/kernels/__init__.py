@@ -99,7 +99,7 @@ def cpu_kernel(x: torch.Tensor) -> CpuKernel | None:
 
 
 def host_kernel() -> CpuKernel | None:
-    """The compiled kernel, for who has no tensor at hand."""
+    """The compiled kernel, for callers that have no tensor at hand."""
     return _best()
 
 

@@ -273,7 +273,7 @@ class Residency:
         """
         old = self.index.get(key)
         ticket = None
-        if old is not None:  # who has no Meta is in no tier and on no way
+        if old is not None:  # a key without a Meta is in no tier and on no way
             ticket = self._take_out(key)
             self.deadlines.unwatch(old)
         self.index[key] = meta

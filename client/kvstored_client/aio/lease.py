@@ -154,7 +154,7 @@ class LoopConnection(Connection):
 
 
 class LoopPool(ConnectionPool):
-    """Connections to one daemon's lease socket, made as needed; who finds none waits his turn."""
+    """Connections to one daemon's lease socket, made as needed; a call that finds none waits for its turn."""
 
     worker: Worker
     """For what would hold the loop."""

@@ -147,7 +147,7 @@ class Connection:
     def open(self, path: Path, timeout_s: float) -> int:
         """Connect and make sure that the daemon answers. Returns its boot epoch. Raises OSError and as `call`.
 
-        It is settled once who opened it has entered it where he will find it again.
+        It is settled once the thread that opened it has entered it where it will be found again.
         """
         sock, place = self._prepare(path, timeout_s)
         sock.connect(str(path))

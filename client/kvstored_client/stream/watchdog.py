@@ -2,7 +2,7 @@
 
 gRPC fixes a call's deadline at its start; a get learns from the reply how many bytes will come. So each watched call
 has a due time of its own, which every frame moves on, and one thread cancels what is overdue. Thread-safe, without a
-lock: who is interrupted while he held one would leave all later calls without a deadline.
+lock: a thread that is interrupted while it holds one would leave all later calls without a deadline.
 """
 
 import _thread

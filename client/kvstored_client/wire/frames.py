@@ -216,7 +216,7 @@ _COPY_LATER = pb.LeasePut(copy_later=True).SerializeToString()
 class Gather:
     """Reads a run of arrays as if they were one: pieces of at most a chunk, without copying.
 
-    ends: positions that end a chunk too, once it has EARLY_NBYTES: who reads can begin with what he has.
+    ends: positions that end a chunk too, once it has EARLY_NBYTES: the reader can begin with what it has.
     """
 
     def __init__(self, arrays: Sequence[Bytes], ends: Container[int] = ()) -> None:

@@ -28,7 +28,7 @@ _NOBODY_THERE = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 
 
 def peer_uid(sock: socket.socket) -> int:
-    """The user at the other end of a unix socket, as the kernel knows him; of a listener, who called listen()."""
+    """The user at the other end of a unix socket, from the kernel; of a listener, the user that called listen()."""
     _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return int(uid)
 

@@ -1,7 +1,8 @@
 """Waiting for a client's next packet: awake for a moment where the last one came at once, else asleep.
 
-Being put to sleep and woken is two thirds of a small call: 0.2 ms a view, 0.07 when both ends are awake. So who calls
-again at once is looked for, and slept on as soon as he pauses, another client calls, or looking was in vain.
+Being put to sleep and woken is two thirds of a small call: 0.2 ms a view, 0.07 when both ends are awake. So the thread
+looks for the next packet of a client that calls again at once. It sleeps again as soon as that client pauses, another
+client calls, or looking was in vain.
 
 Looking helps only while the two ends run on two processors. A packet wakes its reader on the sender's own (those a
 virtual machine has idle do not count as free), and a reader that looks there keeps the client from sending what it

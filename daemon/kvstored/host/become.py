@@ -16,7 +16,7 @@ from kvstore.ownership import user_name
 def become_owner_of(directory: Path, *handed_over: int) -> None:
     """Give up root's rights for good where `directory`, or one on the way to it, is another user's.
 
-    handed_over: descriptors of what that user is to own. Anybody but root stays who he is: opening the directory
+    handed_over: descriptors of what that user is to own. Another user than root stays as it is: opening the directory
     refuses strangers. Raises ConfigError where two users own parts of the way: neither of them can be trusted with the
     other's.
     """

@@ -74,7 +74,7 @@ class Usage:
 def passes_of(cache: Any) -> Iterator[list[float]]:
     """When the first two forward passes reach this cache's first layer: between them lies the prefill.
 
-    By an attribute of this one object, for as long as the block: the caller gets a cache of the type he would get.
+    By an attribute of this one object, for as long as the block: the caller gets a cache of the type that it would get.
     """
     began: list[float] = []
     update = cache.update
