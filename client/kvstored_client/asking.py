@@ -112,9 +112,6 @@ def leading_hits(hits: list[Hit | None]) -> list[Hit | None]:
 class Asking:
     """The questions behind the verbs. failures: calls that ended in trouble and were answered as a miss, or raised."""
 
-    answers_tails = True
-    """Of `lease_many`: a `Namespace` asks for a partial chunk with the whole ones."""
-
     def __init__(
         self,
         address: str | None,
@@ -142,6 +139,8 @@ class Asking:
         self.transfers = Transfers(driver)
         # With a token too: the daemon hangs up on users its tokens file does not name, and the stream is taken.
         self._pool = self._pool_at(lease_path(path), timeout_s) if shared_memory and path is not None else None
+        self.answers_tails = self._pool is not None
+        """`lease_many` may say which of the tails is held: a `Namespace` asks for them with the whole chunks."""
         if self._pool is not None:
             self._pool.transfers = self.transfers
             self._transport.on_fork = self._pool.start_afresh

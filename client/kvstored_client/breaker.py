@@ -17,7 +17,7 @@ PAUSE_MAX_S = 15.0
 
 
 class _Opening:
-    """One pause, and which thread may try after it: the one with the permit, and later one that sees no report of it."""
+    """One pause, and who may try after it: the thread with the permit, and later one that sees no report of it."""
 
     def __init__(self, until: float) -> None:
         self.until = until

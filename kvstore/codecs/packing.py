@@ -1,4 +1,4 @@
-"""Packed tensors to and from entries: made for a caller, and checked in full when the caller puts them. Pure, any thread.
+"""Packed tensors to and from entries: made for a caller, checked in full when they are put. Pure, any thread.
 
 Nothing is encoded twice: what was packed is held, given out and decoded as it came. What no codec wrote is refused
 before it is held: names, types, lengths and values of parts, attributes, and a receipt that can be one.

@@ -172,10 +172,9 @@ class Client:
 class _Prefixed:
     """A client as the prefix layer wants it (see `kvstore.pieces`)."""
 
-    answers_tails = True
-
     def __init__(self, client: Client) -> None:
         self._client = client
+        self.answers_tails = client.asking.answers_tails
         self._since = 0.0
 
     def __getattr__(self, name: str) -> Any:
