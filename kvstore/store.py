@@ -292,8 +292,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """How many leading keys of a chain are held, and where. Does not count as use.
 
         lookup: how it counts among the lookups, by default each key as one; a get of the same keys within a minute
-        belongs to it. What another host has put and this one could fetch counts as held, in the tier "shared", unless
-        `local`.
+        belongs to it. What this host could fetch from another counts as held, in the tier "shared", unless `local`.
         """
         more = None if self._sharing is None or local else self._sharing.more
         return Match(tuple(self._read_path.leading(_checked(keys), lookup, more)))
@@ -302,11 +301,14 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
         """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
         return self._read_path.peek(_checked(keys), lookup)
 
+    def first_held(self, keys: Sequence[bytes]) -> int:
+        """Which of some keys is the first that is held; their number: none is. Counts nothing, and takes no lock."""
+        return self._r.first_held(_checked(keys))
+
     def report(self, *, prefill_saved_s: float) -> None:
         """Add seconds of prefill that hits made unnecessary to the counters: 0 to 86400. Raises InvalidEntry."""
-        saved_s = check_saved(prefill_saved_s)
         with self._r.lock:
-            self._r.counters.prefill_saved_s += saved_s
+            self._r.counters.prefill_saved_s += check_saved(prefill_saved_s)
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first; move deadlines that slide, to ttl_s from now. Returns how many are held."""

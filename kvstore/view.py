@@ -78,6 +78,10 @@ class StoreView(Protocol):
         """Where each key is held."""
         ...
 
+    def first_held(self, keys: CheckedKeys) -> int:
+        """Which of some keys is the first that is held; their number: none is."""
+        ...
+
     def touch(self, keys: CheckedKeys, *, ttl_s: float | None = None) -> int:
         """Count as use, deepest first. Returns how many are held."""
         ...

@@ -157,6 +157,14 @@ class Residency:
                 return i
         return len(keys)
 
+    def first_held(self, keys: Sequence[Key]) -> int:
+        """Which of some keys is the first that is held and has not expired; their number: none is. As above."""
+        index, now = self.index, self.clock.now()
+        for i, meta in enumerate(map(index.get, keys)):
+            if meta is not None and now < meta.deadline:
+                return i
+        return len(keys)
+
     def lookup(self, key: Key) -> tuple[TierName, Entry | None] | None:
         """The uppermost place of a live key, and the entry there: None for cold, which is read outside the lock."""
         entry = self.hot.get(key)
@@ -170,7 +178,7 @@ class Residency:
         entry = self.warm.get(key)
         if entry is not None:
             return "warm", entry
-        return ("cold", None) if self.in_cold(key) else None
+        return ("cold", None) if self.cold is not None and key in self.cold else None
 
     def miss_cause(self, key: Key) -> MissCause:
         """Why a key is missing, as far as that is still known: two looks, and nothing is made for it."""

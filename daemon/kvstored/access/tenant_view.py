@@ -130,6 +130,10 @@ class TenantView:
         """As Store.locate."""
         return self._store.locate(self._all(keys), **how)
 
+    def first_held(self, keys: Sequence[bytes]) -> int:
+        """As Store.first_held."""
+        return self._store.first_held(self._all(keys))
+
     def touch(self, keys: Sequence[bytes], **how: Any) -> int:
         """As Store.touch."""
         return self._store.touch(self._all(keys), **how)

@@ -105,7 +105,9 @@ class Reading:
             return False  # who copies from a device waits for it
         if plan.hot:
             return True
-        return len(plan.keys) <= AT_HAND_MAX and plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
+        if "cold" in plan.tiers or len(plan.keys) > AT_HAND_MAX:
+            return False
+        return plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
 
     def read(self) -> list[tuple[int, Hit | EncodedReply | Found | None]]:
         """The positions of the lot planned with their hits, None for a miss. As found: what the caller `maps`."""

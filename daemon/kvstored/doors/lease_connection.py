@@ -322,7 +322,8 @@ class Connection:
                 from_nbytes=asked.accept_from_nbytes, at_most_nbytes=shared.budget.lot_nbytes,
                 whole_if_hot=in_place, charge=charge, count_later=True, lookup=lookup,
             )  # fmt: skip
-            tail = self._first_tail(tails) if tails and not plan.ended else b""
+            looked = tails and not plan.ended
+            tail = pb.LeaseReply(tail=1 + self._store.first_held(tails)).SerializeToString() if looked else b""
             kept_replies = None if reading is not None or plan.ended else self._kept_replies(plan)
             if kept_replies is not None:
                 return self._hot_reply(plan, kept_replies) + tail
@@ -333,12 +334,6 @@ class Connection:
         finally:
             if reading is not None:
                 reading.close()
-
-    def _first_tail(self, tails: CheckedKeys) -> bytes:
-        """Which of a get's tails is the first held, as a field of the reply."""
-        held = self._store.locate(tails)
-        before = next((i for i, place in enumerate(held) if place is not None), len(held))
-        return pb.LeaseReply(tail=1 + before).SerializeToString()
 
     def _hot_reply(self, plan: Plan, kept_replies: list[SharedMemoryReply]) -> bytes:
         """The commonest reply of all, written by hand: the constant part, this call's, the kept reply of each entry."""

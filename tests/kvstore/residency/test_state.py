@@ -1,17 +1,29 @@
 """What leaves the last tier that held it leaves whole: its chunks, its tombstone, what is counted of it."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
 from kvstore.clock import ManualClock
 from kvstore.config import ColdConfig, HotConfig, StoreConfig, WarmConfig
-from kvstore.keys import Key
+from kvstore.entries.entry import Entry
+from kvstore.keys import CheckedKeys, Key
+from kvstore.options import PutOptions
 from kvstore.store import Store
 from kvstore.tiers import TierName
+from kvstored.access.tenant_view import TenantViews
 
 VALUE = {"k": torch.ones(64, 64)}
+T = TypeVar("T")
+
+
+def in_another_thread(work: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(work).result(60)
 
 
 def open_store(path: Path | None = None, **settings: object) -> Store:
@@ -78,6 +90,27 @@ def test_a_chunk_that_leaves_with_the_expired_one_it_continues_is_not_touched(ke
         store.maintain()
         assert not store._r.index
         assert len(store._r.deadlines) == 0
+
+
+def test_the_first_of_some_keys_that_is_held_is_told_without_the_lock_and_without_those_that_expired() -> None:
+    with open_store() as store:
+        store.put(b"a", VALUE, ttl_s=10)
+        store.put(b"b", VALUE, ttl_s=100)
+        with store._r.lock:
+            assert in_another_thread(lambda: store.first_held([b"none", b"a", b"b"])) == 1
+        assert store.first_held([]) == 0
+        assert store.first_held([b"none", b"other"]) == 2
+        clock = store._r.clock
+        assert isinstance(clock, ManualClock)
+        clock.advance(11)
+        assert store.first_held([b"a", b"b"]) == 1
+        assert store.put(b"a", VALUE, ttl_s=10, pin=True)
+        clock.advance(11)
+        assert store.first_held([b"a", b"b"]) == 0
+        view = TenantViews(store, bytes(32))["tenant"]
+        assert view.first_held(CheckedKeys([b"a", b"b"])) == 2
+        view.put_entries([Entry(Key(b"b"), store._r.hot.get(Key(b"a")).tensors)], PutOptions())  # type: ignore[union-attr]
+        assert view.first_held(CheckedKeys([b"a", b"b"])) == 1
 
 
 def test_only_an_automatic_split_moves_the_border() -> None:
