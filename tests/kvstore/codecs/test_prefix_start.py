@@ -8,6 +8,7 @@ from kvstore.store import Store
 from kvstored.calls.puts import incoming, put_ready
 from kvstored_client.puts import PutOptions, outgoing
 from kvstored_client.wire._pb import cache_pb2 as pb
+from kvstored_client.wire.frames import put_header
 
 KEYS = [b"first", b"second", b"third"]
 K = torch.randn(2, 64, 2, 16, generator=torch.Generator().manual_seed(1))
@@ -41,7 +42,9 @@ def test_a_put_over_the_wire_says_which_chunk_is_the_first() -> None:
             parents = [None, *KEYS]
             for key, parent in zip(KEYS[:count], parents, strict=False):
                 sent = outgoing([(key, {"k": K}, parent)], PutOptions(), root=True)[0]
-                (entry,) = incoming([pb.PutHeader.FromString(sent.header)], 1 << 24)
+                (entry,) = incoming(
+                    [pb.PutHeader.FromString(put_header(sent.key, sent.parent, sent.described))], 1 << 24
+                )
                 entry.begin(lambda _: None)
                 entry.tensors["k"].copy_(K)
                 ready.append(entry)
