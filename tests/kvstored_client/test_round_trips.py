@@ -101,23 +101,23 @@ def test_the_hits_of_a_lease_say_which_tail_is_the_first_held_if_all_keys_are(
 ) -> None:
     with shared_daemon.client(framework="numpy") as client:
         x = {"x": np.zeros((4, 64), np.float32)}
-        client.put_many([(b"root", x), (b"leaf", x), (b"tail", x)], chain=True)
+        client.put_many([(b"tails: root", x), (b"tails: leaf", x), (b"tails: tail", x)], chain=True)
         if tier == "warm":
-            assert client.demote(b"root", b"leaf")
+            assert client.demote(b"tails: root", b"tails: leaf")
 
-        def first(*tails: bytes, keys: tuple[bytes, ...] = (b"root", b"leaf")) -> int | None:
+        def first(*tails: bytes, keys: tuple[bytes, ...] = (b"tails: root", b"tails: leaf")) -> int | None:
             with client.lease_many(keys, leading=True, tails=tails) as hits:
-                assert len([hit for hit in hits if hit]) == len([key for key in keys if key != b"absent"])
+                assert len([hit for hit in hits if hit]) == len([key for key in keys if key != b"tails: absent"])
                 return hits.first_tail  # type: ignore[attr-defined,no-any-return]
 
         assert first() is None
-        assert first(b"tail") == 0
-        assert first(b"none", b"tail", b"other") == 1
-        assert first(b"none", b"other") == 2
-        assert first(b"tail", keys=(b"root", b"absent")) is None
+        assert first(b"tails: tail") == 0
+        assert first(b"tails: none", b"tails: tail", b"tails: other") == 1
+        assert first(b"tails: none", b"tails: other") == 2
+        assert first(b"tails: tail", keys=(b"tails: root", b"tails: absent")) is None
         with pytest.raises(InvalidEntry, match=f"at most {CHUNK_TOKENS_MAX} tails, got {CHUNK_TOKENS_MAX + 1}"):
             first(*(b"%d" % n for n in range(CHUNK_TOKENS_MAX + 1)))
-        client.delete(b"root", b"leaf", b"tail")
+        client.delete(b"tails: root", b"tails: leaf", b"tails: tail")
 
 
 @pytest.fixture
