@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def said(lookup: Lookup | None) -> dict[str, Lookup]:
+def given(lookup: Lookup | None) -> dict[str, Lookup]:
     """The keyword argument for a verb; none where nothing is said, so that any cache with the common verbs will do."""
     return {} if lookup is None else {"lookup": lookup}
 
@@ -157,7 +157,7 @@ class AwaitedPieces:
         """Values in the order of keys; leading: up to the first miss."""
         pieces = cut(keys)
         if len(pieces) == 1:
-            return list(await self._cache.get_many(keys, leading=leading, **said(lookup)))
+            return list(await self._cache.get_many(keys, leading=leading, **given(lookup)))
         counts = _Counts(lookup, len(keys))
         if not leading:
             # Deepest first, as in one call.
@@ -178,7 +178,7 @@ class AwaitedPieces:
         """Leading keys held."""
         pieces = cut(keys)
         if len(pieces) == 1:
-            return await self._cache.match(keys, **said(lookup))  # type: ignore[no-any-return]
+            return await self._cache.match(keys, **given(lookup))  # type: ignore[no-any-return]
         held: tuple[Held, ...] = ()
         counts = _Counts(lookup, len(keys))
         for piece in pieces:
@@ -192,7 +192,7 @@ class AwaitedPieces:
         """Where each key is held."""
         found: list[Held | None] = []
         for piece in cut(keys):
-            found += await self._cache.locate(piece, **said(lookup))
+            found += await self._cache.locate(piece, **given(lookup))
             lookup = None if lookup is None else lookup.continued()
         return found
 
@@ -230,7 +230,7 @@ class AwaitedPieces:
         """The hits of `lease_many`, leased until `leases` are closed."""
         pieces = cut(keys)
         if len(pieces) == 1:
-            return await self._cache.lease_into(leases, keys, leading=leading, **said(lookup), **how)  # type: ignore[no-any-return]
+            return await self._cache.lease_into(leases, keys, leading=leading, **given(lookup), **how)  # type: ignore[no-any-return]
         counts, found = _Counts(lookup, len(keys)), list[Sequence[Hit | None]]()
         for piece in pieces:
             hits = await self._cache.lease_into(leases, piece, leading=leading, lookup=counts.next(), **how)
@@ -289,7 +289,7 @@ class Pieces:
     ) -> AbstractContextManager[Iterable[Hit | None]]:
         """`get_many` without copies; the lease of a piece begins when its first hit is read."""
         if len(keys) <= KEYS_PER_CALL_MAX:
-            return self._cache.lease_many(keys, leading=leading, **said(lookup), **how)  # type: ignore[no-any-return]
+            return self._cache.lease_many(keys, leading=leading, **given(lookup), **how)  # type: ignore[no-any-return]
         return self._leased(cut(keys), _Counts(lookup, len(keys)), leading=leading, **how)
 
     @contextmanager

@@ -483,7 +483,7 @@ class Store(SharedVerbs, BudgetVerbs, DiskVerbs):
 
     def _read(self, keys: Sequence[Key], *, leading: bool = False, lookup: Lookup | None = None) -> list[Found | None]:
         self._check_open()
-        checked = None if lookup is None else check_lookup(lookup)
+        checked = check_lookup(lookup)
         if self._sharing is not None:
             self._sharing.bring(keys, checked, leading=leading)
         return self._read_path.fetch(self._read_path.plan(keys, leading=leading, lookup=checked))

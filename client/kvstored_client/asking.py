@@ -85,7 +85,7 @@ class Leases:
         return hits
 
     def __enter__(self) -> Any:
-        return self.enter(self._begin(self._keys, self._wanted))
+        return self.enter(self.begin())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -258,8 +258,7 @@ class Asking:
         Raises TierUnavailable of a closed client, whatever the caller wants: that is no daemon in trouble, and misses
         for ever would hide it.
         """
-        if self._transport.closed:
-            self._check_open()  # which says so
+        self._check_open()
         try:
             return call(*args, **kwargs)
         except SOFT as error:
@@ -306,7 +305,7 @@ class Asking:
             self._touch([entry.key for entry in batch])  # as one batch: the root ends most recently used
         if epoch != self._epoch:
             self._saw_epoch(epoch)
-        return stored if stored == len(batch) else self._at_most(len(batch), stored)
+        return self._at_most(len(batch), stored)
 
     def _send_stream(self, batch: list[Outgoing]) -> int:
         tensors = [entry.tensors for entry in batch]
@@ -317,7 +316,7 @@ class Asking:
 
     def _stored(self, asked: int, answer: bytes) -> int:
         reply = self._noted(self._understood(pb.PutReply.FromString, answer))
-        return reply.stored if reply.stored == asked else self._at_most(asked, int(reply.stored))
+        return self._at_most(asked, int(reply.stored))
 
     def _how_to_read(
         self, keys: Sequence[bytes], *, leading: bool, lookup: Lookup | None, packed: bool, device: bytes
@@ -341,7 +340,7 @@ class Asking:
         lookup: Lookup | None,
         packed: bool,
     ) -> None:
-        on_gpu = out is not None and _on_gpu(out) and self.transfers.serves(out)
+        on_gpu = out is not None and self.transfers.serves(out)
         there = on_gpu and self._unpacks(out)
         device = self._there(out) if on_gpu else b""
         how, framework = self._how_to_read(keys, leading=leading, lookup=lookup, packed=packed or there, device=device)

@@ -61,15 +61,11 @@ class Breaker:
 
     def allow(self, probe_s: float) -> bool:
         """Whether a call may go out now. probe_s: after this long a probe that never reported is given up."""
-        if not self.openings:
-            return True
         opening = self.openings.get("now")
         return opening is None or opening.allow(self._clock(), probe_s)
 
     def succeeded(self) -> bool:
         """Report an answer. True: the breaker was open and is closed now."""
-        if not self.failures and not self.openings:
-            return False
         self.failures = self._pauses = 0
         return self.openings.pop("now", None) is not None
 

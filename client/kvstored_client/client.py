@@ -125,8 +125,6 @@ class Client(Asking):
         held = dict(zip(keys, (tensors for _, tensors in pairs), strict=True))
         parents = [before_first, *held][:-1] if chain else [None] * len(held)
         batch = outgoing(list(zip(held.keys(), held.values(), parents, strict=True)), options, root=chain)
-        if len(batch) == len(keys):
-            return self._sent(batch, int)
         return self._sent(batch, lambda stored: len(keys) if stored == len(batch) else stored)
 
     def get(self, key: bytes, *, out: Mapping[str, Any] | None = None, packed: bool = False) -> Hit | None:
@@ -159,7 +157,7 @@ class Client(Asking):
         minute belongs to it.
         """
         checked = check_keys(keys)
-        request = pb.MatchRequest(keys=checked, lookup=None if lookup is None else lookup_message(lookup))
+        request = pb.MatchRequest(keys=checked, lookup=lookup_message(lookup))
 
         def matched(reply: pb.MatchReply) -> Match:
             return Match(tuple(at for at in self._places(len(checked), reply) if at is not None))
@@ -169,8 +167,7 @@ class Client(Asking):
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held; None where it is not. Does not count as use, nor as a lookup unless that is said."""
         checked = check_keys(keys)
-        said = None if lookup is None else lookup_message(lookup)
-        request = pb.MatchRequest(keys=checked, every=True, lookup=said)
+        request = pb.MatchRequest(keys=checked, every=True, lookup=lookup_message(lookup))
         return self._asked("Match", request, pb.MatchReply, partial(self._places, len(checked)), [None] * len(checked))
 
     def touch(self, keys: Sequence[bytes], *, ttl_s: float | None = None) -> int:

@@ -18,8 +18,8 @@ from kvstore.errors import CodecError
 SHORT_ROW = 64
 _MIN_ROW = 32
 _MIN_SCALE = 1e-30
-_PARTS = frozenset({"", "scale"})
 """Rows of smaller values become zeros: the reciprocal of their scale would overflow."""
+_PARTS = frozenset({"", "scale"})
 
 
 class Int8:

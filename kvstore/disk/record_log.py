@@ -269,9 +269,8 @@ class RecordLog:
                     return None
 
     def _find(self, key: Key, *, seen: bool = False) -> Entry | Row | None:
-        waiting = self._pending
         with self.changed:
-            operation = waiting.find(key) if waiting.queued or waiting.inflight else None
+            operation = self._pending.find(key)
             if isinstance(operation, Delete) or not (seen or self._holder.holds(key)):
                 return None
             if isinstance(operation, Put):

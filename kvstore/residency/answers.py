@@ -68,14 +68,11 @@ class Answers:
         """As `hits`, not copied; what its plan says may stay encoded, or where it lies, is given out as it is held."""
         for place in found:
             hit: Hit | Found | None = None
-            if place is not None and plan.maps is not None and plan.stays_in_place(place.entry):
+            if place is not None and plan.stays_in_place(place.entry):
                 hit = place
             elif place is not None:
-                stays = plan.accept and place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
-                if not stays:
-                    hit = self.hit(place, copy=False, room=room)
-                else:
-                    hit = place if place.tier != "cold" else self._as_held(place)
+                stays = place.entry.encoding != "raw" and plan.stays_encoded(place.entry)
+                hit = self._as_held(place) if stays else self.hit(place, copy=False, room=room)
             if hit is None and plan.leading:
                 return
             yield hit
@@ -103,8 +100,7 @@ class Answers:
             return None
 
     def _hit_packed(self, found: Found, *, copy: bool) -> Hit:
-        if found.tier == "cold":
-            check_entry(found.entry)
+        _check(found)
         tensors: dict[str, Any] = {}
         numpy = arrays.resolve_framework(self._framework) == "numpy"
         for name, held in found.entry.tensors.items():
@@ -117,9 +113,9 @@ class Answers:
         return Hit(found.key, tensors, found.tier, entry.encoding, entry.lossy, found.age_s, entry.receipt)
 
     def _as_held(self, found: Found) -> Found | None:
-        """What is given out as a disk held it, checked first: who decodes it could not have it dropped."""
+        """What is given out as it is held. From a disk, checked first: who decodes it could not have it dropped."""
         try:
-            check_entry(found.entry)
+            _check(found)
         except CodecError as error:
             self._undecodable(found, error)
             return None
@@ -181,6 +177,12 @@ class Answers:
             for name, x in decoded.items():
                 direct[name].copy_(x)
         return dict(out)
+
+
+def _check(found: Found) -> None:
+    """Raise CodecError for an entry out of a disk that could not be decoded."""
+    if found.tier == "cold":
+        check_entry(found.entry)
 
 
 def as_torch(x: Any) -> torch.Tensor:

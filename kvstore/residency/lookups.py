@@ -18,15 +18,16 @@ ASKED_S = 30.0
 
 
 class Asked:
-    """Keys that a match named and no get has asked for yet, with how often, in two halves by age. Most often both are
-    empty, and whoever asks looks at that first.
-    """
+    """Keys that a match named and no get has asked for yet, with how often, in two halves by age."""
 
     def __init__(self) -> None:
         # No Counter: its `update` takes longer than the whole match of a key.
         self.young: dict[Key, int] = {}
         self.old: dict[Key, int] = {}
         self._since = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.young or self.old)
 
     def note(self, keys: Sequence[Key], now: float) -> None:
         """Remember the keys of a match."""
@@ -109,7 +110,7 @@ class Lookups:
 
     def _named_before(self, keys: Sequence[Key], covered: int, now: float) -> bool:
         asked = self.asked
-        if not keys or not (asked.young or asked.old) or not asked.take(keys[0], now):
+        if not asked or not keys or not asked.take(keys[0], now):
             return False
         for i in range(1, covered):
             asked.take(keys[i], now)
@@ -118,7 +119,7 @@ class Lookups:
     def _each(self, keys: Sequence[Key], metas: Sequence[Meta | None], misses: Sequence[MissCause], now: float) -> None:
         """Keys that have nothing to do with each other."""
         asked = self.asked
-        if not (asked.young or asked.old):
+        if not asked:
             c, count = self._counters, len(metas)
             c.keys += count
             c.hit_keys += count - len(misses)

@@ -72,8 +72,7 @@ class Mover:
 
         (self._admit_encoded if encoded else self._admit_raw)(entry, meta, install)
         with r.lock:
-            r.counters.puts += 1
-            r.counters.put_nbytes += meta.value_nbytes
+            self._count_put(meta)
         self.wait(replaced)
 
     def admit_at_once(self, entry: Entry, meta: Meta) -> list[int] | None:
@@ -87,14 +86,17 @@ class Mover:
         ticket = r.install(entry.key, meta)
         r.counters.tiers["hot"].puts += 1
         r.hot.put(entry, soon=meta.soon, meta=meta)
-        r.counters.puts += 1
-        r.counters.put_nbytes += meta.value_nbytes
+        self._count_put(meta)
         return [] if ticket is None else [ticket]
 
     def wait(self, tickets: Sequence[int]) -> None:
         """Return when the records that were replaced are gone from the disk for good. Without the lock."""
         if tickets and self._r.cold is not None:
             self._r.cold.wait(tickets[-1])
+
+    def _count_put(self, meta: Meta) -> None:
+        self._r.counters.puts += 1
+        self._r.counters.put_nbytes += meta.value_nbytes
 
     def _admit_raw(self, entry: Entry, meta: Meta, install: Callable[[], bool]) -> None:
         r = self._r

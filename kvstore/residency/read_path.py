@@ -200,7 +200,7 @@ class ReadPath:
                         counted = partial(r.count_hot, plan.keys, plan.metas, plan.now, plan.nbytes)
                         r.lock.owed.append(counted) if count_later else counted()
                     elif not too_long:
-                        self._count(plan, hot=False)
+                        self._count(plan)
             if refused is None:
                 if too_long:
                     self._count_in_slices(plan)
@@ -219,7 +219,10 @@ class ReadPath:
                 plan.now, 0 if start else plan.nbytes, hot=hot, misses=() if start else plan.misses,
             )  # fmt: skip
             with self._r.lock:
-                self._count(part, hot=hot)
+                if hot:
+                    self._r.count_hot(part.keys, part.metas, part.now, part.nbytes)
+                else:
+                    self._count(part)
             if start:
                 pause()
 
@@ -418,11 +421,8 @@ class ReadPath:
         plan.nbytes, plan.hot = nbytes, hot
         return covered == len(keys)
 
-    def _count(self, plan: Plan, *, hot: bool) -> None:
-        """Count hits, misses and use. hot: all of it was found there."""
-        if hot:
-            self._r.count_hot(plan.keys, plan.metas, plan.now, plan.nbytes)
-            return
+    def _count(self, plan: Plan) -> None:
+        """Count hits, misses and use of what was not all found in hot."""
         c = self._r.counters
         used: list[Key] = []
         wanted: list[Key] = []

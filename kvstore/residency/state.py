@@ -178,7 +178,7 @@ class Residency:
         entry = self.warm.get(key)
         if entry is not None:
             return "warm", entry
-        return ("cold", None) if self.cold is not None and key in self.cold else None
+        return ("cold", None) if self.in_cold(key) else None
 
     def miss_cause(self, key: Key) -> MissCause:
         """Why a key is missing, as far as that is still known: two looks, and nothing is made for it."""
@@ -333,7 +333,7 @@ class Residency:
         """A key that was not held is now."""
         self.tombstones.pop(key, None)
         asked = self.lookups.asked
-        if put and (asked.young or asked.old):
+        if put and (asked.young or asked.old):  # seldom: a put makes no call for it
             asked.discard(key)
         if self.balance is not None:
             self.balance.put(key)

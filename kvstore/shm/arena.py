@@ -385,25 +385,20 @@ class Arena:
             if self._refused and self._gives_way(owner):
                 return None
             for segment in self._segments:
-                if segment.owner == owner and segment not in self._leaving:
-                    start = segment.free.take(nbytes)
-                    if start is not None:
-                        break
-            else:
-                made = self._make(owner, nbytes) if grow else None
-                if made is None:
-                    # A user id per entry of the tokens file, or of this host's users in the socket's group.
-                    if grow and any(segment.owner != owner for segment in self._segments):
-                        self._refused[owner] = self._clock()
-                    return None
+                mine = segment.owner == owner and segment not in self._leaving
+                found = self._from(segment, nbytes) if mine else None
+                if found is not None:
+                    return found
+            if not grow:
+                return None
+            made = self._make(owner, nbytes)
+            if made is not None:
                 self._refused.pop(owner, None)
-                segment, start = made, made.free.take(nbytes)
-                assert start is not None, "it was made for this block"
-            self._generation += 1
-            if start + nbytes > segment.ready_nbytes - PREFAULT_NBYTES // 2 and segment.ready_nbytes < segment.nbytes:
-                with suppress(RuntimeError):  # out of threads: the first writer pays
-                    self._ahead.submit(segment.prefault)
-            return segment, start, self._generation
+                return self._from(made, nbytes)
+            # A user id per entry of the tokens file, or of this host's users in the socket's group.
+            if any(segment.owner != owner for segment in self._segments):
+                self._refused[owner] = self._clock()
+            return None
 
     def _make(self, owner: Owner, nbytes: int) -> Segment | None:
         """A new segment, in place of empty ones where they are in the way; None: no room."""
@@ -457,6 +452,16 @@ class Arena:
             held[segment.owner] = held.get(segment.owner, 0) + segment.nbytes
         share = self.limit_nbytes // len(held)
         return held[owner] > share and any(held[user] < share for user in self._refused if user != owner)
+
+    def _from(self, segment: Segment, nbytes: int) -> tuple[Segment, int, int] | None:
+        start = segment.free.take(nbytes)
+        if start is None:
+            return None
+        self._generation += 1
+        if start + nbytes > segment.ready_nbytes - PREFAULT_NBYTES // 2 and segment.ready_nbytes < segment.nbytes:
+            with suppress(RuntimeError):  # out of threads: the first writer pays
+                self._ahead.submit(segment.prefault)
+        return segment, start, self._generation
 
     def _reclaim(self) -> None:
         while self._dead:

@@ -174,8 +174,8 @@ DOORS = (
     ),
     (
         "kvstore/residency/answers.py",
-        'hit = place if place.tier != "cold" else self._as_held(place)',
-        "hit = place",
+        'if found.tier == "cold":',
+        "if False:",
         "a stranger's record is sent to a client that refuses it each time",
     ),
     (

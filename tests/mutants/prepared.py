@@ -123,8 +123,8 @@ PREPARED = (
     ),
     (
         "kvstore/shm/arena.py",
-        "if segment.owner == owner and segment not in",
-        "if segment not in",
+        "mine = segment.owner == owner and",
+        "mine =",
         "two users in one segment",
     ),
     (

@@ -19,7 +19,7 @@ from kvstored_client.shm.connection import KEYS_PER_PACKET
 from kvstored_client.shm.gets import Block, filled, found_in, items_of, loaded, target_for
 from kvstored_client.shm.leases import Lease, LeasedHits
 from kvstored_client.shm.pool import Connection
-from kvstored_client.shm.puts import Commit, commits_of, copy_in, lying, store_in, wanted_by
+from kvstored_client.shm.puts import NOWHERE, Commit, commits_of, copy_in, lying, store_in, wanted_by
 from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import get_call, put_call
 from kvstored_client.wire.messages import GetOptions
@@ -128,7 +128,7 @@ async def put(pool: LoopPool, hand: list[Connection], batch: Sequence[Outgoing])
 
 async def _commit(pool: LoopPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
     connection = await pool.get(hand, wanted_by(pool, entries) if pool.lent else None)
-    commit = Commit(entries, pool.timeout_s, lying(connection, entries) if pool.lent else {})
+    commit = Commit(entries, pool.timeout_s, lying(connection, entries) if pool.lent else NOWHERE)
     room = await connection.find(commit.room_nbytes, commit.timeout_s)
     connection.settled = True  # no answer is due, and the room is this call's
     batch = pool.transfers.batch_for([entry.tensors for entry in entries])

@@ -91,7 +91,7 @@ class LoopTransport(Transport):
         self.allow()
         line = self._line_here()
         try:
-            answer = await line.method(kind, path)(asked, timeout=timeout_s, metadata=line.shown)
+            answer = await line.methods[kind, path](asked, timeout=timeout_s, metadata=line.shown)
         except grpc.RpcError as error:
             raise self.failed(error) from None
         except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
@@ -115,7 +115,7 @@ class LoopTransport(Transport):
         call: Any = None
         late = ""
         try:
-            call = line.method("unary_stream", path)(request.SerializeToString(), metadata=line.shown)
+            call = line.methods["unary_stream", path](request.SerializeToString(), metadata=line.shown)
             while True:
                 try:
                     message = await asyncio.wait_for(call.read(), self.timeout_s)

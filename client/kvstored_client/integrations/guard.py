@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from kvstore.errors import ConfigError, InvalidEntry, PermissionDenied
 from kvstore.hit import Held, Hit, Match
 from kvstore.lookup import REPORT_MAX_S, Lookup
-from kvstore.pieces import fill, in_pieces, said
+from kvstore.pieces import fill, given, in_pieces
 from kvstored_client.breaker import Breaker
 from kvstored_client.client import Client
 from kvstored_client.device import Transfers
@@ -175,7 +175,7 @@ class Guard:
         """Values in the order of keys. leading: a chain, up to the first miss. lookup: how it is counted."""
         missing: list[Hit | None] = [] if leading else [None] * len(keys)
         found = self.call(
-            lambda: list(self.cache.get_many(keys, leading=leading, **said(lookup))), self.fetch_timeout_s, missing
+            lambda: list(self.cache.get_many(keys, leading=leading, **given(lookup))), self.fetch_timeout_s, missing
         )
         return found if leading or len(found) == len(keys) else missing
 
@@ -197,7 +197,7 @@ class Guard:
 
         def begin() -> tuple[ExitStack, list[Hit | None]]:
             with ExitStack() as leases:
-                hits = list(leases.enter_context(self.cache.lease_many(keys, leading=leading, **said(lookup), **how)))
+                hits = list(leases.enter_context(self.cache.lease_many(keys, leading=leading, **given(lookup), **how)))
                 return leases.pop_all(), hits
 
         leases, hits = self.call(begin, self.fetch_timeout_s, (ExitStack(), missing), _give_back)
@@ -223,12 +223,12 @@ class Guard:
 
     def match(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> Match:
         """How many leading keys are held, and where."""
-        return self.call(lambda: self.cache.match(keys, **said(lookup)), self.lookup_timeout_s, Match(()))
+        return self.call(lambda: self.cache.match(keys, **given(lookup)), self.lookup_timeout_s, Match(()))
 
     def locate(self, keys: Sequence[bytes], *, lookup: Lookup | None = None) -> list[Held | None]:
         """Where each key is held."""
         missing: list[Held | None] = [None] * len(keys)
-        return self.call(lambda: list(self.cache.locate(keys, **said(lookup))), self.lookup_timeout_s, missing)
+        return self.call(lambda: list(self.cache.locate(keys, **given(lookup))), self.lookup_timeout_s, missing)
 
     def restored(self, tokens: int, spent_s: float) -> None:
         """Report what a restored prefix saved, where the operator has said how fast its engine prefills.

@@ -67,6 +67,7 @@ def get(
                 index = start + at
                 into = out[index] if out is not None else None
                 target = target_for(block, framework, into, batch, packed=packed)
+                # What the copier would do, without a call of its own for each small tensor.
                 copy = np.copyto if block.nbytes < PARALLEL_NBYTES else pool.copier.copy
                 if not filled(copy, block, target):
                     stale += 1

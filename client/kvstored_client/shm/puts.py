@@ -21,7 +21,7 @@ from kvstored_client.wire._pb import cache_pb2 as pb
 from kvstored_client.wire.frames import Bytes, Placed, put_call
 from kvstored_client.wire.messages import PAYLOAD_BYTES_PER_S
 
-_NOWHERE: Mapping[int, tuple[int, int]] = MappingProxyType({})
+NOWHERE: Mapping[int, tuple[int, int]] = MappingProxyType({})
 COMMIT_NBYTES = 64 << 20
 """Payload of one commit: what a connection's ingest segments need to hold for a batch of any length."""
 
@@ -50,14 +50,13 @@ def commits_of(batch: Sequence[Outgoing]) -> list[Sequence[Outgoing]]:
 
 
 def _commit(pool: ConnectionPool, hand: list[Connection], entries: Sequence[Outgoing]) -> pb.PutReply:
-    commit = Commit(entries, pool.timeout_s)
     connection = pool.take(hand, wanted_by(pool, entries) if pool.lent else None)
     connection.settled = False  # its room is in use
-    if pool.lent:  # what lies there already is not copied
-        commit = Commit(entries, pool.timeout_s, lying(connection, entries))
+    commit = Commit(entries, pool.timeout_s, lying(connection, entries) if pool.lent else NOWHERE)
     room = connection.room(commit.room_nbytes, commit.timeout_s)
     batch = pool.transfers.batch_for([entry.tensors for entry in entries]) if commit.on_gpu else None
     if batch is None:
+        # As in `gets.get`.
         copy_in(np.copyto if commit.room_nbytes < PARALLEL_NBYTES else pool.copier.copy, room.data, commit.copies)
     else:
         store_in(pool, connection, batch, room.data, commit.copies)
@@ -82,7 +81,7 @@ class Commit:
     """
 
     def __init__(
-        self, entries: Sequence[Outgoing], timeout_s: float, there: Mapping[int, tuple[int, int]] = _NOWHERE
+        self, entries: Sequence[Outgoing], timeout_s: float, there: Mapping[int, tuple[int, int]] = NOWHERE
     ) -> None:
         """timeout_s: of a call that moves nothing. there: (segment, start) of tensors, by their identity."""
         # What the caller made with `empty` it may write to once the put returns; the rooms here nobody writes to.

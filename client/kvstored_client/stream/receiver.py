@@ -61,8 +61,7 @@ class Receiver:
         except BadFrame as error:
             raise RecordCorrupt(f"{transport.address} sent a damaged stream: {error}") from None
         finally:
-            if self.boot_epoch != transport.boot_epoch:
-                transport.saw_epoch(self.boot_epoch)
+            transport.saw_epoch(self.boot_epoch)
         if self.corrupt:
             raise RecordCorrupt(f"{self.corrupt} entries from {transport.address} failed their checksum")
 

@@ -114,11 +114,21 @@ def _check_descriptors() -> None:
         raise OSError(errno.EMFILE, f"{opened} of {limit} descriptors are open, and gRPC needs up to {DESCRIPTORS_MIN}")
 
 
-class Line:
-    """One channel. methods: those that were called, by kind and path.
+class _Methods(dict[tuple[str, str], Any]):
+    """What calls a path of the daemon's, by kind and path. Raises ValueError for a channel that was closed."""
 
-    Raises TierUnavailable for a socket whose listener is not to be trusted.
-    """
+    def __init__(self, channel: grpc.Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def __missing__(self, called: tuple[str, str]) -> Any:
+        # Serializers are left out: requests and replies are bytes here, so bulk never becomes a protobuf object.
+        kind, path = called
+        return self.setdefault(called, getattr(self._channel, kind)(path))
+
+
+class Line:
+    """One channel and its methods. Raises TierUnavailable for a socket whose listener is not to be trusted."""
 
     def __init__(self, address: str) -> None:
         _check_descriptors()
@@ -127,7 +137,7 @@ class Line:
         if self._place is not None:
             self._place.check_listener()
         self._open(address)
-        self.methods: dict[str, Any] = {}
+        self.methods = _Methods(self._channel)
 
     def _open(self, address: str) -> None:
         self._channel = open_channel(address, OPTIONS)
@@ -135,14 +145,6 @@ class Line:
     def is_current(self) -> bool:
         """Whether gRPC, which connects again by itself, can still reach only whom this line was opened to."""
         return self._place is None or self._place.is_current()
-
-    def method(self, kind: str, path: str) -> Any:
-        """What calls a path of the daemon's. Raises ValueError for a channel that was closed."""
-        # Serializers are left out: requests and replies are bytes here, so bulk never becomes a protobuf object.
-        found = self.methods.get(kind + path)
-        if found is None:
-            found = self.methods.setdefault(kind + path, getattr(self._channel, kind)(path))
-        return found
 
     def close(self) -> None:
         """End the connection and all calls."""
@@ -159,7 +161,6 @@ class Transport:
         named_users(os.environ)  # a mistake there is the caller's, and not a daemon that is down
         self.timeout_s = timeout_s
         self._lives = (0, 0)
-        self.boot_epoch = 0
         self._on_change = on_change
         self.on_fork: Callable[[], None] | None = None
         self.closed = False
@@ -181,6 +182,11 @@ class Transport:
         self._start_afresh()
         if self.on_fork is not None:
             self.on_fork()
+
+    @property
+    def boot_epoch(self) -> int:
+        """The daemon's last one seen."""
+        return self._lives[0]
 
     @property
     def restarts(self) -> int:
@@ -212,14 +218,6 @@ class Transport:
             if line is not opened:
                 opened.close()
         return line
-
-    def _method(self, kind: str, path: str) -> Any:
-        """What calls a path of the daemon's. Raises TierUnavailable, ValueError."""
-        line = self._line.get("now")
-        found = None if line is None else line.methods.get(kind + path)
-        if line is None or found is None or not line.is_current():
-            return self.open_line().method(kind, path)
-        return found
 
     def unary(self, path: str, request: Request, reply: ReplyType[Reply]) -> Reply:
         """One message there, one back. Raises KvstoreError."""
@@ -268,7 +266,7 @@ class Transport:
         self.allow()
         received: list[bytes] = []
         jobs: list[Job] = []
-        aside, method = self._aside(), self._method(kind, path)
+        aside, method = self._aside(), self.open_line().methods[kind, path]
         try:
             aside.start(jobs, lambda: received.append(bytes(method(asked, timeout=timeout_s))))
             jobs[0].wait()
@@ -279,8 +277,7 @@ class Transport:
                 raise
             raise TierUnavailable(f"this client is closed: {error}") from None
         self._asides.append(aside)
-        if self.breaker.failures or self.breaker.openings:
-            self.answered()
+        self.answered()
         return received[0]
 
     def stream_in(self, path: str, request: Request) -> Generator[bytes]:
@@ -289,9 +286,8 @@ class Transport:
         Whoever does not take all of them closes it.
         """
         self.allow()
-        asked, aside = request.SerializeToString(), self._aside()
-        call = _Stream(asked)
-        call.method = self._method("unary_stream", path)
+        call = _Stream(self.open_line().methods["unary_stream", path], request.SerializeToString())
+        aside = self._aside()
         jobs: list[Job] = []
         ended, watch = False, None
         try:
@@ -318,15 +314,13 @@ class Transport:
             if not ended:
                 self._aside().start([], call.cancel)
         self._asides.append(aside)
-        if self.breaker.failures or self.breaker.openings:
-            self.answered()
+        self.answered()
 
     def saw_epoch(self, epoch: int) -> None:
         """Note the boot epoch of a reply."""
         before, restarts = self._lives
         if epoch and epoch != before:
             self._lives = (epoch, restarts + (before != 0))
-            self.boot_epoch = epoch
 
     def close(self) -> None:
         """End all calls and the connection. Later calls raise TierUnavailable."""
@@ -346,7 +340,7 @@ class Transport:
 
     def answered(self) -> None:
         """The daemon answered, by whatever door."""
-        if self.breaker.succeeded():
+        if (self.breaker.failures or self.breaker.openings) and self.breaker.succeeded():
             self._on_change("up", self.address)
 
     def silent(self, text: str) -> KvstoreError:
@@ -369,14 +363,11 @@ class Transport:
 
 
 class _Stream:
-    """One call whose messages come one by one, as the thread that calls gRPC has it.
+    """One call whose messages come one by one, as the thread that calls gRPC has it. received: the last message."""
 
-    method: makes it. received: the last message.
-    """
-
-    method: Any
-
-    def __init__(self, asked: bytes) -> None:
+    def __init__(self, method: Any, asked: bytes) -> None:
+        """method: what calls gRPC."""
+        self._method = method
         self._asked = asked
         self._call: Any = None
         self._over = False
@@ -385,7 +376,7 @@ class _Stream:
     def take(self) -> None:
         """The next message, None at the end; the first time the call is made. Raises what gRPC does."""
         if self._call is None:
-            self._call = self.method(self._asked)
+            self._call = self._method(self._asked)
             if self._over:
                 self._call.cancel()
         self.received.append(next(self._call, None))

@@ -271,12 +271,6 @@ class Scatter:
                 self._at = 0
 
 
-def whole_frame(header: bytes, payload: Sequence[Bytes], xxh3: int) -> bytes:
-    """An entry of less than EARLY_NBYTES in the one frame that `cut_frames` makes of it. xxh3: its checksum."""
-    pieces = [array.data for array in payload if array.size]
-    return build_frame(header, pieces, pb.EntryEnd(xxh3=xxh3).SerializeToString())
-
-
 def cut_frames(header: bytes, payload: Gather, xxh3: int | None = None) -> Iterator[bytes]:
     """The frames of an entry: the header rides with the first chunk, the checksum with the last.
 

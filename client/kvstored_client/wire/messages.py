@@ -53,7 +53,7 @@ class GetOptions:
             leading=self.leading,
             accept=self.accept,
             accept_from_nbytes=self.accept_from_nbytes,
-            lookup=None if self.lookup is None else lookup_message(self.lookup),
+            lookup=lookup_message(self.lookup),
             device=self.device,
         )
 
@@ -66,8 +66,10 @@ class GetOptions:
         return self if self.lookup is None else replace(self, lookup=self.lookup.continued())
 
 
-def lookup_message(lookup: Lookup) -> pb.Lookup:
+def lookup_message(lookup: Lookup | None) -> pb.Lookup | None:
     """A lookup as a message. Raises InvalidEntry."""
+    if lookup is None:
+        return None
     check_lookup(lookup)
     return pb.Lookup(
         keys=lookup.keys, tokens=lookup.tokens, key_tokens=lookup.key_tokens, uncounted=not lookup.counted,

@@ -75,12 +75,12 @@ class Records:
 
 def _about(method: str, identity: Identity, request: bytes) -> dict[str, str | int]:
     """The attributes of a call's span: the caller and the number of keys, never the keys."""
-    said: dict[str, str | int] = {"keys": _keys(method, request)[0]} if request else {}
+    attributes: dict[str, str | int] = {"keys": _keys(method, request)[0]} if request else {}
     if identity is not NOBODY:
-        said["caller"] = identity.name
+        attributes["caller"] = identity.name
         if identity.tenant is not None:
-            said["tenant"] = identity.tenant
-    return said
+            attributes["tenant"] = identity.tenant
+    return attributes
 
 
 def _keys(method: str, request: bytes) -> tuple[int, bytes]:

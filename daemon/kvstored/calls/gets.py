@@ -105,9 +105,7 @@ class Reading:
             return False  # who copies from a device waits for it
         if plan.hot:
             return True
-        if "cold" in plan.tiers or len(plan.keys) > AT_HAND_MAX:
-            return False
-        return plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
+        return len(plan.keys) <= AT_HAND_MAX and plan.at_hand and plan.held_nbytes <= AT_HAND_NBYTES
 
     def read(self) -> list[tuple[int, Hit | EncodedReply | Found | None]]:
         """The positions of the lot planned with their hits, None for a miss. As found: what the caller `maps`."""
@@ -117,7 +115,7 @@ class Reading:
         hits: list[Hit | EncodedReply | Found | None] = []
         spare_nbytes = 0
         for found in self._store.read(plan, room=self._room):
-            if not isinstance(found, Found) or (self._maps is not None and plan.stays_in_place(found.entry)):
+            if not isinstance(found, Found) or plan.stays_in_place(found.entry):
                 hits.append(found)
                 continue
             reply = encoded_reply(found)

@@ -25,7 +25,7 @@ from kvstore.shm.arena import Arena, Handed, Owner, Place
 from kvstore.shm.layout import layout
 from kvstore.store import Store
 from kvstored_client.wire._pb import cache_pb2 as pb
-from kvstored_client.wire.frames import EARLY_NBYTES, Bytes, Gather, build_miss, cut_frames, submessage, whole_frame
+from kvstored_client.wire.frames import Bytes, Gather, build_miss, cut_frames, submessage
 from kvstored_client.wire.messages import TIERS, tensor_specs
 
 
@@ -138,8 +138,6 @@ def hit_frames(index: int, hit: Hit | EncodedReply | Found | None, boot_epoch: i
     header = hit_header(index, hit, boot_epoch)
     if isinstance(hit, EncodedReply):
         contents = hit.contents
-        if contents.nbytes < EARLY_NBYTES:
-            return (whole_frame(header, contents.payload, contents.xxh3),)
         return cut_frames(header, Gather(contents.payload, contents.ends), contents.xxh3)
     return cut_frames(header, Gather([arrays.as_bytes(x) for x in hit.tensors.values()]))
 

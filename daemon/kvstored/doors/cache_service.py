@@ -118,8 +118,7 @@ class CacheService:
             asked = read_request(pb.GetRequest, request)
         else:
             asked = await self._run_charged(call, read_request, pb.GetRequest, request)
-        lookup = read_lookup(asked) if asked.HasField("lookup") else None
-        keys = CheckedKeys(asked.keys)
+        lookup, keys = read_lookup(asked), CheckedKeys(asked.keys)
         store, caller = self._views[call.identity.tenant], call.identity.account
         if self._sharing:
             await self._bring(store, asked, keys, call)

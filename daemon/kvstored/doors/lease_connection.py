@@ -30,7 +30,7 @@ from kvstore.view import StoreView
 from kvstored.access.admission import Refusal
 from kvstored.access.interceptor import RIGHT_OF, Access
 from kvstored.access.records import AUDITED
-from kvstored.access.shares import CONTENDED_S
+from kvstored.access.shares import CONTENDED_S, charged
 from kvstored.calls.gets import Reading, on_device
 from kvstored.calls.puts import Incoming, incoming, lying, put_ready
 from kvstored.calls.replies import SharedMemoryReply, new_reply
@@ -241,12 +241,10 @@ class Connection:
                 self._seen_at = now
                 self._shared.shares.seen(self._account)
             return self._outcome(verb, call)
-        began = time.thread_time()
-        try:
-            return self._outcome(verb, call)
-        finally:
-            spent_s = LEASE_CALL_S + time.thread_time() - began
-            self._wait_s = self._shared.shares.charge(self._account, spent_s)
+        return charged(self._spent, self._outcome, verb, call)
+
+    def _spent(self, seconds: float) -> None:
+        self._wait_s = self._shared.shares.charge(self._account, LEASE_CALL_S + seconds)
 
     def _outcome(self, verb: str, call: pb.LeaseCall) -> tuple[str, bytes]:
         """The call's status, by gRPC's name, and its reply."""
@@ -327,10 +325,12 @@ class Connection:
             kept_replies = None if reading is not None or plan.ended else self._kept_replies(plan)
             if kept_replies is not None:
                 return self._hot_reply(plan, kept_replies) + tail
-            # All hot, but to be copied, or no complete answer: hot may let go of it before that is done.
-            whole = reading is None
-            reading = reading or begun()
-            return self._read(reading, plan, whole=whole) + tail
+            if reading is not None:
+                reading.begin(plan)
+            else:  # all hot, but to be copied, or no complete answer: hot may let go of it before that is done
+                reading = begun()
+                reading.begin_whole(plan)
+            return self._read(reading) + tail
         finally:
             if reading is not None:
                 reading.close()
@@ -375,10 +375,9 @@ class Connection:
             self.held += len(held)
         return number
 
-    def _read(self, reading: Reading, plan: Plan, *, whole: bool = False) -> bytes:
-        """A get that has to read, decode or copy something first. whole: what is planned is not charged yet."""
+    def _read(self, reading: Reading) -> bytes:
+        """A get that has to read, decode or copy something first."""
         shared = self._shared
-        reading.begin_whole(plan) if whole else reading.begin(plan)
         reply = pb.LeaseReply(boot_epoch=shared.verbs.epoch, lease_max_s=shared.lease_max_s)
         held: list[Any] = []
         while True:
@@ -389,10 +388,10 @@ class Connection:
                     found = shared.replies.of(index, hit, self._owner)
                     if found is None:
                         raise UseStream("no room in shared memory, or nothing to share")
-                    tensors, segment, said = found
+                    tensors, segment, described = found
                     held.append(tensors)
                     self._hand(reply, segment)
-                    reply.leased.append(said)
+                    reply.leased.append(described)
             if reading.done:
                 break
             reading.plan()

@@ -33,8 +33,10 @@ class Spans:
                 "opentelemetry.trace.propagation.tracecontext"
             ).TraceContextTextMapPropagator()
 
-    def record(self, method: str, code: str, seconds: float, metadata: Metadata, said: Mapping[str, str | int]) -> None:
-        """Record a call that has just ended. method: such as "Cache/Get"; metadata: the call's; said: attributes."""
+    def record(
+        self, method: str, code: str, seconds: float, metadata: Metadata, attributes: Mapping[str, str | int]
+    ) -> None:
+        """Record a call that has just ended. method: such as "Cache/Get"; metadata: the call's."""
         if not self.wanted:
             return
         sent = {name: str(value) for name, value in metadata if name in ("traceparent", "tracestate")}
@@ -50,7 +52,7 @@ class Spans:
                 "rpc.service": f"kvstored.v1.{service}",
                 "rpc.method": name,
                 "rpc.grpc.status": code,
-                **{f"kvstored.{name}": value for name, value in said.items()},
+                **{f"kvstored.{name}": value for name, value in attributes.items()},
             },
         )
         if code != "OK":

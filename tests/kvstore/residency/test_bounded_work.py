@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_what_is_unpinned_while_a_long_chain_is_pinned_is_pinned_again(
         if pauses == 12:  # the upper part is pinned, the lower part is not
             assert store.unpin(*keys) > 300
 
-    monkeypatch.setattr(slices.time, "sleep", unpin_in_the_middle)
+    monkeypatch.setattr(slices, "time", SimpleNamespace(sleep=unpin_in_the_middle))
     store.pin(keys[-1])
     assert pauses > 12
     assert all(store._r.index[Key(key)].pinned for key in keys)
@@ -191,7 +192,7 @@ def test_while_a_long_chain_is_deleted_there_are_no_orphans_and_nothing_put_into
         assert store.put(b"late%d" % len(seen), VALUE, parent=ROOT)
         assert store.put(ROOT, VALUE)
 
-    monkeypatch.setattr(slices.time, "sleep", look)
+    monkeypatch.setattr(slices, "time", SimpleNamespace(sleep=look))  # not of other threads
     assert store.delete(ROOT) == 1
     assert len(seen) > 10
     assert seen == sorted(seen, reverse=True)

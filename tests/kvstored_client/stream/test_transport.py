@@ -17,8 +17,7 @@ def test_a_stream_that_is_called_off_waits_for_nobody(tmp_path: Path, when: str)
         silent.bind(str(tmp_path / "s"))
         silent.listen()
         with grpc.insecure_channel(f"unix:{tmp_path}/s") as channel:
-            stream = _Stream(b"")
-            stream.method = channel.unary_stream("/any/Thing")
+            stream = _Stream(channel.unary_stream("/any/Thing"), b"")
             ended: list[grpc.StatusCode] = []
 
             def take() -> None:

@@ -19,7 +19,6 @@ from kvstored_client.wire.frames import (
     get_call,
     parse_frame,
     put_call,
-    whole_frame,
 )
 from kvstored_client.wire.messages import GetOptions
 
@@ -179,4 +178,5 @@ def test_an_entry_has_one_frame_for_each_chunk(nbytes, frames):
 def test_a_small_entry_in_one_frame_is_what_it_is_cut_to(sizes):
     arrays = [np.full(nbytes, i, dtype=np.uint8) for i, nbytes in enumerate(sizes)]
     ends = np.cumsum([0, *sizes]).tolist()
-    assert list(cut_frames(b"head", Gather(arrays, ends), 7)) == [whole_frame(b"head", arrays, 7)]
+    whole = build_frame(b"head", [x.data for x in arrays if x.size], pb.EntryEnd(xxh3=7).SerializeToString())
+    assert list(cut_frames(b"head", Gather(arrays, ends), 7)) == [whole]
